@@ -1,0 +1,84 @@
+"""Puts results into a Markdown page, so that no figure there is typed by hand.
+
+The page marks where a table goes and from which results; what stands between the marks is replaced:
+
+    <!-- results: benchmarks/results/h200_one_gpu/ttft.json -->
+    <!-- end of results -->
+
+python benchmarks/readme_table.py README.md            # rewrite the page
+python benchmarks/readme_table.py --check README.md    # exit status 1 when the page is not what its results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipemoe.errors import InputError
+from results_schema import read_results
+from ttft_table import ttft_cells, ttft_context
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+_MARKED = re.compile(r"(<!-- results: (?P<results>\S+) -->\n)(?P<table>.*?)(<!-- end of results -->)", re.DOTALL)
+
+
+def _plain_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Every field of the first row whose values are single ones, as they are."""
+    names = [name for name, value in rows[0].items() if not isinstance(value, (list, dict))]
+    return [names, *(["-" if row.get(name) is None else str(row[name]) for name in names] for row in rows)]
+
+
+# How a benchmark's rows become cells; the others are written as they are.
+_CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {"ttft": ttft_cells}
+
+
+def markdown_table(document: Mapping[str, Any]) -> str:
+    """The document's rows as a Markdown table, and below it machine, commit and the exact command."""
+    rows = document["rows"]
+    if not rows:
+        raise InputError("the results have no rows")
+    heading, *lines = _CELLS.get(document["benchmark"], _plain_cells)(rows)
+    numeric = [all(re.fullmatch(r"-|[\d.]+", line[column]) for line in lines) for column in range(len(heading))]
+    separator = ["---:" if is_numeric else "---" for is_numeric in numeric]
+    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (heading, separator, *lines)]
+    context = ttft_context(rows) if document["benchmark"] == "ttft" else ""
+    machine = document["machine"]
+    gpus = [gpu["name"] for gpu in machine.get("gpus", ())]
+    device = f"{len(gpus)} x {gpus[0]}" if gpus else f"{machine.get('cpu') or 'CPU'}, {machine.get('num_cores')} cores"
+    facts = "; ".join(part for part in (context, device, f"commit {(document['commit'] or 'unknown')[:12]}") if part)
+    return "\n".join([*table, "", f"{facts}; `{document['command']}`", ""])
+
+
+def fill_page(page: str) -> str:
+    """`page` with every marked table rendered anew; InputError when it marks none."""
+    if not _MARKED.search(page):
+        raise InputError("the page has no line <!-- results: path.json --> that <!-- end of results --> follows")
+
+    def fill(match: re.Match[str]) -> str:
+        document = read_results(_CHECKOUT / match["results"])
+        return f"{match[1]}{markdown_table(document)}{match[4]}"
+
+    return _MARKED.sub(fill, page)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Put results into the marked places of a Markdown page.")
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 when the page is out of date")
+    options = parser.parse_args(arguments)
+    page = options.page.read_text()
+    filled = fill_page(page)
+    if options.check and filled != page:
+        print(f"{options.page}: its tables are not those of its results: run benchmarks/readme_table.py {options.page}")
+        return 1
+    if not options.check:
+        options.page.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""A kernel: a Numba function compiled once per device, launched by our own launcher.
+
+Numba is the compiler only (PTX), nvJitLink makes the cubin, the driver loads it, `Kernel.launch` packs the arguments. In the
+simulator the same call runs the function on NumPy views of CPU tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipemoe_kernels import driver
+from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
+
+INT32 = types.int32
+INT32_POINTER = types.CPointer(types.int32)
+FLOAT32_POINTER = types.CPointer(types.float32)
+WORD_POINTER = types.CPointer(types.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Where kernels go: a device and a stream of it."""
+
+    device_index: int
+    handle: int
+
+    @staticmethod
+    def current(device: torch.device) -> Stream:
+        """torch's current stream on `device`; its context becomes current in the calling thread if none was."""
+        if SIMULATOR:
+            return Stream(0, 0)
+        stream = torch.cuda.current_stream(device)
+        driver.enter_context(stream.device_index)
+        return Stream(stream.device_index, stream.cuda_stream)
+
+
+class Kernel:
+    """`function` with parameters of the Numba types `parameters` (pointers, int32), in blocks of `threads` threads."""
+
+    def __init__(self, function: Callable, parameters: tuple[types.Type, ...], threads: int):
+        self.name = function.__name__
+        self.function = function
+        self.parameters = parameters
+        self.threads = threads
+        self._handles = {}
+        self._simulated = cuda.jit(function) if SIMULATOR else None
+
+    def compile_ptx(self, cc: tuple[int, int]) -> str:
+        """PTX for compute capability `cc`; needs no GPU."""
+        ptx, _ = cuda.compile(
+            self.function, self.parameters, device=False, abi="numba", cc=cc, launch_bounds=self.threads
+        )
+        return ptx
+
+    def load(self, device_index: int) -> None:
+        """Compile and load for a device unless that is done; seconds the first time."""
+        if SIMULATOR or device_index in self._handles:
+            return
+        from cuda.core import Linker, LinkerOptions, ObjectCode
+
+        cc = torch.cuda.get_device_capability(device_index)
+        ptx = self.compile_ptx(cc)
+        entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
+        linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}"))
+        cubin = bytes(linker.link("cubin").code)
+        self._handles[device_index] = driver.load_function(cubin, entry, device_index)
+
+    def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
+        """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""
+        if self._simulated is not None:
+            self._simulated[grid, self.threads](*map(_simulator_argument, self.parameters, arguments))
+            return
+        if stream.device_index not in self._handles:
+            self.load(stream.device_index)
+        values = tuple(a if isinstance(a, int) else a.data_ptr() for a in arguments)
+        driver.launch(self._handles[stream.device_index], grid, self.threads, stream.handle, values)
+
+
+def _simulator_argument(parameter: types.Type, argument: torch.Tensor | int):
+    """A pointer parameter as the flat rest of the tensor's storage, in the pointer's number format."""
+    if isinstance(argument, int):
+        return np.int32(argument)
+    start = argument.storage_offset() * argument.element_size()
+    stored = torch.tensor([], dtype=torch.uint8).set_(argument.untyped_storage())
+    data = stored.numpy()[start:]
+    dtype = np.dtype(str(parameter.dtype))
+    return data[: len(data) // dtype.itemsize * dtype.itemsize].view(dtype)

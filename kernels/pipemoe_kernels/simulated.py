@@ -1,0 +1,38 @@
+"""What the functions of ptx.py do, in Python for the CUDA simulator, where pointers are flat NumPy arrays."""
+
+import numpy as np
+
+
+def load_vector(pointer, index):
+    return pointer[2 * index], pointer[2 * index + 1]
+
+
+def store_vector(pointer, index, vector):
+    pointer[2 * index] = vector[0]
+    pointer[2 * index + 1] = vector[1]
+
+
+def load_plain(pointer, index):
+    return pointer[index]
+
+
+def store_plain(pointer, index, value):
+    pointer[index] = value
+
+
+def load_bf16(pointer, index):
+    return (pointer[index : index + 1].astype(np.uint32) << np.uint32(16)).view(np.float32)[0]
+
+
+def store_bf16(pointer, index, value):
+    bits = int(np.float32(value).view(np.uint32))
+    is_nan = value != value
+    pointer[index] = 0x7FFF if is_nan else ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
+
+
+def load_half(pointer, index):
+    return np.float32(pointer[index : index + 1].view(np.float16)[0])
+
+
+def store_half(pointer, index, value):
+    pointer[index] = np.float32(value).astype(np.float16).view(np.uint16)

@@ -1,0 +1,21 @@
+# shellcheck shell=bash disable=SC2034
+# Sourced by the launchers: where the checkout is and which Python runs it.
+#   PIPEMOE_PYTHON  a Python to use as it is, instead of the checkout's .venv
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [ -n "${PIPEMOE_PYTHON:-}" ]; then
+    python=$PIPEMOE_PYTHON
+elif [ -x "$root/.venv/bin/python" ]; then
+    python=$root/.venv/bin/python
+else
+    python=python3
+fi
+
+# A checkout runs without being installed.
+export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+
+# num_gpus: how many NVIDIA GPUs this machine has (0 without a working driver).
+num_gpus() {
+    { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
+}

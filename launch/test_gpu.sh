@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# All tests that need a GPU: those of one process, then those of an MPI job with its ranks on one GPU.
+#
+#   launch/test_gpu.sh [ranks ...]      (default: 2 4)
+#
+#   PIPEMOE_PYTHON  a Python with everything installed, instead of the checkout's .venv
+set -euo pipefail
+cd "$(dirname "$0")/.."
+launch/install.sh
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
+[ $# -gt 0 ] || set -- 2 4
+
+if [ "$(num_gpus)" = 0 ]; then
+    echo "test_gpu.sh: no GPU (nvidia-smi -L lists none)" >&2
+    exit 1
+fi
+
+logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
+trap 'rm -rf "$logs"' EXIT
+failed=()
+
+echo "== one process"
+CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-16} \
+    "$python" -m pytest -q -m "gpu and not mpi" || failed+=("one process")
+
+for num_ranks in "$@"; do
+    echo "== MPI, ranks on one GPU: $num_ranks"
+    rm -f "$logs"/*
+    if ! PIPEMOE_RANK_LOGS=$logs timeout --kill-after=60 540 launch/one_gpu.sh "$num_ranks" \
+        -m pytest -q -m "gpu and mpi" -p no:cacheprovider --hypothesis-seed=0 tests; then
+        failed+=("MPI on $num_ranks ranks")
+        tail -n 60 "$logs"/rank*.log 2>/dev/null || true
+    fi
+done
+
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'FAILED: %s\n' "${failed[@]}"
+    exit 1
+fi
+echo "all GPU tests passed"

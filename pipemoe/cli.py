@@ -1,0 +1,40 @@
+"""The `pipemoe` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status of the process."""
+    parser = argparse.ArgumentParser(prog="pipemoe", description="Mixture-of-experts prefill without a barrier.")
+    subcommands = parser.add_subparsers(dest="subcommand", required=True)
+
+    doctor = subcommands.add_parser(
+        "doctor",
+        help="say what is wrong with this machine",
+        description="Checks what pipemoe needs on this machine. Exit status 1 when something must be mended.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
+    doctor.add_argument("--slots", type=_positive, default=4, help="cohort slots that need room (default %(default)s)")
+    doctor.add_argument("--ranks-per-gpu", type=_positive, default=1, help="ranks that share a GPU (default %(default)s)")
+
+    options = parser.parse_args(arguments)
+    from pipemoe.doctor import examine, report
+
+    findings = examine(num_slots=options.slots, ranks_per_gpu=options.ranks_per_gpu)
+    print(report(findings, as_json=options.json))
+    return int(any(finding.status == "FAIL" for finding in findings))
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

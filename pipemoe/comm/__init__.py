@@ -1,0 +1,1 @@
+"""World, exchange, side channel and the transports."""

@@ -1,0 +1,65 @@
+"""What the ranks tell one another before a step, and how disagreement becomes the same error on every rank."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+from pipemoe import errors
+from pipemoe.errors import InputError, MismatchError, PipemoeError
+from pipemoe.plan.schedule import Facts
+
+_HEADER = struct.Struct("<16sqq")  # fingerprint, step number, bytes of the error text
+_SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError")
+
+
+def encode_error(error: PipemoeError | None) -> bytes:
+    return b"" if error is None else json.dumps([type(error).__name__, str(error)]).encode()
+
+
+def raise_first(texts: list[bytes]) -> None:
+    """Raise the error of the lowest rank that has one, as the same class with the same words on every rank."""
+    for rank, text in enumerate(texts):
+        if text:
+            name, message = json.loads(text)
+            cls = getattr(errors, name) if name in _SHAREABLE else errors.ModelError
+            raise cls(message if message.startswith("rank ") else f"rank {rank}: {message}")
+
+
+def encode_step(fingerprint: bytes, step: int, lengths: tuple[int, ...], error: PipemoeError | None) -> bytes:
+    """One rank's message of a step: fingerprint (16 bytes), sequence lengths, or what went wrong on this rank."""
+    text = encode_error(error)
+    return _HEADER.pack(fingerprint, step, len(text)) + text + struct.pack(f"<{len(lengths)}q", *lengths)
+
+
+def decode_step(payloads: list[bytes]) -> Facts:
+    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, or MismatchError if the ranks are at
+    different steps or have different fingerprints."""
+    headers = [_HEADER.unpack_from(p) for p in payloads]
+    raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, _, n) in zip(payloads, headers)])
+    for what, values in (("step number", [h[1] for h in headers]), ("configuration, model or checkpoint", [h[0].hex()[:8] for h in headers])):
+        if len(set(values)) > 1:
+            raise MismatchError(f"the ranks differ in {what}: " + ", ".join(f"rank {r} has {v}" for r, v in enumerate(values)))
+    lengths = []
+    for payload in payloads:
+        count = (len(payload) - _HEADER.size) // 8
+        lengths.append(struct.unpack_from(f"<{count}q", payload, _HEADER.size))
+    return Facts(tuple(lengths))
+
+
+def check_equal(facts_of: list[dict[str, str]]) -> None:
+    """Raise MismatchError naming the first key whose value is not the same on all ranks."""
+    for key in sorted(set().union(*facts_of)):
+        values = [facts.get(key, "missing") for facts in facts_of]
+        if len(set(values)) > 1:
+            odd = next(r for r, v in enumerate(values) if v != values[0])
+            raise MismatchError(f"rank {odd}: {key} is {values[odd]}, but rank 0 has {values[0]}; it must be the same on all ranks")
+
+
+def check_lengths(rank: int, lengths: tuple[int, ...], max_tokens: int) -> None:
+    """Raise InputError, naming the rank, for lengths that cannot be a step's."""
+    bad = [n for n in lengths if not isinstance(n, int) or n <= 0]
+    if bad:
+        raise InputError(f"rank {rank}: sequence length {bad[0]!r}; each must be a whole number of at least 1")
+    if sum(lengths) > max_tokens:
+        raise InputError(f"rank {rank}: {sum(lengths)} tokens in one step, more than max_tokens_per_rank={max_tokens}")

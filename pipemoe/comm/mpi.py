@@ -1,0 +1,121 @@
+"""The host transport: non-blocking MPI collectives, a pair of duplicated communicators per cohort slot.
+
+MPI has no bfloat16: dispatch moves bytes, and partial sums are float32 for reduce (float64 and others for gather).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipemoe.comm.transport import Test, WaveSums, sum_in_rank_order
+from pipemoe.errors import ConfigError
+from pipemoe.plan.projection import Issue
+from pipemoe.plan.schedule import Wave
+
+
+class MpiTransport:
+    """Posts in plan order; the engine tests (MPI calls here never block)."""
+
+    def __init__(self, comm: Any, num_slots: int) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.log: list[Issue] | None = None
+        self._dispatch = [comm.Dup() for _ in range(num_slots)]
+        self._combine = [comm.Dup() for _ in range(num_slots)]
+
+    def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: Any) -> Test:
+        comm, memory = self._dispatch[slot], rows.numpy()
+        if exchange == "padded":
+            self._note("dispatch", slot, buffer, "all_gather", -1, memory.nbytes)
+            return self._test([comm.Iallgather(self._mpi.IN_PLACE, memory.reshape(-1))])
+        requests = []
+        for s in wave.segments:
+            part = memory[s.row : s.row + s.num_rows]
+            self._note("dispatch", slot, buffer, "broadcast", s.rank, part.nbytes)
+            requests.append(comm.Ibcast(part, root=s.rank))
+        return self._test(requests)
+
+    def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test:
+        comm = self._combine[slot]
+        if combine == "gather":
+            return self._gather(comm, slot, buffer, wave, sums)
+        if exchange == "padded":
+            return self._reduce_scatter(comm, slot, buffer, wave, sums)
+        memory, results, requests = _numeric(sums.partial), iter(sums.results), []
+        for s in wave.segments:
+            part = memory[s.row : s.row + s.num_rows]
+            self._note("combine", slot, buffer, "reduce", s.rank, part.nbytes)
+            requests.append(comm.Ireduce(part, _numeric(next(results)) if s.rank == self.rank else None, op=self._mpi.SUM, root=s.rank))
+        return self._test(requests)
+
+    def _reduce_scatter(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
+        import torch
+
+        memory = _numeric(sums.partial)
+        block = wave.num_rows // self.size
+        own = torch.empty((block, sums.partial.shape[1]), dtype=sums.partial.dtype)
+        self._note("combine", slot, buffer, "reduce_scatter", -1, memory.nbytes)
+        done = self._test([comm.Ireduce_scatter_block(memory, _numeric(own), op=self._mpi.SUM)])
+
+        def test() -> bool:
+            if not done():
+                return False
+            for result in sums.results:
+                result.copy_(own[: len(result)])
+            return True
+
+        return test
+
+    def _gather(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
+        requests, at = [], 0
+        for s in wave.segments:
+            part = sums.partial[s.row : s.row + s.num_rows]
+            num_bytes = part.numel() * part.element_size()
+            if s.rank != self.rank:
+                self._note("combine", slot, buffer, "send", s.rank, num_bytes)
+                requests.append(comm.Isend(_bytes(part), dest=s.rank))
+                continue
+            for peer in range(self.size):
+                if peer != self.rank:
+                    self._note("combine", slot, buffer, "recv", peer, num_bytes)
+                    into = sums.staging[peer - (peer > self.rank), at : at + s.num_rows]
+                    requests.append(comm.Irecv(_bytes(into), source=peer))
+            at += s.num_rows
+        done = self._test(requests)
+
+        def test() -> bool:
+            if not done():
+                return False
+            sum_in_rank_order(self.rank, wave, sums)
+            return True
+
+        return test if at else done
+
+    def _test(self, requests: list[Any]) -> Test:
+        return lambda: self._mpi.Request.Testall(requests)
+
+    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
+        if self.log is not None:
+            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
+
+    def abort(self) -> None:
+        """Nothing to end: no MPI call here blocks, and the process's exit is what the launcher sees."""
+
+    def close(self) -> None:
+        """Nothing to free: freeing a communicator is collective, and MPI ends with the process."""
+
+
+def _bytes(tensor: Any) -> Any:
+    """The memory of contiguous rows as bytes."""
+    import torch
+
+    return tensor.view(torch.uint8).numpy()
+
+
+def _numeric(tensor: Any) -> Any:
+    try:
+        return tensor.numpy()
+    except TypeError:
+        raise ConfigError(f"MPI cannot sum {tensor.dtype}; use combine_dtype=float32, or combine='gather'") from None

@@ -1,0 +1,141 @@
+"""The GPU transport: grouped NCCL calls through cupy, a pair of communicators per cohort slot.
+
+Operations on one communicator are one queue even across streams, so dispatch and combine of a slot have one each, and cohorts
+never share any. A group of broadcasts is one operation to NCCL (since 2.29 one fused kernel).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pipemoe.comm.transport import WaveSums, sum_in_rank_order
+from pipemoe.errors import ConfigError
+from pipemoe.plan.projection import Issue
+from pipemoe.plan.schedule import Wave
+
+DEFAULT_MAX_CTAS = 8  # thread blocks per communicator, unless NCCL_MAX_CTAS says otherwise
+
+
+def library() -> Any:
+    """cupy's NCCL module; ConfigError says what to install when there is none."""
+    try:
+        from cupy.cuda import nccl
+    except ImportError as error:
+        raise ConfigError(f"several ranks on GPUs need cupy with NCCL ({error}); install pipemoe[cuda12] or pipemoe[cuda13]") from None
+    if not nccl.available:
+        raise ConfigError("cupy finds no NCCL library; install nvidia-nccl-cu12 (or -cu13) beside the cupy wheel")
+    return nccl
+
+
+def max_ctas() -> int:
+    """Thread blocks that one NCCL kernel may take. NCCL reads the variable when a communicator is made, so it is set here."""
+    return int(os.environ.setdefault("NCCL_MAX_CTAS", str(DEFAULT_MAX_CTAS)))
+
+
+class NcclTransport:
+    """`ids`: one NCCL unique id per communicator, 2 x num_slots of them, the same on all ranks."""
+
+    def __init__(self, rank: int, size: int, ids: list[tuple]) -> None:
+        import torch
+
+        self._nccl = library()
+        self.rank, self.size = rank, size
+        self.log: list[Issue] | None = None
+        self._types = {
+            torch.float32: self._nccl.NCCL_FLOAT32,
+            torch.float64: self._nccl.NCCL_FLOAT64,
+            torch.float16: self._nccl.NCCL_FLOAT16,
+            torch.bfloat16: self._nccl.NCCL_BFLOAT16,
+        }
+        self._comms = [self._nccl.NcclCommunicator(size, unique_id, rank) for unique_id in ids]
+        self._dispatch, self._combine = self._comms[0::2], self._comms[1::2]
+
+    def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: Any) -> None:
+        comm, stream, row_bytes = self._dispatch[slot], _current_stream(), rows.shape[1]
+        base, kind = rows.data_ptr(), self._nccl.NCCL_UINT8
+        if exchange == "padded":
+            block = wave.num_rows // self.size * row_bytes
+            self._note("dispatch", slot, buffer, "all_gather", -1, block * self.size)
+            comm.allGather(base + self.rank * block, base, block, kind, stream)
+            return
+        self._nccl.groupStart()
+        for s in wave.segments:
+            self._note("dispatch", slot, buffer, "broadcast", s.rank, s.num_rows * row_bytes)
+            comm.bcast(base + s.row * row_bytes, s.num_rows * row_bytes, kind, s.rank, stream)
+        self._nccl.groupEnd()
+
+    def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> None:
+        if combine == "gather":
+            self._gather(slot, buffer, wave, sums)
+        elif exchange == "padded":
+            self._reduce_scatter(slot, buffer, wave, sums)
+        else:
+            self._reduce(slot, buffer, wave, sums)
+
+    def _reduce(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
+        comm, stream, results = self._combine[slot], _current_stream(), iter(sums.results)
+        base, width, size = sums.partial.data_ptr(), sums.partial.shape[1], sums.partial.element_size()
+        kind = self._types[sums.partial.dtype]
+        self._nccl.groupStart()
+        for s in wave.segments:
+            self._note("combine", slot, buffer, "reduce", s.rank, s.num_rows * width * size)
+            source = base + s.row * width * size
+            target = next(results).data_ptr() if s.rank == self.rank else source  # only the root's is written
+            comm.reduce(source, target, s.num_rows * width, kind, self._nccl.NCCL_SUM, s.rank, stream)
+        self._nccl.groupEnd()
+
+    def _reduce_scatter(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
+        block = wave.num_rows // self.size
+        own = sums.partial[self.rank * block : (self.rank + 1) * block]
+        self._note("combine", slot, buffer, "reduce_scatter", -1, sums.partial.numel() * sums.partial.element_size())
+        self._combine[slot].reduceScatter(
+            sums.partial.data_ptr(), own.data_ptr(), own.numel(), self._types[own.dtype], self._nccl.NCCL_SUM, _current_stream()
+        )
+        for result in sums.results:
+            result.copy_(own[: len(result)])
+
+    def _gather(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
+        comm, stream, at, kind = self._combine[slot], _current_stream(), 0, self._nccl.NCCL_UINT8
+        self._nccl.groupStart()
+        for s in wave.segments:
+            part = sums.partial[s.row : s.row + s.num_rows]
+            num_bytes = part.numel() * part.element_size()
+            if s.rank != self.rank:
+                self._note("combine", slot, buffer, "send", s.rank, num_bytes)
+                comm.send(part.data_ptr(), num_bytes, kind, s.rank, stream)
+                continue
+            for peer in range(self.size):
+                if peer != self.rank:
+                    self._note("combine", slot, buffer, "recv", peer, num_bytes)
+                    into = sums.staging[peer - (peer > self.rank), at : at + s.num_rows]
+                    comm.recv(into.data_ptr(), num_bytes, kind, peer, stream)
+            at += s.num_rows
+        self._nccl.groupEnd()
+        if at:
+            sum_in_rank_order(self.rank, wave, sums)
+
+    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
+        if self.log is not None:
+            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
+
+    def check(self) -> None:
+        """Raise what NCCL noticed by itself (network errors; not a peer killed on NVLink)."""
+        for comm in self._comms:
+            comm.check_async_error()
+
+    def abort(self) -> None:
+        """End the kernels of all communicators; may block, and must come before the communicators are dropped."""
+        for comm in self._comms:
+            comm.abort()
+
+    def close(self) -> None:
+        """Give the communicators back; no operation may be under way."""
+        for comm in self._comms:
+            comm.destroy()
+
+
+def _current_stream() -> int:
+    import torch
+
+    return torch.cuda.current_stream().cuda_stream

@@ -1,0 +1,178 @@
+"""A side channel that is not MPI: TCP between every two ranks, for progress counters and failures.
+
+MPI and NCCL say nothing when a peer dies on NVLink or stops; a socket does: end of file at once when the process is gone, and
+silence when it hangs. Each rank tells its peers every quarter of a second how far it is; when something goes wrong the
+message about it can name who is behind. Messages are JSON lines, nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+HEARTBEAT_SECONDS = 0.25
+MAX_LINE = 1 << 16
+
+
+@dataclass
+class Peer:
+    """What is known of another rank."""
+
+    heard: float = field(default_factory=time.monotonic)  # when it last said something
+    progress: dict = field(default_factory=dict)  # its last heartbeat: step, ops, doing
+    failure: str | None = None  # why it is ending, in its own words
+    gone: bool = False  # its socket closed
+    left: bool = False  # it said good-bye: a socket that closes afterwards is no failure
+
+
+class SideChannel:
+    """Full mesh of TCP connections, served by one daemon thread per rank."""
+
+    def __init__(self, rank: int, size: int, one_host: bool, progress: Callable[[], dict], tick: Callable[[], None]) -> None:
+        """one_host: all ranks are on this host, so listen on loopback only. progress: what to tell the peers. tick: called about
+        every quarter of a second on the channel's own thread, so that an engine thread stuck in a library call is noticed too."""
+        self.rank, self.size = rank, size
+        self.peers = {r: Peer() for r in range(size) if r != rank}
+        self._progress, self._tick = progress, tick
+        self._sockets: dict[int, socket.socket] = {}
+        self._buffers: dict[int, bytes] = {}
+        self._lock = threading.Lock()
+        self._closing = False
+        self._host = "127.0.0.1" if one_host else _own_address()
+        self._listener = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=max(size, 8))
+
+    def address(self) -> tuple[str, int]:
+        """Where peers reach this rank."""
+        return self._host, self._listener.getsockname()[1]
+
+    def connect(self, addresses: list[tuple[str, int]], token: str, timeout: float) -> None:
+        """Connect to every lower rank and accept every higher one; `token` (the same on all ranks) keeps strangers out."""
+        deadline = time.monotonic() + timeout
+        for peer in range(self.rank):
+            connection = socket.create_connection(addresses[peer], timeout=timeout)
+            connection.sendall(json.dumps({"token": token, "rank": self.rank}).encode() + b"\n")
+            self._add(peer, connection)
+        while len(self._sockets) < self.size - 1:
+            self._listener.settimeout(max(0.01, deadline - time.monotonic()))
+            connection, _ = self._listener.accept()
+            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            peer = _greeting(connection, token)
+            if peer in self.peers and peer not in self._sockets:
+                self._add(peer, connection)
+            else:
+                connection.close()
+        self._listener.close()
+        threading.Thread(target=self._serve, name="pipemoe side channel", daemon=True).start()
+
+    def _add(self, peer: int, connection: socket.socket) -> None:
+        connection.settimeout(1.0)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sockets[peer], self._buffers[peer] = connection, b""
+
+    def announce_failure(self, text: str) -> None:
+        """Tell every peer that this rank is ending, and why."""
+        self._send({"failure": text})
+
+    def close(self) -> None:
+        """Say good-bye, so that the peers do not take the closed socket for a failure."""
+        self._closing = True
+        self._send({"left": True})
+
+    def failed(self) -> tuple[int, str] | None:
+        """The first peer known to be lost, and why."""
+        for rank, peer in self.peers.items():
+            if peer.failure is not None:
+                return rank, peer.failure
+        for rank, peer in self.peers.items():
+            if peer.gone and not peer.left:
+                return rank, "its process ended (connection closed)"
+        return None
+
+    def describe(self) -> str:
+        """One line per peer: how far it is and when it was last heard."""
+        now = time.monotonic()
+        lines = []
+        for rank, peer in sorted(self.peers.items()):
+            p = peer.progress
+            lines.append(f"rank {rank}: step {p.get('step', '?')}, {p.get('ops', '?')} operations done, {p.get('doing', '?')}, heard {now - peer.heard:.1f} s ago")
+        return "; ".join(lines)
+
+    def _send(self, message: dict) -> None:
+        line = json.dumps(message).encode()[: MAX_LINE - 1] + b"\n"
+        with self._lock:
+            for rank, connection in list(self._sockets.items()):
+                try:
+                    connection.sendall(line)
+                except OSError:
+                    self._drop(rank)
+
+    def _drop(self, rank: int) -> None:
+        self.peers[rank].gone = True
+
+    def _serve(self) -> None:
+        selector = selectors.DefaultSelector()
+        for rank, connection in self._sockets.items():
+            selector.register(connection, selectors.EVENT_READ, rank)
+        beat = 0.0
+        while not self._closing:
+            if time.monotonic() >= beat:
+                self._send(self._progress())
+                self._tick()
+                beat = time.monotonic() + HEARTBEAT_SECONDS
+            for key, _ in selector.select(timeout=HEARTBEAT_SECONDS / 5):
+                rank = key.data
+                try:
+                    data = key.fileobj.recv(MAX_LINE)
+                except TimeoutError:
+                    continue
+                except OSError:
+                    data = b""
+                if not data:
+                    selector.unregister(key.fileobj)
+                    self._drop(rank)
+                    continue
+                *lines, self._buffers[rank] = (self._buffers[rank] + data).split(b"\n")
+                for line in lines:
+                    self._hear(rank, line)
+
+    def _hear(self, rank: int, line: bytes) -> None:
+        peer = self.peers[rank]
+        peer.heard = time.monotonic()
+        try:
+            message = json.loads(line)
+        except ValueError:
+            return
+        if "failure" in message:
+            peer.failure = str(message["failure"])
+        elif message.get("left"):
+            peer.left = True
+        else:
+            peer.progress = message
+
+
+def _greeting(connection: socket.socket, token: str) -> int | None:
+    """The rank that a new connection says it is, or None for a stranger."""
+    data = b""
+    try:
+        while not data.endswith(b"\n") and len(data) < 512:
+            more = connection.recv(1)
+            if not more:
+                return None
+            data += more
+        hello = json.loads(data)
+        return hello["rank"] if hello.get("token") == token else None
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _own_address() -> str:
+    """The address under which other hosts reach this one, as its own name resolves; loopback if it does not."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"

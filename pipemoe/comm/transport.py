@@ -1,0 +1,83 @@
+"""The transport seam: how a wave's rows travel. Implementations: `local` (one rank), `mpi` (host), `nccl` (GPUs).
+
+`dispatch` and `combine` are called as work of the slot's dispatch or combine lane, on every rank in the plan's order. On a GPU
+they enqueue on the current stream and return None; on the host they post and return a function that tests for completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from pipemoe.plan.projection import Issue
+from pipemoe.plan.schedule import Wave
+
+if TYPE_CHECKING:
+    import torch
+
+Test = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class WaveSums:
+    """The buffers of one combine on this rank. H hidden, n rows of the wave, m of them this rank's own."""
+
+    partial: torch.Tensor  # [n, H] this rank's partial sums
+    results: Sequence[torch.Tensor]  # per own segment, in the wave's order: [segment rows, H], written by the combine
+    staging: torch.Tensor | None  # [R - 1, >= m, H] peers' partial sums, for combine="gather"
+
+
+class Transport(Protocol):
+    """Moves waves. `slot` picks the pair of communicators; `buffer` only goes into the log."""
+
+    log: list[Issue] | None  # every call really issued, when not None
+
+    def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> Test | None:
+        """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8; each rank has written its own."""
+
+    def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test | None:
+        """Sum the ranks' partial sums of every segment into its owner's results."""
+
+    def abort(self) -> None:
+        """End whatever is under way; may block."""
+
+    def close(self) -> None:
+        """Give everything back; nothing is under way any more."""
+
+
+class LocalTransport:
+    """The transport of a world of one: rows are already there."""
+
+    def __init__(self) -> None:
+        self.log: list[Issue] | None = None
+
+    def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> None:
+        pass
+
+    def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> None:
+        for segment, result in zip(wave.segments, sums.results, strict=True):
+            result.copy_(sums.partial[segment.row : segment.row + segment.num_rows])
+
+    def abort(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def sum_in_rank_order(rank: int, wave: Wave, sums: WaveSums) -> None:
+    """Add own and staged partial sums in ascending rank order, in float32 (float64 sums stay float64 until rounded once)."""
+    import torch
+
+    at = 0
+    for segment, result in zip((s for s in wave.segments if s.rank == rank), sums.results, strict=True):
+        own = sums.partial[segment.row : segment.row + segment.num_rows]
+        staged = sums.staging[:, at : at + segment.num_rows]
+        at += segment.num_rows
+        wide = torch.float64 if own.dtype == torch.float64 else torch.float32
+        total = None
+        for peer in range(len(staged) + 1):
+            part = own if peer == rank else staged[peer - (peer > rank)]
+            total = part.to(wide, copy=True) if total is None else total.add_(part)
+        result.copy_(total)

@@ -1,0 +1,221 @@
+"""The world: this process's place among the ranks, its engine, its lanes and its transport.
+
+`init()` starts it: MPI where a launcher started several ranks, nothing but this process otherwise.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+import socket
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.comm.exchange import check_equal, encode_error, raise_first
+from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
+from pipemoe.comm.side_channel import SideChannel
+from pipemoe.comm.transport import LocalTransport, Transport, WaveSums
+from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.plan.schedule import Segment, Wave
+from pipemoe.plan.verify import Room
+from pipemoe.runtime.engine import Engine
+from pipemoe.runtime.lanes import Lanes, host_lanes, stream_lanes
+
+if TYPE_CHECKING:
+    import torch
+
+# Variables by which launchers tell a process how many ranks there are.
+_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+def init(
+    device: str = "auto",
+    *,
+    num_slots: int = 4,
+    watchdog_seconds: float = 60.0,
+    setup_seconds: float = 600.0,
+    grace_seconds: float = 5.0,
+) -> World:
+    """Start this rank and meet the others; every rank calls it once, with the same arguments.
+
+    device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each has a pair
+    of communicators. watchdog_seconds: how long an operation may make no progress. setup_seconds: the same for what ranks may do
+    at very different speeds, such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process.
+    Raises ConfigError when the communicators' thread blocks have no room on the GPU, or the machine lacks what `device` needs.
+    """
+    import torch
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch finds no GPU here; `pipemoe doctor` says why")
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    comm = _mpi() if any(int(os.environ.get(name, 1)) > 1 for name in _SIZE_VARIABLES) else None
+    return World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
+
+
+def _mpi() -> Any:
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(f"a launcher started several ranks, but mpi4py cannot be imported ({error}); install pipemoe[mpi]") from None
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise ConfigError("MPI was started without thread support; let mpi4py initialise it, with its default thread level")
+    return MPI.COMM_WORLD.Dup() if MPI.COMM_WORLD.Get_size() > 1 else None
+
+
+class World:
+    """`rank` of `size`, on `device`; made by `init`. One world per process."""
+
+    def __init__(self, comm: Any, on_gpu: bool, num_slots: int, watchdog_seconds: float, setup_seconds: float, grace_seconds: float) -> None:
+        import torch
+
+        self._comm = comm
+        self.rank, self.size = (comm.Get_rank(), comm.Get_size()) if comm else (0, 1)
+        self.num_slots, self.setup_seconds = num_slots, setup_seconds
+        self._on_gpu = on_gpu
+        self.device = torch.device("cpu")
+        local_rank = 0
+        if comm is not None:
+            from mpi4py import MPI
+
+            local_rank = comm.Split_type(MPI.COMM_TYPE_SHARED).Get_rank()
+        if on_gpu:
+            self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        self.engine = Engine(self.rank, watchdog_seconds=watchdog_seconds, grace_seconds=grace_seconds, set_up_thread=self._set_up_thread)
+        self.lanes: Lanes = stream_lanes(self.device, num_slots) if on_gpu else host_lanes(num_slots)
+        self.transport: Transport = LocalTransport()
+        self._closed = False
+        self.engine.call(self._meet)
+        atexit.register(self.close)
+
+    def _set_up_thread(self) -> None:
+        import torch
+
+        if self._on_gpu:
+            torch.cuda.set_device(self.device)
+
+    def _meet(self) -> None:
+        """On the engine's thread: side channel first, so that what follows can be watched; then the communicators."""
+        if self.size > 1:
+            self._open_side_channel()
+            self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
+            self.engine.on_failure.append(self.transport.abort)
+            self._warm_up()
+
+    def _open_side_channel(self) -> None:
+        engine = self.engine
+        hosts = self._exchange(socket.gethostname().encode(), "meeting the other ranks")
+        channel = SideChannel(self.rank, self.size, len(set(hosts)) == 1, engine.progress, engine.watch)
+        host, port = channel.address()
+        met = [p.decode().split() for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")]
+        channel.connect([(h, int(p)) for h, p, _ in met], met[0][2], self.setup_seconds)
+        engine.side_channel = channel
+
+    def _mpi_transport(self) -> Transport:
+        from pipemoe.comm.mpi import MpiTransport
+
+        self.engine.note("making MPI communicators")
+        return MpiTransport(self._comm, self.num_slots)
+
+    def _nccl_transport(self) -> Transport:
+        from pipemoe.comm import nccl
+
+        error = None
+        ids: list[tuple] = []
+        try:
+            self.room().check(self.num_slots)
+            if self.rank == 0:
+                ids = [nccl.library().get_unique_id() for _ in range(2 * self.num_slots)]
+        except PipemoeError as e:
+            error = e
+        self._raise_on_all(error, "checking room for thread blocks")
+        texts = self._exchange(json.dumps([list(i) for i in ids]).encode(), "exchange of NCCL ids")
+        self.engine.note("making NCCL communicators")
+        return nccl.NcclTransport(self.rank, self.size, [tuple(i) for i in json.loads(texts[0])])
+
+    def room(self) -> Room:
+        """Thread blocks of this GPU and of the communicators that share it."""
+        import torch
+
+        from pipemoe.comm import nccl
+
+        properties = torch.cuda.get_device_properties(self.device)
+        places = self._exchange(f"{socket.gethostname()} {properties.uuid}".encode(), "exchange of GPU names")
+        return Room(properties.multi_processor_count, nccl.max_ctas(), ranks_on_device=places.count(places[self.rank]))
+
+    def _warm_up(self) -> None:
+        """Every kind of collective once on every communicator: nothing is connected or loaded inside a step."""
+        import torch
+
+        wave = Wave(tuple(Segment(r, 0, 1, r) for r in range(self.size)), self.size)
+        width = 64
+
+        def tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        dtypes = [torch.float32, torch.float64] + ([torch.bfloat16, torch.float16] if self._on_gpu else [])
+        keep = []  # buffers live until the lanes are done with them
+        events = []
+        for slot, lanes in enumerate(self.lanes.slots):
+            for exchange in ("broadcast", "padded"):
+                rows = tensor(torch.uint8, self.size, width)
+                keep.append(rows)
+                events.append(lanes.dispatch.submit(lambda s=slot, e=exchange, r=rows: self.transport.dispatch(s, 0, wave, e, r)))
+                for combine in ("reduce", "gather"):
+                    for dtype in dtypes:
+                        sums = WaveSums(tensor(dtype, self.size, width), [tensor(dtype, 1, width)], tensor(dtype, self.size - 1, 1, width))
+                        keep.append(sums)
+                        events.append(
+                            lanes.combine.submit(lambda s=slot, e=exchange, c=combine, x=sums: self.transport.combine(s, 0, wave, e, c, x))
+                        )
+
+        def done() -> bool:
+            self.lanes.poll()
+            return all(event.done() for event in events)
+
+        self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
+
+    def start_gathering(self, payload: bytes) -> Gathering:
+        """Begin a small all-gather; engine's thread only."""
+        return LocalGathering(payload) if self._comm is None else MpiGathering(self._comm, payload)
+
+    def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
+        """A small all-gather on the engine's thread, waited for as patiently as set-up needs."""
+        gathering = self.start_gathering(payload)
+        self.engine.wait(gathering.done, doing, seconds=self.setup_seconds, needs_all=True)
+        return gathering.payloads
+
+    def _raise_on_all(self, error: PipemoeError | None, doing: str) -> None:
+        raise_first(self._exchange(encode_error(error), doing))
+
+    def all_gather(self, payload: bytes, doing: str = "all_gather") -> list[bytes]:
+        """Every rank's `payload`, in rank order; every rank calls. For results and set-up, not for a step's rows."""
+        return self.engine.call(lambda: self._exchange(payload, doing))
+
+    def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
+        """Every rank calls: raises the first rank's error on all of them, or MismatchError if `facts` are not the same."""
+        def task() -> None:
+            self._raise_on_all(error, doing)
+            check_equal([json.loads(p) for p in self._exchange(json.dumps(facts).encode(), doing)])
+
+        self.engine.call(task)
+
+    def close(self) -> None:
+        """Finish what is under way, leave the others in peace. Called again, does nothing."""
+        if self._closed or self.engine.failure is not None:
+            return
+        self._closed = True
+        self.engine.close()
+        self.lanes.close()
+        self.transport.close()
+        if self.engine.side_channel is not None:
+            self.engine.side_channel.close()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

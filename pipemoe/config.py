@@ -1,0 +1,33 @@
+"""The user's configuration: how to plan, and how to compute and check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipemoe.errors import ConfigError
+from pipemoe.plan.schedule import PlanConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Config(PlanConfig):
+    """Everything of PlanConfig, and
+
+    combine_dtype: what partial sums travel as, "float32", "bfloat16" or "float16"; None takes the model's on a GPU, float32 on
+    the host. deterministic: bitwise equal MoE rows for equal rows in, whatever the mode, cohorts, waves and ranks (selects
+    combine="gather", with float64 sums on a fixed grid). experts: "auto", or the implementation by name. debug: verify every
+    plan, log every collective really issued and compare all ranks' logs with the plan after each step.
+    """
+
+    combine_dtype: str | None = None
+    deterministic: bool = False
+    experts: str = "auto"
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        if self.deterministic:
+            object.__setattr__(self, "combine", "gather")
+        PlanConfig.__post_init__(self)
+        if self.combine_dtype is not None and self.combine_dtype not in DTYPES:
+            raise ConfigError(f"combine_dtype is {self.combine_dtype!r}; it must be one of {', '.join(DTYPES)}, or None")

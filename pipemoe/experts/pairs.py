@@ -1,0 +1,132 @@
+"""The (token, k) pairs of a wave that meet a local expert, on the host: index, gather, activation, weighted combine.
+
+    ids [n, K]          positions [n, K]      sorted order (rows of x, h, y)
+      7  2                2  0                  0: token 0 (expert 2)  |
+     -1  2        ->     -1  1                  1: token 1 (expert 2)  | offsets[0] .. offsets[1]
+      9  7               -1  3                  2: token 0 (expert 7)  | offsets[5] .. offsets[6]
+                                                3: token 2 (expert 7)  |
+    (local experts 2..7)  -1: no local expert   within an expert: ascending token, then ascending k
+
+Numba functions that release the GIL, so that several worker threads run at once. Every loop runs along one row at a time:
+a row's bits cannot depend on its neighbours. All are compiled when this module is imported, for the layouts that are written
+out here, so that no call compiles. The vocabulary follows scattermoe (sorted order, expert offsets).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, void
+from numba.types import float32, float64, int16, int32, int64
+
+# Adding and subtracting 1.5 * 2^52 * 2^-32 rounds a float64 of magnitude under 2^19 to the nearest multiple of 2^-32.
+# Larger values land on coarser multiples, which are on the grid as well.
+GRID_ROUNDING = 1.5 * 2.0**20
+
+
+def compiled(*signatures):
+    """Compile for `signatures` now; from Numba's cache where it finds a folder that it may write."""
+
+    def decorate(function):
+        try:
+            return njit(list(signatures), nogil=True, cache=True, error_model="numpy")(function)
+        except RuntimeError:
+            return njit(list(signatures), nogil=True, error_model="numpy")(function)
+
+    return decorate
+
+
+@compiled(void(int32[:, :], int64, int64[::1], int32[:, ::1], int32[::1]))
+def index_pairs(ids, first_expert, offsets, positions, sorted_tokens):
+    """Stable counting sort of the local pairs by expert.
+
+    ids [n, K] int32 global expert ids -> offsets [E_loc + 1] int64, positions [>= n, K] int32 (-1: not local),
+    sorted_tokens [>= number of local pairs] int32.
+    """
+    num_local = offsets.shape[0] - 1
+    offsets[:] = 0
+    for token in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            expert = ids[token, k] - first_expert
+            if 0 <= expert < num_local:
+                offsets[expert + 1] += 1
+    for expert in range(num_local):
+        offsets[expert + 1] += offsets[expert]
+    # offsets[e] serves as the cursor of expert e, and ends as the start of e + 1: shift back afterwards.
+    for token in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            expert = ids[token, k] - first_expert
+            if 0 <= expert < num_local:
+                position = offsets[expert]
+                offsets[expert] = position + 1
+                positions[token, k] = position
+                sorted_tokens[position] = token
+            else:
+                positions[token, k] = -1
+    for expert in range(num_local, 0, -1):
+        offsets[expert] = offsets[expert - 1]
+    offsets[0] = 0
+
+
+@compiled(
+    void(float32[:, ::1], int32[::1], int64, int64, float32[:, ::1]),
+    void(int16[:, ::1], int32[::1], int64, int64, int16[:, ::1]),
+)
+def gather_rows(rows, sorted_tokens, start, stop, out):
+    """out[i] = rows[sorted_tokens[start + i], :H] for start + i < stop, zeros in the rest of out [tile, H].
+
+    rows [n, >= H]: whole wire rows in the format of their hidden values, which come first.
+    """
+    for i in range(out.shape[0]):
+        if start + i < stop:
+            token = sorted_tokens[start + i]
+            for h in range(out.shape[1]):
+                out[i, h] = rows[token, h]
+        else:
+            for h in range(out.shape[1]):
+                out[i, h] = 0
+
+
+@compiled(void(float32[:, ::1], float32[::1], float32[:, ::1]))
+def swiglu_rows(gate_up, bias, out):
+    """out[i, j] = silu(gate_up[i, j] + bias[j]) * (gate_up[i, I + j] + bias[I + j]); float32, bias [2I] or [0]."""
+    intermediate = out.shape[1]
+    one = np.float32(1.0)
+    for i in range(out.shape[0]):
+        for j in range(intermediate):
+            gate = gate_up[i, j]
+            up = gate_up[i, intermediate + j]
+            if bias.shape[0] > 0:
+                gate += bias[j]
+                up += bias[intermediate + j]
+            out[i, j] = gate / (one + math.exp(-gate)) * up
+
+
+@compiled(void(float32[:, ::1], int32[:, ::1], float32[:, :], int64, float32[:, ::1]))
+def combine_rows(y, positions, weights, start, out):
+    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]], float32, every row written."""
+    for i in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            out[i, h] = 0
+        for k in range(weights.shape[1]):
+            position = positions[start + i, k]
+            if position >= 0:
+                weight = weights[start + i, k]
+                for h in range(out.shape[1]):
+                    out[i, h] += weight * y[position, h]
+
+
+@compiled(void(float32[:, ::1], int32[:, ::1], float32[:, :], int64, float64[:, ::1]))
+def combine_rows_on_grid(y, positions, weights, start, out):
+    """As combine_rows into float64: each float32 product is rounded to a multiple of 2^-32, so that sums are exact."""
+    for i in range(out.shape[0]):
+        for h in range(out.shape[1]):
+            out[i, h] = 0
+        for k in range(weights.shape[1]):
+            position = positions[start + i, k]
+            if position >= 0:
+                weight = weights[start + i, k]
+                for h in range(out.shape[1]):
+                    contribution = np.float64(np.float32(weight * y[position, h]))
+                    out[i, h] += (contribution + GRID_ROUNDING) - GRID_ROUNDING

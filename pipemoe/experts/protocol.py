@@ -1,0 +1,113 @@
+"""The experts call: rows in, this rank's partial sums out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from pipemoe.errors import ConfigError, InputError
+from pipemoe.experts.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipemoe.wire import WireRows
+
+COMBINE_DTYPES = ("float32", "bfloat16", "float16")
+DETERMINISTIC_DTYPE = "float64"
+
+
+class Scratch(Protocol):
+    """Memory of one cohort slot; allocated once, used by one call at a time."""
+
+    max_rows: int
+    num_bytes: int
+
+
+class Experts(Protocol):
+    """All layers' local experts on one device."""
+
+    implementation: str
+    deterministic: bool
+
+    def new_scratch(self, max_rows: int) -> Scratch:
+        """Allocate what calls with up to `max_rows` rows need."""
+
+    def warm_up(self, scratch: Scratch) -> None:
+        """Compile, load and run everything once, so that no later call with this scratch compiles or loads a module."""
+
+    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Scratch) -> None:
+        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * down(silu(gate(x_i)) * up(x_i)).
+
+        rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
+        float16, or float64 (on the grid of 2^-32) when deterministic. Raises InputError for other shapes or dtypes.
+        """
+
+
+class ExpertsShape:
+    """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
+
+    def __init__(
+        self,
+        weights: Sequence[ExpertWeights],
+        *,
+        top_k: int,
+        hidden: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        deterministic: bool,
+    ):
+        import torch
+
+        if top_k < 1 or hidden < 1:
+            raise ConfigError(f"top_k is {top_k} and hidden is {hidden}; both must be at least 1")
+        for layer, layer_weights in enumerate(weights):
+            layer_weights.validate(layer)
+            if layer_weights.hidden != hidden:
+                raise InputError(f"layer {layer}: the weights are for hidden {layer_weights.hidden}; {hidden} is wanted")
+            if layer_weights.dtype != dtype:
+                raise InputError(f"layer {layer}: the weights are {layer_weights.dtype}; {dtype} is wanted, convert them")
+            if layer_weights.gate_up.device.type != device.type:
+                raise InputError(f"layer {layer}: the weights are on {layer_weights.gate_up.device}; move them to {device}")
+        self.weights = tuple(weights)
+        self.top_k = top_k
+        self.hidden = hidden
+        self.device = device
+        self.dtype = dtype
+        self.deterministic = deterministic
+        self.max_intermediate = max((w.intermediate for w in weights), default=0)
+        self.max_local_experts = max((w.num_local_experts for w in weights), default=0)
+        names = (DETERMINISTIC_DTYPE,) if deterministic else COMBINE_DTYPES
+        self.out_dtypes = tuple(getattr(torch, name) for name in names)
+
+    def max_pairs(self, max_rows: int) -> int:
+        """Most local pairs of `max_rows` rows. A row may name one expert several times, so that K alone bounds it."""
+        return max_rows * self.top_k if self.max_local_experts else 0
+
+    def check_max_rows(self, max_rows: int) -> None:
+        if max_rows < 0:
+            raise ConfigError(f"max_rows is {max_rows}; it must be 0 or more")
+
+    def check_call(self, layer: int, rows: WireRows, out: torch.Tensor, max_rows: int) -> None:
+        """Raise InputError unless the call fits the layer, the scratch and this object's dtypes."""
+        num_rows = len(rows)
+        if not 0 <= layer < len(self.weights):
+            raise InputError(f"layer {layer} does not exist: there are {len(self.weights)} MoE layers")
+        if num_rows > max_rows:
+            raise InputError(f"layer {layer}: {num_rows} rows do not fit a scratch made for {max_rows}; make it larger")
+        if rows.hidden.dtype != self.dtype or rows.hidden.shape != (num_rows, self.hidden):
+            raise InputError(
+                f"layer {layer}: rows.hidden is {rows.hidden.dtype} {tuple(rows.hidden.shape)}; "
+                f"{self.dtype} {(num_rows, self.hidden)} is wanted"
+            )
+        if rows.ids.shape != (num_rows, self.top_k):
+            raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")
+        if out.shape != (num_rows, self.hidden) or out.dtype not in self.out_dtypes or (num_rows and out.stride(1) != 1):
+            raise InputError(
+                f"layer {layer}: out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}; "
+                f"{(num_rows, self.hidden)} with adjacent columns is wanted, in one of {self.out_dtypes} "
+                f"(deterministic={self.deterministic})"
+            )
+        for tensor in (rows.buffer, out):
+            if tensor.device.type != self.device.type:
+                raise InputError(f"layer {layer}: a tensor is on {tensor.device}; the experts are on {self.device}")

@@ -1,0 +1,152 @@
+"""Experts on a GPU: grouped GEMMs between Numba CUDA kernels. Implementation name "torch".
+
+    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --swiglu--> a [pairs, I]
+         --grouped_mm--> y [pairs, H] --combine--> out [n, H]
+
+The host knows only n: how many pairs are local stays on the device. GEMMs therefore always get the scratch's full matrices,
+of which they compute the rows below offsets[-1]; so torch always picks the same kernel and asks its allocator for the same
+sizes. grouped_mm serves bfloat16 on Hopper and Blackwell; elsewhere torch would fall back to a loop that synchronises with
+the host, and the SIMT kernel takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import grouped_mm
+
+from pipemoe.errors import ConfigError
+from pipemoe.experts.protocol import ExpertsShape
+from pipemoe.experts.weights import ExpertWeights
+from pipemoe.wire import WireFormat
+from pipemoe_kernels.combine import combine_rows
+from pipemoe_kernels.gather import gather_rows, padded_columns
+from pipemoe_kernels.grouped_simt import grouped_gemm
+from pipemoe_kernels.index import MAX_LOCAL_EXPERTS, index_kernels, index_pairs, num_tiles
+from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.swiglu import swiglu_rows
+
+if TYPE_CHECKING:
+    from pipemoe.wire import WireRows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUPED_MM_MAJORS = (9, 10)  # compute capabilities (major) whose grouped_mm needs no host synchronisation
+GROUPED_MM_ALIGNMENT = 8  # columns: it wants rows on 16-byte boundaries
+# torch (2.11, 2.13) takes a smaller tile when there are at most 128 rows per expert. The deterministic mode keeps above that.
+ROWS_PER_EXPERT_FOR_LARGE_TILES = 129
+
+
+class TorchScratch:
+    """Memory of one slot for up to `max_rows` rows. num_bytes includes the most that grouped_mm allocates by itself."""
+
+    def __init__(self, experts: TorchExperts, max_rows: int):
+        max_pairs = experts.max_pairs(max_rows)
+        if experts.deterministic and max_pairs:
+            max_pairs = max(max_pairs, ROWS_PER_EXPERT_FOR_LARGE_TILES * experts.max_local_experts)
+        hidden, intermediate = experts.hidden, experts.max_intermediate
+        num_local = experts.max_local_experts
+
+        def empty(*shape: int, dtype: torch.dtype = experts.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=experts.device)
+
+        self.max_rows = max_rows
+        self.max_pairs = max_pairs
+        self.positions = empty(max_rows, experts.top_k, dtype=torch.int32)
+        self.offsets = empty(num_local, dtype=torch.int32)
+        self.tile_counts = empty(num_tiles(max_rows * experts.top_k, index_kernels()) * num_local, dtype=torch.int32)
+        # Rows that grouped_mm computes nothing for are never read into results; zeros only keep sanitizers quiet.
+        self.x = empty(max_pairs, padded_columns(hidden, experts.dtype)).zero_()
+        self.a = empty(max_pairs * intermediate).zero_()
+        # grouped_mm returns a new h, freed before it returns a new y. The SIMT path writes h here, and y over x.
+        self.h = empty(0 if experts.uses_grouped_mm else max_pairs * 2 * intermediate)
+        own = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
+        transient = max_pairs * (2 * intermediate + hidden) if experts.uses_grouped_mm else 0
+        self.num_bytes = sum(tensor.nbytes for tensor in own) + transient * experts.dtype.itemsize
+
+
+class TorchExperts(ExpertsShape):
+    """The experts call on CUDA tensors: only enqueues on torch's current stream.
+
+    deterministic: products and sums of one row are independent of other rows in every kernel here and, as measured, in
+    grouped_mm as long as its tile is the same; the result is then summed on the grid (see pipemoe_kernels.combine).
+    """
+
+    implementation = "torch"
+
+    def __init__(
+        self,
+        weights: Sequence[ExpertWeights],
+        *,
+        top_k: int,
+        hidden: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        deterministic: bool = False,
+    ):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype}; torch experts take one of {DTYPES}")
+        super().__init__(
+            weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
+        )
+        if self.max_local_experts > MAX_LOCAL_EXPERTS:
+            raise ConfigError(
+                f"a rank would hold {self.max_local_experts} experts; the index kernels take at most {MAX_LOCAL_EXPERTS}: "
+                "use more ranks"
+            )
+        aligned = hidden % GROUPED_MM_ALIGNMENT == 0 and all(
+            w.intermediate % GROUPED_MM_ALIGNMENT == 0 for w in self.weights
+        )
+        major, _ = torch.cuda.get_device_capability(device)
+        self.uses_grouped_mm = dtype == torch.bfloat16 and aligned and major in GROUPED_MM_MAJORS
+        # grouped_mm wants [E_loc, in, out] with "in" adjacent: views made once.
+        self._transposed = [(w.gate_up.detach().mT, w.down.detach().mT) for w in self.weights]
+
+    def new_scratch(self, max_rows: int) -> TorchScratch:
+        self.check_max_rows(max_rows)
+        return TorchScratch(self, max_rows)
+
+    def warm_up(self, scratch: TorchScratch) -> None:
+        """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
+        num_rows = min(2, scratch.max_rows)
+        wire = WireFormat(self.hidden, self.top_k, self.dtype)
+        rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
+        kinds = {(w.num_local_experts, w.intermediate, w.gate_up_bias is None, w.down_bias is None): layer
+                 for layer, w in enumerate(self.weights)}
+        for layer in kinds.values():
+            rows.ids.fill_(self.weights[layer].first_expert)
+            for dtype in self.out_dtypes:
+                self(layer, rows, torch.empty((num_rows, self.hidden), dtype=dtype, device=self.device), scratch)
+        torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: TorchScratch) -> None:
+        self.check_call(layer, rows, out, scratch.max_rows)
+        weights = self.weights[layer]
+        num_rows, num_local = len(rows), weights.num_local_experts
+        if num_rows == 0:
+            return
+        if num_local == 0:
+            out.zero_()
+            return
+        stream = Stream.current(out.device)
+        offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
+        index_pairs(stream, rows.ids, weights.first_expert, num_local, scratch.tile_counts, offsets, positions)
+        gather_rows(stream, rows.hidden, positions, scratch.x)
+        a = scratch.a[: scratch.max_pairs * weights.intermediate].view(scratch.max_pairs, weights.intermediate)
+        if self.uses_grouped_mm:
+            gate_up, down = self._transposed[layer]
+            h = grouped_mm(scratch.x, gate_up, offs=offsets)
+            swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
+            del h
+            y = grouped_mm(a, down, offs=offsets)
+        else:
+            h = scratch.h[: 2 * a.numel()].view(scratch.max_pairs, 2 * weights.intermediate)
+            y = scratch.x.view(-1)[: scratch.max_pairs * self.hidden].view(scratch.max_pairs, self.hidden)
+            grouped_gemm(stream, scratch.x[:, : self.hidden], weights.gate_up, offsets, h)
+            swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
+            grouped_gemm(stream, a, weights.down, offsets, y)
+        combine_rows(
+            stream, y, positions, rows.ids, weights.first_expert, rows.weights, weights.down_bias, out
+        )

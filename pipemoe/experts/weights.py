@@ -1,0 +1,107 @@
+"""Expert weights of one MoE layer that one rank holds.
+
+    rank:      0            1            2
+    experts: | 0 1 2 | 3 4 5 | 6 7 8 9 |        E = 10, R = 3: uneven counts are fine, zero too
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipemoe.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
+    """Global ids of the experts that `rank` of `num_ranks` holds: contiguous, counts differ by at most one."""
+    if num_experts < 0:
+        raise ConfigError(f"rank {rank}: num_experts is {num_experts}; it must be 0 or more")
+    if not 0 <= rank < num_ranks:
+        raise ConfigError(f"rank {rank}: a rank must be in [0, {num_ranks}), the number of ranks")
+    return range(num_experts * rank // num_ranks, num_experts * (rank + 1) // num_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """SwiGLU weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
+
+    Raises InputError from `validate` alone, so that a loader may build it from views in any order.
+    """
+
+    gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection
+    down: torch.Tensor  # [E_loc, H, I]
+    gate_up_bias: torch.Tensor | None = None  # [E_loc, 2I]
+    down_bias: torch.Tensor | None = None  # [E_loc, H]
+    first_expert: int = 0
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.gate_up.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.gate_up.shape[2]
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.shape[2]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.gate_up.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for _, t in self.tensors())
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """The tensors that are present, with their names."""
+        named = [(name, getattr(self, name)) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
+        return [(name, tensor) for name, tensor in named if tensor is not None]
+
+    def validate(self, layer: int) -> None:
+        """Raise InputError, naming the layer and the tensor, unless shapes, dtypes and devices agree."""
+        if self.gate_up.dim() != 3 or self.down.dim() != 3:
+            raise InputError(
+                f"layer {layer}: gate_up and down have {self.gate_up.dim()} and {self.down.dim()} dimensions; "
+                "3 each are wanted: [E_loc, 2I, H] and [E_loc, H, I]"
+            )
+        experts, hidden, intermediate = self.num_local_experts, self.hidden, self.intermediate
+        wanted = {
+            "gate_up": (experts, 2 * intermediate, hidden),
+            "down": (experts, hidden, intermediate),
+            "gate_up_bias": (experts, 2 * intermediate),
+            "down_bias": (experts, hidden),
+        }
+        for name, tensor in self.tensors():
+            if tuple(tensor.shape) != wanted[name]:
+                raise InputError(f"layer {layer}: {name} has shape {tuple(tensor.shape)}; {wanted[name]} is wanted")
+            if tensor.dtype != self.dtype:
+                raise InputError(f"layer {layer}: {name} is {tensor.dtype}; gate_up is {self.dtype}, make them equal")
+            if tensor.device != self.gate_up.device:
+                raise InputError(f"layer {layer}: {name} is on {tensor.device}; gate_up is on {self.gate_up.device}")
+            if not tensor.is_contiguous():
+                raise InputError(f"layer {layer}: {name} is not contiguous; call .contiguous() on it")
+
+
+def check_finite(weights: Sequence[ExpertWeights]) -> None:
+    """Raise InputError at the first NaN or infinite weight, naming layer, tensor and global expert id.
+
+    Reads every weight once (a load-time check, it synchronises a GPU); one expert at a time, so that the extra memory is
+    that of one expert.
+    """
+    import torch
+
+    for layer, layer_weights in enumerate(weights):
+        for name, tensor in layer_weights.tensors():
+            for local in range(layer_weights.num_local_experts):
+                if not bool(torch.isfinite(tensor[local]).all()):
+                    expert = layer_weights.first_expert + local
+                    raise InputError(
+                        f"layer {layer}, expert {expert}: {name} holds NaN or infinite values; "
+                        "every weight must be finite, check the checkpoint"
+                    )

@@ -1,0 +1,213 @@
+"""A whole model on the ranks of a world: load it, prefill sequences, get first tokens and their times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.config import Config
+from pipemoe.errors import InputError, PipemoeError
+from pipemoe.experts import make_experts
+from pipemoe.plan.schedule import Op, Plan
+from pipemoe.runtime.run import Only
+from pipemoe.runtime.runtime import Runtime
+from pipemoe.trace import Timeline
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipemoe.comm.world import World
+    from pipemoe.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What a step gave this rank, per sequence in the order handed in."""
+
+    first_tokens: list[int]
+    ttft_seconds: list[float]  # from the call of prefill to the sequence's first token
+    logits: torch.Tensor | None  # [sequences, V] float32, if asked for
+
+
+def load_model(path_or_config: Any, world: World, *, config: Config = Config(), dtype: torch.dtype | None = None, seed: int = 0) -> Model:
+    """Load a Mixture-of-Experts decoder: attention everywhere, of the routed experts only this rank's; every rank calls.
+
+    path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers config for
+    random weights drawn from `seed`. dtype: of weights and activations (default: bfloat16 on a GPU, float32 on the host).
+    Raises CheckpointError on every rank if any of them cannot load, MismatchError if their checkpoints differ.
+    """
+    import torch
+
+    from pipemoe.models.loading import load_decoder
+
+    dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
+    error, decoder, weights = None, None, None
+    try:
+        decoder, weights = load_decoder(path_or_config, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype, seed=seed)
+    except PipemoeError as e:
+        error = e
+    world.agree(error, {"model": decoder.fingerprint if decoder else ""}, "loading the model")
+    return Model(world, decoder, weights, config)
+
+
+class Model:
+    """A decoder and this rank's experts under one configuration."""
+
+    def __init__(self, world: World, decoder: Decoder, weights: list, config: Config) -> None:
+        self.world, self.decoder, self.config = world, decoder, config
+        self._weights = weights
+        error, experts = None, None
+        try:
+            experts = make_experts(
+                weights,
+                top_k=decoder.shape.top_k,
+                hidden=decoder.shape.hidden,
+                device=world.device,
+                dtype=decoder.dtype,
+                implementation=config.experts,
+                deterministic=config.deterministic,
+            )
+        except PipemoeError as e:
+            error = e
+        self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, {"model": decoder.fingerprint}, error)
+
+    def with_config(self, config: Config) -> Model:
+        """The same weights under another configuration, with a workspace of its own; every rank calls."""
+        return Model(self.world, self.decoder, self._weights, config)
+
+    def prefill(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        keep_logits: bool = False,
+        only: Only = Only(),
+        timeline: Timeline | None = None,
+        on_done: Callable[[Op], None] = lambda op: None,
+    ) -> Prefilled:
+        """First tokens (greedy) of this rank's sequences; every rank calls, with any number of sequences, also none.
+
+        sequences: token ids, each sequence with at least one. Returns as soon as this rank's own sequences are done, whatever
+        the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements.
+        Raises InputError for bad token ids on any rank, ModelError if the model code of some rank raised, on every rank.
+        """
+        begin = time.perf_counter()
+        error = None
+        try:
+            tokens = self._check(sequences)
+        except InputError as e:
+            error, tokens = e, []
+        source = _ModelSource(self.decoder, self.world.rank, tokens, self.runtime.results_dtype, keep_logits)
+        self.runtime.submit_step([len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done).result()
+        return source.prefilled(begin)
+
+    def _check(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        import torch
+
+        vocabulary = self.decoder.vocab_size
+        tensors = []
+        for i, sequence in enumerate(sequences):
+            tokens = torch.as_tensor(sequence)
+            where = f"rank {self.world.rank}: sequence {i}"
+            if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point():
+                raise InputError(f"{where} has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; it must be a list of at least one token id")
+            low, high = (int(v) for v in torch.aminmax(tokens))
+            if low < 0 or high >= vocabulary:
+                raise InputError(f"{where} holds token id {low if low < 0 else high}; ids go from 0 to {vocabulary - 1}")
+            tensors.append(tokens.long().cpu())
+        return tensors
+
+
+class _ModelSource:
+    """Rows from the decoder; results back into it."""
+
+    def __init__(self, decoder: Decoder, rank: int, tokens: list[torch.Tensor], results_dtype: torch.dtype, keep_logits: bool) -> None:
+        self._decoder, self._rank, self._tokens, self._results_dtype = decoder, rank, tokens, results_dtype
+        self._keep_logits = keep_logits
+        self._states: dict[int, Any] = {}
+        self._rows: dict[int, tuple] = {}
+        self._sums: dict[int, torch.Tensor] = {}  # per cohort [T_c, H]
+        self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
+        self._ended: dict[int, list[int]] = {}  # per cohort: sequences whose last token it holds
+        self._first: dict[int, tuple] = {}  # per cohort: first tokens (host), logits
+        self._seconds: dict[int, float] = {}
+
+    def begin(self, plan: Plan, rank: int) -> None:
+        self._bounds = plan.facts.boundaries[rank]
+        self._step_cache = self._decoder.new_step()
+        for c, cohort in enumerate(plan.cohorts):
+            row, ranges = 0, []
+            for m in sorted(m for m in cohort.microbatches if m.rank == rank):
+                ranges.append((m.start, m.stop, row))
+                row += m.stop - m.start
+            self._ranges[c] = ranges
+
+    def ready(self, cohort: int, layer: int) -> bool:
+        return True
+
+    def attend(self, cohort: int, layer: int) -> None:
+        if layer == 0:
+            self._start(cohort)
+        self._rows[cohort] = self._decoder.attend(self._states[cohort], layer, self._sums[cohort] if layer else None)
+
+    def _start(self, cohort: int) -> None:
+        import torch
+
+        from pipemoe.models.decoder import Piece
+
+        pieces: list[Piece] = []
+        for start, stop, _ in self._ranges[cohort]:
+            for i, (begin, end) in enumerate(zip(self._bounds, self._bounds[1:])):
+                a, b = max(start, begin) - begin, min(stop, end) - begin
+                if a >= b:
+                    continue
+                if pieces and pieces[-1].sequence == i and pieces[-1].stop == a:
+                    a = pieces.pop().start  # two chunks side by side in one cohort
+                pieces.append(Piece(i, a, b, end - begin))
+        ids = torch.cat([self._tokens[p.sequence][p.start : p.stop] for p in pieces])
+        self._ended[cohort] = [p.sequence for p in pieces if p.stop == p.length]
+        self._states[cohort] = self._decoder.start(self._step_cache, ids, pieces)
+        self._sums[cohort] = torch.zeros((len(ids), self._decoder.shape.hidden), dtype=self._results_dtype, device=self._decoder.device)
+
+    def _row(self, cohort: int, token: int) -> int:
+        return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)
+
+    def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        row = self._row(cohort, start)
+        x, ids, weights = self._rows[cohort]
+        return x[row : row + stop - start], ids[row : row + stop - start], weights[row : row + stop - start]
+
+    def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
+        row = self._row(cohort, start)
+        return self._sums[cohort][row : row + stop - start]
+
+    def combined(self, cohort: int, layer: int, event: Any) -> None:
+        pass
+
+    def finish(self, cohort: int) -> None:
+        import torch
+
+        logits = self._decoder.finish(self._states[cohort], self._sums[cohort])
+        first = logits.argmax(-1)
+        if first.is_cuda:
+            host = torch.empty(first.shape, dtype=first.dtype, pin_memory=True)
+            first = host.copy_(first, non_blocking=True)
+        self._first[cohort] = (first, logits if self._keep_logits else None)
+
+    def finished(self, cohort: int, seconds: float) -> None:
+        self._seconds[cohort] = seconds
+
+    def prefilled(self, begin: float) -> Prefilled:
+        """What the step gave, once it is over."""
+        import torch
+
+        count = len(self._tokens)
+        first, seconds, logits = [0] * count, [0.0] * count, [None] * count
+        for cohort, (tokens, scores) in self._first.items():
+            for i, sequence in enumerate(self._ended[cohort]):
+                first[sequence] = int(tokens[i])
+                seconds[sequence] = self._seconds[cohort] - begin
+                logits[sequence] = scores[i] if scores is not None else None
+        kept = torch.stack(logits) if self._keep_logits and count else None
+        return Prefilled(first, seconds, kept)

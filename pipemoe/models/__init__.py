@@ -1,0 +1,1 @@
+"""Adapters: Hugging Face decoder models as attend(layer, microbatch) / finish, and their checkpoints."""

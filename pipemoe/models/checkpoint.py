@@ -1,0 +1,208 @@
+"""Hugging Face checkpoints, safetensors only: a checkpoint that needs pickle is refused, never opened.
+
+    checkpoint/
+      config.json
+      model.safetensors                  or  model.safetensors.index.json + model-00001-of-000NN.safetensors ...
+
+Headers of all shards are read first, so that a missing tensor or a truncated shard is found before any weight moves. Weights
+are then read tensor by tensor (experts: only this rank's) out of memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from pipemoe.errors import CheckpointError
+from pipemoe.experts.weights import ExpertWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from pipemoe.models.families import Family
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+READABLE = ("F64", "F32", "F16", "BF16")
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # of every shard, for the digest
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies and what its header says."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """One checkpoint directory, open for reading; a context manager.
+
+    where: the beginning of every error message, "rank {r}: ".
+    Raises CheckpointError for a missing, truncated or damaged shard, and for pickle-only directories.
+    """
+
+    def __init__(self, directory: Path, where: str = "") -> None:
+        self.directory = directory
+        self.where = where
+        self.tensors: dict[str, StoredTensor] = {}
+        self.bytes_read = 0  # of tensor data, for tests and progress
+        self._open: dict[Path, object] = {}
+        self._hash = hashlib.sha256()
+        shards = self._shards()
+        self.num_shards = len(shards)
+        for shard in shards:
+            self._read_header(shard)
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._open.values():
+            handle.__exit__(None, None, None)
+        self._open.clear()
+
+    def digest(self) -> str:
+        """Hash of all headers and of samples of every shard's data: fine-tunes of one model differ too."""
+        return self._hash.hexdigest()
+
+    def locate(self, names: Sequence[str], shape: tuple[int, ...]) -> str:
+        """The first of `names` that is stored; CheckpointError when none is, or its shape or dtype are wrong."""
+        name = next((name for name in names if name in self.tensors), None)
+        if name is None:
+            raise self._error(
+                self.directory,
+                f"tensor {' or '.join(names)} is missing from all of its {self.num_shards} shards; "
+                "fetch the checkpoint again, or check that config.json belongs to it",
+            )
+        stored = self.tensors[name]
+        if stored.shape != shape:
+            raise self._error(
+                stored.file,
+                f"tensor {name} has shape {stored.shape}; the config wants {shape}. Check that config.json belongs to it",
+            )
+        if stored.dtype not in READABLE:
+            raise self._error(
+                stored.file,
+                f"tensor {name} is stored as {stored.dtype}; {', '.join(READABLE)} can be read. Is the checkpoint quantised? "
+                "Convert it to bfloat16 first",
+            )
+        return name
+
+    def read(self, names: Sequence[str], shape: tuple[int, ...], rows: range | None = None) -> torch.Tensor:
+        """Read the first of `names` that is stored, on the host in its stored dtype; with `rows`, those of its first axis.
+
+        shape: the whole tensor's. Raises what `locate` raises.
+        """
+        name = self.locate(names, shape)
+        file = self.tensors[name].file
+        try:
+            view = self._handle(file).get_slice(name)
+            tensor = view[:] if rows is None else view[rows.start : rows.stop]
+        except Exception as error:  # safetensors raises its own and OSError
+            raise self._error(file, f"tensor {name} cannot be read: {error}; fetch the file again") from error
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def check_experts(self, family: Family, config: PreTrainedConfig, experts: range) -> None:
+        """Raise what read_experts would raise for a missing or wrong tensor, before anything is read."""
+        hidden, width, total = config.hidden_size, family.intermediate(config), family.num_experts(config)
+        for layer in family.moe_layers(config):
+            fused_gate_up, fused_down = family.fused_names(layer)
+            if fused_gate_up in self.tensors:
+                self.locate([fused_gate_up], (total, 2 * width, hidden))
+                self.locate([fused_down], (total, hidden, width))
+                continue
+            for expert in experts:
+                gate_name, up_name, down_name = family.expert_names(layer, expert)
+                self.locate([gate_name], (width, hidden))
+                self.locate([up_name], (width, hidden))
+                self.locate([down_name], (hidden, width))
+
+    def read_experts(
+        self, family: Family, config: PreTrainedConfig, experts: range, *, device: torch.device, dtype: torch.dtype
+    ) -> list[ExpertWeights]:
+        """Weights of the global expert ids `experts`, one ExpertWeights per MoE layer; other experts stay unread."""
+        hidden, width, total = config.hidden_size, family.intermediate(config), family.num_experts(config)
+        result = []
+        for layer in family.moe_layers(config):
+            gate_up = torch.empty(len(experts), 2 * width, hidden, dtype=dtype, device=device)
+            down = torch.empty(len(experts), hidden, width, dtype=dtype, device=device)
+            fused_gate_up, fused_down = family.fused_names(layer)
+            if fused_gate_up in self.tensors:
+                if experts:
+                    gate_up.copy_(self.read([fused_gate_up], (total, 2 * width, hidden), experts))
+                    down.copy_(self.read([fused_down], (total, hidden, width), experts))
+            else:
+                for local, expert in enumerate(experts):
+                    gate_name, up_name, down_name = family.expert_names(layer, expert)
+                    gate_up[local, :width].copy_(self.read([gate_name], (width, hidden)))
+                    gate_up[local, width:].copy_(self.read([up_name], (width, hidden)))
+                    down[local].copy_(self.read([down_name], (hidden, width)))
+            result.append(ExpertWeights(gate_up, down, first_expert=experts.start))
+        return result
+
+    def _handle(self, file: Path):
+        if file not in self._open:
+            from safetensors import safe_open
+
+            self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
+        return self._open[file]
+
+    def _shards(self) -> list[Path]:
+        if not self.directory.is_dir():
+            raise self._error(self.directory, "is not a directory; give a checkpoint directory, or a config for random weights")
+        index = self.directory / INDEX
+        if index.exists():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self._error(index, f"is not a shard index ({error!r}); fetch it again") from error
+            shards = [self.directory / name for name in names]
+        else:
+            shards = [self.directory / SINGLE]
+            if not shards[0].exists():
+                raise self._error(self.directory, self._why_nothing())
+        for shard in shards:
+            if not shard.is_file():
+                raise self._error(shard, f"shard is missing, but {index.name} lists it; fetch it again")
+        return shards
+
+    def _why_nothing(self) -> str:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(pattern))
+        if pickles:
+            return (
+                f"holds no safetensors, only {pickles[0]}{' and others' if len(pickles) > 1 else ''}, which is pickle: loading it "
+                "can run code, so pipemoe never does. Convert it with save_pretrained of transformers"
+            )
+        return f"holds neither {SINGLE} nor {INDEX}; fetch the checkpoint's safetensors files"
+
+    def _read_header(self, shard: Path) -> None:
+        """Index one shard; the layout is 8 bytes little-endian header size, JSON header, data."""
+        size = shard.stat().st_size
+        with shard.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            if size < 8 or 8 + header_size > size:
+                raise self._error(shard, f"shard is truncated: {size} bytes do not hold its header; fetch it again")
+            raw = file.read(header_size)
+            try:
+                header = json.loads(raw)
+                header.pop("__metadata__", None)
+                stored = {n: StoredTensor(shard, t["dtype"], tuple(t["shape"])) for n, t in header.items()}
+                end = 8 + header_size + max((t["data_offsets"][1] for t in header.values()), default=0)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self._error(shard, f"shard has a damaged header ({error!r}); fetch it again") from error
+            if size < end:
+                raise self._error(shard, f"shard is truncated: {size} bytes of {end}; fetch it again")
+            self._hash.update(json.dumps([shard.name, end]).encode() + raw)
+            for sample in range(_SAMPLES):
+                file.seek(8 + header_size + (end - 8 - header_size) * sample // _SAMPLES)
+                self._hash.update(file.read(_SAMPLE_BYTES))
+        self.tensors.update(stored)
+
+    def _error(self, file: Path, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.where}{file}: {what}")

@@ -1,0 +1,81 @@
+"""What each rank issues for a plan, collective by collective: the ground on which plan and real logs are compared."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pipemoe.errors import PlanError
+from pipemoe.plan.schedule import OpKind, Plan
+
+POINT_TO_POINT = ("send", "recv")
+
+
+class Issue(NamedTuple):
+    """One call of one rank on a communicator. `peer` is the root, or the other side of a send or recv; -1 for all ranks."""
+
+    communicator: str  # "dispatch" or "combine", with `slot`
+    slot: int
+    buffer: int
+    primitive: str  # broadcast, all_gather, reduce, reduce_scatter, send, recv
+    peer: int
+    num_bytes: int
+
+
+def project(plan: Plan, rank: int, row_bytes: int, partial_row_bytes: int) -> list[Issue]:
+    """The calls of `rank`, in the plan's order. A dispatch row has `row_bytes`, a combine row `partial_row_bytes`."""
+    issues: list[Issue] = []
+    for op in plan.ops:
+        if op.kind not in (OpKind.DISPATCH, OpKind.COMBINE):
+            continue
+        cohort = plan.cohorts[op.cohort]
+        wave = cohort.waves[op.wave]
+        communicator = op.kind.name.lower()
+        size = row_bytes if op.kind is OpKind.DISPATCH else partial_row_bytes
+
+        def add(primitive: str, peer: int, rows: int) -> None:
+            issues.append(Issue(communicator, cohort.slot, plan.buffer(op.cohort, op.layer, op.wave), primitive, peer, rows * size))
+
+        if op.kind is OpKind.DISPATCH:
+            if plan.config.exchange == "padded":
+                add("all_gather", -1, wave.num_rows)
+            else:
+                for segment in wave.segments:
+                    add("broadcast", segment.rank, segment.num_rows)
+        elif plan.config.combine == "reduce":
+            if plan.config.exchange == "padded":
+                add("reduce_scatter", -1, wave.num_rows)
+            else:
+                for segment in wave.segments:
+                    add("reduce", segment.rank, segment.num_rows)
+        else:
+            for segment in wave.segments:
+                if segment.rank == rank:
+                    for peer in range(plan.facts.num_ranks):
+                        if peer != rank:
+                            add("recv", peer, segment.num_rows)
+                else:
+                    add("send", segment.rank, segment.num_rows)
+    return issues
+
+
+def match(issues_of: list[list[Issue]]) -> None:
+    """Check that the ranks' issues fit together on every communicator: the same collectives in the same order with the same
+    root and bytes, and every send met by a receive. Raises PlanError naming communicator, position and both sides."""
+    for key in sorted({(i.communicator, i.slot) for issues in issues_of for i in issues}):
+        on = [[i for i in issues if (i.communicator, i.slot) == key] for issues in issues_of]
+        name = f"communicator {key[0]} of slot {key[1]}"
+        collectives = [[i for i in issues if i.primitive not in POINT_TO_POINT] for issues in on]
+        for rank, mine in enumerate(collectives):
+            if mine != collectives[0]:
+                at = next((n for n, (a, b) in enumerate(zip(mine, collectives[0])) if a != b), min(len(mine), len(collectives[0])))
+                raise PlanError(f"{name}: collective {at} is {_at(mine, at)} on rank {rank}, {_at(collectives[0], at)} on rank 0")
+        for a in range(len(on)):
+            for b in range(len(on)):
+                sent = [i.num_bytes for i in on[a] if i.primitive == "send" and i.peer == b]
+                received = [i.num_bytes for i in on[b] if i.primitive == "recv" and i.peer == a]
+                if sent != received:
+                    raise PlanError(f"{name}: rank {a} sends {sent[:8]} bytes to rank {b}, which receives {received[:8]}")
+
+
+def _at(issues: list[Issue], at: int) -> str:
+    return str(issues[at]) if at < len(issues) else "missing"

@@ -1,0 +1,243 @@
+"""The schedule types: what a plan is made of. Data, not code; no torch, no MPI.
+
+    Plan
+      facts     tokens and sequence lengths of every rank, as exchanged
+      cohorts   microbatches that travel together; each cut into waves, each wave into segments
+      order     every operation of every rank, in one total order: int32 [num_ops, 4] = kind, cohort, layer, wave
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from pipemoe.errors import ConfigError, InputError
+
+MODES = ("padded", "chunked", "broadcast", "two_batch", "per_rank", "pipelined")
+UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many tokens there are
+COMBINES = ("reduce", "gather")
+
+
+class OpKind(IntEnum):
+    """attend: router and attention of a cohort's microbatches. finish: its last layer's result, first tokens."""
+
+    ATTEND = 0
+    DISPATCH = 1
+    EXPERTS = 2
+    COMBINE = 3
+    FINISH = 4
+
+
+class Op(NamedTuple):
+    kind: OpKind
+    cohort: int
+    layer: int
+    wave: int
+
+    def __str__(self) -> str:
+        return f"{self.kind.name.lower()}(cohort {self.cohort}, layer {self.layer}, wave {self.wave})"
+
+
+class Microbatch(NamedTuple):
+    """One chunk of one rank: its tokens [start, stop)."""
+
+    rank: int
+    start: int
+    stop: int
+
+
+class Segment(NamedTuple):
+    """A microbatch's part in one wave: tokens [start, stop) of `rank`, at rows [row, row + stop - start) of the wave."""
+
+    rank: int
+    start: int
+    stop: int
+    row: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+
+class Wave(NamedTuple):
+    """At most `moe_max_num_tokens` rows that are exchanged and computed at once (padding rows included)."""
+
+    segments: tuple[Segment, ...]
+    num_rows: int
+
+    def ranks(self) -> set[int]:
+        return {segment.rank for segment in self.segments}
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """Microbatches that travel through all layers together, on the communicators and buffers of one slot."""
+
+    slot: int
+    microbatches: tuple[Microbatch, ...]
+    waves: tuple[Wave, ...]
+
+    def tokens_of(self, rank: int) -> int:
+        return sum(m.stop - m.start for m in self.microbatches if m.rank == rank)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What every rank brings to a step, equal on all ranks after the exchange: `lengths[r]` are the sequence lengths."""
+
+    lengths: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise InputError("facts of no rank: lengths must hold one tuple per rank")
+        for rank, lengths in enumerate(self.lengths):
+            if any(n <= 0 for n in lengths):
+                raise InputError(f"rank {rank}: sequence lengths {lengths} must all be positive")
+
+    @cached_property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(sum(lengths) for lengths in self.lengths)
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def boundaries(self) -> tuple[tuple[int, ...], ...]:
+        """Per rank: the token at which each sequence starts, and the end."""
+        return tuple((0, *accumulate(lengths)) for lengths in self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """The dimensions a plan depends on; `num_layers` counts the MoE layers."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    top_k: int
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"ModelShape.{name} is {getattr(self, name)}; it must be positive")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"ModelShape.top_k is {self.top_k}, more than num_experts {self.num_experts}")
+
+
+@dataclass(frozen=True, slots=True)
+class PlanConfig:
+    """How to plan; equal on every rank (the exchange compares it).
+
+    moe_max_num_tokens: rows that enter the fused MoE at once. max_tokens_per_rank: tokens a rank may bring to one step;
+    it sizes the workspace of the uncapped baselines. num_slots: cohorts that may be under way at once.
+    combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank order. pipelined_ratio: ranks
+    whose token counts differ by no more than this factor share a cohort.
+    """
+
+    mode: str = "pipelined"
+    moe_max_num_tokens: int = 8192
+    max_tokens_per_rank: int = 16384
+    num_slots: int = 4
+    combine: str = "reduce"
+    pipelined_ratio: int = 4
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
+        if self.combine not in COMBINES:
+            raise ConfigError(f"combine is {self.combine!r}; it must be one of {', '.join(COMBINES)}")
+        for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+
+    @property
+    def exchange(self) -> str:
+        return "padded" if self.mode == "padded" else "broadcast"
+
+    @property
+    def num_buffers(self) -> int:
+        """Receive and partial-sum buffers per slot: waves alternate between two, an uncapped mode has one wave."""
+        return 1 if self.mode in UNCAPPED_MODES else 2
+
+    @property
+    def max_slots(self) -> int:
+        """Slots that a plan of this mode can use."""
+        return 1 if self.mode in (*UNCAPPED_MODES, "chunked") else min(2, self.num_slots) if self.mode == "two_batch" else self.num_slots
+
+    def max_wave_rows(self, num_ranks: int) -> int:
+        """Rows that a wave's buffers must hold; depends on the configuration alone."""
+        if self.mode in UNCAPPED_MODES:
+            return num_ranks * self.max_tokens_per_rank
+        return min(self.moe_max_num_tokens, num_ranks * self.max_tokens_per_rank)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All operations of one forward pass, for all ranks, in one total order."""
+
+    facts: Facts
+    shape: ModelShape
+    config: PlanConfig
+    cohorts: tuple[Cohort, ...]
+    order: np.ndarray  # int32 [num_ops, 4]: kind, cohort, layer, wave
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @cached_property
+    def ops(self) -> tuple[Op, ...]:
+        """The total order, as operations."""
+        kinds = tuple(OpKind)
+        return tuple(Op(kinds[kind], cohort, layer, wave) for kind, cohort, layer, wave in self.order.tolist())
+
+    def buffer(self, cohort: int, layer: int, wave: int) -> int:
+        """Which of the slot's double buffers a wave uses."""
+        return (layer * len(self.cohorts[cohort].waves) + wave) % self.config.num_buffers
+
+    @cached_property
+    def causal_predecessors(self) -> tuple[tuple[int, ...], ...]:
+        """Per cohort: the cohorts whose keys and values its attention reads (earlier chunks of its sequences)."""
+        return tuple(tuple(sorted(p)) for p in causal_links(self.facts, [c.microbatches for c in self.cohorts]))
+
+    @cached_property
+    def digest(self) -> bytes:
+        """16 bytes that are equal on two ranks exactly when their plans are."""
+        h = hashlib.blake2b(digest_size=16)
+        h.update(repr((self.facts.lengths, self.shape, self.config)).encode())
+        for cohort in self.cohorts:
+            flat = [cohort.slot, *(v for m in cohort.microbatches for v in m)]
+            flat += [v for w in cohort.waves for v in (w.num_rows, *(x for s in w.segments for x in s))]
+            h.update(struct.pack(f"<{len(flat)}q", *flat))
+        h.update(np.ascontiguousarray(self.order, dtype="<i4").tobytes())
+        return h.digest()
+
+
+def causal_links(facts: Facts, microbatches_of: list[tuple[Microbatch, ...]]) -> list[set[int]]:
+    """For each cohort, the other cohorts that hold an earlier chunk of a sequence it continues."""
+    links: list[set[int]] = [set() for _ in microbatches_of]
+    chunks: dict[int, list[tuple[int, int, int]]] = {}
+    for cohort, microbatches in enumerate(microbatches_of):
+        for m in microbatches:
+            chunks.setdefault(m.rank, []).append((m.start, m.stop, cohort))
+    for rank, of_rank in chunks.items():
+        of_rank.sort()
+        starts = facts.boundaries[rank]
+        at = 0
+        for i, (start, _, cohort) in enumerate(of_rank):
+            while starts[at + 1] <= start:
+                at += 1
+            for _, stop, earlier in reversed(of_rank[:i]):
+                if stop <= starts[at]:
+                    break
+                if earlier != cohort:
+                    links[cohort].add(earlier)
+    return links

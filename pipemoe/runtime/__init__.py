@@ -1,0 +1,1 @@
+"""Engine, lanes, workspace and the run of a plan."""

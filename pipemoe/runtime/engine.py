@@ -1,0 +1,172 @@
+"""The engine: one thread per rank that owns all issuing and all MPI. Callers hold futures.
+
+Whatever it waits for has a deadline: no progress for `watchdog_seconds`, or a peer that died, ends the wait with an error
+that names rank, operation and time. Such an error is final: the futures get it, the peers are told, the communicators are
+aborted (in a thread of their own, since abort may block) and the process ends after a grace period, whoever may hang.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.errors import FatalError, PeerLost, PipemoeError, WatchdogTimeout
+
+if TYPE_CHECKING:
+    from pipemoe.comm.side_channel import SideChannel
+
+EXIT_CODE = 70  # of a process that ended because the ranks could no longer work together (EX_SOFTWARE)
+_PEER_CHECK_SECONDS = 0.01
+
+
+class Engine:
+    """Runs the tasks handed to it one after another on its own thread."""
+
+    def __init__(self, rank: int, *, watchdog_seconds: float, grace_seconds: float, set_up_thread: Callable[[], None] = lambda: None) -> None:
+        self.rank = rank
+        self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
+        self.side_channel: SideChannel | None = None
+        self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
+        self.failure: FatalError | None = None
+        self.step = 0
+        self.ops_done = 0
+        self.doing: object = "idle"  # anything whose str() names it
+        self._alive: float | None = None  # when the thread last looked around; None while idle
+        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
+        self._open: set[Future] = set()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, args=(set_up_thread,), name="pipemoe engine", daemon=True)
+        self._thread.start()
+        atexit.register(self._at_exit)
+
+    def submit(self, task: Callable[[], Any], future: Future | None = None) -> Future:
+        """Run `task` on the engine's thread. The future gets its result, or may be resolved earlier by the task itself."""
+        future = future or Future()
+        with self._lock:
+            if self.failure is not None:
+                future.set_exception(self.failure)
+                return future
+            self._open.add(future)
+        self._tasks.put((task, future))
+        return future
+
+    def call(self, task: Callable[[], Any]) -> Any:
+        """Run `task` on the engine's thread and wait for what it returns."""
+        return self.submit(task).result()
+
+    def progress(self) -> dict:
+        """What the peers are told about this rank."""
+        return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing)}
+
+    def note(self, doing: object) -> None:
+        """Record what the engine is about to do: named in errors, and a sign of life."""
+        self.doing = doing
+        self._alive = time.monotonic()
+
+    def wait(self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False, pause: float = 50e-6) -> None:
+        """Poll `ready` until it is true, at most `seconds` (watchdog_seconds) without progress.
+
+        needs_all: every peer must take part, so one that has closed its world is an error. pause: seconds between polls.
+        """
+        limit = seconds or self.watchdog_seconds
+        self.note(doing)
+        seen, since, checked = self.ops_done, time.monotonic(), 0.0
+        while not ready():
+            now = self._alive = time.monotonic()
+            if now - checked > _PEER_CHECK_SECONDS:
+                self._check_peers(needs_all)
+                checked = now
+            if self.ops_done != seen:
+                seen, since = self.ops_done, now
+            elif now - since > limit:
+                raise WatchdogTimeout(f"rank {self.rank}: no progress for {now - since:.1f} s in {self.doing}{self._who_is_behind()}")
+            time.sleep(pause)
+
+    def _check_peers(self, needs_all: bool) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if self.side_channel is None:
+            return
+        lost = self.side_channel.failed()
+        if lost is not None:
+            raise PeerLost(f"rank {self.rank}: lost rank {lost[0]} ({lost[1]}) during {self.doing}")
+        if needs_all:
+            left = [rank for rank, peer in self.side_channel.peers.items() if peer.left]
+            if left:
+                raise PeerLost(f"rank {self.rank}: rank {left[0]} has closed its world, but {self.doing} needs every rank")
+
+    def _who_is_behind(self) -> str:
+        return f"; peers: {self.side_channel.describe()}" if self.side_channel and self.side_channel.peers else ""
+
+    def watch(self) -> None:
+        """Called from another thread now and then: notices that the engine's own thread is stuck in a call."""
+        alive = self._alive
+        if alive is not None and self.failure is None and time.monotonic() - alive > self.watchdog_seconds + 1.0:
+            self.fail(WatchdogTimeout(f"rank {self.rank}: stuck for {time.monotonic() - alive:.1f} s in {self.doing}{self._who_is_behind()}"))
+
+    def fail(self, error: FatalError) -> None:
+        """Give up for good; see the module's text."""
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = error
+            waiting, self._open = list(self._open), set()
+        print(f"pipemoe: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if self.side_channel is not None:
+            self.side_channel.announce_failure(str(error))
+        threading.Thread(target=self._end_process, name="pipemoe end", daemon=True).start()
+        for abort in self.on_failure:
+            threading.Thread(target=abort, name="pipemoe abort", daemon=True).start()
+        for future in waiting:
+            if not future.done():
+                future.set_exception(error)
+
+    def _end_process(self) -> None:
+        time.sleep(self.grace_seconds)
+        _exit_now()
+
+    def _at_exit(self) -> None:
+        if self.failure is not None:
+            _exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
+
+    def close(self) -> None:
+        """Finish the tasks handed in and end the thread."""
+        self._tasks.put(None)
+        self._thread.join(self.watchdog_seconds)
+
+    def _run(self, set_up_thread: Callable[[], None]) -> None:
+        set_up_thread()
+        while (item := self._tasks.get()) is not None:
+            task, future = item
+            try:
+                result = task()
+                if not future.done():
+                    future.set_result(result)
+            except FatalError as error:
+                self.fail(error)
+            except PipemoeError as error:
+                if not future.done():
+                    future.set_exception(error)
+            except BaseException as error:  # noqa: BLE001  (anything else that gets this far is a broken rank)
+                fatal = FatalError(f"rank {self.rank}: {type(error).__name__} in {self.doing}: {error}")
+                fatal.__cause__ = error
+                self.fail(fatal)
+            finally:
+                self._alive = None
+                self.doing = "idle"
+                with self._lock:
+                    self._open.discard(future)
+            del item, task, future
+
+
+def _exit_now() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_CODE)

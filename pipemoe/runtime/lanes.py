@@ -1,0 +1,272 @@
+"""Lanes and events: in-order queues of work and the points in them that other lanes wait for.
+
+The executor is written once against these two protocols. On a GPU a lane is a CUDA stream and an event a CUDA event. On the
+host a compute lane is a worker thread, a communication lane a queue of non-blocking operations that the engine polls.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Event(Protocol):
+    """A point in a lane."""
+
+    def done(self) -> bool:
+        """Has the lane passed it? Raises what the work before it raised."""
+
+    def span(self) -> tuple[float, float]:
+        """Begin and end of the work that it closes, in seconds of `time.perf_counter`; only if the lane is timed."""
+
+    def end(self) -> float:
+        """The end alone; only if the lane or this piece of work was timed."""
+
+
+class Lane(Protocol):
+    """Work handed in runs in order, each piece after the events that it waits for."""
+
+    def submit(self, work: Callable[[], Any], waits: Iterable[Event | None] = (), timed: bool = False) -> Event: ...
+
+    def poll(self) -> None:
+        """Move work along that nobody else moves."""
+
+    def close(self) -> None: ...
+
+
+class HostEvent:
+    """An event of the host lanes."""
+
+    __slots__ = ("_begin", "_end", "_error", "_flag")
+
+    def __init__(self) -> None:
+        self._flag = threading.Event()
+        self._error: BaseException | None = None
+        self._begin = self._end = 0.0
+
+    def begin(self) -> None:
+        self._begin = time.perf_counter()
+
+    def set(self, error: BaseException | None = None) -> None:
+        self._end = time.perf_counter()
+        self._error = error
+        self._flag.set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        return self._flag.wait(seconds)
+
+    def done(self) -> bool:
+        if not self._flag.is_set():
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def span(self) -> tuple[float, float]:
+        return self._begin, self._end
+
+    def end(self) -> float:
+        return self._end
+
+
+class WorkerLane:
+    """A host thread that runs its work first in, first out."""
+
+    def __init__(self, name: str) -> None:
+        self._queue: deque[tuple[Callable[[], Any], Sequence[HostEvent], HostEvent] | None] = deque()
+        self._filled = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], Any], waits: Iterable[HostEvent | None] = (), timed: bool = False) -> HostEvent:
+        event = HostEvent()
+        self._queue.append((work, [w for w in waits if w is not None], event))
+        self._filled.release()
+        return event
+
+    def _run(self) -> None:
+        while True:
+            self._filled.acquire()
+            item = self._queue.popleft()
+            if item is None:
+                return
+            work, waits, event = item
+            try:
+                for other in waits:
+                    other.wait()
+                    other.done()  # raises what went wrong there
+                event.begin()
+                work()
+                event.set()
+            except BaseException as error:  # noqa: BLE001  (handed to whoever polls the event)
+                event.set(error)
+            del item, work, waits, event  # do not keep a step's tensors alive while idle
+
+    def poll(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._queue.append(None)
+        self._filled.release()
+
+
+class PolledLane:
+    """A queue of non-blocking host operations, posted and tested by the engine's thread.
+
+    Work posts its operation when it may begin and returns a `test` function (True once complete), or None if it is complete
+    at once. Posting is in order; what is posted may be under way together, as MPI allows on one communicator.
+    """
+
+    MAX_POSTED = 4
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Callable[[], Any], Sequence[HostEvent], HostEvent]] = deque()
+        self._posted: deque[tuple[Callable[[], bool], HostEvent]] = deque()
+
+    def submit(self, work: Callable[[], Any], waits: Iterable[HostEvent | None] = (), timed: bool = False) -> HostEvent:
+        event = HostEvent()
+        self._waiting.append((work, [w for w in waits if w is not None], event))
+        self.poll()
+        return event
+
+    def poll(self) -> None:
+        while self._waiting and len(self._posted) < self.MAX_POSTED and all(w.done() for w in self._waiting[0][1]):
+            work, _, event = self._waiting.popleft()
+            event.begin()
+            self._posted.append((work() or _at_once, event))
+        while self._posted and self._posted[0][0]():
+            self._posted.popleft()[1].set()
+
+    def close(self) -> None:
+        pass
+
+
+def _at_once() -> bool:
+    return True
+
+
+class StreamEvent:
+    """A CUDA event; timed ones know when, by way of the lane's origin."""
+
+    __slots__ = ("_begin", "_origin", "_passed", "event")
+
+    def __init__(self, event: Any, begin: Any, origin: tuple[Any, float] | None) -> None:
+        self.event, self._begin, self._origin, self._passed = event, begin, origin, False
+
+    def done(self) -> bool:
+        self._passed = self._passed or self.event.query()
+        return self._passed
+
+    def span(self) -> tuple[float, float]:
+        event, at = self._origin
+        return at + event.elapsed_time(self._begin) / 1e3, self.end()
+
+    def end(self) -> float:
+        event, at = self._origin
+        return at + event.elapsed_time(self.event) / 1e3
+
+
+class StreamClock:
+    """Where host time and device time met last, for all streams of a device."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self.origin: tuple[Any, float] | None = None
+        self.timed = False  # time all work, not only what asks for it
+
+    def start(self, timed: bool) -> None:
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        event.synchronize()  # the stream is idle between steps
+        self.origin, self.timed = (event, time.perf_counter()), timed
+
+
+class HostClock:
+    """Host lanes time everything with the host's clock."""
+
+    def start(self, timed: bool) -> None:
+        pass
+
+
+class StreamLane:
+    """A CUDA stream; work only enqueues."""
+
+    def __init__(self, stream: Any, clock: StreamClock) -> None:
+        self.stream, self._clock = stream, clock
+
+    def submit(self, work: Callable[[], Any], waits: Iterable[StreamEvent | None] = (), timed: bool = False) -> StreamEvent:
+        import torch
+
+        with torch.cuda.stream(self.stream):
+            for other in waits:
+                if other is not None:
+                    self.stream.wait_event(other.event)
+            begin = None
+            if self._clock.timed:
+                begin = torch.cuda.Event(enable_timing=True)
+                begin.record(self.stream)
+            work()
+            event = torch.cuda.Event(enable_timing=self._clock.timed or timed)
+            event.record(self.stream)
+        return StreamEvent(event, begin, self._clock.origin)
+
+    def poll(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class SlotLanes:
+    """The three lanes of one cohort slot."""
+
+    compute: Lane
+    dispatch: Lane
+    combine: Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Lanes:
+    """All lanes of a rank."""
+
+    slots: list[SlotLanes]
+    clock: StreamClock | HostClock
+
+    def poll(self) -> None:
+        for slot in self.slots:
+            slot.dispatch.poll()
+            slot.combine.poll()
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.compute.close()
+
+
+def host_lanes(num_slots: int) -> Lanes:
+    slots = [SlotLanes(WorkerLane(f"pipemoe compute {i}"), PolledLane(), PolledLane()) for i in range(num_slots)]
+    return Lanes(slots, HostClock())
+
+
+def stream_lanes(device: Any, num_slots: int) -> Lanes:
+    """Streams whose priority falls with the slot; communication goes before all computation, since its few thread blocks
+    must not queue behind a kernel that fills the GPU."""
+    import torch
+
+    lowest, highest = torch.cuda.Stream.priority_range()
+
+    def stream(priority: int) -> Any:
+        return torch.cuda.Stream(device, priority=max(highest, min(lowest, priority)))
+
+    clock = StreamClock(stream(lowest))
+    slots = []
+    for slot in range(num_slots):
+        compute, dispatch, combine = stream(highest + 1 + slot), stream(highest), stream(highest)
+        slots.append(SlotLanes(*(StreamLane(s, clock) for s in (compute, dispatch, combine))))
+    return Lanes(slots, clock)

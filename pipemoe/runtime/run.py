@@ -1,0 +1,253 @@
+"""The run of one plan on one rank: issues its operations over lanes and events, whatever the device.
+
+    compute lane    attend  pack w0  pack w1          experts w0           pack w2  experts w1 ...
+    dispatch lane                 bcast w0  bcast w1                             bcast w2
+    combine lane                                                  reduce w0           reduce w1
+
+Order: each cohort's operations in the plan's order; between cohorts the plan's order too, except that a cohort with
+`MAX_GROUPS` dispatches under way, or whose next operation must wait for the caller, is passed over. That keeps the host queues
+short without tying a short cohort to a long one, and is safe because every communicator sees the plan's order and all of them
+have room on the device (`Room`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.comm.transport import Transport, WaveSums
+from pipemoe.plan.schedule import Op, OpKind, Plan, Wave
+from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
+from pipemoe.runtime.source import Source
+from pipemoe.wire import WireFormat
+
+if TYPE_CHECKING:
+    from pipemoe.runtime.workspace import Workspace
+
+MAX_GROUPS = 4  # dispatches of one cohort under way at once
+
+LANE_OF = {
+    OpKind.ATTEND: "compute",
+    OpKind.DISPATCH: "dispatch",
+    OpKind.EXPERTS: "compute",
+    OpKind.COMBINE: "combine",
+    OpKind.FINISH: "compute",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Only:
+    """Which side of a run really does its work; the other side's operations become empty. For measuring one side alone."""
+
+    computation: bool = True
+    communication: bool = True
+
+
+class _CohortState:
+    """How far one cohort is on this rank."""
+
+    def __init__(self, has_tokens: bool) -> None:
+        self.positions: deque[int] = deque()  # of its operations in the plan's order, not yet issued
+        self.has_tokens = has_tokens
+        self.groups = 0  # dispatches under way
+        self.results: list[Event] = []  # combines of this rank's rows in the layer
+        self.failure: BaseException | None = None
+
+
+class _BufferState:
+    """The last users of one double buffer of a slot."""
+
+    dispatched: Event | None = None  # the receive buffer holds a wave
+    read: Event | None = None  # experts have read the receive buffer and written the partial sums
+    sent: Event | None = None  # the combine is done with the partial sums
+
+
+class Run:
+    """One plan under way on this rank; the engine calls `advance` until it returns True."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        rank: int,
+        lanes: Lanes,
+        transport: Transport,
+        workspace: Workspace,
+        wire: WireFormat,
+        experts: Any,
+        source: Source,
+        *,
+        only: Only = Only(),
+        timed: bool = False,
+        on_progress: Callable[[Op], None] = lambda op: None,
+        on_done: Callable[[Op], None] = lambda op: None,
+    ) -> None:
+        """on_progress: called before an operation is issued. on_done: called when one has completed."""
+        self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
+        self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
+        self._only, self._on_progress, self._on_done = only, on_progress, on_done
+        self._ops = plan.ops
+        self._cohorts = [_CohortState(bool(c.tokens_of(rank))) for c in plan.cohorts]
+        self._buffer_states = [[_BufferState() for _ in range(plan.config.num_buffers)] for _ in workspace.slots]
+        for position, op in enumerate(self._ops):
+            self._cohorts[op.cohort].positions.append(position)
+        self._issue_kind = {
+            OpKind.ATTEND: self._attend,
+            OpKind.DISPATCH: self._dispatch,
+            OpKind.EXPERTS: self._compute,
+            OpKind.COMBINE: self._combine,
+            OpKind.FINISH: self._finish,
+        }
+        self._attended: dict[tuple[int, int], Event] = {}
+        self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
+        self.completed: list[tuple[Op, Event]] = []
+        self.own_finished = 0  # cohorts with tokens of this rank that have finished
+        self.num_own = sum(c.has_tokens for c in self._cohorts)
+        lanes.clock.start(timed)
+        source.begin(plan, rank)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """The first exception of this rank's model code, if any; the run went on without that cohort's rows."""
+        return next((c.failure for c in self._cohorts if c.failure is not None), None)
+
+    def advance(self) -> bool:
+        """Issue what may be issued, see what has completed; True when the whole plan has."""
+        self._poll()
+        while (op := self._next()) is not None:
+            self._on_progress(op)
+            self._cohorts[op.cohort].positions.popleft()
+            event = self._issue(op)
+            self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append((op, event))
+            self._lanes.poll()
+        return not any(self._under_way.values()) and not any(c.positions for c in self._cohorts)
+
+    def _poll(self) -> None:
+        self._lanes.poll()
+        for queue in self._under_way.values():
+            while queue and queue[0][1].done():
+                op, event = queue.popleft()
+                state = self._cohorts[op.cohort]
+                self.completed.append((op, event))
+                if op.kind is OpKind.DISPATCH:
+                    state.groups -= 1
+                elif op.kind is OpKind.FINISH and state.has_tokens:
+                    self._source.finished(op.cohort, event.end())
+                    self.own_finished += 1
+                self._on_done(op)
+
+    def _next(self) -> Op | None:
+        """The first operation in the plan's order that may be issued."""
+        best = None
+        for c, state in enumerate(self._cohorts):
+            if state.positions and (best is None or state.positions[0] < best) and self._may_issue(c, self._ops[state.positions[0]]):
+                best = state.positions[0]
+        return None if best is None else self._ops[best]
+
+    def _may_issue(self, c: int, op: Op) -> bool:
+        state, plan = self._cohorts[c], self._plan
+        if op.kind is OpKind.DISPATCH:
+            return state.groups < MAX_GROUPS
+        if op.kind is not OpKind.ATTEND:
+            return True
+        if op.layer == 0:
+            slot = plan.cohorts[c].slot
+            if any(plan.cohorts[e].slot == slot and self._cohorts[e].positions for e in range(c)):
+                return False
+        if any((e, op.layer) not in self._attended for e in plan.causal_predecessors[c]):
+            return False
+        return not state.has_tokens or self._source.ready(c, op.layer)
+
+    def _issue(self, op: Op) -> Event:
+        lanes = self._lanes.slots[self._plan.cohorts[op.cohort].slot]
+        return self._issue_kind[op.kind](op, self._cohorts[op.cohort], lanes)
+
+    def _attend(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+        waits = state.results + [self._attended[e, op.layer] for e in self._plan.causal_predecessors[op.cohort]]
+        state.results = []
+        event = lanes.compute.submit(self._model_work(state, lambda: self._source.attend(op.cohort, op.layer)), waits)
+        self._attended[op.cohort, op.layer] = event
+        return event
+
+    def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+        slot, buffer, wave, used = self._place(op)
+        rows, exchange = self._workspace.slots[slot].receive[buffer][: wave.num_rows], self._plan.config.exchange
+        free = used.read
+        if self._only.computation and (exchange == "padded" or self._rank in wave.ranks()):
+            free = lanes.compute.submit(lambda: self._pack(op, state, rows), [free])
+        state.groups += 1
+        work = self._transport_work(lambda: self._transport.dispatch(slot, buffer, wave, exchange, rows))
+        used.dispatched = lanes.dispatch.submit(work, [free])
+        return used.dispatched
+
+    def _pack(self, op: Op, state: _CohortState, rows: Any) -> None:
+        """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from."""
+        wave, views = self._plan.cohorts[op.cohort].waves[op.wave], self._wire.rows(rows)
+        if self._plan.config.exchange == "padded":
+            block = wave.num_rows // self._plan.facts.num_ranks
+            views.ids[self._rank * block : (self._rank + 1) * block].fill_(-1)
+        for segment in (s for s in wave.segments if s.rank == self._rank):
+            part = views[segment.row : segment.row + segment.num_rows]
+            if state.failure is None:
+                hidden, ids, weights = self._source.rows(op.cohort, segment.start, segment.stop)
+                part.write(hidden, ids, weights)
+            else:  # model code failed: the others still expect rows, so send some that no expert takes
+                part.ids.fill_(-1)
+
+    def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+        slot, buffer, wave, used = self._place(op)
+        buffers = self._workspace.slots[slot]
+        rows, out = self._wire.rows(buffers.receive[buffer][: wave.num_rows]), buffers.partial[buffer][: wave.num_rows]
+
+        def work() -> None:
+            if self._only.computation:
+                self._experts(op.layer, rows, out, buffers.scratch)
+
+        used.read = lanes.compute.submit(work, [used.dispatched, used.sent])
+        return used.read
+
+    def _combine(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+        slot, buffer, wave, used = self._place(op)
+        buffers, config = self._workspace.slots[slot], self._plan.config
+        own = [s for s in wave.segments if s.rank == self._rank]
+
+        def work() -> Any:
+            results = [self._source.results(op.cohort, s.start, s.stop) for s in own]
+            sums = WaveSums(buffers.partial[buffer][: wave.num_rows], results, buffers.staging[buffer])
+            return self._transport.combine(slot, buffer, wave, config.exchange, config.combine, sums)
+
+        used.sent = lanes.combine.submit(self._transport_work(work), [used.read])
+        if own:
+            state.results.append(used.sent)
+            self._source.combined(op.cohort, op.layer, used.sent)
+        return used.sent
+
+    def _finish(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+        return lanes.compute.submit(self._model_work(state, lambda: self._source.finish(op.cohort)), state.results, timed=True)
+
+    def _place(self, op: Op) -> tuple[int, int, Wave, _BufferState]:
+        """Slot, buffer, wave and buffer state of a wave's operation."""
+        cohort = self._plan.cohorts[op.cohort]
+        buffer = self._plan.buffer(*op[1:])
+        return cohort.slot, buffer, cohort.waves[op.wave], self._buffer_states[cohort.slot][buffer]
+
+    def _model_work(self, state: _CohortState, work: Callable[[], None]) -> Callable[[], None]:
+        """Model code: what it raises fails its cohort's rows on this rank, not the step."""
+
+        def guarded() -> None:
+            if not state.has_tokens or state.failure is not None or not self._only.computation:
+                return
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001
+                state.failure = error
+
+        return guarded
+
+    def _transport_work(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        return work if self._only.communication else _nothing
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,200 @@
+"""The runtime: one model's experts and workspace on this rank, and the steps that run through them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.comm.exchange import check_lengths, decode_step, encode_step
+from pipemoe.config import Config
+from pipemoe.errors import ConfigError, MismatchError, ModelError, PipemoeError
+from pipemoe.plan.cost import CostModel
+from pipemoe.plan.planner import plan as make_plan
+from pipemoe.plan.projection import Issue
+from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
+from pipemoe.plan.verify import verify
+from pipemoe.runtime.run import Only, Run
+from pipemoe.runtime.source import Source
+from pipemoe.runtime.workspace import Workspace
+from pipemoe.trace import Timeline
+from pipemoe.wire import WireFormat
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipemoe.comm.world import World
+
+_CACHED_PLANS = 64
+
+
+class Runtime:
+    """Experts, workspace and plans of one configuration; every rank makes one with the same arguments."""
+
+    def __init__(self, world: World, shape: ModelShape, config: Config, experts: Any, dtype: torch.dtype, facts: dict[str, str], error: PipemoeError | None = None) -> None:
+        """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
+        be equal on all ranks, by name. error: what went wrong on this rank before it got here; raised on every rank."""
+        import torch
+
+        self.world, self.shape, self.config = world, shape, config
+        self.cost = CostModel()
+        self.wire = WireFormat(shape.hidden, shape.top_k, dtype)
+        self.combine_dtype = self._combine_dtype(dtype)
+        self.results_dtype = torch.float32 if config.combine == "gather" else self.combine_dtype
+        if config.num_slots > world.num_slots and error is None:
+            error = ConfigError(f"num_slots is {config.num_slots}, but the world was started with {world.num_slots}; pass num_slots to pipemoe.init")
+        facts = self._facts(facts)
+        world.agree(error, facts, "comparing configurations")
+        self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
+        self._experts = experts
+        self._workspace = Workspace(config, self.wire, self.combine_dtype, world.size, experts, world.device)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
+        self._plans: OrderedDict[Facts, Plan] = OrderedDict()
+        self._announce: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self._workspace.num_bytes
+
+    def _combine_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        import torch
+
+        if self.config.deterministic:
+            return torch.float64
+        if self.config.combine_dtype is not None:
+            return getattr(torch, self.config.combine_dtype)
+        return dtype if self.world.device.type == "cuda" else torch.float32
+
+    def _facts(self, facts: dict[str, str]) -> dict[str, str]:
+        import torch
+
+        import pipemoe
+
+        facts = dict(facts, pipemoe=pipemoe.__version__, torch=torch.__version__, device=self.world.device.type, dtype=str(self.wire.dtype))
+        facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items()}
+        facts |= {f"cost of {name}": str(value) for name, value in asdict(self.cost).items()}
+        if self.world.device.type == "cuda" and self.world.size > 1:
+            from pipemoe.comm import nccl
+
+            facts |= {"NCCL": str(nccl.library().get_version()), "NCCL_MAX_CTAS": str(nccl.max_ctas())}
+        return facts
+
+    def submit_step(
+        self,
+        lengths: Sequence[int],
+        source: Source,
+        *,
+        error: PipemoeError | None = None,
+        only: Only = Only(),
+        timeline: Timeline | None = None,
+        on_done: Callable[[Op], None] = lambda op: None,
+    ) -> Future:
+        """Run one step: exchange, plan, all operations. Every rank calls.
+
+        lengths: this rank's sequences, in tokens. error: a reason why this rank cannot take part; raised on every rank before any
+        row moves. The future is resolved as soon as this rank's own cohorts have finished; the engine goes on with the rest.
+        """
+        future: Future = Future()
+        return self.world.engine.submit(lambda: self._step(tuple(lengths), source, error, only, timeline, on_done, future), future)
+
+    def _step(self, lengths, source, error, only, timeline, on_done, future) -> None:
+        engine = self.world.engine
+        engine.step += 1
+        facts = self._exchange(lengths, error)
+        plan = self.plan(facts)
+        digests = self.world.start_gathering(plan.digest)
+        if self.config.debug:
+            verify(plan, row_bytes=self.wire.row_bytes)
+            self.world.transport.log = []
+        run = Run(
+            plan,
+            self.world.rank,
+            self.world.lanes,
+            self.world.transport,
+            self._workspace,
+            self.wire,
+            self._experts,
+            source,
+            only=only,
+            timed=timeline is not None,
+            on_progress=engine.note,
+            on_done=lambda op: (self._count(), on_done(op)),
+        )
+        compared = False
+
+        def ready() -> bool:
+            nonlocal compared
+            if not compared and digests.done():
+                self._compare(digests.payloads)
+                compared = True
+            done = run.advance()
+            if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
+                self._resolve(run, future)
+            return done and compared
+
+        engine.wait(ready, f"step {engine.step}")
+        if timeline is not None:
+            timeline.take(run.completed)
+        if self.config.debug:
+            self._check_issued(plan, only)
+        if not future.done():
+            self._resolve(run, future)
+
+    def _count(self) -> None:
+        self.world.engine.ops_done += 1
+
+    def _resolve(self, run: Run, future: Future) -> None:
+        if run.failure is None:
+            future.set_result(time.perf_counter())
+            return
+        failure = run.failure
+        self._announce = ModelError(f"rank {self.world.rank}: model code raised {type(failure).__name__}: {failure}")
+        self._announce.__cause__ = failure
+        future.set_exception(self._announce)
+
+    def _exchange(self, lengths: tuple[int, ...], error: PipemoeError | None) -> Facts:
+        world = self.world
+        try:
+            check_lengths(world.rank, lengths, self.config.max_tokens_per_rank)
+        except PipemoeError as e:
+            error = error or e
+        error, self._announce = self._announce or error, None
+        gathering = world.start_gathering(encode_step(self.fingerprint, world.engine.step, lengths if error is None else (), error))
+        world.engine.wait(gathering.done, f"exchange of step {world.engine.step}", needs_all=True)
+        return decode_step(gathering.payloads)
+
+    def plan(self, facts: Facts) -> Plan:
+        """The plan for `facts`; planned once, then remembered for a while."""
+        found = self._plans.get(facts)
+        if found is None:
+            found = make_plan(facts, self.shape, self.config, self.cost)
+            self._plans[facts] = found
+            if len(self._plans) > _CACHED_PLANS:
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(facts)
+        return found
+
+    def _compare(self, digests: list[bytes]) -> None:
+        """Different plans would hang or corrupt the collectives: too late for a mild error."""
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        if odd:
+            from pipemoe.errors import FatalError
+
+            raise FatalError(f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)") from MismatchError("plan digests")
+
+    def _check_issued(self, plan: Plan, only: Only) -> None:
+        """Compare what every rank really issued with the plan (debug)."""
+        log, self.world.transport.log = self.world.transport.log, None
+        gathering = self.world.start_gathering(json.dumps(log).encode())
+        self.world.engine.wait(gathering.done, "comparison of the ranks' logs", needs_all=True)
+        if only.communication and self.world.size > 1:
+            issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
+            partial_row_bytes = self.shape.hidden * self.combine_dtype.itemsize
+            verify(plan, row_bytes=self.wire.row_bytes, partial_row_bytes=partial_row_bytes, issues=issues)

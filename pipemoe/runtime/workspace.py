@@ -1,0 +1,54 @@
+"""The workspace: every buffer that the exchange and the experts need, allocated once, sized by the configuration alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.config import Config
+from pipemoe.wire import WireFormat
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBuffers:
+    """One cohort slot's buffers; the lists have one entry per double buffer."""
+
+    receive: list[torch.Tensor]  # [rows, row_bytes] uint8
+    partial: list[torch.Tensor]  # [rows, H] combine dtype
+    staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"
+    scratch: Any  # of the experts
+
+
+class Workspace:
+    """Buffers for `config.max_slots` cohorts under way at once."""
+
+    def __init__(self, config: Config, wire: WireFormat, combine_dtype: torch.dtype, num_ranks: int, experts: Any, device: torch.device) -> None:
+        import torch
+
+        rows = config.max_wave_rows(num_ranks)
+        gathers = config.combine == "gather" and num_ranks > 1
+
+        def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)  # touched now, so that no page is first used inside a step
+
+        def slot() -> SlotBuffers:
+            buffers = range(config.num_buffers)
+            own_rows = min(rows, config.max_tokens_per_rank)
+            return SlotBuffers(
+                receive=[filled((rows, wire.row_bytes), torch.uint8) for _ in buffers],
+                partial=[filled((rows, wire.hidden), combine_dtype) for _ in buffers],
+                staging=[filled((num_ranks - 1, own_rows, wire.hidden), combine_dtype) if gathers else None for _ in buffers],
+                scratch=experts.new_scratch(rows),
+            )
+
+        self.slots = [slot() for _ in range(config.max_slots)]
+        for buffers in self.slots:
+            experts.warm_up(buffers.scratch)  # compiles and loads, so that no step does
+
+    @property
+    def num_bytes(self) -> int:
+        tensors = [t for s in self.slots for t in (*s.receive, *s.partial, *s.staging) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(s.scratch.num_bytes for s in self.slots)

@@ -1,0 +1,103 @@
+"""The naive oracle of the experts call, and generators of its cases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipemoe.experts import ExpertWeights, local_range
+from pipemoe.wire import WireFormat, WireRows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One experts call: rows, and all experts' weights of one layer."""
+
+    rows: WireRows
+    weights: ExpertWeights  # all E experts
+
+    def split(self, num_ranks: int) -> list[ExpertWeights]:
+        """The weights that each of `num_ranks` ranks holds, copied as a rank would hold them."""
+        return [
+            slice_experts(self.weights, local_range(self.weights.num_local_experts, num_ranks, rank))
+            for rank in range(num_ranks)
+        ]
+
+
+def slice_experts(weights: ExpertWeights, experts: range) -> ExpertWeights:
+    part = [None if t is None else t[experts.start : experts.stop].clone() for t in _fields(weights)]
+    return ExpertWeights(*part, first_expert=experts.start)
+
+
+def to_device(weights: ExpertWeights, device: str) -> ExpertWeights:
+    return ExpertWeights(*[None if t is None else t.to(device) for t in _fields(weights)], weights.first_expert)
+
+
+def _fields(weights: ExpertWeights):
+    return weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias
+
+
+def random_weights(
+    num_experts, hidden, intermediate, *, dtype=torch.float32, bias=False, seed=0, first_expert=0
+) -> ExpertWeights:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    return ExpertWeights(
+        normal(num_experts, 2 * intermediate, hidden, scale=hidden**-0.5),
+        normal(num_experts, hidden, intermediate, scale=intermediate**-0.5),
+        normal(num_experts, 2 * intermediate, scale=0.5) if bias else None,
+        normal(num_experts, hidden, scale=0.5) if bias else None,
+        first_expert,
+    )
+
+
+def make_rows(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, device: str = "cpu") -> WireRows:
+    """Wire rows of hidden [n, H], ids [n, K], weights [n, K]; the padding holds rubbish, as a reused buffer would."""
+    wire = WireFormat(hidden.shape[1], ids.shape[1], hidden.dtype)
+    rows = wire.rows(torch.full((len(hidden), wire.row_bytes), 0xAB, dtype=torch.uint8, device=device))
+    rows.write(hidden.to(device), ids.int().to(device), weights.float().to(device))
+    return rows
+
+
+def random_rows(num_rows, hidden, num_experts, top_k, *, dtype=torch.float32, seed=0, device="cpu", ids=None) -> WireRows:
+    """Rows with distinct experts where there are enough of them; about one id in eight is -1."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_rows, hidden, generator=generator).to(dtype)
+    if ids is None:
+        scores = torch.rand(num_rows, max(num_experts, top_k), generator=generator)
+        ids = scores.argsort(dim=1)[:, :top_k] % max(num_experts, 1)
+        ids[torch.rand(num_rows, top_k, generator=generator) < 0.125] = -1
+    return make_rows(x, ids, torch.rand(num_rows, top_k, generator=generator), device)
+
+
+def expected(rows: WireRows, weights: ExpertWeights) -> torch.Tensor:
+    """The definition, one (token, k) at a time in float64 -> [n, H] float64."""
+    hidden, ids, router = rows.hidden.double().cpu(), rows.ids.cpu(), rows.weights.double().cpu()
+    out = torch.zeros(len(rows), hidden.shape[1], dtype=torch.float64)
+    for i in range(len(rows)):
+        for k in range(ids.shape[1]):
+            expert = int(ids[i, k]) - weights.first_expert
+            if not 0 <= expert < weights.num_local_experts:
+                continue
+            h = weights.gate_up[expert].double().cpu() @ hidden[i]
+            if weights.gate_up_bias is not None:
+                h = h + weights.gate_up_bias[expert].double().cpu()
+            gate, up = h.chunk(2)
+            y = weights.down[expert].double().cpu() @ (torch.nn.functional.silu(gate) * up)
+            if weights.down_bias is not None:
+                y = y + weights.down_bias[expert].double().cpu()
+            out[i] += router[i, k] * y
+    return out
+
+
+def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Norm ratio; 0 when both are zero."""
+    difference = (actual.double().cpu() - wanted).norm()
+    return float(difference / wanted.norm()) if wanted.norm() > 0 else float(difference)
+
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -1,0 +1,27 @@
+"""Every kernel that experts can launch, for tests that go over all of them."""
+
+from itertools import product
+
+import torch
+
+from pipemoe_kernels.combine import combine_kernel
+from pipemoe_kernels.gather import gather_kernel
+from pipemoe_kernels.grouped_simt import grouped_simt_kernel
+from pipemoe_kernels.index import index_kernels
+from pipemoe_kernels.swiglu import swiglu_kernel
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def enumerate_kernels():
+    """Name and Kernel of each variant."""
+    index = index_kernels()
+    yield from ((kernel.name, kernel) for kernel in (index.count, index.scan, index.place))
+    yield "gather_rows", gather_kernel()
+    for dtype in DTYPES:
+        yield f"grouped_gemm-{dtype}", grouped_simt_kernel(dtype)
+    for dtype, bias in product(DTYPES, (False, True)):
+        yield f"swiglu_rows-{dtype}-{bias}", swiglu_kernel(dtype, bias)
+    for dtype, bias in product(DTYPES, (False, True)):
+        for out_dtype in (*DTYPES, torch.float64):
+            yield f"combine_rows-{dtype}-{out_dtype}-{bias}", combine_kernel(dtype, out_dtype, bias)

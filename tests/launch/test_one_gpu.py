@@ -1,0 +1,148 @@
+"""launch/one_gpu.sh against a stand-in GPU: its settings, and that its MPS always ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ONE_GPU = CHECKOUT / "launch" / "one_gpu.sh"
+
+# Each stand-in is a program of that name on PATH; MPS's keeps a file while it "runs".
+PROGRAMS = {
+    "nvidia-smi": '[ "$1" != -L ] || echo "GPU 0: stand-in"',
+    "nvidia-cuda-mps-control": """
+if [ "${1:-}" = -d ]; then
+    echo "$CUDA_MPS_PIPE_DIRECTORY" >"$STATE/mps"
+else
+    read -r order && [ "${order%% *}" = quit ] && rm "$STATE/mps"
+fi""",
+    # Answers the question about NCCL; other runs do what the test wants of a rank.
+    "python": """
+[ "$1" != -c ] || { echo "$NCCL 132"; exit; }
+env >"$STATE/environment"
+[ -f "$STATE/mps" ] || exit 99
+[ "$RANK_ACTION" = wait ] || exit "$RANK_ACTION"
+sleep 60 &
+trap 'kill $!; exit 143' TERM
+touch "$STATE/started"
+wait $! """,
+    "mpirun": """
+[ "$1" != --version ] || { echo HYDRA; exit; }
+shift 2
+exec "$@" """,
+}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(num_ranks, action, nccl=..., **settings) -> the running launcher; `action`: an exit status, or wait."""
+    for name, text in PROGRAMS.items():
+        program = tmp_path / name
+        program.write_text(f"#!/usr/bin/env bash\n{text}\n")
+        program.chmod(0o755)
+    (tmp_path / "tmp").mkdir()
+    running = []
+
+    def start(num_ranks: int, action: str, nccl: str = "23007", **settings: str) -> subprocess.Popen:
+        ours = ("PIPEMOE_", "NCCL_", "CUDA_", "OMP_", "NUMBA_")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        environment |= {
+            "PATH": f"{tmp_path}:{environment['PATH']}",
+            "PIPEMOE_PYTHON": str(tmp_path / "python"),
+            "PIPEMOE_MPIRUN": str(tmp_path / "mpirun"),
+            "STATE": str(tmp_path),
+            "TMPDIR": str(tmp_path / "tmp"),
+            "NCCL": nccl,
+            "RANK_ACTION": action,
+            **settings,
+        }
+        command = [ONE_GPU, str(num_ranks), "script.py"]
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def seen_environment(folder: Path) -> dict[str, str]:
+    lines = (folder / "environment").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def assert_mps_ended(folder: Path) -> None:
+    assert not (folder / "mps").exists()
+    assert list((folder / "tmp").iterdir()) == []
+
+
+def test_new_nccl_shares_the_gpu(start, tmp_path):
+    process = start(4, "0")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    environment = seen_environment(tmp_path)
+    assert environment["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
+    assert environment["NCCL_NVLS_ENABLE"] == "0"
+    assert environment["NCCL_MAX_CTAS"] == "4"  # 2 x 4 slots x 4 ranks x 4 = 128 of 132
+    assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "16"
+    assert environment["PIPEMOE_COMMAND"] == "launch/one_gpu.sh 4 script.py"
+    assert "NCCL_HOSTID" not in environment
+    assert_mps_ended(tmp_path)
+
+
+def test_older_nccl_goes_over_loopback(start, tmp_path):
+    process = start(8, "0", nccl="22809")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    environment = seen_environment(tmp_path)
+    assert environment["NCCL_HOSTID"].startswith("pipemoe-rank-")
+    assert environment["NCCL_NET"] == "Socket"
+    assert environment["NCCL_SOCKET_IFNAME"] == "lo"
+    assert environment["NCCL_IB_DISABLE"] == "1"
+    assert environment["NCCL_MAX_CTAS"] == "2"  # 2 x 4 slots x 8 ranks x 2 = 128 of 132
+    assert "NCCL_MULTI_RANK_GPU_ENABLE" not in environment
+
+
+def test_status_is_that_of_the_command(start, tmp_path):
+    process = start(2, "7")
+    process.communicate(timeout=30)
+    assert process.returncode == 7
+    assert_mps_ended(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_ends_the_command_and_mps(start, tmp_path, number):
+    process = start(2, "wait")
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert_mps_ended(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings, complaint",
+    [
+        ({"NCCL_MAX_CTAS": "8"}, "exceeds the 132 SMs: at most 4"),
+        ({"PIPEMOE_NUM_SLOTS": "40"}, "set PIPEMOE_NUM_SLOTS lower"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused_before_mps_starts(start, tmp_path, settings, complaint):
+    process = start(4, "0", **settings)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert complaint in errors
+    assert not (tmp_path / "environment").exists()
+    assert_mps_ended(tmp_path)

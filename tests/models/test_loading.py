@@ -1,0 +1,111 @@
+"""Configs in, decoders out: what is accepted, what is refused, and the fingerprint."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.models.config import read_config
+from pipemoe.models.loading import load_decoder
+from pipemoe.plan.schedule import ModelShape
+from tests.models.tiny import FAMILIES, tiny_config
+
+
+def load(source, rank=0, num_ranks=2, dtype=torch.float32, seed=0):
+    return load_decoder(source, rank=rank, num_ranks=num_ranks, device="cpu", dtype=dtype, seed=seed)
+
+
+@pytest.mark.parametrize(
+    "family, shape",
+    [
+        ("qwen3_moe", ModelShape(hidden=64, intermediate=48, num_experts=8, top_k=3, num_layers=3)),
+        ("mixtral", ModelShape(hidden=64, intermediate=48, num_experts=8, top_k=2, num_layers=3)),
+        ("deepseek_v3", ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=3, num_layers=2)),
+    ],
+)
+def test_shape(family, shape):
+    decoder, weights = load(tiny_config(family))
+    assert decoder.shape == shape and decoder.family == family
+    assert len(weights) == shape.num_layers
+    assert weights[0].gate_up.shape == (4, 2 * shape.intermediate, shape.hidden)
+
+
+def test_a_config_may_be_an_object_a_dict_or_a_json_file(tmp_path):
+    config = tiny_config("qwen3_moe")
+    raw = json.loads(config.to_json_string(use_diff=False))
+    file = tmp_path / "my_model.json"
+    file.write_text(json.dumps(raw))
+    fingerprints = {load(source)[0].fingerprint for source in (config, raw, file, str(file))}
+    assert len(fingerprints) == 1
+
+
+def test_loading_leaves_the_callers_config_alone():
+    config = tiny_config("mixtral")
+    before = config.to_dict()
+    load(config)
+    assert config.to_dict() == before and config._attn_implementation != "pipemoe_packed"
+
+
+def test_configs_in_the_older_style_are_understood():
+    raw = dict(model_type="deepseek_v3", rope_theta=1234.0, rope_scaling=dict(type="yarn", factor=4.0, mscale_all_dim=1.0))
+    config, directory = read_config(raw)
+    assert directory is None
+    assert config.rope_parameters["rope_theta"] == 1234.0 and config.rope_parameters["rope_type"] == "yarn"
+
+
+def test_fingerprint_differs_with_config_seed_and_dtype():
+    config = tiny_config("mixtral")
+    prints = [
+        load(config)[0].fingerprint,
+        load(config, rank=1)[0].fingerprint,
+        load(config, seed=1)[0].fingerprint,
+        load(config, dtype=torch.bfloat16)[0].fingerprint,
+        load(tiny_config("mixtral", rms_norm_eps=1e-3))[0].fingerprint,
+    ]
+    assert prints[0] == prints[1] and len(set(prints)) == 4
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(model_type="llama"), r"model_type is 'llama'; known are deepseek_v3, mixtral, qwen3_moe"),
+        (dict(model_type=None), "model_type is None"),
+        (dict(quantization_config=dict(quant_method="fp8")), "quantised.*'fp8'.*bfloat16"),
+        (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
+        (dict(mlp_only_layers=[0, 1, 2]), "none of the 3 decoder layers"),
+        (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type is 'dynamic'"),
+        (dict(hidden_size="many"), "is not a valid qwen3_moe config"),
+    ],
+)
+def test_a_config_that_cannot_work_names_rank_and_reason(changes, message):
+    raw = json.loads(tiny_config("qwen3_moe").to_json_string(use_diff=False)) | changes
+    with pytest.raises(CheckpointError, match=f"^rank 1: (.*){message}"):
+        load(raw, rank=1)
+
+
+def test_no_config(tmp_path):
+    with pytest.raises(CheckpointError, match=r"^rank 0: cannot read .*config.json"):
+        load(tmp_path)
+    with pytest.raises(CheckpointError, match=r"^rank 0: cannot read"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="holds a list"):
+        load(tmp_path)
+
+
+def test_bad_dtype():
+    with pytest.raises(ConfigError, match="rank 0: dtype is torch.int8"):
+        load(tiny_config("mixtral"), dtype=torch.int8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_left_on_the_meta_device(family):
+    decoder, _ = load(tiny_config(family))
+    tensors = [*decoder._model.parameters(), *decoder._model.buffers(), *decoder._lm_head.parameters()]
+    assert not any(t.is_meta or t.requires_grad for t in tensors)

@@ -1,0 +1,116 @@
+"""The planner: sound plans for any counts, and what each mode promises."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipemoe.errors import ConfigError, InputError
+from pipemoe.plan.assignment import assign
+from pipemoe.plan.planner import plan
+from pipemoe.plan.schedule import MODES, UNCAPPED_MODES, Facts, Microbatch, ModelShape, OpKind, PlanConfig
+from pipemoe.plan.verify import verify
+from tests.plan.cases import SHAPE, all_facts, assignments, configs
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data())
+def test_every_mode_verifies(data):
+    facts = data.draw(all_facts())
+    verify(plan(facts, SHAPE, data.draw(configs(facts))))
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data())
+def test_any_assignment_verifies(data):
+    facts = data.draw(all_facts(max_ranks=6))
+    config = data.draw(configs(facts, modes=("pipelined", "per_rank")))
+    verify(plan(facts, SHAPE, config, assignment=data.draw(assignments(facts))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_planning_is_deterministic(data):
+    facts = data.draw(all_facts())
+    config = data.draw(configs(facts))
+    again = Facts(tuple(tuple(lengths) for lengths in facts.lengths))
+    assert plan(facts, SHAPE, config).digest == plan(again, SHAPE, config).digest
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_waves_stay_below_the_cap_and_are_even(data):
+    facts = data.draw(all_facts())
+    config = data.draw(configs(facts, modes=tuple(m for m in MODES if m not in UNCAPPED_MODES)))
+    for cohort in plan(facts, SHAPE, config).cohorts:
+        rows = [w.num_rows for w in cohort.waves]
+        assert max(rows) <= config.moe_max_num_tokens
+        assert len(rows) == -(-sum(rows) // config.moe_max_num_tokens)
+        assert max(rows) - min(rows) < len(rows) + max(rows) - rows[-1] + 1
+
+
+def test_digest_tells_plans_apart():
+    config = PlanConfig(mode="per_rank")
+    digests = {
+        plan(facts, shape, c).digest
+        for facts in (Facts(((5,), (7,))), Facts(((5,), (3, 4))), Facts(((7,), (5,))))
+        for shape in (SHAPE, ModelShape(64, 32, 8, 2, 4))
+        for c in (config, PlanConfig(mode="broadcast"), PlanConfig(mode="per_rank", moe_max_num_tokens=4))
+    }
+    assert len(digests) == 18
+
+
+def test_no_tokens_anywhere_is_an_empty_plan():
+    for mode in MODES:
+        p = plan(Facts(((), ())), SHAPE, PlanConfig(mode=mode))
+        verify(p)
+        assert len(p) == 0
+
+
+def cohort_ranks(mode, tokens, **options):
+    facts = Facts(tuple((n,) if n else () for n in tokens))
+    return [sorted(m.rank for m in cohort) for cohort in assign(facts, PlanConfig(mode=mode, **options))]
+
+
+def test_modes_assign_cohorts():
+    assert cohort_ranks("broadcast", [9, 0, 3]) == [[0, 2]]
+    assert cohort_ranks("two_batch", [9, 1, 3]) == [[0, 1, 2], [0, 2]]
+    assert cohort_ranks("per_rank", [9, 0, 3]) == [[2], [0]]
+    assert cohort_ranks("pipelined", [4096, 16, 16, 16]) == [[1, 2, 3], [0]]
+    assert cohort_ranks("pipelined", [2048] * 4) == [[0, 1, 2, 3]]
+    assert cohort_ranks("pipelined", [1, 10, 100, 1000], num_slots=2) == [[0], [1, 2, 3]]
+
+
+def test_short_cohort_is_ordered_ahead_of_a_long_one():
+    p = plan(Facts(((4096,), (16,), (16,), (16,))), SHAPE, PlanConfig(mode="pipelined"))
+    finished = [op.cohort for op in p.ops if op.kind is OpKind.FINISH]
+    assert finished == [0, 1] and sorted(m.rank for m in p.cohorts[0].microbatches) == [1, 2, 3]
+
+
+def test_padded_wave_holds_the_longest_rank_times_the_ranks():
+    p = plan(Facts(((5,), (2, 1), ())), SHAPE, PlanConfig(mode="padded"))
+    (wave,) = p.cohorts[0].waves
+    assert wave.num_rows == 15 and {(s.rank, s.row) for s in wave.segments} == {(0, 0), (1, 5)}
+
+
+def test_too_many_tokens_names_the_rank():
+    with pytest.raises(InputError, match="rank 1: 9 tokens .* max_tokens_per_rank=8"):
+        plan(Facts(((8,), (9,))), SHAPE, PlanConfig(max_tokens_per_rank=8))
+
+
+def test_a_later_chunk_in_an_earlier_cohort_is_refused():
+    with pytest.raises(ConfigError, match="cohort 0 continues a sequence of cohort 1"):
+        plan(Facts(((8,),)), SHAPE, PlanConfig(), assignment=[[Microbatch(0, 4, 8)], [Microbatch(0, 0, 4)]])
+
+
+@pytest.mark.parametrize("field", ["moe_max_num_tokens", "max_tokens_per_rank", "num_slots"])
+@pytest.mark.parametrize("value", [0, -1, 1.5])
+def test_impossible_counts_are_refused(field, value):
+    with pytest.raises(ConfigError, match=f"{field} is {value}"):
+        PlanConfig(**{field: value})
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="mode is 'fast'"):
+        PlanConfig(mode="fast")
+    with pytest.raises(ConfigError, match="combine is 'sum'"):
+        PlanConfig(combine="sum")

@@ -1,0 +1,186 @@
+"""PipelinedMoE over the ranks of a world: the right sums, the same bits, the same errors everywhere."""
+
+import pytest
+import torch
+
+from pipemoe import Config, PipelinedMoE
+from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError
+from pipemoe.experts import make_experts
+from pipemoe.plan.schedule import MODES
+from pipemoe.wire import WireFormat
+from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOKEN_COUNTS, TOP_K, make_layers, make_rows, norm_ratio
+
+pytestmark = pytest.mark.mpi
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+SMALL = {"moe_max_num_tokens": 24, "max_tokens_per_rank": 160}
+
+
+def make_moe(world, layers, **options):
+    config = Config(**{**SMALL, "debug": True, **options})
+    return PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=NUM_EXPERTS, top_k=TOP_K, config=config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("combine", ["reduce", "gather"])
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_are_the_oracles(world, mode, combine, dtype):
+    layers = make_layers(1, world.device, dtype)
+    moe = make_moe(world, layers, mode=mode, combine=combine)
+    for case, counts in enumerate(TOKEN_COUNTS):
+        x, ids, weights = make_rows(counts[world.rank], 10 * case + world.rank, world.device, dtype)
+        y = moe(x, ids, weights)
+        assert y.shape == x.shape and y.dtype == dtype
+        assert norm_ratio(y, layers.oracle(0, x, ids, weights)) < DTYPES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic_rows_are_the_same_bits_everywhere(world, dtype):
+    """Across modes, wave sizes and slots, and equal to one process that holds all experts: so across rank counts too."""
+    layers = make_layers(1, world.device, dtype)
+    counts = TOKEN_COUNTS[0]
+    x, ids, weights = make_rows(counts[world.rank], world.rank, world.device, dtype)
+    wanted = alone(layers, x, ids, weights)
+    for mode in MODES:
+        for cap, slots in ((7, 4), (24, 1), (1000, 2)):
+            moe = make_moe(world, layers, mode=mode, moe_max_num_tokens=cap, num_slots=slots, deterministic=True)
+            assert torch.equal(moe(x, ids, weights), wanted), (mode, cap, slots)
+    # Equal rows in, other neighbours: every row twice, in reverse.
+    flip = torch.arange(len(x) - 1, -1, -1, device=x.device).repeat(2)
+    moe = make_moe(world, layers, mode="pipelined", max_tokens_per_rank=400, deterministic=True)
+    assert torch.equal(moe(x[flip], ids[flip], weights[flip]), wanted[flip])
+
+
+def alone(layers, x, ids, weights):
+    """The rows' sums from one process with all experts, no transport."""
+    experts = make_experts(
+        layers.local(1, 0), top_k=TOP_K, hidden=HIDDEN, device=x.device, dtype=x.dtype, implementation="auto", deterministic=True
+    )
+    wire = WireFormat(HIDDEN, TOP_K, x.dtype)
+    buffer = torch.zeros(len(x), wire.row_bytes, dtype=torch.uint8, device=x.device)
+    rows = wire.rows(buffer)
+    rows.write(x, ids.int(), weights)
+    out = torch.full(x.shape, torch.nan, dtype=torch.float64, device=x.device)
+    scratch = experts.new_scratch(len(x))
+    experts.warm_up(scratch)
+    experts(0, rows, out, scratch)
+    return out.float().to(x.dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_step_runs_through_the_layers(world, mode):
+    layers = make_layers(3, world.device, torch.float32)
+    moe = make_moe(world, layers, mode=mode)
+    for case, counts in enumerate(TOKEN_COUNTS):
+        tokens = counts[world.rank]
+        with moe.step(tokens, [tokens - tokens // 3, tokens // 3] if tokens > 2 else None) as step:
+            for layer in range(3):
+                x, ids, weights = make_rows(tokens, 100 * case + 10 * layer + world.rank, world.device, torch.float32)
+                y = step(layer, x, ids, weights)
+                assert norm_ratio(y, layers.oracle(layer, x, ids, weights)) < 1e-5
+
+
+def test_tokens_change_from_step_to_step(world):
+    """Buffers are reused: nothing of an earlier, larger step may leak into a later one."""
+    layers = make_layers(1, world.device, torch.float32)
+    moe = make_moe(world, layers, mode="per_rank")
+    for step in range(8):
+        tokens = (step * 37 + world.rank * 11) % 97
+        x, ids, weights = make_rows(tokens, step, world.device, torch.float32)
+        assert norm_ratio(moe(x, ids, weights), layers.oracle(0, x, ids, weights)) < 1e-5
+
+
+def wrong_arguments(world):
+    x, ids, weights = make_rows(4, 0, world.device, torch.float32)
+    bad_id, low_id, nan = ids.clone(), ids.clone(), weights.clone()
+    bad_id[1, 0], low_id[1, 0], nan[3, 2] = NUM_EXPERTS, -2, torch.nan
+    return {
+        "x has shape": (x[:, :-1], ids, weights),
+        "x is torch.float64": (x.double(), ids, weights),
+        "x is a list": (x.tolist(), ids, weights),
+        "topk_ids has shape": (x, ids[:3], weights),
+        "topk_ids is torch.float32": (x, ids.float(), weights),
+        "topk_ids holds 7": (x, bad_id, weights),
+        "topk_ids holds -2": (x, low_id, weights),
+        "topk_weights has shape": (x, ids, weights[:, :2]),
+        "topk_weights holds NaN": (x, ids, nan),
+    }
+
+
+def test_a_wrong_argument_on_one_rank_is_the_same_error_on_all(world):
+    layers = make_layers(1, world.device, torch.float32)
+    moe = make_moe(world, layers)
+    right = make_rows(4, 0, world.device, torch.float32)
+    culprit = world.size - 1
+    for message, wrong in wrong_arguments(world).items():
+        with pytest.raises(InputError, match=f"rank {culprit}: {message}"):
+            moe(*(wrong if world.rank == culprit else right))
+        assert norm_ratio(moe(*right), layers.oracle(0, *right)) < 1e-5  # and the next step works
+
+
+def test_too_many_tokens_on_one_rank_is_the_same_error_on_all(world):
+    layers = make_layers(1, world.device, torch.float32)
+    moe = make_moe(world, layers)
+    culprit = world.size - 1
+    with pytest.raises(InputError, match=f"rank {culprit}: 161 tokens in one step, more than max_tokens_per_rank=160"):
+        moe(*make_rows(161 if world.rank == culprit else 3, 0, world.device, torch.float32))
+
+
+def test_another_config_on_one_rank_is_the_same_error_on_all(world):
+    layers = make_layers(1, world.device, torch.float32)
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    with pytest.raises(MismatchError, match=f"rank {world.size - 1}: moe_max_num_tokens is 32, but rank 0 has 24"):
+        make_moe(world, layers, moe_max_num_tokens=32 if world.rank == world.size - 1 else 24)
+
+
+def test_using_different_models_on_different_ranks_is_caught(world):
+    layers = make_layers(1, world.device, torch.float32)
+    a, b = make_moe(world, layers, mode="broadcast"), make_moe(world, layers, mode="per_rank")
+    rows = make_rows(4, 0, world.device, torch.float32)
+    if world.size > 1:
+        with pytest.raises(MismatchError, match="ranks differ in configuration, model or checkpoint"):
+            (a if world.rank == 0 else b)(*rows)
+    assert norm_ratio(b(*rows), layers.oracle(0, *rows)) < 1e-5
+
+
+def test_more_slots_than_the_world_has_is_refused(world):
+    with pytest.raises(ConfigError, match="num_slots is 9, but the world was started with 4"):
+        make_moe(world, make_layers(1, world.device, torch.float32), num_slots=9)
+
+
+def test_an_exception_in_the_callers_model_code_is_raised_on_every_rank_at_the_next_exchange(world):
+    layers = make_layers(3, world.device, torch.float32)
+    moe = make_moe(world, layers, mode="pipelined", debug=False)
+    tokens = 40 if world.rank == 0 else 3
+    culprit = world.size - 1
+
+    def forward(fail):
+        with moe.step(tokens) as step:
+            for layer in range(3):
+                if fail and layer == 1 and world.rank == culprit:
+                    raise ZeroDivisionError("attention went wrong")
+                rows = make_rows(tokens, layer, world.device, torch.float32)
+                assert norm_ratio(step(layer, *rows), layers.oracle(layer, *rows)) < 1e-5
+
+    if world.rank == culprit:
+        with pytest.raises(ZeroDivisionError):
+            forward(fail=True)
+    else:
+        forward(fail=True)
+    with pytest.raises(ModelError, match=f"rank {culprit}: model code raised ZeroDivisionError: attention went wrong"):
+        forward(fail=False)
+    forward(fail=False)
+
+
+def test_leaving_a_step_early_is_an_error_here_and_does_not_hang_the_others(world):
+    moe = make_moe(world, make_layers(2, world.device, torch.float32), debug=False)
+    rows = make_rows(3, 0, world.device, torch.float32)
+    with pytest.raises(InputError, match="step left after 1 of 2 layers"):
+        with moe.step(3) as step:
+            step(0, *rows)
+    with pytest.raises(ModelError, match="rank 0: model code raised InputError"):
+        with moe.step(3) as step:
+            pass
+    with pytest.raises(InputError, match="layer 1 called; next is 0"):
+        with moe.step(3) as step:
+            step(1, *rows)
