@@ -1,7 +1,9 @@
 """A row of the ttft benchmark: what one mode did with one set of requests.
 
 Names and units of vLLM's serving benchmark where it has one (`mean_ttft_ms`, `ttfts` in seconds, `input_lens`, ...), and its
-percentiles (numpy's, linear between samples); figures over ranks are ours. A rank's TTFT is the mean over its requests.
+percentiles (numpy's, linear between samples); figures over ranks are ours. In a step a rank's TTFT is
+the latest of its requests; `slowest_rank` is the largest over ranks and `median_rank` the median over the ranks that had
+requests, each a mean over steps.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ class ServedRequest:
     rank: int
     input_tokens: int
     ttft_s: float
+    step: int = 0  # the step that served it
 
 
 def ttft_row(
@@ -46,7 +49,8 @@ def ttft_row(
         raise InputError(f"mode {mode}: no request was served, so there is no time to first token")
     ttft_ms = np.array([request.ttft_s for request in requests]) * 1e3  # [requests]
     ranks = np.array([request.rank for request in requests])
-    rank_ttft_ms = [float(ttft_ms[ranks == rank].mean()) for rank in np.unique(ranks)]
+    steps = np.array([request.step for request in requests])
+    of_steps = [[ttft_ms[(steps == step) & (ranks == rank)].max() for rank in np.unique(ranks[steps == step])] for step in np.unique(steps)]
     input_lens = [request.input_tokens for request in requests]
     percentiles = {p: float(np.percentile(ttft_ms, p)) for p in PERCENTILES}
     return plain(
@@ -58,8 +62,8 @@ def ttft_row(
             "rank_tokens": rank_tokens if isinstance(rank_tokens, str) else list(rank_tokens),
             "ttft_ms_p50": percentiles[50],
             "ttft_ms_p99": percentiles[99],
-            "ttft_ms_slowest_rank": max(rank_ttft_ms),
-            "ttft_ms_median_rank": float(np.median(rank_ttft_ms)),
+            "ttft_ms_slowest_rank": float(np.mean([max(of_step) for of_step in of_steps])),
+            "ttft_ms_median_rank": float(np.mean([np.median(of_step) for of_step in of_steps])),
             "exposed_comm_ms": exposed_comm_ms,
             "overlap_pct": overlap_pct,
             "peak_workspace_bytes": peak_workspace_bytes,
@@ -76,5 +80,6 @@ def ttft_row(
             "input_lens": input_lens,
             "ttfts": [request.ttft_s for request in requests],
             "ranks": ranks,
+            "steps": steps,
         }
     )

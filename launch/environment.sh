@@ -12,6 +12,12 @@ else
     python=python3
 fi
 
+# mpirun may start the ranks with another PATH.
+python=$(command -v "$python") || {
+    echo "no Python: $python" >&2
+    exit 1
+}
+
 # A checkout runs without being installed.
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 

@@ -28,11 +28,14 @@ for num_ranks in "$@"; do
     echo "== MPI, ranks on one GPU: $num_ranks"
     rm -f "$logs"/*
     if ! PIPEMOE_RANK_LOGS=$logs timeout --kill-after=60 540 launch/one_gpu.sh "$num_ranks" \
-        -m pytest -q -m "gpu and mpi" -p no:cacheprovider --hypothesis-seed=0 tests; then
+        -m pytest -q -m mpi -p no:cacheprovider --hypothesis-seed=0 tests; then
         failed+=("MPI on $num_ranks ranks")
         tail -n 60 "$logs"/rank*.log 2>/dev/null || true
     fi
 done
+
+echo "== faults, ranks on one GPU"
+"$python" -m pytest -q tests/faults || failed+=("faults")
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED: %s\n' "${failed[@]}"

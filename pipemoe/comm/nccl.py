@@ -36,7 +36,7 @@ def max_ctas() -> int:
 class NcclTransport:
     """`ids`: one NCCL unique id per communicator, 2 x num_slots of them, the same on all ranks."""
 
-    def __init__(self, rank: int, size: int, ids: list[tuple]) -> None:
+    def __init__(self, rank: int, size: int, ids: list[bytes]) -> None:
         import torch
 
         self._nccl = library()

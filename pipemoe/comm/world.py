@@ -51,18 +51,24 @@ def init(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch finds no GPU here; `pipemoe doctor` says why")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    comm = _mpi() if any(int(os.environ.get(name, 1)) > 1 for name in _SIZE_VARIABLES) else None
+    launched = max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES)
+    comm = _mpi(launched) if launched > 1 else None
     return World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
 
 
-def _mpi() -> Any:
+def _mpi(launched: int) -> Any:
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise ConfigError(f"a launcher started several ranks, but mpi4py cannot be imported ({error}); install pipemoe[mpi]") from None
     if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
         raise ConfigError("MPI was started without thread support; let mpi4py initialise it, with its default thread level")
-    return MPI.COMM_WORLD.Dup() if MPI.COMM_WORLD.Get_size() > 1 else None
+    if MPI.COMM_WORLD.Get_size() != launched:
+        raise ConfigError(
+            f"the launcher started {launched} ranks, but the MPI that mpi4py loads sees {MPI.COMM_WORLD.Get_size()}:"
+            " it is not the launcher's; `pipemoe doctor` shows both"
+        )
+    return MPI.COMM_WORLD.Dup()
 
 
 class World:
@@ -85,7 +91,7 @@ class World:
             self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.engine = Engine(self.rank, watchdog_seconds=watchdog_seconds, grace_seconds=grace_seconds, set_up_thread=self._set_up_thread)
-        self.lanes: Lanes = stream_lanes(self.device, num_slots) if on_gpu else host_lanes(num_slots)
+        self.lanes: Lanes = stream_lanes(self.device, num_slots) if on_gpu else host_lanes(num_slots, self.engine.wake.set)
         self.transport: Transport = LocalTransport()
         self._closed = False
         self.engine.call(self._meet)
@@ -124,7 +130,7 @@ class World:
         from pipemoe.comm import nccl
 
         error = None
-        ids: list[tuple] = []
+        ids: list[bytes] = []
         try:
             self.room().check(self.num_slots)
             if self.rank == 0:
@@ -132,9 +138,9 @@ class World:
         except PipemoeError as e:
             error = e
         self._raise_on_all(error, "checking room for thread blocks")
-        texts = self._exchange(json.dumps([list(i) for i in ids]).encode(), "exchange of NCCL ids")
+        texts = self._exchange(json.dumps([i.hex() for i in ids]).encode(), "exchange of NCCL ids")
         self.engine.note("making NCCL communicators")
-        return nccl.NcclTransport(self.rank, self.size, [tuple(i) for i in json.loads(texts[0])])
+        return nccl.NcclTransport(self.rank, self.size, [bytes.fromhex(i) for i in json.loads(texts[0])])
 
     def room(self) -> Room:
         """Thread blocks of this GPU and of the communicators that share it."""
@@ -143,8 +149,11 @@ class World:
         from pipemoe.comm import nccl
 
         properties = torch.cuda.get_device_properties(self.device)
+        # Under MPS with a share of the GPU, the device says how many SMs the share has.
+        share = int(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", 100))
+        num_sms = properties.multi_processor_count * 100 // share
         places = self._exchange(f"{socket.gethostname()} {properties.uuid}".encode(), "exchange of GPU names")
-        return Room(properties.multi_processor_count, nccl.max_ctas(), ranks_on_device=places.count(places[self.rank]))
+        return Room(num_sms, nccl.max_ctas(), ranks_on_device=places.count(places[self.rank]))
 
     def _warm_up(self) -> None:
         """Every kind of collective once on every communicator: nothing is connected or loaded inside a step."""

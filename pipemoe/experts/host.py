@@ -1,9 +1,10 @@
 """Experts on the host: Numba index, gather, activation and combine around library GEMMs, one local expert at a time.
 
     rows [n] --index_pairs--> sorted order --gather_rows--> x [tile, H] --mm--> h [tile, 2I] --swiglu--> a [tile, I]
-         --mm--> y [pairs, H] float32 --combine_rows--> out [n, H]
+         --mm--> y [pairs, H] --combine_rows--> out [n, H]
 
-Only y and the index grow with the rows of a call; everything else is one tile. All of it is allocated in the scratch.
+All arithmetic is float32. 16-bit weights are widened one expert at a time: few CPUs multiply 16-bit floats fast, and the
+rest lose more than the copy costs. Only y and the index grow with max_rows; all of it is allocated in the scratch.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ class HostScratch:
 
     def __init__(self, shape: ExpertsShape, max_rows: int, tile_rows: int):
         max_pairs = shape.max_pairs(max_rows)
-        hidden, intermediate, dtype = shape.hidden, shape.max_intermediate, shape.dtype
+        hidden, intermediate = shape.hidden, shape.max_intermediate
+        out_dtype = torch.float64 if shape.deterministic else torch.float32
+        widened = 0 if shape.dtype == torch.float32 else intermediate * hidden
         self.max_rows = max_rows
         self.positions = np.empty((max_rows, shape.top_k), np.int32)
         self.sorted_tokens = np.empty(max_pairs, np.int32)
         self.offsets = np.empty(shape.max_local_experts + 1, np.int64)
-        self.y = torch.empty((max_pairs, hidden), dtype=torch.float32)
-        self.x_tile = torch.empty((tile_rows, hidden), dtype=dtype)
-        self.h_tile = torch.empty(tile_rows * 2 * intermediate, dtype=torch.float32)
-        self.a_tile = torch.empty(tile_rows * intermediate, dtype=torch.float32)
-        self.y_tile = torch.empty((tile_rows, hidden), dtype=dtype)
-        # 16-bit GEMMs write these; the activation works on float32 copies.
-        narrow = 0 if dtype == torch.float32 else tile_rows * intermediate
-        self.h_tile_narrow = torch.empty(2 * narrow, dtype=dtype)
-        self.a_tile_narrow = torch.empty(narrow, dtype=dtype)
-        self.out_tile = torch.empty((COMBINE_ROWS, hidden), dtype=torch.float64 if shape.deterministic else torch.float32)
+        self.y = torch.empty(max_pairs, hidden)
+        self.x_tile = torch.empty(tile_rows, hidden)
+        self.x_tile_narrow = torch.empty(tile_rows if widened else 0, hidden, dtype=shape.dtype)
+        self.h_tile = torch.empty(tile_rows * 2 * intermediate)
+        self.a_tile = torch.empty(tile_rows * intermediate)
+        self.y_tile = torch.empty(tile_rows if shape.deterministic else 0, hidden)
+        self.out_tile = torch.empty(COMBINE_ROWS, hidden, dtype=out_dtype)
+        self.gate_up = torch.empty(2 * widened)
+        self.down = torch.empty(widened)
         arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray | torch.Tensor)]
         self.num_bytes = sum(array.nbytes for array in arrays)
 
@@ -56,8 +58,8 @@ class HostScratch:
 class HostExperts(ExpertsShape):
     """The experts call on CPU tensors; synchronous in the calling thread. Implementation name "host".
 
-    deterministic: GEMMs run in zero-padded tiles of DETERMINISTIC_TILE_ROWS rows, so that the library always sees the same
-    shape. A probe at construction checks that the library then treats all rows of a tile alike; if not, tiles have one row.
+    deterministic: GEMMs run in zero-padded tiles of DETERMINISTIC_TILE_ROWS rows, so that the library always sees one
+    shape. A probe at construction checks that it then treats all rows of a tile alike; if not, tiles have one row.
     """
 
     implementation = "host"
@@ -113,37 +115,51 @@ class HostExperts(ExpertsShape):
         # Numba knows no 16-bit floats; a gather only moves bits.
         values = rows.buffer.view(torch.float32 if self.dtype == torch.float32 else torch.int16).numpy()
         for expert in range(weights.num_local_experts):
-            for start in range(offsets[expert], offsets[expert + 1], self.tile_rows):
-                stop = min(start + self.tile_rows, int(offsets[expert + 1]))
-                self._run_tile(layer, expert, values, start, stop, scratch)
+            begin, end = int(offsets[expert]), int(offsets[expert + 1])
+            if begin == end:
+                continue
+            gate_up, down = self._float32_weights(weights, expert, scratch)
+            for start in range(begin, end, self.tile_rows):
+                stop = min(start + self.tile_rows, end)
+                a = self._activations(gate_up, self._gate_up_biases[layer][expert], values, start, stop, scratch)
+                y = scratch.y[start:stop]
+                if self.deterministic:
+                    y.copy_(torch.mm(a, down.t(), out=scratch.y_tile)[: stop - start])
+                else:
+                    torch.mm(a, down.t(), out=y)
+            if weights.down_bias is not None:
+                scratch.y[begin:end].add_(weights.down_bias[expert])
         self._combine(rows, out, scratch)
 
-    def _run_tile(self, layer: int, expert: int, values: np.ndarray, start: int, stop: int, s: HostScratch) -> None:
-        """y[start:stop] = down(silu(gate(x)) * up(x)) for the sorted pairs [start, stop) of one local expert."""
-        weights = self.weights[layer]
-        num_rows = self.tile_rows if self.deterministic else stop - start
-        intermediate = weights.intermediate
-        x = s.x_tile[:num_rows]
-        bits = x if self.dtype == torch.float32 else x.view(torch.int16)
-        pairs.gather_rows(values, s.sorted_tokens, start, stop, bits.numpy())
-        h = s.h_tile[: num_rows * 2 * intermediate].view(num_rows, 2 * intermediate)
-        a = s.a_tile[: num_rows * intermediate].view(num_rows, intermediate)
-        bias = self._gate_up_biases[layer][expert]
+    def _float32_weights(
+        self, weights: ExpertWeights, expert: int, s: HostScratch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up [2I, H] and down [H, I] of one local expert, widened into the scratch if they are narrow."""
+        gate_up, down = weights.gate_up[expert], weights.down[expert]
         if self.dtype == torch.float32:
-            torch.mm(x, weights.gate_up[expert].t(), out=h)
-            pairs.swiglu_rows(h.numpy(), bias, a.numpy())
+            return gate_up, down
+        return (
+            s.gate_up[: gate_up.numel()].view(gate_up.shape).copy_(gate_up),
+            s.down[: down.numel()].view(down.shape).copy_(down),
+        )
+
+    def _activations(
+        self, gate_up: torch.Tensor, bias: np.ndarray, values: np.ndarray, start: int, stop: int, s: HostScratch
+    ) -> torch.Tensor:
+        """silu(gate(x)) * up(x) [rows of the tile, I] for the sorted pairs [start, stop) of one expert."""
+        num_rows = self.tile_rows if self.deterministic else stop - start
+        width = gate_up.shape[0]
+        x = s.x_tile[:num_rows]
+        if self.dtype == torch.float32:
+            pairs.gather_rows(values, s.sorted_tokens, start, stop, x.numpy())
         else:
-            narrow = s.h_tile_narrow[: num_rows * 2 * intermediate].view(num_rows, 2 * intermediate)
-            torch.mm(x, weights.gate_up[expert].t(), out=narrow)
-            pairs.swiglu_rows(h.copy_(narrow).numpy(), bias, a.numpy())
-            a = s.a_tile_narrow[: num_rows * intermediate].view(num_rows, intermediate).copy_(a)
-        y = s.y[start:stop]
-        if self.dtype == torch.float32 and not self.deterministic:
-            torch.mm(a, weights.down[expert].t(), out=y)
-        else:
-            y.copy_(torch.mm(a, weights.down[expert].t(), out=s.y_tile[:num_rows])[: stop - start])
-        if weights.down_bias is not None:
-            y.add_(weights.down_bias[expert])
+            narrow = s.x_tile_narrow[:num_rows]
+            pairs.gather_rows(values, s.sorted_tokens, start, stop, narrow.view(torch.int16).numpy())
+            x.copy_(narrow)
+        h = torch.mm(x, gate_up.t(), out=s.h_tile[: num_rows * width].view(num_rows, width))
+        a = s.a_tile[: num_rows * width // 2].view(num_rows, width // 2)
+        pairs.swiglu_rows(h.numpy(), bias, a.numpy())
+        return a
 
     def _combine(self, rows: WireRows, out: torch.Tensor, s: HostScratch) -> None:
         y, weights = s.y.numpy(), rows.weights.numpy()
@@ -159,16 +175,17 @@ class HostExperts(ExpertsShape):
 
     @torch.no_grad()
     def _library_treats_rows_alike(self) -> bool:
-        """Whether one row gives the same bits at every place of a tile, for the shapes of the first layer with experts."""
+        """Whether a row gives the same bits at every place of a tile, for the shapes of the first layer with experts."""
         weights = next((w for w in self.weights if w.num_local_experts), None)
         if weights is None:
             return True
         generator = torch.Generator().manual_seed(0)
         for matrix in (weights.gate_up[0], weights.down[0]):
-            row = torch.randn(1, matrix.shape[1], generator=generator).to(self.dtype)
+            matrix = matrix.float()
+            row = torch.randn(1, matrix.shape[1], generator=generator)
             results = []
             for place in range(DETERMINISTIC_TILE_ROWS):
-                tile = torch.zeros(DETERMINISTIC_TILE_ROWS, matrix.shape[1], dtype=self.dtype)
+                tile = torch.zeros(DETERMINISTIC_TILE_ROWS, matrix.shape[1])
                 tile[place] = row
                 results.append(torch.mm(tile, matrix.t())[place])
             if not all(torch.equal(result, results[0]) for result in results):

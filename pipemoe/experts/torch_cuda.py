@@ -3,10 +3,11 @@
     rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --swiglu--> a [pairs, I]
          --grouped_mm--> y [pairs, H] --combine--> out [n, H]
 
-The host knows only n: how many pairs are local stays on the device. GEMMs therefore always get the scratch's full matrices,
-of which they compute the rows below offsets[-1]; so torch always picks the same kernel and asks its allocator for the same
-sizes. grouped_mm serves bfloat16 on Hopper and Blackwell; elsewhere torch would fall back to a loop that synchronises with
-the host, and the SIMT kernel takes its place.
+The host knows only n: how many pairs are local stays on the device. GEMMs therefore get matrices of one of two fixed heights,
+of which they compute the rows below offsets[-1]: the scratch's full height, or the largest for which torch picks its tile for
+few rows, when all pairs fit that. So torch's allocator is asked for the same few sizes again and again. grouped_mm serves
+bfloat16 on Hopper and Blackwell; elsewhere torch would fall back to a loop that synchronises with the host, and the SIMT
+kernel takes its place.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED_MM_MAJORS = (9, 10)  # compute capabilities (major) whose grouped_mm needs no host synchronisation
 GROUPED_MM_ALIGNMENT = 8  # columns: it wants rows on 16-byte boundaries
-# torch (2.11, 2.13) takes a smaller tile when there are at most 128 rows per expert. The deterministic mode keeps above that.
-ROWS_PER_EXPERT_FOR_LARGE_TILES = 129
+# torch takes a smaller tile when the matrix has at most this many rows per expert (its GroupMM.cu). The order of a sum may
+# follow the tile, so the deterministic mode always keeps above it.
+SMALL_TILE_ROWS_PER_EXPERT = 128
 
 
 class TorchScratch:
@@ -44,7 +46,7 @@ class TorchScratch:
     def __init__(self, experts: TorchExperts, max_rows: int):
         max_pairs = experts.max_pairs(max_rows)
         if experts.deterministic and max_pairs:
-            max_pairs = max(max_pairs, ROWS_PER_EXPERT_FOR_LARGE_TILES * experts.max_local_experts)
+            max_pairs = max(max_pairs, (SMALL_TILE_ROWS_PER_EXPERT + 1) * experts.max_local_experts)
         hidden, intermediate = experts.hidden, experts.max_intermediate
         num_local = experts.max_local_experts
 
@@ -109,15 +111,18 @@ class TorchExperts(ExpertsShape):
 
     def warm_up(self, scratch: TorchScratch) -> None:
         """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
-        num_rows = min(2, scratch.max_rows)
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
-        rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
-        kinds = {(w.num_local_experts, w.intermediate, w.gate_up_bias is None, w.down_bias is None): layer
-                 for layer, w in enumerate(self.weights)}
+        rows = wire.rows(torch.zeros((scratch.max_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
+        kinds = {}
+        for layer, w in enumerate(self.weights):
+            kinds[w.num_local_experts, w.intermediate, w.gate_up_bias is None, w.down_bias is None] = layer
         for layer in kinds.values():
-            rows.ids.fill_(self.weights[layer].first_expert)
+            rows.ids.fill_(-1)
+            rows.ids[:1] = self.weights[layer].first_expert
             for dtype in self.out_dtypes:
-                self(layer, rows, torch.empty((num_rows, self.hidden), dtype=dtype, device=self.device), scratch)
+                out = torch.empty((scratch.max_rows, self.hidden), dtype=dtype, device=self.device)
+                self(layer, rows, out, scratch)
+                self(layer, rows[:1], out[:1], scratch)
         torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
@@ -134,19 +139,28 @@ class TorchExperts(ExpertsShape):
         offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
         index_pairs(stream, rows.ids, weights.first_expert, num_local, scratch.tile_counts, offsets, positions)
         gather_rows(stream, rows.hidden, positions, scratch.x)
-        a = scratch.a[: scratch.max_pairs * weights.intermediate].view(scratch.max_pairs, weights.intermediate)
+        height = self._gemm_height(num_rows, num_local, scratch)
+        a = scratch.a[: height * weights.intermediate].view(height, weights.intermediate)
         if self.uses_grouped_mm:
             gate_up, down = self._transposed[layer]
-            h = grouped_mm(scratch.x, gate_up, offs=offsets)
+            h = grouped_mm(scratch.x[:height], gate_up, offs=offsets)
             swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
             del h
             y = grouped_mm(a, down, offs=offsets)
         else:
-            h = scratch.h[: 2 * a.numel()].view(scratch.max_pairs, 2 * weights.intermediate)
-            y = scratch.x.view(-1)[: scratch.max_pairs * self.hidden].view(scratch.max_pairs, self.hidden)
-            grouped_gemm(stream, scratch.x[:, : self.hidden], weights.gate_up, offsets, h)
+            h = scratch.h[: 2 * a.numel()].view(height, 2 * weights.intermediate)
+            y = scratch.x.view(-1)[: height * self.hidden].view(height, self.hidden)
+            grouped_gemm(stream, scratch.x[:height, : self.hidden], weights.gate_up, offsets, h)
             swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
             grouped_gemm(stream, a, weights.down, offsets, y)
         combine_rows(
             stream, y, positions, rows.ids, weights.first_expert, rows.weights, weights.down_bias, out
         )
+
+    def _gemm_height(self, num_rows: int, num_local: int, scratch: TorchScratch) -> int:
+        """Rows of the matrices that the GEMMs get: at least all pairs of the call."""
+        num_pairs = num_rows * self.top_k
+        if not self.uses_grouped_mm:
+            return num_pairs  # nothing is allocated, and the grid follows the height
+        small = SMALL_TILE_ROWS_PER_EXPERT * num_local
+        return scratch.max_pairs if self.deterministic or num_pairs > small else min(small, scratch.max_pairs)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pipemoe.errors import ConfigError
-from pipemoe.experts.weights import ExpertWeights, local_range
+from pipemoe.errors import CheckpointError, ConfigError, InputError
+from pipemoe.experts.weights import ExpertWeights, check_finite, local_range
 from pipemoe.models.attention import PACKED, register_packed_attention
 from pipemoe.models.checkpoint import Checkpoint
 from pipemoe.models.config import fingerprint_of, read_config
@@ -34,7 +34,7 @@ def load_decoder(
 
     path_or_config: a checkpoint directory (config.json and safetensors), or, for random weights made from `seed`, a
     transformers config, a dict like config.json, or the path of a .json file. The other ranks' experts are never
-    allocated and never read. Raises CheckpointError that names rank, file and tensor.
+    allocated and never read. Raises CheckpointError that names rank, file and tensor, also for NaN weights.
     """
     where = f"rank {rank}: "
     device = _indexed(torch.device(device))
@@ -61,6 +61,7 @@ def load_decoder(
             _fill_from(checkpoint, model, family, device=device, dtype=dtype)
             weights = checkpoint.read_experts(family, config, experts, device=device, dtype=dtype)
             identity = checkpoint.digest()
+        _check_finite(model, weights, where)
     if device.type == "cuda" and family.plain_rms_norm:
         fuse_norms(model)
     fingerprint = fingerprint_of(config, identity, dtype)
@@ -78,6 +79,17 @@ def _fill_from(
         return checkpoint.read(family.checkpoint_names(name), tuple(shape)).to(device, wanted)
 
     materialise(model, value, device=device, dtype=dtype)
+
+
+def _check_finite(model: PreTrainedModel, weights: list[ExpertWeights], where: str) -> None:
+    """NaN in any weight would spread over the ranks' sums and show up far from its cause."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise CheckpointError(f"{where}{name} holds NaN or infinite values; every weight must be finite, check the checkpoint")
+    try:
+        check_finite(weights)
+    except InputError as error:
+        raise CheckpointError(f"{where}{error}") from None
 
 
 def _indexed(device: torch.device) -> torch.device:

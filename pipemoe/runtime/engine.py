@@ -8,6 +8,7 @@ aborted (in a thread of their own, since abort may block) and the process ends a
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import queue
 import sys
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 EXIT_CODE = 70  # of a process that ended because the ranks could no longer work together (EX_SOFTWARE)
 _PEER_CHECK_SECONDS = 0.01
+_LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
 
 
 class Engine:
@@ -33,6 +36,7 @@ class Engine:
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
         self.side_channel: SideChannel | None = None
+        self.wake = threading.Event()  # set by whoever has news for the engine's thread
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.failure: FatalError | None = None
         self.step = 0
@@ -70,26 +74,31 @@ class Engine:
         self.doing = doing
         self._alive = time.monotonic()
 
-    def wait(self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False, pause: float = 50e-6) -> None:
+    def wait(self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False) -> None:
         """Poll `ready` until it is true, at most `seconds` (watchdog_seconds) without progress.
 
-        needs_all: every peer must take part, so one that has closed its world is an error. pause: seconds between polls.
+        needs_all: every peer must take part, so one that has closed its world is an error. Between polls the thread rests: the
+        longer nothing happened the longer, so that ranks that share a core leave it to those that compute, and until `wake`.
         """
         limit = seconds or self.watchdog_seconds
         self.note(doing)
-        seen, since, checked = self.ops_done, time.monotonic(), 0.0
+        seen, since, checked, pause = self.ops_done, time.monotonic(), 0.0, _SHORTEST_PAUSE
+        patience = _LEFT_SECONDS if needs_all else math.inf
         while not ready():
             now = self._alive = time.monotonic()
             if now - checked > _PEER_CHECK_SECONDS:
-                self._check_peers(needs_all)
+                self._check_peers(now - since > patience)
                 checked = now
             if self.ops_done != seen:
-                seen, since = self.ops_done, now
+                seen, since, pause = self.ops_done, now, _SHORTEST_PAUSE
             elif now - since > limit:
                 raise WatchdogTimeout(f"rank {self.rank}: no progress for {now - since:.1f} s in {self.doing}{self._who_is_behind()}")
-            time.sleep(pause)
+            if self.wake.wait(pause):
+                self.wake.clear()
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
 
     def _check_peers(self, needs_all: bool) -> None:
+        """Raise if a peer is lost, or, with `needs_all`, has closed its world."""
         if self.failure is not None:
             raise self.failure
         if self.side_channel is None:

@@ -74,9 +74,10 @@ class HostEvent:
 
 
 class WorkerLane:
-    """A host thread that runs its work first in, first out."""
+    """A host thread that runs its work first in, first out; calls `on_done` after each piece."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, on_done: Callable[[], None]) -> None:
+        self._on_done = on_done
         self._queue: deque[tuple[Callable[[], Any], Sequence[HostEvent], HostEvent] | None] = deque()
         self._filled = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -104,6 +105,7 @@ class WorkerLane:
                 event.set()
             except BaseException as error:  # noqa: BLE001  (handed to whoever polls the event)
                 event.set(error)
+            self._on_done()
             del item, work, waits, event  # do not keep a step's tensors alive while idle
 
     def poll(self) -> None:
@@ -249,8 +251,9 @@ class Lanes:
             slot.compute.close()
 
 
-def host_lanes(num_slots: int) -> Lanes:
-    slots = [SlotLanes(WorkerLane(f"pipemoe compute {i}"), PolledLane(), PolledLane()) for i in range(num_slots)]
+def host_lanes(num_slots: int, on_done: Callable[[], None]) -> Lanes:
+    """on_done: called from worker threads whenever a piece of work is done."""
+    slots = [SlotLanes(WorkerLane(f"pipemoe compute {i}", on_done), PolledLane(), PolledLane()) for i in range(num_slots)]
     return Lanes(slots, HostClock())
 
 

@@ -40,14 +40,21 @@ def test_row_follows_the_schema_and_vllms_names():
     assert found["p90_ttft_ms"] == pytest.approx(np.percentile(ttft_ms, 90))
     assert found["p99_ttft_ms"] == found["ttft_ms_p99"] == pytest.approx(np.percentile(ttft_ms, 99))
     assert found["std_ttft_ms"] == pytest.approx(ttft_ms.std())
-    # Ranks 0, 1, 2 have (1, 4, 7, 10), (2, 5, 8) and (3, 6, 9) ms.
-    assert found["ttft_ms_slowest_rank"] == pytest.approx(6)
-    assert found["ttft_ms_median_rank"] == pytest.approx(5.5)
+    # Ranks 0, 1, 2 have (1, 4, 7, 10), (2, 5, 8) and (3, 6, 9) ms, all in one step.
+    assert found["ttft_ms_slowest_rank"] == pytest.approx(10)
+    assert found["ttft_ms_median_rank"] == pytest.approx(9)
     assert found["completed"] == 10
     assert found["total_input_tokens"] == sum(range(10, 20))
     assert found["request_throughput"] == pytest.approx(20)
     assert found["ttfts"][1] == pytest.approx(0.002)
     assert found["input_lens"][:2] == [10, 11] and found["ranks"][:4] == [0, 1, 2, 0]
+
+
+def test_figures_over_ranks_are_taken_per_step():
+    served = [(0, 0.010, 0), (1, 0.002, 0), (2, 0.003, 0), (0, 0.001, 1), (1, 0.004, 1), (1, 0.006, 1)]  # rank 2 idle in step 1
+    found = row(requests=[ServedRequest(rank, 7, ttft_s, step) for rank, ttft_s, step in served])
+    assert found["ttft_ms_slowest_rank"] == pytest.approx((10 + 6) / 2)
+    assert found["ttft_ms_median_rank"] == pytest.approx((3 + 3.5) / 2)
 
 
 def test_row_without_requests_is_refused():
@@ -59,7 +66,7 @@ def test_table_is_aligned_and_says_what_is_unknown():
     lines = ttft_table([row(), row("padded", parity=False)]).splitlines()
     assert lines[0] == "model qwen3, layers 8, ranks 4, tokens per rank 4096, 16 x 2, 0"
     assert lines[1].split()[:4] == ["mode", "TTFT", "mean", "ms"]
-    assert lines[2].split() == ["per_rank", "5.5", "5.5", "9.1", "9.9", "5.5", "6.0", "1.2", "-", "3.0", "yes"]
+    assert lines[2].split() == ["per_rank", "5.5", "5.5", "9.1", "9.9", "9.0", "10.0", "1.2", "-", "3.0", "yes"]
     assert lines[3].split()[0] == "padded" and lines[3].split()[-1] == "NO"
     assert len({len(line) for line in lines[1:]}) == 1
 

@@ -46,7 +46,6 @@ def run(rows, weights, out_dtype=torch.float32, deterministic=False):
         deterministic=deterministic,
     )
     scratch = experts.new_scratch(len(rows) + 3)
-    experts.warm_up(scratch)
     for name in ("x", "a", "h"):
         getattr(scratch, name).fill_(torch.nan)
     out = torch.full(rows.hidden.shape, torch.nan, dtype=torch.float64 if deterministic else out_dtype)
@@ -71,6 +70,16 @@ def test_call(dtype, major, bias, deterministic, uses_grouped_mm, monkeypatch):
     experts, out = run(rows, weights, deterministic=deterministic)
     assert experts.uses_grouped_mm == uses_grouped_mm
     assert relative_error(out, expected(rows, weights)) < TOLERANCE[dtype]
+
+
+def test_warm_up_runs_every_kind_of_layer_and_result(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    layers = [random_weights(2, 8, 8, bias=bias) for bias in (False, True, True)]
+    experts = TorchExperts(layers, top_k=2, hidden=8, device=torch.device("cpu"), dtype=torch.float32)
+    calls = []
+    monkeypatch.setattr(torch_cuda, "combine_rows", lambda *args: calls.append((args[6] is None, args[7].dtype)))
+    experts.warm_up(experts.new_scratch(1))
+    assert set(calls) == {(no_bias, dtype) for no_bias in (True, False) for dtype in experts.out_dtypes}
 
 
 def test_sizes_that_grouped_mm_would_refuse(monkeypatch):

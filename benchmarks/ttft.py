@@ -1,0 +1,257 @@
+"""Time to first token of an MoE model, every mode on the same inputs: the main job of this repository.
+
+    launch/mpirun.sh -n 4 benchmarks/ttft.py                                      # small model, real trace scaled down
+    launch/mpirun.sh -n 8 benchmarks/ttft.py --model qwen3-30b-a3b --rank-tokens 4096,16,16,16,16,16,16,16
+
+1. Parity of every mode with the plain Hugging Face forward (ttft_parity.py); a mode that fails is reported, and the exit status
+   is 1.
+2. Timing (ttft_measure.py): the requests of a step arrive together when it starts, so this is prefill under skew, not
+   queueing; `--arrivals trace` replays the trace's own clock with queueing instead (ttft_serve.py).
+3. A table on standard output, whose last line is the results as one JSON document (results_schema.py); in --out the same
+   as ttft.json, a picture of the TTFT distribution, and a timeline per mode for Perfetto (https://ui.perfetto.dev), of the
+   step with most tokens.
+
+--rank-tokens and --trace may be given several times and together: each is a workload of its own, on the same loaded models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import results_schema
+from bench_main import Progress, RankParser, positive, run_on_ranks
+from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.plan.schedule import COMBINES, MODES
+from ttft_inputs import Step, Workload, rank_tokens_workload, trace_workload, without_last_rank
+from ttft_models import PRESETS, BenchModel
+from ttft_table import ttft_table
+
+if TYPE_CHECKING:
+    from pipemoe import Config, World
+    from ttft_measure import Measured
+    from ttft_parity import Parity
+
+TRACE = Path(__file__).resolve().parent / "traces" / "azure2023_conv.csv"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDefaults:
+    """What options are when not given, by device: on a CPU the whole job is to end within two minutes on two cores."""
+
+    model: str
+    layers: int | None  # of that model; another model keeps all its layers
+    dtype: str
+    scale: float
+    num_requests: int
+    rounds: int
+    moe_max_num_tokens: int
+
+
+DEFAULTS = {
+    "cpu": DeviceDefaults("small", None, "float32", 0.1, 16, 3, 256),
+    "cuda": DeviceDefaults("qwen3-30b-a3b", 8, "bfloat16", 1.0, 32, 5, 8192),
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = RankParser(description="Time to first token, every mode on the same inputs.")
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", help=f"{', '.join(PRESETS)}, or the path of a Hugging Face checkpoint (default: small on a CPU, else qwen3-30b-a3b)")
+    model.add_argument("--layers", type=positive(int), help="only the first N decoder layers (default: all; 8 where --model is not given on a GPU)")
+    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    model.add_argument("--seed", type=int, default=0, help="of token ids, and of weights where there is no checkpoint")
+    inputs = parser.add_argument_group("inputs")
+    inputs.add_argument("--trace", action="append", default=[], help="CSV or Mooncake JSON lines (default: azure2023_conv)")
+    inputs.add_argument("--rank-tokens", action="append", default=[], metavar="T,T,...", help="instead: one prompt per rank, of these lengths")
+    inputs.add_argument("--scale", type=positive(float), help="factor on the trace's lengths (default: 0.1 on a CPU, else 1)")
+    inputs.add_argument("--num-requests", type=positive(int), help="of the trace (default: 16 on a CPU, else 32)")
+    inputs.add_argument("--first-request", type=int, default=0, help="number of the trace's request to begin with")
+    inputs.add_argument("--requests-per-rank", type=positive(int), default=1, help="that a step of the trace gives each rank (default 1)")
+    inputs.add_argument("--arrivals", choices=("together", "trace"), default="together", help="of a step's requests; trace: by the trace's clock")
+    inputs.add_argument("--time-scale", type=positive(float), default=1.0, help="with --arrivals trace: how much faster than the trace's clock")
+    run = parser.add_argument_group("run")
+    parser.add_device()
+    run.add_argument("--modes", default=",".join(MODES), help="default: %(default)s")
+    run.add_argument("--rounds", type=positive(int), help="timed passes per mode (default: 3 on a CPU, else 5)")
+    run.add_argument("--parity-layers", type=positive(int), help="layers compared with the plain forward (default: all in float32 on a CPU, else 4)")
+    run.add_argument("--moe-max-num-tokens", type=positive(int), help="default: 256 on a CPU, else 8192")
+    run.add_argument("--max-tokens-per-rank", type=positive(int), help="default: what the inputs need")
+    run.add_argument("--combine", choices=COMBINES, default="reduce")
+    run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
+    run.add_argument("--deterministic", action="store_true")
+    run.add_argument("--experts", default="auto", help="implementation of the experts")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("out/ttft"), metavar="DIR", help="for results, pictures and timelines (default: %(default)s)")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
+    options = parser.parse_args(arguments)
+    options.device = parser.device_of(options)
+    options.modes = options.modes.split(",")
+    unknown = [mode for mode in options.modes if mode not in MODES]
+    if unknown or len(set(options.modes)) != len(options.modes):
+        parser.error(f"--modes {','.join(options.modes)}: give each once, of {', '.join(MODES)}")
+    if options.arrivals == "trace" and options.rank_tokens:
+        parser.error("--arrivals trace needs a trace; --rank-tokens has no arrival times")
+    return options
+
+
+def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:
+    """The options with the device's defaults where none was given."""
+    defaults = DEFAULTS[device]
+    resolved = argparse.Namespace(**vars(options))
+    if options.model is None and options.layers is None:
+        resolved.layers = defaults.layers
+    for name in ("model", "dtype", "scale", "num_requests", "rounds", "moe_max_num_tokens"):
+        if getattr(options, name) is None:
+            setattr(resolved, name, getattr(defaults, name))
+    if options.parity_layers is None:
+        resolved.parity_layers = None if (device, resolved.dtype) == ("cpu", "float32") else 4
+    return resolved
+
+
+def workloads_of(options: argparse.Namespace, num_ranks: int) -> list[Workload]:
+    """What the options ask for; InputError for what cannot be."""
+    shape = dict(
+        first=options.first_request, num_requests=options.num_requests, scale=options.scale, prompts_per_step=options.requests_per_rank
+    )
+    traces = options.trace or ([] if options.rank_tokens else [str(TRACE)])
+    return [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [trace_workload(p, num_ranks, **shape) for p in traces]
+
+
+def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> list[Config]:
+    """One configuration per mode, alike in all else."""
+    from pipemoe import Config
+
+    needed = max(w.max_tokens_per_rank for w in workloads)
+    if options.arrivals == "trace":  # a rank takes more than one request when several wait
+        needed = max(options.moe_max_num_tokens, *(w.longest for w in workloads))
+    if options.max_tokens_per_rank is not None and options.max_tokens_per_rank < needed and options.arrivals == "together":
+        raise ConfigError(f"--max-tokens-per-rank is {options.max_tokens_per_rank}, but a step gives one rank {needed} tokens")
+    return [
+        Config(
+            mode=mode,
+            moe_max_num_tokens=options.moe_max_num_tokens,
+            max_tokens_per_rank=options.max_tokens_per_rank or needed,
+            num_slots=options.num_slots,
+            combine=options.combine,
+            combine_dtype=options.combine_dtype,
+            deterministic=options.deterministic,
+            experts=options.experts,
+        )
+        for mode in options.modes
+    ]
+
+
+def run(world: World, options: argparse.Namespace) -> int:
+    """The whole benchmark on every rank; the exit status, which is 1 when a mode is not at parity."""
+    import torch
+
+    import pipemoe
+    from ttft_measure import Bench
+    from ttft_parity import check_parity, dtype_name
+    from ttft_serve import serve
+
+    progress = Progress(world.rank)
+    options = resolve(options, world.device.type)
+    error, inputs = None, None
+    try:
+        model = BenchModel(options.model, options.layers)
+        workloads = workloads_of(options, world.size)
+        inputs = model, workloads, configs_of(options, workloads)
+    except PipemoeError as found:
+        error = found
+    world.agree(error, {}, "reading the inputs")
+    model, workloads, configs = inputs
+    dtype = getattr(torch, options.dtype)
+    with ExitStack() as sources:
+        # At least one layer with experts, or there is nothing to compare.
+        layers = min(model.num_layers, max(options.parity_layers or model.num_layers, model.first_moe_layer + 1))
+        progress.say(f"{model.name}, {options.dtype}, {world.size} ranks on {world.device.type}: parity of {len(configs)} modes on {layers} layers")
+        parity = check_parity(
+            world, sources.enter_context(model.source(layers)), layers, configs, parity_steps(workloads), dtype=dtype, seed=options.seed, progress=progress
+        )
+        progress.say("parity " + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items()) + f"; loading {model.num_layers} layers")
+        base = pipemoe.load_model(sources.enter_context(model.source(model.num_layers)), world, config=configs[0], dtype=dtype, seed=options.seed)
+    models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
+    peak_bytes = _max_over_ranks(world, {mode: m.runtime.workspace_bytes for mode, m in models.items()})
+    rows, measured = [], []
+    for workload in workloads:
+        progress.say(f"{workload.name}: {sum(map(len, workload.prompts))} requests in {len(workload.steps)} steps, {options.rounds} rounds")
+        if options.arrivals == "trace":
+            found = serve(world, models, workload, rounds=options.rounds, time_scale=options.time_scale, seed=options.seed, progress=progress)
+        else:
+            found = Bench(world, models, workload, options.seed, progress).measure(options.rounds)
+        if world.rank == 0:
+            facts = {"model": model.name, "layers": model.num_layers, "num_ranks": world.size, "rank_tokens": workload.rank_tokens}
+            facts |= {"dtype": dtype_name(dtype), "moe_max_num_tokens": options.moe_max_num_tokens, "arrivals": options.arrivals}
+            rows += [_row(mode, facts, found[mode], peak_bytes[mode], parity[mode]) for mode in options.modes]
+            measured.append((workload, found))
+    if world.rank == 0:
+        report(options, rows, measured)
+    return 0 if all(p.ok for p in parity.values()) else 1
+
+
+def parity_steps(workloads: Sequence[Workload]) -> list[Step]:
+    """Every workload's first step, and the first one's again with nothing for the last rank."""
+    steps = [w.steps[0] for w in workloads]
+    bare = without_last_rank(steps[0])
+    return steps + ([bare] if any(bare) and bare not in steps else [])
+
+
+def _max_over_ranks(world: World, values: dict[str, int]) -> dict[str, int]:
+    everywhere = [json.loads(p) for p in world.all_gather(json.dumps(values).encode(), "workspace sizes")]
+    return {name: max(of_rank[name] for of_rank in everywhere) for name in values}
+
+
+def _row(mode: str, facts: dict[str, Any], measured: Measured, peak_bytes: int, parity: Parity) -> dict[str, Any]:
+    from ttft_row import ttft_row
+
+    named = ("model", "layers", "num_ranks", "rank_tokens")
+    exposed_s, plan_s = measured.exposed_comm_s, measured.plan_s
+    row = ttft_row(
+        mode=mode,
+        **{name: facts[name] for name in named},
+        requests=measured.requests,
+        duration_s=measured.duration_s,
+        exposed_comm_ms=None if exposed_s is None else exposed_s * 1e3,
+        overlap_pct=measured.overlap_pct,
+        peak_workspace_bytes=peak_bytes,
+        parity=parity.ok,
+    )
+    more = {name: value for name, value in facts.items() if name not in named}
+    more |= {"plan_ms": None if plan_s is None else plan_s * 1e3}
+    more |= {"parity_norm_ratio": parity.norm_ratio, "parity_wrong_tokens": parity.wrong_tokens, "parity_layers": parity.layers}
+    return row | more
+
+
+def report(options: argparse.Namespace, rows: list[dict[str, Any]], measured: Sequence[tuple[Workload, dict[str, Measured]]]) -> None:
+    """Files, table and last line; rank 0."""
+    from pipemoe.trace import chrome_trace
+    from ttft_plot import plot_ttft
+
+    document = results_schema.results_document("ttft", rows)
+    for path in (options.out / "ttft.json", *([options.json] if options.json else [])):
+        results_schema.write_results(document, path)
+    for workload, found in measured:
+        plot_ttft([row for row in rows if row["rank_tokens"] == workload.rank_tokens], options.out / f"ttft_{workload.name}.png")
+        for mode, figures in found.items():
+            if figures.timelines:
+                (options.out / f"timeline_{workload.name}_{mode}.json").write_text(json.dumps(chrome_trace(figures.timelines)))
+    print(ttft_table(rows))
+    print(f"results, pictures and timelines: {options.out}\n")
+    results_schema.print_results(document)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    return run_on_ranks("ttft.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

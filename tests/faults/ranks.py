@@ -1,0 +1,77 @@
+"""The program of the fault tests: every rank runs steps, and one of them meets a fault.
+
+Arguments: the fault, and a folder into which each rank's errors go (a launcher may drop what survivors say).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import torch
+
+import pipemoe
+from pipemoe.plan.cost import CostModel, OpCost
+from pipemoe.plan.schedule import OpKind
+from tests.moe_cases import make_layers
+from tests.runtime.hold import Hold
+from tests.runtime.sources import RowsSource, make_runtime
+
+WATCHDOG_SECONDS = 4.0
+NUM_LAYERS = 6
+CULPRIT = 1
+
+
+def main(fault: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    world = pipemoe.init(watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1.0)
+    log = os.open(f"{folder}/rank{world.rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, sys.stderr.fileno())
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    mode = "broadcast" if fault == "barrier" else "per_rank"
+    runtime = make_runtime(world, make_layers(NUM_LAYERS, world.device, dtype), mode=mode)
+    culprit = world.rank == (0 if fault == "barrier" else CULPRIT)
+    hold = Hold(world.device)
+
+    def run(before_attend=lambda cohort, layer: None, on_done=lambda op: None) -> None:
+        source = RowsSource(5 + world.rank, runtime, before_attend)
+        runtime.submit_step([5 + world.rank], source, on_done=on_done).result()
+        world.all_gather(b"")
+
+    def before_attend(cohort: int, layer: int) -> None:
+        if not culprit or layer != (0 if fault == "barrier" else 2):
+            return
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif fault == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif fault == "barrier":
+            hold.wait()
+
+    def on_done(op) -> None:
+        if fault == "barrier" and op.kind is OpKind.FINISH:
+            hold.release()  # never reached: in lockstep nothing finishes before rank 0 attends
+        if fault == "engine" and culprit and op.layer == 2:
+            raise ValueError("planted in the engine")
+
+    def broken(*args) -> None:
+        raise OSError("planted in the transport")
+
+    run()
+    if fault == "transport" and culprit:
+        world.transport.dispatch = broken
+    elif fault == "plan" and culprit:
+        runtime.cost = CostModel(attend=OpCost(1, 1))  # after the comparison of configurations: only the digest can tell
+        runtime._plans.clear()
+    elif fault == "absent" and culprit:
+        signal.pause()
+    elif fault == "exit" and culprit:
+        sys.exit(0)
+    run(before_attend, on_done)
+    print(f"rank {world.rank} survived", flush=True)
+    world.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

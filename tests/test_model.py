@@ -1,0 +1,167 @@
+"""Whole models over the ranks of a world: parity with the plain Hugging Face forward, and bad checkpoints and inputs."""
+
+import shutil
+
+import pytest
+import torch
+
+from pipemoe import Config, load_model
+from pipemoe.errors import CheckpointError, InputError, MismatchError, ModelError
+from pipemoe.models.random_weights import reference_model
+from pipemoe.plan.schedule import MODES
+from tests.models.tiny import FAMILIES, VOCAB, tiny_config
+from tests.moe_cases import norm_ratio
+
+pytestmark = pytest.mark.mpi
+SMALL = {"moe_max_num_tokens": 20, "max_tokens_per_rank": 128, "debug": True}
+
+# Sequence lengths per rank; the first R entries are used.
+LENGTHS = (((30, 1, 8), (), (5,), (60, 20)), ((), (3, 3), (), (1,)), ((50,), (50,), (50,), (50,)))
+
+
+@pytest.fixture(scope="module")
+def models(world):
+    """By (family, dtype): the plain model, and pipemoe's with the same weights."""
+    made = {}
+
+    def get(family, dtype):
+        if (family, dtype) not in made:
+            config = tiny_config(family, num_layers=4, num_experts=7 if family == "qwen3_moe" else 8)
+            reference = reference_model(config, device=world.device, dtype=dtype, seed=3)
+            made[family, dtype] = reference, load_model(config, world, dtype=dtype, seed=3, config=Config(**SMALL))
+        return made[family, dtype]
+
+    return get
+
+
+def sequences(case, rank):
+    g = torch.Generator().manual_seed(100 * case + rank)
+    return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in LENGTHS[case][rank]]
+
+
+def plain_logits(reference, sequences, device):
+    with torch.no_grad():
+        return [reference(torch.tensor([s], device=device)).logits[0, -1].float() for s in sequences]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_first_tokens_in_float32(world, models, family, mode):
+    reference, model = models(family, torch.float32)
+    for combine in ("reduce", "gather"):
+        timed = model.with_config(Config(mode=mode, combine=combine, **SMALL))
+        for case in range(len(LENGTHS)):
+            prompts = sequences(case, world.rank)
+            wanted = plain_logits(reference, prompts, world.device)
+            found = timed.prefill(prompts, keep_logits=True)
+            assert found.first_tokens == [int(w.argmax()) for w in wanted]
+            assert all(0 < s < 60 for s in found.ttft_seconds)
+            for f, w in zip(found.logits if prompts else [], wanted):
+                assert norm_ratio(f, w) < 1e-4
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_stays_close(world, models, family, deterministic):
+    """Logits within 2e-2 by norm ratio, the same token wherever the margin exceeds twice the largest error.
+
+    Left out are prompts on which the plain model's own bfloat16 forward is that far from its float32 forward: there a near-tie
+    of the router flips by rounding alone, and two right answers differ by more.
+    """
+    reference, model = models(family, torch.bfloat16)
+    wide, _ = models(family, torch.float32)
+    checked = prompts_seen = 0
+    for case in range(len(LENGTHS)):
+        prompts = sequences(case, world.rank)
+        wanted = plain_logits(reference, prompts, world.device)
+        decided = [norm_ratio(w, v) < 1.5e-2 for w, v in zip(wanted, plain_logits(wide, prompts, world.device))]
+        checked, prompts_seen = checked + sum(decided), prompts_seen + len(prompts)
+        for mode in MODES:
+            found = model.with_config(Config(mode=mode, deterministic=deterministic, **SMALL)).prefill(prompts, keep_logits=True)
+            for i in (i for i, ok in enumerate(decided) if ok):
+                error = (found.logits[i] - wanted[i]).abs().max()
+                assert norm_ratio(found.logits[i], wanted[i]) < 2e-2
+                top = wanted[i].topk(2)
+                if top.values[0] - top.values[1] > 2 * error:
+                    assert found.first_tokens[i] == top.indices[0]
+    assert checked >= prompts_seen / 2
+
+
+def test_checkpoint_on_disk_gives_the_plain_models_tokens(world, tmp_path_factory):
+    config = tiny_config("deepseek_v3", num_layers=3)
+    reference = reference_model(config, device=world.device, dtype=torch.float32, seed=5)
+    folder = tmp_path_factory.mktemp(f"checkpoint{world.rank}")  # every rank its own copy, as on nodes with local disks
+    reference.save_pretrained(folder, max_shard_size="100KB")
+    model = load_model(folder, world, dtype=torch.float32, config=Config(**SMALL))
+    prompts = sequences(0, world.rank)
+    assert model.prefill(prompts).first_tokens == [int(w.argmax()) for w in plain_logits(reference, prompts, world.device)]
+
+
+def test_a_bad_checkpoint_on_one_rank_is_the_same_error_on_all(world, tmp_path_factory):
+    config = tiny_config("qwen3_moe", num_layers=2)
+    folder = tmp_path_factory.mktemp(f"checkpoint{world.rank}")
+    reference_model(config, device=world.device, dtype=torch.float32, seed=5).save_pretrained(folder, max_shard_size="100KB")
+    culprit = world.size - 1
+    shards = sorted(folder.glob("*.safetensors"))
+    whole = shards[1].read_bytes()
+    for damage, message in (("missing", "does not exist|missing"), ("truncated", "truncated|damaged|incomplete"), ("other", "")):
+        if world.rank == culprit and damage == "missing":
+            shards[1].unlink()
+        elif world.rank == culprit and damage == "truncated":
+            shards[1].write_bytes(whole[: len(whole) // 2])
+        elif damage == "other":
+            if world.rank == culprit:
+                shutil.rmtree(folder)
+                reference_model(config, device=world.device, dtype=torch.float32, seed=6).save_pretrained(folder)
+            if world.size > 1:
+                with pytest.raises(MismatchError, match=f"rank {culprit}: model is"):
+                    load_model(folder, world, dtype=torch.float32)
+            return
+        with pytest.raises(CheckpointError, match=f"rank {culprit}: .*({message})"):
+            load_model(folder, world, dtype=torch.float32)
+
+
+def test_nan_weights_are_refused_at_load(world, tmp_path_factory):
+    config = tiny_config("mixtral", num_layers=2)
+    folder = tmp_path_factory.mktemp(f"checkpoint{world.rank}")
+    reference = reference_model(config, device=world.device, dtype=torch.float32, seed=5)
+    with torch.no_grad():
+        reference.model.layers[1].mlp.experts.down_proj[7, 3, 3] = torch.nan  # expert 7 is the last rank's
+    reference.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=f"rank {world.size - 1}: .*layer 1.*expert 7"):
+        load_model(folder, world, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [([[1, 2], []], "sequence 1 has shape"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype torch.float32")],
+)
+def test_bad_token_ids_on_one_rank_are_the_same_error_on_all(world, models, bad, message):
+    _, model = models("mixtral", torch.float32)
+    culprit = world.size - 1
+    with pytest.raises(InputError, match=f"rank {culprit}: .*{message}"):
+        model.prefill(bad if world.rank == culprit else [[1, 2, 3]])
+
+
+def test_an_exception_in_one_ranks_model_code_does_not_end_the_others(world, models, monkeypatch):
+    reference, model = models("qwen3_moe", torch.float32)
+    model = model.with_config(Config(mode="pipelined", moe_max_num_tokens=20, max_tokens_per_rank=128))
+    culprit = world.size - 1
+    prompts = sequences(2, world.rank)
+    attend = model.decoder.attend
+
+    def broken(state, layer, y):
+        if layer == 2:
+            raise ZeroDivisionError("attention went wrong")
+        return attend(state, layer, y)
+
+    with monkeypatch.context() as patch:
+        if world.rank == culprit:
+            patch.setattr(model.decoder, "attend", broken)
+            with pytest.raises(ModelError, match="model code raised ZeroDivisionError"):
+                model.prefill(prompts)
+        else:
+            model.prefill(prompts)
+    with pytest.raises(ModelError, match=f"rank {culprit}: model code raised ZeroDivisionError: attention went wrong"):
+        model.prefill(prompts)
+    assert model.prefill(prompts).first_tokens == [int(w.argmax()) for w in plain_logits(reference, prompts, world.device)]
