@@ -37,12 +37,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = RankParser(description="Peak memory of MoE exchange and experts against the number of tokens.")
     parser.add_device()
     parser.add_argument("--modes", default=",".join(MODES), help="default: %(default)s")
-    parser.add_argument("--tokens", type=positive(int), help="per rank at 1 x (default: 512 on a CPU, else 2048)")
-    parser.add_argument("--moe-max-num-tokens", type=positive(int), help="default: as many as --tokens")
-    parser.add_argument("--hidden", type=positive(int), help="default: 256 on a CPU, else 2048")
-    parser.add_argument("--intermediate", type=positive(int), help="default: 128 on a CPU, else 768")
+    parser.add_argument("--tokens", type=positive(int), help="per rank at 1 x (default: 1024 on a CPU, else 4096)")
+    parser.add_argument("--moe-max-num-tokens", type=positive(int), help="default: half of --tokens, so that both double buffers are in use at 1 x")
+    parser.add_argument("--hidden", type=positive(int), help="default: 1024 on a CPU, else 2048")
+    parser.add_argument("--intermediate", type=positive(int), help="default: 64 on a CPU, else 768")
     parser.add_argument("--num-experts", type=positive(int), default=32, help="default: %(default)s")
-    parser.add_argument("--top-k", type=positive(int), default=4, help="default: %(default)s")
+    parser.add_argument("--top-k", type=positive(int), default=2, help="default: %(default)s")
     parser.add_argument("--json", type=Path, default=Path("out/memory.json"), metavar="FILE", help="results (default: %(default)s)")
     options = parser.parse_args(arguments)
     options.device = parser.device_of(options)
@@ -57,8 +57,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def run(world: World, options: argparse.Namespace) -> int:
     """All cases on every rank; the exit status, which is 1 when a capped mode grew."""
     on_gpu = world.device.type == "cuda"
-    tokens = options.tokens or (2048 if on_gpu else 512)
-    cap = options.moe_max_num_tokens or tokens
+    tokens = options.tokens or (4096 if on_gpu else 1024)
+    cap = options.moe_max_num_tokens or max(1, tokens // 2)
     if cap > tokens:
         raise ConfigError(f"--moe-max-num-tokens {cap} is more than --tokens {tokens}, so the first case would be below the cap")
     use_exact_malloc()
@@ -66,8 +66,7 @@ def run(world: World, options: argparse.Namespace) -> int:
     weights = make_weights(world, options)
     rows = []
     for done, mode in enumerate(options.modes):
-        # Once unmeasured: what libraries set up at the first use of a size belongs to no mode.
-        measure(world, options, weights, mode, tokens * FACTORS[-1] if mode in UNCAPPED_MODES else tokens, cap)
+        measure(world, options, weights, mode, tokens * FACTORS[-1], cap)  # what libraries set up at first use is no part of it
         for factor in FACTORS:
             found = measure(world, options, weights, mode, tokens * factor, cap)
             rows.append({"mode": mode, "num_ranks": world.size, "factor": factor, "tokens_per_rank": tokens * factor, "moe_max_num_tokens": cap, **found})
@@ -154,7 +153,7 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
 def _dimensions(world: World, options: argparse.Namespace) -> tuple[int, int]:
     """Hidden and intermediate."""
     on_gpu = world.device.type == "cuda"
-    return options.hidden or (2048 if on_gpu else 256), options.intermediate or (768 if on_gpu else 128)
+    return options.hidden or (2048 if on_gpu else 1024), options.intermediate or (768 if on_gpu else 64)
 
 
 if __name__ == "__main__":

@@ -147,6 +147,8 @@ class SideChannel:
             message = json.loads(line)
         except ValueError:
             return
+        if not isinstance(message, dict):
+            return
         if "failure" in message:
             peer.failure = str(message["failure"])
         elif message.get("left"):

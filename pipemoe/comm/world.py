@@ -50,10 +50,21 @@ def init(
         raise ConfigError(f"device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch finds no GPU here; `pipemoe doctor` says why")
+    _reserve_connections(num_slots)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     launched = max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES)
     comm = _mpi(launched) if launched > 1 else None
     return World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
+
+
+def _reserve_connections(num_slots: int) -> None:
+    """Streams that share a hardware queue wait for one another; CUDA reads the number of queues when it starts."""
+    needed = 3 * num_slots + 2
+    found = int(os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if needed <= 16 else "32"))
+    if found < needed:
+        raise ConfigError(
+            f"{num_slots} slots need {needed} hardware queues, but CUDA_DEVICE_MAX_CONNECTIONS is {found}; raise it (at most 32) or lower num_slots"
+        )
 
 
 def _mpi(launched: int) -> Any:

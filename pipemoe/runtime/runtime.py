@@ -55,12 +55,19 @@ class Runtime:
         self._workspace = Workspace(config, self.wire, self.combine_dtype, world.size, experts, world.device)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
+        world.engine.call(self._warm_up)
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._announce: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
 
     @property
     def workspace_bytes(self) -> int:
         return self._workspace.num_bytes
+
+    def _warm_up(self) -> None:
+        """Compile, load and allocate in the lanes that will run the experts, so that no step does."""
+        engine, lanes = self.world.engine, self.world.lanes.slots
+        events = [lane.compute.submit(lambda s=slot: self._experts.warm_up(s.scratch)) for lane, slot in zip(lanes, self._workspace.slots)]
+        engine.wait(lambda: all(event.done() for event in events), "warming up the experts", seconds=self.world.setup_seconds)
 
     def _combine_dtype(self, dtype: torch.dtype) -> torch.dtype:
         import torch

@@ -45,8 +45,6 @@ class Workspace:
             )
 
         self.slots = [slot() for _ in range(config.max_slots)]
-        for buffers in self.slots:
-            experts.warm_up(buffers.scratch)  # compiles and loads, so that no step does
 
     @property
     def num_bytes(self) -> int:

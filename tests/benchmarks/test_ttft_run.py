@@ -1,0 +1,129 @@
+"""The main job on 1 to 4 ranks, on a model of two layers; and what it says to bad options."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import results_schema
+import ttft
+from pipemoe.errors import ConfigError, InputError
+from pipemoe.plan.schedule import MODES
+from ttft_models import PRESETS
+
+TINY = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 97}
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """arguments(more...) -> parsed options of a job that takes seconds."""
+
+    def arguments(*more: str):
+        (tmp_path / "tiny.json").write_text(json.dumps({**PRESETS["small"], **TINY}))
+        small = ["--model", str(tmp_path / "tiny.json"), "--num-requests", "6", "--scale", "0.02", "--rounds", "2", "--moe-max-num-tokens", "16"]
+        return ttft.parse([*small, "--device", "cpu", "--out", str(tmp_path / "out"), *more])
+
+    return arguments
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.mpi
+def test_every_mode_on_a_trace_and_on_rank_tokens(world, arguments, tmp_path, capsys):
+    rank_tokens = [33, 2, 0, 5][: world.size]
+    options = arguments("--rank-tokens", ",".join(map(str, rank_tokens)), "--trace", str(ttft.TRACE), "--json", str(tmp_path / "more.json"))
+    assert ttft.run(world, options) == 0
+    if world.rank:
+        assert capsys.readouterr() == ("", "") and not options.out.exists()
+        return
+    document = last_line(capsys)
+    results_schema.validate(document)
+    assert document == results_schema.read_results(tmp_path / "out" / "ttft.json") == results_schema.read_results(tmp_path / "more.json")
+    assert [row["mode"] for row in document["rows"]] == [*MODES, *MODES]
+    assert [row["rank_tokens"] for row in document["rows"]] == [rank_tokens] * 6 + ["azure2023_conv"] * 6
+    for row in document["rows"]:
+        assert row["parity"] is True and row["parity_layers"] == row["layers"] == 2
+        assert len(row["ttfts"]) == len(row["ranks"]) == len(row["input_lens"]) == row["completed"]
+        assert 0 < row["ttft_ms_median_rank"] <= row["ttft_ms_slowest_rank"]
+        assert row["peak_workspace_bytes"] > 0 and row["exposed_comm_ms"] >= 0
+        assert (row["overlap_pct"] is None) == (world.size == 1)
+    assert document["rows"][0]["input_lens"] == [n for n in rank_tokens if n]
+    assert document["rows"][-1]["completed"] == 6
+    for name in ("azure2023_conv", "_".join(map(str, rank_tokens))):
+        assert (options.out / f"ttft_{name}.png").read_bytes().startswith(b"\x89PNG")
+        for mode in MODES:
+            events = json.loads((options.out / f"timeline_{name}_{mode}.json").read_text())["traceEvents"]
+            assert {event["pid"] for event in events} == set(range(world.size))
+
+
+@pytest.mark.mpi
+def test_arrivals_by_the_traces_clock(world, arguments, capsys):
+    options = arguments("--arrivals", "trace", "--time-scale", "100", "--modes", "pipelined,broadcast", "--rounds", "1")
+    assert ttft.run(world, options) == 0
+    if world.rank == 0:
+        for row in last_line(capsys)["rows"]:
+            assert row["arrivals"] == "trace" and row["completed"] == 6 and row["overlap_pct"] is None
+            assert min(row["ttfts"]) > 0
+
+
+@pytest.mark.mpi
+def test_a_mode_that_is_wrong_is_reported_and_fails_the_job(world, arguments, monkeypatch, capsys):
+    import ttft_parity
+
+    right = ttft_parity.compare
+    monkeypatch.setattr(ttft_parity, "compare", lambda found, *rest: right([(token + 1, logits) for token, logits in found], *rest))
+    assert ttft.run(world, arguments("--modes", "chunked", "--rounds", "1")) == 1
+    if world.rank == 0:
+        row = last_line(capsys)["rows"][0]
+        assert row["parity"] is False and row["parity_wrong_tokens"] > 0
+
+
+@pytest.mark.mpi
+def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments):
+    for more, error, message in (
+        (("--trace", "no_such_trace.csv"), InputError, "no_such_trace.csv: cannot be read"),
+        (("--layers", "3"), ConfigError, "--layers is 3; tiny has 2"),
+        (("--rank-tokens", "1," * world.size + "1"), InputError, f"numbers for {world.size} ranks"),
+        (("--max-tokens-per-rank", "1"), ConfigError, "--max-tokens-per-rank is 1, but a step gives one rank"),
+    ):
+        with pytest.raises(error, match=message):
+            ttft.run(world, arguments(*more))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--modes", "padded,nothing"], "give each once, of padded"),
+        (["--modes", "padded,padded"], "give each once"),
+        (["--rounds", "0"], "invalid positive int value: '0'"),
+        (["--scale", "nan"], "invalid positive float value: 'nan'"),
+        (["--device", "cpu", "--backend", "nccl"], "--backend nccl is the transport of cuda"),
+        (["--arrivals", "trace", "--rank-tokens", "1,2"], "--rank-tokens has no arrival times"),
+    ],
+)
+def test_bad_options_are_refused_by_rank_0_alone(options, message, capsys, monkeypatch):
+    monkeypatch.setenv("PMI_RANK", "0")
+    with pytest.raises(SystemExit) as refused:
+        ttft.parse(options)
+    assert refused.value.code == 2 and message in capsys.readouterr().err
+    monkeypatch.setenv("PMI_RANK", "3")
+    with pytest.raises(SystemExit) as quiet:
+        ttft.parse(options)
+    assert quiet.value.code == 0 and capsys.readouterr() == ("", "")
+
+
+def test_device_and_backend_say_the_same():
+    assert ttft.parse([]).device == "auto"
+    assert ttft.parse(["--backend", "mpi"]).device == ttft.parse(["--device", "cpu", "--backend", "mpi"]).device == "cpu"
+    assert ttft.parse(["--backend", "nccl"]).device == "cuda"
+
+
+def test_defaults_follow_the_device():
+    on_cpu, on_gpu = (ttft.resolve(ttft.parse([]), device) for device in ("cpu", "cuda"))
+    assert (on_cpu.model, on_cpu.layers, on_cpu.dtype, on_cpu.parity_layers) == ("small", None, "float32", None)
+    assert (on_gpu.model, on_gpu.layers, on_gpu.dtype, on_gpu.parity_layers) == ("qwen3-30b-a3b", 8, "bfloat16", 4)
+    named = ttft.resolve(ttft.parse(["--model", "mixtral-8x7b", "--scale", "2"]), "cuda")
+    assert (named.layers, named.scale) == (None, 2.0)

@@ -1,0 +1,50 @@
+"""Messages of a step: what every rank makes of all of them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipemoe.comm.exchange import check_equal, check_lengths, decode_step, encode_error, encode_step, raise_first
+from pipemoe.errors import FatalError, InputError, MismatchError, ModelError
+
+SAME = b"f" * 16
+
+
+@given(st.lists(st.lists(st.integers(1, 2**40), max_size=200), min_size=1, max_size=8))
+def test_lengths_come_through(lengths_of):
+    payloads = [encode_step(SAME, 7, tuple(lengths), None) for lengths in lengths_of]
+    assert decode_step(payloads).lengths == tuple(tuple(lengths) for lengths in lengths_of)
+
+
+def test_the_lowest_ranks_error_is_raised():
+    payloads = [encode_step(SAME, 1, (5,), None), encode_step(SAME, 1, (), InputError("rank 1: bad x")), encode_step(SAME, 1, (), ModelError("rank 2: y"))]
+    with pytest.raises(InputError, match="^rank 1: bad x$"):
+        decode_step(payloads)
+
+
+def test_an_error_without_a_rank_gets_one_and_a_foreign_class_becomes_a_model_error():
+    with pytest.raises(ModelError, match="^rank 1: boom$"):
+        raise_first([b"", encode_error(FatalError("boom"))])
+
+
+def test_different_fingerprints_and_steps_are_told_apart():
+    with pytest.raises(MismatchError, match="differ in configuration, model or checkpoint: rank 0 has 66.*, rank 1 has 67"):
+        decode_step([encode_step(SAME, 1, (), None), encode_step(b"g" * 16, 1, (), None)])
+    with pytest.raises(MismatchError, match="differ in step number: rank 0 has 1, rank 1 has 2"):
+        decode_step([encode_step(SAME, 1, (), None), encode_step(SAME, 2, (), None)])
+
+
+def test_the_differing_setting_is_named():
+    with pytest.raises(MismatchError, match="rank 2: mode is per_rank, but rank 0 has padded"):
+        check_equal([{"mode": "padded"}, {"mode": "padded"}, {"mode": "per_rank"}])
+    with pytest.raises(MismatchError, match="rank 1: mode is missing"):
+        check_equal([{"mode": "padded"}, {}])
+
+
+def test_impossible_lengths_name_the_rank():
+    check_lengths(3, (1, 2), 3)
+    for lengths in ((0,), (-1,), (2.0,)):
+        with pytest.raises(InputError, match="rank 3: sequence length"):
+            check_lengths(3, lengths, 10)
+    with pytest.raises(InputError, match="rank 3: 11 tokens"):
+        check_lengths(3, (5, 6), 10)

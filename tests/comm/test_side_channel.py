@@ -1,0 +1,67 @@
+"""The side channel: progress and failures between ranks (threads here) without MPI."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from pipemoe.comm.side_channel import SideChannel
+
+WAIT_SECONDS = 20
+
+
+def until(condition):
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def channels():
+    made = [SideChannel(rank, 3, True, lambda rank=rank: {"step": rank, "ops": 10 * rank, "doing": "x"}, lambda: None) for rank in range(3)]
+    addresses = [c.address() for c in made]
+    threads = [threading.Thread(target=c.connect, args=(addresses, "secret", WAIT_SECONDS)) for c in made]
+    stranger = socket.create_connection(addresses[0])
+    stranger.sendall(b'{"token": "guess", "rank": 1}\n')  # must not take rank 1's place
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(WAIT_SECONDS)
+    yield made
+    for c in made:
+        c.close()
+    stranger.close()
+
+
+def test_progress_reaches_every_peer(channels):
+    for c in channels:
+        until(lambda c=c: all(p.progress.get("ops") == 10 * r for r, p in c.peers.items()))
+        assert c.failed() is None
+    assert "rank 2: step 2, 20 operations done, x, heard 0." in channels[0].describe()
+
+
+def test_a_failure_is_heard_with_its_reason(channels):
+    channels[2].announce_failure("rank 2: out of luck")
+    for c in channels[:2]:
+        until(lambda c=c: c.failed() is not None)
+        assert c.failed() == (2, "rank 2: out of luck")
+
+
+def test_a_closed_socket_is_a_lost_peer_unless_it_said_good_bye(channels):
+    channels[1].close()
+    until(lambda: channels[0].peers[1].left)
+    assert channels[0].failed() is None
+    for connection in channels[2]._sockets.values():
+        connection.shutdown(socket.SHUT_RDWR)
+    until(lambda: channels[0].failed() is not None)
+    assert channels[0].failed() == (2, "its process ended (connection closed)")
+
+
+def test_what_is_no_message_is_ignored(channels):
+    next(iter(channels[1]._sockets.values())).sendall(b"\xff not json\n[1, 2]\n7\n")
+    for _ in range(2):  # the channel still hears what comes after
+        channels[0].peers[1].progress = {}
+        until(lambda: channels[0].peers[1].progress.get("ops") == 10)
+    assert channels[0].failed() is None

@@ -1,0 +1,31 @@
+"""The wire format: aligned rows whose parts do not overlap."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipemoe.wire import ROW_ALIGNMENT, WireFormat
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@given(st.integers(1, 300), st.integers(1, 16), st.sampled_from(DTYPES), st.integers(0, 5))
+def test_what_is_written_is_read(hidden, top_k, dtype, n):
+    wire = WireFormat(hidden, top_k, dtype)
+    assert wire.row_bytes % ROW_ALIGNMENT == 0
+    buffer = torch.full((n + 2, wire.row_bytes), 255, dtype=torch.uint8)
+    rows = wire.rows(buffer)[1 : n + 1]
+    x = torch.arange(n * hidden).reshape(n, hidden).remainder(97).to(dtype)
+    ids = torch.arange(n * top_k, dtype=torch.int32).reshape(n, top_k)
+    weights = ids / 3
+    rows.write(x, ids, weights)
+    again = wire.rows(buffer.clone())[1 : n + 1]
+    assert len(again) == n
+    assert torch.equal(again.hidden, x) and torch.equal(again.ids, ids) and torch.equal(again.weights, weights)
+    assert (buffer[0] == 255).all() and (buffer[n + 1] == 255).all()
+
+
+@pytest.mark.parametrize(("hidden", "top_k", "dtype", "row_bytes"), [(7168, 8, torch.bfloat16, 14464), (2048, 8, torch.bfloat16, 4224)])
+def test_row_sizes_of_real_models(hidden, top_k, dtype, row_bytes):
+    assert WireFormat(hidden, top_k, dtype).row_bytes == row_bytes
