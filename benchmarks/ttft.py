@@ -213,7 +213,7 @@ def _row(mode: str, facts: dict[str, Any], measured: Measured, peak_bytes: int, 
     from ttft_row import ttft_row
 
     named = ("model", "layers", "num_ranks", "rank_tokens")
-    exposed_s, plan_s = measured.exposed_comm_s, measured.plan_s
+    exposed_s = measured.exposed_comm_s
     row = ttft_row(
         mode=mode,
         **{name: facts[name] for name in named},
@@ -225,7 +225,7 @@ def _row(mode: str, facts: dict[str, Any], measured: Measured, peak_bytes: int, 
         parity=parity.ok,
     )
     more = {name: value for name, value in facts.items() if name not in named}
-    more |= {"plan_ms": None if plan_s is None else plan_s * 1e3}
+    more |= {f"{name}_ms": seconds * 1e3 for name, seconds in measured.more_s.items()}
     more |= {"parity_norm_ratio": parity.norm_ratio, "parity_wrong_tokens": parity.wrong_tokens, "parity_layers": parity.layers}
     return row | more
 

@@ -39,7 +39,7 @@ class Measured:
     exposed_comm_s: float | None  # per step, mean over ranks and steps
     overlap_pct: float | None
     timelines: list[Timeline]  # per rank, of the step with most tokens
-    plan_s: float | None  # to plan one step, when its counts are new; mean over steps
+    more_s: dict[str, float]  # mean per step: `plan` (when its counts are new), and what the overlap is computed from
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ class Overlap:
 
     exposed_comm_s: float
     overlap_pct: float | None
+    sides_s: dict[str, float]  # mean per step, until it is over everywhere
     timelines: list[Timeline]
 
 
@@ -80,7 +81,8 @@ class Bench:
             done += 3 * len(steps)
             self._progress.count(done, total, f"{self._workload.name}: overlap, {mode}")
             requests, duration_s = self._collect(seconds[mode])
-            measured[mode] = Measured(requests, duration_s, overlap.exposed_comm_s, overlap.overlap_pct, overlap.timelines, plan_s[mode])
+            more_s = {"plan": plan_s[mode], **overlap.sides_s}
+            measured[mode] = Measured(requests, duration_s, overlap.exposed_comm_s, overlap.overlap_pct, overlap.timelines, more_s)
         return measured
 
     def _plan_all(self, mode: str) -> float:
@@ -120,7 +122,7 @@ class Bench:
 
     def _overlap(self, mode: str) -> Overlap:
         """exposed: time with communication under way on a rank and no computation there, mean over ranks and steps. overlap: OSU's
-        formula on the time until a step is over everywhere, summed over steps."""
+        formula on the time until a step is over everywhere, which for R ranks on fewer cores holds the wait for a core."""
         sides = (Only(), Only(communication=False), Only(computation=False))
         steps = range(len(self._workload.steps))
         kept = max(steps, key=lambda s: sum(map(sum, step_lengths(self._workload.steps[s]))))
@@ -138,9 +140,9 @@ class Bench:
                         timelines = [Timeline.from_rows(json.loads(p)) for p in self._world.all_gather(rows, "timelines")]
             own.append([*row, exposed])
         everywhere = np.array([json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "overlap")])  # [R, steps, 4]
-        whole, computation, communication = everywhere[:, :, :3].max(axis=0).sum(axis=0)
-        percent = overlap_percent(float(whole), float(computation), float(communication)) if self._world.size > 1 else None
-        return Overlap(float(everywhere[:, :, 3].mean()), percent, timelines)
+        sides_s = dict(zip(("step", "computation", "communication"), everywhere[:, :, :3].max(axis=0).mean(axis=0).tolist()))
+        percent = overlap_percent(*sides_s.values()) if self._world.size > 1 else None
+        return Overlap(float(everywhere[:, :, 3].mean()), percent, sides_s, timelines)
 
 
 class NoModel:

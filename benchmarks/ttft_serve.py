@@ -78,4 +78,4 @@ def _measured(replays: list[list[dict]]) -> Measured:
             times.setdefault(request["number"], []).append(request["ttft"])
     requests = [ServedRequest(r["rank"], r["tokens"], float(np.median(times[r["number"]])), r["step"]) for r in replays[0]]
     duration_s = float(np.median([max(r["end"] for r in replay) for replay in replays]))
-    return Measured(requests, duration_s, None, None, [], None)
+    return Measured(requests, duration_s, None, None, [], {})

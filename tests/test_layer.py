@@ -184,3 +184,9 @@ def test_leaving_a_step_early_is_an_error_here_and_does_not_hang_the_others(worl
     with pytest.raises(InputError, match="layer 1 called; next is 0"):
         with moe.step(3) as step:
             step(1, *rows)
+    with pytest.raises(ModelError, match="rank 0: model code raised InputError: .*layer 1 called"):
+        with moe.step(3) as step:
+            pass
+    with moe.step(0) as step:
+        pass
+    assert world.all_gather(b"still here") == [b"still here"] * world.size

@@ -42,7 +42,7 @@ class HostScratch:
         self.positions = np.empty((max_rows, shape.top_k), np.int32)
         self.sorted_tokens = np.empty(max_pairs, np.int32)
         self.offsets = np.empty(shape.max_local_experts + 1, np.int64)
-        self.y = torch.empty(max_pairs, hidden)
+        self.y = torch.empty(max_pairs, hidden).zero_()  # touched: no page is first used inside a step
         self.x_tile = torch.empty(tile_rows, hidden)
         self.x_tile_narrow = torch.empty(tile_rows if widened else 0, hidden, dtype=shape.dtype)
         self.h_tile = torch.empty(tile_rows * 2 * intermediate)

@@ -143,6 +143,7 @@ class Engine:
 
     def _at_exit(self) -> None:
         if self.failure is not None:
+            print(f"pipemoe: rank {self.rank} ends with exit status {EXIT_CODE}: {self.failure}", file=sys.stderr)
             _exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
     def close(self) -> None:

@@ -6,12 +6,15 @@ host a compute lane is a worker thread, a communication lane a queue of non-bloc
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from pipemoe.errors import FatalError
 
 
 class Event(Protocol):
@@ -259,17 +262,35 @@ def host_lanes(num_slots: int, on_done: Callable[[], None]) -> Lanes:
 
 def stream_lanes(device: Any, num_slots: int) -> Lanes:
     """Streams whose priority falls with the slot; communication goes before all computation, since its few thread blocks
-    must not queue behind a kernel that fills the GPU."""
-    import torch
+    must not queue behind a kernel that fills the GPU.
 
-    lowest, highest = torch.cuda.Stream.priority_range()
-
-    def stream(priority: int) -> Any:
-        return torch.cuda.Stream(device, priority=max(highest, min(lowest, priority)))
-
-    clock = StreamClock(stream(lowest))
+    They are made here, one after another: torch would make 128 at once, and streams beyond CUDA_DEVICE_MAX_CONNECTIONS share
+    hardware queues, where a cohort that waits holds up another.
+    """
+    lowest, highest = _priorities()
+    clock = StreamClock(_new_stream(device, lowest))
     slots = []
     for slot in range(num_slots):
-        compute, dispatch, combine = stream(highest + 1 + slot), stream(highest), stream(highest)
-        slots.append(SlotLanes(*(StreamLane(s, clock) for s in (compute, dispatch, combine))))
+        priorities = (min(lowest, highest + 1 + slot), highest, highest)
+        slots.append(SlotLanes(*(StreamLane(_new_stream(device, p), clock) for p in priorities)))
     return Lanes(slots, clock)
+
+
+def _priorities() -> tuple[int, int]:
+    """The lowest and the highest stream priority; a higher one is a smaller number."""
+    lowest, highest = ctypes.c_int(), ctypes.c_int()
+    status = ctypes.CDLL("libcuda.so.1").cuCtxGetStreamPriorityRange(ctypes.byref(lowest), ctypes.byref(highest))
+    if status:
+        raise FatalError(f"cuCtxGetStreamPriorityRange failed: CUDA driver error {status}")
+    return lowest.value, highest.value
+
+
+def _new_stream(device: Any, priority: int) -> Any:
+    """A non-blocking stream of the current context, kept until the process ends."""
+    import torch
+
+    stream, non_blocking = ctypes.c_void_p(), ctypes.c_uint(1)
+    status = ctypes.CDLL("libcuda.so.1").cuStreamCreateWithPriority(ctypes.byref(stream), non_blocking, ctypes.c_int(priority))
+    if status:
+        raise FatalError(f"cuStreamCreateWithPriority failed: CUDA driver error {status}")
+    return torch.cuda.ExternalStream(stream.value, device=device)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import Transport, WaveSums
-from pipemoe.plan.schedule import Op, OpKind, Plan, Wave
+from pipemoe.plan.schedule import Op, OpKind, Plan, Segment, Wave
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.wire import WireFormat
@@ -92,13 +92,6 @@ class Run:
         self._buffer_states = [[_BufferState() for _ in range(plan.config.num_buffers)] for _ in workspace.slots]
         for position, op in enumerate(self._ops):
             self._cohorts[op.cohort].positions.append(position)
-        self._issue_kind = {
-            OpKind.ATTEND: self._attend,
-            OpKind.DISPATCH: self._dispatch,
-            OpKind.EXPERTS: self._compute,
-            OpKind.COMBINE: self._combine,
-            OpKind.FINISH: self._finish,
-        }
         self._attended: dict[tuple[int, int], Event] = {}
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
         self.completed: list[tuple[Op, Event]] = []
@@ -161,7 +154,8 @@ class Run:
 
     def _issue(self, op: Op) -> Event:
         lanes = self._lanes.slots[self._plan.cohorts[op.cohort].slot]
-        return self._issue_kind[op.kind](op, self._cohorts[op.cohort], lanes)
+        issue = _ISSUE[op.kind]  # functions, not bound methods kept by the run: a finished run must not wait for the cycle collector
+        return issue(self, op, self._cohorts[op.cohort], lanes)
 
     def _attend(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         waits = state.results + [self._attended[e, op.layer] for e in self._plan.causal_predecessors[op.cohort]]
@@ -213,7 +207,7 @@ class Run:
         own = [s for s in wave.segments if s.rank == self._rank]
 
         def work() -> Any:
-            results = [self._source.results(op.cohort, s.start, s.stop) for s in own]
+            results = [self._results(op.cohort, state, s) for s in own]
             sums = WaveSums(buffers.partial[buffer][: wave.num_rows], results, buffers.staging[buffer])
             return self._transport.combine(slot, buffer, wave, config.exchange, config.combine, sums)
 
@@ -222,6 +216,12 @@ class Run:
             state.results.append(used.sent)
             self._source.combined(op.cohort, op.layer, used.sent)
         return used.sent
+
+    def _results(self, cohort: int, state: _CohortState, segment: Segment) -> Any:
+        """Where a segment's sums go; if this rank's model code failed, somewhere nobody looks."""
+        if state.failure is None:
+            return self._source.results(cohort, segment.start, segment.stop)
+        return self._workspace.new_results(segment.num_rows)
 
     def _finish(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         return lanes.compute.submit(self._model_work(state, lambda: self._source.finish(op.cohort)), state.results, timed=True)
@@ -247,6 +247,15 @@ class Run:
 
     def _transport_work(self, work: Callable[[], Any]) -> Callable[[], Any]:
         return work if self._only.communication else _nothing
+
+
+_ISSUE = {
+    OpKind.ATTEND: Run._attend,
+    OpKind.DISPATCH: Run._dispatch,
+    OpKind.EXPERTS: Run._compute,
+    OpKind.COMBINE: Run._combine,
+    OpKind.FINISH: Run._finish,
+}
 
 
 def _nothing() -> None:

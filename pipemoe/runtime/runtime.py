@@ -45,7 +45,6 @@ class Runtime:
         self.cost = CostModel()
         self.wire = WireFormat(shape.hidden, shape.top_k, dtype)
         self.combine_dtype = self._combine_dtype(dtype)
-        self.results_dtype = torch.float32 if config.combine == "gather" else self.combine_dtype
         if config.num_slots > world.num_slots and error is None:
             error = ConfigError(f"num_slots is {config.num_slots}, but the world was started with {world.num_slots}; pass num_slots to pipemoe.init")
         facts = self._facts(facts)
@@ -61,7 +60,13 @@ class Runtime:
 
     @property
     def workspace_bytes(self) -> int:
+        """Memory that exchange and experts take on this rank, allocated once."""
         return self._workspace.num_bytes
+
+    @property
+    def results_dtype(self) -> torch.dtype:
+        """What a source's results must be."""
+        return self._workspace.results_dtype
 
     def _warm_up(self) -> None:
         """Compile, load and allocate in the lanes that will run the experts, so that no step does."""

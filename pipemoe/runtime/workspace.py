@@ -28,11 +28,14 @@ class Workspace:
     def __init__(self, config: Config, wire: WireFormat, combine_dtype: torch.dtype, num_ranks: int, experts: Any, device: torch.device) -> None:
         import torch
 
+        # A gather sums in float32; a reduce writes what the partial sums travel as.
+        self.results_dtype = torch.float32 if config.combine == "gather" else combine_dtype
+        self._hidden, self._device = wire.hidden, device
         rows = config.max_wave_rows(num_ranks)
         gathers = config.combine == "gather" and num_ranks > 1
 
         def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)  # touched now, so that no page is first used inside a step
+            return torch.empty(shape, dtype=dtype, device=device).zero_()  # touched: no page is first used inside a step
 
         def slot() -> SlotBuffers:
             buffers = range(config.num_buffers)
@@ -45,6 +48,12 @@ class Workspace:
             )
 
         self.slots = [slot() for _ in range(config.max_slots)]
+
+    def new_results(self, num_rows: int) -> torch.Tensor:
+        """Memory for the sums of `num_rows` rows: [num_rows, H]."""
+        import torch
+
+        return torch.empty((num_rows, self._hidden), dtype=self.results_dtype, device=self._device)
 
     @property
     def num_bytes(self) -> int:

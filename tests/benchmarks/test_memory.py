@@ -22,8 +22,8 @@ def test_the_mark_sees_memory_that_was_freed_again():
 
 
 def test_only_capped_modes_must_not_grow():
-    rows = [{"mode": mode, "capped": mode != "padded", "peak_bytes": size} for mode, size in
-            [("padded", 10), ("padded", 100), ("chunked", 100), ("chunked", 104), ("per_rank", 100), ("per_rank", 106)]]
+    growths = [("padded", 1.0), ("padded", 15.0), ("chunked", 1.0), ("chunked", 1.04), ("per_rank", 1.0), ("per_rank", 1.06), ("pipelined", 0.9)]
+    rows = [{"mode": mode, "capped": mode != "padded", "growth": growth} for mode, growth in growths]
     assert memory.grown(rows) == ["per_rank"]
 
 
