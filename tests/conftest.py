@@ -11,4 +11,4 @@ def world():
     import pipemoe
 
     torch.set_num_threads(1)
-    return pipemoe.init(num_slots=4, watchdog_seconds=60, grace_seconds=2)
+    return pipemoe.init(num_slots=4, watchdog_seconds=30, grace_seconds=2)

@@ -10,7 +10,7 @@ from pipemoe.experts import ExpertWeights, local_range
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 96, 48, 7, 3  # awkward on purpose; 7 experts do not divide by any rank count
 
-# Tokens per rank; the first R entries are used. Zero-token ranks, single tokens, more than a wave.
+# Tokens per rank; rank r uses entry r modulo their number. Zero-token ranks, single tokens, more than a wave.
 TOKEN_COUNTS = ((37, 0, 5, 120), (0, 0, 3, 0), (1, 1, 1, 1), (64, 64, 64, 64), (0, 0, 0, 0), (130, 2, 0, 1))
 
 

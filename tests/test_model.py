@@ -15,7 +15,7 @@ from tests.moe_cases import norm_ratio
 pytestmark = pytest.mark.mpi
 SMALL = {"moe_max_num_tokens": 20, "max_tokens_per_rank": 128, "debug": True}
 
-# Sequence lengths per rank; the first R entries are used.
+# Sequence lengths per rank; rank r uses entry r modulo their number.
 LENGTHS = (((30, 1, 8), (), (5,), (60, 20)), ((), (3, 3), (), (1,)), ((50,), (50,), (50,), (50,)))
 
 
@@ -36,7 +36,7 @@ def models(world):
 
 def sequences(case, rank):
     g = torch.Generator().manual_seed(100 * case + rank)
-    return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in LENGTHS[case][rank]]
+    return [torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in LENGTHS[case][rank % len(LENGTHS[case])]]
 
 
 def plain_logits(reference, sequences, device):

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Variables by which launchers tell a process how many ranks there are.
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+# MPICH's default schedules take a poll per round, and a poll is late on a rank that computes; its trees need fewer rounds:
+# 4 ranks on 2 cores, 8 layers: 200 ms to the first token in place of 318 in mode "broadcast".
+_MPICH_TREES = ("MPIR_CVAR_IREDUCE_INTRA_ALGORITHM", "MPIR_CVAR_IBCAST_INTRA_ALGORITHM")
 
 
 def init(
@@ -68,6 +71,8 @@ def _reserve_connections(num_slots: int) -> None:
 
 
 def _mpi(launched: int) -> Any:
+    for name in _MPICH_TREES:  # read when MPI starts
+        os.environ.setdefault(name, "tsp_tree")
     try:
         from mpi4py import MPI
     except ImportError as error:

@@ -31,7 +31,7 @@ def on_lane(world, lane, work):
 
 
 def wave_of(world, counts, exchange):
-    counts = counts[: world.size]
+    counts = [counts[rank % len(counts)] for rank in range(world.size)]
     if not any(counts):
         return None
     config = PlanConfig(mode="padded" if exchange == "padded" else "broadcast")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import threading
 
 import torch
 
-WAIT_VALUE_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ
 HOLD_SECONDS = 120  # a test that never releases fails by its watchdog long before
+
+# One thread that looks at host memory again and again: to the GPU an attention that takes very long.
+_SPIN = """
+extern "C" __global__ void spin(volatile const int *flag) {
+    while (*flag == 0) __nanosleep(1000);
+}
+"""
 
 
 class Hold:
@@ -17,16 +22,26 @@ class Hold:
     def __init__(self, device: torch.device) -> None:
         self.released = False
         self._flag = threading.Event()
-        self._memory = torch.zeros(1, dtype=torch.int32, pin_memory=True) if device.type == "cuda" else None
+        self._memory = None
+        if device.type == "cuda":
+            import cupy
+
+            self._memory = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # the same address on the device
+            self._spin = cupy.RawKernel(_SPIN, "spin")
+            self._spin.compile()
+            self._memory[0] = 1
+            self.wait()  # loaded now: a module load inside a step could wait for the device
+            torch.cuda.synchronize()
+            self._memory[0] = 0
 
     def wait(self) -> None:
         if self._memory is None:
             self._flag.wait(HOLD_SECONDS)
             return
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        address = ctypes.c_uint64(self._memory.data_ptr())  # pinned memory has the same address on the device
-        status = ctypes.CDLL("libcuda.so.1").cuStreamWaitValue32_v2(stream, address, ctypes.c_uint32(1), ctypes.c_uint32(WAIT_VALUE_GEQ))
-        assert status == 0, f"cuStreamWaitValue32 returned {status}"
+        import cupy
+
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            self._spin((1,), (1,), (cupy.uint64(self._memory.data_ptr()),))
 
     def release(self) -> None:
         self.released = True
