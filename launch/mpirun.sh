@@ -68,7 +68,7 @@ num_threads=$((num_cores / ranks_per_host))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$num_threads}
 export NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-$OMP_NUM_THREADS}
 
-# One hardware queue per stream of every cohort slot; more than 16 fails under MPS.
+# One hardware queue per stream of every cohort slot.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-16}
 # NCCL's implicit order over communicators would tie a short cohort to a long one.
 export NCCL_LAUNCH_ORDER_IMPLICIT=${NCCL_LAUNCH_ORDER_IMPLICIT:-0}

@@ -5,7 +5,7 @@
 #
 # Starts a private MPS, so that the ranks' kernels run beside one another, and always ends it. Exits with the command's
 # status.
-#   PIPEMOE_NUM_SLOTS                    cohort slots, for which thread blocks are reserved (default 4)
+#   PIPEMOE_NUM_SLOTS                    cohort slots (default: what the hardware queues allow, at most 4)
 #   NCCL_MAX_CTAS                        thread blocks of a collective (default: what fits, at most 4)
 #   CUDA_MPS_ACTIVE_THREAD_PERCENTAGE    share of the GPU of each rank (default 100 / N)
 #   CUDA_VISIBLE_DEVICES                 which GPU (default: the first)
@@ -46,17 +46,23 @@ print(nccl.get_version(), torch.cuda.get_device_properties(0).multi_processor_co
 ') || fail "$python cannot load torch and NCCL through cupy (see: pipemoe doctor)"
 read -r nccl_version num_sms <<<"$facts"
 
-# Room for thread blocks (DESIGN.md, physics 5): dispatch and combine of every slot of every rank may spin at once.
-num_slots=${PIPEMOE_NUM_SLOTS:-4}
-fits=$((num_sms / (2 * num_slots * num_ranks)))
-needed="2 x $num_slots slots x $num_ranks ranks"
-[ "$fits" -ge 1 ] || fail "$needed need more thread blocks than the $num_sms SMs hold: set PIPEMOE_NUM_SLOTS lower"
+# Under MPS the ranks' hardware queues together are limited: 64 work, with 128 a rank's first CUDA call fails. A slot needs three.
+queues=$((64 / num_ranks))
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$((queues < 16 ? queues : 16))}
+slots=$(((CUDA_DEVICE_MAX_CONNECTIONS - 2) / 3))
+export PIPEMOE_NUM_SLOTS=${PIPEMOE_NUM_SLOTS:-$((slots < 4 ? slots : 4))}
+
+# Room for thread blocks: dispatch and combine of every slot may spin at once, and must leave half of the rank's SMs.
+export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((100 / num_ranks))}
+[ "$PIPEMOE_NUM_SLOTS" -ge 1 ] || fail "$num_ranks ranks on one GPU leave each too few hardware queues"
+share=$((num_sms / num_ranks - 1)) # MPS rounds down
+fits=$((share / 2 / (2 * PIPEMOE_NUM_SLOTS)))
+needed="2 x $PIPEMOE_NUM_SLOTS slots"
+[ "$fits" -ge 1 ] || fail "$needed need more thread blocks than half of a rank's $share SMs: set PIPEMOE_NUM_SLOTS lower"
 max_ctas=${NCCL_MAX_CTAS:-$((fits < 4 ? fits : 4))}
-[ "$max_ctas" -le "$fits" ] || fail "$needed x NCCL_MAX_CTAS=$max_ctas exceeds the $num_sms SMs: at most $fits"
+[ "$max_ctas" -le "$fits" ] || fail "$needed x NCCL_MAX_CTAS=$max_ctas exceeds half of a rank's $share SMs: at most $fits"
 export NCCL_MAX_CTAS=$max_ctas
 
-export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((100 / num_ranks))}
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-16}
 if [ "$nccl_version" -ge 23003 ]; then
     # NCCL 2.30.3 and newer let ranks share a GPU: copies stay on it, as fast as NVLink between GPUs.
     export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0

@@ -18,8 +18,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-# What NCCL may use when NCCL_MAX_CTAS does not cap it (MAXCHANNELS in its sources on Hopper).
-UNCAPPED_CTAS = 32
+from pipemoe.comm.nccl import DEFAULT_MAX_CTAS
+from pipemoe.errors import ConfigError
+from pipemoe.plan.verify import Room
+
 # Several ranks on one GPU without a host id each: since this version (nccl.get_version() encoding).
 MULTI_RANK_GPU_NCCL = 23003
 # MPICH and NCCL move data between processes of a host through /dev/shm; containers often get 64 MiB.
@@ -151,23 +153,18 @@ def check_nccl(gpus: Sequence[Gpu], ranks_per_gpu: int) -> list[Finding]:
 
 
 def check_room(gpus: Sequence[Gpu], num_slots: int, ranks_per_gpu: int) -> list[Finding]:
-    """Dispatch and combine of every slot of every rank on a GPU may wait at once; their blocks must all fit its SMs."""
+    """Dispatch and combine of every slot of every rank on a GPU may wait at once; the same check as at start-up."""
     num_sms = min((gpu.num_sms for gpu in gpus if gpu.num_sms), default=None)
     if num_sms is None:
         return []
-    collectives = 2 * num_slots * ranks_per_gpu
     setting = os.environ.get("NCCL_MAX_CTAS", "")
-    ctas = int(setting) if setting.isdecimal() else UNCAPPED_CTAS
-    needed = collectives * ctas
-    seen = (
-        f"2 x {num_slots} slots x {ranks_per_gpu} ranks on a GPU x {ctas} CTAs = {needed} blocks, {num_sms} SMs"
-        f" (NCCL_MAX_CTAS {setting or 'not set'})"
-    )
-    if needed <= num_sms:
-        return [Finding("thread blocks", "OK", seen)]
-    fits = num_sms // collectives
-    action = f"set NCCL_MAX_CTAS={fits} or lower" if fits else "use fewer slots or fewer ranks per GPU"
-    return [Finding("thread blocks", "FAIL" if setting or not fits else "WARN", seen, action)]
+    ctas = int(setting) if setting.isdecimal() else DEFAULT_MAX_CTAS
+    seen = f"{ranks_per_gpu} ranks on a GPU x 2 x {num_slots} slots x {ctas} CTAs, {num_sms} SMs (NCCL_MAX_CTAS {setting or 'not set'})"
+    try:
+        Room(num_sms, ctas, ranks_on_device=ranks_per_gpu).check(num_slots)
+    except ConfigError as error:
+        return [Finding("thread blocks", "FAIL", seen, str(error))]
+    return [Finding("thread blocks", "OK", seen)]
 
 
 def check_mps(gpus: Sequence[Gpu], ranks_per_gpu: int) -> list[Finding]:
@@ -191,7 +188,7 @@ def check_connections(gpus: Sequence[Gpu]) -> list[Finding]:
         return []
     subject, setting = "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "")
     if not setting:
-        return [Finding(subject, "WARN", "not set (8)", "set it to 16, as launch/mpirun.sh does")]
+        return [Finding(subject, "OK", "not set (pipemoe.init sets what its slots need)")]
     if not setting.isdecimal() or int(setting) < 8:
         return [Finding(subject, "FAIL", setting, "set it to 16: cohorts would wait for one another")]
     if int(setting) > 16 and "CUDA_MPS_PIPE_DIRECTORY" in os.environ:

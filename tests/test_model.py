@@ -13,7 +13,7 @@ from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import norm_ratio
 
 pytestmark = pytest.mark.mpi
-SMALL = {"moe_max_num_tokens": 20, "max_tokens_per_rank": 128, "debug": True}
+SMALL = {"moe_max_num_tokens": 20, "max_tokens_per_rank": 128, "num_slots": 2, "debug": True}
 
 # Sequence lengths per rank; rank r uses entry r modulo their number.
 LENGTHS = (((30, 1, 8), (), (5,), (60, 20)), ((), (3, 3), (), (1,)), ((50,), (50,), (50,), (50,)))
@@ -115,10 +115,10 @@ def test_a_bad_checkpoint_on_one_rank_is_the_same_error_on_all(world, tmp_path_f
                 reference_model(config, device=world.device, dtype=torch.float32, seed=6).save_pretrained(folder)
             if world.size > 1:
                 with pytest.raises(MismatchError, match=f"rank {culprit}: model is"):
-                    load_model(folder, world, dtype=torch.float32)
+                    load_model(folder, world, dtype=torch.float32, config=Config(**SMALL))
             return
         with pytest.raises(CheckpointError, match=f"rank {culprit}: .*({message})"):
-            load_model(folder, world, dtype=torch.float32)
+            load_model(folder, world, dtype=torch.float32, config=Config(**SMALL))
 
 
 def test_nan_weights_are_refused_at_load(world, tmp_path_factory):
@@ -129,7 +129,7 @@ def test_nan_weights_are_refused_at_load(world, tmp_path_factory):
         reference.model.layers[1].mlp.experts.down_proj[7, 3, 3] = torch.nan  # expert 7 is the last rank's
     reference.save_pretrained(folder)
     with pytest.raises(CheckpointError, match=f"rank {world.size - 1}: .*layer 1.*expert 7"):
-        load_model(folder, world, dtype=torch.float32)
+        load_model(folder, world, dtype=torch.float32, config=Config(**SMALL))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_bad_token_ids_on_one_rank_are_the_same_error_on_all(world, models, bad,
 
 def test_an_exception_in_one_ranks_model_code_does_not_end_the_others(world, models, monkeypatch):
     reference, model = models("qwen3_moe", torch.float32)
-    model = model.with_config(Config(mode="pipelined", moe_max_num_tokens=20, max_tokens_per_rank=128))
+    model = model.with_config(Config(**{**SMALL, "debug": False}))
     culprit = world.size - 1
     prompts = sequences(2, world.rank)
     attend = model.decoder.attend

@@ -53,15 +53,20 @@ def init(
         raise ConfigError(f"device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch finds no GPU here; `pipemoe doctor` says why")
-    _reserve_connections(num_slots)
+    _prepare_cuda(num_slots)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     launched = max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES)
     comm = _mpi(launched) if launched > 1 else None
     return World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
 
 
-def _reserve_connections(num_slots: int) -> None:
-    """Streams that share a hardware queue wait for one another; CUDA reads the number of queues when it starts."""
+def _prepare_cuda(num_slots: int) -> None:
+    """Settings that CUDA reads when it starts.
+
+    A kernel loaded at its first launch may wait for all that runs on the GPU, also for a collective that waits for this very
+    kernel; so everything is loaded at the start. Streams that share a hardware queue may wait for one another.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     needed = 3 * num_slots + 2
     found = int(os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if needed <= 16 else "32"))
     if found < needed:

@@ -90,7 +90,8 @@ class Run:
         self._ops = plan.ops
         self._cohorts = [_CohortState(bool(c.tokens_of(rank))) for c in plan.cohorts]
         self._buffer_states = [[_BufferState() for _ in range(plan.config.num_buffers)] for _ in workspace.slots]
-        for position, op in enumerate(self._ops):
+        self._position = {op: position for position, op in enumerate(self._ops)}
+        for op, position in self._position.items():
             self._cohorts[op.cohort].positions.append(position)
         self._attended: dict[tuple[int, int], Event] = {}
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
@@ -115,6 +116,11 @@ class Run:
             self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append((op, event))
             self._lanes.poll()
         return not any(self._under_way.values()) and not any(c.positions for c in self._cohorts)
+
+    def oldest(self) -> Op | None:
+        """The first operation in the plan's order that has been issued and is not complete."""
+        heads = [queue[0][0] for queue in self._under_way.values() if queue]
+        return min(heads, key=self._position.__getitem__, default=None)
 
     def _poll(self) -> None:
         self._lanes.poll()

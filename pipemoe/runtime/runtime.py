@@ -146,6 +146,7 @@ class Runtime:
                 self._compare(digests.payloads)
                 compared = True
             done = run.advance()
+            engine.doing = run.oldest() or engine.doing  # what an error or a peer will name
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 self._resolve(run, future)
             return done and compared
