@@ -32,8 +32,24 @@ def _plain_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [names, *(["-" if row.get(name) is None else str(row[name]) for name in names] for row in rows)]
 
 
+def _memory_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    heading = ["mode", "capped", "tokens per rank", "peak MiB", "workspace MiB", "growth"]
+    lines = [
+        [
+            row["mode"],
+            "yes" if row["capped"] else "no",
+            str(row["tokens_per_rank"]),
+            f"{row['peak_bytes'] / 2**20:.0f}",
+            f"{row['workspace_bytes'] / 2**20:.0f}",
+            f"{row['growth']:.2f}",
+        ]
+        for row in rows
+    ]
+    return [heading, *lines]
+
+
 # How a benchmark's rows become cells; the others are written as they are.
-_CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {"ttft": ttft_cells}
+_CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {"ttft": ttft_cells, "memory": _memory_cells}
 
 
 def markdown_table(document: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ class PipelinedMoE:
             )
         except PipemoeError as e:
             error = e
-        self.runtime = Runtime(world, shape, config, experts, self._dtype, {}, error)
+        self.runtime = Runtime(world, shape, config, experts, self._dtype, {}, error=error)
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of a one-layer model on this rank's tokens; every rank calls, also with no tokens.

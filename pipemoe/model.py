@@ -71,7 +71,21 @@ class Model:
             )
         except PipemoeError as e:
             error = e
-        self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, {"model": decoder.fingerprint}, error)
+        facts = {"model": decoder.fingerprint}
+        self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, facts, trial=self._trial, error=error)
+
+    def _trial(self) -> None:
+        """Attend to one sequence of the most tokens that a step may bring, in the first layers."""
+        import torch
+
+        from pipemoe.models.decoder import Piece
+
+        count, decoder = self.config.max_tokens_per_rank, self.decoder
+        state = decoder.start(decoder.new_step(), torch.zeros(count, dtype=torch.long), [Piece(0, 0, count, count)])
+        y = None
+        for layer in range(min(2, decoder.shape.num_layers)):
+            decoder.attend(state, layer, y)
+            y = torch.zeros((count, decoder.shape.hidden), dtype=decoder.dtype, device=decoder.device)
 
     def with_config(self, config: Config) -> Model:
         """The same weights under another configuration, with a workspace of its own; every rank calls."""

@@ -1,13 +1,25 @@
-"""Fixtures that several packages' tests share."""
+"""What several packages' tests share."""
+
+import os
 
 import pytest
+
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read when CUDA starts, which looking for a GPU does
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")
 def world():
     """This process's world: one rank under plain pytest, one of several under launch/mpirun.sh; on a GPU where there is one."""
-    import os
-
     import torch
 
     import pipemoe

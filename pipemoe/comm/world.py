@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import socket
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.exchange import check_equal, encode_error, raise_first
@@ -66,6 +67,10 @@ def _prepare_cuda(num_slots: int) -> None:
     A kernel loaded at its first launch may wait for all that runs on the GPU, also for a collective that waits for this very
     kernel; so everything is loaded at the start. Streams that share a hardware queue may wait for one another.
     """
+    import torch
+
+    if torch.cuda.is_initialized() and os.environ.get("CUDA_MODULE_LOADING") != "EAGER":
+        warnings.warn("CUDA was started before pipemoe.init(); set CUDA_MODULE_LOADING=EAGER before, or cohorts may block one another", stacklevel=3)
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     needed = 3 * num_slots + 2
     found = int(os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if needed <= 16 else "32"))

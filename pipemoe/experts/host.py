@@ -53,6 +53,7 @@ class HostScratch:
         self.down = torch.empty(widened)
         arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray | torch.Tensor)]
         self.num_bytes = sum(array.nbytes for array in arrays)
+        self.transient_bytes = 0
 
 
 class HostExperts(ExpertsShape):

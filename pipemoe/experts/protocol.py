@@ -21,7 +21,8 @@ class Scratch(Protocol):
     """Memory of one cohort slot; allocated once, used by one call at a time."""
 
     max_rows: int
-    num_bytes: int
+    num_bytes: int  # all that a call takes
+    transient_bytes: int  # of these, what a call allocates and frees by itself
 
 
 class Experts(Protocol):

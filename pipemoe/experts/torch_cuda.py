@@ -65,7 +65,8 @@ class TorchScratch:
         self.h = empty(0 if experts.uses_grouped_mm else max_pairs * 2 * intermediate)
         own = [value for value in vars(self).values() if isinstance(value, torch.Tensor)]
         transient = max_pairs * (2 * intermediate + hidden) if experts.uses_grouped_mm else 0
-        self.num_bytes = sum(tensor.nbytes for tensor in own) + transient * experts.dtype.itemsize
+        self.transient_bytes = transient * experts.dtype.itemsize
+        self.num_bytes = sum(tensor.nbytes for tensor in own) + self.transient_bytes
 
 
 class TorchExperts(ExpertsShape):

@@ -16,9 +16,9 @@ class Room:
 
     ctas: NCCL_MAX_CTAS. ranks_on_device: ranks that share this GPU. waiting_blocks: grid of a kernel that itself waits for arrivals.
 
-    A spinning collective takes nearly all registers of its SM, and what it waits for is computed by kernels that need whole SMs,
-    some of them two neighbours (thread-block clusters). So spinning blocks may fill half of the SMs, not all: with every SM
-    allowed, four cohorts of 2048 tokens on a quarter of an H200 came to a standstill.
+    A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by kernels that
+    need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave those no room, so
+    spinning blocks may fill half of the SMs.
     """
 
     num_sms: int

@@ -19,6 +19,8 @@ from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
+from pipemoe.runtime.lanes import Lane, SlotLanes
+from pipemoe.runtime.reserve import reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.workspace import Workspace
@@ -31,14 +33,27 @@ if TYPE_CHECKING:
     from pipemoe.comm.world import World
 
 _CACHED_PLANS = 64
+_RESERVE_FACTOR = 1.5  # of a trial's activations: steps cut memory differently, and run ahead of what they free
 
 
 class Runtime:
     """Experts, workspace and plans of one configuration; every rank makes one with the same arguments."""
 
-    def __init__(self, world: World, shape: ModelShape, config: Config, experts: Any, dtype: torch.dtype, facts: dict[str, str], error: PipemoeError | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        shape: ModelShape,
+        config: Config,
+        experts: Any,
+        dtype: torch.dtype,
+        facts: dict[str, str],
+        *,
+        trial: Callable[[], None] | None = None,
+        error: PipemoeError | None = None,
+    ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
-        be equal on all ranks, by name. error: what went wrong on this rank before it got here; raised on every rank."""
+        be equal on all ranks, by name. trial: the largest piece of model code that an attend may run; on a GPU it is run once,
+        and the memory it takes reserved. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
         self.world, self.shape, self.config = world, shape, config
@@ -54,7 +69,7 @@ class Runtime:
         self._workspace = Workspace(config, self.wire, self.combine_dtype, world.size, experts, world.device)
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
-        world.engine.call(self._warm_up)
+        world.engine.call(lambda: self._warm_up(trial))
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._announce: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
 
@@ -68,11 +83,44 @@ class Runtime:
         """What a source's results must be."""
         return self._workspace.results_dtype
 
-    def _warm_up(self) -> None:
-        """Compile, load and allocate in the lanes that will run the experts, so that no step does."""
-        engine, lanes = self.world.engine, self.world.lanes.slots
-        events = [lane.compute.submit(lambda s=slot: self._experts.warm_up(s.scratch)) for lane, slot in zip(lanes, self._workspace.slots)]
-        engine.wait(lambda: all(event.done() for event in events), "warming up the experts", seconds=self.world.setup_seconds)
+    def _warm_up(self, trial: Callable[[], None] | None) -> None:
+        """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does."""
+        lanes = self.world.lanes.slots[: len(self._workspace.slots)]
+        if self.world.device.type == "cuda":
+            self._reserve(lanes, trial)
+        self._in_lanes(
+            [(lane.compute, lambda s=slot.scratch: self._experts.warm_up(s)) for lane, slot in zip(lanes, self._workspace.slots)],
+            "warming up the experts",
+        )
+
+    def _reserve(self, lanes: list[SlotLanes], trial: Callable[[], None] | None) -> None:
+        import torch
+
+        device, activations = self.world.device, 0
+        if trial is not None:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            self._in_lanes([(lanes[0].compute, trial)], "trial of the model's attention")
+            activations = torch.cuda.max_memory_allocated(device) - before
+            torch.cuda.empty_cache()
+        work = []
+        for lane, slot in zip(lanes, self._workspace.slots):
+            num_bytes = int(_RESERVE_FACTOR * activations) + slot.scratch.transient_bytes
+            work.append((lane.compute, lambda n=num_bytes: reserve(device, n)))
+            work.append((lane.combine, lambda n=self._workspace.sum_bytes: reserve(device, n)))
+        self._in_lanes(work, "reserving memory")
+        reserve_pinned(len(lanes) + 1)
+
+    def _in_lanes(self, work: list[tuple[Lane, Callable[[], None]]], doing: str) -> None:
+        """Run set-up work in lanes and wait for it; engine's thread only."""
+        events = [lane.submit(task) for lane, task in work]
+
+        def done() -> bool:
+            self.world.lanes.poll()
+            return all(event.done() for event in events)
+
+        self.world.engine.wait(done, doing, seconds=self.world.setup_seconds)
 
     def _combine_dtype(self, dtype: torch.dtype) -> torch.dtype:
         import torch

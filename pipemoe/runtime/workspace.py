@@ -33,13 +33,15 @@ class Workspace:
         self._hidden, self._device = wire.hidden, device
         rows = config.max_wave_rows(num_ranks)
         gathers = config.combine == "gather" and num_ranks > 1
+        own_rows = min(rows, config.max_tokens_per_rank)
+        # A gather adds peers' sums in a wider copy of the own rows, beside the one it casts to.
+        self.sum_bytes = 2 * own_rows * wire.hidden * max(4, combine_dtype.itemsize) if gathers else 0
 
         def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device).zero_()  # touched: no page is first used inside a step
 
         def slot() -> SlotBuffers:
             buffers = range(config.num_buffers)
-            own_rows = min(rows, config.max_tokens_per_rank)
             return SlotBuffers(
                 receive=[filled((rows, wire.row_bytes), torch.uint8) for _ in buffers],
                 partial=[filled((rows, wire.hidden), combine_dtype) for _ in buffers],

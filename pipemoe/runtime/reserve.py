@@ -1,0 +1,34 @@
+"""Memory reserved ahead of the steps, so that no step makes CUDA allocate.
+
+CUDA runs nothing that is issued after an allocation of device or pinned memory beside what was issued before it (CUDA C++
+Programming Guide, "Implicit Synchronization"). A collective issued before then waits for a peer, the peer for this rank's
+kernels issued after, and everything stands still. So torch's caching allocator is filled at set-up: what it holds for a stream
+it hands out without asking CUDA.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+_SMALL_TENSORS, _SMALL_BYTES = 64, 512 << 10  # torch keeps allocations up to 1 MiB apart from larger ones
+_LARGEST_PINNED = 23  # 8 MiB, as a power of two: torch keeps pinned memory by powers of two
+
+
+def reserve(device: torch.device, num_bytes: int) -> None:
+    """Let torch hold `num_bytes` in one piece, and some small pieces, for the current stream."""
+    import torch
+
+    held = [torch.empty(num_bytes, dtype=torch.uint8, device=device)]
+    held += [torch.empty(_SMALL_BYTES, dtype=torch.uint8, device=device) for _ in range(_SMALL_TENSORS)]
+    del held
+
+
+def reserve_pinned(num_tensors: int) -> None:
+    """Let torch hold `num_tensors` pieces of pinned memory of every size up to 8 MiB."""
+    import torch
+
+    held = [torch.empty(1 << power, dtype=torch.uint8, pin_memory=True) for power in range(_LARGEST_PINNED + 1) for _ in range(num_tensors)]
+    del held

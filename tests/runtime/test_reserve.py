@@ -1,0 +1,36 @@
+"""On a GPU no step allocates: torch asks CUDA for nothing between the first step and the last, whatever their sizes."""
+
+import pytest
+import torch
+
+from pipemoe import Config, load_model
+from pipemoe.plan.schedule import MODES
+from tests.models.tiny import FAMILIES, VOCAB, tiny_config
+
+pytestmark = pytest.mark.mpi
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_trial_runs(world, family):
+    """On every device, so that a GPU's set-up does not fail where no GPU test was run."""
+    model = load_model(tiny_config(family), world, dtype=torch.float32, config=Config(max_tokens_per_rank=64, moe_max_num_tokens=64, num_slots=1))
+    world.engine.call(model._trial)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_allocate_nothing(world, mode):
+    config = Config(mode=mode, max_tokens_per_rank=512, moe_max_num_tokens=256, num_slots=world.num_slots)
+    model = load_model(tiny_config("qwen3_moe", num_layers=6), world, config=config)
+    g = torch.Generator().manual_seed(world.rank)
+
+    def step(lengths):
+        model.prefill([torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in lengths])
+
+    step([3])
+    world.all_gather(b"")
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    for lengths in ([512], [100, 7], [1], [256, 256], [] if world.rank else [400]):
+        step(lengths)
+    world.all_gather(b"")
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
