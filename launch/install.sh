@@ -28,9 +28,8 @@ cuda_extra() {
     fi
 }
 
-extras="models,bench,test"
 cuda=$(cuda_extra)
-[ -z "$cuda" ] || extras="$extras,$cuda"
+extras="models,bench,test,${cuda:-compiler}"
 
 # Where MPI is installed, mpi4py uses that one (it knows the cluster's network); the wheel is for machines without.
 if command -v mpirun >/dev/null && [ "$(command -v mpirun)" != "$PWD/.venv/bin/mpirun" ]; then

@@ -15,10 +15,10 @@ from process_memory import MemoryMark, use_exact_malloc
 def test_the_mark_sees_memory_that_was_freed_again():
     use_exact_malloc()
     mark = MemoryMark(torch.device("cpu"))
-    block = torch.ones(8 << 20, dtype=torch.uint8)
+    block = torch.ones(64 << 20, dtype=torch.uint8)
     del block
-    assert 8 << 20 <= mark.peak_bytes() < 12 << 20
-    assert MemoryMark(torch.device("cpu")).peak_bytes() < 1 << 20
+    assert 63 << 20 <= mark.peak_bytes() < 72 << 20  # the kernel counts pages in batches
+    assert MemoryMark(torch.device("cpu")).peak_bytes() < 2 << 20
 
 
 def test_only_capped_modes_must_not_grow():

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("numba_cuda") is None:
-    pytest.skip("numba-cuda is not installed", allow_module_level=True)
+if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("nvidia") is None:
+    pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
 from tests.kernels.variants import enumerate_kernels
 
@@ -31,12 +31,7 @@ def find_ptxas() -> str | None:
 
 @pytest.mark.parametrize("name, cc", CASES)
 def test_compiles_into_registers(name, cc, tmp_path):
-    try:
-        ptx = KERNELS[name].compile_ptx(cc)
-    except Exception as error:
-        if type(error).__name__ == "NvvmSupportError":
-            pytest.skip(f"no libnvvm: {error}")
-        raise
+    ptx = KERNELS[name].compile_ptx(cc)
     assert f".target sm_{cc[0]}{cc[1]}" in ptx
     assert ".local" not in ptx
     assert ("float64" in name) or not re.search(r"\b(add|sub|mul|div|fma|cvt)\.\S*f64", ptx)

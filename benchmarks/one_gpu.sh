@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Makes the results of benchmarks/results/h200_one_gpu anew: 4 ranks on one GPU over real NCCL.
+#
+#   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/h200_one_gpu)
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+results=${1:-benchmarks/results/h200_one_gpu}
+mkdir -p "$results"
+status=0
+
+launch/one_gpu.sh 4 benchmarks/ttft.py --model qwen3-30b-a3b --layers 48 \
+    --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16 --trace benchmarks/traces/azure2023_conv.csv \
+    --num-requests 16 --moe-max-num-tokens 4096 --rounds 5 --json "$results/ttft.json" || status=1
+launch/one_gpu.sh 4 benchmarks/memory.py --json "$results/memory.json" || status=1
+launch/one_gpu.sh 4 benchmarks/comm.py --json "$results/comm.json" || status=1
+exit $status
