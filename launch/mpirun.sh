@@ -69,7 +69,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$num_threads}
 export NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-$OMP_NUM_THREADS}
 
 # One hardware queue per stream of every cohort slot.
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-16}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
 # A kernel loaded at its first launch may wait for all that runs, also for a collective that waits for it.
 export CUDA_MODULE_LOADING=${CUDA_MODULE_LOADING:-EAGER}
 # NCCL's implicit order over communicators would tie a short cohort to a long one.

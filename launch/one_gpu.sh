@@ -46,10 +46,11 @@ print(nccl.get_version(), torch.cuda.get_device_properties(0).multi_processor_co
 ') || fail "$python cannot load torch and NCCL through cupy (see: pipemoe doctor)"
 read -r nccl_version num_sms <<<"$facts"
 
-# Under MPS the ranks' hardware queues together are limited: 64 work, with 128 a rank's first CUDA call fails. A slot needs three.
+# Under MPS the ranks' hardware queues together are limited: 64 work, with 128 a rank's first CUDA call fails. A slot needs
+# five: three lanes, and a stream of NCCL's own for each of its two communicators.
 queues=$((64 / num_ranks))
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$((queues < 16 ? queues : 16))}
-slots=$(((CUDA_DEVICE_MAX_CONNECTIONS - 2) / 3))
+slots=$(((CUDA_DEVICE_MAX_CONNECTIONS - 2) / 5))
 export PIPEMOE_NUM_SLOTS=${PIPEMOE_NUM_SLOTS:-$((slots < 4 ? slots : 4))}
 
 # Room for thread blocks: dispatch and combine of every slot may spin at once, and must leave half of the rank's SMs.

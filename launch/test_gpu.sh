@@ -21,8 +21,7 @@ trap 'rm -rf "$logs"' EXIT
 failed=()
 
 echo "== one process"
-CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-16} \
-    "$python" -m pytest -q -m "gpu and not mpi" || failed+=("one process")
+"$python" -m pytest -q -m "gpu and not mpi" || failed+=("one process")
 
 for num_ranks in "$@"; do
     echo "== MPI, ranks on one GPU: $num_ranks"

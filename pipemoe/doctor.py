@@ -190,7 +190,7 @@ def check_connections(gpus: Sequence[Gpu]) -> list[Finding]:
     if not setting:
         return [Finding(subject, "OK", "not set (pipemoe.init sets what its slots need)")]
     if not setting.isdecimal() or int(setting) < 8:
-        return [Finding(subject, "FAIL", setting, "set it to 16: cohorts would wait for one another")]
+        return [Finding(subject, "FAIL", setting, "unset it, or set it to 32 (16 under MPS): cohorts would wait for one another")]
     if int(setting) > 16 and "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
         return [Finding(subject, "WARN", setting, "under MPS more than 16 ran out of memory: set it to 16")]
     return [Finding(subject, "OK", setting)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,19 @@ class PipelinedMoE:
     """
 
     def __init__(self, world: World, weights: Sequence[ExpertWeights], *, num_experts: int, top_k: int, config: Config = Config()) -> None:
-        if not weights:
-            raise ConfigError(f"rank {world.rank}: no weights; pass one ExpertWeights per MoE layer")
-        _, width, hidden = weights[0].gate_up.shape
-        self._dtype = weights[0].gate_up.dtype
-        shape = ModelShape(hidden, width // 2, num_experts, top_k, len(weights))
-        error, experts = None, None
+        error, experts, ranges = None, None, []
+        try:
+            for layer, layer_weights in enumerate(weights):
+                layer_weights.validate(layer)
+            ranges = [[w.first_expert, w.num_local_experts] for w in weights]
+            if not weights:
+                error = ConfigError(f"rank {world.rank}: no weights; pass one ExpertWeights per MoE layer")
+        except PipemoeError as e:
+            error = e
+        world.agree(error, {}, "looking at the weights")
+        _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], num_experts)
+        hidden, self._dtype = weights[0].hidden, weights[0].dtype
+        shape = ModelShape(hidden, weights[0].intermediate, num_experts, top_k, len(weights))
         try:
             experts = make_experts(
                 weights, top_k=top_k, hidden=hidden, device=world.device, dtype=self._dtype, implementation=config.experts, deterministic=config.deterministic
@@ -85,7 +93,7 @@ class PipelinedMoE:
                 raise InputError(f"{rank}{name} has shape {tuple(tensor.shape)}; it must be {wanted}")
             if tensor.dtype not in dtypes:
                 raise InputError(f"{rank}{name} is {tensor.dtype}; it must be {' or '.join(str(d) for d in dtypes)}")
-            if tensor.device.type != world.device.type:
+            if tensor.device != world.device:
                 raise InputError(f"{rank}{name} is on {tensor.device}; it must be on {world.device}")
 
         rows = x.shape[0] if isinstance(x, torch.Tensor) and x.ndim == 2 else -1
@@ -98,6 +106,21 @@ class PipelinedMoE:
                 raise InputError(f"{rank}topk_ids holds {low if low < 0 else high}; ids go from 0 to {shape.num_experts - 1}")
             if not bool(torch.isfinite(weights).all()):
                 raise InputError(f"{rank}topk_weights holds NaN or infinity; router weights must be finite")
+
+
+def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None:
+    """Raise InputError, the same on every rank, unless in each layer the ranks' experts are 0 to E - 1, each once.
+
+    ranges_of: per rank and layer, first expert and number of experts.
+    """
+    for rank, ranges in enumerate(ranges_of):
+        if len(ranges) != len(ranges_of[0]):
+            raise InputError(f"rank {rank}: weights of {len(ranges)} MoE layers, but rank 0 has {len(ranges_of[0])}")
+    for layer in range(len(ranges_of[0])):
+        held = sorted(expert for ranges in ranges_of for expert in range(ranges[layer][0], sum(ranges[layer])))
+        if held != list(range(num_experts)):
+            found = ", ".join(f"rank {r} holds {of[layer][1]} from {of[layer][0]}" for r, of in enumerate(ranges_of))
+            raise InputError(f"layer {layer}: the ranks must hold experts 0 to {num_experts - 1}, each once, but {found}")
 
 
 class Step:
@@ -122,7 +145,7 @@ class Step:
         moe = self._moe
         if layer != self._next_layer or layer >= moe.runtime.shape.num_layers:
             raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called; next is {self._next_layer} of {moe.runtime.shape.num_layers}")
-        moe._check(x, topk_ids, topk_weights, values=x.device.type == "cpu")
+        moe._check(x, topk_ids, topk_weights, values=moe.runtime.world.device.type == "cpu")
         if len(x) != self._num_tokens:
             raise InputError(f"rank {moe.runtime.world.rank}: x has {len(x)} rows; this step was entered with {self._num_tokens}")
         self._next_layer += 1

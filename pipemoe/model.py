@@ -85,7 +85,7 @@ class Model:
         y = None
         for layer in range(min(2, decoder.shape.num_layers)):
             decoder.attend(state, layer, y)
-            y = torch.zeros((count, decoder.shape.hidden), dtype=decoder.dtype, device=decoder.device)
+            y = torch.zeros((count, decoder.shape.hidden), dtype=torch.float32, device=decoder.device)
 
     def with_config(self, config: Config) -> Model:
         """The same weights under another configuration, with a workspace of its own; every rank calls."""
@@ -122,8 +122,11 @@ class Model:
         vocabulary = self.decoder.vocab_size
         tensors = []
         for i, sequence in enumerate(sequences):
-            tokens = torch.as_tensor(sequence)
             where = f"rank {self.world.rank}: sequence {i}"
+            try:
+                tokens = torch.as_tensor(sequence)
+            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+                raise InputError(f"{where} is not a list of token ids: {error}") from None
             if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point():
                 raise InputError(f"{where} has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; it must be a list of at least one token id")
             low, high = (int(v) for v in torch.aminmax(tokens))
@@ -219,6 +222,8 @@ class _ModelSource:
         count = len(self._tokens)
         first, seconds, logits = [0] * count, [0.0] * count, [None] * count
         for cohort, (tokens, scores) in self._first.items():
+            if scores is not None and scores.is_cuda:
+                scores.record_stream(torch.cuda.current_stream())  # made on a lane's stream, read on the caller's
             for i, sequence in enumerate(self._ended[cohort]):
                 first[sequence] = int(tokens[i])
                 seconds[sequence] = self._seconds[cohort] - begin

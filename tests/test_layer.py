@@ -143,6 +143,23 @@ def test_using_different_models_on_different_ranks_is_caught(world):
     assert norm_ratio(b(*rows), layers.oracle(0, *rows)) < 1e-5
 
 
+def test_experts_that_are_no_partition_are_refused(world):
+    layers = make_layers(1, world.device, torch.float32)
+    for num_experts, message in ((NUM_EXPERTS + 1, "experts 0 to 7, each once"), (NUM_EXPERTS - 1, "experts 0 to 5, each once")):
+        with pytest.raises(InputError, match=f"layer 0: the ranks must hold {message}, but rank 0 holds"):
+            PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=num_experts, top_k=TOP_K, config=Config(**SMALL, num_slots=1))
+    if world.size > 1:  # everybody holds rank 0's
+        with pytest.raises(InputError, match="layer 0: the ranks must hold"):
+            PipelinedMoE(world, layers.local(world.size, 0), num_experts=NUM_EXPERTS, top_k=TOP_K, config=Config(**SMALL, num_slots=1))
+
+
+def test_no_weights_on_one_rank_is_the_same_error_on_all(world):
+    weights = make_layers(1, world.device, torch.float32).local(world.size, world.rank)
+    culprit = world.size - 1
+    with pytest.raises(ConfigError, match=f"rank {culprit}: no weights"):
+        PipelinedMoE(world, [] if world.rank == culprit else weights, num_experts=NUM_EXPERTS, top_k=TOP_K)
+
+
 def test_more_slots_than_the_world_has_is_refused(world):
     with pytest.raises(ConfigError, match=f"num_slots is 9, but the world was started with {world.num_slots}"):
         make_moe(world, make_layers(1, world.device, torch.float32), num_slots=9)

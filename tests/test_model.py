@@ -134,7 +134,7 @@ def test_nan_weights_are_refused_at_load(world, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [([[1, 2], []], "sequence 1 has shape"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype torch.float32")],
+    [([[1, 2], []], "sequence 1 has shape"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype torch.float32"), ([[1, None]], "sequence 0 is not a list of token ids")],
 )
 def test_bad_token_ids_on_one_rank_are_the_same_error_on_all(world, models, bad, message):
     _, model = models("mixtral", torch.float32)

@@ -100,6 +100,9 @@ class MpiTransport:
         if self.log is not None:
             self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
 
+    def check(self) -> None:
+        """MPI's calls raise by themselves."""
+
     def abort(self) -> None:
         """Nothing to end: no MPI call here blocks, and the process's exit is what the launcher sees."""
 

@@ -39,6 +39,9 @@ class Transport(Protocol):
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test | None:
         """Sum the ranks' partial sums of every segment into its owner's results."""
 
+    def check(self) -> None:
+        """Raise what the library noticed by itself."""
+
     def abort(self) -> None:
         """End whatever is under way; may block."""
 

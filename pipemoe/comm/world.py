@@ -26,6 +26,8 @@ from pipemoe.runtime.lanes import Lanes, host_lanes, stream_lanes
 if TYPE_CHECKING:
     import torch
 
+_WARM_UP_ROWS, _WARM_UP_WIDTH = (1, 4096), 256  # one row, and a megabyte: NCCL's protocols differ by size
+
 # Variables by which launchers tell a process how many ranks there are.
 _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # MPICH's default schedules take a poll per round, and a poll is late on a rank that computes; its trees need fewer rounds:
@@ -52,9 +54,10 @@ def init(
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
+    if device != "cpu":
+        _prepare_cuda(num_slots)
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch finds no GPU here; `pipemoe doctor` says why")
-    _prepare_cuda(num_slots)
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     launched = max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES)
     comm = _mpi(launched) if launched > 1 else None
@@ -72,7 +75,9 @@ def _prepare_cuda(num_slots: int) -> None:
     if torch.cuda.is_initialized() and os.environ.get("CUDA_MODULE_LOADING") != "EAGER":
         warnings.warn("CUDA was started before pipemoe.init(); set CUDA_MODULE_LOADING=EAGER before, or cohorts may block one another", stacklevel=3)
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-    needed = 3 * num_slots + 2
+    # NCCL sets the stack size of its kernels at once, instead of having CUDA rearrange memory when one is first launched.
+    os.environ.setdefault("NCCL_SET_STACK_SIZE", "1")
+    needed = 5 * num_slots + 2  # three lanes a slot, a stream of NCCL's own for each of its two communicators
     found = int(os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if needed <= 16 else "32"))
     if found < needed:
         raise ConfigError(
@@ -119,6 +124,7 @@ class World:
         self.engine = Engine(self.rank, watchdog_seconds=watchdog_seconds, grace_seconds=grace_seconds, set_up_thread=self._set_up_thread)
         self.lanes: Lanes = stream_lanes(self.device, num_slots) if on_gpu else host_lanes(num_slots, self.engine.wake.set)
         self.transport: Transport = LocalTransport()
+        self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
         self._closed = False
         self.engine.call(self._meet)
         atexit.register(self.close)
@@ -133,8 +139,11 @@ class World:
         """On the engine's thread: side channel first, so that what follows can be watched; then the communicators."""
         if self.size > 1:
             self._open_side_channel()
+            settings = {"num_slots": str(self.num_slots), "device": self.device.type}
+            check_equal([json.loads(p) for p in self._exchange(json.dumps(settings).encode(), "comparing the arguments of init")])
             self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
             self.engine.on_failure.append(self.transport.abort)
+            self.engine.health.append(self.transport.check)
             self._warm_up()
 
     def _open_side_channel(self) -> None:
@@ -155,12 +164,13 @@ class World:
     def _nccl_transport(self) -> Transport:
         from pipemoe.comm import nccl
 
-        error = None
+        room, error = self.room(), None
         ids: list[bytes] = []
         try:
-            self.room().check(self.num_slots)
+            room.check(self.num_slots)
+            library = nccl.library()
             if self.rank == 0:
-                ids = [nccl.library().get_unique_id() for _ in range(2 * self.num_slots)]
+                ids = [library.get_unique_id() for _ in range(2 * self.num_slots)]
         except PipemoeError as e:
             error = e
         self._raise_on_all(error, "checking room for thread blocks")
@@ -176,35 +186,44 @@ class World:
 
         properties = torch.cuda.get_device_properties(self.device)
         # Under MPS with a share of the GPU, the device says how many SMs the share has.
-        share = int(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", 100))
-        num_sms = properties.multi_processor_count * 100 // share
+        share = float(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", 100))
+        num_sms = int(properties.multi_processor_count * 100 / share)
         places = self._exchange(f"{socket.gethostname()} {properties.uuid}".encode(), "exchange of GPU names")
         return Room(num_sms, nccl.max_ctas(), ranks_on_device=places.count(places[self.rank]))
 
     def _warm_up(self) -> None:
-        """Every kind of collective once on every communicator: nothing is connected or loaded inside a step."""
+        """Every kind of collective on every communicator, from one root and from all, small and large: nothing is connected or
+        loaded inside a step."""
         import torch
 
-        wave = Wave(tuple(Segment(r, 0, 1, r) for r in range(self.size)), self.size)
-        width = 64
+        dtypes = [torch.float32, torch.float64] + ([torch.bfloat16, torch.float16] if self._on_gpu else [])
+        keep: list = []  # buffers live until the lanes are done with them
+        events = []
 
         def tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+            keep.append(torch.zeros(shape, dtype=dtype, device=self.device))
+            return keep[-1]
 
-        dtypes = [torch.float32, torch.float64] + ([torch.bfloat16, torch.float16] if self._on_gpu else [])
-        keep = []  # buffers live until the lanes are done with them
-        events = []
-        for slot, lanes in enumerate(self.lanes.slots):
-            for exchange in ("broadcast", "padded"):
-                rows = tensor(torch.uint8, self.size, width)
-                keep.append(rows)
-                events.append(lanes.dispatch.submit(lambda s=slot, e=exchange, r=rows: self.transport.dispatch(s, 0, wave, e, r)))
-                for combine in ("reduce", "gather"):
-                    for dtype in dtypes:
-                        sums = WaveSums(tensor(dtype, self.size, width), [tensor(dtype, 1, width)], tensor(dtype, self.size - 1, 1, width))
-                        keep.append(sums)
+        for num_rows in _WARM_UP_ROWS:
+            everyone = Wave(tuple(Segment(r, 0, num_rows, r * num_rows) for r in range(self.size)), self.size * num_rows)
+            alone = [Wave((Segment(root, 0, num_rows, 0),), num_rows) for root in range(self.size)]
+            for exchange, wave in [("padded", everyone), ("broadcast", everyone), *(("broadcast", w) for w in alone)]:
+                rows = tensor(torch.uint8, wave.num_rows, _WARM_UP_WIDTH)
+                own = [s for s in wave.segments if s.rank == self.rank]
+                cases = []
+                for dtype in dtypes:
+                    results = [tensor(dtype, num_rows, _WARM_UP_WIDTH) for _ in own]
+                    sums = WaveSums(tensor(dtype, wave.num_rows, _WARM_UP_WIDTH), results, tensor(dtype, self.size - 1, num_rows, _WARM_UP_WIDTH))
+                    cases += [(combine, sums) for combine in ("reduce", "gather")]
+                if self._on_gpu:
+                    torch.cuda.synchronize(self.device)  # the buffers are filled on another stream
+                for slot, lanes in enumerate(self.lanes.slots):
+                    events.append(lanes.dispatch.submit(lambda s=slot, e=exchange, w=wave, r=rows: self.transport.dispatch(s, 0, w, e, r)))
+                    for combine, sums in cases:
                         events.append(
-                            lanes.combine.submit(lambda s=slot, e=exchange, c=combine, x=sums: self.transport.combine(s, 0, wave, e, c, x))
+                            lanes.combine.submit(
+                                lambda s=slot, e=exchange, w=wave, c=combine, x=sums: self.transport.combine(s, 0, w, e, c, x)
+                            )
                         )
 
         def done() -> bool:

@@ -38,7 +38,9 @@ class Engine:
         self.side_channel: SideChannel | None = None
         self.wake = threading.Event()  # set by whoever has news for the engine's thread
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
+        self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
         self.failure: FatalError | None = None
+        self._closed = False
         self.step = 0
         self.ops_done = 0
         self.doing: object = "idle"  # anything whose str() names it
@@ -54,8 +56,8 @@ class Engine:
         """Run `task` on the engine's thread. The future gets its result, or may be resolved earlier by the task itself."""
         future = future or Future()
         with self._lock:
-            if self.failure is not None:
-                future.set_exception(self.failure)
+            if self.failure is not None or self._closed:
+                future.set_exception(self.failure or FatalError(f"rank {self.rank}: the world is closed"))
                 return future
             self._open.add(future)
         self._tasks.put((task, future))
@@ -101,6 +103,8 @@ class Engine:
         """Raise if a peer is lost, or, with `needs_all`, has closed its world."""
         if self.failure is not None:
             raise self.failure
+        for check in self.health:
+            check()
         if self.side_channel is None:
             return
         lost = self.side_channel.failed()
@@ -127,10 +131,10 @@ class Engine:
                 return
             self.failure = error
             waiting, self._open = list(self._open), set()
+        threading.Thread(target=self._end_process, name="pipemoe end", daemon=True).start()
         print(f"pipemoe: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if self.side_channel is not None:
             self.side_channel.announce_failure(str(error))
-        threading.Thread(target=self._end_process, name="pipemoe end", daemon=True).start()
         for abort in self.on_failure:
             threading.Thread(target=abort, name="pipemoe abort", daemon=True).start()
         for future in waiting:
@@ -148,6 +152,8 @@ class Engine:
 
     def close(self) -> None:
         """Finish the tasks handed in and end the thread."""
+        with self._lock:
+            self._closed = True
         self._tasks.put(None)
         self._thread.join(self.watchdog_seconds)
 

@@ -6,8 +6,9 @@
 
 Order: each cohort's operations in the plan's order; between cohorts the plan's order too, except that a cohort with
 `MAX_GROUPS` dispatches under way, or whose next operation must wait for the caller, is passed over. That keeps the host queues
-short without tying a short cohort to a long one, and is safe because every communicator sees the plan's order and all of them
-have room on the device (`Room`).
+short without tying a short cohort to a long one. Every communicator sees the plan's order, but ranks may interleave
+communicators differently, which is safe only as long as one stream never holds up another: room for all thread blocks
+(`Room`), a hardware queue per stream, and no allocation inside a step (`reserve`).
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ class Run:
         self.completed: list[tuple[Op, Event]] = []
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
+        self._timed = timed
+        self._awaited = {earlier for predecessors in plan.causal_predecessors for earlier in predecessors}
         lanes.clock.start(timed)
         source.begin(plan, rank)
 
@@ -128,7 +131,8 @@ class Run:
             while queue and queue[0][1].done():
                 op, event = queue.popleft()
                 state = self._cohorts[op.cohort]
-                self.completed.append((op, event))
+                if self._timed:
+                    self.completed.append((op, event))
                 if op.kind is OpKind.DISPATCH:
                     state.groups -= 1
                 elif op.kind is OpKind.FINISH and state.has_tokens:
@@ -167,7 +171,8 @@ class Run:
         waits = state.results + [self._attended[e, op.layer] for e in self._plan.causal_predecessors[op.cohort]]
         state.results = []
         event = lanes.compute.submit(self._model_work(state, lambda: self._source.attend(op.cohort, op.layer)), waits)
-        self._attended[op.cohort, op.layer] = event
+        if op.cohort in self._awaited:
+            self._attended[op.cohort, op.layer] = event
         return event
 
     def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
@@ -224,8 +229,8 @@ class Run:
         return used.sent
 
     def _results(self, cohort: int, state: _CohortState, segment: Segment) -> Any:
-        """Where a segment's sums go; if this rank's model code failed, somewhere nobody looks."""
-        if state.failure is None:
+        """Where a segment's sums go; if this rank's model code failed or is left out, somewhere nobody looks."""
+        if state.failure is None and self._only.computation:
             return self._source.results(cohort, segment.start, segment.stop)
         return self._workspace.new_results(segment.num_rows)
 

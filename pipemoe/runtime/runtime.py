@@ -52,7 +52,7 @@ class Runtime:
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
-        be equal on all ranks, by name. trial: the largest piece of model code that an attend may run; on a GPU it is run once,
+        be equal on all ranks, by name. trial: model code as large as an attend may run; on a GPU it is run once in every lane,
         and the memory it takes reserved. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
@@ -96,19 +96,22 @@ class Runtime:
     def _reserve(self, lanes: list[SlotLanes], trial: Callable[[], None] | None) -> None:
         import torch
 
-        device, activations = self.world.device, 0
-        if trial is not None:
-            torch.cuda.empty_cache()
+        device, reserved, activations = self.world.device, self.world.reserved_bytes, 0
+        for lane in lanes if trial is not None else []:  # in each: libraries keep a workspace per stream
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            self._in_lanes([(lanes[0].compute, trial)], "trial of the model's attention")
-            activations = torch.cuda.max_memory_allocated(device) - before
-            torch.cuda.empty_cache()
-        work = []
-        for lane, slot in zip(lanes, self._workspace.slots):
-            num_bytes = int(_RESERVE_FACTOR * activations) + slot.scratch.transient_bytes
-            work.append((lane.compute, lambda n=num_bytes: reserve(device, n)))
-            work.append((lane.combine, lambda n=self._workspace.sum_bytes: reserve(device, n)))
+            self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
+            activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
+        torch.cuda.empty_cache()  # in one piece again, and for every lane: this dropped what earlier runtimes had reserved
+        for slot, buffers in enumerate(self._workspace.slots):
+            needed = int(_RESERVE_FACTOR * activations) + buffers.scratch.transient_bytes
+            reserved["compute", slot] = max(reserved.get(("compute", slot), 0), needed)
+            reserved["combine", slot] = max(reserved.get(("combine", slot), 0), self._workspace.sum_bytes)
+        work = [
+            (getattr(self.world.lanes.slots[slot], kind), lambda n=num_bytes: reserve(device, n))
+            for (kind, slot), num_bytes in reserved.items()
+            if num_bytes
+        ]
         self._in_lanes(work, "reserving memory")
         reserve_pinned(len(lanes) + 1)
 
@@ -158,7 +161,8 @@ class Runtime:
         """Run one step: exchange, plan, all operations. Every rank calls.
 
         lengths: this rank's sequences, in tokens. error: a reason why this rank cannot take part; raised on every rank before any
-        row moves. The future is resolved as soon as this rank's own cohorts have finished; the engine goes on with the rest.
+        row moves. The future is resolved as soon as this rank's own cohorts have finished, and the engine goes on with the rest; with
+        `timeline` or debug, when the whole plan has.
         """
         future: Future = Future()
         return self.world.engine.submit(lambda: self._step(tuple(lengths), source, error, only, timeline, on_done, future), future)
@@ -168,10 +172,10 @@ class Runtime:
         engine.step += 1
         facts = self._exchange(lengths, error)
         plan = self.plan(facts)
-        digests = self.world.start_gathering(plan.digest)
         if self.config.debug:
             verify(plan, row_bytes=self.wire.row_bytes)
             self.world.transport.log = []
+        digests = self.world.start_gathering(plan.digest)
         run = Run(
             plan,
             self.world.rank,

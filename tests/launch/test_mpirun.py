@@ -62,7 +62,7 @@ def test_two_ranks_see_each_other_and_the_settings(tmp_path):
     for fact in facts:
         assert fact["arguments"] == ["--text", "two words"]
         environment = fact["environment"]
-        assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "16"
+        assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
         assert environment["NCCL_LAUNCH_ORDER_IMPLICIT"] == "0"
         assert int(environment["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)) // 2)
         assert environment["PIPEMOE_COMMAND"].startswith("launch/mpirun.sh -n 2 ")
