@@ -59,6 +59,8 @@ def init(
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is 'cuda', but torch finds no GPU here; `pipemoe doctor` says why")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        _check_queues(num_slots)
     launched = max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES)
     comm = _mpi(launched) if launched > 1 else None
     return World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
@@ -77,8 +79,16 @@ def _prepare_cuda(num_slots: int) -> None:
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     # NCCL sets the stack size of its kernels at once, instead of having CUDA rearrange memory when one is first launched.
     os.environ.setdefault("NCCL_SET_STACK_SIZE", "1")
-    needed = 5 * num_slots + 2  # three lanes a slot, a stream of NCCL's own for each of its two communicators
-    found = int(os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if needed <= 16 else "32"))
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if _queues(num_slots) <= 16 else "32")
+
+
+def _queues(num_slots: int) -> int:
+    """Hardware queues so that no stream shares one: three lanes a slot, a stream of NCCL's own for each of its communicators."""
+    return 5 * num_slots + 2
+
+
+def _check_queues(num_slots: int) -> None:
+    needed, found = _queues(num_slots), int(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])
     if found < needed:
         raise ConfigError(
             f"{num_slots} slots need {needed} hardware queues, but CUDA_DEVICE_MAX_CONNECTIONS is {found}; raise it (at most 32) or lower num_slots"
