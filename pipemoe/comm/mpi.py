@@ -48,7 +48,7 @@ class MpiTransport:
             part = memory[s.row : s.row + s.num_rows]
             self._note("combine", slot, buffer, "reduce", s.rank, part.nbytes)
             requests.append(comm.Ireduce(part, _numeric(next(results)) if s.rank == self.rank else None, op=self._mpi.SUM, root=s.rank))
-        return self._test(requests)
+        return self._test(requests, sums)
 
     def _reduce_scatter(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
         import torch
@@ -93,8 +93,9 @@ class MpiTransport:
 
         return test if at else done
 
-    def _test(self, requests: list[Any]) -> Test:
-        return lambda: self._mpi.Request.Testall(requests)
+    def _test(self, requests: list[Any], *buffers: Any) -> Test:
+        """The buffers live as long as the test: MPI reads and writes them until it says so."""
+        return lambda buffers=buffers: self._mpi.Request.Testall(requests)
 
     def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
         if self.log is not None:

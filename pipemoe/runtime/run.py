@@ -229,8 +229,8 @@ class Run:
         return used.sent
 
     def _results(self, cohort: int, state: _CohortState, segment: Segment) -> Any:
-        """Where a segment's sums go; if this rank's model code failed or is left out, somewhere nobody looks."""
-        if state.failure is None and self._only.computation:
+        """Where a segment's sums go; if this rank's model code failed, somewhere nobody looks."""
+        if state.failure is None:
             return self._source.results(cohort, segment.start, segment.stop)
         return self._workspace.new_results(segment.num_rows)
 
