@@ -74,9 +74,9 @@ def test_combine_sums_every_ranks_part_at_the_owner(world, exchange, combine, dt
     _, wave = made
     own = [s for s in wave.segments if s.rank == world.rank]
     for slot in range(world.num_slots):
-        partial = torch.arange(wave.num_rows, device=world.device).unsqueeze(1) % 7 + torch.zeros(WIDTH, device=world.device)
-        partial = (partial * (world.rank + 1)).to(dtype)
-        wanted = [partial[s.row : s.row + s.num_rows].float() / (world.rank + 1) * sum(range(1, world.size + 1)) for s in own]
+        of_rows = torch.arange(wave.num_rows, device=world.device).unsqueeze(1) % 7 + torch.zeros(WIDTH, device=world.device)
+        partial = (of_rows * (world.rank + 1)).to(dtype)
+        wanted = [of_rows[s.row : s.row + s.num_rows] * sum(range(1, world.size + 1)) for s in own]
         results = [torch.full((s.num_rows, WIDTH), torch.nan, dtype=torch.float32 if combine == "gather" else dtype, device=world.device) for s in own]
         staging = torch.zeros((world.size - 1, wave.num_rows, WIDTH), dtype=dtype, device=world.device)
         sums = WaveSums(partial, results, staging)

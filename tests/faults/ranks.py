@@ -23,7 +23,19 @@ NUM_LAYERS = 6
 CULPRIT = 1
 
 
+def detach() -> None:
+    """Go on in a process and session of its own, of which the launcher knows only the parent: when a rank dies, launchers end
+    the others, also those told not to (MPICH 5.0's `-disable-auto-cleanup` does so now and then)."""
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        os._exit(1 if status else 0)
+    os.setsid()
+
+
 def main(fault: str, folder: str) -> None:
+    if fault == "kill":
+        detach()
     torch.set_num_threads(1)
     world = pipemoe.init(watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1.0)
     log = os.open(f"{folder}/rank{world.rank}", os.O_CREAT | os.O_WRONLY)
