@@ -139,13 +139,17 @@ class Step:
         return self
 
     def __call__(self, layer: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' sums [T_r, H] of MoE layer `layer`, in x's dtype; layers come in order, from 0."""
+        """The routed experts' sums [T_r, H] of MoE layer `layer`, in x's dtype; layers come in order, from 0.
+
+        Arguments are checked as those of a PipelinedMoE's call; the values of ids and weights on a GPU only with Config.debug,
+        since that waits for the device.
+        """
         import torch
 
         moe = self._moe
         if layer != self._next_layer or layer >= moe.runtime.shape.num_layers:
             raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called; next is {self._next_layer} of {moe.runtime.shape.num_layers}")
-        moe._check(x, topk_ids, topk_weights, values=moe.runtime.world.device.type == "cpu")
+        moe._check(x, topk_ids, topk_weights, values=moe.runtime.world.device.type == "cpu" or moe.runtime.config.debug)
         if len(x) != self._num_tokens:
             raise InputError(f"rank {moe.runtime.world.rank}: x has {len(x)} rows; this step was entered with {self._num_tokens}")
         self._next_layer += 1

@@ -72,7 +72,8 @@ class Model:
         except PipemoeError as e:
             error = e
         facts = {"model": decoder.fingerprint}
-        self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, facts, trial=self._trial, error=error)
+        kept_bytes = config.max_tokens_per_rank * decoder.kept_bytes_per_token() if config.cuts_sequences else 0
+        self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, facts, trial=self._trial, kept_bytes=kept_bytes, error=error)
 
     def _trial(self) -> None:
         """Attend to one sequence of the most tokens that a step may bring, in the first layers."""
@@ -103,13 +104,16 @@ class Model:
         """First tokens (greedy) of this rank's sequences; every rank calls, with any number of sequences, also none.
 
         sequences: token ids, each sequence with at least one. Returns as soon as this rank's own sequences are done, whatever
-        the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements.
+        the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements (without computation
+        there are no tokens: submit a step with a source of your own instead).
         Raises InputError for bad token ids on any rank, ModelError if the model code of some rank raised, on every rank.
         """
         begin = time.perf_counter()
         error = None
         try:
             tokens = self._check(sequences)
+            if not only.computation:
+                raise InputError(f"rank {self.world.rank}: prefill without computation gives no tokens; use runtime.submit_step")
         except InputError as e:
             error, tokens = e, []
         source = _ModelSource(self.decoder, self.world.rank, tokens, self.runtime.results_dtype, keep_logits)

@@ -207,3 +207,19 @@ def test_leaving_a_step_early_is_an_error_here_and_does_not_hang_the_others(worl
     with moe.step(0) as step:
         pass
     assert world.all_gather(b"still here") == [b"still here"] * world.size
+
+
+def test_out_of_memory_on_one_rank_is_an_error_on_every_rank(world, monkeypatch):
+    layers = make_layers(1, world.device, torch.float32)
+    culprit = world.size - 1
+
+    def refuse(*args):
+        raise torch.OutOfMemoryError("planted")
+
+    if world.rank == culprit:
+        monkeypatch.setattr("pipemoe.runtime.runtime.Workspace", refuse)
+    with pytest.raises(ConfigError, match=rf"rank {culprit}: out of memory at set-up \(planted\)"):
+        make_moe(world, layers)
+    monkeypatch.undo()
+    x, ids, weights = make_rows(3, world.rank, world.device, torch.float32)
+    assert norm_ratio(make_moe(world, layers)(x, ids, weights), layers.oracle(0, x, ids, weights)) < 1e-5

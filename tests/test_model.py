@@ -9,6 +9,7 @@ from pipemoe import Config, load_model
 from pipemoe.errors import CheckpointError, InputError, MismatchError, ModelError
 from pipemoe.models.random_weights import reference_model
 from pipemoe.plan.schedule import MODES
+from pipemoe.runtime.run import Only
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import norm_ratio
 
@@ -165,3 +166,10 @@ def test_an_exception_in_one_ranks_model_code_does_not_end_the_others(world, mod
     with pytest.raises(ModelError, match=f"rank {culprit}: model code raised ZeroDivisionError: attention went wrong"):
         model.prefill(prompts)
     assert model.prefill(prompts).first_tokens == [int(w.argmax()) for w in plain_logits(reference, prompts, world.device)]
+
+
+def test_prefill_without_computation_is_an_error_on_every_rank(world, models):
+    _, model = models("mixtral", torch.float32)
+    with pytest.raises(InputError, match="rank 0: prefill without computation"):
+        model.prefill([[1, 2]], only=Only(computation=world.rank != 0))
+    assert len(model.prefill([[1, 2]]).first_tokens) == 1

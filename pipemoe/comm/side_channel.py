@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 HEARTBEAT_SECONDS = 0.25
+GREETING_SECONDS = 2.0
 MAX_LINE = 1 << 16
 
 
@@ -60,7 +61,7 @@ class SideChannel:
         while len(self._sockets) < self.size - 1:
             self._listener.settimeout(max(0.01, deadline - time.monotonic()))
             connection, _ = self._listener.accept()
-            connection.settimeout(max(0.01, deadline - time.monotonic()))
+            connection.settimeout(GREETING_SECONDS)  # a stranger that says nothing must not keep the ranks waiting
             peer = _greeting(connection, token)
             if peer in self.peers and peer not in self._sockets:
                 self._add(peer, connection)
@@ -108,6 +109,8 @@ class SideChannel:
             for rank, connection in list(self._sockets.items()):
                 try:
                     connection.sendall(line)
+                except TimeoutError:
+                    continue  # it does not read: stopped, not gone
                 except OSError:
                     self._drop(rank)
 

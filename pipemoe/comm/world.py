@@ -167,7 +167,7 @@ class World:
     def _mpi_transport(self) -> Transport:
         from pipemoe.comm.mpi import MpiTransport
 
-        self.engine.note("making MPI communicators")
+        self.engine.note("making MPI communicators", self.setup_seconds)
         return MpiTransport(self._comm, self.num_slots)
 
     def _nccl_transport(self) -> Transport:
@@ -184,7 +184,7 @@ class World:
             error = e
         self._raise_on_all(error, "checking room for thread blocks")
         texts = self._exchange(json.dumps([i.hex() for i in ids]).encode(), "exchange of NCCL ids")
-        self.engine.note("making NCCL communicators")
+        self.engine.note("making NCCL communicators", self.setup_seconds)
         return nccl.NcclTransport(self.rank, self.size, [bytes.fromhex(i) for i in json.loads(texts[0])])
 
     def room(self) -> Room:
@@ -271,9 +271,8 @@ class World:
         if self._closed or self.engine.failure is not None:
             return
         self._closed = True
-        self.engine.close()
+        self.engine.close(self.transport.close)
         self.lanes.close()
-        self.transport.close()
         if self.engine.side_channel is not None:
             self.engine.side_channel.close()
 

@@ -95,6 +95,12 @@ class Decoder:
         tensors = [*self._model.parameters(), *self._lm_head.parameters()]
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
+    def kept_bytes_per_token(self) -> int:
+        """Bytes that one token of a cut sequence leaves in the StepCache, over all layers."""
+        cache = self.new_step()
+        self.attend(self.start(cache, torch.zeros(1, dtype=torch.long), [Piece(0, 0, 1, 2)]), 0, None)
+        return cache.num_bytes // (self._moe_layers[0] + 1) * self.config.num_hidden_layers
+
     def new_step(self) -> StepCache:
         """An empty cache for the sequences that the next step cuts over several microbatches."""
         return StepCache()

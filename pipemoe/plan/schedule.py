@@ -173,6 +173,11 @@ class PlanConfig:
         """Slots that a plan of this mode can use."""
         return 1 if self.mode in (*UNCAPPED_MODES, "chunked") else min(2, self.num_slots) if self.mode == "two_batch" else self.num_slots
 
+    @property
+    def cuts_sequences(self) -> bool:
+        """May a plan put parts of one sequence into several cohorts?"""
+        return self.mode == "two_batch"
+
     def max_wave_rows(self, num_ranks: int) -> int:
         """Rows that a wave's buffers must hold; depends on the configuration alone."""
         if self.mode in UNCAPPED_MODES:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.errors import FatalError, PeerLost, PipemoeError, WatchdogTimeout
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 EXIT_CODE = 70  # of a process that ended because the ranks could no longer work together (EX_SOFTWARE)
 _PEER_CHECK_SECONDS = 0.01
+_WATCH_SECONDS = 0.25
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
 
@@ -45,6 +46,7 @@ class Engine:
         self.ops_done = 0
         self.doing: object = "idle"  # anything whose str() names it
         self._alive: float | None = None  # when the thread last looked around; None while idle
+        self._patience = watchdog_seconds  # how long it may be in one call
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
         self._open: set[Future] = set()
         self._lock = threading.Lock()
@@ -71,9 +73,9 @@ class Engine:
         """What the peers are told about this rank."""
         return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing)}
 
-    def note(self, doing: object) -> None:
-        """Record what the engine is about to do: named in errors, and a sign of life."""
-        self.doing = doing
+    def note(self, doing: object, seconds: float | None = None) -> None:
+        """Record what the engine is about to do: named in errors, and a sign of life. It may take `seconds` (watchdog_seconds)."""
+        self.doing, self._patience = doing, seconds or self.watchdog_seconds
         self._alive = time.monotonic()
 
     def wait(self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False) -> None:
@@ -83,7 +85,7 @@ class Engine:
         longer nothing happened the longer, so that ranks that share a core leave it to those that compute, and until `wake`.
         """
         limit = seconds or self.watchdog_seconds
-        self.note(doing)
+        self.note(doing, limit)
         seen, since, checked, pause = self.ops_done, time.monotonic(), 0.0, _SHORTEST_PAUSE
         patience = _LEFT_SECONDS if needs_all else math.inf
         while not ready():
@@ -121,7 +123,7 @@ class Engine:
     def watch(self) -> None:
         """Called from another thread now and then: notices that the engine's own thread is stuck in a call."""
         alive = self._alive
-        if alive is not None and self.failure is None and time.monotonic() - alive > self.watchdog_seconds + 1.0:
+        if alive is not None and self.failure is None and time.monotonic() - alive > self._patience + 1.0:
             self.fail(WatchdogTimeout(f"rank {self.rank}: stuck for {time.monotonic() - alive:.1f} s in {self.doing}{self._who_is_behind()}"))
 
     def fail(self, error: FatalError) -> None:
@@ -138,8 +140,7 @@ class Engine:
         for abort in self.on_failure:
             threading.Thread(target=abort, name="pipemoe abort", daemon=True).start()
         for future in waiting:
-            if not future.done():
-                future.set_exception(error)
+            settle(future, error=error)
 
     def _end_process(self) -> None:
         time.sleep(self.grace_seconds)
@@ -150,26 +151,31 @@ class Engine:
             print(f"pipemoe: rank {self.rank} ends with exit status {EXIT_CODE}: {self.failure}", file=sys.stderr)
             _exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
-    def close(self) -> None:
-        """Finish the tasks handed in and end the thread."""
+    def close(self, last: Callable[[], None] = lambda: None) -> None:
+        """Finish the tasks handed in, then `last`, which may take watchdog_seconds, and end the thread."""
         with self._lock:
             self._closed = True
+
+        def leave() -> None:
+            self.note("leaving the other ranks")
+            last()
+
+        self._tasks.put((leave, Future()))
         self._tasks.put(None)
-        self._thread.join(self.watchdog_seconds)
+        while self._thread.is_alive() and self.failure is None:
+            self._thread.join(_WATCH_SECONDS)
+            self.watch()
 
     def _run(self, set_up_thread: Callable[[], None]) -> None:
         set_up_thread()
         while (item := self._tasks.get()) is not None:
             task, future = item
             try:
-                result = task()
-                if not future.done():
-                    future.set_result(result)
+                settle(future, task())
             except FatalError as error:
                 self.fail(error)
             except PipemoeError as error:
-                if not future.done():
-                    future.set_exception(error)
+                settle(future, error=error)
             except BaseException as error:  # noqa: BLE001  (anything else that gets this far is a broken rank)
                 fatal = FatalError(f"rank {self.rank}: {type(error).__name__} in {self.doing}: {error}")
                 fatal.__cause__ = error
@@ -180,6 +186,17 @@ class Engine:
                 with self._lock:
                     self._open.discard(future)
             del item, task, future
+
+
+def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:
+    """Resolve a future, unless somebody else has."""
+    try:
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+    except InvalidStateError:
+        pass
 
 
 def _exit_now() -> None:

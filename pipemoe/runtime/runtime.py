@@ -19,6 +19,7 @@ from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
+from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
 from pipemoe.runtime.reserve import reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
@@ -49,11 +50,12 @@ class Runtime:
         facts: dict[str, str],
         *,
         trial: Callable[[], None] | None = None,
+        kept_bytes: int = 0,
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
         be equal on all ranks, by name. trial: model code as large as an attend may run; on a GPU it is run once in every lane,
-        and the memory it takes reserved. error: what went wrong on this rank before it got here; raised on every rank."""
+        and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
         self.world, self.shape, self.config = world, shape, config
@@ -66,10 +68,12 @@ class Runtime:
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._experts = experts
-        self._workspace = Workspace(config, self.wire, self.combine_dtype, world.size, experts, world.device)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
-        world.engine.call(lambda: self._warm_up(trial))
+        self._trial, self._kept_bytes = trial, kept_bytes
+        try:
+            world.engine.call(self._set_up)
+        except ConfigError as e:
+            error = e
+        world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._announce: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
 
@@ -83,28 +87,39 @@ class Runtime:
         """What a source's results must be."""
         return self._workspace.results_dtype
 
-    def _warm_up(self, trial: Callable[[], None] | None) -> None:
-        """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does."""
-        lanes = self.world.lanes.slots[: len(self._workspace.slots)]
-        if self.world.device.type == "cuda":
-            self._reserve(lanes, trial)
-        self._in_lanes(
-            [(lane.compute, lambda s=slot.scratch: self._experts.warm_up(s)) for lane, slot in zip(lanes, self._workspace.slots)],
-            "warming up the experts",
-        )
+    def _set_up(self) -> None:
+        """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does.
 
-    def _reserve(self, lanes: list[SlotLanes], trial: Callable[[], None] | None) -> None:
+        On the engine's thread. Raises ConfigError when memory does not suffice.
+        """
+        import torch
+
+        world = self.world
+        try:
+            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device)
+            lanes = world.lanes.slots[: len(self._workspace.slots)]
+            if world.device.type == "cuda":
+                torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
+                self._reserve(lanes)
+            warm_ups = [lambda s=slot.scratch: self._experts.warm_up(s) for slot in self._workspace.slots]
+            self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ConfigError(
+                f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank or num_slots"
+            ) from error
+
+    def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch
 
         device, reserved, activations = self.world.device, self.world.reserved_bytes, 0
-        for lane in lanes if trial is not None else []:  # in each: libraries keep a workspace per stream
+        for lane in lanes if self._trial is not None else []:  # in each: libraries keep a workspace per stream
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
+            self._in_lanes([(lane.compute, self._trial)], "trial of the model's attention")
             activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
         torch.cuda.empty_cache()  # in one piece again, and for every lane: this dropped what earlier runtimes had reserved
         for slot, buffers in enumerate(self._workspace.slots):
-            needed = int(_RESERVE_FACTOR * activations) + buffers.scratch.transient_bytes
+            needed = int(_RESERVE_FACTOR * activations) + self._kept_bytes + buffers.scratch.transient_bytes
             reserved["compute", slot] = max(reserved.get(("compute", slot), 0), needed)
             reserved["combine", slot] = max(reserved.get(("combine", slot), 0), self._workspace.sum_bytes)
         work = [
@@ -216,12 +231,12 @@ class Runtime:
 
     def _resolve(self, run: Run, future: Future) -> None:
         if run.failure is None:
-            future.set_result(time.perf_counter())
+            settle(future, time.perf_counter())
             return
         failure = run.failure
         self._announce = ModelError(f"rank {self.world.rank}: model code raised {type(failure).__name__}: {failure}")
         self._announce.__cause__ = failure
-        future.set_exception(self._announce)
+        settle(future, error=self._announce)
 
     def _exchange(self, lengths: tuple[int, ...], error: PipemoeError | None) -> Facts:
         world = self.world

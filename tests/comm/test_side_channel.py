@@ -19,12 +19,14 @@ def until(condition):
 
 
 @pytest.fixture
-def channels():
+def channels(monkeypatch):
+    monkeypatch.setattr("pipemoe.comm.side_channel.GREETING_SECONDS", 0.2)
     made = [SideChannel(rank, 3, True, lambda rank=rank: {"step": rank, "ops": 10 * rank, "doing": "x"}, lambda: None) for rank in range(3)]
     addresses = [c.address() for c in made]
     threads = [threading.Thread(target=c.connect, args=(addresses, "secret", WAIT_SECONDS)) for c in made]
     stranger = socket.create_connection(addresses[0])
     stranger.sendall(b'{"token": "guess", "rank": 1}\n')  # must not take rank 1's place
+    silent = socket.create_connection(addresses[0])  # must not keep the ranks waiting
     for t in threads:
         t.start()
     for t in threads:
@@ -33,6 +35,7 @@ def channels():
     for c in made:
         c.close()
     stranger.close()
+    silent.close()
 
 
 def test_progress_reaches_every_peer(channels):

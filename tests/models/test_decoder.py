@@ -246,3 +246,16 @@ def test_a_later_piece_before_the_earlier_one_is_an_error():
     state = decoder.start(decoder.new_step(), torch.arange(3), [Piece(5, 4, 7, 7)])
     with pytest.raises(InputError, match="sequence 5 starts at token 4, but 0 earlier"):
         decoder.attend(state, 0, None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_bytes_are_what_a_cut_sequence_leaves(family):
+    decoder, _, _ = loaded(family)
+    cache = decoder.new_step()
+    state = decoder.start(cache, torch.arange(6), [Piece(0, 0, 6, 7)])
+    y = None
+    for layer in range(decoder.shape.num_layers):
+        decoder.attend(state, layer, y)
+        y = torch.zeros(6, decoder.shape.hidden)
+    decoder.finish(state, y)
+    assert cache.num_bytes == 6 * decoder.kept_bytes_per_token()
