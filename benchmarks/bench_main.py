@@ -38,8 +38,7 @@ class RankParser(argparse.ArgumentParser):
         """--device and --backend, which say the same, and --num-slots."""
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
         self.add_argument("--backend", choices=tuple(BACKENDS), default="auto", help="the device's transport: mpi on cpu, nccl on cuda")
-        slots = int(os.environ.get("PIPEMOE_NUM_SLOTS", 4))
-        self.add_argument("--num-slots", type=int, default=slots, help="cohorts under way at once (default %(default)s)")
+        self.add_argument("--num-slots", type=positive(int), help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)")
 
     def device_of(self, options: argparse.Namespace) -> str:
         """The device for pipemoe.init."""
@@ -62,7 +61,7 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
-def run_on_ranks(name: str, run: Callable[[World], int], *, device: str, num_slots: int) -> int:
+def run_on_ranks(name: str, run: Callable[[World], int], *, device: str, num_slots: int | None) -> int:
     """Start the world, run, and let every rank leave together; the exit status.
 
     Errors of pipemoe that end no rank are raised on all of them: rank 0 prints one line, and the status is 2.

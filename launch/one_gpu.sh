@@ -5,9 +5,9 @@
 #
 # Starts a private MPS, so that the ranks' kernels run beside one another, and always ends it. Exits with the command's
 # status.
-#   PIPEMOE_NUM_SLOTS                    cohort slots (default: what the hardware queues allow, at most 4)
+#   PIPEMOE_NUM_SLOTS                    cohort slots (default 2; with more than 8 ranks 1)
 #   NCCL_MAX_CTAS                        thread blocks of a collective (default: what fits, at most 4)
-#   CUDA_MPS_ACTIVE_THREAD_PERCENTAGE    share of the GPU of each rank (default 100 / N)
+#   CUDA_MPS_ACTIVE_THREAD_PERCENTAGE    share of the GPU of each rank (default 100 / N; with more than 4 ranks 100)
 #   CUDA_VISIBLE_DEVICES                 which GPU (default: the first)
 #   LD_PRELOAD                           another libnccl.so.2
 set -euo pipefail
@@ -46,20 +46,19 @@ print(nccl.get_version(), torch.cuda.get_device_properties(0).multi_processor_co
 ') || fail "$python cannot load torch and NCCL through cupy (see: pipemoe doctor)"
 read -r nccl_version num_sms <<<"$facts"
 
-# Under MPS the ranks' hardware queues together are limited: 64 work, with 128 a rank's first CUDA call fails. A slot needs
+# Under MPS the ranks' hardware queues together are limited: 96 work, with 128 a rank's first CUDA call fails. A slot needs
 # five: three lanes, and a stream of NCCL's own for each of its two communicators.
-queues=$((64 / num_ranks))
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$((queues < 16 ? queues : 16))}
-slots=$(((CUDA_DEVICE_MAX_CONNECTIONS - 2) / 5))
-export PIPEMOE_NUM_SLOTS=${PIPEMOE_NUM_SLOTS:-$((slots < 4 ? slots : 4))}
+export PIPEMOE_NUM_SLOTS=${PIPEMOE_NUM_SLOTS:-$((num_ranks <= 8 ? 2 : 1))}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$((5 * PIPEMOE_NUM_SLOTS + 2))}
 
-# Room for thread blocks: dispatch and combine of every slot may spin at once, and must leave half of the rank's SMs.
-export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((100 / num_ranks))}
-[ "$PIPEMOE_NUM_SLOTS" -ge 1 ] || fail "$num_ranks ranks on one GPU leave each too few hardware queues"
+# With 8 ranks of 12 % each, kernels were seen not to start beside collectives that waited for them; with 100 % each they do.
+export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((num_ranks <= 4 ? 100 / num_ranks : 100))}
+
+# Room for thread blocks: dispatch and combine of every slot may spin at once, and must leave half of the SMs.
 share=$((num_sms / num_ranks - 1)) # MPS rounds down
 fits=$((share / 2 / (2 * PIPEMOE_NUM_SLOTS)))
 needed="2 x $PIPEMOE_NUM_SLOTS slots"
-[ "$fits" -ge 1 ] || fail "$needed need more thread blocks than half of a rank's $share SMs: set PIPEMOE_NUM_SLOTS lower"
+[ "$fits" -ge 1 ] || fail "$needed need more thread blocks than half of a rank's $share SMs: fewer ranks, or PIPEMOE_NUM_SLOTS lower"
 max_ctas=${NCCL_MAX_CTAS:-$((fits < 4 ? fits : 4))}
 [ "$max_ctas" -le "$fits" ] || fail "$needed x NCCL_MAX_CTAS=$max_ctas exceeds half of a rank's $share SMs: at most $fits"
 export NCCL_MAX_CTAS=$max_ctas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipemoe.errors import ConfigError
 from pipemoe.plan.schedule import PlanConfig
@@ -14,12 +14,13 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Config(PlanConfig):
     """Everything of PlanConfig, and
 
-    combine_dtype: what partial sums travel as, "float32", "bfloat16" or "float16"; None takes the model's on a GPU, float32 on
+    num_slots: None takes as many as the world was started with. combine_dtype: what partial sums travel as, "float32", "bfloat16" or "float16"; None takes the model's on a GPU, float32 on
     the host. deterministic: bitwise equal MoE rows for equal rows in, whatever the mode, cohorts, waves and ranks (selects
     combine="gather", with float64 sums on a fixed grid). experts: "auto", or the implementation by name. debug: verify every
     plan, log every collective really issued and compare all ranks' logs with the plan after each step.
     """
 
+    num_slots: int | None = None
     combine_dtype: str | None = None
     deterministic: bool = False
     experts: str = "auto"
@@ -28,6 +29,17 @@ class Config(PlanConfig):
     def __post_init__(self) -> None:
         if self.deterministic:
             object.__setattr__(self, "combine", "gather")
+        if self.num_slots is None:
+            replace(self, num_slots=1)  # everything else must be right already
+            return
         PlanConfig.__post_init__(self)
         if self.combine_dtype is not None and self.combine_dtype not in DTYPES:
             raise ConfigError(f"combine_dtype is {self.combine_dtype!r}; it must be one of {', '.join(DTYPES)}, or None")
+
+    def in_world(self, num_slots: int) -> Config:
+        """With every value settled, in a world of `num_slots` slots. Raises ConfigError if it has fewer than asked for."""
+        if self.num_slots is None:
+            return replace(self, num_slots=num_slots)
+        if self.num_slots > num_slots:
+            raise ConfigError(f"num_slots is {self.num_slots}, but the world was started with {num_slots}; pass num_slots to pipemoe.init")
+        return self

@@ -25,4 +25,4 @@ def world():
     import pipemoe
 
     torch.set_num_threads(1)
-    return pipemoe.init(num_slots=int(os.environ.get("PIPEMOE_NUM_SLOTS", 4)), watchdog_seconds=30, grace_seconds=2)
+    return pipemoe.init(watchdog_seconds=30, grace_seconds=2)

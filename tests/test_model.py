@@ -14,7 +14,7 @@ from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import norm_ratio
 
 pytestmark = pytest.mark.mpi
-SMALL = {"moe_max_num_tokens": 20, "max_tokens_per_rank": 128, "num_slots": 2, "debug": True}
+SMALL = {"moe_max_num_tokens": 20, "max_tokens_per_rank": 128, "debug": True}
 
 # Sequence lengths per rank; rank r uses entry r modulo their number.
 LENGTHS = (((30, 1, 8), (), (5,), (60, 20)), ((), (3, 3), (), (1,)), ((50,), (50,), (50,), (50,)))

@@ -5,6 +5,11 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
+# Constants of cuda.h.
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+_NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 3, 0
+
 
 @cache
 def _library() -> ctypes.CDLL:
@@ -37,22 +42,61 @@ def enter_context(device_index: int) -> None:
         _check(_library().cuCtxSetCurrent(_primary_context(device_index)), "cuCtxSetCurrent")
 
 
-def load_function(cubin: bytes, name: str, device_index: int) -> ctypes.c_void_p:
-    """Load `cubin` into the device's primary context for the life of the process; the handle of its kernel `name`."""
+def load_function(cubin: bytes, name: str, device_index: int, shared_bytes: int = 0) -> ctypes.c_void_p:
+    """Load `cubin` into the device's primary context for the life of the process; the handle of its kernel `name`.
+
+    shared_bytes: dynamic shared memory of its launches; more than 48 KB is allowed only when asked for here.
+    """
     enter_context(device_index)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_library().cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
     _check(_library().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+    if shared_bytes:
+        result = _library().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
+        _check(result, "cuFuncSetAttribute")
     return function
 
 
-def launch(function: ctypes.c_void_p, grid: tuple[int, int], threads: int, stream: int, values: tuple[int, ...]) -> None:
+def launch(
+    function: ctypes.c_void_p,
+    grid: tuple[int, int],
+    threads: int,
+    stream: int,
+    values: tuple[int, ...],
+    shared_bytes: int = 0,
+) -> None:
     """Enqueue one kernel. Each value fills an 8-byte slot; a 32-bit parameter reads the low half (little endian)."""
     count = len(values)
     slots = (ctypes.c_int64 * count)(*values)
     base = ctypes.addressof(slots)
     pointers = (ctypes.c_void_p * count)(*range(base, base + 8 * count, 8))
     result = _library().cuLaunchKernel(
-        function, grid[0], grid[1], 1, threads, 1, 1, 0, ctypes.c_void_p(stream), pointers, None
+        function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None
     )
     _check(result, "cuLaunchKernel")
+
+
+def encode_tensor_map(address: int, sizes: list[int], strides: list[int], box: list[int]) -> bytes:
+    """The 128-byte map of a bfloat16 array with 128-byte swizzle; innermost dimension first, its stride left out.
+
+    sizes, box: elements; strides: bytes.
+    """
+    aligned = (ctypes.c_uint64 * 24)()  # the driver wants 64-byte alignment
+    target = -(-ctypes.addressof(aligned) // 64) * 64
+    count = len(sizes)
+    result = _library().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(target),
+        _BFLOAT16,
+        count,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * count)(*sizes),
+        (ctypes.c_uint64 * (count - 1))(*strides),
+        (ctypes.c_uint32 * count)(*box),
+        (ctypes.c_uint32 * count)(*[1] * count),
+        _NO_INTERLEAVE,
+        _SWIZZLE_128_BYTES,
+        _PROMOTE_256_BYTES,
+        _ZEROS_OUTSIDE,
+    )
+    _check(result, "cuTensorMapEncodeTiled")
+    return ctypes.string_at(target, 128)

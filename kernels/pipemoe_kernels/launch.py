@@ -17,6 +17,8 @@ from pipemoe_kernels import driver
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 
 INT32 = types.int32
+UINT32 = types.uint32
+ADDRESS = types.uint64
 INT32_POINTER = types.CPointer(types.int32)
 FLOAT32_POINTER = types.CPointer(types.float32)
 WORD_POINTER = types.CPointer(types.uint64)
@@ -40,21 +42,36 @@ class Stream:
 
 
 class Kernel:
-    """`function` with parameters of the Numba types `parameters` (pointers, int32), in blocks of `threads` threads."""
+    """`function` with parameters of the Numba types `parameters` (pointers, integers), in blocks of `threads` threads.
 
-    def __init__(self, function: Callable, parameters: tuple[types.Type, ...], threads: int):
+    shared_bytes: dynamic shared memory. hopper_only: for sm_90a, whose instructions no other architecture has; one block
+    may then use all registers of a multiprocessor.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        parameters: tuple[types.Type, ...],
+        threads: int,
+        *,
+        shared_bytes: int = 0,
+        hopper_only: bool = False,
+    ):
         self.name = function.__name__
         self.function = function
         self.parameters = parameters
         self.threads = threads
+        self.shared_bytes = shared_bytes
+        self.hopper_only = hopper_only
         self._handles = {}
         self._simulated = cuda.jit(function) if SIMULATOR else None
 
     def compile_ptx(self, cc: tuple[int, int]) -> str:
         """PTX for compute capability `cc`; needs no GPU."""
-        ptx, _ = cuda.compile(
-            self.function, self.parameters, device=False, abi="numba", cc=cc, launch_bounds=self.threads
-        )
+        bounds = self.threads
+        if self.hopper_only:
+            cc, bounds = (9, 0, "a"), (self.threads, 1)
+        ptx, _ = cuda.compile(self.function, self.parameters, device=False, abi="numba", cc=cc, launch_bounds=bounds)
         return ptx
 
     def load(self, device_index: int) -> None:
@@ -66,9 +83,9 @@ class Kernel:
         cc = torch.cuda.get_device_capability(device_index)
         ptx = self.compile_ptx(cc)
         entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
-        linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=f"sm_{cc[0]}{cc[1]}"))
-        cubin = bytes(linker.link("cubin").code)
-        self._handles[device_index] = driver.load_function(cubin, entry, device_index)
+        arch = "sm_90a" if self.hopper_only else f"sm_{cc[0]}{cc[1]}"
+        cubin = bytes(Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch)).link("cubin").code)
+        self._handles[device_index] = driver.load_function(cubin, entry, device_index, self.shared_bytes)
 
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
         """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""
@@ -78,7 +95,8 @@ class Kernel:
         if stream.device_index not in self._handles:
             self.load(stream.device_index)
         values = tuple(a if isinstance(a, int) else a.data_ptr() for a in arguments)
-        driver.launch(self._handles[stream.device_index], grid, self.threads, stream.handle, values)
+        handle = self._handles[stream.device_index]
+        driver.launch(handle, grid, self.threads, stream.handle, values, self.shared_bytes)
 
 
 def _simulator_argument(parameter: types.Type, argument: torch.Tensor | int):

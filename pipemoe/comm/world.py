@@ -37,7 +37,7 @@ _MPICH_TREES = ("MPIR_CVAR_IREDUCE_INTRA_ALGORITHM", "MPIR_CVAR_IBCAST_INTRA_ALG
 def init(
     device: str = "auto",
     *,
-    num_slots: int = 4,
+    num_slots: int | None = None,
     watchdog_seconds: float = 60.0,
     setup_seconds: float = 600.0,
     grace_seconds: float = 5.0,
@@ -45,7 +45,7 @@ def init(
     """Start this rank and meet the others; every rank calls it once, with the same arguments.
 
     device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each has a pair
-    of communicators. watchdog_seconds: how long an operation may make no progress. setup_seconds: the same for what ranks may do
+    of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds: how long an operation may make no progress. setup_seconds: the same for what ranks may do
     at very different speeds, such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process.
     Raises ConfigError when the communicators' thread blocks have no room on the GPU, or the machine lacks what `device` needs.
     """
@@ -53,6 +53,7 @@ def init(
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
+    num_slots = num_slots or _default_slots()
     if device != "cpu":
         _prepare_cuda(num_slots)
     if device == "cuda" and not torch.cuda.is_available():
@@ -63,6 +64,13 @@ def init(
     launched = max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES)
     comm = _mpi(launched) if launched > 1 else None
     return World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
+
+
+def _default_slots() -> int:
+    text = os.environ.get("PIPEMOE_NUM_SLOTS", "4")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"PIPEMOE_NUM_SLOTS is {text!r}; it must be a whole number of at least 1")
+    return int(text)
 
 
 def _prepare_cuda(num_slots: int) -> None:

@@ -58,12 +58,15 @@ class Runtime:
         and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
-        self.world, self.shape, self.config = world, shape, config
+        self.world, self.shape = world, shape
+        try:
+            config = config.in_world(world.num_slots)
+        except ConfigError as e:
+            error = error or e
+        self.config = config
         self.cost = CostModel()
         self.wire = WireFormat(shape.hidden, shape.top_k, dtype)
         self.combine_dtype = self._combine_dtype(dtype)
-        if config.num_slots > world.num_slots and error is None:
-            error = ConfigError(f"num_slots is {config.num_slots}, but the world was started with {world.num_slots}; pass num_slots to pipemoe.init")
         facts = self._facts(facts)
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()

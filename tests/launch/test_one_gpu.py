@@ -93,8 +93,8 @@ def test_new_nccl_shares_the_gpu(start, tmp_path):
     assert environment["NCCL_NVLS_ENABLE"] == "0"
     assert environment["NCCL_MAX_CTAS"] == "4"  # 2 x 2 slots x 4 = 16 of a rank's 33
     assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
-    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "16"
-    assert environment["PIPEMOE_NUM_SLOTS"] == "2"  # 5 x 2 + 2 of 16 hardware queues
+    assert environment["PIPEMOE_NUM_SLOTS"] == "2"
+    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "12"  # 5 x 2 + 2
     assert environment["PIPEMOE_COMMAND"] == "launch/one_gpu.sh 4 script.py"
     assert "NCCL_HOSTID" not in environment
     assert_mps_ended(tmp_path)
@@ -109,9 +109,8 @@ def test_older_nccl_goes_over_loopback(start, tmp_path):
     assert environment["NCCL_NET"] == "Socket"
     assert environment["NCCL_SOCKET_IFNAME"] == "lo"
     assert environment["NCCL_IB_DISABLE"] == "1"
-    assert environment["NCCL_MAX_CTAS"] == "3"  # 2 x 1 slot x 3 = 6 of a rank's 16
-    assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    assert environment["PIPEMOE_NUM_SLOTS"] == "1"
+    assert environment["NCCL_MAX_CTAS"] == "1"  # 2 x 2 slots x 1 = 4 of a rank's 16
+    assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "100"
     assert "NCCL_MULTI_RANK_GPU_ENABLE" not in environment
 
 
@@ -139,7 +138,7 @@ def test_signal_ends_the_command_and_mps(start, tmp_path, number):
     "settings, complaint",
     [
         ({"NCCL_MAX_CTAS": "8"}, "exceeds half of a rank's 32 SMs: at most 4"),
-        ({"PIPEMOE_NUM_SLOTS": "40"}, "set PIPEMOE_NUM_SLOTS lower"),
+        ({"PIPEMOE_NUM_SLOTS": "40"}, "fewer ranks, or PIPEMOE_NUM_SLOTS lower"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused_before_mps_starts(start, tmp_path, settings, complaint):

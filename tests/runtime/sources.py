@@ -54,7 +54,7 @@ class RowsSource:
 
 
 def make_runtime(world, layers: Layers, **options) -> Runtime:
-    config = Config(**{"moe_max_num_tokens": 24, "max_tokens_per_rank": 160, "num_slots": world.num_slots, **options})
+    config = Config(**{"moe_max_num_tokens": 24, "max_tokens_per_rank": 160, **options})
     weights = layers.local(world.size, world.rank)
     dtype = layers.gate_up.dtype
     experts = make_experts(weights, top_k=TOP_K, hidden=HIDDEN, device=world.device, dtype=dtype, deterministic=config.deterministic)

@@ -20,7 +20,7 @@ def test_the_trial_runs(world, family):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 def test_steps_allocate_nothing(world, mode):
-    config = Config(mode=mode, max_tokens_per_rank=512, moe_max_num_tokens=256, num_slots=world.num_slots)
+    config = Config(mode=mode, max_tokens_per_rank=512, moe_max_num_tokens=256)
     model = load_model(tiny_config("qwen3_moe", num_layers=6), world, config=config)
     g = torch.Generator().manual_seed(world.rank)
 
