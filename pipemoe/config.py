@@ -16,7 +16,8 @@ class Config(PlanConfig):
 
     num_slots: None takes as many as the world was started with. combine_dtype: what partial sums travel as, "float32", "bfloat16" or "float16"; None takes the model's on a GPU, float32 on
     the host. deterministic: bitwise equal MoE rows for equal rows in, whatever the mode, cohorts, waves and ranks (selects
-    combine="gather", with float64 sums on a fixed grid). experts: "auto", or the implementation by name. debug: verify every
+    combine="gather", with float64 sums on a fixed grid). experts: "auto", or the implementation by name. graph_tokens: on a GPU, attention on
+    at most so many tokens of a cohort is launched as CUDA graphs, captured when the model is made (0: none). debug: verify every
     plan, log every collective really issued and compare all ranks' logs with the plan after each step.
     """
 
@@ -24,11 +25,14 @@ class Config(PlanConfig):
     combine_dtype: str | None = None
     deterministic: bool = False
     experts: str = "auto"
+    graph_tokens: int = 1024
     debug: bool = False
 
     def __post_init__(self) -> None:
         if self.deterministic:
             object.__setattr__(self, "combine", "gather")
+        if not isinstance(self.graph_tokens, int) or self.graph_tokens < 0:
+            raise ConfigError(f"graph_tokens is {self.graph_tokens!r}; it must be a whole number of at least 0")
         if self.num_slots is None:
             replace(self, num_slots=1)  # everything else must be right already
             return

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pipemoe.comm.world import World
     from pipemoe.models.decoder import Decoder
+    from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,11 @@ def load_model(path_or_config: Any, world: World, *, config: Config = Config(), 
 class Model:
     """A decoder and this rank's experts under one configuration."""
 
-    def __init__(self, world: World, decoder: Decoder, weights: list, config: Config) -> None:
+    def __init__(self, world: World, decoder: Decoder, weights: list, config: Config, graphs: dict | None = None) -> None:
+        """graphs: those of another Model with the same decoder, to share and add to."""
         self.world, self.decoder, self.config = world, decoder, config
         self._weights = weights
+        self._graphs: dict[tuple[int, torch.dtype, int], AttendGraphs] = graphs if graphs is not None else {}
         error, experts = None, None
         try:
             experts = make_experts(
@@ -73,7 +76,9 @@ class Model:
             error = e
         facts = {"model": decoder.fingerprint}
         kept_bytes = config.max_tokens_per_rank * decoder.kept_bytes_per_token() if config.cuts_sequences else 0
-        self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, facts, trial=self._trial, kept_bytes=kept_bytes, error=error)
+        self.runtime = Runtime(
+            world, decoder.shape, config, experts, decoder.dtype, facts, trial=self._trial, kept_bytes=kept_bytes, prepare=self._capture, error=error
+        )
 
     def _trial(self) -> None:
         """Attend to one sequence of the most tokens that a step may bring, in the first layers."""
@@ -88,9 +93,20 @@ class Model:
             decoder.attend(state, layer, y)
             y = torch.zeros((count, decoder.shape.hidden), dtype=torch.float32, device=decoder.device)
 
+    def _graph_key(self, slot: int, results_dtype: torch.dtype) -> tuple[int, torch.dtype, int]:
+        return slot, results_dtype, min(self.config.graph_tokens, self.config.max_tokens_per_rank)
+
+    def _capture(self, slot: int, results_dtype: torch.dtype) -> None:
+        """Capture the attention of few tokens for a slot whose lane is the current stream."""
+        from pipemoe.models.microbatch import AttendGraphs
+
+        key = self._graph_key(slot, results_dtype)
+        if self.config.graph_tokens and key not in self._graphs and self.decoder.can_be_captured:
+            self._graphs[key] = AttendGraphs(self.decoder, results_dtype, max_tokens=key[2])
+
     def with_config(self, config: Config) -> Model:
         """The same weights under another configuration, with a workspace of its own; every rank calls."""
-        return Model(self.world, self.decoder, self._weights, config)
+        return Model(self.world, self.decoder, self._weights, config, self._graphs)
 
     def prefill(
         self,
@@ -116,7 +132,9 @@ class Model:
                 raise InputError(f"rank {self.world.rank}: prefill without computation gives no tokens; use runtime.submit_step")
         except InputError as e:
             error, tokens = e, []
-        source = _ModelSource(self.decoder, self.world.rank, tokens, self.runtime.results_dtype, keep_logits)
+        dtype = self.runtime.results_dtype
+        graphs = [self._graphs.get(self._graph_key(slot, dtype)) for slot in range(self.world.num_slots)]
+        source = _ModelSource(self.decoder, graphs, tokens, dtype, keep_logits)
         self.runtime.submit_step([len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done).result()
         return source.prefilled(begin)
 
@@ -143,12 +161,13 @@ class Model:
 class _ModelSource:
     """Rows from the decoder; results back into it."""
 
-    def __init__(self, decoder: Decoder, rank: int, tokens: list[torch.Tensor], results_dtype: torch.dtype, keep_logits: bool) -> None:
-        self._decoder, self._rank, self._tokens, self._results_dtype = decoder, rank, tokens, results_dtype
+    def __init__(
+        self, decoder: Decoder, graphs: list[AttendGraphs | None], tokens: list[torch.Tensor], results_dtype: torch.dtype, keep_logits: bool
+    ) -> None:
+        self._decoder, self._graphs, self._tokens, self._results_dtype = decoder, graphs, tokens, results_dtype
         self._keep_logits = keep_logits
-        self._states: dict[int, Any] = {}
+        self._microbatches: dict[int, EagerMicrobatch | GraphedMicrobatch] = {}  # per cohort
         self._rows: dict[int, tuple] = {}
-        self._sums: dict[int, torch.Tensor] = {}  # per cohort [T_c, H]
         self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
         self._ended: dict[int, list[int]] = {}  # per cohort: sequences whose last token it holds
         self._first: dict[int, tuple] = {}  # per cohort: first tokens (host), logits
@@ -157,6 +176,7 @@ class _ModelSource:
     def begin(self, plan: Plan, rank: int) -> None:
         self._bounds = plan.facts.boundaries[rank]
         self._step_cache = self._decoder.new_step()
+        self._slots = [cohort.slot for cohort in plan.cohorts]
         for c, cohort in enumerate(plan.cohorts):
             row, ranges = 0, []
             for m in sorted(m for m in cohort.microbatches if m.rank == rank):
@@ -170,12 +190,13 @@ class _ModelSource:
     def attend(self, cohort: int, layer: int) -> None:
         if layer == 0:
             self._start(cohort)
-        self._rows[cohort] = self._decoder.attend(self._states[cohort], layer, self._sums[cohort] if layer else None)
+        self._rows[cohort] = self._microbatches[cohort].attend(layer)
 
     def _start(self, cohort: int) -> None:
         import torch
 
-        from pipemoe.models.decoder import Piece
+        from pipemoe.models.microbatch import start_microbatch
+        from pipemoe.models.packing import Piece
 
         pieces: list[Piece] = []
         for start, stop, _ in self._ranges[cohort]:
@@ -188,8 +209,8 @@ class _ModelSource:
                 pieces.append(Piece(i, a, b, end - begin))
         ids = torch.cat([self._tokens[p.sequence][p.start : p.stop] for p in pieces])
         self._ended[cohort] = [p.sequence for p in pieces if p.stop == p.length]
-        self._states[cohort] = self._decoder.start(self._step_cache, ids, pieces)
-        self._sums[cohort] = torch.zeros((len(ids), self._decoder.shape.hidden), dtype=self._results_dtype, device=self._decoder.device)
+        graphs = self._graphs[self._slots[cohort]]
+        self._microbatches[cohort] = start_microbatch(self._decoder, graphs, self._step_cache, ids, pieces, self._results_dtype)
 
     def _row(self, cohort: int, token: int) -> int:
         return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)
@@ -201,7 +222,7 @@ class _ModelSource:
 
     def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
         row = self._row(cohort, start)
-        return self._sums[cohort][row : row + stop - start]
+        return self._microbatches[cohort].sums[row : row + stop - start]
 
     def combined(self, cohort: int, layer: int, event: Any) -> None:
         pass
@@ -209,7 +230,7 @@ class _ModelSource:
     def finish(self, cohort: int) -> None:
         import torch
 
-        logits = self._decoder.finish(self._states[cohort], self._sums[cohort])
+        logits = self._microbatches[cohort].finish()
         first = logits.argmax(-1)
         if first.is_cuda:
             host = torch.empty(first.shape, dtype=first.dtype, pin_memory=True)

@@ -46,22 +46,17 @@ def packed_attention(
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if value_dim < head_dim:  # the fused kernels want one head size (MLA: 192 and 128)
         value = F.pad(value, (0, head_dim - value_dim))
-    if _can_use_flash(query):
+    if query.shape[2] and can_use_flash(query.device, query.dtype, query.shape[-1]):
         out = _flash(query, key, value, packing, scaling, sliding_window)
     else:
         out = _by_piece(query, key, value, packing, scaling, sliding_window)
     return out[..., :value_dim].unsqueeze(0), None
 
 
-def _can_use_flash(query: torch.Tensor) -> bool:
-    head_dim = query.shape[-1]
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and head_dim % 8 == 0
-        and head_dim <= FLASH_MAX_HEAD_DIM
-        and query.shape[2] > 0
-    )
+def can_use_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Is attention one kernel that finds the pieces by offsets in device memory?"""
+    half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= FLASH_MAX_HEAD_DIM
 
 
 def _flash(query, key, value, packing: Packing, scaling: float, window: int | None) -> torch.Tensor:

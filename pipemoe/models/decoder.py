@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pipemoe.errors import InputError
+from pipemoe.models.attention import can_use_flash
 from pipemoe.models.cache import MicrobatchCache, StepCache
 from pipemoe.models.packing import Packing, Piece
 from pipemoe.models.routing import route
@@ -94,6 +95,13 @@ class Decoder:
         """Bytes of the weights held here (the routed experts are not)."""
         tensors = [*self._model.parameters(), *self._lm_head.parameters()]
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+    @property
+    def can_be_captured(self) -> bool:
+        """Can `attend` run from a CUDA graph on other pieces than those of the capture?"""
+        attention = self._blocks[0].self_attn
+        head_dim = getattr(attention, "qk_head_dim", None) or attention.head_dim
+        return can_use_flash(self.device, self.dtype, head_dim)
 
     def kept_bytes_per_token(self) -> int:
         """Bytes that one token of a cut sequence leaves in the StepCache, over all layers."""

@@ -51,11 +51,13 @@ class Runtime:
         *,
         trial: Callable[[], None] | None = None,
         kept_bytes: int = 0,
+        prepare: Callable[[int, torch.dtype], None] | None = None,
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
         be equal on all ranks, by name. trial: model code as large as an attend may run; on a GPU it is run once in every lane,
-        and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer. error: what went wrong on this rank before it got here; raised on every rank."""
+        and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer. prepare: run there
+        once after that, with the number of the slot and the results' dtype. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
         self.world, self.shape = world, shape
@@ -71,7 +73,7 @@ class Runtime:
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._experts = experts
-        self._trial, self._kept_bytes = trial, kept_bytes
+        self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
         try:
             world.engine.call(self._set_up)
         except ConfigError as e:
@@ -104,6 +106,8 @@ class Runtime:
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
                 self._reserve(lanes)
+                if self._prepare is not None:
+                    self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
             warm_ups = [lambda s=slot.scratch: self._experts.warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
         except (MemoryError, torch.OutOfMemoryError) as error:
