@@ -148,6 +148,8 @@ class Bench:
 class NoModel:
     """The source of a step that only communicates: sums go into a buffer, nothing else is asked for."""
 
+    has_side_work = False
+
     def __init__(self, num_tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         import torch
 

@@ -196,6 +196,8 @@ class Step:
 class _CallerSource:
     """Rows from the caller's layer calls; results into tensors that the calls return."""
 
+    has_side_work = False
+
     def __init__(self, num_layers: int) -> None:
         self.begun = threading.Event()
         self.issued = [threading.Event() for _ in range(num_layers)]
@@ -237,6 +239,9 @@ class _CallerSource:
     def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, ids, weights, *_ = self._inputs[self._layer[cohort]]
         return x[start:stop], ids[start:stop], weights[start:stop]
+
+    def side_work(self, cohort: int) -> None:
+        pass
 
     def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
         return self._inputs[self._layer[cohort]][3][start:stop]

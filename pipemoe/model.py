@@ -166,6 +166,7 @@ class _ModelSource:
     ) -> None:
         self._decoder, self._graphs, self._tokens, self._results_dtype = decoder, graphs, tokens, results_dtype
         self._keep_logits = keep_logits
+        self.has_side_work = decoder.has_shared_experts
         self._microbatches: dict[int, EagerMicrobatch | GraphedMicrobatch] = {}  # per cohort
         self._rows: dict[int, tuple] = {}
         self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
@@ -219,6 +220,9 @@ class _ModelSource:
         row = self._row(cohort, start)
         x, ids, weights = self._rows[cohort]
         return x[row : row + stop - start], ids[row : row + stop - start], weights[row : row + stop - start]
+
+    def side_work(self, cohort: int) -> None:
+        self._microbatches[cohort].run_shared()
 
     def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
         row = self._row(cohort, start)

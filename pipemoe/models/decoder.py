@@ -97,6 +97,10 @@ class Decoder:
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
     @property
+    def has_shared_experts(self) -> bool:
+        return any(shared is not None for shared in self._shared_experts)
+
+    @property
     def can_be_captured(self) -> bool:
         """Can `attend` run from a CUDA graph on other pieces than those of the capture?"""
         attention = self._blocks[0].self_attn
@@ -148,10 +152,8 @@ class Decoder:
 
     @torch.no_grad()
     def run_shared(self, state: MicrobatchState) -> None:
-        """Compute the shared experts of the layer attended last; optional, the next attend or finish does it otherwise.
-
-        A caller that has just handed x to the dispatch can hide its time behind this.
-        """
+        """Compute the shared experts of the layer attended last, which hides the dispatch's time; the next attend or finish does
+        it otherwise."""
         if state.moe_input is not None:
             state.shared = self._shared_experts[state.layer](state.moe_input)
             state.moe_input = None

@@ -11,7 +11,8 @@ A slot holds one microbatch at a time, so all graphs of a slot share their input
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -36,19 +37,22 @@ class EagerMicrobatch:
         """From the sums of layer - 1 to the router of `layer`; see Decoder.attend."""
         return self._decoder.attend(self._state, layer, self.sums if layer else None)
 
+    def run_shared(self) -> None:
+        """The shared experts of the layer attended last, if it has any; see Decoder.run_shared."""
+        self._decoder.run_shared(self._state)
+
     def finish(self) -> torch.Tensor:
         """Logits of the pieces that end their sequences; see Decoder.finish."""
         return self._decoder.finish(self._state, self.sums)
 
 
 class _Bucket:
-    """One graph per MoE layer over the first `num_rows` rows of a slot's tensors."""
+    """One graph per MoE layer over the first `num_rows` rows of a slot's tensors, and one for its shared experts if it has any."""
 
-    def __init__(self, num_rows: int, num_layers: int) -> None:
+    def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-        self.graphs = [torch.cuda.CUDAGraph() for _ in range(num_layers)]
-        self.routed: list[Routed] = []
-        self.moe_input: torch.Tensor | None = None  # of the last layer, where a shared expert reads it
+        self.attend: list[torch.cuda.CUDAGraph] = []
+        self.shared: list[torch.cuda.CUDAGraph | None] = []
 
 
 class AttendGraphs:
@@ -63,8 +67,16 @@ class AttendGraphs:
         largest = next((b for b in BUCKETS if b >= max_tokens), BUCKETS[-1])
         state = self._padding(largest)
         self._hidden, self._rope = state.hidden.clone(), tuple(r.clone() for r in state.rope)
-        self._sums = torch.zeros((largest, decoder.shape.hidden), dtype=results_dtype, device=decoder.device)
-        self._offsets = torch.zeros(MAX_PIECES + 1, dtype=torch.int32, device=decoder.device)
+
+        def zeros(*shape: int, dtype: torch.dtype = decoder.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=decoder.device)
+
+        shape = decoder.shape
+        self._sums = zeros(largest, shape.hidden, dtype=results_dtype)
+        self._offsets = zeros(MAX_PIECES + 1, dtype=torch.int32)
+        top_k = largest, shape.top_k
+        self._routed = zeros(largest, shape.hidden), zeros(*top_k, dtype=torch.int32), zeros(*top_k, dtype=torch.float32)
+        self._shared = zeros(1, largest, shape.hidden) if decoder.has_shared_experts else None
         self._buckets = [self._capture(num_rows) for num_rows in BUCKETS if num_rows <= largest]
         torch.cuda.current_stream().synchronize()
 
@@ -74,22 +86,38 @@ class AttendGraphs:
 
     def _capture(self, num_rows: int) -> _Bucket:
         decoder, sums = self._decoder, self._sums[:num_rows]
-        bucket = _Bucket(num_rows, decoder.shape.num_layers)
+        bucket = _Bucket(num_rows)
         state = self._padding(num_rows)
         state.hidden, state.rope = self._hidden[:, :num_rows], tuple(r[:, :num_rows] for r in self._rope)
         state.packing.query_offsets = state.packing.key_offsets = self._offsets
         for layer in range(min(2, decoder.shape.num_layers)):  # libraries set themselves up outside a capture
             decoder.attend(state, layer, sums if layer else None)
-        state.layer, state.moe_input = -1, None
-        for layer, graph in enumerate(bucket.graphs):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                bucket.routed.append(decoder.attend(state, layer, sums if layer else None))
-            finally:
-                graph.capture_end()
-            graph.replay()  # the first launch uploads it
-        bucket.moe_input = state.moe_input
+        state.layer, state.moe_input = -1, None  # as Decoder.start leaves them
+        for layer in range(decoder.shape.num_layers):
+            with self._capturing(bucket.attend):
+                routed = decoder.attend(state, layer, sums if layer else None)
+                for mine, theirs in zip(self._routed, routed):  # copies, so that the graphs' own memory is used again
+                    mine[:num_rows].copy_(theirs)
+            if state.moe_input is None:
+                bucket.shared.append(None)
+                continue
+            with self._capturing(bucket.shared):
+                decoder.run_shared(state)
+                self._shared[:, :num_rows].copy_(state.shared)
+            state.shared = self._shared[:, :num_rows]
         return bucket
+
+    @contextmanager
+    def _capturing(self, graphs: list) -> Iterator[None]:
+        """Not torch.cuda.graph: that gives back all memory that torch holds, also what is reserved for the lanes."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            yield
+        finally:
+            graph.capture_end()
+        graph.replay()  # the first launch uploads it
+        graphs.append(graph)
 
     def start(self, state: MicrobatchState) -> GraphedMicrobatch | None:
         """The microbatch that Decoder.start has begun, if there is a graph for it: few tokens of whole sequences."""
@@ -105,27 +133,32 @@ class AttendGraphs:
         self._offsets.fill_(num_tokens)  # what lies behind the last piece are pieces without tokens
         self._offsets[:num_offsets].copy_(packing.query_offsets)
         state.hidden = self._hidden[:, :num_tokens]
-        return GraphedMicrobatch(self._decoder, state, bucket, self._sums[:num_tokens])
+        state.shared = None if bucket.shared[-1] is None else self._shared[:, :num_tokens]  # what `finish` adds
+        routed = tuple(t[:num_tokens] for t in self._routed)
+        return GraphedMicrobatch(self._decoder, state, bucket, routed, self._sums[:num_tokens])
 
 
 class GraphedMicrobatch:
     """Few tokens of whole sequences, one graph launch per layer. As EagerMicrobatch."""
 
-    def __init__(self, decoder: Decoder, state: MicrobatchState, bucket: _Bucket, sums: torch.Tensor) -> None:
-        self._decoder, self._state, self._bucket, self.sums = decoder, state, bucket, sums
+    def __init__(self, decoder: Decoder, state: MicrobatchState, bucket: _Bucket, routed: Routed, sums: torch.Tensor) -> None:
+        self._decoder, self._state, self._bucket, self._routed, self.sums = decoder, state, bucket, routed, sums
+        self._layer = -1  # attended last
 
     def attend(self, layer: int) -> Routed:
-        self._bucket.graphs[layer].replay()
-        x, ids, weights = self._bucket.routed[layer]
-        count = len(self.sums)
-        return x[:count], ids[:count], weights[:count]
+        self._bucket.attend[layer].replay()
+        self._layer = layer
+        return self._routed
+
+    def run_shared(self) -> None:
+        """To be called after each attend: the next one's graph adds what this one's gives."""
+        graph = self._bucket.shared[self._layer]
+        if graph is not None:
+            graph.replay()
 
     def finish(self) -> torch.Tensor:
-        state, last = self._state, self._decoder.shape.num_layers - 1
-        state.layer = last
-        if self._bucket.moe_input is not None:
-            state.moe_input = self._bucket.moe_input[:, : len(self.sums)]
-        return self._decoder.finish(state, self.sums)
+        self._state.layer = self._decoder.shape.num_layers - 1
+        return self._decoder.finish(self._state, self.sums)
 
 
 def start_microbatch(

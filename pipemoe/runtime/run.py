@@ -184,6 +184,8 @@ class Run:
         state.groups += 1
         work = self._transport_work(lambda: self._transport.dispatch(slot, buffer, wave, exchange, rows))
         used.dispatched = lanes.dispatch.submit(work, [free])
+        if op.wave == 0 and state.has_tokens and self._source.has_side_work:
+            lanes.compute.submit(self._model_work(state, lambda: self._source.side_work(op.cohort)))
         return used.dispatched
 
     def _pack(self, op: Op, state: _CohortState, rows: Any) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
+    has_side_work: bool  # does `side_work` do anything?
+
     def begin(self, plan: Plan, rank: int) -> None:
         """Once, before the first operation."""
 
@@ -27,6 +29,9 @@ class Source(Protocol):
 
     def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [n, H], ids [n, K] int32, weights [n, K] float32 of this rank's tokens [start, stop)."""
+
+    def side_work(self, cohort: int) -> None:
+        """What needs no experts of other ranks, such as shared experts: runs in the compute lane while rows are dispatched."""
 
     def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
         """Where the sums of tokens [start, stop) go: [n, H], contiguous."""

@@ -20,6 +20,7 @@ def logits_of(decoder, graphs, weights, sequences, pieces):
     for layer in range(decoder.shape.num_layers):
         routed = microbatch.attend(layer)
         assert len(routed[0]) == len(ids)
+        microbatch.run_shared()
         microbatch.sums.copy_(naive_experts(*routed, [weights[layer]]))
     return microbatch, microbatch.finish()
 
