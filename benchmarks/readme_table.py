@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from overlap import overlap_cells
 from pipemoe.errors import InputError
 from results_schema import read_results
 from ttft_table import ttft_cells, ttft_context
@@ -49,7 +50,11 @@ def _memory_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 # How a benchmark's rows become cells; the others are written as they are.
-_CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {"ttft": ttft_cells, "memory": _memory_cells}
+_CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {
+    "ttft": ttft_cells,
+    "memory": _memory_cells,
+    "overlap": overlap_cells,
+}
 
 
 def markdown_table(document: Mapping[str, Any]) -> str:
