@@ -20,7 +20,7 @@ from pipemoe.models.cache import StepCache
 from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.packing import Piece
 
-BUCKETS = (16, 64, 128, 256, 512, 1024)  # rows that graphs are captured for
+BUCKETS = (16, 64, 128, 256, 384, 512, 768, 1024)  # rows that graphs are captured for
 MAX_PIECES = 16  # sequences in one graph
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [n, H], ids [n, K], weights [n, K]
