@@ -19,15 +19,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import Transport, WaveSums
-from pipemoe.plan.schedule import Op, OpKind, Plan, Segment, Wave
+from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
     from pipemoe.runtime.workspace import Workspace
-
-MAX_GROUPS = 4  # dispatches of one cohort under way at once
 
 LANE_OF = {
     OpKind.ATTEND: "compute",

@@ -1,0 +1,159 @@
+"""Mode "auto": every candidate priced and run on the clock, the best by the objective taken.
+
+Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that run side
+by side finish in proportion to the number of layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from pipemoe.errors import PlanError
+from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
+from pipemoe.plan.cost import CostModel, rates_of
+from pipemoe.plan.layer_costs import LayerCosts, causal_matrix, cut_waves, layer_costs, rank_classes
+from pipemoe.plan.order import order_keys
+from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
+from pipemoe.plan.simulator import flat_boundaries
+from pipemoe.plan.simulator_core import NEVER, run_clock
+
+_FEW_LAYERS, _MORE_LAYERS = 3, 6
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to form cohorts, and what it is predicted to take, in ns."""
+
+    index: int  # in CANDIDATES
+    name: str
+    assignment: list[list[Microbatch]]
+    mean: int
+    slowest: int
+    p50: int
+    chosen: bool
+
+
+def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[list[Microbatch]]:
+    """Cohorts by cost."""
+    return next((c.assignment for c in _evaluate(facts, shape, config, cost, only_chosen=True)), [])
+
+
+def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
+    """All that were looked at, each once, in order of preference at equal figures; one is `chosen`."""
+    return _evaluate(facts, shape, config, cost, only_chosen=False)
+
+
+def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel, *, only_chosen: bool) -> list[Candidate]:
+    if not any(facts.tokens):
+        return []
+    starts, first = flat_boundaries(facts)
+    tokens = np.array(facts.tokens, dtype=np.int64)
+    limit, budget = config.max_wave_rows(facts.num_ranks), round(config.makespan_budget * 1000)
+    problem = (tokens, starts, first, rates_of(cost), shape.num_experts, shape.top_k, shape.num_layers, limit, config.num_slots)
+    figures, best = _search(CANDIDATES, *problem, config.num_buffers, config.combine == "gather", OBJECTIVES.index(config.objective), budget)
+    if best < 0:
+        raise PlanError("no candidate can be carried out")
+    candidates = []
+    for index, (mean, slowest, p50) in enumerate(figures.tolist()):
+        if slowest == NEVER or (only_chosen and index != best):
+            continue
+        kind, parts, unit = CANDIDATES[index]
+        table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens)
+        assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
+        for cohort, rank, start, stop in table.tolist():
+            assignment[cohort].append(Microbatch(rank, start, stop))
+        candidates.append(Candidate(index, candidate_name(index), assignment, mean, slowest, p50, index == best))
+    return candidates
+
+
+@njit(cache=True)
+def units_of(tokens, starts, first, by_sequence):
+    """Whole ranks, or sequences: [U, 3] = rank, start, stop."""
+    units = np.empty((len(starts), 3), np.int64)
+    count = 0
+    for r in range(len(tokens)):
+        if by_sequence:
+            for s in range(first[r], first[r + 1] - 1):
+                units[count, 0], units[count, 1], units[count, 2] = r, starts[s], starts[s + 1]
+                count += 1
+        elif tokens[r]:
+            units[count, 0], units[count, 1], units[count, 2] = r, 0, tokens[r]
+            count += 1
+    return units[:count]
+
+
+@njit(cache=True)
+def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget):
+    """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best."""
+    figures = np.full((len(kinds), 3), NEVER, np.int64)
+    seen = np.zeros(len(kinds), np.int64)
+    many_sequences = len(starts) > len(tokens) + (tokens > 0).sum()
+    for k in range(len(kinds)):
+        if kinds[k, 2] and not many_sequences:
+            continue
+        microbatches = candidate_microbatches(kinds[k, 0], kinds[k, 1], units_of(tokens, starts, first, kinds[k, 2]), tokens)
+        if len(microbatches) == 0:
+            continue
+        mark = np.int64(1)
+        for m in range(len(microbatches)):
+            for j in range(4):
+                mark = mark * 1_000_003 + microbatches[m, j]  # wraps around, the same everywhere
+        seen[k] = mark
+        if (seen[:k] == mark).any():
+            continue
+        num_cohorts = microbatches[-1, 0] + 1
+        segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
+        causal = causal_matrix(microbatches, num_cohorts, starts, first)
+        costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, False)
+        figures[k, 0], figures[k, 1], figures[k, 2] = _predict(costs, rates, num_layers, num_slots, num_buffers)
+    best = -1
+    allowed = figures[:, 1].min() * (1000 + budget) // 1000
+    for k in range(len(kinds)):
+        if figures[k, 1] == NEVER or figures[k, 1] > allowed:
+            continue
+        if best < 0 or figures[k, objective] < figures[best, objective] or (figures[k, objective] == figures[best, objective] and figures[k, 1] < figures[best, 1]):
+            best = k
+    return figures, best
+
+
+@njit(cache=True)
+def _predict(costs, rates, num_layers, num_slots, num_buffers):
+    """Mean, largest and median ns to the first token, over sequences."""
+    class_of, chosen = rank_classes(costs)
+    num_cohorts = len(costs.num_waves)
+    compute = np.ascontiguousarray(costs.compute[:, chosen])
+    own = np.ascontiguousarray(costs.own[:, chosen])
+    weight, ends = np.zeros(len(chosen), np.int64), np.zeros((num_cohorts, len(chosen)), np.int64)
+    for r in range(len(class_of)):
+        weight[class_of[r]] += 1
+        ends[:, class_of[r]] += costs.ends[:, r]
+    merged = LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.causal)
+    slots = np.arange(num_cohorts) % num_slots
+    nothing = np.empty((1, 1, 1, 1), np.int64)
+    more = min(num_layers, _MORE_LAYERS)
+    keys = order_keys(merged, rates, num_slots, more)
+    finish, _ = run_clock(merged, keys, slots, weight, more, num_buffers, rates, nothing, nothing, False)
+    if more < num_layers:
+        keys = order_keys(merged, rates, num_slots, _FEW_LAYERS)
+        fewer, _ = run_clock(merged, keys, slots, weight, _FEW_LAYERS, num_buffers, rates, nothing, nothing, False)
+        finish = finish + (finish - fewer) * (num_layers - more) // (more - _FEW_LAYERS)
+    total, count, slowest = 0, 0, 0
+    for c in range(num_cohorts):
+        for r in range(len(chosen)):
+            if ends[c, r]:
+                total += ends[c, r] * finish[c, r]
+                count += ends[c, r]
+                slowest = max(slowest, finish[c, r])
+    times = np.sort(finish.ravel())
+    for i in range(len(times)):
+        below = 0
+        for c in range(num_cohorts):
+            for r in range(len(chosen)):
+                if finish[c, r] <= times[i]:
+                    below += ends[c, r]
+        if 2 * below >= count:
+            return total // count, slowest, times[i]
+    return total // count, slowest, slowest
