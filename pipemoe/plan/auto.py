@@ -14,7 +14,7 @@ from numba import njit
 from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
 from pipemoe.plan.cost import CostModel, rates_of
-from pipemoe.plan.layer_costs import LayerCosts, causal_matrix, cut_waves, layer_costs, rank_classes
+from pipemoe.plan.layer_costs import causal_matrix, cut_waves, layer_costs, merge_equal_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator import flat_boundaries
@@ -69,7 +69,7 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     return candidates
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def units_of(tokens, starts, first, by_sequence):
     """Whole ranks, or sequences: [U, 3] = rank, start, stop."""
     units = np.empty((len(starts), 3), np.int64)
@@ -85,12 +85,14 @@ def units_of(tokens, starts, first, by_sequence):
     return units[:count]
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget):
     """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best."""
     figures = np.full((len(kinds), 3), NEVER, np.int64)
     seen = np.zeros(len(kinds), np.int64)
-    many_sequences = len(starts) > len(tokens) + (tokens > 0).sum()
+    many_sequences = False
+    for r in range(len(tokens)):
+        many_sequences = many_sequences or first[r + 1] - first[r] > 2
     for k in range(len(kinds)):
         if kinds[k, 2] and not many_sequences:
             continue
@@ -101,16 +103,20 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
         for m in range(len(microbatches)):
             for j in range(4):
                 mark = mark * 1_000_003 + microbatches[m, j]  # wraps around, the same everywhere
-        seen[k] = mark
-        if (seen[:k] == mark).any():
+        seen[k], again = mark, False
+        for j in range(k):
+            again = again or seen[j] == mark
+        if again:
             continue
         num_cohorts = microbatches[-1, 0] + 1
         segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
         causal = causal_matrix(microbatches, num_cohorts, starts, first)
         costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, False)
         figures[k, 0], figures[k, 1], figures[k, 2] = _predict(costs, rates, num_layers, num_slots, num_buffers)
-    best = -1
-    allowed = figures[:, 1].min() * (1000 + budget) // 1000
+    best, allowed = -1, NEVER
+    for k in range(len(kinds)):
+        allowed = min(allowed, figures[k, 1])
+    allowed += allowed * budget // 1000
     for k in range(len(kinds)):
         if figures[k, 1] == NEVER or figures[k, 1] > allowed:
             continue
@@ -119,41 +125,44 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
     return figures, best
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _predict(costs, rates, num_layers, num_slots, num_buffers):
     """Mean, largest and median ns to the first token, over sequences."""
-    class_of, chosen = rank_classes(costs)
-    num_cohorts = len(costs.num_waves)
-    compute = np.ascontiguousarray(costs.compute[:, chosen])
-    own = np.ascontiguousarray(costs.own[:, chosen])
-    weight, ends = np.zeros(len(chosen), np.int64), np.zeros((num_cohorts, len(chosen)), np.int64)
-    for r in range(len(class_of)):
-        weight[class_of[r]] += 1
-        ends[:, class_of[r]] += costs.ends[:, r]
-    merged = LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.causal)
-    slots = np.arange(num_cohorts) % num_slots
+    merged, weight = merge_equal_ranks(costs)
+    num_cohorts, num_classes = merged.ends.shape
+    slots = np.empty(num_cohorts, np.int64)
+    for c in range(num_cohorts):
+        slots[c] = c % num_slots
     nothing = np.empty((1, 1, 1, 1), np.int64)
-    more = min(num_layers, _MORE_LAYERS)
-    keys = order_keys(merged, rates, num_slots, more)
-    finish, _ = run_clock(merged, keys, slots, weight, more, num_buffers, rates, nothing, nothing, False)
-    if more < num_layers:
-        keys = order_keys(merged, rates, num_slots, _FEW_LAYERS)
-        fewer, _ = run_clock(merged, keys, slots, weight, _FEW_LAYERS, num_buffers, rates, nothing, nothing, False)
-        finish = finish + (finish - fewer) * (num_layers - more) // (more - _FEW_LAYERS)
+    finish = np.zeros((num_cohorts, num_classes), np.int64)
+    layers, before = min(num_layers, _MORE_LAYERS), 0
+    while True:
+        keys = order_keys(merged, rates, num_slots, layers)
+        ended, _ = run_clock(merged, keys, slots, weight, layers, num_buffers, rates, nothing, nothing, False)
+        for c in range(num_cohorts):
+            for k in range(num_classes):
+                if not before:
+                    finish[c, k] = ended[c, k]
+                else:
+                    finish[c, k] += (finish[c, k] - ended[c, k]) * (num_layers - before) // (before - layers)
+        if before or layers == num_layers:
+            break
+        layers, before = _FEW_LAYERS, layers
     total, count, slowest = 0, 0, 0
     for c in range(num_cohorts):
-        for r in range(len(chosen)):
-            if ends[c, r]:
-                total += ends[c, r] * finish[c, r]
-                count += ends[c, r]
-                slowest = max(slowest, finish[c, r])
-    times = np.sort(finish.ravel())
-    for i in range(len(times)):
-        below = 0
-        for c in range(num_cohorts):
-            for r in range(len(chosen)):
-                if finish[c, r] <= times[i]:
-                    below += ends[c, r]
-        if 2 * below >= count:
-            return total // count, slowest, times[i]
-    return total // count, slowest, slowest
+        for k in range(num_classes):
+            if merged.ends[c, k]:
+                total += merged.ends[c, k] * finish[c, k]
+                count += merged.ends[c, k]
+                slowest = max(slowest, finish[c, k])
+    median = slowest
+    for c in range(num_cohorts):
+        for k in range(num_classes):
+            no_later = 0
+            for d in range(num_cohorts):
+                for j in range(num_classes):
+                    if finish[d, j] <= finish[c, k]:
+                        no_later += merged.ends[d, j]
+            if 2 * no_later >= count:
+                median = min(median, finish[c, k])
+    return total // count, slowest, median

@@ -23,18 +23,22 @@ DISPATCH, COMBINE = 0, 1
 LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "causal"])
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def cut_waves(microbatches, num_cohorts, limit):
     """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even sizes (no
     tiny last wave)."""
     rows = np.zeros(num_cohorts, np.int64)
     for m in range(len(microbatches)):
         rows[microbatches[m, 0]] += microbatches[m, 3] - microbatches[m, 2]
-    num_waves = (rows + limit - 1) // limit
-    sizes = (rows + num_waves - 1) // num_waves
-    num_waves = (rows + sizes - 1) // sizes
-    wave_rows = np.zeros((num_cohorts, num_waves.max()), np.int64)
-    segments = np.empty((len(microbatches) + num_waves.sum(), 5), np.int64)
+    num_waves, sizes = np.empty(num_cohorts, np.int64), np.empty(num_cohorts, np.int64)
+    most, total = 0, 0
+    for c in range(num_cohorts):
+        count = (rows[c] + limit - 1) // limit
+        sizes[c] = (rows[c] + count - 1) // count
+        num_waves[c] = (rows[c] + sizes[c] - 1) // sizes[c]
+        most, total = max(most, num_waves[c]), total + num_waves[c]
+    wave_rows = np.zeros((num_cohorts, most), np.int64)
+    segments = np.empty((len(microbatches) + total, 5), np.int64)
     count, wave, cohort = 0, 0, -1
     for m in range(len(microbatches)):
         if microbatches[m, 0] != cohort:
@@ -49,10 +53,10 @@ def cut_waves(microbatches, num_cohorts, limit):
             wave_rows[cohort, wave] += take
             start += take
             count += 1
-    return segments[:count], wave_rows, num_waves
+    return segments[:count].copy(), wave_rows, num_waves
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, padded):
     """Price the operations of a layer. gather: peers send partial sums to the owner. padded: one all-gather, one reduce-scatter."""
     num_cohorts, most_waves = wave_rows.shape
@@ -87,7 +91,12 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
             busy = wave_rows[c, w] * rates.dispatch_row_ps // 1000
             exchange[c, DISPATCH, w, ALONE] = rates.dispatch_fixed_ns + num_calls * rates.dispatch_segment_ns + busy
             exchange[c, DISPATCH, w, BUSY] = busy
-            moved = (num_ranks - 1) * owned[c, w].max() if gather else wave_rows[c, w]
+            moved = wave_rows[c, w]
+            if gather:
+                most = 0
+                for r in range(num_ranks):
+                    most = max(most, owned[c, w, r])
+                moved = (num_ranks - 1) * most
             busy = moved * rates.combine_row_ps // 1000
             exchange[c, COMBINE, w, ALONE] = rates.combine_fixed_ns + num_calls * rates.combine_segment_ns + busy
             exchange[c, COMBINE, w, BUSY] = busy
@@ -100,7 +109,7 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
     return LayerCosts(num_waves, compute, exchange, own, ends, causal)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def causal_matrix(microbatches, num_cohorts, starts, first):
     """[C, C]: does the row's cohort continue a sequence of which the column's holds an earlier chunk?"""
     causal = np.zeros((num_cohorts, num_cohorts), np.bool_)
@@ -118,20 +127,43 @@ def causal_matrix(microbatches, num_cohorts, starts, first):
     return causal
 
 
-@njit(cache=True)
-def rank_classes(costs):
-    """Representatives of ranks that cost the same in every cohort, and how many ranks each stands for."""
-    num_ranks = costs.compute.shape[1]
-    class_of = np.empty(num_ranks, np.int64)
-    chosen = np.empty(num_ranks, np.int64)
+@njit(cache=True, error_model="numpy")
+def _same_rank(costs, a, b):
+    for c in range(costs.compute.shape[0]):
+        for side in range(2):
+            if costs.compute[c, a, 0, side] != costs.compute[c, b, 0, side]:
+                return False
+        for w in range(costs.own.shape[2]):
+            if costs.own[c, a, w] != costs.own[c, b, w]:
+                return False
+    return True
+
+
+@njit(cache=True, error_model="numpy")
+def merge_equal_ranks(costs):
+    """The same costs with one rank for all that cost the same in every cohort, and how many each stands for."""
+    num_cohorts, num_ranks, num_works = costs.compute.shape[0], costs.compute.shape[1], costs.compute.shape[2]
+    class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
     for r in range(num_ranks):
-        class_of[r] = count
-        for k in range(count):
-            if np.array_equal(costs.compute[:, r], costs.compute[:, chosen[k]]) and np.array_equal(costs.own[:, r], costs.own[:, chosen[k]]):
-                class_of[r] = k
-                break
-        if class_of[r] == count:
+        k = 0
+        while k < count and not _same_rank(costs, r, chosen[k]):
+            k += 1
+        class_of[r] = k
+        if k == count:
             chosen[count] = r
             count += 1
-    return class_of, chosen[:count]
+    compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
+    own = np.empty((num_cohorts, count, costs.own.shape[2]), np.bool_)
+    ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
+    for c in range(num_cohorts):
+        for k in range(count):
+            for w in range(num_works):
+                compute[c, k, w, 0], compute[c, k, w, 1] = costs.compute[c, chosen[k], w, 0], costs.compute[c, chosen[k], w, 1]
+            for w in range(costs.own.shape[2]):
+                own[c, k, w] = costs.own[c, chosen[k], w]
+        for r in range(num_ranks):
+            ends[c, class_of[r]] += costs.ends[c, r]
+    for r in range(num_ranks):
+        weight[class_of[r]] += 1
+    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.causal), weight

@@ -9,7 +9,7 @@ from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH
 from pipemoe.plan.simulator_core import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
     num_waves = costs.num_waves
@@ -23,7 +23,9 @@ def order_keys(costs, rates, num_slots, num_layers):
         for j in range(len(template)):
             kind, wave = template[j, 0], template[j, 1]
             if kind == ATTEND_OP:
-                nanoseconds[j] = max(costs.compute[c, :, 0, ALONE].max(), rates.host_attend_ns)
+                nanoseconds[j] = rates.host_attend_ns
+                for r in range(costs.compute.shape[1]):
+                    nanoseconds[j] = max(nanoseconds[j], costs.compute[c, r, 0, ALONE])
             elif kind == DISPATCH_OP:
                 nanoseconds[j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
             elif kind == COMBINE_OP:
@@ -48,16 +50,14 @@ def order_keys(costs, rates, num_slots, num_layers):
     return keys
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def merge_orders(keys, num_waves, num_layers):
     """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower cohort."""
     num_cohorts = len(num_waves)
     sizes = 1 + 3 * num_waves
     heads = np.zeros(num_cohorts, np.int64)
     order = np.empty((num_layers * sizes.sum() + num_cohorts, 4), np.int32)
-    templates = np.zeros((num_cohorts, sizes.max(), 2), np.int64)
-    for c in range(num_cohorts):
-        templates[c, : sizes[c]] = layer_template(num_waves[c])
+    templates = [layer_template(waves) for waves in num_waves]
     for at in range(len(order)):
         best = -1
         for c in range(num_cohorts):
@@ -70,5 +70,5 @@ def merge_orders(keys, num_waves, num_layers):
             order[at, 0], order[at, 2], order[at, 3] = FINISH_OP, num_layers - 1, 0
         else:
             layer, place = n // sizes[best], n % sizes[best]
-            order[at, 0], order[at, 2], order[at, 3] = templates[best, place, 0], layer, templates[best, place, 1]
+            order[at, 0], order[at, 2], order[at, 3] = templates[best][place, 0], layer, templates[best][place, 1]
     return order

@@ -18,7 +18,7 @@ NEVER = 1 << 60
 ATTEND_OP, DISPATCH_OP, EXPERTS_OP, COMBINE_OP, FINISH_OP = 0, 1, 2, 3, 4  # values of OpKind
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def layer_template(num_waves):
     """One layer of a cohort, [1 + 3 W, 2] = kind, wave; the dispatch of a wave goes ahead of the experts of the one before."""
     template = np.empty((1 + 3 * num_waves, 2), np.int64)
@@ -35,7 +35,7 @@ def layer_template(num_waves):
     return template
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _host_ns(rates, kind, owns):
     if kind == ATTEND_OP:
         return rates.host_attend_ns if owns else rates.host_idle_ns
@@ -48,13 +48,13 @@ def _host_ns(rates, kind, owns):
     return rates.host_finish_ns if owns else rates.host_idle_ns
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _work_of(op, num_waves, most_waves, num_layers):
     """Where in LayerCosts.compute a cohort's `op`-th computation stands: 0 attend, 1 + wave experts, 1 + W finish."""
     return 1 + most_waves if op == num_layers * (1 + num_waves) else op % (1 + num_waves)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def _share_rates(active, demand, speed, weight, rates):
     """Set the speed, in thousandths, of all active computations [C, R]."""
     num_cohorts, num_ranks = active.shape
@@ -86,7 +86,7 @@ def _share_rates(active, demand, speed, weight, rates):
             speed[c, r] = max(1, share * 1000 // slowed)
 
 
-@njit(cache=True)
+@njit(cache=True, error_model="numpy")
 def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, computed, moved, keep):
     """Run `num_layers` layers. keys [C, >= n]: when a cohort's n-th operation stands in the plan's order; lowest first. slots [C].
     weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled with begin and
@@ -102,7 +102,9 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
     last_own = np.full((num_cohorts, num_ranks), -1, np.int64)
     for c in range(num_cohorts):
         waves = num_waves[c]
-        templates[c, : 1 + 3 * waves] = layer_template(waves)
+        template = layer_template(waves)
+        for j in range(len(template)):
+            templates[c, j, 0], templates[c, j, 1] = template[j, 0], template[j, 1]
         total_ops[c], total_computed[c], total_moved[c] = num_layers * (1 + 3 * waves) + 1, num_layers * (1 + waves) + 1, num_layers * waves
         for e in range(c):
             if slots[e] == slots[c]:
@@ -234,7 +236,13 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
                     if sending[side, c]:
                         arrival[side, c] = now + (max(0, rest[side, c]) * 1000 + link_speed - 1) // link_speed
             changed = False
-        then = min(host_end.min(), end.min(), arrival.min())
+        then = NEVER
+        for r in range(num_ranks):
+            then = min(then, host_end[r])
+            for c in range(num_cohorts):
+                then = min(then, end[c, r])
+        for c in range(num_cohorts):
+            then = min(then, arrival[DISPATCH, c], arrival[COMBINE, c])
         if then == NEVER:
             return finish, exposed
         # Until then everything goes on at its speed.
