@@ -14,13 +14,13 @@ from numba import njit
 from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
 from pipemoe.plan.cost import CostModel, rates_of
-from pipemoe.plan.layer_costs import causal_matrix, cut_waves, layer_costs, merge_equal_ranks
+from pipemoe.plan.layer_costs import BUSY, causal_matrix, cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator import flat_boundaries
 from pipemoe.plan.simulator_core import NEVER, run_clock
 
-_FEW_LAYERS, _MORE_LAYERS = 3, 6
+_FEW_LAYERS, _MORE_LAYERS = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     tokens = np.array(facts.tokens, dtype=np.int64)
     limit, budget = config.max_wave_rows(facts.num_ranks), round(config.makespan_budget * 1000)
     problem = (tokens, starts, first, rates_of(cost), shape.num_experts, shape.top_k, shape.num_layers, limit, config.num_slots)
-    figures, best = _search(CANDIDATES, *problem, config.num_buffers, config.combine == "gather", OBJECTIVES.index(config.objective), budget)
+    figures, best = _search(CANDIDATES, *problem, config.num_buffers, config.combine == "gather", OBJECTIVES.index(config.objective), budget, only_chosen)
     if best < 0:
         raise PlanError("no candidate can be carried out")
     candidates = []
@@ -86,11 +86,14 @@ def units_of(tokens, starts, first, by_sequence):
 
 
 @njit(cache=True, error_model="numpy")
-def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget):
-    """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best."""
+def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget, only_chosen):
+    """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best.
+
+    only_chosen: no time is spent on candidates that take too long for the budget anyway.
+    """
     figures = np.full((len(kinds), 3), NEVER, np.int64)
     seen = np.zeros(len(kinds), np.int64)
-    many_sequences = False
+    many_sequences, lowest = False, NEVER // 4096
     for r in range(len(tokens)):
         many_sequences = many_sequences or first[r + 1] - first[r] > 2
     for k in range(len(kinds)):
@@ -112,11 +115,12 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
         segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
         causal = causal_matrix(microbatches, num_cohorts, starts, first)
         costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, False)
-        figures[k, 0], figures[k, 1], figures[k, 2] = _predict(costs, rates, num_layers, num_slots, num_buffers)
-    best, allowed = -1, NEVER
-    for k in range(len(kinds)):
-        allowed = min(allowed, figures[k, 1])
-    allowed += allowed * budget // 1000
+        allowed = lowest + lowest * budget // 1000 if only_chosen else NEVER
+        if _least_ns(costs, rates) * num_layers > allowed:
+            continue
+        figures[k, 0], figures[k, 1], figures[k, 2] = _predict(costs, rates, num_layers, num_slots, num_buffers, allowed)
+        lowest = min(lowest, figures[k, 1])
+    best, allowed = -1, lowest + lowest * budget // 1000
     for k in range(len(kinds)):
         if figures[k, 1] == NEVER or figures[k, 1] > allowed:
             continue
@@ -126,28 +130,44 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
 
 
 @njit(cache=True, error_model="numpy")
-def _predict(costs, rates, num_layers, num_slots, num_buffers):
-    """Mean, largest and median ns to the first token, over sequences."""
-    merged, weight = merge_equal_ranks(costs)
+def _least_ns(costs, rates):
+    """A layer takes no less: what the busiest rank (or all ranks' cores) has to compute."""
+    longest, total = 0, 0
+    for r in range(costs.compute.shape[1]):
+        busy = 0
+        for c in range(len(costs.num_waves)):
+            for work in range(1 + costs.num_waves[c]):
+                busy += costs.compute[c, r, work, BUSY]
+        longest, total = max(longest, busy), total + busy
+    return (total if rates.sharing_across_ranks else longest) * 1000 // rates.sharing_capacity_permille
+
+
+@njit(cache=True, error_model="numpy")
+def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
+    """Mean, largest and median ns to the first token, over sequences; roughly where the largest is far above `allowed`."""
+    merged, weight = merge_alike_ranks(costs, rates.host_attend_ns)
     num_cohorts, num_classes = merged.ends.shape
     slots = np.empty(num_cohorts, np.int64)
     for c in range(num_cohorts):
         slots[c] = c % num_slots
     nothing = np.empty((1, 1, 1, 1), np.int64)
     finish = np.zeros((num_cohorts, num_classes), np.int64)
-    layers, before = min(num_layers, _MORE_LAYERS), 0
+    layers, before = num_layers if num_layers <= _MORE_LAYERS else _FEW_LAYERS, 0
     while True:
         keys = order_keys(merged, rates, num_slots, layers)
         ended, _ = run_clock(merged, keys, slots, weight, layers, num_buffers, rates, nothing, nothing, False)
+        slowest = 0
         for c in range(num_cohorts):
             for k in range(num_classes):
-                if not before:
-                    finish[c, k] = ended[c, k]
-                else:
-                    finish[c, k] += (finish[c, k] - ended[c, k]) * (num_layers - before) // (before - layers)
-        if before or layers == num_layers:
+                slope = (ended[c, k] - finish[c, k]) * (num_layers - layers) // (layers - before)
+                finish[c, k] = ended[c, k] + (slope if before or layers < num_layers else 0)
+                slowest = max(slowest, finish[c, k])
+        if before or layers == num_layers or slowest * 3 // 4 > allowed:
             break
-        layers, before = _FEW_LAYERS, layers
+        for c in range(num_cohorts):
+            for k in range(num_classes):
+                finish[c, k] = ended[c, k]
+        layers, before = _MORE_LAYERS, layers
     total, count, slowest = 0, 0, 0
     for c in range(num_cohorts):
         for k in range(num_classes):

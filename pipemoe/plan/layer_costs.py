@@ -128,26 +128,29 @@ def causal_matrix(microbatches, num_cohorts, starts, first):
 
 
 @njit(cache=True, error_model="numpy")
-def _same_rank(costs, a, b):
+def _alike(costs, host_attend_ns, a, b):
     for c in range(costs.compute.shape[0]):
-        for side in range(2):
-            if costs.compute[c, a, 0, side] != costs.compute[c, b, 0, side]:
-                return False
-        for w in range(costs.own.shape[2]):
+        if costs.own[c, a, 0] != costs.own[c, b, 0]:
+            return False
+        x, y = max(costs.compute[c, a, 0, ALONE], host_attend_ns), max(costs.compute[c, b, 0, ALONE], host_attend_ns)
+        if abs(x - y) * 16 > max(x, y):
+            return False
+        for w in range(1, costs.num_waves[c]):
             if costs.own[c, a, w] != costs.own[c, b, w]:
                 return False
     return True
 
 
 @njit(cache=True, error_model="numpy")
-def merge_equal_ranks(costs):
-    """The same costs with one rank for all that cost the same in every cohort, and how many each stands for."""
+def merge_alike_ranks(costs, host_attend_ns):
+    """The same costs with one rank for all whose attention differs by less than a sixteenth, the first with most, and how many
+    each stands for. host_attend_ns: to issue an attend; no attend is faster."""
     num_cohorts, num_ranks, num_works = costs.compute.shape[0], costs.compute.shape[1], costs.compute.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
     for r in range(num_ranks):
         k = 0
-        while k < count and not _same_rank(costs, r, chosen[k]):
+        while k < count and not _alike(costs, host_attend_ns, r, chosen[k]):
             k += 1
         class_of[r] = k
         if k == count:

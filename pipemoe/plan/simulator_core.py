@@ -17,6 +17,36 @@ from pipemoe.plan.schedule import MAX_GROUPS
 NEVER = 1 << 60
 ATTEND_OP, DISPATCH_OP, EXPERTS_OP, COMBINE_OP, FINISH_OP = 0, 1, 2, 3, 4  # values of OpKind
 
+# The state is a few arrays, not an object: compiled code counts references to every array that it passes on. Layers, places and
+# waves are counted along, not divided out: divisions would take most of the time.
+# state [., C, R], of C cohorts on R ranks; speeds in thousandths:
+LAST_OWN = 0  # last wave that holds rows of the rank, or -1
+ISSUED = 1  # operations
+QUEUED = 2  # computations issued
+POSTED = 3  # dispatches issued; POSTED + 1: combines
+READY = 5  # the rank has what its part of the next dispatch needs; READY + 1: combine
+DONE = 7  # computations
+ACTIVE = 8  # a computation is under way
+LEFT = 9  # ns at full speed that it had left
+SINCE = 10  # at this time
+DEMAND = 11  # share of the device that it takes by itself, in thousandths
+SPEED = 12
+END = 13  # when it will end at that speed, or NEVER
+ISSUE_LAYER, ISSUE_PLACE = 14, 15  # of the next operation to issue: its layer, and its place in layer_template
+WORK_LAYER, WORK_PLACE = 16, 17  # of the next computation: its layer; 0 attend or finish, 1 + wave experts
+# host [., R]: the operation that the rank's engine is issuing
+HOST_END, HOST_KIND, HOST_COHORT = 0, 1, 2
+# transfers [2, ., C]: of dispatches and of combines
+ARRIVED = 0  # complete
+SENDING = 1  # one is under way
+REST = 2  # ns at full speed that it has left
+LOAD = 3  # share of the link that it takes by itself
+ARRIVAL = 4  # when it will arrive, or NEVER
+LAYER, WAVE = 5, 6  # of the next one
+# cohorts [2, C]
+WAVES = 0
+BEFORE = 1  # the cohort that had the slot, or -1
+
 
 @njit(cache=True, error_model="numpy")
 def layer_template(num_waves):
@@ -35,252 +65,282 @@ def layer_template(num_waves):
     return template
 
 
-@njit(cache=True, error_model="numpy")
-def _host_ns(rates, kind, owns):
+@njit(cache=True, error_model="numpy", _nrt=False)
+def _issue(state, host, transfers, cohorts, templates, causal, own, keys, rates, num_layers, r, now):
+    """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
+    best, best_key, best_kind = -1, NEVER, 0
+    for c in range(cohorts.shape[1]):
+        layer, place = state[ISSUE_LAYER, c, r], state[ISSUE_PLACE, c, r]
+        if layer > num_layers or keys[c, state[ISSUED, c, r]] >= best_key:
+            continue
+        kind = FINISH_OP if layer == num_layers else templates[c, place, 0]
+        may = True
+        if kind == DISPATCH_OP:
+            may = state[POSTED + DISPATCH, c, r] - transfers[DISPATCH, ARRIVED, c] < MAX_GROUPS
+        elif kind == ATTEND_OP:
+            before = cohorts[BEFORE, c]
+            if layer == 0 and before >= 0:
+                may = state[ISSUE_LAYER, before, r] > num_layers
+            for e in range(cohorts.shape[1]):
+                if causal[c, e] and state[ISSUE_LAYER, e, r] <= layer and (state[ISSUE_LAYER, e, r] < layer or state[ISSUE_PLACE, e, r] == 0):
+                    may = False
+        if may:
+            best, best_key, best_kind = c, keys[c, state[ISSUED, c, r]], kind
+    if best < 0:
+        return
+    c, kind, wave = best, best_kind, templates[best, state[ISSUE_PLACE, best, r], 1]
+    owner = state[LAST_OWN, c, r] >= 0
     if kind == ATTEND_OP:
-        return rates.host_attend_ns if owns else rates.host_idle_ns
-    if kind == DISPATCH_OP:
-        return rates.host_dispatch_ns + (rates.host_pack_ns if owns else 0)
-    if kind == EXPERTS_OP:
-        return rates.host_experts_ns
-    if kind == COMBINE_OP:
-        return rates.host_combine_ns
-    return rates.host_finish_ns if owns else rates.host_idle_ns
+        takes = rates.host_attend_ns if owner else rates.host_idle_ns
+    elif kind == DISPATCH_OP:
+        takes = rates.host_dispatch_ns + (rates.host_pack_ns if own[c, r, wave] else 0)
+    elif kind == EXPERTS_OP:
+        takes = rates.host_experts_ns
+    elif kind == COMBINE_OP:
+        takes = rates.host_combine_ns
+    else:
+        takes = rates.host_finish_ns if owner else rates.host_idle_ns
+    state[ISSUED, c, r] += 1
+    state[ISSUE_PLACE, c, r] += 1
+    if kind == FINISH_OP or state[ISSUE_PLACE, c, r] == 1 + 3 * cohorts[WAVES, c]:
+        state[ISSUE_LAYER, c, r] += 1
+        state[ISSUE_PLACE, c, r] = 0
+    host[HOST_END, r], host[HOST_KIND, r], host[HOST_COHORT, r] = now + takes, kind, c
+    if kind != DISPATCH_OP and kind != COMBINE_OP:
+        state[QUEUED, c, r] += 1
 
 
-@njit(cache=True, error_model="numpy")
-def _work_of(op, num_waves, most_waves, num_layers):
-    """Where in LayerCosts.compute a cohort's `op`-th computation stands: 0 attend, 1 + wave experts, 1 + W finish."""
-    return 1 + most_waves if op == num_layers * (1 + num_waves) else op % (1 + num_waves)
+@njit(cache=True, error_model="numpy", _nrt=False)
+def _has_arrived(transfers, side, c, layer, wave):
+    now_in = transfers[side, LAYER, c]
+    return now_in > layer or (now_in == layer and transfers[side, WAVE, c] > wave)
 
 
-@njit(cache=True, error_model="numpy")
-def _share_rates(active, demand, speed, weight, rates):
-    """Set the speed, in thousandths, of all active computations [C, R]."""
-    num_cohorts, num_ranks = active.shape
-    total = 0
-    for r in range(num_ranks):
-        for c in range(num_cohorts):
-            if active[c, r]:
-                total += weight[r] * demand[c, r]
-    for r in range(num_ranks):
-        beside, wanted = 0, 0
-        for c in range(num_cohorts):
-            if active[c, r]:
-                beside += 1
-                wanted += demand[c, r]
-        if rates.sharing_across_ranks:
-            wanted = total
-        left, slowed = rates.sharing_capacity_permille, 1000 + rates.sharing_slowdown_permille * (beside - 1)
-        for c in range(num_cohorts):
-            if not active[c, r]:
-                continue
-            share = 1000
-            if wanted > rates.sharing_capacity_permille:
-                if rates.sharing_priority and not rates.sharing_across_ranks:
-                    given = min(demand[c, r], left)
-                    left -= given
-                    share = max(100, 1000 * given // demand[c, r]) if demand[c, r] else 1000  # blocks trickle in between
-                else:
-                    share = max(1, 1000 * rates.sharing_capacity_permille // wanted)
-            speed[c, r] = max(1, share * 1000 // slowed)
+@njit(cache=True, error_model="numpy", _nrt=False)
+def _earlier(layer, wave, count, waves):
+    """Layer and wave `count` waves earlier; the layer is negative where there is none."""
+    wave -= count
+    while wave < 0:
+        wave, layer = wave + waves, layer - 1
+    return layer, wave
+
+
+@njit(cache=True, error_model="numpy", _nrt=False)
+def _begin_computation(state, host, transfers, cohorts, causal, compute, num_layers, num_buffers, c, r, now):
+    """Begin the next computation of cohort c on rank r if it may; returns whether."""
+    op, before = state[DONE, c, r], cohorts[BEFORE, c]
+    if state[ACTIVE, c, r] or state[QUEUED, c, r] <= op or (op == 0 and before >= 0 and state[WORK_LAYER, before, r] <= num_layers):
+        return False
+    layer, work = state[WORK_LAYER, c, r], state[WORK_PLACE, c, r]
+    if work == 0:  # attend or finish
+        if layer and state[LAST_OWN, c, r] >= 0 and not _has_arrived(transfers, COMBINE, c, layer - 1, state[LAST_OWN, c, r]):
+            return False
+        if layer == num_layers:
+            work = compute.shape[2] - 1
+        else:
+            for e in range(cohorts.shape[1]):
+                if causal[c, e] and state[WORK_LAYER, e, r] <= layer and (state[WORK_LAYER, e, r] < layer or state[WORK_PLACE, e, r] == 0):
+                    return False
+    else:
+        if not _has_arrived(transfers, DISPATCH, c, layer, work - 1):
+            return False
+        before_layer, before_wave = _earlier(layer, work - 1, num_buffers, cohorts[WAVES, c])
+        if before_layer >= 0 and not _has_arrived(transfers, COMBINE, c, before_layer, before_wave):
+            return False
+    takes = compute[c, r, work, ALONE]
+    issuing = host[HOST_END, r] != NEVER and host[HOST_COHORT, r] == c and host[HOST_KIND, r] % 2 == 0 and state[QUEUED, c, r] == op + 1
+    if issuing:
+        takes = max(takes, host[HOST_END, r] - now)
+    state[ACTIVE, c, r], state[LEFT, c, r], state[SINCE, c, r] = True, takes, now
+    state[DEMAND, c, r] = 1000 * compute[c, r, work, BUSY] // takes if takes else 0
+    state[SPEED, c, r] = 1000
+    return True
+
+
+@njit(cache=True, error_model="numpy", _nrt=False)
+def _share(state, rates, total, r, now):
+    """Set the speeds of rank r's computations anew. total: demand of all ranks, for cores that all ranks share."""
+    beside, wanted = 0, 0
+    for c in range(state.shape[1]):
+        if state[ACTIVE, c, r]:
+            beside += 1
+            wanted += state[DEMAND, c, r]
+    if rates.sharing_across_ranks:
+        wanted = total
+    capacity = rates.sharing_capacity_permille
+    slowed = 1000 + rates.sharing_slowdown_permille * (beside - 1)
+    for c in range(state.shape[1]):
+        if not state[ACTIVE, c, r]:
+            continue
+        state[LEFT, c, r] = max(0, state[LEFT, c, r] - (now - state[SINCE, c, r]) * state[SPEED, c, r] // 1000)
+        state[SINCE, c, r] = now
+        share = 1000
+        if wanted > rates.sharing_capacity_permille:
+            if rates.sharing_priority and not rates.sharing_across_ranks:
+                given = min(state[DEMAND, c, r], capacity)
+                capacity -= given
+                share = max(100, 1000 * given // state[DEMAND, c, r]) if state[DEMAND, c, r] else 1000  # blocks trickle in between
+            else:
+                share = max(1, 1000 * capacity // wanted)
+        state[SPEED, c, r] = max(1, share * 1000 // slowed)
+        state[END, c, r] = now + (state[LEFT, c, r] * 1000 + state[SPEED, c, r] - 1) // state[SPEED, c, r]
+
+
+@njit(cache=True, error_model="numpy", _nrt=False)
+def _is_ready(state, transfers, cohorts, own, num_buffers, side, c, r):
+    """Has rank r what its part of cohort c's next transfer needs?"""
+    if state[POSTED + side, c, r] <= transfers[side, ARRIVED, c]:
+        return False
+    layer, wave = transfers[side, LAYER, c], transfers[side, WAVE, c]
+    work_layer, work_place = state[WORK_LAYER, c, r], state[WORK_PLACE, c, r]
+    if side == COMBINE:
+        return work_layer > layer or (work_layer == layer and work_place > 1 + wave)
+    if own[c, r, wave] and (work_layer < layer or (work_layer == layer and work_place == 0)):
+        return False
+    layer, wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])  # of the buffer's reader before
+    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > 1 + wave)
 
 
 @njit(cache=True, error_model="numpy")
 def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, computed, moved, keep):
-    """Run `num_layers` layers. keys [C, >= n]: when a cohort's n-th operation stands in the plan's order; lowest first. slots [C].
+    """Run `num_layers` layers. keys [C, >= n]: where a cohort's n-th operation stands in the plan's order; lowest first. slots [C].
     weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled with begin and
     end of operations if `keep`. Returns finish [C, R] and exposed [R] (communication under way, no computation), in ns.
 
     finish holds NEVER where the plan can never get there.
     """
-    num_waves, compute, exchange, own = costs.num_waves, costs.compute, costs.exchange, costs.own
-    num_cohorts, num_ranks, most = compute.shape[0], compute.shape[1], compute.shape[2] - 2
-    templates = np.zeros((num_cohorts, 1 + 3 * most, 2), np.int64)
-    total_ops, total_computed, total_moved = np.empty(num_cohorts, np.int64), np.empty(num_cohorts, np.int64), np.empty(num_cohorts, np.int64)
-    before = np.full(num_cohorts, -1, np.int64)  # the cohort that had the slot
-    last_own = np.full((num_cohorts, num_ranks), -1, np.int64)
+    compute, exchange, own, causal = costs.compute, costs.exchange, costs.own, costs.causal
+    num_cohorts, num_ranks = compute.shape[0], compute.shape[1]
+    cohorts = np.empty((2, num_cohorts), np.int64)
+    state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
+    transfers = np.zeros((2, 7, num_cohorts), np.int64)
+    templates = np.zeros((num_cohorts, 1 + 3 * (compute.shape[2] - 2), 2), np.int64)
     for c in range(num_cohorts):
-        waves = num_waves[c]
-        template = layer_template(waves)
-        for j in range(len(template)):
-            templates[c, j, 0], templates[c, j, 1] = template[j, 0], template[j, 1]
-        total_ops[c], total_computed[c], total_moved[c] = num_layers * (1 + 3 * waves) + 1, num_layers * (1 + waves) + 1, num_layers * waves
+        cohorts[WAVES, c], cohorts[BEFORE, c] = costs.num_waves[c], -1
         for e in range(c):
             if slots[e] == slots[c]:
-                before[c] = e
+                cohorts[BEFORE, c] = e
+        template = layer_template(cohorts[WAVES, c])
+        for j in range(len(template)):
+            templates[c, j, 0], templates[c, j, 1] = template[j, 0], template[j, 1]
+        transfers[DISPATCH, ARRIVAL, c] = transfers[COMBINE, ARRIVAL, c] = NEVER
         for r in range(num_ranks):
-            for w in range(waves):
+            host[HOST_END, r], state[END, c, r], state[LAST_OWN, c, r] = NEVER, NEVER, -1
+            for w in range(cohorts[WAVES, c]):
                 if own[c, r, w]:
-                    last_own[c, r] = w
-    issued = np.zeros((num_cohorts, num_ranks), np.int64)
-    queued = np.zeros((num_cohorts, num_ranks), np.int64)  # computations issued
-    posted = np.zeros((2, num_cohorts, num_ranks), np.int64)  # dispatches, combines issued
-    host_end = np.full(num_ranks, NEVER, np.int64)
-    host_kind, host_cohort = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
-    done = np.zeros((num_cohorts, num_ranks), np.int64)  # computations
-    active = np.zeros((num_cohorts, num_ranks), np.bool_)
-    left, demand = np.zeros((num_cohorts, num_ranks), np.int64), np.zeros((num_cohorts, num_ranks), np.int64)
-    speed, end = np.zeros((num_cohorts, num_ranks), np.int64), np.full((num_cohorts, num_ranks), NEVER, np.int64)
-    arrived = np.zeros((2, num_cohorts), np.int64)  # transfers complete
-    ready = np.zeros((2, num_cohorts, num_ranks), np.bool_)
-    sending = np.zeros((2, num_cohorts), np.bool_)
-    rest, load, arrival = np.zeros((2, num_cohorts), np.int64), np.zeros((2, num_cohorts), np.int64), np.full((2, num_cohorts), NEVER, np.int64)
-    finish = np.full((num_cohorts, num_ranks), NEVER, np.int64)
-    exposed = np.zeros(num_ranks, np.int64)
-    link_speed, now, changed = 1000, 0, False
+                    state[LAST_OWN, c, r] = w
+    touched, shared = np.ones(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)  # looked at anew; speeds to be set anew
+    next_end, exposed_since = np.full(num_ranks, NEVER, np.int64), np.full(num_ranks, NEVER, np.int64)
+    finish, exposed = np.full((num_cohorts, num_ranks), NEVER, np.int64), np.zeros(num_ranks, np.int64)
+    link_speed, link_since, link_changed, now = 1000, 0, False, 0
     while True:
-        # What begins now: issuing, then computation, then transfers.
+        # What begins now: issuing and computation, then transfers.
+        any_shared = False
         for r in range(num_ranks):
-            if host_end[r] != NEVER:
-                continue
-            best, best_key = -1, NEVER
-            for c in range(num_cohorts):
-                n = issued[c, r]
-                if n == total_ops[c] or keys[c, n] >= best_key:
-                    continue
-                size = 1 + 3 * num_waves[c]
-                kind = FINISH_OP if n == total_ops[c] - 1 else templates[c, n % size, 0]
-                may = True
-                if kind == DISPATCH_OP:
-                    may = posted[DISPATCH, c, r] - arrived[DISPATCH, c] < MAX_GROUPS
-                elif kind == ATTEND_OP:
-                    if n == 0 and before[c] >= 0:
-                        may = issued[before[c], r] == total_ops[before[c]]
-                    for e in range(num_cohorts):
-                        if costs.causal[c, e] and issued[e, r] <= n // size * (1 + 3 * num_waves[e]):
-                            may = False
-                if may:
-                    best, best_key = c, keys[c, n]
-            if best < 0:
-                continue
-            c, n = best, issued[best, r]
-            last = n == total_ops[c] - 1
-            place = n % (1 + 3 * num_waves[c])
-            kind = FINISH_OP if last else templates[c, place, 0]
-            owns = own[c, r, templates[c, place, 1]] if kind == DISPATCH_OP else last_own[c, r] >= 0
-            issued[c, r] += 1
-            host_end[r], host_kind[r], host_cohort[r] = now + _host_ns(rates, kind, owns), kind, c
-            if kind != DISPATCH_OP and kind != COMBINE_OP:
-                queued[c, r] += 1
-        for c in range(num_cohorts):
-            waves = num_waves[c]
-            for r in range(num_ranks):
-                op = done[c, r]
-                if active[c, r] or queued[c, r] <= op or (op == 0 and before[c] >= 0 and done[before[c], r] < total_computed[before[c]]):
-                    continue
-                layer, place = op // (1 + waves), op % (1 + waves)
-                if place == 0:
-                    if last_own[c, r] >= 0 and layer > 0 and arrived[COMBINE, c] <= (layer - 1) * waves + last_own[c, r]:
-                        continue
-                    blocked = False
-                    if op < total_computed[c] - 1:
-                        for e in range(num_cohorts):
-                            if costs.causal[c, e] and done[e, r] <= layer * (1 + num_waves[e]):
-                                blocked = True
-                    if blocked:
-                        continue
-                else:
-                    transfer = layer * waves + place - 1
-                    if arrived[DISPATCH, c] <= transfer or arrived[COMBINE, c] <= transfer - num_buffers:
-                        continue
-                work = _work_of(op, waves, most, num_layers)
-                left[c, r] = compute[c, r, work, ALONE]
-                issuing = host_end[r] != NEVER and host_cohort[r] == c and host_kind[r] % 2 == 0 and queued[c, r] == op + 1
-                if issuing:
-                    left[c, r] = max(left[c, r], host_end[r] - now)
-                demand[c, r] = 1000 * compute[c, r, work, BUSY] // left[c, r] if left[c, r] else 0
-                active[c, r], changed = True, True
-                if keep:
-                    computed[c, r, op, 0] = now
+            if touched[r]:
+                if host[HOST_END, r] == NEVER:
+                    _issue(state, host, transfers, cohorts, templates, causal, own, keys, rates, num_layers, r, now)
+                for c in range(num_cohorts):
+                    if _begin_computation(state, host, transfers, cohorts, causal, compute, num_layers, num_buffers, c, r, now):
+                        shared[r] = True
+                        if keep:
+                            computed[c, r, state[DONE, c, r], 0] = now
+                    for side in range(2):
+                        if not state[READY + side, c, r]:
+                            state[READY + side, c, r] = _is_ready(state, transfers, cohorts, own, num_buffers, side, c, r)
+            any_shared = any_shared or shared[r]
         for side in range(2):
             for c in range(num_cohorts):
-                n = arrived[side, c]
-                if sending[side, c] or n == total_moved[c] or (n == 0 and before[c] >= 0 and arrived[side, before[c]] < total_moved[before[c]]):
+                n, before = transfers[side, ARRIVED, c], cohorts[BEFORE, c]
+                if transfers[side, SENDING, c] or transfers[side, LAYER, c] == num_layers:
                     continue
-                waves = num_waves[c]
-                layer, wave = n // waves, n % waves
-                everywhere = True
+                everywhere = n > 0 or before < 0 or transfers[side, LAYER, before] == num_layers
                 for r in range(num_ranks):
-                    if ready[side, c, r]:
-                        continue
-                    is_ready = posted[side, c, r] > n
-                    if is_ready and side == DISPATCH:
-                        reader = n - num_buffers  # of the buffer, whose experts must have read it
-                        if reader >= 0 and done[c, r] <= reader // waves * (1 + waves) + 1 + reader % waves:
-                            is_ready = False
-                        elif own[c, r, wave] and done[c, r] <= layer * (1 + waves):
-                            is_ready = False
-                    elif is_ready:
-                        is_ready = done[c, r] > layer * (1 + waves) + 1 + wave
-                    ready[side, c, r] = is_ready
-                    everywhere = everywhere and is_ready
+                    everywhere = everywhere and state[READY + side, c, r]
                 if everywhere:
-                    sending[side, c], changed = True, True
-                    rest[side, c] = exchange[c, side, wave, ALONE]
-                    load[side, c] = 1000 * exchange[c, side, wave, BUSY] // rest[side, c] if rest[side, c] else 0
+                    takes = exchange[c, side, transfers[side, WAVE, c], ALONE]
+                    transfers[side, SENDING, c], transfers[side, REST, c], link_changed = True, takes, True
+                    # Its share of the link begins when all shares are set anew below.
+                    transfers[side, REST, c] += (now - link_since) * link_speed // 1000
+                    transfers[side, LOAD, c] = 1000 * exchange[c, side, transfers[side, WAVE, c], BUSY] // takes if takes else 0
                     if keep:
                         moved[c, side, n, 0] = now
-        if changed:
-            _share_rates(active, demand, speed, weight, rates)
+        # How fast everything goes on.
+        if any_shared:
+            total = 0
+            if rates.sharing_across_ranks:
+                for r in range(num_ranks):
+                    shared[r] = True
+                    for c in range(num_cohorts):
+                        total += weight[r] * state[DEMAND, c, r] if state[ACTIVE, c, r] else 0
+            for r in range(num_ranks):
+                if shared[r]:
+                    _share(state, rates, total, r, now)
+        for r in range(num_ranks):
+            if touched[r] or shared[r]:
+                next_end[r] = host[HOST_END, r]
+                computing, communicating = False, False
+                for c in range(num_cohorts):
+                    next_end[r] = min(next_end[r], state[END, c, r])
+                    computing = computing or state[ACTIVE, c, r]
+                    communicating = communicating or state[READY + 0, c, r] or state[READY + 1, c, r]
+                if exposed_since[r] != NEVER:
+                    exposed[r] += now - exposed_since[r]
+                exposed_since[r] = now if communicating and not computing else NEVER
+                touched[r] = shared[r] = False
+        if link_changed:
             carried = 0
             for side in range(2):
                 for c in range(num_cohorts):
-                    carried += load[side, c] if sending[side, c] else 0
-            link_speed = min(1000, 1000 * rates.sharing_link_permille // carried) if carried else 1000
-            for c in range(num_cohorts):
-                for r in range(num_ranks):
-                    if active[c, r]:
-                        end[c, r] = now + (max(0, left[c, r]) * 1000 + speed[c, r] - 1) // speed[c, r]
-                for side in range(2):
-                    if sending[side, c]:
-                        arrival[side, c] = now + (max(0, rest[side, c]) * 1000 + link_speed - 1) // link_speed
-            changed = False
-        then = NEVER
-        for r in range(num_ranks):
-            then = min(then, host_end[r])
-            for c in range(num_cohorts):
-                then = min(then, end[c, r])
-        for c in range(num_cohorts):
-            then = min(then, arrival[DISPATCH, c], arrival[COMBINE, c])
-        if then == NEVER:
-            return finish, exposed
-        # Until then everything goes on at its speed.
-        passed = then - now
-        for r in range(num_ranks):
-            computing, communicating = False, False
-            for c in range(num_cohorts):
-                if active[c, r]:
-                    left[c, r] -= passed * speed[c, r] // 1000
-                    computing = True
-                communicating = communicating or ready[0, c, r] or ready[1, c, r]
-            if communicating and not computing:
-                exposed[r] += passed
-        now = then
-        for r in range(num_ranks):
-            if host_end[r] == now:
-                kind, c = host_kind[r], host_cohort[r]
-                if kind == DISPATCH_OP:
-                    posted[DISPATCH, c, r] += 1
-                elif kind == COMBINE_OP:
-                    posted[COMBINE, c, r] += 1
-                host_end[r] = NEVER
-        for c in range(num_cohorts):
-            for r in range(num_ranks):
-                if end[c, r] == now:
-                    if keep:
-                        computed[c, r, done[c, r], 1] = now
-                    done[c, r] += 1
-                    active[c, r], end[c, r], changed = False, NEVER, True
-                    if done[c, r] == total_computed[c]:
-                        finish[c, r] = now
+                    carried += transfers[side, LOAD, c] if transfers[side, SENDING, c] else 0
+            passed = (now - link_since) * link_speed // 1000
+            link_speed, link_since, link_changed = min(1000, 1000 * rates.sharing_link_permille // carried) if carried else 1000, now, False
             for side in range(2):
-                if sending[side, c]:
-                    rest[side, c] -= passed * link_speed // 1000
-                if arrival[side, c] == now:
+                for c in range(num_cohorts):
+                    if transfers[side, SENDING, c]:
+                        transfers[side, REST, c] = max(0, transfers[side, REST, c] - passed)
+                        transfers[side, ARRIVAL, c] = now + (transfers[side, REST, c] * 1000 + link_speed - 1) // link_speed
+        # What ends next.
+        now = NEVER
+        for r in range(num_ranks):
+            now = min(now, next_end[r])
+        for c in range(num_cohorts):
+            now = min(now, transfers[DISPATCH, ARRIVAL, c], transfers[COMBINE, ARRIVAL, c])
+        if now == NEVER:
+            return finish, exposed
+        for r in range(num_ranks):
+            if next_end[r] != now:
+                continue
+            touched[r] = True
+            if host[HOST_END, r] == now:
+                kind, c = host[HOST_KIND, r], host[HOST_COHORT, r]
+                if kind == DISPATCH_OP:
+                    state[POSTED + DISPATCH, c, r] += 1
+                elif kind == COMBINE_OP:
+                    state[POSTED + COMBINE, c, r] += 1
+                host[HOST_END, r] = NEVER
+            for c in range(num_cohorts):
+                if state[END, c, r] == now:
                     if keep:
-                        moved[c, side, arrived[side, c], 1] = now
-                    arrived[side, c] += 1
-                    sending[side, c], arrival[side, c], changed = False, NEVER, True
+                        computed[c, r, state[DONE, c, r], 1] = now
+                    state[DONE, c, r] += 1
+                    state[ACTIVE, c, r], state[END, c, r], shared[r] = False, NEVER, True
+                    state[WORK_PLACE, c, r] += 1
+                    if state[WORK_LAYER, c, r] == num_layers:
+                        finish[c, r] = now
+                    if state[WORK_LAYER, c, r] == num_layers or state[WORK_PLACE, c, r] > cohorts[WAVES, c]:
+                        state[WORK_LAYER, c, r] += 1
+                        state[WORK_PLACE, c, r] = 0
+        for side in range(2):
+            for c in range(num_cohorts):
+                if transfers[side, ARRIVAL, c] == now:
+                    if keep:
+                        moved[c, side, transfers[side, ARRIVED, c], 1] = now
+                    transfers[side, ARRIVED, c] += 1
+                    transfers[side, WAVE, c] += 1
+                    if transfers[side, WAVE, c] == cohorts[WAVES, c]:
+                        transfers[side, LAYER, c] += 1
+                        transfers[side, WAVE, c] = 0
+                    transfers[side, SENDING, c], transfers[side, ARRIVAL, c], link_changed = False, NEVER, True
                     for r in range(num_ranks):
-                        ready[side, c, r] = False
+                        state[READY + side, c, r], touched[r] = False, True
