@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.config import Config
 from pipemoe.errors import InputError, PipemoeError
 from pipemoe.experts import make_experts
+from pipemoe.plan.dimensions import dimensions_of_decoder
 from pipemoe.plan.schedule import Op, Plan
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
@@ -72,7 +73,10 @@ class Model:
         except PipemoeError as e:
             error = e
         facts = {"model": decoder.fingerprint}
-        self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, facts, trial=self._trial, error=error)
+        dimensions = dimensions_of_decoder(decoder.config.to_dict(), decoder.shape)
+        self.runtime = Runtime(
+            world, decoder.shape, config, experts, decoder.dtype, facts, dimensions=dimensions, trial=self._trial, error=error
+        )
 
     def _trial(self) -> None:
         """Attend to one sequence of the most tokens that a step may bring, in the first layers."""

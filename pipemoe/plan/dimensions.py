@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipemoe.errors import ConfigError
@@ -29,7 +29,15 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
     try:
         return _BY_TYPE[config["model_type"]](config)
     except KeyError as error:
-        raise ConfigError(f"config of {config.get('model_type')!r}: no {error}; known types are {', '.join(_BY_TYPE)}") from None
+        raise ConfigError(f"config of {config.get('model_type')!r}: no {error}; known types: {', '.join(_BY_TYPE)}") from None
+
+
+def dimensions_of_decoder(config: Mapping[str, Any], shape: ModelShape) -> Dimensions:
+    """Of a loaded decoder, which knows its shape: from its config as far as that is understood."""
+    try:
+        return replace(dimensions_of(config), shape=shape)
+    except ConfigError:
+        return dimensions_of_shape(shape)
 
 
 def dimensions_of_shape(shape: ModelShape) -> Dimensions:
@@ -37,10 +45,19 @@ def dimensions_of_shape(shape: ModelShape) -> Dimensions:
     return Dimensions(shape, 4 * shape.hidden**2 + shape.hidden * shape.num_experts, 4 * shape.hidden)
 
 
-def _grouped_query(config: Mapping[str, Any], intermediate: str, num_experts: str) -> Dimensions:
+def _num_experts(config: Mapping[str, Any]) -> int:
+    """Configs on disk name it by family; transformers writes the last for all."""
+    names = ("num_experts", "n_routed_experts", "num_local_experts")
+    found = [config[name] for name in names if config.get(name)]
+    if not found:
+        raise KeyError(names[-1])
+    return found[0]
+
+
+def _grouped_query(config: Mapping[str, Any], intermediate: str) -> Dimensions:
     hidden, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     width = config.get("head_dim") or hidden // heads
-    shape = ModelShape(hidden, config[intermediate], config[num_experts], config["num_experts_per_tok"], config["num_hidden_layers"])
+    shape = ModelShape(hidden, config[intermediate], _num_experts(config), config["num_experts_per_tok"], config["num_hidden_layers"])
     attention = 2 * hidden * width * (heads + groups)
     return Dimensions(shape, attention + hidden * shape.num_experts, 4 * heads * width)
 
@@ -51,7 +68,7 @@ def _latent(config: Mapping[str, Any]) -> Dimensions:
     rope, nope, values = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
     dense = config["first_k_dense_replace"]
     num_layers = config["num_hidden_layers"] - dense
-    shape = ModelShape(hidden, intermediate, config["n_routed_experts"], config["num_experts_per_tok"], num_layers)
+    shape = ModelShape(hidden, intermediate, _num_experts(config), config["num_experts_per_tok"], num_layers)
     queries = config["q_lora_rank"] * (hidden + heads * (nope + rope)) if config["q_lora_rank"] else hidden * heads * (nope + rope)
     keys = hidden * (config["kv_lora_rank"] + rope) + config["kv_lora_rank"] * heads * (nope + values)
     attention = queries + keys + heads * values * hidden
@@ -63,7 +80,7 @@ def _latent(config: Mapping[str, Any]) -> Dimensions:
 
 
 _BY_TYPE = {
-    "qwen3_moe": lambda config: _grouped_query(config, "moe_intermediate_size", "num_experts"),
-    "mixtral": lambda config: _grouped_query(config, "intermediate_size", "num_local_experts"),
+    "qwen3_moe": lambda config: _grouped_query(config, "moe_intermediate_size"),
+    "mixtral": lambda config: _grouped_query(config, "intermediate_size"),
     "deepseek_v3": _latent,
 }
