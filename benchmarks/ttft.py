@@ -87,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--combine", choices=COMBINES, default="reduce")
     run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
     run.add_argument("--deterministic", action="store_true")
+    run.add_argument("--cost", metavar="FILE", help="measured costs for mode auto (pipemoe tune)")
     run.add_argument("--experts", default="auto", help="implementation of the experts")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("out/ttft"), metavar="DIR", help="for results, pictures and timelines (default: %(default)s)")
@@ -144,6 +145,7 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
             combine_dtype=options.combine_dtype,
             deterministic=options.deterministic,
             experts=options.experts,
+            cost=options.cost,
         )
         for mode in options.modes
     ]

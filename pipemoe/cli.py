@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
+from pipemoe.tune import add_tune_parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     doctor.set_defaults(run=_doctor)
     add_plan_parser(subcommands, _positive)
+    add_tune_parser(subcommands, _positive)
 
     options = parser.parse_args(arguments)
     try:

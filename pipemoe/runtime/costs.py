@@ -40,7 +40,6 @@ def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: to
     places = [where for *_, where in gathered]
     sharing = max(places.count(where) for where in places)
     device = gpu_named(name) if world.device.type == "cuda" else cpu(cores)
-    shape = dimensions.shape
     subject = {
         "device": name,
         "cores": cores,
@@ -50,7 +49,7 @@ def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: to
         "sum_dtype": str(sum_dtype),
         "combine": config.combine,
         "experts": config.experts,
-        "model": [shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dimensions.dense_weights, dimensions.pair_flops],
+        "model": model_key(dimensions),
         "torch": torch.__version__,
         "pipemoe": pipemoe.__version__,
     }
@@ -63,3 +62,9 @@ def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: to
     return default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device
     ), subject
+
+
+def model_key(dimensions: Dimensions) -> list[int]:
+    """What of a model decides its costs; not how many layers it has."""
+    shape = dimensions.shape
+    return [shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dimensions.dense_weights, dimensions.pair_flops]

@@ -215,7 +215,7 @@ class Runtime:
 
         engine.wait(ready, f"step {engine.step}")
         if timeline is not None:
-            timeline.take(run.completed)
+            timeline.take(run.completed, run.issue_seconds)
         if self.config.debug:
             self._check_issued(plan, only)
         if not future.done():
