@@ -30,7 +30,8 @@ from bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError
 from pipemoe.plan.schedule import COMBINES, MODES
 from ttft_inputs import Step, Workload, rank_tokens_workload, trace_workload, without_last_rank
-from ttft_models import PRESETS, BenchModel
+from pipemoe.plan.model_configs import MODEL_CONFIGS
+from ttft_models import BenchModel
 from ttft_table import ttft_table
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ DEFAULTS = {
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = RankParser(description="Time to first token, every mode on the same inputs.")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help=f"{', '.join(PRESETS)}, or the path of a Hugging Face checkpoint (default: small on a CPU, else qwen3-30b-a3b)")
+    model.add_argument("--model", help=f"{', '.join(MODEL_CONFIGS)}, or the path of a Hugging Face checkpoint (default: small on a CPU, else qwen3-30b-a3b)")
     model.add_argument("--layers", type=positive(int), help="only the first N decoder layers (default: all; 8 where --model is not given on a GPU)")
     model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     model.add_argument("--seed", type=int, default=0, help="of token ids, and of weights where there is no checkpoint")
@@ -86,6 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--combine", choices=COMBINES, default="reduce")
     run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
     run.add_argument("--deterministic", action="store_true")
+    run.add_argument("--cost", metavar="FILE", help="measured costs for mode auto (pipemoe tune)")
     run.add_argument("--experts", default="auto", help="implementation of the experts")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("out/ttft"), metavar="DIR", help="for results, pictures and timelines (default: %(default)s)")
@@ -143,6 +145,7 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
             combine_dtype=options.combine_dtype,
             deterministic=options.deterministic,
             experts=options.experts,
+            cost=options.cost,
         )
         for mode in options.modes
     ]

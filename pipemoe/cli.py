@@ -6,6 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from pipemoe.errors import FatalError, PipemoeError
+from pipemoe.plan_command import add_plan_parser
+from pipemoe.tune import add_tune_parser
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status of the process."""
@@ -21,7 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.add_argument("--slots", type=_positive, default=4, help="cohort slots that need room (default %(default)s)")
     doctor.add_argument("--ranks-per-gpu", type=_positive, default=1, help="ranks that share a GPU (default %(default)s)")
 
+    doctor.set_defaults(run=_doctor)
+    add_plan_parser(subcommands, _positive)
+    add_tune_parser(subcommands, _positive)
+
     options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except FatalError:
+        raise
+    except PipemoeError as error:
+        print(f"pipemoe {options.subcommand}: {error}", file=sys.stderr)
+        return 2
+
+
+def _doctor(options: argparse.Namespace) -> int:
     from pipemoe.doctor import examine, report
 
     findings = examine(num_slots=options.slots, ranks_per_gpu=options.ranks_per_gpu)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.config import Config
 from pipemoe.errors import InputError, PipemoeError
 from pipemoe.experts import make_experts
+from pipemoe.plan.dimensions import dimensions_of_decoder
 from pipemoe.plan.schedule import Op, Plan
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
@@ -77,7 +78,17 @@ class Model:
         facts = {"model": decoder.fingerprint}
         kept_bytes = config.max_tokens_per_rank * decoder.kept_bytes_per_token() if config.cuts_sequences else 0
         self.runtime = Runtime(
-            world, decoder.shape, config, experts, decoder.dtype, facts, trial=self._trial, kept_bytes=kept_bytes, prepare=self._capture, error=error
+            world,
+            decoder.shape,
+            config,
+            experts,
+            decoder.dtype,
+            facts,
+            dimensions=dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
+            trial=self._trial,
+            kept_bytes=kept_bytes,
+            prepare=self._capture,
+            error=error,
         )
 
     def _trial(self) -> None:

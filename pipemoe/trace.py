@@ -28,10 +28,12 @@ class Timeline:
 
     def __init__(self, spans: Iterable[Span] = ()) -> None:
         self.spans = list(spans)
+        self.issue_seconds: list[tuple[Op, float]] = []  # that the engine's thread took to issue each operation
 
-    def take(self, completed: Iterable[tuple[Op, Event]]) -> None:
+    def take(self, completed: Iterable[tuple[Op, Event]], issue_seconds: Iterable[tuple[Op, float]] = ()) -> None:
         """Add the operations of a run that was timed."""
         self.spans += [Span(op, *event.span()) for op, event in completed]
+        self.issue_seconds += issue_seconds
 
     def busy(self, kinds: tuple[OpKind, ...]) -> list[Interval]:
         """When at least one operation of `kinds` ran, as disjoint intervals in order."""

@@ -20,9 +20,11 @@ import numpy as np
 
 from pipemoe.errors import ConfigError, InputError
 
-MODES = ("padded", "chunked", "broadcast", "two_batch", "per_rank", "pipelined")
+MODES = ("padded", "chunked", "broadcast", "two_batch", "per_rank", "pipelined", "auto")
 UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many tokens there are
+MAX_GROUPS = 4  # dispatches of one cohort under way at once, on a rank
 COMBINES = ("reduce", "gather")
+OBJECTIVES = ("mean", "slowest", "p50")  # of the sequences' times to first token
 
 
 class OpKind(IntEnum):
@@ -140,21 +142,29 @@ class PlanConfig:
     moe_max_num_tokens: rows that enter the fused MoE at once. max_tokens_per_rank: tokens a rank may bring to one step;
     it sizes the workspace of the uncapped baselines. num_slots: cohorts that may be under way at once.
     combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank order. pipelined_ratio: ranks
-    whose token counts differ by no more than this factor share a cohort.
+    whose token counts differ by no more than this factor share a cohort. Mode "auto" takes the cohorts with the lowest predicted
+    `objective` of the sequences' times to first token ("mean", "slowest", "p50") among those whose slowest is at most
+    `makespan_budget` (a fraction) above the lowest possible.
     """
 
-    mode: str = "pipelined"
+    mode: str = "auto"
     moe_max_num_tokens: int = 8192
     max_tokens_per_rank: int = 16384
     num_slots: int = 4
     combine: str = "reduce"
     pipelined_ratio: int = 4
+    objective: str = "mean"
+    makespan_budget: float = 0.10
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         if self.combine not in COMBINES:
             raise ConfigError(f"combine is {self.combine!r}; it must be one of {', '.join(COMBINES)}")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
+        if not isinstance(self.makespan_budget, (int, float)) or not 0 <= self.makespan_budget <= 100:
+            raise ConfigError(f"makespan_budget is {self.makespan_budget!r}; it must be a fraction from 0 (0.1 is 10 %) to 100")
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
@@ -176,7 +186,7 @@ class PlanConfig:
     @property
     def cuts_sequences(self) -> bool:
         """May a plan put parts of one sequence into several cohorts?"""
-        return self.mode == "two_batch"
+        return self.mode in ("two_batch", "auto")
 
     def max_wave_rows(self, num_ranks: int) -> int:
         """Rows that a wave's buffers must hold; depends on the configuration alone."""

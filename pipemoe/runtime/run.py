@@ -13,21 +13,20 @@ communicators differently, which is safe only as long as one stream never holds 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import Transport, WaveSums
-from pipemoe.plan.schedule import Op, OpKind, Plan, Segment, Wave
+from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
     from pipemoe.runtime.workspace import Workspace
-
-MAX_GROUPS = 4  # dispatches of one cohort under way at once
 
 LANE_OF = {
     OpKind.ATTEND: "compute",
@@ -97,6 +96,7 @@ class Run:
         self._attended: dict[tuple[int, int], Event] = {}
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
         self.completed: list[tuple[Op, Event]] = []
+        self.issue_seconds: list[tuple[Op, float]] = []  # what the engine's thread took, if timed
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
@@ -115,7 +115,10 @@ class Run:
         while (op := self._next()) is not None:
             self._on_progress(op)
             self._cohorts[op.cohort].positions.popleft()
+            begin = time.perf_counter()
             event = self._issue(op)
+            if self._timed:
+                self.issue_seconds.append((op, time.perf_counter() - begin))
             self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append((op, event))
             self._lanes.poll()
         return not any(self._under_way.values()) and not any(c.positions for c in self._cohorts)

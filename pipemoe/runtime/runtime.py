@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.comm.exchange import check_lengths, decode_step, encode_step
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError, MismatchError, ModelError, PipemoeError
-from pipemoe.plan.cost import CostModel
+from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
+from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
 from pipemoe.runtime.reserve import reserve, reserve_pinned
@@ -49,15 +50,17 @@ class Runtime:
         dtype: torch.dtype,
         facts: dict[str, str],
         *,
+        dimensions: Dimensions | None = None,
         trial: Callable[[], None] | None = None,
         kept_bytes: int = 0,
         prepare: Callable[[int, torch.dtype], None] | None = None,
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
-        be equal on all ranks, by name. trial: model code as large as an attend may run; on a GPU it is run once in every lane,
-        and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer. prepare: run there
-        once after that, with the number of the slot and the results' dtype. error: what went wrong on this rank before it got here; raised on every rank."""
+        be equal on all ranks, by name. dimensions: of the whole model, for its cost (default: attention as of `shape`). trial: model
+        code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
+        `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
+        and the results' dtype. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
         self.world, self.shape = world, shape
@@ -66,9 +69,10 @@ class Runtime:
         except ConfigError as e:
             error = error or e
         self.config = config
-        self.cost = CostModel()
         self.wire = WireFormat(shape.hidden, shape.top_k, dtype)
         self.combine_dtype = self._combine_dtype(dtype)
+        self.cost, self.cost_subject = runtime_cost(world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype)
+        self._compile_planner()
         facts = self._facts(facts)
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
@@ -81,6 +85,13 @@ class Runtime:
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._announce: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
+
+    def _compile_planner(self) -> None:
+        """Plan something on rank 0 first: what it compiles (half a minute, once per machine) the others find in the cache."""
+        for turn in (self.world.rank == 0, self.world.rank != 0):
+            if turn:
+                make_plan(Facts(((1, 2), *((1,),) * (self.world.size - 1))), self.shape, self.config, self.cost)
+            self.world.all_gather(b"", "compiling the planner")
 
     @property
     def workspace_bytes(self) -> int:
@@ -162,7 +173,7 @@ class Runtime:
         import pipemoe
 
         facts = dict(facts, pipemoe=pipemoe.__version__, torch=torch.__version__, device=self.world.device.type, dtype=str(self.wire.dtype))
-        facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items()}
+        facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items() if name != "cost"}
         facts |= {f"cost of {name}": str(value) for name, value in asdict(self.cost).items()}
         if self.world.device.type == "cuda" and self.world.size > 1:
             from pipemoe.comm import nccl
@@ -227,7 +238,7 @@ class Runtime:
 
         engine.wait(ready, f"step {engine.step}")
         if timeline is not None:
-            timeline.take(run.completed)
+            timeline.take(run.completed, run.issue_seconds)
         if self.config.debug:
             self._check_issued(plan, only)
         if not future.done():

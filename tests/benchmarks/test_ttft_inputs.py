@@ -9,7 +9,8 @@ import torch
 
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from ttft_inputs import rank_tokens_workload, trace_workload, without_last_rank
-from ttft_models import PRESETS, BenchModel
+from pipemoe.plan.model_configs import MODEL_CONFIGS
+from ttft_models import BenchModel
 
 SHAPE = {"first": 0, "num_requests": 7, "scale": 0.5, "prompts_per_step": 1}
 
@@ -54,7 +55,7 @@ def test_rank_tokens_are_one_step():
         rank_tokens_workload("0,0", 2)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
 def test_presets_are_configs_that_can_be_cut(name):
     from pipemoe.models.config import read_config
     from pipemoe.models.families import check_config
@@ -65,11 +66,11 @@ def test_presets_are_configs_that_can_be_cut(name):
         config, directory = read_config(source)
         assert directory is None and config.num_hidden_layers == layers
         assert len(check_config(config).moe_layers(config)) == 1
-    assert PRESETS[name]["num_hidden_layers"] == model.num_layers  # cutting left the preset as it was
+    assert MODEL_CONFIGS[name]["num_hidden_layers"] == model.num_layers  # cutting left the preset as it was
 
 
 def test_a_checkpoint_is_cut_by_links(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**PRESETS["small"], "layer_types": ["full_attention"] * 8}))
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL_CONFIGS["small"], "layer_types": ["full_attention"] * 8}))
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     model = BenchModel(str(tmp_path), layers=6)
     assert model.num_layers == 6 and model.name == tmp_path.name

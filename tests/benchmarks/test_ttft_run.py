@@ -10,7 +10,7 @@ import results_schema
 import ttft
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.schedule import MODES
-from ttft_models import PRESETS
+from pipemoe.plan.model_configs import MODEL_CONFIGS
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 97}
 
@@ -20,7 +20,7 @@ def arguments(tmp_path):
     """arguments(more...) -> parsed options of a job that takes seconds."""
 
     def arguments(*more: str):
-        (tmp_path / "tiny.json").write_text(json.dumps({**PRESETS["small"], **TINY}))
+        (tmp_path / "tiny.json").write_text(json.dumps({**MODEL_CONFIGS["small"], **TINY}))
         small = ["--model", str(tmp_path / "tiny.json"), "--num-requests", "5", "--scale", "0.02", "--rounds", "2", "--moe-max-num-tokens", "16"]
         return ttft.parse([*small, "--device", "cpu", "--out", str(tmp_path / "out"), *more])
 

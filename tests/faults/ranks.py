@@ -12,7 +12,7 @@ import sys
 import torch
 
 import pipemoe
-from pipemoe.plan.cost import CostModel, OpCost
+from pipemoe.plan.cost import AttendCost, CostModel
 from pipemoe.plan.schedule import OpKind
 from tests.moe_cases import make_layers
 from tests.runtime.hold import Hold
@@ -74,7 +74,7 @@ def main(fault: str, folder: str) -> None:
     if fault == "transport" and culprit:
         world.transport.dispatch = broken
     elif fault == "plan" and culprit:
-        runtime.cost = CostModel(attend=OpCost(1, 1))  # after the comparison of configurations: only the digest can tell
+        runtime.cost = CostModel(attend=AttendCost(fixed_ns=10**8))  # after the comparison of configurations: only the digest can tell
         runtime._plans.clear()
     elif fault == "absent" and culprit:
         signal.pause()

@@ -1,0 +1,51 @@
+"""The JSON file of a measured cost model: what `pipemoe tune` writes, and `Config.cost` names.
+
+    {"schema": "pipemoe.cost/1", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
+
+The subject says what was measured; a file is used for exactly that and refused for all else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipemoe.errors import ConfigError
+from pipemoe.plan.cost import CostModel, cost_from_dict
+
+SCHEMA = "pipemoe.cost/1"
+
+
+def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: CostModel) -> None:
+    """Readers see the old file or the whole new one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text(json.dumps({"schema": SCHEMA, "subject": dict(subject), "cost": asdict(cost)}, indent=1) + "\n")
+    partial.replace(target)
+
+
+def read_cost(path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:
+    """The cost model in a file. Raises ConfigError, naming the first difference, if it is of another `subject` (None: any will
+    do), of another version, or no such file at all."""
+    try:
+        document = json.loads(Path(path).read_text())
+        schema, found = document["schema"], document["subject"]
+        if schema != SCHEMA:
+            raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
+        cost = cost_from_dict(document["cost"])
+        for key in sorted({*found, *(subject or found)}):
+            wanted = found.get(key) if subject is None else subject.get(key)
+            if found.get(key) != wanted:
+                raise ConfigError(f"{path}: measured with {key} {found.get(key)!r}, but here it is {wanted!r}; run pipemoe tune again")
+    except ConfigError as error:
+        raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; pipemoe tune writes such a file") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no cost file: {type(error).__name__}: {error}") from None
+    return cost

@@ -1,0 +1,42 @@
+"""The devices known by name, with the peak rates that default costs are derived from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Peak rates of one device. `flops`: dense bfloat16 (float32 on a CPU), per second. `link`: bytes per second, one direction.
+
+    `cores`: what computes side by side at full speed: 0 for a GPU of its own per rank, else cores that all ranks share.
+    """
+
+    name: str
+    flops: int
+    memory_bandwidth: int  # bytes per second
+    link_bandwidth: int
+    num_sms: int
+    cores: int = 0
+
+
+# Sources: NVIDIA's data sheets. H200 and H100 SXM (sparse 1,979 TFLOP/s bf16, so 989 dense; HBM3e 4.8, HBM3 3.35 TB/s; NVLink
+# 900 GB/s both ways), A100 SXM 80 GB (312 TFLOP/s, 2,039 GB/s, 600 GB/s), HGX B200 per GPU (4.5 PFLOP/s sparse bf16, so 2.25
+# dense; 8 TB/s; NVLink 1.8 TB/s both ways; 148 SMs). SM counts: the architecture white papers.
+GPUS: dict[str, Device] = {
+    "h200": Device("h200", 989 * 10**12, 4800 * 10**9, 450 * 10**9, 132),
+    "h100": Device("h100", 989 * 10**12, 3350 * 10**9, 450 * 10**9, 132),
+    "a100": Device("a100", 312 * 10**12, 2039 * 10**9, 300 * 10**9, 108),
+    "b200": Device("b200", 2250 * 10**12, 8000 * 10**9, 900 * 10**9, 148),
+}
+UNKNOWN_GPU = GPUS["a100"]
+
+
+def cpu(cores: int) -> Device:
+    """A host of `cores` cores, with the rates per core of a present server core in float32 through a BLAS library."""
+    return Device("cpu", 50 * 10**9, 10 * 10**9, 4 * 10**9, 0, cores)
+
+
+def gpu_named(name: str) -> Device:
+    """The GPU whose preset's name is part of `name` (as a driver says it); one with modest rates if there is none."""
+    return next((device for key, device in GPUS.items() if key in name.lower()), UNKNOWN_GPU)

@@ -1,0 +1,112 @@
+"""From measured times to a cost model: non-negative least squares on relative errors, one kind of operation at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, product
+
+import numpy as np
+
+from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, experts_busy, rates_of
+from pipemoe.plan.schedule import ModelShape
+
+
+@dataclass
+class Samples:
+    """What was measured, all times in ns. host: by the names of HostCost, without the unit."""
+
+    attend: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, pairs of query and key
+    experts: list[tuple[int, float]] = field(default_factory=list)  # rows of the wave
+    dispatch: list[tuple[int, int, float]] = field(default_factory=list)  # segments, rows
+    combine: list[tuple[int, int, float]] = field(default_factory=list)
+    host: dict[str, list[float]] = field(default_factory=dict)
+    finish: list[float] = field(default_factory=list)
+
+
+def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: int) -> CostModel:
+    """`start` with everything replaced that the samples tell. Raises ValueError if a kind of operation was never measured."""
+    host = {f"{name}_ns": round(float(np.median(values))) for name, values in samples.host.items() if values}
+    host_cost = replace(start.host, **host)
+    return CostModel(
+        attend=_fit_attend(samples.attend, start.attend, host_cost.attend_ns),
+        experts=_fit_experts(samples.experts, start, shape, num_ranks, host_cost),
+        dispatch=_fit_exchange(samples.dispatch),
+        combine=_fit_exchange(samples.combine),
+        host=host_cost,
+        sharing=start.sharing,
+        finish_ns=round(float(np.median(samples.finish))) if samples.finish else start.finish_ns,
+    )
+
+
+def least_squares(features: Sequence[Sequence[float]], values: Sequence[float]) -> np.ndarray:
+    """Coefficients >= 0 of the linear model with the smallest squared relative errors; tries every set of columns."""
+    matrix, wanted = np.asarray(features, float), np.asarray(values, float)
+    if not len(wanted):
+        raise ValueError("nothing was measured")
+    matrix = matrix / wanted[:, None]
+    best, least = np.zeros(matrix.shape[1]), np.inf
+    for count in range(1, matrix.shape[1] + 1):
+        for columns in combinations(range(matrix.shape[1]), count):
+            found = np.linalg.lstsq(matrix[:, columns], np.ones(len(wanted)), rcond=None)[0]
+            error = float(np.sum((matrix[:, columns] @ found - 1) ** 2))
+            if (found >= 0).all() and error < least * (1 - 1e-6):
+                best, least = np.zeros(matrix.shape[1]), error
+                best[list(columns)] = found
+    return best
+
+
+def _fit_attend(samples, start: AttendCost, host_ns: int) -> AttendCost:
+    fixed, row, pair = least_squares([(1, rows, pairs) for rows, pairs, _ in samples], [ns for *_, ns in samples])
+    if fixed <= 1.2 * host_ns and host_ns > start.fixed_ns:  # bound by its issuing: what the device alone takes stays unseen
+        return AttendCost(start.fixed_ns, start.weights_ns, round(row * 1e3), round(pair * 1e6))
+    weights = min(start.weights_ns, round(fixed))
+    return AttendCost(round(fixed) - weights, weights, round(row * 1e3), round(pair * 1e6))
+
+
+def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, host: HostCost) -> ExpertsCost:
+    """Two scales: of what grows with the experts hit, of what grows with the rows."""
+    hits = replace(start.experts, pair_ps=0, row_ps=0)
+    grows = replace(start.experts, expert_ns=0)
+
+    def busy(cost: ExpertsCost, rows: int) -> int:
+        return experts_busy(rates_of(replace(start, experts=cost)), rows, shape.num_experts, shape.top_k, num_ranks)
+
+    fixed, read, compute = least_squares([(1, busy(hits, rows), busy(grows, rows)) for rows, _ in samples], [ns for _, ns in samples])
+    old = start.experts
+    if fixed <= 1.2 * host.experts_ns and host.experts_ns > old.fixed_ns:
+        fixed = old.fixed_ns
+    return ExpertsCost(round(fixed), round(read * old.expert_ns), round(compute * old.pair_ps), round(compute * old.row_ps), old.tile_rows)
+
+
+def _fit_exchange(samples) -> ExchangeCost:
+    fixed, segment, row = least_squares([(1, segments, rows) for segments, rows, _ in samples], [ns for *_, ns in samples])
+    return ExchangeCost(round(fixed), round(segment), round(row * 1e3))
+
+
+def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
+    """Adjust what cannot be measured alone, how operations slow one another, to whole steps. log_error: of predictions by a cost
+    model, the smaller the better. Compute, latencies and issuing may be scaled by up to two, contention set from 0 to 100 %."""
+    best, least = cost, log_error(cost)
+    for compute, latency, slowdown in product((700, 1000, 1400, 2000), (500, 700, 1000, 1400, 2000), (0, 100, 250, 500, 1000)):
+        trial = _scaled(cost, compute, latency, slowdown)
+        error = log_error(trial)
+        if error < least - 1e-9:
+            best, least = trial, error
+    return best
+
+
+def _scaled(cost: CostModel, compute: int, latency: int, slowdown: int) -> CostModel:
+    """compute, latency in thousandths of what they were."""
+
+    def by(part, permille: int, *names: str):
+        return replace(part, **{name: getattr(part, name) * permille // 1000 for name in names})
+
+    return replace(
+        cost,
+        attend=by(cost.attend, compute, "fixed_ns", "weights_ns", "row_ps", "pair_fs"),
+        experts=by(cost.experts, compute, "fixed_ns", "expert_ns", "pair_ps", "row_ps"),
+        dispatch=by(cost.dispatch, latency, "fixed_ns", "segment_ns"),
+        combine=by(cost.combine, latency, "fixed_ns", "segment_ns"),
+        sharing=replace(cost.sharing, slowdown_permille=slowdown),
+    )

@@ -1,0 +1,172 @@
+"""What one layer of every cohort costs on every rank: cohorts cut into waves, and their operations priced. Compiled.
+
+    microbatches  int64 [M, 4]  cohort, rank, start, stop; by cohort, in the order in which they fill its waves
+    segments      int64 [S, 5]  cohort, wave, rank, start, stop
+    starts        int64 [.]     where each sequence starts, rank after rank, each with its end; rank r's from first[r] on
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import numpy as np
+from numba import njit
+
+from pipemoe.plan.cost import attend_busy, experts_busy
+
+ALONE, BUSY = 0, 1
+DISPATCH, COMBINE = 0, 1
+
+# num_waves [C]. compute [C, R, 2 + W, 2]: attend, experts of each wave, finish; ns alone and ns busy. exchange [C, 2, W, 2]:
+# dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
+# cohort holds. causal [C, C]: does the cohort read keys and values of the other?
+LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "causal"])
+
+
+@njit(cache=True, error_model="numpy")
+def cut_waves(microbatches, num_cohorts, limit):
+    """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even sizes (no
+    tiny last wave)."""
+    rows = np.zeros(num_cohorts, np.int64)
+    for m in range(len(microbatches)):
+        rows[microbatches[m, 0]] += microbatches[m, 3] - microbatches[m, 2]
+    num_waves, sizes = np.empty(num_cohorts, np.int64), np.empty(num_cohorts, np.int64)
+    most, total = 0, 0
+    for c in range(num_cohorts):
+        count = (rows[c] + limit - 1) // limit
+        sizes[c] = (rows[c] + count - 1) // count
+        num_waves[c] = (rows[c] + sizes[c] - 1) // sizes[c]
+        most, total = max(most, num_waves[c]), total + num_waves[c]
+    wave_rows = np.zeros((num_cohorts, most), np.int64)
+    segments = np.empty((len(microbatches) + total, 5), np.int64)
+    count, wave, cohort = 0, 0, -1
+    for m in range(len(microbatches)):
+        if microbatches[m, 0] != cohort:
+            cohort, wave = microbatches[m, 0], 0
+        start, stop = microbatches[m, 2], microbatches[m, 3]
+        while start < stop:
+            if wave_rows[cohort, wave] == sizes[cohort]:
+                wave += 1
+            take = min(stop - start, sizes[cohort] - wave_rows[cohort, wave])
+            segments[count, 0], segments[count, 1], segments[count, 2] = cohort, wave, microbatches[m, 1]
+            segments[count, 3], segments[count, 4] = start, start + take
+            wave_rows[cohort, wave] += take
+            start += take
+            count += 1
+    return segments[:count].copy(), wave_rows, num_waves
+
+
+@njit(cache=True, error_model="numpy")
+def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, padded):
+    """Price the operations of a layer. gather: peers send partial sums to the owner. padded: one all-gather, one reduce-scatter."""
+    num_cohorts, most_waves = wave_rows.shape
+    num_ranks = len(first) - 1
+    compute = np.zeros((num_cohorts, num_ranks, 2 + most_waves, 2), np.int64)
+    exchange = np.zeros((num_cohorts, 2, most_waves, 2), np.int64)
+    own = np.zeros((num_cohorts, num_ranks, most_waves), np.bool_)
+    ends = np.zeros((num_cohorts, num_ranks), np.int64)
+    rows = np.zeros((num_cohorts, num_ranks), np.int64)
+    pairs = np.zeros((num_cohorts, num_ranks), np.int64)
+    owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
+    calls = np.zeros((num_cohorts, most_waves), np.int64)
+    for i in range(len(segments)):
+        c, w, r, start, stop = segments[i, 0], segments[i, 1], segments[i, 2], segments[i, 3], segments[i, 4]
+        own[c, r, w] = True
+        owned[c, w, r] += stop - start
+        rows[c, r] += stop - start
+        calls[c, w] += 1
+        for s in range(first[r], first[r + 1] - 1):
+            if starts[s] >= stop:
+                break
+            a, b = max(start, starts[s]) - starts[s], min(stop, starts[s + 1]) - starts[s]
+            if a < b:
+                pairs[c, r] += (b * (b + 1) - a * (a + 1)) // 2
+                ends[c, r] += starts[s] + b == starts[s + 1]
+    for c in range(num_cohorts):
+        for w in range(num_waves[c]):
+            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks)
+            for r in range(num_ranks):
+                compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
+            num_calls = 1 if padded else calls[c, w]
+            busy = wave_rows[c, w] * rates.dispatch_row_ps // 1000
+            exchange[c, DISPATCH, w, ALONE] = rates.dispatch_fixed_ns + num_calls * rates.dispatch_segment_ns + busy
+            exchange[c, DISPATCH, w, BUSY] = busy
+            moved = wave_rows[c, w]
+            if gather:
+                most = 0
+                for r in range(num_ranks):
+                    most = max(most, owned[c, w, r])
+                moved = (num_ranks - 1) * most
+            busy = moved * rates.combine_row_ps // 1000
+            exchange[c, COMBINE, w, ALONE] = rates.combine_fixed_ns + num_calls * rates.combine_segment_ns + busy
+            exchange[c, COMBINE, w, BUSY] = busy
+        for r in range(num_ranks):
+            if rows[c, r]:
+                busy = attend_busy(rates, rows[c, r], pairs[c, r])
+                compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
+                finish = 1 + most_waves
+                compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
+    return LayerCosts(num_waves, compute, exchange, own, ends, causal)
+
+
+@njit(cache=True, error_model="numpy")
+def causal_matrix(microbatches, num_cohorts, starts, first):
+    """[C, C]: does the row's cohort continue a sequence of which the column's holds an earlier chunk?"""
+    causal = np.zeros((num_cohorts, num_cohorts), np.bool_)
+    for later in range(len(microbatches)):
+        c, r, start = microbatches[later, 0], microbatches[later, 1], microbatches[later, 2]
+        s = first[r]
+        while starts[s + 1] <= start:
+            s += 1
+        if starts[s] == start:
+            continue
+        for earlier in range(len(microbatches)):
+            e = microbatches[earlier, 0]
+            if microbatches[earlier, 1] == r and microbatches[earlier, 2] < start and microbatches[earlier, 3] > starts[s] and e != c:
+                causal[c, e] = True
+    return causal
+
+
+@njit(cache=True, error_model="numpy")
+def _alike(costs, host_attend_ns, a, b):
+    for c in range(costs.compute.shape[0]):
+        if costs.own[c, a, 0] != costs.own[c, b, 0]:
+            return False
+        x, y = max(costs.compute[c, a, 0, ALONE], host_attend_ns), max(costs.compute[c, b, 0, ALONE], host_attend_ns)
+        if abs(x - y) * 16 > max(x, y):
+            return False
+        for w in range(1, costs.num_waves[c]):
+            if costs.own[c, a, w] != costs.own[c, b, w]:
+                return False
+    return True
+
+
+@njit(cache=True, error_model="numpy")
+def merge_alike_ranks(costs, host_attend_ns):
+    """The same costs with one rank for all whose attention differs by less than a sixteenth, the first with most, and how many
+    each stands for. host_attend_ns: to issue an attend; no attend is faster."""
+    num_cohorts, num_ranks, num_works = costs.compute.shape[0], costs.compute.shape[1], costs.compute.shape[2]
+    class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
+    count = 0
+    for r in range(num_ranks):
+        k = 0
+        while k < count and not _alike(costs, host_attend_ns, r, chosen[k]):
+            k += 1
+        class_of[r] = k
+        if k == count:
+            chosen[count] = r
+            count += 1
+    compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
+    own = np.empty((num_cohorts, count, costs.own.shape[2]), np.bool_)
+    ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
+    for c in range(num_cohorts):
+        for k in range(count):
+            for w in range(num_works):
+                compute[c, k, w, 0], compute[c, k, w, 1] = costs.compute[c, chosen[k], w, 0], costs.compute[c, chosen[k], w, 1]
+            for w in range(costs.own.shape[2]):
+                own[c, k, w] = costs.own[c, chosen[k], w]
+        for r in range(num_ranks):
+            ends[c, class_of[r]] += costs.ends[c, r]
+    for r in range(num_ranks):
+        weight[class_of[r]] += 1
+    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.causal), weight

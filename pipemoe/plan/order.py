@@ -1,0 +1,74 @@
+"""The total order: operations by when they would start if every cohort ran alone, held up only by causality and by its slot."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH
+from pipemoe.plan.simulator_core import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
+
+
+@njit(cache=True, error_model="numpy")
+def order_keys(costs, rates, num_slots, num_layers):
+    """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
+    num_waves = costs.num_waves
+    num_cohorts = len(num_waves)
+    keys = np.zeros((num_cohorts, num_layers * (1 + 3 * (costs.compute.shape[2] - 2)) + 1), np.int64)
+    attended = np.zeros((num_cohorts, num_layers), np.int64)
+    finished = np.zeros(num_cohorts, np.int64)
+    for c in range(num_cohorts):
+        template = layer_template(num_waves[c])
+        nanoseconds = np.empty(len(template), np.int64)
+        for j in range(len(template)):
+            kind, wave = template[j, 0], template[j, 1]
+            if kind == ATTEND_OP:
+                nanoseconds[j] = rates.host_attend_ns
+                for r in range(costs.compute.shape[1]):
+                    nanoseconds[j] = max(nanoseconds[j], costs.compute[c, r, 0, ALONE])
+            elif kind == DISPATCH_OP:
+                nanoseconds[j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
+            elif kind == COMBINE_OP:
+                nanoseconds[j] = max(costs.exchange[c, COMBINE, wave, ALONE], rates.host_combine_ns)
+            else:
+                nanoseconds[j] = max(costs.compute[c, 0, 1 + wave, ALONE], rates.host_experts_ns)
+        now = finished[c - num_slots] if c >= num_slots else 0
+        at = 0
+        for layer in range(num_layers):
+            for j in range(len(template)):
+                if j == 0:
+                    for e in range(c):
+                        if costs.causal[c, e]:
+                            now = max(now, attended[e, layer])
+                keys[c, at] = now
+                at += 1
+                now += nanoseconds[j]
+                if j == 0:
+                    attended[c, layer] = now
+        keys[c, at] = now
+        finished[c] = now + 1
+    return keys
+
+
+@njit(cache=True, error_model="numpy")
+def merge_orders(keys, num_waves, num_layers):
+    """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower cohort."""
+    num_cohorts = len(num_waves)
+    sizes = 1 + 3 * num_waves
+    heads = np.zeros(num_cohorts, np.int64)
+    order = np.empty((num_layers * sizes.sum() + num_cohorts, 4), np.int32)
+    templates = [layer_template(waves) for waves in num_waves]
+    for at in range(len(order)):
+        best = -1
+        for c in range(num_cohorts):
+            if heads[c] <= num_layers * sizes[c] and (best < 0 or keys[c, heads[c]] < keys[best, heads[best]]):
+                best = c
+        n = heads[best]
+        heads[best] += 1
+        order[at, 1] = best
+        if n == num_layers * sizes[best]:
+            order[at, 0], order[at, 2], order[at, 3] = FINISH_OP, num_layers - 1, 0
+        else:
+            layer, place = n // sizes[best], n % sizes[best]
+            order[at, 0], order[at, 2], order[at, 3] = templates[best][place, 0], layer, templates[best][place, 1]
+    return order

@@ -1,0 +1,75 @@
+"""What `pipemoe plan` prints: candidates, predicted times, a timeline in letters. Text only, no decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipemoe.plan.auto import Candidate
+from pipemoe.plan.schedule import OpKind, Plan
+from pipemoe.plan.simulator import Prediction
+
+_LETTERS = {OpKind.ATTEND: "a", OpKind.EXPERTS: "E", OpKind.FINISH: "f", OpKind.DISPATCH: ">", OpKind.COMBINE: "<"}
+_LANES = (("compute", (OpKind.ATTEND, OpKind.EXPERTS, OpKind.FINISH)), ("exchange", (OpKind.DISPATCH, OpKind.COMBINE)))
+
+
+def milliseconds(nanoseconds: int | float | None) -> str:
+    return "-" if nanoseconds is None else f"{nanoseconds / 1e6:.2f}"
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as need be; all but the first to the right. The first line is the heading."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines
+    )
+
+
+def candidates_table(candidates: Sequence[Candidate]) -> str:
+    lines = [["candidate", "cohorts", "mean ms", "p50 ms", "slowest ms", ""]]
+    for c in candidates:
+        lines.append([c.name, str(len(c.assignment)), *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
+    return table(lines)
+
+
+def ranks_table(plan: Plan, prediction: Prediction) -> str:
+    lines = [["rank", "tokens", "TTFT ms", "exposed comm ms"]]
+    for rank, tokens in enumerate(plan.facts.tokens):
+        lines.append([str(rank), str(tokens), milliseconds(prediction.ttft[rank]), milliseconds(prediction.exposed[rank])])
+    return table(lines)
+
+
+def cohorts_lines(plan: Plan) -> str:
+    """One line per cohort: its microbatches and waves."""
+    lines = []
+    for c, cohort in enumerate(plan.cohorts):
+        parts = [f"{m.rank}[{m.start}:{m.stop}]" for m in cohort.microbatches]
+        rows = sum(wave.num_rows for wave in cohort.waves)
+        count = len(cohort.waves)
+        lines.append(f"cohort {c}: {rows} rows in {count} wave{'s' if count > 1 else ''}, rank[tokens] {' '.join(parts)}")
+    return "\n".join(lines)
+
+
+def timeline_text(plan: Plan, prediction: Prediction, *, num_layers: int, width: int) -> str:
+    """The first layers on the first two ranks whose tokens differ, a letter per piece of time.
+
+    prediction: with spans. Per rank and cohort: a attend, E experts, f finish; > dispatch, < combine.
+    """
+    layers = range(min(num_layers, plan.shape.num_layers))
+    chosen: dict[int, int] = {}
+    for rank, tokens in enumerate(plan.facts.tokens):
+        chosen.setdefault(tokens, rank)
+    ranks = sorted(sorted(chosen.values(), key=lambda rank: (-plan.facts.tokens[rank], rank))[:1] + sorted(chosen.values(), key=lambda rank: (plan.facts.tokens[rank], rank))[:1])
+    ranks = sorted(set(ranks))
+    spans = {rank: [s for s in prediction.spans[rank] if s[0].layer in layers and s[1][0] < s[1][1]] for rank in ranks}
+    end = max((stop for of_rank in spans.values() for _, (_, stop) in of_rank), default=1)
+    lines = [f"first {len(layers)} layers, {milliseconds(end)} ms; a attend, E experts, f finish, > dispatch, < combine"]
+    for rank in ranks:
+        for c in range(len(plan.cohorts)):
+            for name, kinds in _LANES:
+                row = [" "] * width
+                for op, (begin, stop) in spans[rank]:
+                    if op.cohort == c and op.kind in kinds:
+                        first = min(begin * width // end, width - 1)
+                        row[first : max(stop * width // end, first + 1)] = _LETTERS[op.kind] * max(stop * width // end - first, 1)
+                lines.append(f"rank {rank} cohort {c} {name:8} |{''.join(row)}|")
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""simulate(plan, cost): the plan on a discrete-event clock. What it is predicted to take, on every rank, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipemoe.errors import PlanError
+from pipemoe.plan.cost import CostModel, rates_of
+from pipemoe.plan.layer_costs import LayerCosts, layer_costs
+from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
+from pipemoe.plan.simulator_core import NEVER, run_clock
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """All in ns from the start of the step; None for a rank without sequences."""
+
+    ttft: tuple[int | None, ...]  # per rank: its latest sequence
+    sequence_ttft: tuple[tuple[int, ...], ...]  # per rank and sequence
+    exposed: tuple[int, ...]  # per rank: communication under way and no computation
+    spans: tuple[tuple[tuple[Op, Interval], ...], ...]  # per rank, by begin; empty unless asked for
+
+    @property
+    def makespan(self) -> int:
+        return max((t for t in self.ttft if t is not None), default=0)
+
+    @property
+    def mean(self) -> float:
+        """Over all sequences."""
+        every = [t for of_rank in self.sequence_ttft for t in of_rank]
+        return sum(every) / len(every) if every else 0.0
+
+
+def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
+    """Predict `plan`. spans: also when each operation runs. Raises PlanError if it can never end (no sound plan does)."""
+    num_ranks, num_cohorts, num_layers = plan.facts.num_ranks, len(plan.cohorts), plan.shape.num_layers
+    if not plan.cohorts:
+        return Prediction((None,) * num_ranks, ((),) * num_ranks, (0,) * num_ranks, ((),) * num_ranks)
+    costs = costs_of(plan, cost)
+    waves = int(costs.num_waves.max())
+    keys = np.full((num_cohorts, num_layers * (1 + 3 * waves) + 1), NEVER, np.int64)
+    for cohort in range(num_cohorts):
+        positions = np.flatnonzero(plan.order[:, 1] == cohort)
+        keys[cohort, : len(positions)] = positions
+    slots = np.array([c.slot for c in plan.cohorts], dtype=np.int64)
+    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + waves) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
+    moved = np.zeros((num_cohorts, 2, num_layers * waves, 2) if spans else (1, 1, 1, 1), np.int64)
+    weight = np.ones(num_ranks, np.int64)
+    finish, exposed = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), computed, moved, spans)
+    if (finish == NEVER).any():
+        raise PlanError("simulation: the plan comes to a standstill")
+    sequences = tuple(tuple(int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))
+    ttft = tuple(max(of_rank, default=None) for of_rank in sequences)
+    found = _spans(plan, costs, computed, moved) if spans else ((),) * num_ranks
+    return Prediction(ttft, sequences, tuple(exposed.tolist()), found)
+
+
+def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
+    """A layer of the plan, priced."""
+    segments = [(c, w, s.rank, s.start, s.stop) for c, cohort in enumerate(plan.cohorts) for w, wave in enumerate(cohort.waves) for s in wave.segments]
+    num_waves = np.array([len(cohort.waves) for cohort in plan.cohorts], dtype=np.int64)
+    rows = np.zeros((len(num_waves), num_waves.max()), np.int64)
+    causal = np.zeros((len(num_waves), len(num_waves)), np.bool_)
+    for c, cohort in enumerate(plan.cohorts):
+        rows[c, : num_waves[c]] = [wave.num_rows for wave in cohort.waves]
+        causal[c, list(plan.causal_predecessors[c])] = True
+    starts, first = flat_boundaries(plan.facts)
+    config, shape = plan.config, plan.shape
+    table = np.array(segments, dtype=np.int64)
+    gather, padded = config.combine == "gather", config.exchange == "padded"
+    return layer_costs(table, rows, num_waves, causal, starts, first, rates_of(cost), shape.num_experts, shape.top_k, gather, padded)
+
+
+def flat_boundaries(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
+    """All ranks' sequence boundaries in one array, and where each rank's begin."""
+    boundaries = facts.boundaries
+    first = np.cumsum([0, *map(len, boundaries)])
+    return np.array([b for of_rank in boundaries for b in of_rank], dtype=np.int64), first.astype(np.int64)
+
+
+def _last_cohorts(plan: Plan) -> list[list[int]]:
+    """Per rank and sequence: the cohort that holds its last token."""
+    chunks: list[list[tuple[int, int, int]]] = [[] for _ in plan.facts.tokens]
+    for c, cohort in enumerate(plan.cohorts):
+        for m in cohort.microbatches:
+            chunks[m.rank].append((m.start, m.stop, c))
+    return [
+        [next(c for start, stop, c in of_rank if start < end <= stop) for end in plan.facts.boundaries[rank][1:]]
+        for rank, of_rank in enumerate(chunks)
+    ]
+
+
+def _spans(plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarray) -> tuple[tuple[tuple[Op, Interval], ...], ...]:
+    of_ranks = []
+    for rank in range(plan.facts.num_ranks):
+        spans = []
+        for op in plan.ops:
+            waves = int(costs.num_waves[op.cohort])
+            if op.kind in (OpKind.DISPATCH, OpKind.COMBINE):
+                begin, end = moved[op.cohort, int(op.kind is OpKind.COMBINE), op.layer * waves + op.wave].tolist()
+            else:
+                place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave, OpKind.FINISH: 1 + waves}[op.kind]
+                begin, end = computed[op.cohort, rank, op.layer * (1 + waves) + place].tolist()
+            spans.append((op, (begin, end)))
+        of_ranks.append(tuple(sorted(spans, key=lambda span: (span[1], span[0]))))
+    return tuple(of_ranks)
+

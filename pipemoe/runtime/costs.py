@@ -1,0 +1,70 @@
+"""Which cost model a runtime plans by: the measured one that the configuration names, or one derived from the device."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.config import Config
+from pipemoe.errors import ConfigError
+from pipemoe.plan.cost import CostModel
+from pipemoe.plan.cost_file import read_cost
+from pipemoe.plan.default_cost import default_cost
+from pipemoe.plan.devices import cpu, gpu_named
+from pipemoe.plan.dimensions import Dimensions
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipemoe.comm.world import World
+
+
+def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype) -> tuple[CostModel, dict[str, Any]]:
+    """The cost model and the subject of a file that holds it; every rank calls.
+
+    A file of another subject is refused with a warning. What ranks then plan by is compared like everything else that plans
+    depend on, so a rank alone with another file is an error on all of them.
+    """
+    import torch
+
+    import pipemoe
+
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
+    cores = len(os.sched_getaffinity(0))
+    place = f"{socket.gethostname()} {world.device if world.device.type == 'cuda' else ''}"
+    gathered = [json.loads(p) for p in world.all_gather(json.dumps([name, cores, place]).encode(), "exchange of device names")]
+    name, cores, _ = gathered[0]  # rank 0 speaks for all: ranks must plan alike
+    places = [where for *_, where in gathered]
+    sharing = max(places.count(where) for where in places)
+    device = gpu_named(name) if world.device.type == "cuda" else cpu(cores)
+    subject = {
+        "device": name,
+        "cores": cores,
+        "num_ranks": world.size,
+        "ranks_per_device": sharing,
+        "dtype": str(dtype),
+        "sum_dtype": str(sum_dtype),
+        "combine": config.combine,
+        "experts": config.experts,
+        "model": model_key(dimensions),
+        "torch": torch.__version__,
+        "pipemoe": pipemoe.__version__,
+    }
+    if config.cost is not None:
+        try:
+            return read_cost(config.cost, subject), subject
+        except ConfigError as error:
+            warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
+    ranks_per_device = sharing if world.device.type == "cuda" else 1
+    return default_cost(
+        device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device
+    ), subject
+
+
+def model_key(dimensions: Dimensions) -> list[int]:
+    """What of a model decides its costs; not how many layers it has."""
+    shape = dimensions.shape
+    return [shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dimensions.dense_weights, dimensions.pair_flops]
