@@ -78,13 +78,15 @@ class SharingCost(_Whole):
     """How operations that run side by side share. capacity_permille: what computes at full speed, in thousandths of one rank's
     device (or of one core where ranks share them: across_ranks). slowdown_permille: what each further cohort computing on the same
     rank costs all of them. priority: an earlier cohort's work goes first (stream priorities), else equal shares.
-    link_permille: transfers that run at full speed side by side."""
+    link_permille: transfers that run at full speed side by side. exchange_slowdown_permille: what each further transfer costs all of
+    them beyond that (on a CPU they are moved along by threads that compete for the cores)."""
 
     capacity_permille: int = 1000
     slowdown_permille: int = 100
     priority: int = 1
     across_ranks: int = 0
     link_permille: int = 1000
+    exchange_slowdown_permille: int = 0
 
 
 @dataclass(frozen=True, slots=True)

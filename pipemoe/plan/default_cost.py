@@ -54,6 +54,6 @@ def default_cost(
         dispatch=exchange(row_bytes),
         combine=exchange(shape.hidden * sum_bytes),
         host=HostCost(30_000, 30_000, 60_000, 30_000, 60_000, 30_000, 15_000) if device.cores else HostCost(),
-        sharing=SharingCost(1000 * device.cores, 50, 0, 1, 1000) if device.cores else SharingCost(),
+        sharing=SharingCost(1000 * device.cores, 200, 0, 1, 1000, 500) if device.cores else SharingCost(),
         finish_ns=300_000 if device.cores else 200_000,
     )

@@ -289,12 +289,15 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
                 exposed_since[r] = now if communicating and not computing else NEVER
                 touched[r] = shared[r] = False
         if link_changed:
-            carried = 0
+            carried, count = 0, 0
             for side in range(2):
                 for c in range(num_cohorts):
-                    carried += transfers[side, LOAD, c] if transfers[side, SENDING, c] else 0
+                    if transfers[side, SENDING, c]:
+                        carried, count = carried + transfers[side, LOAD, c], count + 1
             passed = (now - link_since) * link_speed // 1000
-            link_speed, link_since, link_changed = min(1000, 1000 * rates.sharing_link_permille // carried) if carried else 1000, now, False
+            link_speed = min(1000, 1000 * rates.sharing_link_permille // carried) if carried else 1000
+            link_speed = max(1, link_speed * 1000 // (1000 + rates.sharing_exchange_slowdown_permille * max(0, count - 1)))
+            link_since, link_changed = now, False
             for side in range(2):
                 for c in range(num_cohorts):
                     if transfers[side, SENDING, c]:
