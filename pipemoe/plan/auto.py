@@ -21,6 +21,7 @@ from pipemoe.plan.simulator import flat_boundaries
 from pipemoe.plan.simulator_core import NEVER, run_clock
 
 _FEW_LAYERS, _MORE_LAYERS = 2, 4
+_MARGIN = 50  # thousandths by which a later candidate, mostly of more cohorts, must be better: predictions are not exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
     for k in range(len(kinds)):
         if figures[k, 1] == NEVER or figures[k, 1] > allowed:
             continue
-        if best < 0 or figures[k, objective] < figures[best, objective] or (figures[k, objective] == figures[best, objective] and figures[k, 1] < figures[best, 1]):
+        if best < 0 or figures[k, objective] * (1000 + _MARGIN) // 1000 < figures[best, objective]:
             best = k
     return figures, best
 
