@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
+from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import BUSY, causal_matrix, cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator import flat_boundaries
-from pipemoe.plan.simulator_core import NEVER, run_clock
+from pipemoe.plan.simulator_core import run_clock
+from pipemoe.plan.simulator_rules import NEVER
 
 _FEW_LAYERS, _MORE_LAYERS = 2, 4
 _MARGIN = 50  # thousandths by which a later candidate, mostly of more cohorts, must be better: predictions are not exact
@@ -70,7 +71,7 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     return candidates
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def units_of(tokens, starts, first, by_sequence):
     """Whole ranks, or sequences: [U, 3] = rank, start, stop."""
     units = np.empty((len(starts), 3), np.int64)
@@ -86,7 +87,7 @@ def units_of(tokens, starts, first, by_sequence):
     return units[:count]
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget, only_chosen):
     """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best.
 
@@ -130,7 +131,7 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
     return figures, best
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _least_ns(costs, rates):
     """A layer takes no less: what the busiest rank (or all ranks' cores) has to compute."""
     longest, total = 0, 0
@@ -143,7 +144,7 @@ def _least_ns(costs, rates):
     return (total if rates.sharing_across_ranks else longest) * 1000 // rates.sharing_capacity_permille
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
     """Mean, largest and median ns to the first token, over sequences; roughly where the largest is far above `allowed`."""
     merged, weight = merge_alike_ranks(costs, rates.host_attend_ns)

@@ -11,9 +11,8 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 
-from numba import njit
-
 from pipemoe.errors import ConfigError
+from pipemoe.plan.compiled import compiled
 
 
 class _Whole:
@@ -124,13 +123,13 @@ def cost_from_dict(document: dict) -> CostModel:
         raise ConfigError(f"cost model: {error}") from None
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def attend_busy(rates, rows, pairs):
     """ns that attention of `rows` tokens with `pairs` pairs of query and key is busy."""
     return max(rates.attend_weights_ns, rows * rates.attend_row_ps // 1000) + pairs * rates.attend_pair_fs // 1_000_000
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def experts_busy(rates, rows, num_experts, top_k, num_ranks):
     """ns that a rank's experts are busy with a wave of `rows` rows, routed evenly over all experts."""
     local = -(-num_experts // num_ranks)
@@ -140,7 +139,7 @@ def experts_busy(rates, rows, num_experts, top_k, num_ranks):
     return (hit * rates.experts_expert_ns >> 20) + (padded * rates.experts_pair_ps + rows * rates.experts_row_ps) // 1000
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _share_hit(rows, num_experts, top_k):
     """The probability that some of `rows` tokens choose a given expert, 1 - (1 - K/E)^rows, x 2**30."""
     missed, base = 1 << 30, ((num_experts - top_k) << 30) // num_experts

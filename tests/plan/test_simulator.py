@@ -122,7 +122,7 @@ def test_contention_slows():
 
 
 def test_a_short_cohort_does_not_wait_for_a_long_one():
-    facts, cost = Facts(((4096,), (16,), (16,), (16,))), CostModel()
+    facts, cost = Facts(((4096,), (16,), (16,), (16,))), CostModel(host=HostCost(*(5000,) * 7))
     shape = ModelShape(2048, 768, 128, 8, 24)
     two = simulate(plan(facts, shape, PlanConfig(mode="pipelined"), cost), cost)
     one = simulate(plan(facts, shape, PlanConfig(mode="broadcast"), cost), cost)
