@@ -22,6 +22,7 @@ from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
 
 _FEW_LAYERS, _MORE_LAYERS = 2, 4
+_MANY_WAVES = 6  # of all cohorts in a layer: from here on half as many layers say enough
 _MARGIN = 50  # thousandths by which a later candidate, mostly of more cohorts, must be better: predictions are not exact
 
 
@@ -154,7 +155,11 @@ def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
         slots[c] = c % num_slots
     nothing = np.empty((1, 1, 1, 1), np.int64)
     finish = np.zeros((num_cohorts, num_classes), np.int64)
-    layers, before = num_layers if num_layers <= _MORE_LAYERS else _FEW_LAYERS, 0
+    num_waves = 0
+    for c in range(num_cohorts):
+        num_waves += costs.num_waves[c]
+    few, more = (1, 2) if num_waves > _MANY_WAVES else (_FEW_LAYERS, _MORE_LAYERS)
+    layers, before = num_layers if num_layers <= more else few, 0
     while True:
         keys = order_keys(merged, rates, num_slots, layers)
         ended, _ = run_clock(merged, keys, slots, weight, layers, num_buffers, rates, nothing, nothing, False)
@@ -169,7 +174,7 @@ def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
         for c in range(num_cohorts):
             for k in range(num_classes):
                 finish[c, k] = ended[c, k]
-        layers, before = _MORE_LAYERS, layers
+        layers, before = more, layers
     total, count, slowest = 0, 0, 0
     for c in range(num_cohorts):
         for k in range(num_classes):

@@ -63,11 +63,11 @@ class HostCost(_Whole):
     """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On a GPU the
     attention of a model is many small launches, and this is what small cohorts are bound by."""
 
-    attend_ns: int = 900_000
-    pack_ns: int = 60_000
-    dispatch_ns: int = 40_000
-    experts_ns: int = 150_000
-    combine_ns: int = 50_000
+    attend_ns: int = 1_000_000
+    pack_ns: int = 80_000
+    dispatch_ns: int = 60_000
+    experts_ns: int = 300_000
+    combine_ns: int = 60_000
     finish_ns: int = 300_000
     idle_ns: int = 10_000
 
