@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, attend_busy, experts_busy, rates_of
+from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, attend_busy, experts_busy, rates_of
 from pipemoe.plan.fit import Samples, calibrate, fit_cost, least_squares
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
@@ -50,7 +50,7 @@ def test_coefficients_are_never_negative():
 
 
 def test_calibration_finds_contention():
-    base = CostModel()
+    base = CostModel(host=HostCost(*(5000,) * 7))  # launches must not bind, or contention does not show
     wanted = replace(base, sharing=replace(base.sharing, slowdown_permille=1000))
     steps = [(mode, Facts(((n,),) * 4)) for mode in ("broadcast", "two_batch", "per_rank") for n in (256, 2048)]
 
