@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 import results_schema
 from bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import COMBINES, MODES
 from ttft_inputs import Step, Workload, rank_tokens_workload, trace_workload, without_last_rank
-from pipemoe.plan.model_configs import MODEL_CONFIGS
 from ttft_models import BenchModel
 from ttft_table import ttft_table
 

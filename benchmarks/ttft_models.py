@@ -12,6 +12,7 @@ from typing import Any
 from pipemoe.errors import CheckpointError, ConfigError
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 
+
 class BenchModel:
     """A model by preset name, or the path of a checkpoint directory or of a config.json alone (random weights)."""
 

@@ -3,7 +3,7 @@
     launch/mpirun.sh -n 4 -m pipemoe.cli tune --model qwen3-30b-a3b --out cost.json
 
 1. Single operations at a handful of sizes, timed in steps of one cohort: attention on one rank, experts on all, dispatch and
-   combine without any computation, and what issuing takes the engine's thread.
+   combine from when the last rank is ready, and what issuing takes the engine's thread.
 2. Whole steps in several modes, to which contention is fitted (pipemoe.plan.fit).
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import socket
 import statistics
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,6 @@ from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, OpKind
 from pipemoe.plan.simulator import simulate
 from pipemoe.runtime.costs import model_key
-from pipemoe.runtime.run import Only
 from pipemoe.trace import Timeline
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class Tuner:
 
     def __init__(self, world: World, model: Model, most: int, repeats: int) -> None:
         self._world, self._model, self._most, self._repeats = world, model, most, repeats
+        self._one_host = len(set(world.all_gather(socket.gethostname().encode(), "host names"))) == 1
 
     def measure_operations(self) -> Samples:
         """Operations at several sizes."""
@@ -126,10 +127,9 @@ class Tuner:
         for done, lengths in enumerate(cases):
             _say(self._world, f"operations: {done + 1} of {len(cases)}, tokens per rank {[sum(of_rank) for of_rank in lengths]}")
             for repeat in range(self._repeats + 1):
-                timelines = self._timed(self._model, lengths)
-                alone = self._exchange_alone(lengths)
+                timelines = self._timed(lengths)
                 if repeat:  # the first is the warm-up
-                    self._take(samples, lengths, timelines, alone)
+                    self._take(samples, lengths, timelines)
         return samples
 
     def measure_steps(self, base: Config) -> list[tuple[Config, _Lengths, list[float]]]:
@@ -164,41 +164,43 @@ class Tuner:
         vocabulary = self._model.decoder.vocab_size
         return [[(i * 31 + 7) % vocabulary for i in range(n)] for n in lengths[self._world.rank]]
 
-    def _timed(self, model: Model, lengths: _Lengths) -> list[tuple[Timeline, list]]:
+    def _timed(self, lengths: _Lengths) -> list[tuple[Timeline, list]]:
         """All ranks' spans and issue times of one step."""
         timeline = Timeline()
         self._world.all_gather(b"", "start of a step")
-        model.prefill(self._sequences(lengths), timeline=timeline)
-        return self._gathered(timeline)
-
-    def _exchange_alone(self, lengths: _Lengths) -> list[tuple[Timeline, list]]:
-        timeline = Timeline()
-        runtime, own = self._model.runtime, lengths[self._world.rank]
-        self._world.all_gather(b"", "start of a step")
-        source = _NoModel(runtime.results_dtype, sum(own), runtime.shape.hidden, self._world.device)
-        runtime.submit_step(own, source, only=Only(computation=False), timeline=timeline).result()
-        return self._gathered(timeline)
-
-    def _gathered(self, timeline: Timeline) -> list[tuple[Timeline, list]]:
+        self._model.prefill(self._sequences(lengths), timeline=timeline)
         own = json.dumps([timeline.as_rows(), [[int(op.kind), op.layer, seconds] for op, seconds in timeline.issue_seconds]])
         everywhere = [json.loads(p) for p in self._world.all_gather(own.encode(), "timelines")]
         return [(Timeline.from_rows(rows), issued) for rows, issued in everywhere]
 
-    def _take(self, samples: Samples, lengths: _Lengths, timed: list[tuple[Timeline, list]], alone: list[tuple[Timeline, list]]) -> None:
-        """Medians over the layers after the first, which also embeds the tokens."""
+    def _transfer_ns(self, timelines: list[Timeline], kind: OpKind) -> float:
+        """From when the last rank was ready until it is over everywhere; between hosts, whose clocks differ, for the rank that
+        waited least. The mean of a step's, since each holds up the next."""
+        of_op: dict = {}
+        for timeline in timelines:
+            for s in timeline.spans:
+                if s.op.kind is kind and s.op.layer:
+                    of_op.setdefault(s.op, []).append(s)
+        if self._one_host:
+            found = [max(s.end for s in spans) - max(s.begin for s in spans) for spans in of_op.values()]
+        else:
+            found = [min(s.end - s.begin for s in spans) for spans in of_op.values()]
+        return max(1.0, statistics.fmean(found) * 1e9)
+
+    def _take(self, samples: Samples, lengths: _Lengths, timed: list[tuple[Timeline, list]]) -> None:
+        """Means over the layers after the first, which also embeds the tokens."""
         rows = sum(map(sum, lengths))
         first = timed[0][0]
         if all(not of_rank for of_rank in lengths[1:]):  # several ranks at once may share cores
             pairs = sum(n * (n + 1) // 2 for n in lengths[0])
-            samples.attend.append((rows, pairs, _median(first, OpKind.ATTEND)))
+            samples.attend.append((rows, pairs, _mean(first, OpKind.ATTEND)))
             samples.finish.append(1e9 * next(s.end - s.begin for s in first.spans if s.op.kind is OpKind.FINISH))
         sharing = self._model.runtime.cost.sharing
         shared = max(1.0, self._world.size * 1000 / sharing.capacity_permille) if sharing.across_ranks else 1.0
-        samples.experts.append((rows, statistics.median(_median(timeline, OpKind.EXPERTS) for timeline, _ in timed) / shared))
+        samples.experts.append((rows, statistics.median(_mean(timeline, OpKind.EXPERTS) for timeline, _ in timed) / shared))
         segments = sum(1 for of_rank in lengths if of_rank)
         for kind, into in ((OpKind.DISPATCH, samples.dispatch), (OpKind.COMBINE, samples.combine)):
-            # The rank that came last waited for nobody.
-            into.append((segments, rows, min(_median(timeline, kind) for timeline, _ in alone)))
+            into.append((segments, rows, self._transfer_ns([timeline for timeline, _ in timed], kind)))
         issued = timed[0][1]
         names = {OpKind.ATTEND: "attend", OpKind.EXPERTS: "experts", OpKind.COMBINE: "combine", OpKind.FINISH: "finish"}
         for kind, layer, seconds in issued:
@@ -209,33 +211,7 @@ class Tuner:
                 samples.host.setdefault("dispatch" if kind == OpKind.DISPATCH else "idle", []).append(seconds * 1e9)
 
 
-def _median(timeline: Timeline, kind: OpKind) -> float:
+def _mean(timeline: Timeline, kind: OpKind) -> float:
     """ns of an operation after the first layer; at least 1."""
     found = [s.end - s.begin for s in timeline.spans if s.op.kind is kind and s.op.layer]
-    return max(1.0, statistics.median(found) * 1e9) if found else 1.0
-
-
-class _NoModel:
-    """The source of a step that only communicates: sums go into a buffer, nothing else is asked for."""
-
-    def __init__(self, dtype: Any, num_tokens: int, hidden: int, device: Any) -> None:
-        import torch
-
-        self._sums = torch.zeros((num_tokens, hidden), dtype=dtype, device=device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # zeroed on another stream than the lanes'
-
-    def begin(self, plan: Any, rank: int) -> None:
-        pass
-
-    def ready(self, cohort: int, layer: int) -> bool:
-        return True
-
-    def results(self, cohort: int, start: int, stop: int) -> Any:
-        return self._sums[start:stop]
-
-    def combined(self, cohort: int, layer: int, event: Any) -> None:
-        pass
-
-    def finished(self, cohort: int, seconds: float) -> None:
-        pass
+    return max(1.0, statistics.fmean(found) * 1e9) if found else 1.0

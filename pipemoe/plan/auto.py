@@ -9,18 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
+from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import BUSY, causal_matrix, cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator import flat_boundaries
-from pipemoe.plan.simulator_core import NEVER, run_clock
+from pipemoe.plan.simulator_core import run_clock
+from pipemoe.plan.simulator_rules import NEVER
 
 _FEW_LAYERS, _MORE_LAYERS = 2, 4
+_MANY_WAVES = 6  # of all cohorts in a layer: from here on half as many layers say enough
+_MARGIN = 50  # thousandths by which a later candidate, mostly of more cohorts, must be better: predictions are not exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     return candidates
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def units_of(tokens, starts, first, by_sequence):
     """Whole ranks, or sequences: [U, 3] = rank, start, stop."""
     units = np.empty((len(starts), 3), np.int64)
@@ -85,7 +88,7 @@ def units_of(tokens, starts, first, by_sequence):
     return units[:count]
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget, only_chosen):
     """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best.
 
@@ -124,12 +127,12 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
     for k in range(len(kinds)):
         if figures[k, 1] == NEVER or figures[k, 1] > allowed:
             continue
-        if best < 0 or figures[k, objective] < figures[best, objective] or (figures[k, objective] == figures[best, objective] and figures[k, 1] < figures[best, 1]):
+        if best < 0 or figures[k, objective] * (1000 + _MARGIN) // 1000 < figures[best, objective]:
             best = k
     return figures, best
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _least_ns(costs, rates):
     """A layer takes no less: what the busiest rank (or all ranks' cores) has to compute."""
     longest, total = 0, 0
@@ -142,7 +145,7 @@ def _least_ns(costs, rates):
     return (total if rates.sharing_across_ranks else longest) * 1000 // rates.sharing_capacity_permille
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
     """Mean, largest and median ns to the first token, over sequences; roughly where the largest is far above `allowed`."""
     merged, weight = merge_alike_ranks(costs, rates.host_attend_ns)
@@ -152,7 +155,11 @@ def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
         slots[c] = c % num_slots
     nothing = np.empty((1, 1, 1, 1), np.int64)
     finish = np.zeros((num_cohorts, num_classes), np.int64)
-    layers, before = num_layers if num_layers <= _MORE_LAYERS else _FEW_LAYERS, 0
+    num_waves = 0
+    for c in range(num_cohorts):
+        num_waves += costs.num_waves[c]
+    few, more = (1, 2) if num_waves > _MANY_WAVES else (_FEW_LAYERS, _MORE_LAYERS)
+    layers, before = num_layers if num_layers <= more else few, 0
     while True:
         keys = order_keys(merged, rates, num_slots, layers)
         ended, _ = run_clock(merged, keys, slots, weight, layers, num_buffers, rates, nothing, nothing, False)
@@ -167,7 +174,7 @@ def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
         for c in range(num_cohorts):
             for k in range(num_classes):
                 finish[c, k] = ended[c, k]
-        layers, before = _MORE_LAYERS, layers
+        layers, before = more, layers
     total, count, slowest = 0, 0, 0
     for c in range(num_cohorts):
         for k in range(num_classes):

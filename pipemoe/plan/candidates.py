@@ -7,7 +7,8 @@ at the largest relative gaps, or into groups of equally many, or cut units into 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from pipemoe.plan.compiled import compiled
 
 ONE, GAPS, EVEN, CHUNKS, LONG_IN_CHUNKS = 0, 1, 2, 3, 4
 # kind, parts, unit (0 rank, 1 sequence; with one sequence per rank they are the same)
@@ -46,7 +47,7 @@ def candidate_name(index: int) -> str:
     return _NAMES[kind].format(parts=parts, unit=("rank", "sequence")[unit])
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def stable_order(values):
     """Indices of `values` from the smallest on, equal ones in order. (A merge sort; numba's own takes seconds to compile.)"""
     order, spare = np.arange(len(values)), np.empty(len(values), np.int64)
@@ -67,7 +68,7 @@ def stable_order(values):
     return order
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def candidate_microbatches(kind, parts, units, tokens):
     """The candidate's microbatches int64 [M, 4] = cohort, rank, start, stop, by cohort and in wave order; none if it does not
     apply. units [U, 3]: rank, start, stop, without empty ones, by rank and start."""

@@ -11,9 +11,8 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 
-from numba import njit
-
 from pipemoe.errors import ConfigError
+from pipemoe.plan.compiled import compiled
 
 
 class _Whole:
@@ -64,11 +63,11 @@ class HostCost(_Whole):
     """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On a GPU the
     attention of a model is many small launches, and this is what small cohorts are bound by."""
 
-    attend_ns: int = 900_000
-    pack_ns: int = 60_000
-    dispatch_ns: int = 40_000
-    experts_ns: int = 150_000
-    combine_ns: int = 50_000
+    attend_ns: int = 1_000_000
+    pack_ns: int = 80_000
+    dispatch_ns: int = 60_000
+    experts_ns: int = 300_000
+    combine_ns: int = 60_000
     finish_ns: int = 300_000
     idle_ns: int = 10_000
 
@@ -78,13 +77,15 @@ class SharingCost(_Whole):
     """How operations that run side by side share. capacity_permille: what computes at full speed, in thousandths of one rank's
     device (or of one core where ranks share them: across_ranks). slowdown_permille: what each further cohort computing on the same
     rank costs all of them. priority: an earlier cohort's work goes first (stream priorities), else equal shares.
-    link_permille: transfers that run at full speed side by side."""
+    link_permille: transfers that run at full speed side by side. exchange_slowdown_permille: what each further transfer costs all of
+    them beyond that (on a CPU they are moved along by threads that compete for the cores)."""
 
     capacity_permille: int = 1000
     slowdown_permille: int = 100
     priority: int = 1
     across_ranks: int = 0
     link_permille: int = 1000
+    exchange_slowdown_permille: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +123,13 @@ def cost_from_dict(document: dict) -> CostModel:
         raise ConfigError(f"cost model: {error}") from None
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def attend_busy(rates, rows, pairs):
     """ns that attention of `rows` tokens with `pairs` pairs of query and key is busy."""
     return max(rates.attend_weights_ns, rows * rates.attend_row_ps // 1000) + pairs * rates.attend_pair_fs // 1_000_000
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def experts_busy(rates, rows, num_experts, top_k, num_ranks):
     """ns that a rank's experts are busy with a wave of `rows` rows, routed evenly over all experts."""
     local = -(-num_experts // num_ranks)
@@ -138,7 +139,7 @@ def experts_busy(rates, rows, num_experts, top_k, num_ranks):
     return (hit * rates.experts_expert_ns >> 20) + (padded * rates.experts_pair_ps + rows * rates.experts_row_ps) // 1000
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _share_hit(rows, num_experts, top_k):
     """The probability that some of `rows` tokens choose a given expert, 1 - (1 - K/E)^rows, x 2**30."""
     missed, base = 1 << 30, ((num_experts - top_k) << 30) // num_experts

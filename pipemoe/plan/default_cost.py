@@ -8,7 +8,10 @@ from pipemoe.plan.dimensions import Dimensions
 
 # Of the peak, what sustained work reaches. GPU: on an H200 cuBLAS keeps 70 % of the dense peak, a copy 88 % of the bandwidth,
 # grouped GEMMs of library kernels about half of the peak, NCCL's rings about 330 of 450 GB/s.
+# A model's own modules also pass over each row some forty times in elementwise kernels.
 _DENSE_PERMILLE, _GROUPED_PERMILLE, _ATTENTION_PERMILLE, _MEMORY_PERMILLE, _LINK_PERMILLE = 600, 500, 350, 800, 700
+_PASSES = 40
+_ONE_GPU_LINK = 100 * 10**9  # bytes per second; measured between 2, 4, 8 ranks on one H200 with NCCL 2.30: 145, 98, 78 GB/s
 
 
 def default_cost(
@@ -20,7 +23,7 @@ def default_cost(
     """
     shape = dimensions.shape
     flops, bandwidth = device.flops // ranks_per_device, device.memory_bandwidth // ranks_per_device
-    link = (bandwidth // 2 if ranks_per_device > 1 else device.link_bandwidth * _LINK_PERMILLE // 1000)  # on one GPU: peer copies in its memory
+    link = _ONE_GPU_LINK if ranks_per_device > 1 else device.link_bandwidth * _LINK_PERMILLE // 1000
 
     def compute_ps(operations: int, permille: int) -> int:
         return operations * 10**15 // (flops * permille)
@@ -32,7 +35,7 @@ def default_cost(
         volume_ps = row_bytes * 10**12 // link if num_ranks > 1 else 0
         if device.cores:  # every peer copies every row, and MPI goes on only when polled
             return ExchangeCost(300_000, 50_000, max(num_ranks - 1, 0) * volume_ps)
-        return ExchangeCost(25_000 if num_ranks > 1 else 5_000, 4_000, volume_ps)
+        return ExchangeCost(25_000 * ranks_per_device if num_ranks > 1 else 5_000, 4_000, volume_ps)
 
     row_bytes = -(-(shape.hidden * value_bytes + 8 * shape.top_k) // 128) * 128
     # The experts also read and write each local row a few times: gathered rows, activations, sums.
@@ -41,7 +44,7 @@ def default_cost(
         attend=AttendCost(
             fixed_ns=400_000 if device.cores else 60_000,
             weights_ns=read_ns(dimensions.dense_weights),
-            row_ps=compute_ps(2 * dimensions.dense_weights, _DENSE_PERMILLE),
+            row_ps=compute_ps(2 * dimensions.dense_weights, _DENSE_PERMILLE) + read_ns(1000 * _PASSES * shape.hidden),
             pair_fs=compute_ps(1000 * dimensions.pair_flops, _ATTENTION_PERMILLE),
         ),
         experts=ExpertsCost(
@@ -54,6 +57,6 @@ def default_cost(
         dispatch=exchange(row_bytes),
         combine=exchange(shape.hidden * sum_bytes),
         host=HostCost(30_000, 30_000, 60_000, 30_000, 60_000, 30_000, 15_000) if device.cores else HostCost(),
-        sharing=SharingCost(1000 * device.cores, 50, 0, 1, 1000) if device.cores else SharingCost(),
+        sharing=SharingCost(1000 * device.cores, 200, 0, 1, 1000, 500) if device.cores else SharingCost(),
         finish_ns=300_000 if device.cores else 200_000,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, product
+from itertools import combinations
 
 import numpy as np
 
@@ -84,19 +84,31 @@ def _fit_exchange(samples) -> ExchangeCost:
     return ExchangeCost(round(fixed), round(segment), round(row * 1e3))
 
 
+_SCALES = {
+    "slowdown": (0, 100, 250, 500, 1000, 2000),  # first, as nothing measured tells of it
+    "exchange_slowdown": (0, 250, 500, 1000, 2000, 4000),
+    "compute": (500, 700, 1000, 1400, 2000),
+    "latency": (300, 500, 700, 1000, 1400, 2000),
+}
+
+
 def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
     """Adjust what cannot be measured alone, how operations slow one another, to whole steps. log_error: of predictions by a cost
-    model, the smaller the better. Compute, latencies and issuing may be scaled by up to two, contention set from 0 to 100 %."""
-    best, least = cost, log_error(cost)
-    for compute, latency, slowdown in product((700, 1000, 1400, 2000), (500, 700, 1000, 1400, 2000), (0, 100, 250, 500, 1000)):
-        trial = _scaled(cost, compute, latency, slowdown)
-        error = log_error(trial)
-        if error < least - 1e-9:
-            best, least = trial, error
+    model, the smaller the better. Computation and latencies are scaled, contention set, one after another as long as it helps."""
+    at = {"compute": 1000, "latency": 1000, "slowdown": cost.sharing.slowdown_permille, "exchange_slowdown": cost.sharing.exchange_slowdown_permille}
+    best, least, improved = cost, log_error(cost), True
+    while improved:
+        improved = False
+        for name, values in _SCALES.items():
+            for value in values:
+                trial = _scaled(cost, **{**at, name: value})
+                error = log_error(trial)
+                if error < least * (1 - 1e-3):
+                    best, least, at[name], improved = trial, error, value, True
     return best
 
 
-def _scaled(cost: CostModel, compute: int, latency: int, slowdown: int) -> CostModel:
+def _scaled(cost: CostModel, compute: int, latency: int, slowdown: int, exchange_slowdown: int) -> CostModel:
     """compute, latency in thousandths of what they were."""
 
     def by(part, permille: int, *names: str):
@@ -108,5 +120,5 @@ def _scaled(cost: CostModel, compute: int, latency: int, slowdown: int) -> CostM
         experts=by(cost.experts, compute, "fixed_ns", "expert_ns", "pair_ps", "row_ps"),
         dispatch=by(cost.dispatch, latency, "fixed_ns", "segment_ns"),
         combine=by(cost.combine, latency, "fixed_ns", "segment_ns"),
-        sharing=replace(cost.sharing, slowdown_permille=slowdown),
+        sharing=replace(cost.sharing, slowdown_permille=slowdown, exchange_slowdown_permille=exchange_slowdown),
     )

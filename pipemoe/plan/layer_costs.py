@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import namedtuple
 
 import numpy as np
-from numba import njit
 
+from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import attend_busy, experts_busy
 
 ALONE, BUSY = 0, 1
@@ -23,7 +23,7 @@ DISPATCH, COMBINE = 0, 1
 LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "causal"])
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def cut_waves(microbatches, num_cohorts, limit):
     """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even sizes (no
     tiny last wave)."""
@@ -56,7 +56,7 @@ def cut_waves(microbatches, num_cohorts, limit):
     return segments[:count].copy(), wave_rows, num_waves
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, padded):
     """Price the operations of a layer. gather: peers send partial sums to the owner. padded: one all-gather, one reduce-scatter."""
     num_cohorts, most_waves = wave_rows.shape
@@ -109,7 +109,7 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
     return LayerCosts(num_waves, compute, exchange, own, ends, causal)
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def causal_matrix(microbatches, num_cohorts, starts, first):
     """[C, C]: does the row's cohort continue a sequence of which the column's holds an earlier chunk?"""
     causal = np.zeros((num_cohorts, num_cohorts), np.bool_)
@@ -127,7 +127,7 @@ def causal_matrix(microbatches, num_cohorts, starts, first):
     return causal
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def _alike(costs, host_attend_ns, a, b):
     for c in range(costs.compute.shape[0]):
         if costs.own[c, a, 0] != costs.own[c, b, 0]:
@@ -141,7 +141,7 @@ def _alike(costs, host_attend_ns, a, b):
     return True
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def merge_alike_ranks(costs, host_attend_ns):
     """The same costs with one rank for all whose attention differs by less than a sixteenth, the first with most, and how many
     each stands for. host_attend_ns: to issue an attend; no attend is faster."""

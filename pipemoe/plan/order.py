@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from pipemoe.plan.compiled import compiled
 from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH
-from pipemoe.plan.simulator_core import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
+from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
     num_waves = costs.num_waves
@@ -50,7 +50,7 @@ def order_keys(costs, rates, num_slots, num_layers):
     return keys
 
 
-@njit(cache=True, error_model="numpy")
+@compiled
 def merge_orders(keys, num_waves, num_layers):
     """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower cohort."""
     num_cohorts = len(num_waves)

@@ -10,7 +10,8 @@ from pipemoe.errors import PlanError
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LayerCosts, layer_costs
 from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
-from pipemoe.plan.simulator_core import NEVER, run_clock
+from pipemoe.plan.simulator_core import run_clock
+from pipemoe.plan.simulator_rules import NEVER
 
 Interval = tuple[int, int]
 

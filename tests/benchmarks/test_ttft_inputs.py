@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pipemoe.errors import CheckpointError, ConfigError, InputError
-from ttft_inputs import rank_tokens_workload, trace_workload, without_last_rank
 from pipemoe.plan.model_configs import MODEL_CONFIGS
+from ttft_inputs import rank_tokens_workload, trace_workload, without_last_rank
 from ttft_models import BenchModel
 
 SHAPE = {"first": 0, "num_requests": 7, "scale": 0.5, "prompts_per_step": 1}

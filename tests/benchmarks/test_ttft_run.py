@@ -9,8 +9,8 @@ import pytest
 import results_schema
 import ttft
 from pipemoe.errors import ConfigError, InputError
-from pipemoe.plan.schedule import MODES
 from pipemoe.plan.model_configs import MODEL_CONFIGS
+from pipemoe.plan.schedule import MODES
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 97}
 

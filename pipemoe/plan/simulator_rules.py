@@ -1,0 +1,198 @@
+"""When each operation may begin, and how fast it goes on: the rules of the simulator's clock. Compiled.
+
+They follow pipemoe.runtime.run, which issues the real operations.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipemoe.plan.compiled import compiled, compiled_rule
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH
+from pipemoe.plan.schedule import MAX_GROUPS
+
+NEVER = 1 << 60
+ATTEND_OP, DISPATCH_OP, EXPERTS_OP, COMBINE_OP, FINISH_OP = 0, 1, 2, 3, 4  # values of OpKind
+
+# The state is a few arrays, not an object: compiled code counts references to every array that it passes on. Layers, places and
+# waves are counted along, not divided out: divisions would take most of the time.
+# state [., C, R], of C cohorts on R ranks; speeds in thousandths:
+LAST_OWN = 0  # last wave that holds rows of the rank, or -1
+ISSUED = 1  # operations
+QUEUED = 2  # computations issued
+POSTED = 3  # dispatches issued; POSTED + 1: combines
+READY = 5  # the rank has what its part of the next dispatch needs; READY + 1: combine
+DONE = 7  # computations
+ACTIVE = 8  # a computation is under way
+LEFT = 9  # ns at full speed that it had left
+SINCE = 10  # at this time
+DEMAND = 11  # share of the device that it takes by itself, in thousandths
+SPEED = 12
+END = 13  # when it will end at that speed, or NEVER
+ISSUE_LAYER, ISSUE_PLACE = 14, 15  # of the next operation to issue: its layer, and its place in layer_template
+WORK_LAYER, WORK_PLACE = 16, 17  # of the next computation: its layer; 0 attend or finish, 1 + wave experts
+# host [., R]: the operation that the rank's engine is issuing
+HOST_END, HOST_KIND, HOST_COHORT = 0, 1, 2
+# transfers [2, ., C]: of dispatches and of combines
+ARRIVED = 0  # complete
+SENDING = 1  # one is under way
+REST = 2  # ns at full speed that it has left
+LOAD = 3  # share of the link that it takes by itself
+ARRIVAL = 4  # when it will arrive, or NEVER
+LAYER, WAVE = 5, 6  # of the next one
+# cohorts [2, C]
+WAVES = 0
+BEFORE = 1  # the cohort that had the slot, or -1
+
+
+@compiled
+def layer_template(num_waves):
+    """One layer of a cohort, [1 + 3 W, 2] = kind, wave; the dispatch of a wave goes ahead of the experts of the one before."""
+    template = np.empty((1 + 3 * num_waves, 2), np.int64)
+    template[0, 0], template[0, 1] = ATTEND_OP, 0
+    template[1, 0], template[1, 1] = DISPATCH_OP, 0
+    at = 2
+    for w in range(num_waves):
+        if w + 1 < num_waves:
+            template[at, 0], template[at, 1] = DISPATCH_OP, w + 1
+            at += 1
+        template[at, 0], template[at, 1] = EXPERTS_OP, w
+        template[at + 1, 0], template[at + 1, 1] = COMBINE_OP, w
+        at += 2
+    return template
+
+
+@compiled_rule
+def issue_next(state, host, transfers, cohorts, templates, causal, own, keys, rates, num_layers, r, now):
+    """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
+    best, best_key, best_kind = -1, NEVER, 0
+    for c in range(cohorts.shape[1]):
+        layer, place = state[ISSUE_LAYER, c, r], state[ISSUE_PLACE, c, r]
+        if layer > num_layers or keys[c, state[ISSUED, c, r]] >= best_key:
+            continue
+        kind = FINISH_OP if layer == num_layers else templates[c, place, 0]
+        may = True
+        if kind == DISPATCH_OP:
+            may = state[POSTED + DISPATCH, c, r] - transfers[DISPATCH, ARRIVED, c] < MAX_GROUPS
+        elif kind == ATTEND_OP:
+            before = cohorts[BEFORE, c]
+            if layer == 0 and before >= 0:
+                may = state[ISSUE_LAYER, before, r] > num_layers
+            for e in range(cohorts.shape[1]):
+                if causal[c, e] and state[ISSUE_LAYER, e, r] <= layer and (state[ISSUE_LAYER, e, r] < layer or state[ISSUE_PLACE, e, r] == 0):
+                    may = False
+        if may:
+            best, best_key, best_kind = c, keys[c, state[ISSUED, c, r]], kind
+    if best < 0:
+        return
+    c, kind, wave = best, best_kind, templates[best, state[ISSUE_PLACE, best, r], 1]
+    owner = state[LAST_OWN, c, r] >= 0
+    if kind == ATTEND_OP:
+        takes = rates.host_attend_ns if owner else rates.host_idle_ns
+    elif kind == DISPATCH_OP:
+        takes = rates.host_dispatch_ns + (rates.host_pack_ns if own[c, r, wave] else 0)
+    elif kind == EXPERTS_OP:
+        takes = rates.host_experts_ns
+    elif kind == COMBINE_OP:
+        takes = rates.host_combine_ns
+    else:
+        takes = rates.host_finish_ns if owner else rates.host_idle_ns
+    state[ISSUED, c, r] += 1
+    state[ISSUE_PLACE, c, r] += 1
+    if kind == FINISH_OP or state[ISSUE_PLACE, c, r] == 1 + 3 * cohorts[WAVES, c]:
+        state[ISSUE_LAYER, c, r] += 1
+        state[ISSUE_PLACE, c, r] = 0
+    host[HOST_END, r], host[HOST_KIND, r], host[HOST_COHORT, r] = now + takes, kind, c
+    if kind != DISPATCH_OP and kind != COMBINE_OP:
+        state[QUEUED, c, r] += 1
+
+
+@compiled_rule
+def _has_arrived(transfers, side, c, layer, wave):
+    now_in = transfers[side, LAYER, c]
+    return now_in > layer or (now_in == layer and transfers[side, WAVE, c] > wave)
+
+
+@compiled_rule
+def _earlier(layer, wave, count, waves):
+    """Layer and wave `count` waves earlier; the layer is negative where there is none."""
+    wave -= count
+    while wave < 0:
+        wave, layer = wave + waves, layer - 1
+    return layer, wave
+
+
+@compiled_rule
+def begin_computation(state, host, transfers, cohorts, causal, compute, num_layers, num_buffers, c, r, now):
+    """Begin the next computation of cohort c on rank r if it may; returns whether."""
+    op, before = state[DONE, c, r], cohorts[BEFORE, c]
+    if state[ACTIVE, c, r] or state[QUEUED, c, r] <= op or (op == 0 and before >= 0 and state[WORK_LAYER, before, r] <= num_layers):
+        return False
+    layer, work = state[WORK_LAYER, c, r], state[WORK_PLACE, c, r]
+    if work == 0:  # attend or finish
+        if layer and state[LAST_OWN, c, r] >= 0 and not _has_arrived(transfers, COMBINE, c, layer - 1, state[LAST_OWN, c, r]):
+            return False
+        if layer == num_layers:
+            work = compute.shape[2] - 1
+        else:
+            for e in range(cohorts.shape[1]):
+                if causal[c, e] and state[WORK_LAYER, e, r] <= layer and (state[WORK_LAYER, e, r] < layer or state[WORK_PLACE, e, r] == 0):
+                    return False
+    else:
+        if not _has_arrived(transfers, DISPATCH, c, layer, work - 1):
+            return False
+        before_layer, before_wave = _earlier(layer, work - 1, num_buffers, cohorts[WAVES, c])
+        if before_layer >= 0 and not _has_arrived(transfers, COMBINE, c, before_layer, before_wave):
+            return False
+    takes = compute[c, r, work, ALONE]
+    issuing = host[HOST_END, r] != NEVER and host[HOST_COHORT, r] == c and host[HOST_KIND, r] % 2 == 0 and state[QUEUED, c, r] == op + 1
+    if issuing:
+        takes = max(takes, host[HOST_END, r] - now)
+    state[ACTIVE, c, r], state[LEFT, c, r], state[SINCE, c, r] = True, takes, now
+    state[DEMAND, c, r] = 1000 * compute[c, r, work, BUSY] // takes if takes else 0
+    state[SPEED, c, r] = 1000
+    return True
+
+
+@compiled_rule
+def share_device(state, rates, total, r, now):
+    """Set the speeds of rank r's computations anew. total: demand of all ranks, for cores that all ranks share."""
+    beside, wanted = 0, 0
+    for c in range(state.shape[1]):
+        if state[ACTIVE, c, r]:
+            beside += 1
+            wanted += state[DEMAND, c, r]
+    if rates.sharing_across_ranks:
+        wanted = total
+    capacity = rates.sharing_capacity_permille
+    slowed = 1000 + rates.sharing_slowdown_permille * (beside - 1)
+    for c in range(state.shape[1]):
+        if not state[ACTIVE, c, r]:
+            continue
+        state[LEFT, c, r] = max(0, state[LEFT, c, r] - (now - state[SINCE, c, r]) * state[SPEED, c, r] // 1000)
+        state[SINCE, c, r] = now
+        share = 1000
+        if wanted > rates.sharing_capacity_permille:
+            if rates.sharing_priority and not rates.sharing_across_ranks:
+                given = min(state[DEMAND, c, r], capacity)
+                capacity -= given
+                share = max(100, 1000 * given // state[DEMAND, c, r]) if state[DEMAND, c, r] else 1000  # blocks trickle in between
+            else:
+                share = max(1, 1000 * capacity // wanted)
+        state[SPEED, c, r] = max(1, share * 1000 // slowed)
+        state[END, c, r] = now + (state[LEFT, c, r] * 1000 + state[SPEED, c, r] - 1) // state[SPEED, c, r]
+
+
+@compiled_rule
+def is_ready(state, transfers, cohorts, own, num_buffers, side, c, r):
+    """Has rank r what its part of cohort c's next transfer needs?"""
+    if state[POSTED + side, c, r] <= transfers[side, ARRIVED, c]:
+        return False
+    layer, wave = transfers[side, LAYER, c], transfers[side, WAVE, c]
+    work_layer, work_place = state[WORK_LAYER, c, r], state[WORK_PLACE, c, r]
+    if side == COMBINE:
+        return work_layer > layer or (work_layer == layer and work_place > 1 + wave)
+    if own[c, r, wave] and (work_layer < layer or (work_layer == layer and work_place == 0)):
+        return False
+    layer, wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])  # of the buffer's reader before
+    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > 1 + wave)

@@ -1,0 +1,135 @@
+"""Mode auto: sound plans for any counts, the same on every rank, the best of what was looked at."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipemoe.errors import ConfigError
+from pipemoe.plan.auto import auto_assignment, auto_candidates
+from pipemoe.plan.cost import CostModel, HostCost
+from pipemoe.plan.default_cost import default_cost
+from pipemoe.plan.devices import GPUS, cpu
+from pipemoe.plan.dimensions import dimensions_of
+from pipemoe.plan.model_configs import MODEL_CONFIGS
+from pipemoe.plan.planner import plan
+from pipemoe.plan.schedule import COMBINES, OBJECTIVES, Facts, ModelShape, PlanConfig
+from pipemoe.plan.simulator import simulate
+from pipemoe.plan.verify import verify
+
+SHAPE = ModelShape(64, 32, 8, 2, 2)
+DEEP = ModelShape(2048, 768, 128, 8, 24)
+QUICK_HOST = CostModel(host=HostCost(50_000, 10_000, 10_000, 10_000, 10_000, 10_000, 1_000))  # launches do not bind
+
+
+@st.composite
+def wide_facts(draw):
+    """1 to 16 ranks with 0 to 100,000 tokens each, in a few sequences."""
+    ranks = []
+    for _ in range(draw(st.integers(1, 16))):
+        total = draw(st.one_of(st.just(0), st.integers(1, 100), st.integers(0, 10**5)))
+        lengths = []
+        while total and len(lengths) < 4:
+            lengths.append(draw(st.integers(1, total)))
+            total -= lengths[-1]
+        ranks.append(tuple(lengths + ([total] if total else [])))
+    return Facts(tuple(ranks))
+
+
+@st.composite
+def wide_configs(draw):
+    return PlanConfig(
+        moe_max_num_tokens=draw(st.integers(4096, 200_000)),
+        max_tokens_per_rank=10**5,
+        num_slots=draw(st.integers(1, 8)),
+        combine=draw(st.sampled_from(COMBINES)),
+        objective=draw(st.sampled_from(OBJECTIVES)),
+        makespan_budget=draw(st.sampled_from((0, 0.1, 1.0))),
+    )
+
+
+costs = st.sampled_from(
+    [CostModel(), CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1))]
+    + [default_cost(device, dimensions_of(MODEL_CONFIGS["small"]), 4, value_bytes=2, sum_bytes=4) for device in (*GPUS.values(), cpu(2))]
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(wide_facts(), wide_configs(), costs)
+def test_every_plan_verifies(facts, config, cost):
+    verify(plan(facts, SHAPE, config, cost))
+
+
+@settings(max_examples=100, deadline=None)
+@given(wide_facts(), wide_configs(), costs)
+def test_every_candidate_verifies_and_one_is_chosen(facts, config, cost):
+    candidates = auto_candidates(facts, SHAPE, config, cost)
+    assert sum(c.chosen for c in candidates) == (1 if any(facts.tokens) else 0)
+    for candidate in candidates:
+        verify(plan(facts, SHAPE, config, cost, assignment=candidate.assignment))
+    chosen = next((c for c in candidates if c.chosen), None)
+    if chosen is not None:
+        assert chosen.slowest <= min(c.slowest for c in candidates) * (1 + config.makespan_budget)
+        assert chosen.assignment == auto_assignment(facts, SHAPE, config, cost)  # which skips what cannot be chosen
+
+
+@settings(max_examples=100, deadline=None)
+@given(wide_facts(), wide_configs(), costs)
+def test_planning_is_deterministic(facts, config, cost):
+    again = Facts(tuple(tuple(lengths) for lengths in facts.lengths))
+    assert plan(facts, SHAPE, config, cost).digest == plan(again, SHAPE, config, cost).digest
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=8), costs)
+def test_shallow_models_are_predicted_as_simulated(tokens, cost):
+    """Up to the merging of ranks whose attention differs by less than a sixteenth."""
+    facts = Facts(tuple((n,) if n else () for n in tokens))
+    for candidate in auto_candidates(facts, SHAPE, PlanConfig(), cost):
+        found = simulate(plan(facts, SHAPE, PlanConfig(), cost, assignment=candidate.assignment), cost)
+        assert candidate.slowest == pytest.approx(found.makespan, rel=0.15)
+
+
+@pytest.mark.parametrize("tokens", [(4096, 16, 16, 16), (2048,) * 4, (8192, 1024, 512, 0), (64,) * 4, (5000, 300, 40, 900)])
+def test_deep_models_are_predicted_from_few_layers(tokens):
+    facts, cost = Facts(tuple((n,) if n else () for n in tokens)), CostModel()
+    for candidate in auto_candidates(facts, DEEP, PlanConfig(), cost):
+        found = simulate(plan(facts, DEEP, PlanConfig(), cost, assignment=candidate.assignment), cost)
+        assert candidate.slowest == pytest.approx(found.makespan, rel=0.2)
+
+
+def test_short_prompts_are_freed_from_a_long_one():
+    facts = Facts(((4096,), (16,), (16,), (16,)))
+    p = plan(facts, DEEP, PlanConfig(makespan_budget=0.3), QUICK_HOST)
+    assert len(p.cohorts) > 1 and {m.rank for m in p.cohorts[0].microbatches} == {1, 2, 3}
+    assert simulate(p, QUICK_HOST).ttft[1] < simulate(plan(facts, DEEP, PlanConfig(mode="broadcast"), QUICK_HOST), QUICK_HOST).ttft[1]
+
+
+@pytest.mark.parametrize("tokens", [(64,) * 4, (1, 0, 0, 0)])
+def test_small_steps_stay_together(tokens):
+    facts = Facts(tuple((n,) if n else () for n in tokens))
+    assert len(plan(facts, DEEP, PlanConfig(), CostModel()).cohorts) == 1
+
+
+def test_short_sequences_leave_a_long_one_of_their_rank():
+    facts = Facts(((16, 8000, 16), (16,), (16,), (16,)))
+    p = plan(facts, DEEP, PlanConfig(makespan_budget=1.0), QUICK_HOST)
+    assert [m[:] for m in p.cohorts[0].microbatches if m.rank == 0] == [(0, 0, 16), (0, 8016, 8032)]
+
+
+def test_objectives_and_budget_matter():
+    facts = Facts(((4096,), (16,), (16,), (16,)))
+
+    def chosen(**options):
+        return next(c for c in auto_candidates(facts, DEEP, PlanConfig(**options), QUICK_HOST) if c.chosen)
+
+    slowest, mean = chosen(objective="slowest"), chosen(makespan_budget=10.0)
+    assert slowest.slowest <= mean.slowest and mean.mean < slowest.mean
+    assert chosen(makespan_budget=10.0, objective="p50").p50 <= mean.p50
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("objective", "median"), ("makespan_budget", -0.1), ("makespan_budget", float("nan")), ("makespan_budget", "a lot")]
+)
+def test_bad_settings_are_refused(field, value):
+    with pytest.raises(ConfigError, match=field):
+        PlanConfig(**{field: value})

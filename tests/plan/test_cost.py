@@ -1,0 +1,108 @@
+"""Costs: monotonous, derived for every preset, and read back as written; bad files refused."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipemoe.errors import ConfigError
+from pipemoe.plan.cost import AttendCost, CostModel, attend_busy, cost_from_dict, experts_busy, rates_of
+from pipemoe.plan.cost_file import read_cost, write_cost
+from pipemoe.plan.default_cost import default_cost
+from pipemoe.plan.devices import GPUS, UNKNOWN_GPU, cpu, gpu_named
+from pipemoe.plan.dimensions import dimensions_of, dimensions_of_decoder, dimensions_of_shape
+from pipemoe.plan.model_configs import MODEL_CONFIGS
+
+RATES = rates_of(CostModel())
+SUBJECT = {"device": "a GPU", "num_ranks": 4}
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**5), st.integers(0, 10**5), st.sampled_from((1, 2, 7, 8)))
+def test_experts_cost_more_for_more_rows(few, more, num_ranks):
+    few, more = sorted((few, more))
+    assert experts_busy(RATES, few, 128, 8, num_ranks) <= experts_busy(RATES, more, 128, 8, num_ranks)
+
+
+def test_experts_read_few_weights_for_few_rows_and_all_for_many():
+    only_weights = rates_of(replace(CostModel(), experts=replace(CostModel().experts, expert_ns=1000, pair_ps=0, row_ps=0)))
+    assert experts_busy(only_weights, 1, 128, 8, 4) == pytest.approx(32 * 1000 * 8 / 128, rel=0.01)
+    assert experts_busy(only_weights, 10**4, 128, 8, 4) == pytest.approx(32 * 1000, rel=0.01)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10**5), st.integers(0, 5 * 10**9), st.integers(0, 10**9))
+def test_attention_costs_more_for_more(rows, pairs, more):
+    assert attend_busy(RATES, rows, pairs) <= attend_busy(RATES, rows + more, pairs + more)
+
+
+@pytest.mark.parametrize("model", MODEL_CONFIGS)
+@pytest.mark.parametrize("device", [*GPUS.values(), cpu(2)])
+def test_defaults_are_whole_and_positive(device, model):
+    for num_ranks, sharing in ((1, 1), (4, 4), (8, 1)):
+        cost = default_cost(device, dimensions_of(MODEL_CONFIGS[model]), num_ranks, value_bytes=2, sum_bytes=2, ranks_per_device=sharing)
+        assert all(type(v) is int and v >= 0 for v in rates_of(cost))
+        assert cost.attend.row_ps > 0 and cost.experts.expert_ns > 0
+
+
+def test_devices_by_the_drivers_name():
+    assert gpu_named("NVIDIA H200") is GPUS["h200"] and gpu_named("NVIDIA A100-SXM4-80GB") is GPUS["a100"]
+    assert gpu_named("something else") is UNKNOWN_GPU
+
+
+def test_dimensions():
+    dimensions = dimensions_of(MODEL_CONFIGS["deepseek-v3"])
+    assert dimensions.shape.num_layers == 58 and dimensions.expert_weights == 3 * 7168 * 2048
+    assert dimensions_of_decoder({"model_type": "new"}, dimensions.shape) == dimensions_of_shape(dimensions.shape)
+    with pytest.raises(ConfigError, match="'new'"):
+        dimensions_of({"model_type": "new"})
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, 1 << 60, None])
+def test_costs_are_whole_numbers(value):
+    with pytest.raises(ConfigError, match="AttendCost.row_ps"):
+        AttendCost(row_ps=value)
+
+
+def test_a_file_is_read_back(tmp_path):
+    cost = replace(CostModel(), attend=AttendCost(1, 2, 3, 4), finish_ns=5)
+    write_cost(tmp_path / "cost.json", SUBJECT, cost)
+    assert read_cost(tmp_path / "cost.json", SUBJECT) == read_cost(tmp_path / "cost.json") == cost
+    assert cost_from_dict(asdict(cost)) == cost
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["subject"].update(device="another"), "device 'another'.*'a GPU'"),
+        (lambda d: d["subject"].pop("num_ranks"), "num_ranks None"),
+        (lambda d: d["subject"].update(more=1), "more 1"),
+        (lambda d: d.update(schema="pipemoe.cost/0"), "schema"),
+        (lambda d: d["cost"]["attend"].update(row_ps=-1), "row_ps"),
+        (lambda d: d["cost"]["attend"].update(row_ps="1"), "row_ps"),
+        (lambda d: d["cost"]["attend"].update(other=1), "other"),
+        (lambda d: d["cost"].pop("host"), "host"),
+        (lambda d: d["cost"].update(other=1), "other"),
+        (lambda d: d.pop("cost"), "cost"),
+        (lambda d: d.update(subject=[1]), "no cost file"),
+    ],
+)
+def test_another_or_damaged_file_is_refused(tmp_path, change, message):
+    path = tmp_path / "cost.json"
+    write_cost(path, SUBJECT, CostModel())
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=message) as error:
+        read_cost(path, SUBJECT)
+    assert str(error.value).startswith(str(path))
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        read_cost(tmp_path / "missing.json")
+    (tmp_path / "text").write_text("not JSON")
+    with pytest.raises(ConfigError, match="no cost file"):
+        read_cost(tmp_path / "text")

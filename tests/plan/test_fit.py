@@ -1,0 +1,67 @@
+"""Fitting: what made the samples is found again."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, attend_busy, experts_busy, rates_of
+from pipemoe.plan.fit import Samples, calibrate, fit_cost, least_squares
+from pipemoe.plan.planner import plan
+from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
+from pipemoe.plan.simulator import simulate
+
+SHAPE = ModelShape(2048, 768, 128, 8, 4)
+
+
+def samples_of(cost: CostModel) -> Samples:
+    rates, samples = rates_of(cost), Samples()
+    for rows in (1, 16, 64, 256, 1024, 4096):
+        for pairs in (rows, rows * rows // 2):
+            samples.attend.append((rows, pairs, cost.attend.fixed_ns + attend_busy(rates, rows, pairs)))
+        samples.experts.append((rows, cost.experts.fixed_ns + experts_busy(rates, rows, SHAPE.num_experts, SHAPE.top_k, 4)))
+        for segments in (1, 4):
+            for into, part in ((samples.dispatch, cost.dispatch), (samples.combine, cost.combine)):
+                into.append((segments, rows, part.fixed_ns + segments * part.segment_ns + rows * part.row_ps / 1000))
+    samples.host = {"attend": [900.0, 1000.0, 5000.0], "combine": [7.0]}
+    return samples
+
+
+def test_the_costs_that_made_the_samples_are_found():
+    wanted = CostModel(
+        attend=AttendCost(500_000, 0, 120_000, 60_000),
+        experts=ExpertsCost(90_000, 4_000, 30_000, 8_571, 64),
+        dispatch=ExchangeCost(80_000, 9_000, 20_000),
+        combine=ExchangeCost(40_000, 0, 50_000),
+    )
+    found = fit_cost(samples_of(wanted), CostModel(), SHAPE, 4)
+    for part in ("attend", "experts", "dispatch", "combine"):
+        for name in getattr(wanted, part).__slots__:
+            if name not in ("fixed_ns", "weights_ns"):
+                assert getattr(getattr(found, part), name) == pytest.approx(getattr(getattr(wanted, part), name), rel=0.05, abs=200)
+    assert found.attend.fixed_ns + found.attend.weights_ns == pytest.approx(500_000, rel=0.05)
+    assert found.host.attend_ns == 1000 and found.host.combine_ns == 7 and found.host.dispatch_ns == CostModel().host.dispatch_ns
+
+
+def test_coefficients_are_never_negative():
+    assert (least_squares([(1, 1), (1, 2), (1, 3)], [30, 20, 10]) >= 0).all()
+    with pytest.raises(ValueError, match="nothing was measured"):
+        least_squares([], [])
+
+
+def test_calibration_finds_contention():
+    base = CostModel(host=HostCost(*(5000,) * 7))  # launches must not bind, or contention does not show
+    wanted = replace(base, sharing=replace(base.sharing, slowdown_permille=1000))
+    steps = [(mode, Facts(((n,),) * 4)) for mode in ("broadcast", "two_batch", "per_rank") for n in (256, 2048)]
+
+    def makespan(cost, mode, facts):
+        return simulate(plan(facts, SHAPE, PlanConfig(mode=mode), cost), cost).makespan
+
+    measured = [makespan(wanted, *step) for step in steps]
+
+    def log_error(cost):
+        return sum(abs(math.log(makespan(cost, *step) / m)) for step, m in zip(steps, measured))
+
+    found = calibrate(base, log_error)
+    assert log_error(found) < log_error(base) / 2
+    assert found.sharing.slowdown_permille >= 500

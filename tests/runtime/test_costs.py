@@ -1,0 +1,51 @@
+"""Cost files at run time: used, refused with a warning, or caught on the rank that is alone with one."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipemoe import Config, load_model
+from pipemoe.errors import MismatchError
+from pipemoe.plan.cost_file import write_cost
+from tests.models.tiny import tiny_config
+
+pytestmark = pytest.mark.mpi
+SMALL = {"moe_max_num_tokens": 20, "max_tokens_per_rank": 64, "num_slots": 2}
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    return load_model(tiny_config("qwen3_moe"), world, dtype=torch.float32, seed=3, config=Config(**SMALL))
+
+
+def test_a_file_of_this_machine_and_model_is_used(world, model, tmp_path):
+    cost = replace(model.runtime.cost, finish_ns=12345)
+    write_cost(tmp_path / "cost.json", model.runtime.cost_subject, cost)
+    tuned = model.with_config(Config(cost=str(tmp_path / "cost.json"), **SMALL))  # each rank's own folder: the content counts
+    assert tuned.runtime.cost == cost
+    assert len(tuned.prefill([[1, 2, 3], [4]]).first_tokens) == 2
+
+
+@pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "0.1"}, {"model": [1]}, {"num_ranks": 99}])
+def test_a_file_of_another_is_refused(world, model, tmp_path, change):
+    write_cost(tmp_path / "cost.json", {**model.runtime.cost_subject, **change}, replace(model.runtime.cost, finish_ns=12345))
+    with pytest.warns(UserWarning, match="refused.*" + next(iter(change))):
+        other = model.with_config(Config(cost=str(tmp_path / "cost.json"), **SMALL))
+    assert other.runtime.cost == model.runtime.cost
+
+
+def test_a_damaged_file_is_refused(world, model, tmp_path):
+    (tmp_path / "cost.json").write_text(json.dumps([1]))
+    with pytest.warns(UserWarning, match="refused"):
+        assert model.with_config(Config(cost=str(tmp_path / "cost.json"), **SMALL)).runtime.cost == model.runtime.cost
+
+
+def test_a_rank_alone_with_another_file_is_caught(world, model, tmp_path):
+    if world.size == 1:
+        pytest.skip("needs several ranks")
+    cost = replace(model.runtime.cost, finish_ns=12345 + world.rank)
+    write_cost(tmp_path / "cost.json", model.runtime.cost_subject, cost)
+    with pytest.raises(MismatchError, match="cost of finish_ns"):
+        model.with_config(Config(cost=str(tmp_path / "cost.json"), **SMALL))
