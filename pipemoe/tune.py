@@ -54,7 +54,7 @@ def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--max-tokens", type=positive, help="most tokens of a rank that are tried (default: 512 on a CPU, else 4096)")
-    parser.add_argument("--slots", type=positive, default=4, help="cohorts under way at once (default %(default)s)")
+    parser.add_argument("--slots", type=positive, help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)")
     parser.add_argument("--combine", choices=("reduce", "gather"), default="reduce")
     parser.add_argument("--repeats", type=positive, default=3, help="of each measurement (default %(default)s)")
 
@@ -202,7 +202,8 @@ class Tuner:
         for kind, into in ((OpKind.DISPATCH, samples.dispatch), (OpKind.COMBINE, samples.combine)):
             into.append((segments, rows, self._transfer_ns([timeline for timeline, _ in timed], kind)))
         issued = timed[0][1]
-        names = {OpKind.ATTEND: "attend", OpKind.EXPERTS: "experts", OpKind.COMBINE: "combine", OpKind.FINISH: "finish"}
+        is_graph = sum(lengths[0]) <= self._model.runtime.cost.host.graph_rows
+        names = {OpKind.ATTEND: "graph" if is_graph else "attend", OpKind.EXPERTS: "experts", OpKind.COMBINE: "combine", OpKind.FINISH: "finish"}
         for kind, layer, seconds in issued:
             if OpKind(kind) in names and (layer or kind == OpKind.FINISH):
                 samples.host.setdefault(names[OpKind(kind)], []).append(seconds * 1e9)

@@ -148,7 +148,7 @@ def _least_ns(costs, rates):
 @compiled
 def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
     """Mean, largest and median ns to the first token, over sequences; roughly where the largest is far above `allowed`."""
-    merged, weight = merge_alike_ranks(costs, rates.host_attend_ns)
+    merged, weight = merge_alike_ranks(costs)
     num_cohorts, num_classes = merged.ends.shape
     slots = np.empty(num_cohorts, np.int64)
     for c in range(num_cohorts):

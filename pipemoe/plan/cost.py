@@ -61,9 +61,11 @@ class ExchangeCost(_Whole):
 @dataclass(frozen=True, slots=True)
 class HostCost(_Whole):
     """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On a GPU the
-    attention of a model is many small launches, and this is what small cohorts are bound by."""
+    attention of a model is many small launches, but for at most `graph_rows` tokens one of a graph, which takes `graph_ns`."""
 
     attend_ns: int = 1_000_000
+    graph_rows: int = 1024
+    graph_ns: int = 60_000
     pack_ns: int = 80_000
     dispatch_ns: int = 60_000
     experts_ns: int = 300_000

@@ -11,6 +11,9 @@ from pipemoe.plan.dimensions import Dimensions
 # A model's own modules also pass over each row some forty times in elementwise kernels.
 _DENSE_PERMILLE, _GROUPED_PERMILLE, _ATTENTION_PERMILLE, _MEMORY_PERMILLE, _LINK_PERMILLE = 600, 500, 350, 800, 700
 _PASSES = 40
+_HOST_ON_CPU = HostCost(
+    attend_ns=30_000, graph_rows=0, pack_ns=30_000, dispatch_ns=60_000, experts_ns=30_000, combine_ns=60_000, finish_ns=30_000, idle_ns=15_000
+)
 _ONE_GPU_LINK = 100 * 10**9  # bytes per second; measured between 2, 4, 8 ranks on one H200 with NCCL 2.30: 145, 98, 78 GB/s
 
 
@@ -56,7 +59,7 @@ def default_cost(
         ),
         dispatch=exchange(row_bytes),
         combine=exchange(shape.hidden * sum_bytes),
-        host=HostCost(30_000, 30_000, 60_000, 30_000, 60_000, 30_000, 15_000) if device.cores else HostCost(),
+        host=_HOST_ON_CPU if device.cores else HostCost(),
         sharing=SharingCost(1000 * device.cores, 200, 0, 1, 1000, 500) if device.cores else SharingCost(),
         finish_ns=300_000 if device.cores else 200_000,
     )

@@ -29,7 +29,7 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
     host = {f"{name}_ns": round(float(np.median(values))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
     return CostModel(
-        attend=_fit_attend(samples.attend, start.attend, host_cost.attend_ns),
+        attend=_fit_attend(samples.attend, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns),
         experts=_fit_experts(samples.experts, start, shape, num_ranks, host_cost),
         dispatch=_fit_exchange(samples.dispatch),
         combine=_fit_exchange(samples.combine),

@@ -19,8 +19,8 @@ DISPATCH, COMBINE = 0, 1
 
 # num_waves [C]. compute [C, R, 2 + W, 2]: attend, experts of each wave, finish; ns alone and ns busy. exchange [C, 2, W, 2]:
 # dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
-# cohort holds. causal [C, C]: does the cohort read keys and values of the other?
-LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "causal"])
+# cohort holds. causal [C, C]: does the cohort read keys and values of the other? issue [C, R]: ns to issue an attend.
+LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "causal", "issue"])
 
 
 @compiled
@@ -65,6 +65,7 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
     exchange = np.zeros((num_cohorts, 2, most_waves, 2), np.int64)
     own = np.zeros((num_cohorts, num_ranks, most_waves), np.bool_)
     ends = np.zeros((num_cohorts, num_ranks), np.int64)
+    issue = np.full((num_cohorts, num_ranks), rates.host_idle_ns, np.int64)
     rows = np.zeros((num_cohorts, num_ranks), np.int64)
     pairs = np.zeros((num_cohorts, num_ranks), np.int64)
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
@@ -104,9 +105,10 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
             if rows[c, r]:
                 busy = attend_busy(rates, rows[c, r], pairs[c, r])
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
+                issue[c, r] = rates.host_graph_ns if rows[c, r] <= rates.host_graph_rows else rates.host_attend_ns
                 finish = 1 + most_waves
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
-    return LayerCosts(num_waves, compute, exchange, own, ends, causal)
+    return LayerCosts(num_waves, compute, exchange, own, ends, causal, issue)
 
 
 @compiled
@@ -128,11 +130,11 @@ def causal_matrix(microbatches, num_cohorts, starts, first):
 
 
 @compiled
-def _alike(costs, host_attend_ns, a, b):
+def _alike(costs, a, b):
     for c in range(costs.compute.shape[0]):
         if costs.own[c, a, 0] != costs.own[c, b, 0]:
             return False
-        x, y = max(costs.compute[c, a, 0, ALONE], host_attend_ns), max(costs.compute[c, b, 0, ALONE], host_attend_ns)
+        x, y = max(costs.compute[c, a, 0, ALONE], costs.issue[c, a]), max(costs.compute[c, b, 0, ALONE], costs.issue[c, b])
         if abs(x - y) * 16 > max(x, y):
             return False
         for w in range(1, costs.num_waves[c]):
@@ -142,15 +144,15 @@ def _alike(costs, host_attend_ns, a, b):
 
 
 @compiled
-def merge_alike_ranks(costs, host_attend_ns):
+def merge_alike_ranks(costs):
     """The same costs with one rank for all whose attention differs by less than a sixteenth, the first with most, and how many
-    each stands for. host_attend_ns: to issue an attend; no attend is faster."""
+    each stands for."""
     num_cohorts, num_ranks, num_works = costs.compute.shape[0], costs.compute.shape[1], costs.compute.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
     for r in range(num_ranks):
         k = 0
-        while k < count and not _alike(costs, host_attend_ns, r, chosen[k]):
+        while k < count and not _alike(costs, r, chosen[k]):
             k += 1
         class_of[r] = k
         if k == count:
@@ -158,9 +160,11 @@ def merge_alike_ranks(costs, host_attend_ns):
             count += 1
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
     own = np.empty((num_cohorts, count, costs.own.shape[2]), np.bool_)
+    issue = np.empty((num_cohorts, count), np.int64)
     ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
     for c in range(num_cohorts):
         for k in range(count):
+            issue[c, k] = costs.issue[c, chosen[k]]
             for w in range(num_works):
                 compute[c, k, w, 0], compute[c, k, w, 1] = costs.compute[c, chosen[k], w, 0], costs.compute[c, chosen[k], w, 1]
             for w in range(costs.own.shape[2]):
@@ -169,4 +173,4 @@ def merge_alike_ranks(costs, host_attend_ns):
             ends[c, class_of[r]] += costs.ends[c, r]
     for r in range(num_ranks):
         weight[class_of[r]] += 1
-    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.causal), weight
+    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.causal, issue), weight

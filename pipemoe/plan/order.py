@@ -23,9 +23,9 @@ def order_keys(costs, rates, num_slots, num_layers):
         for j in range(len(template)):
             kind, wave = template[j, 0], template[j, 1]
             if kind == ATTEND_OP:
-                nanoseconds[j] = rates.host_attend_ns
+                nanoseconds[j] = 0
                 for r in range(costs.compute.shape[1]):
-                    nanoseconds[j] = max(nanoseconds[j], costs.compute[c, r, 0, ALONE])
+                    nanoseconds[j] = max(nanoseconds[j], costs.compute[c, r, 0, ALONE], costs.issue[c, r])
             elif kind == DISPATCH_OP:
                 nanoseconds[j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
             elif kind == COMBINE_OP:

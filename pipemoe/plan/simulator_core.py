@@ -83,7 +83,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
         for r in range(num_ranks):
             if touched[r]:
                 if host[HOST_END, r] == NEVER:
-                    issue_next(state, host, transfers, cohorts, templates, causal, own, keys, rates, num_layers, r, now)
+                    issue_next(state, host, transfers, cohorts, templates, causal, own, costs.issue, keys, rates, num_layers, r, now)
                 for c in range(num_cohorts):
                     if begin_computation(state, host, transfers, cohorts, causal, compute, num_layers, num_buffers, c, r, now):
                         shared[r] = True

@@ -63,7 +63,7 @@ def layer_template(num_waves):
 
 
 @compiled_rule
-def issue_next(state, host, transfers, cohorts, templates, causal, own, keys, rates, num_layers, r, now):
+def issue_next(state, host, transfers, cohorts, templates, causal, own, issue, keys, rates, num_layers, r, now):
     """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
     best, best_key, best_kind = -1, NEVER, 0
     for c in range(cohorts.shape[1]):
@@ -88,7 +88,7 @@ def issue_next(state, host, transfers, cohorts, templates, causal, own, keys, ra
     c, kind, wave = best, best_kind, templates[best, state[ISSUE_PLACE, best, r], 1]
     owner = state[LAST_OWN, c, r] >= 0
     if kind == ATTEND_OP:
-        takes = rates.host_attend_ns if owner else rates.host_idle_ns
+        takes = issue[c, r]
     elif kind == DISPATCH_OP:
         takes = rates.host_dispatch_ns + (rates.host_pack_ns if own[c, r, wave] else 0)
     elif kind == EXPERTS_OP:

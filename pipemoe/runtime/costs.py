@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.config import Config
@@ -55,13 +56,19 @@ def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: to
     }
     if config.cost is not None:
         try:
-            return read_cost(config.cost, subject), subject
+            return with_graphs(read_cost(config.cost, subject), world, config), subject
         except ConfigError as error:
             warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
-    return default_cost(
+    cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device
-    ), subject
+    )
+    return with_graphs(cost, world, config), subject
+
+
+def with_graphs(cost: CostModel, world: World, config: Config) -> CostModel:
+    """With as many tokens in graphs as the configuration says."""
+    return replace(cost, host=replace(cost.host, graph_rows=config.graph_tokens if world.device.type == "cuda" else 0))
 
 
 def model_key(dimensions: Dimensions) -> list[int]:

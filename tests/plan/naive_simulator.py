@@ -112,6 +112,8 @@ class NaiveSimulator:
         rates, owner = self.rates, bool(self.costs.own[op.cohort, r].any())
         if op.kind is OpKind.DISPATCH:
             return rates.host_dispatch_ns + (rates.host_pack_ns if self.costs.own[op.cohort, r, op.wave] else 0)
-        if op.kind in (OpKind.ATTEND, OpKind.FINISH):
-            return getattr(rates, f"host_{op.kind.name.lower()}_ns") if owner else rates.host_idle_ns
+        if op.kind is OpKind.ATTEND:
+            return int(self.costs.issue[op.cohort, r])
+        if op.kind is OpKind.FINISH:
+            return rates.host_finish_ns if owner else rates.host_idle_ns
         return getattr(rates, f"host_{op.kind.name.lower()}_ns")
