@@ -35,7 +35,7 @@ from ttft_models import BenchModel
 from ttft_table import ttft_table
 
 if TYPE_CHECKING:
-    from pipemoe import Config, World
+    from pipemoe import Config, Model, World
     from ttft_measure import Measured
     from ttft_parity import Parity
 
@@ -193,7 +193,9 @@ def run(world: World, options: argparse.Namespace) -> int:
         if world.rank == 0:
             facts = {"model": model.name, "layers": model.num_layers, "num_ranks": world.size, "rank_tokens": workload.rank_tokens}
             facts |= {"dtype": dtype_name(dtype), "moe_max_num_tokens": options.moe_max_num_tokens, "arrivals": options.arrivals}
-            rows += [_row(mode, facts, found[mode], peak_bytes[mode], parity[mode]) for mode in options.modes]
+            for mode in options.modes:
+                predicted = {"predicted_ttft_ms": predicted_slowest_ms(models[mode], workload)} if options.arrivals == "together" else {}
+                rows.append(_row(mode, facts | predicted, found[mode], peak_bytes[mode], parity[mode]))
             measured.append((workload, found))
     if world.rank == 0:
         report(options, rows, measured)
@@ -205,6 +207,17 @@ def parity_steps(workloads: Sequence[Workload]) -> list[Step]:
     steps = [w.steps[0] for w in workloads]
     bare = without_last_rank(steps[0])
     return steps + ([bare] if any(bare) and bare not in steps else [])
+
+
+def predicted_slowest_ms(model: Model, workload: Workload) -> float:
+    """The simulator's TTFT of the slowest rank, mean over steps; to be held against `ttft_ms_slowest_rank`."""
+    from pipemoe.plan.schedule import Facts
+    from pipemoe.plan.simulator import simulate
+    from ttft_measure import step_lengths
+
+    runtime = model.runtime
+    found = [simulate(runtime.plan(Facts(step_lengths(step))), runtime.cost).makespan for step in workload.steps]
+    return sum(found) / len(found) / 1e6
 
 
 def _max_over_ranks(world: World, values: dict[str, int]) -> dict[str, int]:
