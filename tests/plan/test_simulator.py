@@ -21,12 +21,13 @@ def small_costs(draw, sharing=st.just(FREE)):
     def ns(most=40, least=1):
         return draw(st.integers(least, most))
 
+    attend = ns()
     return CostModel(
         attend=AttendCost(ns(), ns(), ns(2000), ns(2000)),
         experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8)),
         dispatch=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         combine=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
-        host=HostCost(*(ns() for _ in range(7))),
+        host=HostCost(attend, ns(100, 0), ns(attend), *(ns() for _ in range(6))),
         sharing=draw(sharing),
         finish_ns=ns(),
     )
