@@ -7,6 +7,7 @@ from functools import cache
 
 # Constants of cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
 _NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 3, 0
 
@@ -57,6 +58,26 @@ def load_function(cubin: bytes, name: str, device_index: int, shared_bytes: int 
     return function
 
 
+class _LaunchConfig(ctypes.Structure):
+    _fields_ = [
+        ("sizes", ctypes.c_uint * 6),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+def _early_start() -> ctypes.Array:
+    """The attribute that lets a kernel start early: int kind, 4 bytes of padding, 64 bytes of value."""
+    words = (ctypes.c_uint32 * 18)()
+    words[0], words[2] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
+    return words
+
+
+_EARLY_START = _early_start()
+
+
 def launch(
     function: ctypes.c_void_p,
     grid: tuple[int, int],
@@ -64,15 +85,22 @@ def launch(
     stream: int,
     values: tuple[int, ...],
     shared_bytes: int = 0,
+    starts_early: bool = False,
 ) -> None:
-    """Enqueue one kernel. Each value fills an 8-byte slot; a 32-bit parameter reads the low half (little endian)."""
+    """Enqueue one kernel. Each value fills an 8-byte slot; a 32-bit parameter reads the low half (little endian).
+
+    starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch).
+    """
     count = len(values)
     slots = (ctypes.c_int64 * count)(*values)
     base = ctypes.addressof(slots)
     pointers = (ctypes.c_void_p * count)(*range(base, base + 8 * count, 8))
-    result = _library().cuLaunchKernel(
-        function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes, ctypes.c_void_p(stream), pointers, None
-    )
+    sizes = (grid[0], grid[1], 1, threads, 1, 1)
+    if starts_early:
+        config = _LaunchConfig(sizes, shared_bytes, stream, ctypes.addressof(_EARLY_START), 1)
+        _check(_library().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "cuLaunchKernelEx")
+        return
+    result = _library().cuLaunchKernel(function, *sizes, shared_bytes, ctypes.c_void_p(stream), pointers, None)
     _check(result, "cuLaunchKernel")
 
 

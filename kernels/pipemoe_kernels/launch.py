@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipemoe_kernels import driver
+from pipemoe_kernels import cubin_cache, driver
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 
 INT32 = types.int32
@@ -44,8 +44,10 @@ class Stream:
 class Kernel:
     """`function` with parameters of the Numba types `parameters` (pointers, integers), in blocks of `threads` threads.
 
-    shared_bytes: dynamic shared memory. hopper_only: for sm_90a, whose instructions no other architecture has; one block
-    may then use all registers of a multiprocessor.
+    shared_bytes: dynamic shared memory. hopper_only: for sm_90a, whose instructions no other architecture has, with
+    registers for `blocks_per_sm` blocks on a multiprocessor. starts_early: its blocks may start before the kernel in front of it in the
+    stream has ended, and must wait for that themselves (ptx_hopper.wait_for_earlier); also Hopper's.
+    key: all constants in `function` besides its sources; with it the compiled kernel is kept on disk (cubin_cache).
     """
 
     def __init__(
@@ -56,6 +58,9 @@ class Kernel:
         *,
         shared_bytes: int = 0,
         hopper_only: bool = False,
+        starts_early: bool = False,
+        blocks_per_sm: int = 1,
+        key: tuple[object, ...] | None = None,
     ):
         self.name = function.__name__
         self.function = function
@@ -63,6 +68,9 @@ class Kernel:
         self.threads = threads
         self.shared_bytes = shared_bytes
         self.hopper_only = hopper_only
+        self.starts_early = starts_early
+        self.blocks_per_sm = blocks_per_sm
+        self.key = key
         self._handles = {}
         self._simulated = cuda.jit(function) if SIMULATOR else None
 
@@ -70,7 +78,7 @@ class Kernel:
         """PTX for compute capability `cc`; needs no GPU."""
         bounds = self.threads
         if self.hopper_only:
-            cc, bounds = (9, 0, "a"), (self.threads, 1)
+            cc, bounds = (9, 0, "a"), (self.threads, self.blocks_per_sm)
         ptx, _ = cuda.compile(self.function, self.parameters, device=False, abi="numba", cc=cc, launch_bounds=bounds)
         return ptx
 
@@ -78,25 +86,36 @@ class Kernel:
         """Compile and load for a device unless that is done; seconds the first time."""
         if SIMULATOR or device_index in self._handles:
             return
+        cc = torch.cuda.get_device_capability(device_index)
+        arch = "sm_90a" if self.hopper_only else f"sm_{cc[0]}{cc[1]}"
+        key = self.key and (self.name, *self.key, self.parameters, self.threads, self.blocks_per_sm, arch)
+        found = cubin_cache.load(key) if key else None
+        if not found:
+            found = self._compile(cc, arch)
+            if key:
+                cubin_cache.store(key, *found)
+        entry, cubin = found
+        self._handles[device_index] = driver.load_function(cubin, entry, device_index, self.shared_bytes)
+
+    def _compile(self, cc: tuple[int, int], arch: str) -> tuple[str, bytes]:
+        """Entry name and cubin."""
         from cuda.core import Linker, LinkerOptions, ObjectCode
 
-        cc = torch.cuda.get_device_capability(device_index)
         ptx = self.compile_ptx(cc)
         entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
-        arch = "sm_90a" if self.hopper_only else f"sm_{cc[0]}{cc[1]}"
-        cubin = bytes(Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch)).link("cubin").code)
-        self._handles[device_index] = driver.load_function(cubin, entry, device_index, self.shared_bytes)
+        linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch))
+        return entry, bytes(linker.link("cubin").code)
 
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
         """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""
         if self._simulated is not None:
-            self._simulated[grid, self.threads](*map(_simulator_argument, self.parameters, arguments))
+            self._simulated[grid, self.threads, 0, self.shared_bytes](*map(_simulator_argument, self.parameters, arguments))
             return
         if stream.device_index not in self._handles:
             self.load(stream.device_index)
         values = tuple(a if isinstance(a, int) else a.data_ptr() for a in arguments)
         handle = self._handles[stream.device_index]
-        driver.launch(handle, grid, self.threads, stream.handle, values, self.shared_bytes)
+        driver.launch(handle, grid, self.threads, stream.handle, values, self.shared_bytes, self.starts_early)
 
 
 def _simulator_argument(parameter: types.Type, argument: torch.Tensor | int):

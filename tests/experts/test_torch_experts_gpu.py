@@ -35,6 +35,7 @@ def build(weights, top_k, max_rows, *, deterministic=False, layers=1):
         hidden=weights.hidden,
         device="cuda",
         dtype=weights.dtype,
+        implementation="torch",
         deterministic=deterministic,
     )
     assert experts.implementation == "torch"

@@ -1,0 +1,132 @@
+"""The whole experts call, from wire rows to summed rows, on one GPU: pipemoe's kernels beside library ones.
+
+    python benchmarks/kernels.py
+    python benchmarks/kernels.py --layers deepseek-v3 --tokens 64,16384
+
+A call must do 6 x pairs x H x I operations and read the weights of every expert that has a row. Its floor is the larger of
+operations / dense rate and bytes / copy bandwidth, both measured first, in this run. Every implementation gets the same rows and is
+checked against float64 on a sample of them before it is timed; times are medians over interleaved rounds of graph replays with
+a flushed L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import results_schema
+from bench_main import Progress, RankParser, positive
+from kernels_cases import LAYERS, TOKENS, Layer, enumerate_cells, expected_rows, make_rows, make_weights
+from pipemoe.errors import ConfigError
+
+MAX_ERROR = 1e-2  # norm ratio, bfloat16
+SAMPLE = 24  # rows compared with float64
+_COLUMNS = ("layer", "tokens", "pairs", "impl", "ms", "spread %", "TFLOP/s", "GB/s", "floor", "ratio", "error")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = RankParser(description="Time the experts call against library kernels.")
+    parser.add_argument("--layers", default=",".join(LAYERS), help="default: %(default)s")
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="default: %(default)s")
+    parser.add_argument("--impls", default="pipemoe,grouped_mm,cublas_loop", help="default: %(default)s")
+    parser.add_argument("--rounds", type=positive(int), default=9, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, default=Path("out/kernels.json"), metavar="FILE", help="results (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    options.layers, options.impls = options.layers.split(","), options.impls.split(",")
+    if unknown := set(options.layers) - set(LAYERS):
+        parser.error(f"--layers: {sorted(unknown)} are not among {', '.join(LAYERS)}")
+    try:
+        options.tokens = [positive(int)(n) for n in options.tokens.split(",")]
+    except ValueError:
+        parser.error(f"--tokens {options.tokens}: numbers with commas between are wanted")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("no GPU: benchmarks/kernels.py times GPU kernels")
+    from kernels_peers import PEERS
+    from kernels_timing import roofline
+
+    if unknown := set(options.impls) - set(PEERS):
+        raise ConfigError(f"--impls: {sorted(unknown)} are not among {', '.join(PEERS)}")
+    progress = Progress(0)
+    ceilings = roofline()
+    print(f"dense bf16 {ceilings['tflops']:.0f} TFLOP/s, copy {ceilings['copy_tbps']:.2f} TB/s read + written")
+    print(_line(_COLUMNS))
+    rows = []
+    weights, weights_of = None, None
+    for name, layer, num_tokens in enumerate_cells(options.layers, options.tokens):
+        if weights_of != name:
+            weights = None  # frees the last layer's before the next one's are made
+            weights, weights_of = make_weights(layer, torch.device("cuda")), name
+        rows += measure(name, layer, num_tokens, weights, ceilings, options)
+        progress.count(len(rows), len(options.layers) * len(options.tokens) * len(options.impls), "rows")
+    document = results_schema.results_document("kernels", rows)
+    results_schema.write_results(document, options.json)
+    results_schema.print_results(document)
+    return 0
+
+
+def measure(name: str, layer: Layer, num_tokens: int, weights: Any, ceilings: dict[str, float], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Check and time all implementations on one cell; a row of results each."""
+    import torch
+    from kernels_peers import PEERS
+    from kernels_timing import captured, interleaved_ms
+
+    rows = make_rows(layer, num_tokens, torch.device("cuda"))
+    local = rows.ids[rows.ids < layer.num_local_experts]
+    pairs, active = local.numel(), len(local.unique())
+    operations = 6 * pairs * layer.hidden * layer.intermediate
+    weight_bytes = active * layer.expert_bytes
+    floor_ms = max(operations / ceilings["tflops"] / 1e9, weight_bytes / ceilings["copy_tbps"] / 1e9)
+    sample = torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens), device="cuda").long()
+    wanted = expected_rows(rows, weights, sample)
+    calls, graphs, errors = {}, {}, {}
+    for impl in options.impls:
+        call = calls[impl] = PEERS[impl](weights, rows)  # kept: its memory is in the graph
+        out = torch.full((num_tokens, layer.hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
+        graphs[impl] = captured(lambda call=call, out=out: call(out))
+        out.fill_(torch.nan)
+        graphs[impl].replay()
+        errors[impl] = float((out[sample].double() - wanted).norm() / wanted.norm())
+        if not (errors[impl] < MAX_ERROR and bool(out.isfinite().all())):
+            raise ConfigError(f"{impl} on {name}, {num_tokens} tokens: relative error {errors[impl]:.1e}, not under {MAX_ERROR}")
+    results = []
+    for impl, times in interleaved_ms(graphs, options.rounds).items():
+        ms = statistics.median(times)
+        result = {
+            **{"layer": name, "H": layer.hidden, "I": layer.intermediate, "experts": layer.num_experts},
+            **{"local_experts": layer.num_local_experts, "top_k": layer.top_k, "tokens": num_tokens, "pairs": pairs},
+            **{"dtype": "bf16", "impl": impl, "ms": ms, "ms_rounds": times, "tflops": operations / ms / 1e9},
+            **{"weight_gbps": weight_bytes / ms / 1e6, "floor_ms": floor_ms, "ratio_to_floor": ms / floor_ms, "rel_err": errors[impl]},
+            **{"dense_tflops": ceilings["tflops"], "copy_tbps": ceilings["copy_tbps"]},
+        }
+        results.append(result)
+        spread = 100 * (max(times) - min(times)) / ms
+        print(
+            _line(
+                (name, num_tokens, pairs, impl, f"{ms:.4f}", f"{spread:.0f}", f"{result['tflops']:.0f}")
+                + (f"{result['weight_gbps']:.0f}", f"{floor_ms:.4f}", f"{ms / floor_ms:.3f}", f"{errors[impl]:.1e}")
+            )
+        )
+    return results
+
+
+def _line(cells: Sequence[Any]) -> str:
+    widths = (18, 6, 7, 12, 9, 8, 8, 6, 8, 6, 8)
+    return " ".join(f"{cell:<{w}}" if i in (0, 3) else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(run(parse()))
+    except ConfigError as error:
+        print(f"kernels.py: {error}", file=sys.stderr)
+        sys.exit(2)

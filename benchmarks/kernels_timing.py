@@ -1,0 +1,58 @@
+"""Timing of device work: graph replays with a cold L2 cache, and the ceilings of this device in this run."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+GEMM_SIZE = 8192
+COPY_BYTES = 4 << 30
+
+
+def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`work` as a graph, after two runs outside it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            work()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph
+
+
+def interleaved_ms(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each graph in each round; the L2 cache holds nothing of use at its start."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    events = {name: [] for name in graphs}
+    for _ in range(rounds):
+        for name, graph in graphs.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            graph.replay()
+            stop.record()
+            events[name].append((start, stop))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(stop) for start, stop in pairs] for name, pairs in events.items()}
+
+
+def roofline(rounds: int = 10) -> dict[str, float]:
+    """This device's sustained dense bfloat16 rate, and its copy bandwidth, read plus written."""
+    a, b = (torch.randn((GEMM_SIZE, GEMM_SIZE), device="cuda").bfloat16() for _ in range(2))
+    product = torch.empty_like(a)
+    source = torch.zeros(COPY_BYTES // 16, dtype=torch.int64, device="cuda")
+    target = torch.empty_like(source)
+
+    def multiply() -> None:
+        for _ in range(8):  # long enough for the clock to settle
+            torch.mm(a, b, out=product)
+
+    graphs = {"gemm": captured(multiply), "copy": captured(lambda: torch.bitwise_not(source, out=target))}  # a kernel: a copy may go to a copy engine
+    found = {name: statistics.median(ms) for name, ms in interleaved_ms(graphs, rounds).items()}
+    return {"tflops": 8 * 2 * GEMM_SIZE**3 / found["gemm"] / 1e9, "copy_tbps": 2 * source.nbytes / found["copy"] / 1e9}

@@ -1,0 +1,95 @@
+"""Combine of bfloat16 expert results, 16 bytes at a time: combine.py's sums where rows allow that.
+
+One block per token; a thread has up to MAX_PARTS parts of the row, whose loads overlap.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from pipemoe_kernels.launch import ADDRESS, INT32, Kernel, Stream
+from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx_hopper import wait_for_earlier
+from pipemoe_kernels.ptx_lanes import PART_BYTES, WIDTH, row_sum
+
+MAX_PARTS = 4
+
+
+@cache
+def combine_lanes_kernel(out_dtype: torch.dtype, has_bias: bool, top_k: int, hidden: int) -> Kernel:
+    size = out_dtype.itemsize
+    row_bytes = 2 * hidden
+    parts = hidden // WIDTH
+    threads = min(1024, -(-parts // MAX_PARTS // 32) * 32)
+    num_parts = min(MAX_PARTS, -(-parts // threads))
+    stride = PART_BYTES * threads
+    find, add_up, store = row_sum(top_k, has_bias, out_dtype, num_parts, stride)
+    # For what 4 parts of 8 sums and their loads take: about 64 registers, twice that for float64.
+    blocks = max(1, 65536 // (threads * (128 if size == 8 or has_bias else 72)))
+
+    def combine_lanes(y, positions, ids, ids_stride, first_expert, weights, weights_stride, bias, out, out_stride):
+        wait_for_earlier()
+        token = types.int64(cuda.blockIdx.x)
+        of_token = types.uint64(4 * top_k * token)
+        weights += types.uint64(4 * token * weights_stride)
+        rows = find(positions + of_token, weights, ids + types.uint64(4 * token * ids_stride))
+        row = out + types.uint64(token * out_stride * size)
+        for column in range(PART_BYTES * cuda.threadIdx.x, row_bytes, num_parts * stride):
+            sums = add_up(rows, y, row_bytes, bias, first_expert, column, row_bytes)
+            store(row + types.uint64(column * size // 2), sums, column, row_bytes)
+
+    parameters = (ADDRESS, ADDRESS, ADDRESS, INT32, INT32, ADDRESS, INT32, ADDRESS, ADDRESS, INT32)
+    return Kernel(
+        combine_lanes,
+        parameters,
+        threads,
+        hopper_only=True,
+        starts_early=True,
+        blocks_per_sm=blocks,
+        key=(out_dtype, has_bias, top_k, hidden),
+    )
+
+
+def fits(hidden: int, out: torch.Tensor) -> bool:
+    """Whether rows of `hidden` columns allow 16-byte accesses, in y and in `out`."""
+    size = out.element_size()
+    aligned = out.data_ptr() % 16 == 0 and out.stride(0) * size % 16 == 0
+    return hidden % WIDTH == 0 and (aligned or len(out) == 0)
+
+
+def combine_lanes(
+    stream: Stream,
+    y: torch.Tensor,
+    positions: torch.Tensor,
+    ids: torch.Tensor,
+    first_expert: int,
+    weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """As combine.combine_rows, for contiguous bfloat16 y [pairs, H] and an `out` that `fits`."""
+    num_rows, hidden = out.shape
+    top_k = positions.shape[1]
+    assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.shape[1] == hidden, (y.dtype, y.shape)
+    assert fits(hidden, out) and out.stride(1) == 1 and y.data_ptr() % 16 == 0
+    assert positions.dtype == ids.dtype == torch.int32 and positions.is_contiguous()
+    assert positions.shape == ids.shape == weights.shape == (num_rows, top_k)
+    assert weights.dtype == torch.float32 and (top_k == 1 or ids.stride(1) == weights.stride(1) == 1)
+    assert bias is None or (bias.dtype == y.dtype and bias.is_contiguous() and bias.shape[1] == hidden)
+    kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden)
+    kernel.launch(
+        stream,
+        (num_rows, 1),
+        y,
+        positions,
+        ids,
+        ids.stride(0),
+        first_expert,
+        weights,
+        weights.stride(0),
+        y if bias is None else bias,
+        out,
+        out.stride(0),
+    )

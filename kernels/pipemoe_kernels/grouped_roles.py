@@ -1,0 +1,224 @@
+"""What the warpgroups of grouped_wgmma.py do with one tile: fill the ring, use it up, or only keep it turning.
+
+    shared memory:  | barriers | experts' ends | stage 0: x tile, w tile | stage 1 | ... |       ring of NUM_STAGES stages
+    full[s]   the producer's copies of stage s have landed      parity flips with every turn of the ring
+    empty[s]  all consumer warps are done with stage s
+
+A slice of a tile (see raster.py) needs less of a stage's w tile. If it has few rows too, a stage holds 2 ** together steps of k:
+
+    whole tile   | x: 128 rows, one step     | w: 256 rows, one step                       |
+    slice        | x: 32 rows | 32 | 32 | 32 | w: 64 rows | 64 rows | 64 rows | 64 rows     |   together = 2
+
+Every function here is inlined into the kernel.
+"""
+
+from __future__ import annotations
+
+from pipemoe_kernels import ptx_hopper as ptx
+from pipemoe_kernels.launch import ADDRESS, UINT32
+from pipemoe_kernels.numba_cuda import cuda
+from pipemoe_kernels.ptx_wgmma import STEP, TILE_DESCRIPTOR, accumulators
+from pipemoe_kernels.raster import MAX_EXPERTS
+
+TILE_ROWS = 128
+TILE_COLUMNS = 256  # rows of w in a stage
+GROUP_ROWS = 64  # rows of one consumer warpgroup
+CONSUMERS = TILE_ROWS // GROUP_ROWS
+X_BYTES = TILE_ROWS * STEP * 2
+W_BYTES = TILE_COLUMNS * STEP * 2
+GROUP_BYTES = GROUP_ROWS * STEP * 2
+STAGE_BYTES = X_BYTES + W_BYTES
+NUM_STAGES = 4
+EMPTY_AT = 8 * NUM_STAGES
+ENDS_AT = 2 * EMPTY_AT
+RING_AT = ENDS_AT + 4 * (MAX_EXPERTS + 1) + 1023 & ~1023
+SHARED_BYTES = 1024 + RING_AT + NUM_STAGES * STAGE_BYTES  # the first 1024 to align the rest
+PART_COLUMNS = 8  # of a 16-byte part
+X_BOXES = (128, 64, 32, 16)  # rows of the boxes of x's tensor maps, which stand in this order
+MAP_BYTES = 128
+GUESSED_STEPS = 6  # what all blocks read while the index runs, and less than the L2 cache holds
+
+
+@cuda.jit(device=True, inline="always")
+def next_stage(stage, parity):
+    stage = UINT32(stage + 1)
+    if stage == NUM_STAGES:
+        stage = UINT32(0)
+        parity ^= UINT32(1)
+    return stage, parity
+
+
+@cuda.jit(device=True, inline="always")
+def guess_first_tile(slot, w_map, num_local, column_tiles, num_columns, steps):
+    """Start on the weights of a block's first tile before its expert is known: with few rows, every expert has one row tile."""
+    expert = UINT32(slot // column_tiles)
+    first_column = UINT32(UINT32(slot - expert * column_tiles) * UINT32(TILE_COLUMNS // 2))
+    if expert < num_local:
+        for step in range(min(steps, UINT32(GUESSED_STEPS))):
+            ptx.prefetch_box_3d(w_map, step * STEP, first_column, expert)
+            ptx.prefetch_box_3d(w_map, step * STEP, num_columns + first_column, expert)
+
+
+def gathering_producer():
+    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows."""
+
+    @cuda.jit(device=True, inline="always")
+    def produce(
+        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
+        row, end, first_column, num_columns, depth, cuts, together,
+    ):
+        part = thread & UINT32(7)
+        line = thread >> UINT32(3)
+        lane = thread & UINT32(31)
+        line_at = line * UINT32(128) + ((part ^ (line & UINT32(7))) << UINT32(4))
+        rows = ptx.tile_rows(tokens, row + line, end, x_stride)
+        half_bytes = UINT32(W_BYTES // 2) >> cuts
+        w_map += MAP_BYTES * cuts
+        step = UINT32(0)
+        while step < steps:
+            full = UINT32(barriers + 8 * stage)
+            x_tile = UINT32(ring + stage * STAGE_BYTES)
+            count = UINT32(min(UINT32(1) << together, UINT32(steps - step)))
+            ptx.barrier_wait(full + EMPTY_AT, parity)
+            if thread == 0:
+                ptx.barrier_expect(full, 2 * half_bytes * count)
+                for i in range(count):
+                    gate = UINT32(x_tile + X_BYTES + i * (UINT32(W_BYTES) >> together))
+                    ptx.load_box_3d(gate, w_map, full, (step + i) * STEP, first_column, expert)
+                    ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, num_columns + first_column, expert)
+            for i in range(count):
+                from_part = UINT32((step + i) * (STEP // PART_COLUMNS)) + part
+                size = UINT32(16) if from_part * PART_COLUMNS < depth else UINT32(0)
+                shared = UINT32(x_tile + i * (UINT32(X_BYTES) >> together) + line_at)
+                ptx.copy_rows(rows, x, shared, from_part if size else part, size)
+            ptx.commit_copies()
+            # Two stages stay on their way; the one before them is announced, by one thread of each warp.
+            ptx.wait_for_copies_but_two()
+            cuda.syncwarp()
+            if lane == 0 and issued >= 2:
+                ptx.barrier_arrive(barriers + 8 * ((stage + NUM_STAGES - 2) % NUM_STAGES))
+            issued = UINT32(min(issued + 1, 2))
+            stage, parity = next_stage(stage, parity)
+            step = UINT32(step + count)
+        return stage, parity, issued
+
+    return produce
+
+
+@cuda.jit(device=True, inline="always")
+def announce_rest(thread, barriers, stage, issued):
+    """After the last tile: the stages that a gathering producer has not announced yet."""
+    ptx.wait_for_all_copies()
+    cuda.syncwarp()
+    if thread & UINT32(31) == 0:
+        if issued >= 2:
+            ptx.barrier_arrive(barriers + 8 * ((stage + NUM_STAGES - 2) % NUM_STAGES))
+        if issued >= 1:
+            ptx.barrier_arrive(barriers + 8 * ((stage + NUM_STAGES - 1) % NUM_STAGES))
+
+
+def sorted_producer():
+    """x: boxes of rows in sorted order; w: boxes of its rows. One thread."""
+
+    @cuda.jit(device=True, inline="always")
+    def load_w(w_tile, w_map, full, step, count, together, first_column, expert):
+        for i in range(count):
+            shared = w_tile + i * (UINT32(W_BYTES) >> together)
+            ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, first_column, expert)
+
+    @cuda.jit(device=True, inline="always")
+    def produce(
+        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
+        row, end, first_column, num_columns, depth, cuts, together,
+    ):
+        w_map += MAP_BYTES * cuts
+        # The smallest box that holds the tile's rows.
+        halvings = UINT32(0)
+        while halvings < 3 and UINT32(end - row) <= UINT32(TILE_ROWS // 2) >> halvings:
+            halvings = UINT32(halvings + 1)
+        x += MAP_BYTES * halvings
+        bulk_bytes = UINT32((UINT32(W_BYTES) >> cuts) + (UINT32(X_BYTES) >> halvings))
+        most = UINT32(1) << together
+        ahead = UINT32(0)
+        if issued == 0:
+            # The first stages' weights need nothing of the kernel before: they come while it ends.
+            ahead = UINT32(min(steps, UINT32(NUM_STAGES) << together))
+            step = UINT32(0)
+            while step < ahead:
+                count = UINT32(min(most, UINT32(steps - step)))
+                full = UINT32(barriers + 8 * (step >> together))
+                w_tile = UINT32(ring + (step >> together) * STAGE_BYTES + X_BYTES)
+                ptx.barrier_expect(full, bulk_bytes * count)
+                load_w(w_tile, w_map, full, step, count, together, first_column, expert)
+                step = UINT32(step + count)
+            ptx.wait_for_earlier()
+        step = UINT32(0)
+        while step < steps:
+            count = UINT32(min(most, UINT32(steps - step)))
+            full = UINT32(barriers + 8 * stage)
+            x_tile = UINT32(ring + stage * STAGE_BYTES)
+            if step >= ahead:
+                ptx.barrier_wait(full + EMPTY_AT, parity)
+                ptx.barrier_expect(full, bulk_bytes * count)
+                load_w(UINT32(x_tile + X_BYTES), w_map, full, step, count, together, first_column, expert)
+            for i in range(count):
+                ptx.load_box_2d(x_tile + i * (UINT32(X_BYTES) >> together), x, full, (step + i) * STEP, row)
+            stage, parity = next_stage(stage, parity)
+            step = UINT32(step + count)
+        return stage, parity, UINT32(1)
+
+    return produce
+
+
+def consumer(width: int, gated: bool, has_bias: bool):
+    """A warpgroup's 64 rows times `width` rows of w, and their way out."""
+    sums = accumulators(width, has_bias=has_bias)
+    zero, multiply, wait_all, wait_but_one = sums.zero, sums.multiply, sums.wait_all, sums.wait_but_one
+    store, store_swiglu = sums.store, sums.store_swiglu
+    is_slice = width < TILE_COLUMNS
+
+    @cuda.jit(device=True, inline="always")
+    def consume(
+        barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes, rows, columns, gate_bias, up_bias
+    ):
+        acc = zero()
+        done = UINT32(0)
+        step = UINT32(0)
+        while step < steps:
+            full = UINT32(barriers + 8 * stage)
+            x_tile = UINT32(ring + stage * STAGE_BYTES)
+            ptx.barrier_wait(full, parity)
+            x_group = x_tile + group * GROUP_BYTES
+            count = UINT32(min(UINT32(1) << together, UINT32(steps - step))) if is_slice else UINT32(1)
+            for i in range(count):
+                a = TILE_DESCRIPTOR | ADDRESS((x_group + i * (UINT32(X_BYTES) >> together)) >> 4)
+                b = TILE_DESCRIPTOR | ADDRESS((x_tile + X_BYTES + i * (UINT32(W_BYTES) >> together)) >> 4)
+                acc = multiply(acc, a, b, step + i)
+                acc = wait_but_one(acc)
+                if i == 0 and step > 0 and lane == 0:
+                    ptx.barrier_arrive(done)
+            done = UINT32(full + EMPTY_AT)
+            stage, parity = next_stage(stage, parity)
+            step = UINT32(step + count)
+        acc = wait_all(acc)
+        if lane == 0:
+            ptx.barrier_arrive(done)
+        if gated:
+            store_swiglu(acc, target, out_row_bytes, lane, rows, columns, gate_bias, up_bias)
+        else:
+            store(acc, target, out_row_bytes, lane, rows, columns)
+        return stage, parity
+
+    return consume
+
+
+@cuda.jit(device=True, inline="always")
+def skip_tile(barriers, stage, parity, steps, together, lane):
+    """A warpgroup without rows only says that it is done with each stage."""
+    for _ in range(UINT32(steps + (UINT32(1) << together) - 1) >> together):
+        full = UINT32(barriers + 8 * stage)
+        ptx.barrier_wait(full, parity)
+        if lane == 0:
+            ptx.barrier_arrive(full + EMPTY_AT)
+        stage, parity = next_stage(stage, parity)
+    return stage, parity

@@ -1,0 +1,267 @@
+"""Grouped GEMM on Hopper's tensor cores: bfloat16 in and out, float32 sums, one persistent launch over all experts.
+
+    rows [n, H] --- tokens ---> x (gathered)         w [E_loc, N, Kd]            out [pairs, columns]
+    | x_0 |         1 0 1 0     | x_1 | expert 0     | gate 0 | up 0 |  gate_up: out = silu(x gate^T) * (x up^T)
+    | x_1 |                     | x_0 | expert 0     | gate 1 | up 1 |  down:    out = x w^T
+                                | x_1 | expert 1
+
+    block = 3 warpgroups:   producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
+                                       `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the latter
+                            consumers  each multiplies 64 of the tile's 128 rows with all its columns, and writes the results
+
+A tile never crosses from one expert into the next; a warpgroup whose 64 rows all lie after its expert's end multiplies
+nothing. Blocks take tiles `gridDim` apart in an order that keeps neighbours on the same weights (see next_tile). All sums run
+over ascending k in steps of 16, whatever the tile: a row's bits depend on the row alone.
+Ideas: warp specialisation and the ring from CUTLASS, the gather inside the GEMM from SonicMoE, the raster from Triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from pipemoe_kernels import ptx_hopper as ptx
+from pipemoe_kernels.grouped_roles import (
+    CONSUMERS,
+    EMPTY_AT,
+    ENDS_AT,
+    GROUP_ROWS,
+    NUM_STAGES,
+    PART_COLUMNS,
+    RING_AT,
+    SHARED_BYTES,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    announce_rest,
+    consumer,
+    gathering_producer,
+    guess_first_tile,
+    skip_tile,
+    sorted_producer,
+)
+from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
+from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx_wgmma import STEP
+from pipemoe_kernels.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, steps_in_stage, tile_of
+
+THREADS = 128 * (1 + CONSUMERS)
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224
+
+
+@dataclass(frozen=True)
+class GroupedKernel:
+    """One launchable form. output_columns: columns of out that a whole tile gives; max_cuts: a tile has up to 2 ** that slices.
+
+    w_boxes: rows of the boxes of w's tensor maps, which stand in this order at w_map, whole tiles first.
+    """
+
+    kernel: Kernel
+    output_columns: int
+    max_cuts: int
+    w_boxes: tuple[int, ...]
+
+
+@cache
+def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
+    """gated: x is gathered and the result is SwiGLU of both halves of w's rows; else x is in sorted order already."""
+    output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
+    max_cuts = 2 if gated else 3  # a slice gives at least 32 columns of out
+    full_arrivals = 5 if gated else 1  # the bulk copies' thread, and one of each warp that gathers
+    consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias) for c in range(3))
+    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias)  # a quarter again where there are no eighths
+    produce = gathering_producer() if gated else sorted_producer()
+    keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
+
+    def grouped_gemm(
+        x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes
+    ):
+        barriers = (ptx.shared_address(cuda.shared.array(0, types.uint8)) + UINT32(1023)) & UINT32(0xFFFFFC00)
+        ends = UINT32(barriers + ENDS_AT)
+        ring = UINT32(barriers + RING_AT)
+        thread = UINT32(cuda.threadIdx.x)
+        warpgroup = ptx.of_first_lane(thread >> UINT32(7))
+        if thread == 0:
+            for i in range(NUM_STAGES):
+                ptx.barrier_init(barriers + 8 * i, full_arrivals)
+                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, 4 * CONSUMERS)
+            ptx.barrier_fence()
+        column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
+        steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
+        if gated:
+            if thread == 0:
+                guess_first_tile(UINT32(cuda.blockIdx.x), w_map, num_local, column_tiles, num_columns, steps)
+            # After this the index is complete; the down kernel relies on that when its blocks start.
+            ptx.wait_for_earlier()
+        ptx.launch_dependents()
+        row_tiles = load_ends(thread, UINT32(THREADS), offsets, num_local, ends)
+        num_blocks = UINT32(cuda.gridDim.x)
+        num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
+        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts)
+        slot = UINT32(cuda.blockIdx.x)
+        stage = UINT32(0)
+        expert = UINT32(0)
+        first_tile = UINT32(0)
+        begin = UINT32(0)
+        if warpgroup == 0:
+            keep_registers()
+            parity = UINT32(1)
+            issued = UINT32(0)
+            if gated or thread == 0:
+                while True:
+                    tile, cuts, part = tile_of(slot, whole, rest_cuts)
+                    expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                    if expert >= num_local:
+                        break
+                    row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
+                    together = steps_in_stage(UINT32(end - row), cuts)
+                    first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
+                    stage, parity, issued = produce(
+                        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
+                        row, end, first_column, num_columns, depth, cuts, together,
+                    )
+                    slot = UINT32(slot + num_blocks)
+            if gated:
+                announce_rest(thread, barriers, stage, issued)
+        else:
+            take_registers()
+            parity = UINT32(0)
+            group = UINT32(warpgroup - 1)
+            lane = thread & UINT32(31)
+            line_of_group = UINT32(((thread >> UINT32(5)) & UINT32(3)) * 16 + (lane >> UINT32(2)))
+            while True:
+                tile, cuts, part = tile_of(slot, whole, rest_cuts)
+                expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                if expert >= num_local:
+                    break
+                row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
+                together = steps_in_stage(UINT32(end - row), cuts)
+                row = UINT32(row + group * GROUP_ROWS)
+                first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
+                if row >= end:
+                    stage, parity = skip_tile(barriers, stage, parity, steps, together, lane)
+                else:
+                    line = UINT32(row + line_of_group)
+                    target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column * 2)
+                    rows_left = UINT32(end - line) if line < end else UINT32(0)
+                    columns_left = UINT32(num_columns - first_column) if first_column < num_columns else UINT32(0)
+                    gate_bias = bias + 2 * (ADDRESS(expert) * (2 * num_columns) + ADDRESS(first_column))
+                    up_bias = gate_bias + 2 * num_columns
+                    if cuts == 0:
+                        stage, parity = consume_whole(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                    elif cuts == 1:
+                        stage, parity = consume_half(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                    elif cuts == 2 or gated:
+                        stage, parity = consume_quarter(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                    else:
+                        stage, parity = consume_eighth(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                slot = UINT32(slot + num_blocks)
+
+    parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
+    kernel = Kernel(
+        grouped_gemm,
+        parameters,
+        THREADS,
+        shared_bytes=SHARED_BYTES,
+        hopper_only=True,
+        starts_early=True,
+        key=(gated, has_bias, ptx.MAX_TRIES),
+    )
+    boxes = tuple(output_columns >> c for c in range(max_cuts + 1))
+    return GroupedKernel(kernel, output_columns, max_cuts, boxes)
+
+
+def gate_up_rows(
+    stream: Stream,
+    kernel: GroupedKernel,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    gate_up_maps: int,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    num_sms: int,
+) -> None:
+    """a[p] = silu(gate x) * (up x), x = hidden[tokens[p]], for every place p < offsets[-1] of the sorted order.
+
+    hidden [n, H] bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; gate_up_maps: address of the tensor maps
+    of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or None; a [pairs, I].
+    """
+    num_pairs, intermediate = a.shape
+    row_bytes = hidden.stride(0) * 2
+    assert hidden.dtype == a.dtype == torch.bfloat16
+    assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
+    assert hidden.stride(1) == 1 and hidden.data_ptr() % 16 == 0 and row_bytes % 16 == 0, hidden.stride()
+    assert a.is_contiguous() and a.data_ptr() % 16 == 0
+    assert tokens.dtype == offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
+    assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (len(offsets), 2 * intermediate))
+    kernel.kernel.launch(
+        stream,
+        (_num_blocks(kernel, num_pairs, len(offsets), intermediate, num_sms), 1),
+        hidden,
+        row_bytes // 16,
+        tokens,
+        gate_up_maps,
+        offsets,
+        len(offsets),
+        intermediate,
+        hidden.shape[1],
+        offsets if bias is None else bias,
+        a,
+        2 * intermediate,
+    )
+
+
+def down_rows(
+    stream: Stream,
+    kernel: GroupedKernel,
+    a_maps: int,
+    down_maps: int,
+    offsets: torch.Tensor,
+    intermediate: int,
+    y: torch.Tensor,
+    num_sms: int,
+) -> None:
+    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order.
+
+    a_maps: address of the tensor maps of a [pairs, I] with boxes of X_BOXES; down_maps: of [E_loc, H, I] with boxes of the kernel's
+    w_boxes; offsets [E_loc] int32 ends; y [pairs, H].
+    """
+    num_pairs, hidden = y.shape
+    assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0
+    assert hidden % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden, intermediate)
+    assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
+    kernel.kernel.launch(
+        stream,
+        (_num_blocks(kernel, num_pairs, len(offsets), hidden, num_sms), 1),
+        a_maps,
+        0,
+        offsets,
+        down_maps,
+        offsets,
+        len(offsets),
+        hidden,
+        intermediate,
+        offsets,
+        y,
+        2 * hidden,
+    )
+
+
+def _num_blocks(kernel: GroupedKernel, num_pairs: int, num_local: int, num_columns: int, num_sms: int) -> int:
+    """No more blocks than slices of tiles that any routing can give."""
+    row_tiles = num_pairs // TILE_ROWS + min(num_local, num_pairs)
+    return min(num_sms, row_tiles * -(-num_columns // kernel.output_columns) << kernel.max_cuts)

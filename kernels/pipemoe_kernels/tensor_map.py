@@ -1,0 +1,37 @@
+"""Tensor maps: how the bulk copy engine finds boxes of a matrix in device memory.
+
+A map is 128 bytes that the driver encodes on the host; kernels take the address of a copy in device memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipemoe_kernels import driver
+
+MAP_BYTES = 128
+BOX_COLUMNS = 64  # of 16 bits: the 128 bytes of a swizzled row
+MAX_BOX_ROWS = 256
+
+
+def tensor_map(matrix: torch.Tensor, box_rows: int) -> bytes:
+    """The map of bfloat16 `matrix` [rows, columns] or [experts, rows, columns], columns adjacent, rows on 16-byte boundaries.
+
+    A box is BOX_COLUMNS x `box_rows` of one expert, swizzled by 128 bytes in shared memory; outside the matrix it is zero.
+    """
+    assert matrix.dtype == torch.bfloat16 and matrix.dim() in (2, 3), (matrix.dtype, matrix.shape)
+    assert matrix.stride(-1) == 1 and 1 <= box_rows <= MAX_BOX_ROWS, (matrix.stride(), box_rows)
+    strides = [2 * stride for stride in reversed(matrix.stride()[:-1])]
+    assert matrix.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in strides), strides
+    box = [BOX_COLUMNS, box_rows, 1][: matrix.dim()]
+    return driver.encode_tensor_map(matrix.data_ptr(), list(reversed(matrix.shape)), strides, box)
+
+
+def device_maps(maps: list[bytes], device: torch.device) -> torch.Tensor:
+    """[n, MAP_BYTES] uint8 on the device. Synchronises: for set-up."""
+    if not maps:
+        return torch.empty((0, MAP_BYTES), dtype=torch.uint8, device=device)
+    host = torch.frombuffer(bytearray(b"".join(maps)), dtype=torch.uint8).view(len(maps), MAP_BYTES)
+    copy = host.to(device)
+    assert copy.data_ptr() % MAP_BYTES == 0
+    return copy

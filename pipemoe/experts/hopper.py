@@ -1,0 +1,165 @@
+"""Experts on a Hopper GPU: tensor-core kernels that gather rows straight from the wire buffer.
+
+    rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, SwiGLU)--> a [pairs, I] --down_rows--> y [pairs, H]
+         --combine--> out [n, H]
+
+Nothing is allocated and nothing synchronises the host. The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipemoe.errors import ConfigError
+from pipemoe.experts.protocol import ExpertsShape
+from pipemoe.experts.weights import ExpertWeights
+from pipemoe.wire import WireFormat
+from pipemoe_kernels.combine import combine_rows
+from pipemoe_kernels.combine_lanes import combine_lanes, fits
+from pipemoe_kernels.grouped_roles import PART_COLUMNS, X_BOXES
+from pipemoe_kernels.grouped_wgmma import down_rows, gate_up_rows, grouped_kernel
+from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, index_kernels, index_local_pairs
+from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
+
+if TYPE_CHECKING:
+    from pipemoe.wire import WireRows
+
+CAPABILITY = (9, 0)
+
+
+def unsupported(
+    weights: Sequence[ExpertWeights], hidden: int, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why these experts cannot run here, or None."""
+    if torch.cuda.get_device_capability(device) != CAPABILITY:
+        return f"{device} is not of compute capability 9.0"
+    if dtype != torch.bfloat16:
+        return f"dtype is {dtype}; hopper experts take torch.bfloat16"
+    sizes = [hidden, *(w.intermediate for w in weights)]
+    if any(size % PART_COLUMNS for size in sizes):
+        return f"hidden and intermediate are {sizes}; hopper experts take multiples of {PART_COLUMNS}"
+    num_local = max((w.num_local_experts for w in weights), default=0)
+    if num_local > MAX_EXPERTS:
+        return f"a rank would hold {num_local} experts; the kernels take at most {MAX_EXPERTS}: use more ranks"
+    return None
+
+
+class HopperScratch:
+    """Memory of one slot for up to `max_rows` rows."""
+
+    transient_bytes = 0
+
+    def __init__(self, experts: HopperExperts, max_rows: int):
+        num_pairs = experts.max_pairs(max_rows)
+        num_local = experts.max_local_experts
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=experts.device)
+
+        self.max_rows = max_rows
+        self.positions = empty(max_rows, experts.top_k)
+        self.tokens = empty(num_pairs)
+        self.offsets = empty(num_local)
+        self.block_counts = empty(MAX_BLOCKS * num_local)
+        self.a = empty(num_pairs * experts.max_intermediate, dtype=torch.bfloat16)
+        self.y = empty(num_pairs, experts.hidden, dtype=torch.bfloat16)
+        # A layer's intermediate -> address of the maps of `a` with rows of that length.
+        sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs else []
+        views = [self.a[: num_pairs * size].view(num_pairs, size) for size in sizes]
+        self.maps = device_maps([tensor_map(view, box) for view in views for box in X_BOXES], experts.device)
+        step = len(X_BOXES) * MAP_BYTES
+        self.a_maps = {size: self.maps.data_ptr() + step * i for i, size in enumerate(sizes)}
+        self.num_bytes = sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
+
+
+class HopperExperts(ExpertsShape):
+    """The experts call on CUDA tensors: only enqueues on torch's current stream. Implementation name "hopper".
+
+    Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a row's bits
+    depend on the row alone; deterministic adds that the sum over ranks is exact (see pipemoe_kernels.combine).
+    num_sms: blocks of the GEMMs; None: one for each multiprocessor.
+    """
+
+    implementation = "hopper"
+
+    def __init__(
+        self,
+        weights: Sequence[ExpertWeights],
+        *,
+        top_k: int,
+        hidden: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        deterministic: bool = False,
+        num_sms: int | None = None,
+    ):
+        super().__init__(
+            weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
+        )
+        if reason := unsupported(weights, hidden, device, dtype):
+            raise ConfigError(reason)
+        self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
+        self._down_kernel = grouped_kernel(gated=False)
+        maps = []
+        self._layers = []
+        for w in self.weights:
+            gate_up_kernel = grouped_kernel(gated=True, has_bias=w.gate_up_bias is not None)
+            first = len(maps)
+            if w.num_local_experts:
+                maps += [tensor_map(w.gate_up.detach(), box) for box in gate_up_kernel.w_boxes]
+                maps += [tensor_map(w.down.detach(), box) for box in self._down_kernel.w_boxes]
+            self._layers.append((gate_up_kernel, first, first + len(gate_up_kernel.w_boxes)))
+        self._maps = device_maps(maps, device)
+
+    def new_scratch(self, max_rows: int) -> HopperScratch:
+        self.check_max_rows(max_rows)
+        return HopperScratch(self, max_rows)
+
+    def warm_up(self, scratch: HopperScratch) -> None:
+        """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
+        index = index_kernels(self.top_k)
+        for kernel in (index.alone, index.count, index.place):
+            kernel.load(torch.cuda.current_device() if self.device.index is None else self.device.index)
+        wire = WireFormat(self.hidden, self.top_k, self.dtype)
+        num_rows = min(1, scratch.max_rows)
+        rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
+        kinds = {}
+        for layer, w in enumerate(self.weights):
+            kinds[w.num_local_experts, w.intermediate, w.gate_up_bias is None, w.down_bias is None] = layer
+        for layer in kinds.values():
+            rows.ids.fill_(self.weights[layer].first_expert)
+            for dtype in self.out_dtypes:
+                for padding in (0, 1):  # rows of out on 16-byte boundaries, and not
+                    out = torch.empty((num_rows + 1, self.hidden + padding), dtype=dtype, device=self.device)
+                    self(layer, rows, out[padding : padding + num_rows, : self.hidden], scratch)
+        torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch) -> None:
+        self.check_call(layer, rows, out, scratch.max_rows)
+        weights = self.weights[layer]
+        num_rows, num_local = len(rows), weights.num_local_experts
+        if num_rows == 0:
+            return
+        if num_local == 0:
+            out.zero_()
+            return
+        stream = Stream.current(out.device)
+        num_pairs, intermediate = num_rows * self.top_k, weights.intermediate
+        offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
+        ids, first_expert, tokens = rows.ids, weights.first_expert, scratch.tokens
+        index_local_pairs(stream, ids, first_expert, num_local, scratch.block_counts, offsets, positions, tokens)
+        a = scratch.a[: num_pairs * intermediate].view(num_pairs, intermediate)
+        y = scratch.y[:num_pairs]
+        kernel, gate_up_map, down_map = self._layers[layer]
+        maps = self._maps.data_ptr() + MAP_BYTES * gate_up_map
+        gate_up_rows(stream, kernel, rows.hidden, tokens, maps, offsets, weights.gate_up_bias, a, self.num_sms)
+        maps = self._maps.data_ptr() + MAP_BYTES * down_map
+        a_maps = scratch.a_maps[intermediate]
+        down_rows(stream, self._down_kernel, a_maps, maps, offsets, intermediate, y, self.num_sms)
+        combine = combine_lanes if fits(self.hidden, out) else combine_rows
+        combine(stream, y, positions, ids, first_expert, rows.weights, weights.down_bias, out)
