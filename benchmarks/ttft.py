@@ -197,6 +197,7 @@ def run(world: World, options: argparse.Namespace) -> int:
                 predicted = {"predicted_ttft_ms": predicted_slowest_ms(models[mode], workload)} if options.arrivals == "together" else {}
                 rows.append(_row(mode, facts | predicted, found[mode], peak_bytes[mode], parity[mode]))
             measured.append((workload, found))
+            write(options, rows)  # should a later workload fail, what was measured is kept
     if world.rank == 0:
         report(options, rows, measured)
     return 0 if all(p.ok for p in parity.values()) else 1
@@ -246,14 +247,20 @@ def _row(mode: str, facts: dict[str, Any], measured: Measured, peak_bytes: int, 
     return row | more
 
 
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results' files; returns the document."""
+    document = results_schema.results_document("ttft", rows)
+    for path in (options.out / "ttft.json", *([options.json] if options.json else [])):
+        results_schema.write_results(document, path)
+    return document
+
+
 def report(options: argparse.Namespace, rows: list[dict[str, Any]], measured: Sequence[tuple[Workload, dict[str, Measured]]]) -> None:
     """Files, table and last line; rank 0."""
     from pipemoe.trace import chrome_trace
     from ttft_plot import plot_ttft
 
-    document = results_schema.results_document("ttft", rows)
-    for path in (options.out / "ttft.json", *([options.json] if options.json else [])):
-        results_schema.write_results(document, path)
+    document = write(options, rows)
     for workload, found in measured:
         plot_ttft([row for row in rows if row["rank_tokens"] == workload.rank_tokens], options.out / f"ttft_{workload.name}.png")
         for mode, figures in found.items():

@@ -51,14 +51,15 @@ read -r nccl_version num_sms <<<"$facts"
 export PIPEMOE_NUM_SLOTS=${PIPEMOE_NUM_SLOTS:-$((num_ranks <= 8 ? 2 : 1))}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$((5 * PIPEMOE_NUM_SLOTS + 2))}
 
-# With 8 ranks of 12 % each, kernels were seen not to start beside collectives that waited for them; with 100 % each they do.
+# With 8 ranks of 12 % each not even one block per collective would have room; with the whole GPU each it has.
 export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((num_ranks <= 4 ? 100 / num_ranks : 100))}
 
-# Room for thread blocks: dispatch and combine of every slot may spin at once, and must leave half of the SMs.
-share=$((num_sms / num_ranks - 1)) # MPS rounds down
-fits=$((share / 2 / (2 * PIPEMOE_NUM_SLOTS)))
-needed="2 x $PIPEMOE_NUM_SLOTS slots"
-[ "$fits" -ge 1 ] || fail "$needed need more thread blocks than half of a rank's $share SMs: fewer ranks, or PIPEMOE_NUM_SLOTS lower"
+# Room for thread blocks: dispatch and combine of every slot of every rank may spin at once. A share says on how many SMs a
+# rank may run, not on which, so all of them may be this rank's; they must leave it half.
+share=$((num_sms * CUDA_MPS_ACTIVE_THREAD_PERCENTAGE / 100 - 1)) # MPS rounds down
+fits=$((share / 2 / (2 * PIPEMOE_NUM_SLOTS * num_ranks)))
+needed="$num_ranks ranks x 2 x $PIPEMOE_NUM_SLOTS slots"
+[ "$fits" -ge 1 ] || fail "$needed need more thread blocks than half of a rank's $share SMs: fewer ranks, a larger share, or fewer slots"
 max_ctas=${NCCL_MAX_CTAS:-$((fits < 4 ? fits : 4))}
 [ "$max_ctas" -le "$fits" ] || fail "$needed x NCCL_MAX_CTAS=$max_ctas exceeds half of a rank's $share SMs: at most $fits"
 export NCCL_MAX_CTAS=$max_ctas

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with pipemoe.init(options.device, num_slots=options.slots) as world:
         most = options.max_tokens or (512 if world.device.type == "cpu" else 4096)
-        base = Config(mode="broadcast", max_tokens_per_rank=most, moe_max_num_tokens=most, num_slots=options.slots, combine=options.combine)
+        base = Config(mode="broadcast", max_tokens_per_rank=most, moe_max_num_tokens=most, num_slots=world.num_slots, combine=options.combine)
         _say(world, f"loading {_LAYERS} layers of {options.model}")
         model = pipemoe.load_model(cut, world, config=base, dtype=dtype)
         tuner = Tuner(world, model, most, options.repeats)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,21 +22,25 @@ def load(key: tuple[object, ...]) -> tuple[str, bytes] | None:
     """Entry name and cubin, or None."""
     try:
         entry, _, cubin = _path(key).read_bytes().partition(b"\n")
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
     return (entry.decode(), cubin) if cubin.startswith(b"\x7fELF") else None
 
 
 def store(key: tuple[object, ...], entry: str, cubin: bytes) -> None:
     """Keep a cubin; readers see all of it or nothing."""
-    path = _path(key)
+    try:
+        path = _path(key)
+    except RuntimeError:
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(entry.encode() + b"\n" + cubin)
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _path(key: tuple[object, ...]) -> Path:

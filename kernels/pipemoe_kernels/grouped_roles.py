@@ -36,7 +36,6 @@ SHARED_BYTES = 1024 + RING_AT + NUM_STAGES * STAGE_BYTES  # the first 1024 to al
 PART_COLUMNS = 8  # of a 16-byte part
 X_BOXES = (128, 64, 32, 16)  # rows of the boxes of x's tensor maps, which stand in this order
 MAP_BYTES = 128
-GUESSED_STEPS = 6  # what all blocks read while the index runs, and less than the L2 cache holds
 
 
 @cuda.jit(device=True, inline="always")
@@ -46,17 +45,6 @@ def next_stage(stage, parity):
         stage = UINT32(0)
         parity ^= UINT32(1)
     return stage, parity
-
-
-@cuda.jit(device=True, inline="always")
-def guess_first_tile(slot, w_map, num_local, column_tiles, num_columns, steps):
-    """Start on the weights of a block's first tile before its expert is known: with few rows, every expert has one row tile."""
-    expert = UINT32(slot // column_tiles)
-    first_column = UINT32(UINT32(slot - expert * column_tiles) * UINT32(TILE_COLUMNS // 2))
-    if expert < num_local:
-        for step in range(min(steps, UINT32(GUESSED_STEPS))):
-            ptx.prefetch_box_3d(w_map, step * STEP, first_column, expert)
-            ptx.prefetch_box_3d(w_map, step * STEP, num_columns + first_column, expert)
 
 
 def gathering_producer():

@@ -37,7 +37,6 @@ from pipemoe_kernels.grouped_roles import (
     announce_rest,
     consumer,
     gathering_producer,
-    guess_first_tile,
     skip_tile,
     sorted_producer,
 )
@@ -90,8 +89,6 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
         if gated:
-            if thread == 0:
-                guess_first_tile(UINT32(cuda.blockIdx.x), w_map, num_local, column_tiles, num_columns, steps)
             # After this the index is complete; the down kernel relies on that when its blocks start.
             ptx.wait_for_earlier()
         ptx.launch_dependents()

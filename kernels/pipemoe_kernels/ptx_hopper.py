@@ -9,7 +9,6 @@ Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit g
     barrier_expect(bar, bytes)                one arrival, and `bytes` of bulk copies still to come in this phase
     commit_copies(), wait_for_copies_but_two(), wait_for_all_copies()   this thread's gathering copies, in groups
     load_box_2d(shared, map, bar, x, y), load_box_3d(shared, map, bar, x, y, z)   bulk copy of one box of a tensor map
-    prefetch_box_3d(map, x, y, z)             the same as far as the L2 cache
     element_address(pointer, index)           the global address of pointer[index]
     load_u32(global), load_shared_u32(shared), store_shared_u32(shared, value), add_shared_u32(shared, value)
     tile_rows(tokens, first, end, stride, part), copy_rows(rows, base, shared, part, size)   see RowOffsets
@@ -123,9 +122,6 @@ _BOX = "cp.async.bulk.tensor.{0}d.shared::cluster.global.mbarrier::complete_tx::
 load_box_2d = instruction(_BOX.format(2, "$3, $4"), None, U32, U64, U32, U32, U32)
 load_box_3d = instruction(_BOX.format(3, "$3, $4, $5"), None, U32, U64, U32, U32, U32, U32)
 
-prefetch_box_3d = instruction(
-    "cp.async.bulk.prefetch.tensor.3d.L2.global.tile [$0, {$1, $2, $3}];", None, U64, U32, U32, U32
-)
 # From L2: a kernel that started early must not see what L1 held before.
 load_u32 = instruction("ld.relaxed.gpu.global.b32 $0, [$1];", U32, U64)
 load_shared_u32 = instruction("ld.shared.b32 $0, [$1];", U32, U32)

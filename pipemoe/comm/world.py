@@ -196,15 +196,13 @@ class World:
         return nccl.NcclTransport(self.rank, self.size, [bytes.fromhex(i) for i in json.loads(texts[0])])
 
     def room(self) -> Room:
-        """Thread blocks of this GPU and of the communicators that share it."""
+        """SMs that this rank may use, and thread blocks of the communicators on its GPU."""
         import torch
 
         from pipemoe.comm import nccl
 
         properties = torch.cuda.get_device_properties(self.device)
-        # Under MPS with a share of the GPU, the device says how many SMs the share has.
-        share = float(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", 100))
-        num_sms = int(properties.multi_processor_count * 100 / share)
+        num_sms = properties.multi_processor_count  # of the share, under MPS
         places = self._exchange(f"{socket.gethostname()} {properties.uuid}".encode(), "exchange of GPU names")
         return Room(num_sms, nccl.max_ctas(), ranks_on_device=places.count(places[self.rank]))
 

@@ -14,7 +14,8 @@ from pipemoe.plan.schedule import OpKind, Plan
 class Room:
     """Thread blocks that may be spinning at once, against the SMs they need.
 
-    ctas: NCCL_MAX_CTAS. ranks_on_device: ranks that share this GPU. waiting_blocks: grid of a kernel that itself waits for arrivals.
+    num_sms: that this rank may use. ctas: NCCL_MAX_CTAS. ranks_on_device: ranks that share this GPU, and whose blocks may all lie on
+    this rank's SMs: a share under MPS says how many, not which. waiting_blocks: grid of a kernel that itself waits for arrivals.
 
     A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by kernels that
     need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave those no room, so
@@ -32,7 +33,7 @@ class Room:
         if needed > self.num_sms // 2:
             raise ConfigError(
                 f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x (2 x {num_slots} slots x NCCL_MAX_CTAS={self.ctas}"
-                f" + {self.waiting_blocks} waiting) = {needed} blocks, more than half of the GPU's {self.num_sms} SMs;"
+                f" + {self.waiting_blocks} waiting) = {needed} blocks, more than half of {self.num_sms} SMs;"
                 " lower NCCL_MAX_CTAS (an environment variable, the same on all ranks) or num_slots"
             )
 

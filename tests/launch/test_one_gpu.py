@@ -91,7 +91,7 @@ def test_new_nccl_shares_the_gpu(start, tmp_path):
     environment = seen_environment(tmp_path)
     assert environment["NCCL_MULTI_RANK_GPU_ENABLE"] == "1"
     assert environment["NCCL_NVLS_ENABLE"] == "0"
-    assert environment["NCCL_MAX_CTAS"] == "4"  # 2 x 2 slots x 4 = 16 of a rank's 33
+    assert environment["NCCL_MAX_CTAS"] == "1"  # 4 ranks x 2 x 2 slots x 1 = 16 of a rank's 32
     assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "25"
     assert environment["PIPEMOE_NUM_SLOTS"] == "2"
     assert environment["CUDA_DEVICE_MAX_CONNECTIONS"] == "12"  # 5 x 2 + 2
@@ -109,7 +109,7 @@ def test_older_nccl_goes_over_loopback(start, tmp_path):
     assert environment["NCCL_NET"] == "Socket"
     assert environment["NCCL_SOCKET_IFNAME"] == "lo"
     assert environment["NCCL_IB_DISABLE"] == "1"
-    assert environment["NCCL_MAX_CTAS"] == "1"  # 2 x 2 slots x 1 = 4 of a rank's 16
+    assert environment["NCCL_MAX_CTAS"] == "2"  # 8 ranks x 2 x 2 slots x 2 = 64 of 131
     assert environment["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "100"
     assert "NCCL_MULTI_RANK_GPU_ENABLE" not in environment
 
@@ -137,8 +137,8 @@ def test_signal_ends_the_command_and_mps(start, tmp_path, number):
 @pytest.mark.parametrize(
     "settings, complaint",
     [
-        ({"NCCL_MAX_CTAS": "8"}, "exceeds half of a rank's 32 SMs: at most 4"),
-        ({"PIPEMOE_NUM_SLOTS": "40"}, "fewer ranks, or PIPEMOE_NUM_SLOTS lower"),
+        ({"NCCL_MAX_CTAS": "8"}, "exceeds half of a rank's 32 SMs: at most 1"),
+        ({"PIPEMOE_NUM_SLOTS": "40"}, "fewer ranks, a larger share, or fewer slots"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused_before_mps_starts(start, tmp_path, settings, complaint):
