@@ -11,7 +11,7 @@ from pipemoe.models.random_weights import reference_model
 from tests.models.test_decoder import packed, reference_logits, sequences_of
 from tests.models.tiny import FAMILIES, naive_experts, run_microbatches, tiny_config
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = pytest.mark.gpu
 
 MICROBATCHES = [[(0, 0, 5), (1, 0, 17)], [(1, 17, 30), (2, 0, 1)], [(1, 30, 31)], [(3, 0, 12), (1, 31, 40)]]
 LENGTHS = [5, 40, 1, 12]
