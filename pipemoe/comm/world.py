@@ -45,15 +45,18 @@ def init(
     """Start this rank and meet the others; every rank calls it once, with the same arguments.
 
     device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each has a pair
-    of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds: how long an operation may make no progress. setup_seconds: the same for what ranks may do
-    at very different speeds, such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process.
+    of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds: how long an operation
+    may make no progress. setup_seconds: the same for what ranks may do at very different speeds, such as reading a checkpoint.
+    grace_seconds: from a fatal error to the end of the process.
     Raises ConfigError when the communicators' thread blocks have no room on the GPU, or the machine lacks what `device` needs.
     """
     import torch
 
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
-    num_slots = num_slots or _default_slots()
+    num_slots = _default_slots() if num_slots is None else num_slots
+    if num_slots < 1:
+        raise ConfigError(f"num_slots is {num_slots}; it must be at least 1")
     if device != "cpu":
         _prepare_cuda(num_slots)
     if device == "cuda" and not torch.cuda.is_available():
