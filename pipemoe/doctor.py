@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipemoe.comm.nccl import DEFAULT_MAX_CTAS
+from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.errors import ConfigError
 from pipemoe.plan.verify import Room
 
@@ -158,7 +158,7 @@ def check_room(gpus: Sequence[Gpu], num_slots: int, ranks_per_gpu: int) -> list[
     if num_sms is None:
         return []
     setting = os.environ.get("NCCL_MAX_CTAS", "")
-    ctas = int(setting) if setting.isdecimal() else DEFAULT_MAX_CTAS
+    ctas = int(setting) if setting.isdecimal() else default_max_ctas(num_sms, num_slots, ranks_per_gpu)
     seen = f"{ranks_per_gpu} ranks on a GPU x 2 x {num_slots} slots x {ctas} CTAs, {num_sms} SMs (NCCL_MAX_CTAS {setting or 'not set'})"
     try:
         Room(num_sms, ctas, ranks_on_device=ranks_per_gpu).check(num_slots)

@@ -13,8 +13,9 @@ from pipemoe.comm.transport import WaveSums, sum_in_rank_order
 from pipemoe.errors import ConfigError
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
+from pipemoe.plan.verify import Room
 
-DEFAULT_MAX_CTAS = 8  # thread blocks per communicator, unless NCCL_MAX_CTAS says otherwise
+_MOST_CTAS = 8  # thread blocks per communicator, unless NCCL_MAX_CTAS says otherwise
 
 
 def library() -> Any:
@@ -28,9 +29,15 @@ def library() -> Any:
     return nccl
 
 
+def default_max_ctas(num_sms: int, num_slots: int, ranks_on_device: int) -> int:
+    """Thread blocks per communicator that leave room for kernels (`Room`): at most 8, at least 1."""
+    fitting = Room(num_sms, ctas=1, ranks_on_device=ranks_on_device).spinning_blocks // (ranks_on_device * 2 * num_slots)
+    return max(1, min(_MOST_CTAS, fitting))
+
+
 def max_ctas() -> int:
-    """Thread blocks that one NCCL kernel may take. NCCL reads the variable when a communicator is made, so it is set here."""
-    return int(os.environ.setdefault("NCCL_MAX_CTAS", str(DEFAULT_MAX_CTAS)))
+    """Thread blocks that one NCCL kernel may take, once a world with several ranks on GPUs is made."""
+    return int(os.environ["NCCL_MAX_CTAS"])
 
 
 class NcclTransport:

@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import warnings
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.exchange import check_equal, encode_error, raise_first
@@ -206,8 +207,13 @@ class World:
 
         properties = torch.cuda.get_device_properties(self.device)
         num_sms = properties.multi_processor_count  # of the share, under MPS
-        places = self._exchange(f"{socket.gethostname()} {properties.uuid}".encode(), "exchange of GPU names")
-        return Room(num_sms, nccl.max_ctas(), ranks_on_device=places.count(places[self.rank]))
+        place = f"{socket.gethostname()} {properties.uuid}"
+        gpus = [json.loads(p) for p in self._exchange(json.dumps([place, num_sms]).encode(), "exchange of GPU names")]
+        sharing = Counter(place for place, _ in gpus)
+        # NCCL reads the variable when a communicator is made. The same default on all ranks, whatever their GPUs.
+        default = nccl.default_max_ctas(min(num_sms for _, num_sms in gpus), self.num_slots, max(sharing.values()))
+        os.environ.setdefault("NCCL_MAX_CTAS", str(default))
+        return Room(num_sms, nccl.max_ctas(), ranks_on_device=sharing[place])
 
     def _warm_up(self) -> None:
         """Every kind of collective on every communicator, from one root and from all, small and large: nothing is connected or

@@ -27,10 +27,15 @@ class Room:
     ranks_on_device: int = 1
     waiting_blocks: int = 0
 
+    @property
+    def spinning_blocks(self) -> int:
+        """The most that may spin at once."""
+        return self.num_sms // 2
+
     def check(self, num_slots: int) -> None:
         """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave half the SMs free."""
         needed = self.ranks_on_device * (2 * num_slots * self.ctas + self.waiting_blocks)
-        if needed > self.num_sms // 2:
+        if needed > self.spinning_blocks:
             raise ConfigError(
                 f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x (2 x {num_slots} slots x NCCL_MAX_CTAS={self.ctas}"
                 f" + {self.waiting_blocks} waiting) = {needed} blocks, more than half of {self.num_sms} SMs;"
