@@ -33,7 +33,7 @@ def last_line(capsys) -> dict:
 
 @pytest.mark.mpi
 def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
-    rank_tokens = [33, 2, 0, 5][: world.size]
+    rank_tokens = [33, 2, 0, 5, 1, 0, 17, 3][: world.size]
     options = arguments("--rank-tokens", ",".join(map(str, rank_tokens)), "--json", str(tmp_path / "more.json"), "--rounds", "1")
     assert ttft.run(world, options) == 0
     if world.rank:
