@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests that need a GPU: those of one process, then those of an MPI job with its ranks on one GPU.
+# All tests that need a GPU: those of one process, then those of an MPI job (a GPU per rank, or its ranks on one GPU).
 #
 #   launch/test_gpu.sh [ranks ...]      (default: 2 4)
 #
@@ -24,16 +24,16 @@ echo "== one process"
 "$python" -m pytest -q -m "gpu and not mpi" || failed+=("one process")
 
 for num_ranks in "$@"; do
-    echo "== MPI, ranks on one GPU: $num_ranks"
+    echo "== MPI on $num_ranks ranks"
     rm -f "$logs"/*
-    if ! PIPEMOE_RANK_LOGS=$logs timeout --kill-after=60 540 launch/one_gpu.sh "$num_ranks" \
+    if ! PIPEMOE_RANK_LOGS=$logs timeout --kill-after=60 540 launch/gpu_ranks.sh "$num_ranks" \
         -m pytest -q -m mpi -p no:cacheprovider --hypothesis-seed=0 tests; then
         failed+=("MPI on $num_ranks ranks")
         tail -n 60 "$logs"/rank*.log 2>/dev/null || true
     fi
 done
 
-echo "== faults, ranks on one GPU"
+echo "== faults"
 "$python" -m pytest -q tests/faults || failed+=("faults")
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -48,7 +48,7 @@ def test_survivors_end_with_the_reason(fault, tmp_path):
     token = f"fault-{uuid.uuid4().hex}"
     environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": token, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-    launcher = ["launch/one_gpu.sh"] if torch.cuda.is_available() else ["launch/mpirun.sh", "-n"]
+    launcher = ["launch/gpu_ranks.sh"] if torch.cuda.is_available() else ["launch/mpirun.sh", "-n"]
     command = [*launcher, str(NUM_RANKS), "-m", "tests.faults.ranks", fault, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=START_SECONDS + 5 * WATCHDOG_SECONDS)
     assert done.returncode != 0, done.stdout + done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*(CHECKOUT / "launch").iterdir(), CHECKOUT / ".ci" / "run"])
+SCRIPTS = sorted([*(CHECKOUT / "launch").iterdir(), *(CHECKOUT / "benchmarks").glob("*.sh"), CHECKOUT / ".ci" / "run"])
 SOURCED = {"environment.sh"}
 
 
