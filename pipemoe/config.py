@@ -18,7 +18,7 @@ class Config(PlanConfig):
     or "float16"; None takes the model's on a GPU, float32 on the host. deterministic: bitwise equal MoE rows for equal rows in,
     whatever the mode, cohorts, waves and ranks (selects combine="gather", with float64 sums on a fixed grid). experts: "auto", or
     the implementation by name. graph_tokens: on a GPU, attention on about so many tokens of a cohort, or fewer, is launched as
-    CUDA graphs, captured when the model is made: rounded up to one of models.microbatch.BUCKETS, the largest at most (0: none).
+    CUDA graphs, captured when the model is made: rounded up to one of pipemoe.plan.cost.GRAPH_ROWS, the largest at most (0: none).
     debug: verify every plan, log every collective really issued and compare all ranks' logs with the plan after each step. cost:
     path of the file that `pipemoe tune` wrote on this machine for this model; None, or a file of another machine or model, means
     costs derived from the device.

@@ -19,8 +19,8 @@ import torch
 from pipemoe.models.cache import StepCache
 from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.packing import Piece
+from pipemoe.plan.cost import GRAPH_ROWS
 
-BUCKETS = (16, 64, 128, 256, 384, 512, 768, 1024)  # rows that graphs are captured for
 MAX_PIECES = 16  # sequences in one graph
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [n, H], ids [n, K], weights [n, K]
@@ -64,7 +64,7 @@ class AttendGraphs:
         Set-up work: allocates, and needs about 5 ms per layer and bucket.
         """
         self._decoder, self._pool = decoder, torch.cuda.graph_pool_handle()
-        largest = next((b for b in BUCKETS if b >= max_tokens), BUCKETS[-1])
+        largest = next((b for b in GRAPH_ROWS if b >= max_tokens), GRAPH_ROWS[-1])
         state = self._padding(largest)
         self._hidden, self._rope = state.hidden.clone(), tuple(r.clone() for r in state.rope)
 
@@ -77,7 +77,7 @@ class AttendGraphs:
         top_k = largest, shape.top_k
         self._routed = zeros(largest, shape.hidden), zeros(*top_k, dtype=torch.int32), zeros(*top_k, dtype=torch.float32)
         self._shared = zeros(1, largest, shape.hidden) if decoder.has_shared_experts else None
-        self._buckets = [self._capture(num_rows) for num_rows in BUCKETS if num_rows <= largest]
+        self._buckets = [self._capture(num_rows) for num_rows in GRAPH_ROWS if num_rows <= largest]
         torch.cuda.current_stream().synchronize()
 
     def _padding(self, num_rows: int) -> MicrobatchState:

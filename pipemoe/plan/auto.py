@@ -13,7 +13,7 @@ import numpy as np
 from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.cost import CostModel, rates_of
+from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import BUSY, causal_matrix, cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
@@ -55,7 +55,7 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     starts, first = flat_boundaries(facts)
     tokens = np.array(facts.tokens, dtype=np.int64)
     limit, budget = config.max_wave_rows(facts.num_ranks), round(config.makespan_budget * 1000)
-    problem = (tokens, starts, first, rates_of(cost), shape.num_experts, shape.top_k, shape.num_layers, limit, config.num_slots)
+    problem = (tokens, starts, first, rates_of(cost), speeds_of(cost.contention), shape.num_experts, shape.top_k, shape.num_layers, limit, config.num_slots)
     figures, best = _search(CANDIDATES, *problem, config.num_buffers, config.combine == "gather", OBJECTIVES.index(config.objective), budget, only_chosen)
     if best < 0:
         raise PlanError("no candidate can be carried out")
@@ -89,7 +89,7 @@ def units_of(tokens, starts, first, by_sequence):
 
 
 @compiled
-def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget, only_chosen):
+def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget, only_chosen):
     """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best.
 
     only_chosen: no time is spent on candidates that take too long for the budget anyway.
@@ -119,9 +119,9 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
         causal = causal_matrix(microbatches, num_cohorts, starts, first)
         costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, False)
         allowed = lowest + lowest * budget // 1000 if only_chosen else NEVER
-        if _least_ns(costs, rates) * num_layers > allowed:
+        if _least_ns(costs, rates, speeds) * num_layers > allowed:
             continue
-        figures[k, 0], figures[k, 1], figures[k, 2] = _predict(costs, rates, num_layers, num_slots, num_buffers, allowed)
+        figures[k, 0], figures[k, 1], figures[k, 2] = _predict(costs, rates, speeds, num_layers, num_slots, num_buffers, allowed)
         lowest = min(lowest, figures[k, 1])
     best, allowed = -1, lowest + lowest * budget // 1000
     for k in range(len(kinds)):
@@ -133,7 +133,7 @@ def _search(kinds, tokens, starts, first, rates, num_experts, top_k, num_layers,
 
 
 @compiled
-def _least_ns(costs, rates):
+def _least_ns(costs, rates, speeds):
     """A layer takes no less: what the busiest rank (or all ranks' cores) has to compute."""
     longest, total = 0, 0
     for r in range(costs.compute.shape[1]):
@@ -142,11 +142,17 @@ def _least_ns(costs, rates):
             for work in range(1 + costs.num_waves[c]):
                 busy += costs.compute[c, r, work, BUSY]
         longest, total = max(longest, busy), total + busy
-    return (total if rates.sharing_across_ranks else longest) * 1000 // rates.sharing_capacity_permille
+    if rates.cores_permille:
+        return total * 1000 // rates.cores_permille
+    together = 1000  # what two computations side by side get done
+    for a in range(2):
+        for b in range(2):
+            together = max(together, speeds[0, a, b] + speeds[1, b, a])
+    return longest * 1000 // together
 
 
 @compiled
-def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
+def _predict(costs, rates, speeds, num_layers, num_slots, num_buffers, allowed):
     """Mean, largest and median ns to the first token, over sequences; roughly where the largest is far above `allowed`."""
     merged, weight = merge_alike_ranks(costs)
     num_cohorts, num_classes = merged.ends.shape
@@ -162,7 +168,7 @@ def _predict(costs, rates, num_layers, num_slots, num_buffers, allowed):
     layers, before = num_layers if num_layers <= more else few, 0
     while True:
         keys = order_keys(merged, rates, num_slots, layers)
-        ended, _ = run_clock(merged, keys, slots, weight, layers, num_buffers, rates, nothing, nothing, False)
+        ended, _ = run_clock(merged, keys, slots, weight, layers, num_buffers, rates, speeds, nothing, nothing, False)
         slowest = 0
         for c in range(num_cohorts):
             for k in range(num_classes):

@@ -1,8 +1,9 @@
 """What the operations of a plan cost, in whole numbers, so that every rank computes the same.
 
 Each operation takes `alone` nanoseconds by itself, of which it is `busy` with what it shares (a GPU's SMs, the cores, a link);
-the rest are gaps, launches and latencies, in which others may go on. The simulator runs operations side by side by that.
-Defaults come from `pipemoe.plan.default_cost`, measured values from `pipemoe tune`.
+the rest are gaps, launches and latencies, in which others may go on. What operations do to one another side by side is a table of
+speeds (ContentionCost), or shares of cores (CoresCost). Defaults come from `pipemoe.plan.default_cost`, measured values from
+`pipemoe tune`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,14 @@ from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 
+import numpy as np
+
 from pipemoe.errors import ConfigError
 from pipemoe.plan.compiled import compiled
+
+# Rows that the attention of few tokens is captured for as CUDA graphs; the graph always computes all of them.
+GRAPH_ROWS = (16, 64, 128, 256, 384, 512, 768, 1024)
+KINDS = ("attend", "experts", "dispatch", "combine")  # rows and columns of the table of contention
 
 
 class _Whole:
@@ -28,12 +35,14 @@ class _Whole:
 @dataclass(frozen=True, slots=True)
 class AttendCost(_Whole):
     """Attention, router and what else a rank computes for its own tokens, per MoE layer: busy for the larger of `weights_ns`
-    (reading them) and `row_ps` per token, and `pair_fs` per pair of a query and a key (causal, so a quadratic term)."""
+    (reading them) and `row_ps` per token, and `pair_fs` per pair of a query and a key (causal, so a quadratic term).
+    crowd_permille: how much longer that takes while every other rank attends to as much (ranks that share a GPU)."""
 
     fixed_ns: int = 60_000
     weights_ns: int = 8_000
     row_ps: int = 80_000
     pair_fs: int = 35_000
+    crowd_permille: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +59,8 @@ class ExpertsCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class ExchangeCost(_Whole):
-    """One group of collectives: a latency, a part per segment (a broadcast or reduce each), and the ring's volume: every row
-    once over each link, whoever owns it."""
+    """One group of collectives: a latency, a part per segment (a broadcast or reduce each), and what the busiest link of the ring
+    carries, `row_ps` per row: of a dispatch all rows but those of the rank that it leads to, of a combine all rows."""
 
     fixed_ns: int = 25_000
     segment_ns: int = 5_000
@@ -61,7 +70,8 @@ class ExchangeCost(_Whole):
 @dataclass(frozen=True, slots=True)
 class HostCost(_Whole):
     """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On a GPU the
-    attention of a model is many small launches, but for at most `graph_rows` tokens one of a graph, which takes `graph_ns`."""
+    attention of a model is many small launches, but for at most `graph_rows` tokens of whole sequences one of a graph, which takes
+    `graph_ns` and computes GRAPH_ROWS rows."""
 
     attend_ns: int = 1_000_000
     graph_rows: int = 1024
@@ -75,19 +85,46 @@ class HostCost(_Whole):
 
 
 @dataclass(frozen=True, slots=True)
-class SharingCost(_Whole):
-    """How operations that run side by side share. capacity_permille: what computes at full speed, in thousandths of one rank's
-    device (or of one core where ranks share them: across_ranks). slowdown_permille: what each further cohort computing on the same
-    rank costs all of them. priority: an earlier cohort's work goes first (stream priorities), else equal shares.
-    link_permille: transfers that run at full speed side by side. exchange_slowdown_permille: what each further transfer costs all of
-    them beyond that (on a CPU they are moved along by threads that compete for the cores)."""
+class CoresCost(_Whole):
+    """Where all ranks compute on the same cores (0: every rank has a device, or its share of one). permille: so many run at full
+    speed, in thousandths. slowdown_permille: what each further cohort computing on the same rank costs all of them."""
 
-    capacity_permille: int = 1000
-    slowdown_permille: int = 100
-    priority: int = 1
-    across_ranks: int = 0
-    link_permille: int = 1000
-    exchange_slowdown_permille: int = 0
+    permille: int = 0
+    slowdown_permille: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class ContentionCost(_Whole):
+    """How fast an operation goes on, in thousandths of its speed alone, while one of another kind of the same rank is under way
+    beside it: `attend_beside_dispatch` is the attention's. Of two computations, the one of the earlier slot runs on the stream with
+    the higher priority; the other one is `under` it. Holds for the part of its time that the other is busy."""
+
+    attend_beside_attend: int = 750
+    attend_beside_experts: int = 350
+    attend_beside_dispatch: int = 800
+    attend_beside_combine: int = 800
+    attend_under_attend: int = 300
+    attend_under_experts: int = 350
+    experts_beside_attend: int = 650
+    experts_beside_experts: int = 680
+    experts_beside_dispatch: int = 700
+    experts_beside_combine: int = 700
+    experts_under_attend: int = 650
+    experts_under_experts: int = 150
+    dispatch_beside_attend: int = 850
+    dispatch_beside_experts: int = 700
+    dispatch_beside_dispatch: int = 500
+    dispatch_beside_combine: int = 550
+    combine_beside_attend: int = 850
+    combine_beside_experts: int = 700
+    combine_beside_dispatch: int = 550
+    combine_beside_combine: int = 500
+
+    def __post_init__(self) -> None:
+        _Whole.__post_init__(self)
+        for f in fields(self):
+            if getattr(self, f.name) == 0:
+                raise ConfigError(f"ContentionCost.{f.name} is 0; nothing would ever end")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +136,33 @@ class CostModel:
     dispatch: ExchangeCost = field(default_factory=ExchangeCost)
     combine: ExchangeCost = field(default_factory=ExchangeCost)
     host: HostCost = field(default_factory=HostCost)
-    sharing: SharingCost = field(default_factory=SharingCost)
+    cores: CoresCost = field(default_factory=CoresCost)
+    contention: ContentionCost = field(default_factory=ContentionCost)
     finish_ns: int = 200_000
 
 
 _PARTS = {f.name: f.default_factory for f in fields(CostModel) if f.name != "finish_ns"}
-_NAMES = [f"{part}_{f.name}" for part, kind in _PARTS.items() for f in fields(kind)] + ["finish_ns"]
+_FLAT = [part for part in _PARTS if part != "contention"]
+_NAMES = [f"{part}_{f.name}" for part in _FLAT for f in fields(_PARTS[part])] + ["finish_ns"]
 Rates = namedtuple("Rates", _NAMES)  # a cost model as compiled code takes it: attend_fixed_ns, ...
 
 
 @lru_cache(maxsize=64)
 def rates_of(cost: CostModel) -> Rates:
-    """The cost model, flat."""
-    return Rates(*(value for part in _PARTS for value in asdict(getattr(cost, part)).values()), cost.finish_ns)
+    """The cost model, flat, but for contention."""
+    return Rates(*(value for part in _FLAT for value in asdict(getattr(cost, part)).values()), cost.finish_ns)
+
+
+@lru_cache(maxsize=64)
+def speeds_of(contention: ContentionCost) -> np.ndarray:
+    """int64 [2, 4, 4], by KINDS: thousandths of its speed that an operation has beside another, and a computation under another."""
+    speeds = np.empty((2, len(KINDS), len(KINDS)), np.int64)
+    for i, one in enumerate(KINDS):
+        for j, other in enumerate(KINDS):
+            beside = getattr(contention, f"{one}_beside_{other}")
+            speeds[:, i, j] = beside, getattr(contention, f"{one}_under_{other}", beside)
+    speeds.flags.writeable = False
+    return speeds
 
 
 def cost_from_dict(document: dict) -> CostModel:
@@ -123,6 +174,17 @@ def cost_from_dict(document: dict) -> CostModel:
         return CostModel(**parts, finish_ns=document["finish_ns"])
     except (KeyError, TypeError) as error:
         raise ConfigError(f"cost model: {error}") from None
+
+
+@compiled
+def graph_rows(rates, rows):
+    """Rows that a graph of whole sequences computes for `rows` tokens; 0: there is none."""
+    if rows > rates.host_graph_rows:
+        return 0
+    for bucket in GRAPH_ROWS:
+        if bucket >= rows:
+            return bucket
+    return 0
 
 
 @compiled

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SharingCost
+from dataclasses import fields
+
+from pipemoe.plan.cost import KINDS, AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost
 from pipemoe.plan.devices import Device
 from pipemoe.plan.dimensions import Dimensions
 
@@ -14,6 +16,10 @@ _PASSES = 40
 _HOST_ON_CPU = HostCost(
     attend_ns=30_000, graph_rows=0, pack_ns=30_000, dispatch_ns=60_000, experts_ns=30_000, combine_ns=60_000, finish_ns=30_000, idle_ns=15_000
 )
+# On cores, computation shares them, and the threads that move transfers along compete with one another. Ranks on one GPU copy on it,
+# and few thread blocks limit a transfer, not the memory.
+_ON_CORES = {f.name: 1000 for f in fields(ContentionCost)} | {f"{a}_beside_{b}": 667 for a in KINDS[2:] for b in KINDS[2:]}
+_ONE_GPU = {f"{a}_beside_{b}": 950 for a in KINDS[2:] for b in KINDS[2:]}
 _ONE_GPU_LINK = 100 * 10**9  # bytes per second; measured between 2, 4, 8 ranks on one H200 with NCCL 2.30: 145, 98, 78 GB/s
 
 
@@ -60,6 +66,7 @@ def default_cost(
         dispatch=exchange(row_bytes),
         combine=exchange(shape.hidden * sum_bytes),
         host=_HOST_ON_CPU if device.cores else HostCost(),
-        sharing=SharingCost(1000 * device.cores, 200, 0, 1, 1000, 500) if device.cores else SharingCost(),
+        cores=CoresCost(1000 * device.cores, 200) if device.cores else CoresCost(),
+        contention=ContentionCost(**_ON_CORES) if device.cores else ContentionCost(**_ONE_GPU) if ranks_per_device > 1 else ContentionCost(),
         finish_ns=300_000 if device.cores else 200_000,
     )

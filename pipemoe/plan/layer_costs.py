@@ -12,7 +12,7 @@ from collections import namedtuple
 import numpy as np
 
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.cost import attend_busy, experts_busy
+from pipemoe.plan.cost import attend_busy, experts_busy, graph_rows
 
 ALONE, BUSY = 0, 1
 DISPATCH, COMBINE = 0, 1
@@ -68,6 +68,9 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
     issue = np.full((num_cohorts, num_ranks), rates.host_idle_ns, np.int64)
     rows = np.zeros((num_cohorts, num_ranks), np.int64)
     pairs = np.zeros((num_cohorts, num_ranks), np.int64)
+    begun = np.zeros((num_cohorts, num_ranks), np.int64)  # tokens of the sequences that begin in the cohort, and that end there
+    ended = np.zeros((num_cohorts, num_ranks), np.int64)
+    busy_of = np.zeros(num_ranks, np.int64)
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
     calls = np.zeros((num_cohorts, most_waves), np.int64)
     for i in range(len(segments)):
@@ -82,14 +85,19 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
             a, b = max(start, starts[s]) - starts[s], min(stop, starts[s + 1]) - starts[s]
             if a < b:
                 pairs[c, r] += (b * (b + 1) - a * (a + 1)) // 2
-                ends[c, r] += starts[s] + b == starts[s + 1]
+                length = starts[s + 1] - starts[s]
+                begun[c, r] += length if a == 0 else 0
+                if b == length:
+                    ended[c, r] += length
+                    ends[c, r] += 1
     for c in range(num_cohorts):
         for w in range(num_waves[c]):
             busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks)
             for r in range(num_ranks):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
             num_calls = 1 if padded else calls[c, w]
-            busy = wave_rows[c, w] * rates.dispatch_row_ps // 1000
+            least = owned[c, w].min() if not padded else wave_rows[c, w] // num_ranks
+            busy = (wave_rows[c, w] - least) * rates.dispatch_row_ps // 1000
             exchange[c, DISPATCH, w, ALONE] = rates.dispatch_fixed_ns + num_calls * rates.dispatch_segment_ns + busy
             exchange[c, DISPATCH, w, BUSY] = busy
             moved = wave_rows[c, w]
@@ -101,11 +109,20 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
             busy = moved * rates.combine_row_ps // 1000
             exchange[c, COMBINE, w, ALONE] = rates.combine_fixed_ns + num_calls * rates.combine_segment_ns + busy
             exchange[c, COMBINE, w, BUSY] = busy
+        total = 0
+        for r in range(num_ranks):
+            busy_of[r] = 0
+            if rows[c, r]:
+                graph = graph_rows(rates, rows[c, r]) if rows[c, r] == begun[c, r] and rows[c, r] == ended[c, r] else 0
+                issue[c, r] = rates.host_graph_ns if graph else rates.host_attend_ns
+                busy_of[r] = attend_busy(rates, max(graph, rows[c, r]), pairs[c, r])
+                total += busy_of[r]
         for r in range(num_ranks):
             if rows[c, r]:
-                busy = attend_busy(rates, rows[c, r], pairs[c, r])
+                busy = busy_of[r]
+                if num_ranks > 1:
+                    busy += rates.attend_crowd_permille * min(busy, (total - busy) // (num_ranks - 1)) // 1000
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
-                issue[c, r] = rates.host_graph_ns if rows[c, r] <= rates.host_graph_rows else rates.host_attend_ns
                 finish = 1 + most_waves
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
     return LayerCosts(num_waves, compute, exchange, own, ends, causal, issue)

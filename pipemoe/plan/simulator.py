@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.cost import CostModel, rates_of
+from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import LayerCosts, layer_costs
 from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
 from pipemoe.plan.simulator_core import run_clock
@@ -51,7 +51,7 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
     computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + waves) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
     moved = np.zeros((num_cohorts, 2, num_layers * waves, 2) if spans else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
-    finish, exposed = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), computed, moved, spans)
+    finish, exposed = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), speeds_of(cost.contention), computed, moved, spans)
     if (finish == NEVER).any():
         raise PlanError("simulation: the plan comes to a standstill")
     sequences = tuple(tuple(int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))

@@ -2,8 +2,8 @@
 
 Per rank one engine thread issues operations as pipemoe.runtime.run does: cohort by cohort in the plan's order, passing over those
 that may not go on yet. Per cohort slot and rank a compute lane, per slot one queue for dispatches and one for combines, which
-begin when every rank is ready and end everywhere at once. Computation that runs side by side shares its rank (or all cores),
-transfers share the link. A device works on what is still being issued, but is not done before the issuing is.
+begin when every rank is ready and end everywhere at once. What runs side by side slows one another by the table of contention, or
+shares cores. A device works on what is still being issued, but is not done before the issuing is.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ from pipemoe.plan.simulator_rules import (
     LAYER,
     LOAD,
     NEVER,
+    PACE,
     POSTED,
     READY,
     REST,
+    RESTED,
     SENDING,
+    SLOT,
     WAVE,
     WAVES,
     WORK_LAYER,
@@ -41,26 +44,28 @@ from pipemoe.plan.simulator_rules import (
     is_ready,
     issue_next,
     layer_template,
+    share_cores,
     share_device,
+    share_links,
 )
 
 
 @compiled
-def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, computed, moved, keep):
+def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds, computed, moved, keep):
     """Run `num_layers` layers. keys [C, >= n]: where a cohort's n-th operation stands in the plan's order; lowest first. slots [C].
-    weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled with begin and
+    speeds: of speeds_of. weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled with begin and
     end of operations if `keep`. Returns finish [C, R] and exposed [R] (communication under way, no computation), in ns.
 
     finish holds NEVER where the plan can never get there.
     """
     compute, exchange, own, causal = costs.compute, costs.exchange, costs.own, costs.causal
     num_cohorts, num_ranks = compute.shape[0], compute.shape[1]
-    cohorts = np.empty((2, num_cohorts), np.int64)
+    cohorts = np.empty((3, num_cohorts), np.int64)
     state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
-    transfers = np.zeros((2, 7, num_cohorts), np.int64)
+    transfers = np.zeros((2, 9, num_cohorts), np.int64)
     templates = np.zeros((num_cohorts, 1 + 3 * (compute.shape[2] - 2), 2), np.int64)
     for c in range(num_cohorts):
-        cohorts[WAVES, c], cohorts[BEFORE, c] = costs.num_waves[c], -1
+        cohorts[WAVES, c], cohorts[BEFORE, c], cohorts[SLOT, c] = costs.num_waves[c], -1, slots[c]
         for e in range(c):
             if slots[e] == slots[c]:
                 cohorts[BEFORE, c] = e
@@ -76,7 +81,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
     touched, shared = np.ones(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)  # looked at anew; speeds to be set anew
     next_end, exposed_since = np.full(num_ranks, NEVER, np.int64), np.full(num_ranks, NEVER, np.int64)
     finish, exposed = np.full((num_cohorts, num_ranks), NEVER, np.int64), np.zeros(num_ranks, np.int64)
-    link_speed, link_since, link_changed, now = 1000, 0, False, 0
+    link_changed, now = False, 0
     while True:
         # What begins now: issuing and computation, then transfers.
         any_shared = False
@@ -92,6 +97,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
                     for side in range(2):
                         if not state[READY + side, c, r]:
                             state[READY + side, c, r] = is_ready(state, transfers, cohorts, own, num_buffers, side, c, r)
+                            shared[r] = shared[r] or state[READY + side, c, r]
             any_shared = any_shared or shared[r]
         for side in range(2):
             for c in range(num_cohorts):
@@ -103,23 +109,27 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
                     everywhere = everywhere and state[READY + side, c, r]
                 if everywhere:
                     takes = exchange[c, side, transfers[side, WAVE, c], ALONE]
-                    transfers[side, SENDING, c], transfers[side, REST, c], link_changed = True, takes, True
-                    # Its share of the link begins when all shares are set anew below.
-                    transfers[side, REST, c] += (now - link_since) * link_speed // 1000
+                    transfers[side, SENDING, c], transfers[side, REST, c], transfers[side, RESTED, c], link_changed = True, takes, now, True
+                    transfers[side, PACE, c] = 0  # not yet set
                     transfers[side, LOAD, c] = 1000 * exchange[c, side, transfers[side, WAVE, c], BUSY] // takes if takes else 0
                     if keep:
                         moved[c, side, n, 0] = now
         # How fast everything goes on.
         if any_shared:
             total = 0
-            if rates.sharing_across_ranks:
+            if rates.cores_permille:
                 for r in range(num_ranks):
                     shared[r] = True
                     for c in range(num_cohorts):
                         total += weight[r] * state[DEMAND, c, r] if state[ACTIVE, c, r] else 0
             for r in range(num_ranks):
-                if shared[r]:
-                    share_device(state, rates, total, r, now)
+                if shared[r] and rates.cores_permille:
+                    share_cores(state, rates, total, r, now)
+                elif shared[r]:
+                    share_device(state, cohorts, speeds, r, now)
+        if any_shared or link_changed:
+            share_links(state, transfers, cohorts, speeds, now)
+            link_changed = False
         for r in range(num_ranks):
             if touched[r] or shared[r]:
                 next_end[r] = host[HOST_END, r]
@@ -132,21 +142,6 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
                     exposed[r] += now - exposed_since[r]
                 exposed_since[r] = now if communicating and not computing else NEVER
                 touched[r] = shared[r] = False
-        if link_changed:
-            carried, count = 0, 0
-            for side in range(2):
-                for c in range(num_cohorts):
-                    if transfers[side, SENDING, c]:
-                        carried, count = carried + transfers[side, LOAD, c], count + 1
-            passed = (now - link_since) * link_speed // 1000
-            link_speed = min(1000, 1000 * rates.sharing_link_permille // carried) if carried else 1000
-            link_speed = max(1, link_speed * 1000 // (1000 + rates.sharing_exchange_slowdown_permille * max(0, count - 1)))
-            link_since, link_changed = now, False
-            for side in range(2):
-                for c in range(num_cohorts):
-                    if transfers[side, SENDING, c]:
-                        transfers[side, REST, c] = max(0, transfers[side, REST, c] - passed)
-                        transfers[side, ARRIVAL, c] = now + (transfers[side, REST, c] * 1000 + link_speed - 1) // link_speed
         # What ends next.
         now = NEVER
         for r in range(num_ranks):
@@ -190,4 +185,4 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, comput
                         transfers[side, WAVE, c] = 0
                     transfers[side, SENDING, c], transfers[side, ARRIVAL, c], link_changed = False, NEVER, True
                     for r in range(num_ranks):
-                        state[READY + side, c, r], touched[r] = False, True
+                        state[READY + side, c, r], touched[r], shared[r] = False, True, True

@@ -36,13 +36,16 @@ HOST_END, HOST_KIND, HOST_COHORT = 0, 1, 2
 # transfers [2, ., C]: of dispatches and of combines
 ARRIVED = 0  # complete
 SENDING = 1  # one is under way
-REST = 2  # ns at full speed that it has left
-LOAD = 3  # share of the link that it takes by itself
+REST = 2  # ns at full speed that it had left
+LOAD = 3  # share of its time that it is busy
 ARRIVAL = 4  # when it will arrive, or NEVER
 LAYER, WAVE = 5, 6  # of the next one
-# cohorts [2, C]
+RESTED = 7  # the time of REST
+PACE = 8  # its speed
+# cohorts [3, C]
 WAVES = 0
 BEFORE = 1  # the cohort that had the slot, or -1
+SLOT = 2
 
 
 @compiled
@@ -155,32 +158,83 @@ def begin_computation(state, host, transfers, cohorts, causal, compute, num_laye
 
 
 @compiled_rule
-def share_device(state, rates, total, r, now):
-    """Set the speeds of rank r's computations anew. total: demand of all ranks, for cores that all ranks share."""
-    beside, wanted = 0, 0
+def share_cores(state, rates, total, r, now):
+    """Set the speeds of rank r's computations anew where all ranks compute on the same cores, of which `total` is demanded."""
+    beside = 0
+    for c in range(state.shape[1]):
+        beside += state[ACTIVE, c, r]
+    slowed = 1000 + rates.cores_slowdown_permille * (beside - 1)
+    share = max(1, 1000 * rates.cores_permille // total) if total > rates.cores_permille else 1000
     for c in range(state.shape[1]):
         if state[ACTIVE, c, r]:
-            beside += 1
-            wanted += state[DEMAND, c, r]
-    if rates.sharing_across_ranks:
-        wanted = total
-    capacity = rates.sharing_capacity_permille
-    slowed = 1000 + rates.sharing_slowdown_permille * (beside - 1)
+            _go_on_at(state, max(1, share * 1000 // slowed), c, r, now)
+
+
+@compiled_rule
+def share_device(state, cohorts, speeds, r, now):
+    """Set the speeds of rank r's computations anew by the table of contention. A collective takes its thread blocks as soon as this
+    rank is ready for it, also while it waits for the others."""
     for c in range(state.shape[1]):
         if not state[ACTIVE, c, r]:
             continue
-        state[LEFT, c, r] = max(0, state[LEFT, c, r] - (now - state[SINCE, c, r]) * state[SPEED, c, r] // 1000)
-        state[SINCE, c, r] = now
-        share = 1000
-        if wanted > rates.sharing_capacity_permille:
-            if rates.sharing_priority and not rates.sharing_across_ranks:
-                given = min(state[DEMAND, c, r], capacity)
-                capacity -= given
-                share = max(100, 1000 * given // state[DEMAND, c, r]) if state[DEMAND, c, r] else 1000  # blocks trickle in between
-            else:
-                share = max(1, 1000 * capacity // wanted)
-        state[SPEED, c, r] = max(1, share * 1000 // slowed)
-        state[END, c, r] = now + (state[LEFT, c, r] * 1000 + state[SPEED, c, r] - 1) // state[SPEED, c, r]
+        kind, speed = min(1, state[WORK_PLACE, c, r]), 1000
+        for e in range(state.shape[1]):
+            if state[ACTIVE, e, r] and e != c:
+                under = 1 if cohorts[SLOT, e] < cohorts[SLOT, c] else 0
+                speed = speed * _beside(speeds[under, kind, min(1, state[WORK_PLACE, e, r])], state[DEMAND, e, r]) // 1000
+            for side in range(2):
+                if state[READY + side, e, r]:
+                    speed = speed * speeds[0, kind, 2 + side] // 1000
+        _go_on_at(state, _stretched(speed, state[DEMAND, c, r]), c, r, now)
+
+
+@compiled_rule
+def _beside(speed, demand):
+    """Thousandths of full speed beside something busy for `demand` thousandths of the time."""
+    return 1000 - demand * (1000 - speed) // 1000
+
+
+@compiled_rule
+def _stretched(speed, demand):
+    """The speed of all of an operation of which `demand` thousandths go on at `speed`, the rest at full speed."""
+    return max(1, 1_000_000 // (1000 - demand + demand * 1000 // max(1, speed)))
+
+
+@compiled_rule
+def _go_on_at(state, speed, c, r, now):
+    state[LEFT, c, r] = max(0, state[LEFT, c, r] - (now - state[SINCE, c, r]) * state[SPEED, c, r] // 1000)
+    state[SINCE, c, r], state[SPEED, c, r] = now, speed
+    state[END, c, r] = now + (state[LEFT, c, r] * 1000 + speed - 1) // speed
+
+
+@compiled_rule
+def share_links(state, transfers, cohorts, speeds, now):
+    """Set the speeds of all transfers anew: each as on the rank that slows it most."""
+    num_cohorts, num_ranks = state.shape[1], state.shape[2]
+    for side in range(2):
+        slowest = -1  # beside computation
+        for c in range(num_cohorts):
+            if not transfers[side, SENDING, c]:
+                continue
+            if slowest < 0:
+                slowest = 1000
+                for r in range(num_ranks):
+                    speed = 1000
+                    for e in range(num_cohorts):
+                        if state[ACTIVE, e, r]:
+                            speed = speed * _beside(speeds[0, 2 + side, min(1, state[WORK_PLACE, e, r])], state[DEMAND, e, r]) // 1000
+                    slowest = min(slowest, speed)
+            speed = slowest
+            for other in range(2):
+                for e in range(num_cohorts):
+                    if transfers[other, SENDING, e] and (other != side or e != c):
+                        speed = speed * _beside(speeds[0, 2 + side, 2 + other], transfers[other, LOAD, e]) // 1000
+            speed = _stretched(speed, transfers[side, LOAD, c])
+            if speed != transfers[side, PACE, c]:
+                passed = (now - transfers[side, RESTED, c]) * transfers[side, PACE, c] // 1000
+                transfers[side, REST, c] = max(0, transfers[side, REST, c] - passed)
+                transfers[side, RESTED, c], transfers[side, PACE, c] = now, speed
+                transfers[side, ARRIVAL, c] = now + (transfers[side, REST, c] * 1000 + speed - 1) // speed
 
 
 @compiled_rule
