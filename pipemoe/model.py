@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.config import Config
 from pipemoe.errors import InputError, PipemoeError
 from pipemoe.experts import make_experts
+from pipemoe.plan.cost import GRAPH_ROWS
 from pipemoe.plan.dimensions import dimensions_of_decoder
 from pipemoe.plan.schedule import Op, Plan
 from pipemoe.runtime.run import Only
@@ -88,6 +89,7 @@ class Model:
             trial=self._trial,
             kept_bytes=kept_bytes,
             prepare=self._capture,
+            graph_rows=self._graph_rows(),
             error=error,
         )
 
@@ -106,6 +108,11 @@ class Model:
 
     def _graph_key(self, slot: int, results_dtype: torch.dtype) -> tuple[int, torch.dtype, int]:
         return slot, results_dtype, min(self.config.graph_tokens, self.config.max_tokens_per_rank)
+
+    def _graph_rows(self) -> int:
+        """The largest of the captured graphs, as AttendGraphs chooses it; 0: none."""
+        most = min(self.config.graph_tokens, self.config.max_tokens_per_rank)
+        return next((rows for rows in GRAPH_ROWS if rows >= most), GRAPH_ROWS[-1]) if most and self.decoder.can_be_captured else 0
 
     def _capture(self, slot: int, results_dtype: torch.dtype) -> None:
         """Capture the attention of few tokens for a slot whose lane is the current stream."""

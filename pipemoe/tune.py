@@ -2,9 +2,10 @@
 
     launch/mpirun.sh -n 4 -m pipemoe.cli tune --model qwen3-30b-a3b --out cost.json
 
-1. Single operations at a handful of sizes, timed in steps of one cohort: attention on one rank, experts on all, dispatch and
-   combine from when the last rank is ready, and what issuing takes the engine's thread.
-2. Whole steps in several modes, to which contention is fitted (pipemoe.plan.fit).
+1. Single operations at a handful of sizes, timed in steps of one cohort: attention on one rank and on all, experts on all, dispatch
+   and combine, and what issuing takes the engine's thread.
+2. On GPUs: pairs of operations side by side (pipemoe.contention).
+3. Whole steps in several modes, to which everything is scaled (pipemoe.plan.fit).
 """
 
 from __future__ import annotations
@@ -15,31 +16,43 @@ import math
 import socket
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipemoe.config import Config
+from pipemoe.contention import PAIRS, Operations, Timer, measure_pair
 from pipemoe.errors import InputError
-from pipemoe.plan.cost import CostModel
+from pipemoe.plan.cost import CostModel, graph_rows, rates_of
 from pipemoe.plan.cost_file import write_cost
 from pipemoe.plan.dimensions import dimensions_of
-from pipemoe.plan.fit import Samples, calibrate, fit_cost
+from pipemoe.plan.fit import Samples, calibrate, fit_contention, fit_cost
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, OpKind
 from pipemoe.plan.simulator import simulate
 from pipemoe.runtime.costs import model_key
-from pipemoe.trace import Timeline
+from pipemoe.trace import Span, Timeline
 
 if TYPE_CHECKING:
     from pipemoe.comm.world import World
     from pipemoe.model import Model
 
 _LAYERS = 4
+_PAIR_SECONDS = 10e-3  # that either side of a pair takes alone
 _WHOLE_STEP_MODES = ("broadcast", "two_batch", "pipelined", "per_rank")
+_IN_LAYER = (OpKind.ATTEND, OpKind.DISPATCH, OpKind.EXPERTS, OpKind.COMBINE)  # in the order of a step of one cohort in one wave
 _Lengths = tuple[tuple[int, ...], ...]  # per rank
+
+
+class _TimedStep(NamedTuple):
+    """One rank's step: when it was called for, when each operation ran, and kind, layer and seconds of each one's issuing."""
+
+    begin: float
+    timeline: Timeline
+    issued: list[tuple[int, int, float]]
 
 
 def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> None:
@@ -77,6 +90,8 @@ def run(options: argparse.Namespace) -> int:
         tuner = Tuner(world, model, most, options.repeats)
         samples = tuner.measure_operations()
         cost = fit_cost(samples, model.runtime.cost, model.runtime.shape, world.size)
+        if world.device.type == "cuda" and min(world.size, world.num_slots) > 1:
+            cost = replace(cost, contention=fit_contention(tuner.measure_pairs()))
         steps = tuner.measure_steps(base)
         before = tuner.log_error(cost, steps)
         cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
@@ -84,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         if world.rank == 0:
             subject = {**model.runtime.cost_subject, "model": model_key(dimensions_of(config))}
             write_cost(options.out, subject, cost)
-            _say(world, f"error of predicted steps: {_percent(before)} as measured, {_percent(after)} with contention fitted")
+            _say(world, f"error of predicted steps: {_percent(before)} as measured, {_percent(after)} scaled to them")
             print(f"costs: {options.out}")
         world.all_gather(b"", "end of tuning")
     return 0
@@ -130,19 +145,40 @@ class Tuner:
                 timelines = self._timed(lengths)
                 if repeat:  # the first is the warm-up
                     self._take(samples, lengths, timelines)
+        self._take_cut(samples, ((max(2, self._most // 8),),) * size)
         return samples
+
+    def _take_cut(self, samples: Samples, lengths: _Lengths) -> None:
+        """What it takes to issue the attention of sequences that are cut, for which there are no graphs."""
+        _say(self._world, "issuing the attention of cut sequences")
+        cut = Tuner(self._world, self._model.with_config(replace(self._model.config, mode="two_batch")), self._most, self._repeats)
+        for repeat in range(2):
+            timed = cut._timed(lengths)
+            if repeat and self._model.runtime.cost.host.graph_rows:
+                issued = [seconds for kind, layer, seconds in timed[0].issued if layer and kind == OpKind.ATTEND]
+                samples.host.setdefault("attend", []).extend(seconds * 1e9 for seconds in issued)
+
+    def measure_pairs(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """How fast two operations go on side by side, as shares of their speeds alone."""
+        operations = Operations(self._world, self._model.decoder, self._model.runtime.experts, max(self._most // 2, 1))
+        timer, found = Timer(self._world), {}
+        for a, b in PAIRS:
+            _say(self._world, f"side by side: {a} and {b}")
+            found[a, b] = measure_pair(timer, operations.pair(a, b), _PAIR_SECONDS, self._repeats).speeds()
+        return found
 
     def measure_steps(self, base: Config) -> list[tuple[Config, _Lengths, list[float]]]:
         """Whole steps: configuration, sequences, and ns to the first token per rank."""
         size, n = self._world.size, self._most
-        cases: list[_Lengths] = [((n,), *((max(n // 64, 1),),) * (size - 1)), ((max(n // 2, 1),),) * size]
-        cases.append(tuple((max(n * (rank + 1) // size, 1),) for rank in range(size)))
+        tokens = [(n, *(n // 64,) * (size - 1)), (3 * n // 8,) * size]
+        tokens += [tuple(n // part * (rank + 1) // size for rank in range(size)) for part in (1, 8)]
+        cases: list[_Lengths] = [tuple((max(count, 1),) for count in counts) for counts in tokens]
         found = []
         for mode in _WHOLE_STEP_MODES if size > 1 else ("broadcast", "two_batch"):
             config = replace(base, mode=mode)
             model = self._model.with_config(config)
+            _say(self._world, f"whole steps: mode {mode}")
             for lengths in cases:
-                _say(self._world, f"whole steps: mode {mode}, tokens per rank {[sum(of_rank) for of_rank in lengths]}")
                 times = []
                 for repeat in range(self._repeats + 1):
                     self._world.all_gather(b"", "start of a step")
@@ -164,55 +200,70 @@ class Tuner:
         vocabulary = self._model.decoder.vocab_size
         return [[(i * 31 + 7) % vocabulary for i in range(n)] for n in lengths[self._world.rank]]
 
-    def _timed(self, lengths: _Lengths) -> list[tuple[Timeline, list]]:
+    def _timed(self, lengths: _Lengths) -> list[_TimedStep]:
         """All ranks' spans and issue times of one step."""
         timeline = Timeline()
         self._world.all_gather(b"", "start of a step")
+        begin = time.perf_counter()
         self._model.prefill(self._sequences(lengths), timeline=timeline)
-        own = json.dumps([timeline.as_rows(), [[int(op.kind), op.layer, seconds] for op, seconds in timeline.issue_seconds]])
+        own = json.dumps([begin, timeline.as_rows(), [[int(op.kind), op.layer, seconds] for op, seconds in timeline.issue_seconds]])
         everywhere = [json.loads(p) for p in self._world.all_gather(own.encode(), "timelines")]
-        return [(Timeline.from_rows(rows), issued) for rows, issued in everywhere]
+        return [_TimedStep(begin, Timeline.from_rows(rows), issued) for begin, rows, issued in everywhere]
 
-    def _transfer_ns(self, timelines: list[Timeline], kind: OpKind) -> float:
-        """From when the last rank was ready until it is over everywhere; between hosts, whose clocks differ, for the rank that
-        waited least. The mean of a step's, since each holds up the next."""
-        of_op: dict = {}
-        for timeline in timelines:
-            for s in timeline.spans:
-                if s.op.kind is kind and s.op.layer:
-                    of_op.setdefault(s.op, []).append(s)
-        if self._one_host:
-            found = [max(s.end for s in spans) - max(s.begin for s in spans) for spans in of_op.values()]
-        else:
-            found = [min(s.end - s.begin for s in spans) for spans in of_op.values()]
-        return max(1.0, statistics.fmean(found) * 1e9)
-
-    def _take(self, samples: Samples, lengths: _Lengths, timed: list[tuple[Timeline, list]]) -> None:
+    def _take(self, samples: Samples, lengths: _Lengths, timed: list[_TimedStep]) -> None:
         """Means over the layers after the first, which also embeds the tokens."""
-        rows = sum(map(sum, lengths))
-        first = timed[0][0]
-        if all(not of_rank for of_rank in lengths[1:]):  # several ranks at once may share cores
-            pairs = sum(n * (n + 1) // 2 for n in lengths[0])
-            samples.attend.append((rows, pairs, _mean(first, OpKind.ATTEND)))
-            samples.finish.append(1e9 * next(s.end - s.begin for s in first.spans if s.op.kind is OpKind.FINISH))
-        sharing = self._model.runtime.cost.sharing
-        shared = max(1.0, self._world.size * 1000 / sharing.capacity_permille) if sharing.across_ranks else 1.0
-        samples.experts.append((rows, statistics.median(_mean(timeline, OpKind.EXPERTS) for timeline, _ in timed) / shared))
-        segments = sum(1 for of_rank in lengths if of_rank)
-        for kind, into in ((OpKind.DISPATCH, samples.dispatch), (OpKind.COMBINE, samples.combine)):
-            into.append((segments, rows, self._transfer_ns([timeline for timeline, _ in timed], kind)))
-        issued = timed[0][1]
-        is_graph = sum(lengths[0]) <= self._model.runtime.cost.host.graph_rows
-        names = {OpKind.ATTEND: "graph" if is_graph else "attend", OpKind.EXPERTS: "experts", OpKind.COMBINE: "combine", OpKind.FINISH: "finish"}
-        for kind, layer, seconds in issued:
+        tokens = [sum(of_rank) for of_rank in lengths]
+        rows, carried, segments = sum(tokens), sum(tokens) - min(tokens), sum(map(bool, tokens))
+        took = self._taken(timed)
+        graph = graph_rows(rates_of(self._model.runtime.cost), tokens[0])
+        attended = max(tokens[0], graph), sum(n * (n + 1) // 2 for n in lengths[0]), took[OpKind.ATTEND]
+        if not any(tokens[1:]):
+            samples.attend.append(attended)
+            samples.finish.append(1e9 * next(s.end - s.begin for s in timed[0].timeline.spans if s.op.kind is OpKind.FINISH))
+            first = next(s.end for s in timed[0].timeline.spans if s.op.kind is OpKind.ATTEND and not s.op.layer)
+            samples.start.append(max(0.0, 1e9 * (first - timed[0].begin) - took[OpKind.ATTEND]))
+        elif not self._model.runtime.cost.cores.permille:  # cores are shared out by the simulator
+            samples.crowded.append(attended)
+        samples.experts.append((rows, took[OpKind.EXPERTS]))
+        samples.dispatch.append((segments, carried if self._world.size > 1 else 0, took[OpKind.DISPATCH]))
+        samples.combine.append((segments, rows, took[OpKind.COMBINE]))
+        names = {OpKind.ATTEND: "graph" if graph else "attend", OpKind.EXPERTS: "experts", OpKind.COMBINE: "combine", OpKind.FINISH: "finish"}
+        for kind, layer, seconds in timed[0].issued:
             if OpKind(kind) in names and (layer or kind == OpKind.FINISH):
                 samples.host.setdefault(names[OpKind(kind)], []).append(seconds * 1e9)
-        for kind, layer, seconds in timed[-1][1] if self._world.size > 1 and not lengths[-1] else []:
+        for kind, layer, seconds in timed[-1].issued if self._world.size > 1 and not lengths[-1] else []:
             if layer and OpKind(kind) in (OpKind.DISPATCH, OpKind.ATTEND):
                 samples.host.setdefault("dispatch" if kind == OpKind.DISPATCH else "idle", []).append(seconds * 1e9)
 
+    def _taken(self, timed: list[_TimedStep]) -> dict[OpKind, float]:
+        """ns that each operation of a layer took, mean over layers.
 
-def _mean(timeline: Timeline, kind: OpKind) -> float:
-    """ns of an operation after the first layer; at least 1."""
-    found = [s.end - s.begin for s in timeline.spans if s.op.kind is kind and s.op.layer]
-    return max(1.0, statistics.fmean(found) * 1e9) if found else 1.0
+        Where the devices are what the step waits for: from the last rank's end of the operation before to the last rank's end of
+        this one, so that they add up to the step. Otherwise (launches come too late, clocks differ between hosts, or ranks share
+        cores): each by itself, a transfer from when the last rank was ready.
+        """
+        layers = range(1, self._model.runtime.shape.num_layers)
+        spans: dict[tuple[OpKind, int], list[Span]] = {}
+        for step in timed:
+            for s in step.timeline.spans:
+                spans.setdefault((s.op.kind, s.op.layer), []).append(s)
+        end = {key: max(s.end for s in of_op) for key, of_op in spans.items()}
+        cores = self._model.runtime.cost.cores.permille
+        took: dict[OpKind, list[float]] = {kind: [] for kind in _IN_LAYER}
+        issuing = max(sum(seconds for _, layer, seconds in step.issued if layer in layers) for step in timed)
+        if self._one_host and not cores and end[OpKind.COMBINE, layers[-1]] - end[OpKind.COMBINE, 0] > 1.2 * issuing:
+            for layer in layers:
+                at = end[OpKind.COMBINE, layer - 1]
+                for kind in _IN_LAYER:
+                    took[kind].append(end[kind, layer] - at)
+                    at = end[kind, layer]
+        else:
+            shared = max(1.0, 1000 * self._world.size / cores) if cores else 1.0
+            for layer in layers:
+                of_kind = {kind: spans[kind, layer] for kind in _IN_LAYER}
+                took[OpKind.ATTEND].append(max(s.end - s.begin for s in of_kind[OpKind.ATTEND]))
+                took[OpKind.EXPERTS].append(statistics.median(s.end - s.begin for s in of_kind[OpKind.EXPERTS]) / shared)
+                for kind in (OpKind.DISPATCH, OpKind.COMBINE):
+                    waited = [s.end - s.begin for s in of_kind[kind]]
+                    took[kind].append(end[kind, layer] - max(s.begin for s in of_kind[kind]) if self._one_host else min(waited))
+        return {kind: max(1.0, 1e9 * statistics.fmean(seconds)) for kind, seconds in took.items()}

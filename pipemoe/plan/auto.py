@@ -1,5 +1,7 @@
 """Mode "auto": every candidate priced and run on the clock, the best by the objective taken.
 
+Each candidate first gets lower bounds, from its cohorts' chains of operations and what each rank has to do at least; those that
+cannot win by them are not run.
 Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that run side
 by side finish in proportion to the number of layers.
 """
@@ -14,16 +16,17 @@ from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
-from pipemoe.plan.layer_costs import BUSY, causal_matrix, cut_waves, layer_costs, merge_alike_ranks
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, causal_matrix, cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator import flat_boundaries
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
 
-_FEW_LAYERS, _MORE_LAYERS = 2, 4
-_MANY_WAVES = 6  # of all cohorts in a layer: from here on half as many layers say enough
-_MARGIN = 50  # thousandths by which a later candidate, mostly of more cohorts, must be better: predictions are not exact
+_LAYERS = 8  # that are simulated at most, and half of them
+_EVENTS = 450  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
+_MOST_EVENTS = 1_800  # in all: candidates that would take more are not looked at
+_MARGIN = 15  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,35 +44,46 @@ class Candidate:
 
 def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[list[Microbatch]]:
     """Cohorts by cost."""
-    return next((c.assignment for c in _evaluate(facts, shape, config, cost, only_chosen=True)), [])
+    return next((c.assignment for c in _evaluate(facts, shape, config, cost, only_chosen=True)[0]), [])
 
 
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
-    """All that were looked at, each once, in order of preference at equal figures; one is `chosen`."""
-    return _evaluate(facts, shape, config, cost, only_chosen=False)
+    """All there are, each once, in order of preference at equal figures; one is `chosen`."""
+    return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
 
-def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel, *, only_chosen: bool) -> list[Candidate]:
+def auto_effort(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> int:
+    """Events on the simulator's clock that choosing takes."""
+    return _evaluate(facts, shape, config, cost, only_chosen=True)[1]
+
+
+def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel, *, only_chosen: bool) -> tuple[list[Candidate], int]:
     if not any(facts.tokens):
-        return []
+        return [], 0
     starts, first = flat_boundaries(facts)
     tokens = np.array(facts.tokens, dtype=np.int64)
-    limit, budget = config.max_wave_rows(facts.num_ranks), round(config.makespan_budget * 1000)
-    problem = (tokens, starts, first, rates_of(cost), speeds_of(cost.contention), shape.num_experts, shape.top_k, shape.num_layers, limit, config.num_slots)
-    figures, best = _search(CANDIDATES, *problem, config.num_buffers, config.combine == "gather", OBJECTIVES.index(config.objective), budget, only_chosen)
+    goal = np.zeros(5, np.int64)  # weights of mean, slowest, p50; the budget; cohorts of similar ranks
+    if config.objective == "weighted":
+        goal[:3] = config.objective_weights
+    else:
+        goal[OBJECTIVES.index(config.objective)] = 1
+    goal[3], goal[4] = round(config.makespan_budget * 1000), config.pipelined_ratio
+    limits = np.array([shape.num_layers, config.max_wave_rows(facts.num_ranks), config.num_slots, config.num_buffers, config.combine == "gather"])
+    problem = (tokens, starts, first, rates_of(cost), speeds_of(cost.contention), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
+    figures, best, events = _search(CANDIDATES, *problem, only_chosen)
     if best < 0:
         raise PlanError("no candidate can be carried out")
     candidates = []
-    for index, (mean, slowest, p50) in enumerate(figures.tolist()):
-        if slowest == NEVER or (only_chosen and index != best):
+    for index, (mean, slowest, p50) in enumerate((figures + cost.start_ns).tolist()):
+        if slowest >= NEVER or (only_chosen and index != best):
             continue
         kind, parts, unit = CANDIDATES[index]
-        table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens)
+        table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens, config.pipelined_ratio, config.num_slots)
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
         candidates.append(Candidate(index, candidate_name(index), assignment, mean, slowest, p50, index == best))
-    return candidates
+    return candidates, events
 
 
 @compiled
@@ -89,20 +103,26 @@ def units_of(tokens, starts, first, by_sequence):
 
 
 @compiled
-def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, num_layers, limit, num_slots, num_buffers, gather, objective, budget, only_chosen):
-    """Figures [N, 3] = OBJECTIVES of every candidate (NEVER: does not apply, or is an earlier one again) and the best.
+def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
+    """Figures [N, 3] (mean, slowest, p50) of every candidate (NEVER: does not apply, is an earlier one again, or was not run), the
+    best, and the events that choosing it took.
 
-    only_chosen: no time is spent on candidates that take too long for the budget anyway.
+    only_chosen: candidates that were passed over are not run for their figures afterwards.
     """
+    num_layers, limit, num_slots = limits[0], limits[1], limits[2]
     figures = np.full((len(kinds), 3), NEVER, np.int64)
-    seen = np.zeros(len(kinds), np.int64)
-    many_sequences, lowest = False, NEVER // 4096
+    bounds, price = np.empty((len(kinds), 3), np.int64), np.full(len(kinds), NEVER, np.int64)
+    seen, margins = np.zeros(len(kinds), np.int64), np.full(len(kinds), 1000, np.int64)
+    guess = np.empty(3, np.int64)
+    costs_of, place_of = [], np.full(len(kinds), -1, np.int64)
+    many_sequences = False
     for r in range(len(tokens)):
         many_sequences = many_sequences or first[r + 1] - first[r] > 2
     for k in range(len(kinds)):
         if kinds[k, 2] and not many_sequences:
             continue
-        microbatches = candidate_microbatches(kinds[k, 0], kinds[k, 1], units_of(tokens, starts, first, kinds[k, 2]), tokens)
+        units = units_of(tokens, starts, first, kinds[k, 2])
+        microbatches = candidate_microbatches(kinds[k, 0], kinds[k, 1], units, tokens, goal[4], num_slots)
         if len(microbatches) == 0:
             continue
         mark = np.int64(1)
@@ -117,85 +137,148 @@ def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, num
         num_cohorts = microbatches[-1, 0] + 1
         segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
         causal = causal_matrix(microbatches, num_cohorts, starts, first)
-        costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, False)
-        allowed = lowest + lowest * budget // 1000 if only_chosen else NEVER
-        if _least_ns(costs, rates, speeds) * num_layers > allowed:
+        costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, limits[4] != 0, False)
+        margins[k] += _MARGIN * (num_cohorts - 1)
+        costs, weight = merge_alike_ranks(costs, rates.cores_permille > 0)
+        _bound(costs, weight, rates, speeds, num_layers, num_slots, bounds[k], guess)
+        price[k] = _objective(guess, goal) * margins[k] // 1000
+        place_of[k] = len(costs_of)
+        costs_of.append((costs, weight))
+    best, lowest, events, looked_at = -1, NEVER, 0, place_of < 0
+    for turn in range(len(kinds)):
+        k = 0  # one cohort first, then the most promising
+        for j in range(len(kinds)):
+            if turn and not looked_at[j] and (looked_at[k] or price[j] < price[k]):
+                k = j
+        if looked_at[k]:
+            break
+        looked_at[k] = True
+        allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
+        if bounds[k, 1] > allowed:
             continue
-        figures[k, 0], figures[k, 1], figures[k, 2] = _predict(costs, rates, speeds, num_layers, num_slots, num_buffers, allowed)
+        if best >= 0 and bounds[k, 1] >= lowest and _objective(bounds[k], goal) * margins[k] // 1000 >= _objective(figures[best], goal) * margins[best] // 1000:
+            continue
+        costs, weight = costs_of[place_of[k]]
+        needed = _layers_and_events(costs, num_layers)[1]
+        if turn and (needed > _EVENTS + 100 or events + needed > _MOST_EVENTS):
+            continue
+        events += _predict(costs, weight, rates, speeds, limits, figures[k])
         lowest = min(lowest, figures[k, 1])
-    best, allowed = -1, lowest + lowest * budget // 1000
-    for k in range(len(kinds)):
-        if figures[k, 1] == NEVER or figures[k, 1] > allowed:
-            continue
-        if best < 0 or figures[k, objective] * (1000 + _MARGIN) // 1000 < figures[best, objective]:
-            best = k
-    return figures, best
+        best = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+    if not only_chosen:
+        for k in range(len(kinds)):
+            if place_of[k] >= 0 and figures[k, 1] == NEVER:
+                costs, weight = costs_of[place_of[k]]
+                _predict(costs, weight, rates, speeds, limits, figures[k])
+    return figures, best, events
 
 
 @compiled
-def _least_ns(costs, rates, speeds):
-    """A layer takes no less: what the busiest rank (or all ranks' cores) has to compute."""
-    longest, total = 0, 0
-    for r in range(costs.compute.shape[1]):
-        busy = 0
-        for c in range(len(costs.num_waves)):
-            for work in range(1 + costs.num_waves[c]):
-                busy += costs.compute[c, r, work, BUSY]
-        longest, total = max(longest, busy), total + busy
-    if rates.cores_permille:
-        return total * 1000 // rates.cores_permille
+def _objective(figures, goal):
+    return figures[0] * goal[0] + figures[1] * goal[1] + figures[2] * goal[2]
+
+
+@compiled
+def _best(figures, margins, allowed, goal):
+    """The candidate with the lowest objective, dearer the more cohorts it has, among those that end in the time allowed."""
+    best = -1
+    for k in range(len(figures)):
+        if figures[k, 1] == NEVER or figures[k, 1] > allowed:
+            continue
+        if best < 0 or _objective(figures[k], goal) * margins[k] // 1000 < _objective(figures[best], goal) * margins[best] // 1000:
+            best = k
+    return best
+
+
+@compiled
+def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
+    """bound: mean, slowest and p50 are no less than if every cohort ran alone, held up only by its slot; and nothing ends before each
+    rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed everything at full speed.
+    guess: what they may be like, if earlier cohorts go first."""
+    num_cohorts, num_ranks = costs.ends.shape
+    finish, likely = np.zeros((num_cohorts, num_ranks), np.int64), np.zeros((num_cohorts, num_ranks), np.int64)
+    computed, issued = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
     together = 1000  # what two computations side by side get done
     for a in range(2):
         for b in range(2):
             together = max(together, speeds[0, a, b] + speeds[1, b, a])
-    return longest * 1000 // together
+    for c in range(num_cohorts):
+        chain, most, total = 0, 0, 0
+        for r in range(num_ranks):
+            last = -1
+            computed[r] += costs.compute[c, r, 0, BUSY]
+            issued[r] += costs.issue[c, r] + costs.num_waves[c] * (rates.host_dispatch_ns + rates.host_experts_ns + rates.host_combine_ns)
+            for w in range(costs.num_waves[c]):
+                computed[r] += costs.compute[c, r, 1 + w, BUSY]
+                if costs.own[c, r, w]:
+                    last = w
+                    issued[r] += rates.host_pack_ns
+            if last >= 0:
+                alone = costs.compute[c, r, 0, ALONE] + costs.compute[c, r, 1 + last, ALONE]
+                chain = max(chain, alone + costs.exchange[c, DISPATCH, last, ALONE] + costs.exchange[c, COMBINE, last, ALONE])
+            most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
+        if rates.cores_permille:
+            most = total * 1000 // rates.cores_permille
+        before = finish[c - num_slots].max() if c >= num_slots else 0
+        finish[c] = before + chain * num_layers
+        likely[c] = max(before + chain * num_layers, most * num_layers)
+    _summarise(finish, costs.ends, bound)
+    _summarise(likely, costs.ends, guess)
+    bound[1] = max(bound[1], guess[1])
 
 
 @compiled
-def _predict(costs, rates, speeds, num_layers, num_slots, num_buffers, allowed):
-    """Mean, largest and median ns to the first token, over sequences; roughly where the largest is far above `allowed`."""
-    merged, weight = merge_alike_ranks(costs)
-    num_cohorts, num_classes = merged.ends.shape
+def _layers_and_events(costs, num_layers):
+    """How many layers to simulate (and then half of them), and about how many events on the clock that takes."""
+    num_cohorts, num_ranks = costs.ends.shape
+    in_layer = (num_cohorts + costs.num_waves.sum()) * (2 + num_ranks) * 7 // 4
+    layers = min(num_layers, max(2, min(_LAYERS, 2 * (_EVENTS // (3 * in_layer)))))
+    return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
+
+
+@compiled
+def _predict(costs, weight, rates, speeds, limits, figures):
+    """Fill in mean, largest and median ns to the first token, over sequences; returns the events that it took."""
+    num_layers, num_slots, num_buffers = limits[0], limits[2], limits[3]
+    num_cohorts = len(costs.num_waves)
     slots = np.empty(num_cohorts, np.int64)
     for c in range(num_cohorts):
         slots[c] = c % num_slots
     nothing = np.empty((1, 1, 1, 1), np.int64)
-    finish = np.zeros((num_cohorts, num_classes), np.int64)
-    num_waves = 0
-    for c in range(num_cohorts):
-        num_waves += costs.num_waves[c]
-    few, more = (1, 2) if num_waves > _MANY_WAVES else (_FEW_LAYERS, _MORE_LAYERS)
-    layers, before = num_layers if num_layers <= more else few, 0
-    while True:
-        keys = order_keys(merged, rates, num_slots, layers)
-        ended, _ = run_clock(merged, keys, slots, weight, layers, num_buffers, rates, speeds, nothing, nothing, False)
-        slowest = 0
-        for c in range(num_cohorts):
-            for k in range(num_classes):
-                slope = (ended[c, k] - finish[c, k]) * (num_layers - layers) // (layers - before)
-                finish[c, k] = ended[c, k] + (slope if before or layers < num_layers else 0)
-                slowest = max(slowest, finish[c, k])
-        if before or layers == num_layers or slowest * 3 // 4 > allowed:
-            break
-        for c in range(num_cohorts):
-            for k in range(num_classes):
-                finish[c, k] = ended[c, k]
-        layers, before = more, layers
+    layers, _ = _layers_and_events(costs, num_layers)
+    keys = order_keys(costs, rates, num_slots, layers)
+    finish, _, events = run_clock(costs, keys, slots, weight, layers, num_buffers, rates, speeds, nothing, nothing, False)
+    if layers < num_layers:
+        few = layers // 2
+        keys = order_keys(costs, rates, num_slots, few)
+        before, _, more = run_clock(costs, keys, slots, weight, few, num_buffers, rates, speeds, nothing, nothing, False)
+        finish += (finish - before) * (num_layers - layers) // (layers - few)
+        events += more
+    _summarise(finish, costs.ends, figures)
+    return events
+
+
+@compiled
+def _summarise(finish, ends, figures):
+    """Mean, largest and median of `finish` [C, R], each as often as `ends` says."""
+    num_cohorts, num_ranks = ends.shape
     total, count, slowest = 0, 0, 0
     for c in range(num_cohorts):
-        for k in range(num_classes):
-            if merged.ends[c, k]:
-                total += merged.ends[c, k] * finish[c, k]
-                count += merged.ends[c, k]
-                slowest = max(slowest, finish[c, k])
+        for r in range(num_ranks):
+            if ends[c, r]:
+                total += ends[c, r] * finish[c, r]
+                count += ends[c, r]
+                slowest = max(slowest, finish[c, r])
     median = slowest
     for c in range(num_cohorts):
-        for k in range(num_classes):
+        for r in range(num_ranks):
+            if not ends[c, r] or finish[c, r] >= median:
+                continue
             no_later = 0
             for d in range(num_cohorts):
-                for j in range(num_classes):
-                    if finish[d, j] <= finish[c, k]:
-                        no_later += merged.ends[d, j]
+                for q in range(num_ranks):
+                    if finish[d, q] <= finish[c, r]:
+                        no_later += ends[d, q]
             if 2 * no_later >= count:
-                median = min(median, finish[c, k])
-    return total // count, slowest, median
+                median = finish[c, r]
+    figures[0], figures[1], figures[2] = total // count, slowest, median

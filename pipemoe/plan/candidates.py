@@ -1,7 +1,8 @@
 """The cohorts that mode "auto" chooses from. Compiled.
 
 A unit is what stays together if it can: a whole rank's tokens, or one sequence. Units are sorted by length; candidates split them
-at the largest relative gaps, or into groups of equally many, or cut units into causal chunks, each a cohort of its own.
+at the largest relative gaps, or into groups of equally many, or cut units into causal chunks, each a cohort of its own. What the
+capped fixed modes do is among them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import numpy as np
 
 from pipemoe.plan.compiled import compiled
 
-ONE, GAPS, EVEN, CHUNKS, LONG_IN_CHUNKS = 0, 1, 2, 3, 4
+ONE, GAPS, EVEN, SIMILAR, CHUNKS, LONG_IN_CHUNKS = 0, 1, 2, 3, 4, 5
+EACH = 0  # parts: as many as there are units
 # kind, parts, unit (0 rank, 1 sequence; with one sequence per rank they are the same)
 CANDIDATES = np.array(
     [
@@ -21,7 +23,8 @@ CANDIDATES = np.array(
         (EVEN, 2, 0),
         (EVEN, 3, 0),
         (EVEN, 4, 0),
-        (EVEN, 8, 0),
+        (EVEN, EACH, 0),
+        (SIMILAR, 0, 0),
         (CHUNKS, 2, 0),
         (LONG_IN_CHUNKS, 2, 0),
         (LONG_IN_CHUNKS, 4, 0),
@@ -36,6 +39,7 @@ _NAMES = {
     ONE: "one cohort",
     GAPS: "{parts} groups of similar {unit}s",
     EVEN: "{parts} groups of as many {unit}s each",
+    SIMILAR: "{unit}s of similar length together",
     CHUNKS: "{parts} chunks of every rank",
     LONG_IN_CHUNKS: "short {unit}s, long ones in {parts} chunks",
 }
@@ -44,6 +48,8 @@ _NAMES = {
 def candidate_name(index: int) -> str:
     """What a user reads."""
     kind, parts, unit = CANDIDATES[index].tolist()
+    if kind == EVEN and parts == EACH:
+        return f"every {('rank', 'sequence')[unit]} alone"
     return _NAMES[kind].format(parts=parts, unit=("rank", "sequence")[unit])
 
 
@@ -69,9 +75,9 @@ def stable_order(values):
 
 
 @compiled
-def candidate_microbatches(kind, parts, units, tokens):
+def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
     """The candidate's microbatches int64 [M, 4] = cohort, rank, start, stop, by cohort and in wave order; none if it does not
-    apply. units [U, 3]: rank, start, stop, without empty ones, by rank and start."""
+    apply. units [U, 3]: rank, start, stop, without empty ones, by rank and start. ratio, num_slots: of SIMILAR, as in mode pipelined."""
     num_units = len(units)
     lengths = np.empty(num_units, np.int64)
     for u in range(num_units):
@@ -80,10 +86,18 @@ def candidate_microbatches(kind, parts, units, tokens):
     group = np.zeros(num_units, np.int64)
     empty = np.empty((0, 4), np.int64)
     if kind == EVEN:
+        parts = num_units if parts == EACH else parts
         if num_units < parts:
             return empty
         for place in range(num_units):
             group[by_length[place]] = place * parts // num_units
+    elif kind == SIMILAR:
+        cohort, shortest = 0, lengths[by_length[0]]
+        for place in range(num_units):
+            length = lengths[by_length[place]]
+            if length > ratio * shortest and cohort + 1 < num_slots:
+                cohort, shortest = cohort + 1, length
+            group[by_length[place]] = cohort
     elif kind == GAPS or kind == LONG_IN_CHUNKS:
         num_gaps = 1 if kind == LONG_IN_CHUNKS else parts - 1
         split = np.zeros(num_units, np.bool_)
@@ -110,7 +124,7 @@ def candidate_microbatches(kind, parts, units, tokens):
         num_groups = max(num_groups, group[u] + 1)
     cut = num_groups - 1 if kind == LONG_IN_CHUNKS else 0 if kind == CHUNKS else num_groups  # groups from here on are cut
     num_cohorts = cut + parts if kind >= CHUNKS else num_groups
-    out = np.empty((num_units * parts, 4), np.int64)
+    out = np.empty((num_units * max(1, parts), 4), np.int64)
     count, cohorts = 0, 0
     for cohort in range(num_cohorts):
         before = count

@@ -138,19 +138,21 @@ class CostModel:
     host: HostCost = field(default_factory=HostCost)
     cores: CoresCost = field(default_factory=CoresCost)
     contention: ContentionCost = field(default_factory=ContentionCost)
+    start_ns: int = 500_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
 
 
-_PARTS = {f.name: f.default_factory for f in fields(CostModel) if f.name != "finish_ns"}
+_SINGLE = ("start_ns", "finish_ns")
+_PARTS = {f.name: f.default_factory for f in fields(CostModel) if f.name not in _SINGLE}
 _FLAT = [part for part in _PARTS if part != "contention"]
-_NAMES = [f"{part}_{f.name}" for part in _FLAT for f in fields(_PARTS[part])] + ["finish_ns"]
+_NAMES = [f"{part}_{f.name}" for part in _FLAT for f in fields(_PARTS[part])] + list(_SINGLE)
 Rates = namedtuple("Rates", _NAMES)  # a cost model as compiled code takes it: attend_fixed_ns, ...
 
 
 @lru_cache(maxsize=64)
 def rates_of(cost: CostModel) -> Rates:
     """The cost model, flat, but for contention."""
-    return Rates(*(value for part in _FLAT for value in asdict(getattr(cost, part)).values()), cost.finish_ns)
+    return Rates(*(value for part in _FLAT for value in asdict(getattr(cost, part)).values()), *(getattr(cost, name) for name in _SINGLE))
 
 
 @lru_cache(maxsize=64)
@@ -169,9 +171,10 @@ def cost_from_dict(document: dict) -> CostModel:
     """The inverse of dataclasses.asdict. Raises ConfigError for missing, unknown or bad fields."""
     try:
         parts = {name: kind(**document[name]) for name, kind in _PARTS.items()}
-        if set(document) != {*_PARTS, "finish_ns"} or type(document["finish_ns"]) is not int or document["finish_ns"] < 0:
-            raise ConfigError(f"cost model: fields {', '.join(sorted(document))}; {', '.join((*_PARTS, 'finish_ns'))} are wanted")
-        return CostModel(**parts, finish_ns=document["finish_ns"])
+        single = {name: document[name] for name in _SINGLE}
+        if set(document) != {*_PARTS, *_SINGLE} or any(type(value) is not int or value < 0 for value in single.values()):
+            raise ConfigError(f"cost model: fields {', '.join(sorted(document))}; {', '.join((*_PARTS, *_SINGLE))} are wanted, in whole ns")
+        return CostModel(**parts, **single)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"cost model: {error}") from None
 

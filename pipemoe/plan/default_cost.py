@@ -68,5 +68,6 @@ def default_cost(
         host=_HOST_ON_CPU if device.cores else HostCost(),
         cores=CoresCost(1000 * device.cores, 200) if device.cores else CoresCost(),
         contention=ContentionCost(**_ON_CORES) if device.cores else ContentionCost(**_ONE_GPU) if ranks_per_device > 1 else ContentionCost(),
+        start_ns=500_000,
         finish_ns=300_000 if device.cores else 200_000,
     )

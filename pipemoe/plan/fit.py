@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
 
-from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, experts_busy, rates_of
+from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, experts_busy, rates_of
 from pipemoe.plan.schedule import ModelShape
+
+_LEAST_SPEED = 0.05  # nothing stops for good
 
 
 @dataclass
 class Samples:
     """What was measured, all times in ns. host: by the names of HostCost, without the unit."""
 
-    attend: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, pairs of query and key
+    attend: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, pairs of query and key; on one rank
+    crowded: list[tuple[int, int, float]] = field(default_factory=list)  # the same while every other rank attends to as much
     experts: list[tuple[int, float]] = field(default_factory=list)  # rows of the wave
-    dispatch: list[tuple[int, int, float]] = field(default_factory=list)  # segments, rows
+    dispatch: list[tuple[int, int, float]] = field(default_factory=list)  # segments, rows that the busiest link carries
     combine: list[tuple[int, int, float]] = field(default_factory=list)
     host: dict[str, list[float]] = field(default_factory=dict)
+    start: list[float] = field(default_factory=list)
     finish: list[float] = field(default_factory=list)
 
 
 def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: int) -> CostModel:
     """`start` with everything replaced that the samples tell. Raises ValueError if a kind of operation was never measured."""
-    host = {f"{name}_ns": round(float(np.median(values))) for name, values in samples.host.items() if values}
+    # A thread that issues is held up now and then, by others or by full queues: what it takes shows in the quick ones.
+    host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
-    return CostModel(
-        attend=_fit_attend(samples.attend, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns),
+    return replace(
+        start,
+        attend=_fit_attend(samples, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns),
         experts=_fit_experts(samples.experts, start, shape, num_ranks, host_cost),
         dispatch=_fit_exchange(samples.dispatch),
         combine=_fit_exchange(samples.combine),
         host=host_cost,
-        sharing=start.sharing,
+        start_ns=round(float(np.median(samples.start))) if samples.start else start.start_ns,
         finish_ns=round(float(np.median(samples.finish))) if samples.finish else start.finish_ns,
     )
+
+
+def fit_contention(speeds: Mapping[tuple[str, str], tuple[float, float]]) -> ContentionCost:
+    """From the measured speeds of pairs of operations (first and second, as shares of full speed) to the table."""
+    found = {}
+    for (a, b), (a_speed, b_speed) in speeds.items():
+        second = f"{b}_under_{a}" if {a, b} <= {"attend", "experts"} else f"{b}_beside_{a}"
+        mean = (a_speed + b_speed) / 2
+        for name, speed in ((f"{a}_beside_{b}", a_speed), (second, b_speed)):
+            speed = mean if f"{a}_beside_{b}" == second else speed  # two transfers of a kind have no first
+            found[name] = round(1000 * min(max(speed, _LEAST_SPEED), 1.0))
+    return ContentionCost(**found)
 
 
 def least_squares(features: Sequence[Sequence[float]], values: Sequence[float]) -> np.ndarray:
@@ -56,12 +74,14 @@ def least_squares(features: Sequence[Sequence[float]], values: Sequence[float]) 
     return best
 
 
-def _fit_attend(samples, start: AttendCost, host_ns: int) -> AttendCost:
-    fixed, row, pair = least_squares([(1, rows, pairs) for rows, pairs, _ in samples], [ns for *_, ns in samples])
+def _fit_attend(samples: Samples, start: AttendCost, host_ns: int) -> AttendCost:
+    fixed, row, pair = least_squares([(1, rows, pairs) for rows, pairs, _ in samples.attend], [ns for *_, ns in samples.attend])
+    longer = [ns / (fixed + row * rows + pair * pairs) - 1 for rows, pairs, ns in samples.crowded if row * rows + pair * pairs > fixed]
+    crowd = max(0, round(1e3 * float(np.median(longer)))) if longer else 0
     if fixed <= 1.2 * host_ns and host_ns > start.fixed_ns:  # bound by its issuing: what the device alone takes stays unseen
-        return AttendCost(start.fixed_ns, start.weights_ns, round(row * 1e3), round(pair * 1e6))
+        return AttendCost(start.fixed_ns, start.weights_ns, round(row * 1e3), round(pair * 1e6), crowd)
     weights = min(start.weights_ns, round(fixed))
-    return AttendCost(round(fixed) - weights, weights, round(row * 1e3), round(pair * 1e6))
+    return AttendCost(round(fixed) - weights, weights, round(row * 1e3), round(pair * 1e6), crowd)
 
 
 def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, host: HostCost) -> ExpertsCost:
@@ -84,18 +104,20 @@ def _fit_exchange(samples) -> ExchangeCost:
     return ExchangeCost(round(fixed), round(segment), round(row * 1e3))
 
 
-_SCALES = {
-    "slowdown": (0, 100, 250, 500, 1000, 2000),  # first, as nothing measured tells of it
-    "exchange_slowdown": (0, 250, 500, 1000, 2000, 4000),
-    "compute": (500, 700, 1000, 1400, 2000),
-    "latency": (300, 500, 700, 1000, 1400, 2000),
+_SCALES = {  # in thousandths
+    "compute": (600, 700, 800, 900, 1000, 1050, 1100, 1150, 1200, 1300, 1500, 2000),
+    "latency": (300, 500, 700, 850, 1000, 1150, 1300, 1600, 2000),
+    "volume": (600, 800, 900, 1000, 1100, 1200, 1400),
+    "host": (400, 600, 800, 900, 1000, 1100, 1200),
+    "contention": (0, 250, 500, 750, 1000, 1250, 1500, 2000),
+    "slowdown": (0, 500, 1000, 2000, 4000),
 }
 
 
 def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
-    """Adjust what cannot be measured alone, how operations slow one another, to whole steps. log_error: of predictions by a cost
-    model, the smaller the better. Computation and latencies are scaled, contention set, one after another as long as it helps."""
-    at = {"compute": 1000, "latency": 1000, "slowdown": cost.sharing.slowdown_permille, "exchange_slowdown": cost.sharing.exchange_slowdown_permille}
+    """Adjust what single operations do not show to whole steps. log_error: of predictions by a cost model, the smaller the better.
+    Everything is scaled, one after another as long as it helps; what is lost by contention as well."""
+    at = dict.fromkeys(_SCALES, 1000)
     best, least, improved = cost, log_error(cost), True
     while improved:
         improved = False
@@ -108,17 +130,24 @@ def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostM
     return best
 
 
-def _scaled(cost: CostModel, compute: int, latency: int, slowdown: int, exchange_slowdown: int) -> CostModel:
-    """compute, latency in thousandths of what they were."""
+def _scaled(cost: CostModel, compute: int, latency: int, volume: int, host: int, contention: int, slowdown: int) -> CostModel:
+    """Everything in thousandths of what it was; slowdown: of cores that ranks share."""
 
     def by(part, permille: int, *names: str):
         return replace(part, **{name: getattr(part, name) * permille // 1000 for name in names})
 
+    def exchange(part: ExchangeCost) -> ExchangeCost:
+        return by(by(part, latency, "fixed_ns", "segment_ns"), volume, "row_ps")
+
+    least = round(1000 * _LEAST_SPEED)
+    speeds = {name: max(least, 1000 - (1000 - speed) * contention // 1000) for name, speed in asdict(cost.contention).items()}
     return replace(
         cost,
         attend=by(cost.attend, compute, "fixed_ns", "weights_ns", "row_ps", "pair_fs"),
         experts=by(cost.experts, compute, "fixed_ns", "expert_ns", "pair_ps", "row_ps"),
-        dispatch=by(cost.dispatch, latency, "fixed_ns", "segment_ns"),
-        combine=by(cost.combine, latency, "fixed_ns", "segment_ns"),
-        sharing=replace(cost.sharing, slowdown_permille=slowdown, exchange_slowdown_permille=exchange_slowdown),
+        dispatch=exchange(cost.dispatch),
+        combine=exchange(cost.combine),
+        host=by(cost.host, host, *(name for name in asdict(cost.host) if name.endswith("_ns"))),
+        cores=by(cost.cores, slowdown, "slowdown_permille"),
+        contention=ContentionCost(**speeds),
     )

@@ -147,12 +147,12 @@ def causal_matrix(microbatches, num_cohorts, starts, first):
 
 
 @compiled
-def _alike(costs, a, b):
+def _alike(costs, a, b, parts):
     for c in range(costs.compute.shape[0]):
         if costs.own[c, a, 0] != costs.own[c, b, 0]:
             return False
         x, y = max(costs.compute[c, a, 0, ALONE], costs.issue[c, a]), max(costs.compute[c, b, 0, ALONE], costs.issue[c, b])
-        if abs(x - y) * 16 > max(x, y):
+        if abs(x - y) * parts > max(x, y):
             return False
         for w in range(1, costs.num_waves[c]):
             if costs.own[c, a, w] != costs.own[c, b, w]:
@@ -161,20 +161,35 @@ def _alike(costs, a, b):
 
 
 @compiled
-def merge_alike_ranks(costs):
-    """The same costs with one rank for all whose attention differs by less than a sixteenth, the first with most, and how many
-    each stands for."""
+def _attention(costs, r):
+    total = 0
+    for c in range(costs.compute.shape[0]):
+        total += costs.compute[c, r, 0, ALONE]
+    return total
+
+
+@compiled
+def merge_alike_ranks(costs, on_cores):
+    """The same costs with one rank for all that are alike, and how many it stands for: ranks of the same cohorts and waves, whose
+    attention differs by less than a sixteenth. Where that leaves more than three, by whatever: the longest one holds up the others (but on cores
+    that all share, every one counts)."""
     num_cohorts, num_ranks, num_works = costs.compute.shape[0], costs.compute.shape[1], costs.compute.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
-    for r in range(num_ranks):
-        k = 0
-        while k < count and not _alike(costs, r, chosen[k]):
-            k += 1
-        class_of[r] = k
-        if k == count:
-            chosen[count] = r
-            count += 1
+    for parts in (16, 1):
+        count = 0
+        for r in range(num_ranks):
+            k = 0
+            while k < count and not _alike(costs, r, chosen[k], parts):
+                k += 1
+            class_of[r] = k
+            if k == count:
+                chosen[count] = r
+                count += 1
+            elif _attention(costs, r) > _attention(costs, chosen[k]):
+                chosen[k] = r
+        if count <= 3 or on_cores:
+            break
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
     own = np.empty((num_cohorts, count, costs.own.shape[2]), np.bool_)
     issue = np.empty((num_cohorts, count), np.int64)

@@ -24,7 +24,7 @@ MODES = ("padded", "chunked", "broadcast", "two_batch", "per_rank", "pipelined",
 UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many tokens there are
 MAX_GROUPS = 4  # dispatches of one cohort under way at once, on a rank
 COMBINES = ("reduce", "gather")
-OBJECTIVES = ("mean", "slowest", "p50")  # of the sequences' times to first token
+OBJECTIVES = ("mean", "slowest", "p50", "weighted")  # of the sequences' times to first token
 
 
 class OpKind(IntEnum):
@@ -143,8 +143,8 @@ class PlanConfig:
     it sizes the workspace of the uncapped baselines. num_slots: cohorts that may be under way at once.
     combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank order. pipelined_ratio: ranks
     whose token counts differ by no more than this factor share a cohort. Mode "auto" takes the cohorts with the lowest predicted
-    `objective` of the sequences' times to first token ("mean", "slowest", "p50") among those whose slowest is at most
-    `makespan_budget` (a fraction) above the lowest possible.
+    `objective` of the sequences' times to first token ("mean", "slowest", "p50", or "weighted": the three together, by
+    `objective_weights` in this order) among those whose slowest is at most `makespan_budget` (a fraction) above the lowest possible.
     """
 
     mode: str = "auto"
@@ -154,6 +154,7 @@ class PlanConfig:
     combine: str = "reduce"
     pipelined_ratio: int = 4
     objective: str = "mean"
+    objective_weights: tuple[int, int, int] = (1, 1, 0)
     makespan_budget: float = 0.10
 
     def __post_init__(self) -> None:
@@ -163,6 +164,9 @@ class PlanConfig:
             raise ConfigError(f"combine is {self.combine!r}; it must be one of {', '.join(COMBINES)}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
+        weights = self.objective_weights
+        if not (isinstance(weights, tuple) and len(weights) == 3 and all(type(w) is int and 0 <= w <= 100 for w in weights) and any(weights)):
+            raise ConfigError(f"objective_weights is {weights!r}; it must be three whole numbers from 0 to 100, for mean, slowest and p50")
         if not isinstance(self.makespan_budget, (int, float)) or not 0 <= self.makespan_budget <= 100:
             raise ConfigError(f"makespan_budget is {self.makespan_budget!r}; it must be a fraction from 0 (0.1 is 10 %) to 100")
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):

@@ -18,7 +18,7 @@ Interval = tuple[int, int]
 
 @dataclass(frozen=True)
 class Prediction:
-    """All in ns from the start of the step; None for a rank without sequences."""
+    """All in ns; None for a rank without sequences. TTFTs from the call, spans from the first operation."""
 
     ttft: tuple[int | None, ...]  # per rank: its latest sequence
     sequence_ttft: tuple[tuple[int, ...], ...]  # per rank and sequence
@@ -51,10 +51,10 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
     computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + waves) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
     moved = np.zeros((num_cohorts, 2, num_layers * waves, 2) if spans else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
-    finish, exposed = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), speeds_of(cost.contention), computed, moved, spans)
+    finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), speeds_of(cost.contention), computed, moved, spans)
     if (finish == NEVER).any():
         raise PlanError("simulation: the plan comes to a standstill")
-    sequences = tuple(tuple(int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))
+    sequences = tuple(tuple(cost.start_ns + int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))
     ttft = tuple(max(of_rank, default=None) for of_rank in sequences)
     found = _spans(plan, costs, computed, moved) if spans else ((),) * num_ranks
     return Prediction(ttft, sequences, tuple(exposed.tolist()), found)

@@ -29,6 +29,7 @@ from pipemoe.plan.simulator_rules import (
     LAYER,
     LOAD,
     NEVER,
+    NUM_READY,
     PACE,
     POSTED,
     READY,
@@ -47,14 +48,16 @@ from pipemoe.plan.simulator_rules import (
     share_cores,
     share_device,
     share_links,
+    slow_links,
 )
 
 
 @compiled
 def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds, computed, moved, keep):
     """Run `num_layers` layers. keys [C, >= n]: where a cohort's n-th operation stands in the plan's order; lowest first. slots [C].
-    speeds: of speeds_of. weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled with begin and
-    end of operations if `keep`. Returns finish [C, R] and exposed [R] (communication under way, no computation), in ns.
+    speeds: of speeds_of. weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled
+    with begin and end of operations if `keep`. Returns finish [C, R] and exposed [R] (communication under way, no computation), in ns, and the
+    number of events on the clock.
 
     finish holds NEVER where the plan can never get there.
     """
@@ -62,7 +65,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
     num_cohorts, num_ranks = compute.shape[0], compute.shape[1]
     cohorts = np.empty((3, num_cohorts), np.int64)
     state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
-    transfers = np.zeros((2, 9, num_cohorts), np.int64)
+    transfers = np.zeros((2, 10, num_cohorts), np.int64)
     templates = np.zeros((num_cohorts, 1 + 3 * (compute.shape[2] - 2), 2), np.int64)
     for c in range(num_cohorts):
         cohorts[WAVES, c], cohorts[BEFORE, c], cohorts[SLOT, c] = costs.num_waves[c], -1, slots[c]
@@ -81,8 +84,10 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
     touched, shared = np.ones(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)  # looked at anew; speeds to be set anew
     next_end, exposed_since = np.full(num_ranks, NEVER, np.int64), np.full(num_ranks, NEVER, np.int64)
     finish, exposed = np.full((num_cohorts, num_ranks), NEVER, np.int64), np.zeros(num_ranks, np.int64)
-    link_changed, now = False, 0
+    beside = np.full((2, num_ranks), 1000, np.int64)
+    link_changed, now, events = False, 0, 0
     while True:
+        events += 1
         # What begins now: issuing and computation, then transfers.
         any_shared = False
         for r in range(num_ranks):
@@ -97,17 +102,16 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     for side in range(2):
                         if not state[READY + side, c, r]:
                             state[READY + side, c, r] = is_ready(state, transfers, cohorts, own, num_buffers, side, c, r)
-                            shared[r] = shared[r] or state[READY + side, c, r]
+                            if state[READY + side, c, r]:
+                                transfers[side, NUM_READY, c] += 1
+                                shared[r] = True
             any_shared = any_shared or shared[r]
         for side in range(2):
             for c in range(num_cohorts):
                 n, before = transfers[side, ARRIVED, c], cohorts[BEFORE, c]
-                if transfers[side, SENDING, c] or transfers[side, LAYER, c] == num_layers:
+                if transfers[side, SENDING, c] or transfers[side, LAYER, c] == num_layers or transfers[side, NUM_READY, c] < num_ranks:
                     continue
-                everywhere = n > 0 or before < 0 or transfers[side, LAYER, before] == num_layers
-                for r in range(num_ranks):
-                    everywhere = everywhere and state[READY + side, c, r]
-                if everywhere:
+                if n > 0 or before < 0 or transfers[side, LAYER, before] == num_layers:
                     takes = exchange[c, side, transfers[side, WAVE, c], ALONE]
                     transfers[side, SENDING, c], transfers[side, REST, c], transfers[side, RESTED, c], link_changed = True, takes, now, True
                     transfers[side, PACE, c] = 0  # not yet set
@@ -127,8 +131,10 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     share_cores(state, rates, total, r, now)
                 elif shared[r]:
                     share_device(state, cohorts, speeds, r, now)
+                if shared[r]:
+                    slow_links(state, beside, speeds, r)
         if any_shared or link_changed:
-            share_links(state, transfers, cohorts, speeds, now)
+            share_links(transfers, beside, speeds, now)
             link_changed = False
         for r in range(num_ranks):
             if touched[r] or shared[r]:
@@ -149,7 +155,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
         for c in range(num_cohorts):
             now = min(now, transfers[DISPATCH, ARRIVAL, c], transfers[COMBINE, ARRIVAL, c])
         if now == NEVER:
-            return finish, exposed
+            return finish, exposed, events
         for r in range(num_ranks):
             if next_end[r] != now:
                 continue
@@ -183,6 +189,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     if transfers[side, WAVE, c] == cohorts[WAVES, c]:
                         transfers[side, LAYER, c] += 1
                         transfers[side, WAVE, c] = 0
-                    transfers[side, SENDING, c], transfers[side, ARRIVAL, c], link_changed = False, NEVER, True
+                    transfers[side, SENDING, c], transfers[side, ARRIVAL, c], transfers[side, NUM_READY, c] = False, NEVER, 0
+                    link_changed = True
                     for r in range(num_ranks):
                         state[READY + side, c, r], touched[r], shared[r] = False, True, True

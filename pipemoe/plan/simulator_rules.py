@@ -42,6 +42,7 @@ ARRIVAL = 4  # when it will arrive, or NEVER
 LAYER, WAVE = 5, 6  # of the next one
 RESTED = 7  # the time of REST
 PACE = 8  # its speed
+NUM_READY = 9  # ranks that are ready for the next one
 # cohorts [3, C]
 WAVES = 0
 BEFORE = 1  # the cohort that had the slot, or -1
@@ -208,22 +209,29 @@ def _go_on_at(state, speed, c, r, now):
 
 
 @compiled_rule
-def share_links(state, transfers, cohorts, speeds, now):
-    """Set the speeds of all transfers anew: each as on the rank that slows it most."""
-    num_cohorts, num_ranks = state.shape[1], state.shape[2]
+def slow_links(state, beside, speeds, r):
+    """How fast the computation on rank r lets transfers go on: beside[side, r]."""
     for side in range(2):
-        slowest = -1  # beside computation
+        speed = 1000
+        for e in range(state.shape[1]):
+            if state[ACTIVE, e, r]:
+                speed = speed * _beside(speeds[0, 2 + side, min(1, state[WORK_PLACE, e, r])], state[DEMAND, e, r]) // 1000
+        beside[side, r] = speed
+
+
+@compiled_rule
+def share_links(transfers, beside, speeds, now):
+    """Set the speeds of all transfers anew: each as on the rank that slows it most."""
+    num_cohorts = transfers.shape[2]
+    for side in range(2):
+        slowest = 0  # not yet known
         for c in range(num_cohorts):
             if not transfers[side, SENDING, c]:
                 continue
-            if slowest < 0:
+            if not slowest:
                 slowest = 1000
-                for r in range(num_ranks):
-                    speed = 1000
-                    for e in range(num_cohorts):
-                        if state[ACTIVE, e, r]:
-                            speed = speed * _beside(speeds[0, 2 + side, min(1, state[WORK_PLACE, e, r])], state[DEMAND, e, r]) // 1000
-                    slowest = min(slowest, speed)
+                for r in range(beside.shape[1]):
+                    slowest = min(slowest, beside[side, r])
             speed = slowest
             for other in range(2):
                 for e in range(num_cohorts):

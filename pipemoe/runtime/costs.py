@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from pipemoe.comm.world import World
 
 
-def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype) -> tuple[CostModel, dict[str, Any]]:
-    """The cost model and the subject of a file that holds it; every rank calls.
+def runtime_cost(
+    world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype, graph_rows: int = 0
+) -> tuple[CostModel, dict[str, Any]]:
+    """The cost model and the subject of a file that holds it; every rank calls. graph_rows: most tokens whose attention is launched
+    as a graph.
 
     A file of another subject is refused with a warning. What ranks then plan by is compared like everything else that plans
     depend on, so a rank alone with another file is an error on all of them.
@@ -56,19 +59,18 @@ def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: to
     }
     if config.cost is not None:
         try:
-            return with_graphs(read_cost(config.cost, subject), world, config), subject
+            return _with_graphs(read_cost(config.cost, subject), graph_rows), subject
         except ConfigError as error:
             warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device
     )
-    return with_graphs(cost, world, config), subject
+    return _with_graphs(cost, graph_rows), subject
 
 
-def with_graphs(cost: CostModel, world: World, config: Config) -> CostModel:
-    """With as many tokens in graphs as the configuration says."""
-    return replace(cost, host=replace(cost.host, graph_rows=config.graph_tokens if world.device.type == "cuda" else 0))
+def _with_graphs(cost: CostModel, graph_rows: int) -> CostModel:
+    return replace(cost, host=replace(cost.host, graph_rows=graph_rows))
 
 
 def model_key(dimensions: Dimensions) -> list[int]:

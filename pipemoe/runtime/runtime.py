@@ -54,13 +54,15 @@ class Runtime:
         trial: Callable[[], None] | None = None,
         kept_bytes: int = 0,
         prepare: Callable[[int, torch.dtype], None] | None = None,
+        graph_rows: int = 0,
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
         be equal on all ranks, by name. dimensions: of the whole model, for its cost (default: attention as of `shape`). trial: model
         code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
         `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
-        and the results' dtype. error: what went wrong on this rank before it got here; raised on every rank."""
+        and the results' dtype. graph_rows: most tokens whose attention
+        the model launches as a graph. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
         self.world, self.shape = world, shape
@@ -71,12 +73,12 @@ class Runtime:
         self.config = config
         self.wire = WireFormat(shape.hidden, shape.top_k, dtype)
         self.combine_dtype = self._combine_dtype(dtype)
-        self.cost, self.cost_subject = runtime_cost(world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype)
+        self.cost, self.cost_subject = runtime_cost(world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, graph_rows)
         self._compile_planner()
         facts = self._facts(facts)
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
-        self._experts = experts
+        self.experts = experts
         self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
         try:
             world.engine.call(self._set_up)
@@ -112,14 +114,14 @@ class Runtime:
 
         world = self.world
         try:
-            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device)
+            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self.experts, world.device)
             lanes = world.lanes.slots[: len(self._workspace.slots)]
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
                 self._reserve(lanes)
                 if self._prepare is not None:
                     self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
-            warm_ups = [lambda s=slot.scratch: self._experts.warm_up(s) for slot in self._workspace.slots]
+            warm_ups = [lambda s=slot.scratch: self.experts.warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(
@@ -216,7 +218,7 @@ class Runtime:
             self.world.transport,
             self._workspace,
             self.wire,
-            self._experts,
+            self.experts,
             source,
             only=only,
             timed=timeline is not None,

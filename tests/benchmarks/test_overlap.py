@@ -8,6 +8,7 @@ import pytest
 
 import overlap
 import results_schema
+from pipemoe.contention import MAX_REPEATS, PairTimes
 from pipemoe.errors import ConfigError
 
 SMALL = ["--device", "cpu", "--tokens", "5", "--target-ms", "1", "--rounds", "1"]
@@ -36,4 +37,12 @@ def test_every_pair_gets_a_row(world, tmp_path, capsys):
         assert row["both_together_ms"] >= 0.99 * max(row["a_together_ms"], row["b_together_ms"])
         communicates = {row["a"], row["b"]} & set(overlap.COMMUNICATION)
         assert (row["overlap_pct"] is None) == (not communicates)
-        assert all(0 < row[f"{side}_repeats"] <= overlap.MAX_REPEATS for side in "ab")
+        assert all(0 < row[f"{side}_repeats"] <= MAX_REPEATS for side in "ab")
+
+
+def test_speeds_of_either_side():
+    """A takes 10 s alone, B 8; together A ends after 12 and B, which went on at half its speed until then, after 14."""
+    times = PairTimes((1, 1), (10.0, 8.0), (12.0, 14.0), 14.0)
+    assert times.speeds() == pytest.approx((10 / 12, 0.5)) and times.gain == pytest.approx(18 / 14)
+    assert PairTimes((1, 1), (8.0, 10.0), (14.0, 12.0), 14.0).speeds() == pytest.approx((0.5, 10 / 12))
+    assert PairTimes((1, 1), (5.0, 5.0), (5.0, 10.0), 10.0).speeds() == (1.0, 0.0)

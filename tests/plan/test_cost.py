@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.cost import AttendCost, CostModel, attend_busy, cost_from_dict, experts_busy, rates_of
+from pipemoe.plan.cost import KINDS, AttendCost, ContentionCost, CostModel, attend_busy, cost_from_dict, experts_busy, graph_rows, rates_of, speeds_of
 from pipemoe.plan.cost_file import read_cost, write_cost
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import GPUS, UNKNOWN_GPU, cpu, gpu_named
@@ -66,8 +66,24 @@ def test_costs_are_whole_numbers(value):
         AttendCost(row_ps=value)
 
 
+def test_contention_by_kinds():
+    contention = ContentionCost()
+    speeds = speeds_of(contention)
+    at = KINDS.index
+    assert speeds[0, at("attend"), at("experts")] == contention.attend_beside_experts
+    assert speeds[1, at("attend"), at("experts")] == contention.attend_under_experts
+    assert speeds[0, at("combine"), at("attend")] == speeds[1, at("combine"), at("attend")] == contention.combine_beside_attend
+    with pytest.raises(ConfigError, match="attend_under_attend is 0"):
+        ContentionCost(attend_under_attend=0)
+
+
+def test_graphs_compute_whole_buckets():
+    assert [graph_rows(RATES, rows) for rows in (1, 16, 17, 500, 1024, 1025)] == [16, 16, 64, 512, 1024, 0]
+    assert graph_rows(rates_of(replace(CostModel(), host=replace(CostModel().host, graph_rows=0))), 1) == 0
+
+
 def test_a_file_is_read_back(tmp_path):
-    cost = replace(CostModel(), attend=AttendCost(1, 2, 3, 4), finish_ns=5)
+    cost = replace(CostModel(), attend=AttendCost(1, 2, 3, 4, 5), finish_ns=5)
     write_cost(tmp_path / "cost.json", SUBJECT, cost)
     assert read_cost(tmp_path / "cost.json", SUBJECT) == read_cost(tmp_path / "cost.json") == cost
     assert cost_from_dict(asdict(cost)) == cost
@@ -79,7 +95,7 @@ def test_a_file_is_read_back(tmp_path):
         (lambda d: d["subject"].update(device="another"), "device 'another'.*'a GPU'"),
         (lambda d: d["subject"].pop("num_ranks"), "num_ranks None"),
         (lambda d: d["subject"].update(more=1), "more 1"),
-        (lambda d: d.update(schema="pipemoe.cost/0"), "schema"),
+        (lambda d: d.update(schema="pipemoe.cost/1"), "schema"),
         (lambda d: d["cost"]["attend"].update(row_ps=-1), "row_ps"),
         (lambda d: d["cost"]["attend"].update(row_ps="1"), "row_ps"),
         (lambda d: d["cost"]["attend"].update(other=1), "other"),

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, attend_busy, experts_busy, rates_of
-from pipemoe.plan.fit import Samples, calibrate, fit_cost, least_squares
+from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, attend_busy, experts_busy, rates_of
+from pipemoe.plan.fit import Samples, calibrate, fit_contention, fit_cost, least_squares
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
 from pipemoe.plan.simulator import simulate
@@ -18,18 +18,21 @@ def samples_of(cost: CostModel) -> Samples:
     rates, samples = rates_of(cost), Samples()
     for rows in (1, 16, 64, 256, 1024, 4096):
         for pairs in (rows, rows * rows // 2):
-            samples.attend.append((rows, pairs, cost.attend.fixed_ns + attend_busy(rates, rows, pairs)))
+            busy = attend_busy(rates, rows, pairs)
+            samples.attend.append((rows, pairs, cost.attend.fixed_ns + busy))
+            samples.crowded.append((rows, pairs, cost.attend.fixed_ns + busy * (1000 + cost.attend.crowd_permille) // 1000))
         samples.experts.append((rows, cost.experts.fixed_ns + experts_busy(rates, rows, SHAPE.num_experts, SHAPE.top_k, 4)))
         for segments in (1, 4):
             for into, part in ((samples.dispatch, cost.dispatch), (samples.combine, cost.combine)):
                 into.append((segments, rows, part.fixed_ns + segments * part.segment_ns + rows * part.row_ps / 1000))
-    samples.host = {"attend": [900.0, 1000.0, 5000.0], "combine": [7.0]}
+    samples.host = {"attend": [1000.0, 1000.0, 5000.0], "combine": [7.0]}
+    samples.start = [9.0, 11.0, 50.0]
     return samples
 
 
 def test_the_costs_that_made_the_samples_are_found():
     wanted = CostModel(
-        attend=AttendCost(500_000, 0, 120_000, 60_000),
+        attend=AttendCost(500_000, 0, 120_000, 60_000, 300),
         experts=ExpertsCost(90_000, 4_000, 30_000, 8_571, 64),
         dispatch=ExchangeCost(80_000, 9_000, 20_000),
         combine=ExchangeCost(40_000, 0, 50_000),
@@ -37,9 +40,10 @@ def test_the_costs_that_made_the_samples_are_found():
     found = fit_cost(samples_of(wanted), CostModel(), SHAPE, 4)
     for part in ("attend", "experts", "dispatch", "combine"):
         for name in getattr(wanted, part).__slots__:
-            if name not in ("fixed_ns", "weights_ns"):
+            if name not in ("fixed_ns", "weights_ns", "crowd_permille"):
                 assert getattr(getattr(found, part), name) == pytest.approx(getattr(getattr(wanted, part), name), rel=0.05, abs=200)
     assert found.attend.fixed_ns + found.attend.weights_ns == pytest.approx(500_000, rel=0.05)
+    assert 200 <= found.attend.crowd_permille <= 300 and found.start_ns == 11
     assert found.host.attend_ns == 1000 and found.host.combine_ns == 7 and found.host.dispatch_ns == CostModel().host.dispatch_ns
 
 
@@ -49,9 +53,32 @@ def test_coefficients_are_never_negative():
         least_squares([], [])
 
 
-def test_calibration_finds_contention():
+def test_measured_speeds_become_the_table():
+    speeds = {
+        ("attend", "attend"): (0.8, 0.3),
+        ("attend", "experts"): (0.4, 0.6),
+        ("experts", "attend"): (0.7, 0.2),
+        ("experts", "dispatch"): (0.65, 1.2),
+        ("dispatch", "dispatch"): (0.5, 0.6),
+        ("experts", "combine"): (0.0, 0.9),
+    }
+    found = fit_contention(speeds)
+    assert (found.attend_beside_attend, found.attend_under_attend) == (800, 300)
+    assert (found.attend_beside_experts, found.experts_under_attend) == (400, 600)
+    assert (found.experts_beside_attend, found.attend_under_experts) == (700, 200)
+    assert (found.experts_beside_dispatch, found.dispatch_beside_experts) == (650, 1000)
+    assert found.dispatch_beside_dispatch == 550 and found.experts_beside_combine == 50
+    assert found.combine_beside_combine == ContentionCost().combine_beside_combine
+
+
+def test_calibration_finds_what_was_scaled():
     base = CostModel(host=HostCost(*(5000,) * 7))  # launches must not bind, or contention does not show
-    wanted = replace(base, sharing=replace(base.sharing, slowdown_permille=1000))
+    wanted = replace(
+        base,
+        attend=replace(base.attend, row_ps=base.attend.row_ps * 13 // 10, pair_fs=base.attend.pair_fs * 13 // 10),
+        experts=replace(base.experts, pair_ps=base.experts.pair_ps * 13 // 10, expert_ns=base.experts.expert_ns * 13 // 10),
+        contention=replace(base.contention, attend_under_attend=100, experts_under_experts=50, experts_beside_dispatch=400),
+    )
     steps = [(mode, Facts(((n,),) * 4)) for mode in ("broadcast", "two_batch", "per_rank") for n in (256, 2048)]
 
     def makespan(cost, mode, facts):
@@ -64,4 +91,4 @@ def test_calibration_finds_contention():
 
     found = calibrate(base, log_error)
     assert log_error(found) < log_error(base) / 2
-    assert found.sharing.slowdown_permille >= 500
+    assert found.attend.row_ps > base.attend.row_ps and found.contention.experts_beside_dispatch < base.contention.experts_beside_dispatch

@@ -1,47 +1,43 @@
 """The simulator against a naive one, and what must hold of any prediction."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SharingCost
+from pipemoe.plan.cost import AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, OpKind, PlanConfig
-from pipemoe.plan.simulator import simulate
+from pipemoe.plan.simulator import costs_of, simulate
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 from tests.plan.naive_simulator import COMPUTE, NaiveSimulator
 
-FREE = SharingCost(capacity_permille=10**9, slowdown_permille=0, link_permille=10**9)
+NAMES = [f.name for f in fields(ContentionCost)]
+FREE = ContentionCost(**dict.fromkeys(NAMES, 1000))
 SIDE_BY_SIDE = {OpKind.ATTEND: "compute", OpKind.EXPERTS: "compute", OpKind.FINISH: "compute", OpKind.DISPATCH: "dispatch", OpKind.COMBINE: "combine"}
 
 
 @st.composite
-def small_costs(draw, sharing=st.just(FREE)):
+def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
     def ns(most=40, least=1):
         return draw(st.integers(least, most))
 
     attend = ns()
     return CostModel(
-        attend=AttendCost(ns(), ns(), ns(2000), ns(2000)),
+        attend=AttendCost(ns(), ns(), ns(2000), ns(2000), ns(500, 0)),
         experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8)),
         dispatch=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         combine=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         host=HostCost(attend, ns(100, 0), ns(attend), *(ns() for _ in range(6))),
-        sharing=draw(sharing),
+        cores=draw(cores),
+        contention=draw(contention),
+        start_ns=0,
         finish_ns=ns(),
     )
 
 
-sharings = st.builds(
-    SharingCost,
-    capacity_permille=st.sampled_from((500, 1000, 2000)),
-    slowdown_permille=st.sampled_from((0, 100, 1000)),
-    priority=st.integers(0, 1),
-    across_ranks=st.integers(0, 1),
-    link_permille=st.sampled_from((500, 1000, 4000)),
-    exchange_slowdown_permille=st.sampled_from((0, 500)),
-)
+contentions = st.builds(ContentionCost, **{name: st.sampled_from((100, 500, 900, 1000)) for name in NAMES})
+all_cores = st.builds(CoresCost, permille=st.sampled_from((0, 500, 2000)), slowdown_permille=st.sampled_from((0, 100, 1000)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -69,7 +65,7 @@ def test_same_as_the_naive_simulator(data):
 @given(st.data())
 def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
     facts = data.draw(all_facts(max_ranks=5))
-    cost = data.draw(small_costs(sharings))
+    cost = data.draw(small_costs(contentions, all_cores))
     p = plan(facts, SHAPE, data.draw(configs(facts)), cost)
     found = simulate(p, cost, spans=True)
     for spans in found.spans:
@@ -92,19 +88,19 @@ def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
 @given(st.data())
 def test_no_faster_than_the_work_of_the_busiest_rank(data):
     facts = data.draw(all_facts(max_ranks=4))
-    cost = data.draw(small_costs(st.just(SharingCost(slowdown_permille=0))))
+    cost = data.draw(small_costs(contentions))
     p = plan(facts, SHAPE, data.draw(configs(facts)), cost)
     if not p.cohorts:
         return
     found = simulate(p, cost, spans=True)
-    free = simulate(p, replace(cost, sharing=FREE), spans=True)
+    free = simulate(p, replace(cost, contention=FREE), spans=True)
     end = max(e for spans in found.spans for _, (_, e) in spans)
     alone = max(sum(e - b for op, (b, e) in spans if op.kind in COMPUTE and op.cohort == 0) for spans in free.spans)
     assert end >= alone
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 6), small_costs(sharings))
+@given(st.integers(1, 4000), st.integers(1, 4000), st.integers(1, 6), small_costs(contentions, all_cores))
 def test_one_cohort_takes_longer_with_more_tokens(few, more, num_ranks, cost):
     few, more = sorted((few, more))
     config = PlanConfig(mode="broadcast")
@@ -115,11 +111,46 @@ def test_one_cohort_takes_longer_with_more_tokens(few, more, num_ranks, cost):
 def test_contention_slows():
     facts, config = Facts(((400,),) * 4), PlanConfig(mode="per_rank")
     busy = CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1))
-    times = []
-    for slowdown in (0, 500, 1000):
-        cost = replace(busy, sharing=SharingCost(slowdown_permille=slowdown))
-        times.append(simulate(plan(facts, SHAPE, config, cost), cost).makespan)
-    assert times[0] < times[1] < times[2]
+    slow = {name: 100 for name in NAMES}
+    costs = [replace(busy, contention=FREE), busy, replace(busy, contention=ContentionCost(**slow))]
+    costs += [replace(busy, contention=FREE, cores=CoresCost(2000, slowdown)) for slowdown in (0, 500, 1000)]
+    times = [simulate(plan(facts, SHAPE, config, cost), cost).makespan for cost in costs]
+    assert times[0] < times[1] < times[2] and times[0] < times[3] < times[4] < times[5]
+
+
+def test_only_what_runs_beside_it_slows_an_operation():
+    """One cohort in one wave: nothing is ever beside anything."""
+    facts, config = Facts(((400,), (3,), ())), PlanConfig(mode="broadcast")
+    slow = CostModel(contention=ContentionCost(**dict.fromkeys(NAMES, 100)))
+    free = replace(slow, contention=FREE)
+    assert simulate(plan(facts, SHAPE, config, slow), slow) == simulate(plan(facts, SHAPE, config, free), free)
+
+
+def test_the_second_slot_is_under_the_first():
+    """Two ranks' cohorts compute side by side; what the second one suffers costs the first nothing."""
+    facts, config = Facts(((400,), (500,))), PlanConfig(mode="per_rank")
+    base = CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1), contention=FREE)
+    under = replace(base, contention=replace(FREE, experts_under_attend=300, attend_under_experts=300, experts_under_experts=300))
+    of = {cost: simulate(plan(facts, SHAPE, config, cost), cost).ttft for cost in (base, under)}
+    assert of[under][1] > of[base][1] and of[under][0] <= of[base][0] * 1.01
+
+
+def test_a_dispatch_costs_what_the_busiest_link_carries():
+    """All rows but those of the rank that the link leads to; padding travels."""
+    volume = replace(CostModel(), dispatch=ExchangeCost(0, 0, 1000), combine=ExchangeCost(0, 0, 1000))
+
+    def dispatched(tokens, mode):
+        p = plan(Facts(tuple((n,) if n else () for n in tokens)), SHAPE, PlanConfig(mode=mode), volume)
+        return [costs_of(p, volume).exchange[0, side, 0, 0] for side in (0, 1)]
+
+    assert dispatched((400, 400), "broadcast") == [400, 800] and dispatched((400, 0), "broadcast") == [400, 400]
+    assert dispatched((400, 100, 100), "broadcast") == [500, 600] and dispatched((400, 100, 100), "padded") == [800, 1200]
+
+
+def test_cut_sequences_are_not_attended_by_graphs():
+    facts, cost = Facts(((64,),) * 2), CostModel()
+    whole, cut = (costs_of(plan(facts, SHAPE, PlanConfig(mode=mode), cost), cost) for mode in ("broadcast", "two_batch"))
+    assert whole.issue[0, 0] == cost.host.graph_ns and set(cut.issue.flat) == {cost.host.attend_ns}
 
 
 def test_a_short_cohort_does_not_wait_for_a_long_one():

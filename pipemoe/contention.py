@@ -1,0 +1,169 @@
+"""What operations do to one another side by side, measured: the ground of the table of contention, and of benchmarks/overlap.py.
+
+Every pair of attention, experts, dispatch and combine that can overlap in a step, in the lanes that they would have there: two
+computations on the streams of two slots, the first with the higher priority; transfers on communicators of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipemoe.comm.transport import WaveSums
+from pipemoe.models.packing import Piece
+from pipemoe.plan.schedule import Segment, Wave
+from pipemoe.wire import WireFormat
+
+if TYPE_CHECKING:
+    from pipemoe.comm.world import World
+    from pipemoe.models.decoder import Decoder
+    from pipemoe.runtime.lanes import Lane
+
+PAIRS = (
+    ("attend", "attend"),
+    ("attend", "experts"),
+    ("experts", "attend"),
+    ("experts", "experts"),
+    ("attend", "dispatch"),
+    ("attend", "combine"),
+    ("experts", "dispatch"),
+    ("experts", "combine"),
+    ("dispatch", "dispatch"),
+    ("dispatch", "combine"),
+    ("combine", "combine"),
+)
+COMMUNICATION = ("dispatch", "combine")
+MAX_REPEATS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One operation, and the lane that it runs in beside others."""
+
+    lane: Lane
+    work: Callable[[], Any]
+
+
+class Operations:
+    """The operations of the first MoE layer on this rank, `num_tokens` tokens from every rank, in the lanes of two slots."""
+
+    def __init__(self, world: World, decoder: Decoder, experts: Any, num_tokens: int) -> None:
+        import torch
+
+        shape, rows, dtype = decoder.shape, num_tokens * world.size, decoder.dtype
+        self._decoder, self._experts, self._num_tokens = decoder, experts, num_tokens
+        wire = WireFormat(shape.hidden, shape.top_k, dtype)
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(rows, shape.hidden, generator=generator)
+        ids = torch.rand(rows, shape.num_experts, generator=generator).topk(shape.top_k).indices
+        weights = torch.full((rows, shape.top_k), 1 / shape.top_k, device=world.device)
+        sums_dtype = dtype if world.device.type == "cuda" else torch.float32
+        begins = [0, *accumulate([num_tokens] * world.size)]
+        wave = Wave(tuple(Segment(rank, 0, num_tokens, begins[rank]) for rank in range(world.size)), rows)
+        self._sides: dict[tuple[str, int], Side] = {}
+        for slot, lanes in enumerate(world.lanes.slots[:2]):
+            scratch = experts.new_scratch(rows)
+            buffer = torch.zeros((rows, wire.row_bytes), dtype=torch.uint8, device=world.device)
+            wire.rows(buffer).write(hidden.to(world.device, dtype), ids.int().to(world.device), weights)
+            out = torch.zeros((rows, shape.hidden), dtype=sums_dtype, device=world.device)
+            sums = WaveSums(out, [torch.zeros((num_tokens, shape.hidden), dtype=sums_dtype, device=world.device)], None)
+            world.engine.call(lambda lane=lanes.compute, s=scratch: run_all(world, [(Side(lane, lambda: experts.warm_up(s)), 1)]))
+            self._sides["attend", slot] = Side(lanes.compute, self._attend())
+            self._sides["experts", slot] = Side(lanes.compute, lambda b=wire.rows(buffer), o=out, s=scratch: experts(0, b, o, s))
+            transport = world.transport
+            self._sides["dispatch", slot] = Side(lanes.dispatch, lambda k=slot, b=buffer: transport.dispatch(k, 0, wave, "broadcast", b))
+            self._sides["combine", slot] = Side(lanes.combine, lambda k=slot, s=sums: transport.combine(k, 0, wave, "broadcast", "reduce", s))
+
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # all this was filled on another stream than the lanes'
+
+    def _attend(self) -> Callable[[], Any]:
+        """Attention of the first MoE layer, again and again on the same tokens."""
+        import torch
+
+        pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
+        state = self._decoder.start(self._decoder.new_step(), torch.zeros(self._num_tokens, dtype=torch.long), pieces)
+
+        def work() -> None:
+            state.layer = -1  # as before the first layer
+            self._decoder.attend(state, 0, None)
+
+        return work
+
+    def pair(self, a: str, b: str) -> tuple[Side, Side]:
+        """Two sides in lanes of their own: of two slots where both compute, or both do the same."""
+        computes = a not in COMMUNICATION and b not in COMMUNICATION
+        return self._sides[a, 0], self._sides[b, 1 if computes or a == b else 0]
+
+
+def run_all(world: World, sides: Sequence[tuple[Side, int]]) -> list[tuple[float, float]]:
+    """Run each side so many times, all at once; begin and end of each in seconds. Engine's thread."""
+    world.lanes.clock.start(True)
+    events: list[list[Any]] = [[] for _ in sides]
+    for repeat in range(max(count for _, count in sides)):
+        for of_side, (side, count) in zip(events, sides):
+            if repeat < count:
+                of_side.append(side.lane.submit(side.work))
+
+    def done() -> bool:
+        world.lanes.poll()
+        return all(of_side[-1].done() for of_side in events)
+
+    world.engine.wait(done, "operations side by side")
+    return [(of_side[0].span()[0], of_side[-1].span()[1]) for of_side in events]
+
+
+class Timer:
+    """Times of sides, the same on every rank: the mean over ranks of each rank's span."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def seconds(self, sides: Sequence[tuple[Side, int]]) -> list[float]:
+        """Of each side, and at the end of all together."""
+        self._world.all_gather(b"", "start of a measurement")
+        spans = self._world.engine.call(lambda: run_all(self._world, sides))
+        own = [end - begin for begin, end in spans] + [max(e for _, e in spans) - min(b for b, _ in spans)]
+        return np.mean([json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "times")], axis=0).tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class PairTimes:
+    """Seconds of both sides, `repeats` times each, alone and together; the same on every rank."""
+
+    repeats: tuple[int, int]
+    alone: tuple[float, float]
+    together: tuple[float, float]
+    both: float
+
+    @property
+    def gain(self) -> float:
+        """One after the other, over both together."""
+        return sum(self.alone) / self.both
+
+    def speeds(self) -> tuple[float, float]:
+        """Of each side while the other is under way, as a share of its speed alone. What is left of the side that ends later goes
+        on alone."""
+        (a, b), (a_end, b_end) = self.alone, self.together
+        if a_end <= b_end:
+            return a / a_end, max(0.0, (a_end + b - b_end) / a_end)
+        return max(0.0, (b_end + a - a_end) / b_end), b / b_end
+
+
+def measure_pair(timer: Timer, sides: tuple[Side, Side], target_s: float, rounds: int) -> PairTimes:
+    """Every rank calls and gets the same. target_s: how long each side is to take alone."""
+    once = [timer.seconds([(side, 3)])[0] / 3 for side in sides for _ in range(2)][1::2]  # the second of two
+    counts = [int(min(MAX_REPEATS, max(3, target_s / max(seconds, 1e-6)))) for seconds in once]
+    alone: list[list[float]] = [[], []]
+    together = []
+    for _ in range(rounds):
+        for of_side, side, count in zip(alone, sides, counts):
+            of_side.append(timer.seconds([(side, count)])[0])
+        together.append(timer.seconds(list(zip(sides, counts))))
+    a, b, both = np.median(together, axis=0).tolist()
+    return PairTimes((counts[0], counts[1]), tuple(float(np.median(of_side)) for of_side in alone), (a, b), both)
