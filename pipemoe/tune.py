@@ -170,7 +170,7 @@ class Tuner:
     def measure_steps(self, base: Config) -> list[tuple[Config, _Lengths, list[float]]]:
         """Whole steps: configuration, sequences, and ns to the first token per rank."""
         size, n = self._world.size, self._most
-        tokens = [(n, *(n // 64,) * (size - 1)), (3 * n // 8,) * size]
+        tokens = [(n, *(n // 64,) * (size - 1)), *((n * part // 128,) * size for part in (48, 6, 1))]
         tokens += [tuple(n // part * (rank + 1) // size for rank in range(size)) for part in (1, 8)]
         cases: list[_Lengths] = [tuple((max(count, 1),) for count in counts) for counts in tokens]
         found = []

@@ -16,7 +16,7 @@ from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
-from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, causal_matrix, cut_waves, layer_costs, merge_alike_ranks
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator import flat_boundaries
@@ -136,8 +136,8 @@ def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, lim
             continue
         num_cohorts = microbatches[-1, 0] + 1
         segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
-        causal = causal_matrix(microbatches, num_cohorts, starts, first)
-        costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, limits[4] != 0, False)
+        waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
+        costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, False)
         margins[k] += _MARGIN * (num_cohorts - 1)
         costs, weight = merge_alike_ranks(costs, rates.cores_permille > 0)
         _bound(costs, weight, rates, speeds, num_layers, num_slots, bounds[k], guess)

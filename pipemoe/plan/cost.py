@@ -138,11 +138,12 @@ class CostModel:
     host: HostCost = field(default_factory=HostCost)
     cores: CoresCost = field(default_factory=CoresCost)
     contention: ContentionCost = field(default_factory=ContentionCost)
+    gap_permille: int = 500  # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
     start_ns: int = 500_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
 
 
-_SINGLE = ("start_ns", "finish_ns")
+_SINGLE = ("gap_permille", "start_ns", "finish_ns")
 _PARTS = {f.name: f.default_factory for f in fields(CostModel) if f.name not in _SINGLE}
 _FLAT = [part for part in _PARTS if part != "contention"]
 _NAMES = [f"{part}_{f.name}" for part in _FLAT for f in fields(_PARTS[part])] + list(_SINGLE)
@@ -173,7 +174,7 @@ def cost_from_dict(document: dict) -> CostModel:
         parts = {name: kind(**document[name]) for name, kind in _PARTS.items()}
         single = {name: document[name] for name in _SINGLE}
         if set(document) != {*_PARTS, *_SINGLE} or any(type(value) is not int or value < 0 for value in single.values()):
-            raise ConfigError(f"cost model: fields {', '.join(sorted(document))}; {', '.join((*_PARTS, *_SINGLE))} are wanted, in whole ns")
+            raise ConfigError(f"cost model: fields {', '.join(sorted(document))}; {', '.join((*_PARTS, *_SINGLE))} are wanted, the last three whole numbers")
         return CostModel(**parts, **single)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"cost model: {error}") from None

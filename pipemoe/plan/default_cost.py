@@ -68,6 +68,7 @@ def default_cost(
         host=_HOST_ON_CPU if device.cores else HostCost(),
         cores=CoresCost(1000 * device.cores, 200) if device.cores else CoresCost(),
         contention=ContentionCost(**_ON_CORES) if device.cores else ContentionCost(**_ONE_GPU) if ranks_per_device > 1 else ContentionCost(),
+        gap_permille=0 if device.cores else 500,
         start_ns=500_000,
         finish_ns=300_000 if device.cores else 200_000,
     )

@@ -111,13 +111,14 @@ _SCALES = {  # in thousandths
     "host": (400, 600, 800, 900, 1000, 1100, 1200),
     "contention": (0, 250, 500, 750, 1000, 1250, 1500, 2000),
     "slowdown": (0, 500, 1000, 2000, 4000),
+    "gaps": (0, 250, 500, 750, 1000),  # as such, not scaled
 }
 
 
 def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
     """Adjust what single operations do not show to whole steps. log_error: of predictions by a cost model, the smaller the better.
     Everything is scaled, one after another as long as it helps; what is lost by contention as well."""
-    at = dict.fromkeys(_SCALES, 1000)
+    at = dict.fromkeys(_SCALES, 1000) | {"gaps": cost.gap_permille}
     best, least, improved = cost, log_error(cost), True
     while improved:
         improved = False
@@ -130,7 +131,7 @@ def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostM
     return best
 
 
-def _scaled(cost: CostModel, compute: int, latency: int, volume: int, host: int, contention: int, slowdown: int) -> CostModel:
+def _scaled(cost: CostModel, compute: int, latency: int, volume: int, host: int, contention: int, slowdown: int, gaps: int) -> CostModel:
     """Everything in thousandths of what it was; slowdown: of cores that ranks share."""
 
     def by(part, permille: int, *names: str):
@@ -150,4 +151,5 @@ def _scaled(cost: CostModel, compute: int, latency: int, volume: int, host: int,
         host=by(cost.host, host, *(name for name in asdict(cost.host) if name.endswith("_ns"))),
         cores=by(cost.cores, slowdown, "slowdown_permille"),
         contention=ContentionCost(**speeds),
+        gap_permille=gaps,
     )

@@ -16,11 +16,12 @@ from pipemoe.plan.cost import attend_busy, experts_busy, graph_rows
 
 ALONE, BUSY = 0, 1
 DISPATCH, COMBINE = 0, 1
+LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 
 # num_waves [C]. compute [C, R, 2 + W, 2]: attend, experts of each wave, finish; ns alone and ns busy. exchange [C, 2, W, 2]:
 # dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
-# cohort holds. causal [C, C]: does the cohort read keys and values of the other? issue [C, R]: ns to issue an attend.
-LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "causal", "issue"])
+# cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not at all. issue [C, R]: ns to issue an attend.
+LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "waits", "issue"])
 
 
 @compiled
@@ -57,7 +58,7 @@ def cut_waves(microbatches, num_cohorts, limit):
 
 
 @compiled
-def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, num_experts, top_k, gather, padded):
+def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, padded):
     """Price the operations of a layer. gather: peers send partial sums to the owner. padded: one all-gather, one reduce-scatter."""
     num_cohorts, most_waves = wave_rows.shape
     num_ranks = len(first) - 1
@@ -125,13 +126,14 @@ def layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, nu
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
                 finish = 1 + most_waves
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
-    return LayerCosts(num_waves, compute, exchange, own, ends, causal, issue)
+    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue)
 
 
 @compiled
-def causal_matrix(microbatches, num_cohorts, starts, first):
-    """[C, C]: does the row's cohort continue a sequence of which the column's holds an earlier chunk?"""
-    causal = np.zeros((num_cohorts, num_cohorts), np.bool_)
+def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
+    """[C, C]: which attention the row's cohort waits for. It reads keys and values of the earlier chunks of a sequence; and no chunk
+    runs further ahead than a layer of what continues it, where both take the slots in the same turn (Plan.pacemakers)."""
+    waits = np.zeros((num_cohorts, num_cohorts), np.int64)
     for later in range(len(microbatches)):
         c, r, start = microbatches[later, 0], microbatches[later, 1], microbatches[later, 2]
         s = first[r]
@@ -142,8 +144,10 @@ def causal_matrix(microbatches, num_cohorts, starts, first):
         for earlier in range(len(microbatches)):
             e = microbatches[earlier, 0]
             if microbatches[earlier, 1] == r and microbatches[earlier, 2] < start and microbatches[earlier, 3] > starts[s] and e != c:
-                causal[c, e] = True
-    return causal
+                waits[c, e] = LAYER_OF
+                if e // num_slots == c // num_slots:
+                    waits[e, c] = LAYER_BEFORE
+    return waits
 
 
 @compiled
@@ -205,4 +209,4 @@ def merge_alike_ranks(costs, on_cores):
             ends[c, class_of[r]] += costs.ends[c, r]
     for r in range(num_ranks):
         weight[class_of[r]] += 1
-    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.causal, issue), weight
+    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue), weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH
+from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, LAYER_OF
 from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 
 
@@ -16,37 +16,40 @@ def order_keys(costs, rates, num_slots, num_layers):
     num_cohorts = len(num_waves)
     keys = np.zeros((num_cohorts, num_layers * (1 + 3 * (costs.compute.shape[2] - 2)) + 1), np.int64)
     attended = np.zeros((num_cohorts, num_layers), np.int64)
-    finished = np.zeros(num_cohorts, np.int64)
+    nanoseconds = np.zeros((num_cohorts, 1 + 3 * (costs.compute.shape[2] - 2)), np.int64)
     for c in range(num_cohorts):
         template = layer_template(num_waves[c])
-        nanoseconds = np.empty(len(template), np.int64)
         for j in range(len(template)):
             kind, wave = template[j, 0], template[j, 1]
             if kind == ATTEND_OP:
-                nanoseconds[j] = 0
                 for r in range(costs.compute.shape[1]):
-                    nanoseconds[j] = max(nanoseconds[j], costs.compute[c, r, 0, ALONE], costs.issue[c, r])
+                    nanoseconds[c, j] = max(nanoseconds[c, j], costs.compute[c, r, 0, ALONE], costs.issue[c, r])
             elif kind == DISPATCH_OP:
-                nanoseconds[j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
+                nanoseconds[c, j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
             elif kind == COMBINE_OP:
-                nanoseconds[j] = max(costs.exchange[c, COMBINE, wave, ALONE], rates.host_combine_ns)
+                nanoseconds[c, j] = max(costs.exchange[c, COMBINE, wave, ALONE], rates.host_combine_ns)
             else:
-                nanoseconds[j] = max(costs.compute[c, 0, 1 + wave, ALONE], rates.host_experts_ns)
-        now = finished[c - num_slots] if c >= num_slots else 0
-        at = 0
+                nanoseconds[c, j] = max(costs.compute[c, 0, 1 + wave, ALONE], rates.host_experts_ns)
+    now = np.zeros(num_cohorts, np.int64)
+    for turn in range(0, num_cohorts, num_slots):
+        in_turn = range(turn, min(turn + num_slots, num_cohorts))
+        for c in in_turn:
+            now[c] = now[c - num_slots] + 1 if turn else 0
         for layer in range(num_layers):
-            for j in range(len(template)):
-                if j == 0:
-                    for e in range(c):
-                        if costs.causal[c, e]:
-                            now = max(now, attended[e, layer])
-                keys[c, at] = now
-                at += 1
-                now += nanoseconds[j]
-                if j == 0:
-                    attended[c, layer] = now
-        keys[c, at] = now
-        finished[c] = now + 1
+            for c in in_turn:
+                for e in range(num_cohorts):
+                    if costs.waits[c, e] == LAYER_OF:
+                        now[c] = max(now[c], attended[e, layer])
+                    elif costs.waits[c, e] and layer:
+                        now[c] = max(now[c], attended[e, layer - 1])
+                at = layer * (1 + 3 * num_waves[c])
+                for j in range(1 + 3 * num_waves[c]):
+                    keys[c, at + j] = now[c]
+                    now[c] += nanoseconds[c, j]
+                    if j == 0:
+                        attended[c, layer] = now[c]
+        for c in in_turn:
+            keys[c, num_layers * (1 + 3 * num_waves[c])] = now[c]
     return keys
 
 

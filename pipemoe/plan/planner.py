@@ -8,7 +8,7 @@ from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.assignment import Assignment, assign
 from pipemoe.plan.auto import auto_assignment
 from pipemoe.plan.cost import CostModel, rates_of
-from pipemoe.plan.layer_costs import causal_matrix, cut_waves, layer_costs
+from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
 from pipemoe.plan.order import merge_orders, order_keys
 from pipemoe.plan.schedule import Cohort, Facts, ModelShape, Plan, PlanConfig, Segment, Wave
 from pipemoe.plan.simulator import flat_boundaries
@@ -32,16 +32,16 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     assignment = [sorted(microbatches, key=lambda m: (facts.tokens[m.rank], m)) for microbatches in assignment]
     table = np.array([(c, *m) for c, microbatches in enumerate(assignment) for m in microbatches], dtype=np.int64)
     starts, first = flat_boundaries(facts)
-    causal = causal_matrix(table, len(assignment), starts, first)
-    if np.triu(causal).any():
-        cohort, earlier = np.argwhere(np.triu(causal))[0]
+    waits = attention_waits(table, len(assignment), starts, first, config.num_slots)
+    if (np.triu(waits) == LAYER_OF).any():
+        cohort, earlier = np.argwhere(np.triu(waits) == LAYER_OF)[0]
         raise ConfigError(f"cohort {cohort} continues a sequence of cohort {earlier}, which must come before it")
     segments, wave_rows, num_waves = cut_waves(table, len(assignment), config.max_wave_rows(facts.num_ranks))
     padded = config.exchange == "padded"
     if padded:
         wave_rows = np.full((1, 1), facts.num_ranks * max(facts.tokens), np.int64)
     rates, gather = rates_of(cost), config.combine == "gather"
-    costs = layer_costs(segments, wave_rows, num_waves, causal, starts, first, rates, shape.num_experts, shape.top_k, gather, padded)
+    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, padded)
     order = merge_orders(order_keys(costs, rates, config.num_slots, shape.num_layers), num_waves, shape.num_layers)
     return Plan(facts, shape, config, _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, max(facts.tokens) if padded else 0), order)
 

@@ -228,6 +228,17 @@ class Plan:
         return tuple(tuple(sorted(p)) for p in causal_links(self.facts, [c.microbatches for c in self.cohorts]))
 
     @cached_property
+    def pacemakers(self) -> tuple[tuple[int, ...], ...]:
+        """Per cohort: those that continue its sequences and take the slots in the same turn. Its attention of a layer waits for theirs
+        of the layer before: further ahead it would gain nothing, and leave the rest of its sequences to end alone."""
+        paces: list[list[int]] = [[] for _ in self.cohorts]
+        for later, predecessors in enumerate(self.causal_predecessors):
+            for earlier in predecessors:
+                if earlier // self.config.num_slots == later // self.config.num_slots:
+                    paces[earlier].append(later)
+        return tuple(map(tuple, paces))
+
+    @cached_property
     def digest(self) -> bytes:
         """16 bytes that are equal on two ranks exactly when their plans are."""
         h = hashlib.blake2b(digest_size=16)

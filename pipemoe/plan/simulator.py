@@ -8,7 +8,7 @@ import numpy as np
 
 from pipemoe.errors import PlanError
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
-from pipemoe.plan.layer_costs import LayerCosts, layer_costs
+from pipemoe.plan.layer_costs import LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
 from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
@@ -65,15 +65,16 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     segments = [(c, w, s.rank, s.start, s.stop) for c, cohort in enumerate(plan.cohorts) for w, wave in enumerate(cohort.waves) for s in wave.segments]
     num_waves = np.array([len(cohort.waves) for cohort in plan.cohorts], dtype=np.int64)
     rows = np.zeros((len(num_waves), num_waves.max()), np.int64)
-    causal = np.zeros((len(num_waves), len(num_waves)), np.bool_)
+    waits = np.zeros((len(num_waves), len(num_waves)), np.int64)
     for c, cohort in enumerate(plan.cohorts):
         rows[c, : num_waves[c]] = [wave.num_rows for wave in cohort.waves]
-        causal[c, list(plan.causal_predecessors[c])] = True
+        waits[c, list(plan.causal_predecessors[c])] = LAYER_OF
+        waits[c, list(plan.pacemakers[c])] = LAYER_BEFORE
     starts, first = flat_boundaries(plan.facts)
     config, shape = plan.config, plan.shape
     table = np.array(segments, dtype=np.int64)
     gather, padded = config.combine == "gather", config.exchange == "padded"
-    return layer_costs(table, rows, num_waves, causal, starts, first, rates_of(cost), shape.num_experts, shape.top_k, gather, padded)
+    return layer_costs(table, rows, num_waves, waits, starts, first, rates_of(cost), shape.num_experts, shape.top_k, gather, padded)
 
 
 def flat_boundaries(facts: Facts) -> tuple[np.ndarray, np.ndarray]:

@@ -42,6 +42,7 @@ from pipemoe.plan.simulator_rules import (
     WORK_LAYER,
     WORK_PLACE,
     begin_computation,
+    demand_of,
     is_ready,
     issue_next,
     layer_template,
@@ -61,7 +62,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
 
     finish holds NEVER where the plan can never get there.
     """
-    compute, exchange, own, causal = costs.compute, costs.exchange, costs.own, costs.causal
+    compute, exchange, own, waits = costs.compute, costs.exchange, costs.own, costs.waits
     num_cohorts, num_ranks = compute.shape[0], compute.shape[1]
     cohorts = np.empty((3, num_cohorts), np.int64)
     state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
@@ -93,9 +94,9 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
         for r in range(num_ranks):
             if touched[r]:
                 if host[HOST_END, r] == NEVER:
-                    issue_next(state, host, transfers, cohorts, templates, causal, own, costs.issue, keys, rates, num_layers, r, now)
+                    issue_next(state, host, transfers, cohorts, templates, waits, own, costs.issue, keys, rates, num_layers, r, now)
                 for c in range(num_cohorts):
-                    if begin_computation(state, host, transfers, cohorts, causal, compute, num_layers, num_buffers, c, r, now):
+                    if begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, c, r, now):
                         shared[r] = True
                         if keep:
                             computed[c, r, state[DONE, c, r], 0] = now
@@ -115,7 +116,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     takes = exchange[c, side, transfers[side, WAVE, c], ALONE]
                     transfers[side, SENDING, c], transfers[side, REST, c], transfers[side, RESTED, c], link_changed = True, takes, now, True
                     transfers[side, PACE, c] = 0  # not yet set
-                    transfers[side, LOAD, c] = 1000 * exchange[c, side, transfers[side, WAVE, c], BUSY] // takes if takes else 0
+                    transfers[side, LOAD, c] = demand_of(takes, exchange[c, side, transfers[side, WAVE, c], BUSY], takes, rates)
                     if keep:
                         moved[c, side, n, 0] = now
         # How fast everything goes on.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.compiled import compiled, compiled_rule
-from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, LAYER_OF
 from pipemoe.plan.schedule import MAX_GROUPS
 
 NEVER = 1 << 60
@@ -37,7 +37,7 @@ HOST_END, HOST_KIND, HOST_COHORT = 0, 1, 2
 ARRIVED = 0  # complete
 SENDING = 1  # one is under way
 REST = 2  # ns at full speed that it had left
-LOAD = 3  # share of its time that it is busy
+LOAD = 3  # share of its time in which it contends with others
 ARRIVAL = 4  # when it will arrive, or NEVER
 LAYER, WAVE = 5, 6  # of the next one
 RESTED = 7  # the time of REST
@@ -67,7 +67,14 @@ def layer_template(num_waves):
 
 
 @compiled_rule
-def issue_next(state, host, transfers, cohorts, templates, causal, own, issue, keys, rates, num_layers, r, now):
+def _attended(at_layer, at_place, layer, wait):
+    """Is a cohort that is at that place in a layer past its attention of `layer`, or of the one before?"""
+    needed = layer if wait == LAYER_OF else layer - 1
+    return at_layer > needed or (at_layer == needed and at_place > 0)
+
+
+@compiled_rule
+def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, keys, rates, num_layers, r, now):
     """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
     best, best_key, best_kind = -1, NEVER, 0
     for c in range(cohorts.shape[1]):
@@ -83,7 +90,7 @@ def issue_next(state, host, transfers, cohorts, templates, causal, own, issue, k
             if layer == 0 and before >= 0:
                 may = state[ISSUE_LAYER, before, r] > num_layers
             for e in range(cohorts.shape[1]):
-                if causal[c, e] and state[ISSUE_LAYER, e, r] <= layer and (state[ISSUE_LAYER, e, r] < layer or state[ISSUE_PLACE, e, r] == 0):
+                if waits[c, e] and not _attended(state[ISSUE_LAYER, e, r], state[ISSUE_PLACE, e, r], layer, waits[c, e]):
                     may = False
         if may:
             best, best_key, best_kind = c, keys[c, state[ISSUED, c, r]], kind
@@ -127,7 +134,13 @@ def _earlier(layer, wave, count, waves):
 
 
 @compiled_rule
-def begin_computation(state, host, transfers, cohorts, causal, compute, num_layers, num_buffers, c, r, now):
+def demand_of(alone, busy, takes, rates):
+    """Thousandths of the time that it takes in which an operation contends with others."""
+    return (1000 * busy + rates.gap_permille * (alone - busy)) // takes if takes else 0
+
+
+@compiled_rule
+def begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, c, r, now):
     """Begin the next computation of cohort c on rank r if it may; returns whether."""
     op, before = state[DONE, c, r], cohorts[BEFORE, c]
     if state[ACTIVE, c, r] or state[QUEUED, c, r] <= op or (op == 0 and before >= 0 and state[WORK_LAYER, before, r] <= num_layers):
@@ -140,7 +153,7 @@ def begin_computation(state, host, transfers, cohorts, causal, compute, num_laye
             work = compute.shape[2] - 1
         else:
             for e in range(cohorts.shape[1]):
-                if causal[c, e] and state[WORK_LAYER, e, r] <= layer and (state[WORK_LAYER, e, r] < layer or state[WORK_PLACE, e, r] == 0):
+                if waits[c, e] and not _attended(state[WORK_LAYER, e, r], state[WORK_PLACE, e, r], layer, waits[c, e]):
                     return False
     else:
         if not _has_arrived(transfers, DISPATCH, c, layer, work - 1):
@@ -153,7 +166,7 @@ def begin_computation(state, host, transfers, cohorts, causal, compute, num_laye
     if issuing:
         takes = max(takes, host[HOST_END, r] - now)
     state[ACTIVE, c, r], state[LEFT, c, r], state[SINCE, c, r] = True, takes, now
-    state[DEMAND, c, r] = 1000 * compute[c, r, work, BUSY] // takes if takes else 0
+    state[DEMAND, c, r] = demand_of(compute[c, r, work, ALONE], compute[c, r, work, BUSY], takes, rates)
     state[SPEED, c, r] = 1000
     return True
 

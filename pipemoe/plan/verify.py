@@ -185,7 +185,8 @@ def _workspace_is_bounded(plan: Plan) -> None:
 
 
 def _chunks_in_causal_order(plan: Plan) -> None:
-    """In every layer, a chunk of a sequence attends after (or with) the chunks that hold the sequence's earlier tokens."""
+    """In every layer, a chunk of a sequence attends after (or with) the chunks that hold the sequence's earlier tokens, and after what
+    paces it: or a rank would wait for what it is to issue later."""
     at = {(op.cohort, op.layer): i for i, op in enumerate(plan.ops) if op.kind is OpKind.ATTEND}
     for rank, starts in enumerate(plan.facts.boundaries):
         chunks = sorted((m.start, m.stop, c) for c, cohort in enumerate(plan.cohorts) for m in cohort.microbatches if m.rank == rank)
@@ -195,6 +196,13 @@ def _chunks_in_causal_order(plan: Plan) -> None:
             for layer in range(plan.shape.num_layers):
                 if at[earlier, layer] > at[later, layer]:
                     _fail("chunks in causal order", f"rank {rank}, layer {layer}: tokens from {start} attend before those up to {stop}")
+
+
+    for cohort, pacemakers in enumerate(plan.pacemakers):
+        for other in pacemakers:
+            for layer in range(1, plan.shape.num_layers):
+                if at[other, layer - 1] > at[cohort, layer]:
+                    _fail("chunks in causal order", f"cohort {cohort} is to wait in layer {layer} for cohort {other}, which comes later")
 
 
 def _issued_as_planned(projected: list[list[Issue]], issues: list[list[Issue]]) -> None:

@@ -100,7 +100,7 @@ class Run:
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
-        self._awaited = {earlier for predecessors in plan.causal_predecessors for earlier in predecessors}
+        self._awaited = {other for cohorts in (*plan.causal_predecessors, *plan.pacemakers) for other in cohorts}
         lanes.clock.start(timed)
         source.begin(plan, rank)
 
@@ -161,7 +161,7 @@ class Run:
             slot = plan.cohorts[c].slot
             if any(plan.cohorts[e].slot == slot and self._cohorts[e].positions for e in range(c)):
                 return False
-        if any((e, op.layer) not in self._attended for e in plan.causal_predecessors[c]):
+        if any(attend not in self._attended for attend in self._attends_before(op)):
             return False
         return not state.has_tokens or self._source.ready(c, op.layer)
 
@@ -170,8 +170,13 @@ class Run:
         issue = _ISSUE[op.kind]  # functions, not bound methods kept by the run: a finished run must not wait for the cycle collector
         return issue(self, op, self._cohorts[op.cohort], lanes)
 
+    def _attends_before(self, op: Op) -> list[tuple[int, int]]:
+        """Cohort and layer of the attentions that this one waits for: keys and values of earlier chunks, and the pace of later ones."""
+        before = [(e, op.layer) for e in self._plan.causal_predecessors[op.cohort]]
+        return before + [(e, op.layer - 1) for e in self._plan.pacemakers[op.cohort] if op.layer]
+
     def _attend(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
-        waits = state.results + [self._attended[e, op.layer] for e in self._plan.causal_predecessors[op.cohort]]
+        waits = state.results + [self._attended[attend] for attend in self._attends_before(op)]
         state.results = []
         event = lanes.compute.submit(self._model_work(state, lambda: self._source.attend(op.cohort, op.layer)), waits)
         if op.cohort in self._awaited:

@@ -73,7 +73,16 @@ class NaiveSimulator:
             return True
         if op.layer == 0 and any(o not in self.issued[r] for e in self.before(op) for o in self.ops_of[e]):
             return False
-        return all(type(op)(OpKind.ATTEND, e, op.layer, 0) in self.issued[r] for e in self.plan.causal_predecessors[op.cohort])
+        return all(attend in self.issued[r] for attend in self.attends_before(op))
+
+    def attends_before(self, op):
+        """Of earlier chunks in the same layer; of the chunks that continue this one's, and take slots in the same turn, in the last."""
+        before = {type(op)(OpKind.ATTEND, e, op.layer, 0) for e in self.plan.causal_predecessors[op.cohort]}
+        for e, predecessors in enumerate(self.plan.causal_predecessors):
+            same_turn = e // self.plan.config.num_slots == op.cohort // self.plan.config.num_slots
+            if op.cohort in predecessors and same_turn and op.layer:
+                before.add(type(op)(OpKind.ATTEND, e, op.layer - 1, 0))
+        return before
 
     def before(self, op):
         slot = self.plan.cohorts[op.cohort].slot
@@ -92,7 +101,7 @@ class NaiveSimulator:
         if kind is OpKind.ATTEND or kind is OpKind.FINISH:
             of_layer = layer - 1 if kind is OpKind.ATTEND else layer
             found = {make(OpKind.COMBINE, c, of_layer, w) for w in own} if of_layer >= 0 else set()
-            return found | ({make(OpKind.ATTEND, e, layer, 0) for e in self.plan.causal_predecessors[c]} if kind is OpKind.ATTEND else set())
+            return found | (self.attends_before(op) if kind is OpKind.ATTEND else set())
         earlier = layer * waves + wave - self.plan.config.num_buffers  # the wave that had the buffer
 
         def of_earlier(kind):
