@@ -26,7 +26,7 @@ from pipemoe.plan.simulator_rules import NEVER
 _LAYERS = 8  # that are simulated at most, and half of them
 _EVENTS = 450  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
 _MOST_EVENTS = 1_800  # in all: candidates that would take more are not looked at
-_MARGIN = 15  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
+_MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +146,9 @@ def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, lim
         costs_of.append((costs, weight))
     best, lowest, events, looked_at = -1, NEVER, 0, place_of < 0
     for turn in range(len(kinds)):
-        k = 0  # one cohort first, then the most promising
+        k = 0  # one cohort, then what may end first, as both say how late others may be, then the most promising
         for j in range(len(kinds)):
-            if turn and not looked_at[j] and (looked_at[k] or price[j] < price[k]):
+            if turn and not looked_at[j] and (looked_at[k] or (bounds[j, 1] < bounds[k, 1] if turn == 1 else price[j] < price[k])):
                 k = j
         if looked_at[k]:
             break
