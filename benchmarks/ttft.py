@@ -12,6 +12,8 @@
    step with most tokens.
 
 --rank-tokens and --trace may be given several times and together: each is a workload of its own, on the same loaded models.
+--draws adds workloads of one step with counts drawn from each trace, timed only. --budgets adds mode auto under other makespan
+budgets: the front of mean against slowest TTFT. `python benchmarks/ttft_judge.py results.json` says who is ahead of whom.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import results_schema
@@ -30,7 +33,7 @@ from bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import COMBINES, MODES
-from ttft_inputs import Step, Workload, rank_tokens_workload, trace_workload, without_last_rank
+from ttft_inputs import Step, Workload, drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
 from ttft_models import BenchModel
 from ttft_table import ttft_table
 
@@ -75,11 +78,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     inputs.add_argument("--num-requests", type=positive(int), help="of the trace (default: 16 on a CPU, else 32)")
     inputs.add_argument("--first-request", type=int, default=0, help="number of the trace's request to begin with")
     inputs.add_argument("--requests-per-rank", type=positive(int), default=1, help="that a step of the trace gives each rank (default 1)")
+    inputs.add_argument("--draws", type=int, default=0, metavar="N", help="also N steps with one request per rank, drawn from each trace")
     inputs.add_argument("--arrivals", choices=("together", "trace"), default="together", help="of a step's requests; trace: by the trace's clock")
     inputs.add_argument("--time-scale", type=positive(float), default=1.0, help="with --arrivals trace: how much faster than the trace's clock")
     run = parser.add_argument_group("run")
     parser.add_device()
     run.add_argument("--modes", default=",".join(MODES), help="default: %(default)s")
+    run.add_argument("--budgets", default="", metavar="P,P,...", help="also mode auto with these makespan budgets, in percent")
+    run.add_argument("--draw-rounds", type=positive(int), default=4, help="timed passes over each of --draws (default %(default)s)")
     run.add_argument("--rounds", type=positive(int), help="timed passes per mode (default: 3 on a CPU, else 5)")
     run.add_argument("--parity-layers", type=positive(int), help="layers compared with the plain forward (default: all in float32 on a CPU, else 4)")
     run.add_argument("--moe-max-num-tokens", type=positive(int), help="default: 256 on a CPU, else 8192")
@@ -98,8 +104,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [mode for mode in options.modes if mode not in MODES]
     if unknown or len(set(options.modes)) != len(options.modes):
         parser.error(f"--modes {','.join(options.modes)}: give each once, of {', '.join(MODES)}")
-    if options.arrivals == "trace" and options.rank_tokens:
-        parser.error("--arrivals trace needs a trace; --rank-tokens has no arrival times")
+    if options.arrivals == "trace" and (options.rank_tokens or options.draws):
+        parser.error("--arrivals trace needs a trace; --rank-tokens and --draws have no arrival times")
+    try:
+        options.budgets = [int(percent) for percent in options.budgets.split(",") if percent]
+    except ValueError:
+        parser.error(f"--budgets {options.budgets}: whole numbers of percent are wanted, as in 0,5,10")
+    if options.budgets and "auto" not in options.modes:
+        parser.error("--budgets are of mode auto, which is not among --modes")
     return options
 
 
@@ -123,7 +135,10 @@ def workloads_of(options: argparse.Namespace, num_ranks: int) -> list[Workload]:
         first=options.first_request, num_requests=options.num_requests, scale=options.scale, prompts_per_step=options.requests_per_rank
     )
     traces = options.trace or ([] if options.rank_tokens else [str(TRACE)])
-    return [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [trace_workload(p, num_ranks, **shape) for p in traces]
+    found = [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [trace_workload(p, num_ranks, **shape) for p in traces]
+    for path in options.trace or ([str(TRACE)] if options.draws else []):
+        found += drawn_workloads(path, num_ranks, options.draws, scale=options.scale, most=options.moe_max_num_tokens)
+    return found
 
 
 def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> list[Config]:
@@ -182,20 +197,26 @@ def run(world: World, options: argparse.Namespace) -> int:
         progress.say("parity " + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items()) + f"; loading {model.num_layers} layers")
         base = pipemoe.load_model(sources.enter_context(model.source(model.num_layers)), world, config=configs[0], dtype=dtype, seed=options.seed)
     models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
+    for percent in options.budgets:  # of the same model, at the same parity
+        models[f"auto {percent} %"] = base.with_config(replace(models["auto"].config, makespan_budget=percent / 100))
     peak_bytes = _max_over_ranks(world, {mode: m.runtime.workspace_bytes for mode, m in models.items()})
     rows, measured = [], []
     for workload in workloads:
-        progress.say(f"{workload.name}: {sum(map(len, workload.prompts))} requests in {len(workload.steps)} steps, {options.rounds} rounds")
+        progress.say(f"{workload.name}: {sum(map(len, workload.prompts))} requests in {len(workload.steps)} steps")
         if options.arrivals == "trace":
             found = serve(world, models, workload, rounds=options.rounds, time_scale=options.time_scale, seed=options.seed, progress=progress)
         else:
-            found = Bench(world, models, workload, options.seed, progress).measure(options.rounds)
+            rounds = options.rounds if workload.trace is None else options.draw_rounds
+            found = Bench(world, models, workload, options.seed, progress).measure(rounds, overlap=workload.trace is None)
         if world.rank == 0:
             facts = {"model": model.name, "layers": model.num_layers, "num_ranks": world.size, "rank_tokens": workload.rank_tokens}
             facts |= {"dtype": dtype_name(dtype), "moe_max_num_tokens": options.moe_max_num_tokens, "arrivals": options.arrivals}
-            for mode in options.modes:
-                predicted = {"predicted_ttft_ms": predicted_slowest_ms(models[mode], workload)} if options.arrivals == "together" else {}
-                rows.append(_row(mode, facts | predicted, found[mode], peak_bytes[mode], parity[mode]))
+            facts |= {"trace": workload.trace, "rounds": options.rounds if workload.trace is None else options.draw_rounds}
+            for mode, model_of_mode in models.items():
+                more = {"makespan_budget": model_of_mode.config.makespan_budget}
+                if options.arrivals == "together":
+                    more |= predicted_ms(model_of_mode, workload)
+                rows.append(_row(mode, facts | more, found[mode], peak_bytes[mode], parity[mode.split()[0]]))
             measured.append((workload, found))
             write(options, rows)  # should a later workload fail, what was measured is kept
     if world.rank == 0:
@@ -210,15 +231,17 @@ def parity_steps(workloads: Sequence[Workload]) -> list[Step]:
     return steps + ([bare] if any(bare) and bare not in steps else [])
 
 
-def predicted_slowest_ms(model: Model, workload: Workload) -> float:
-    """The simulator's TTFT of the slowest rank, mean over steps; to be held against `ttft_ms_slowest_rank`."""
+def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
+    """The simulator's TTFT of the slowest and the median rank, mean over steps; to be held against `ttft_ms_slowest_rank` and
+    `ttft_ms_median_rank`."""
     from pipemoe.plan.schedule import Facts
     from pipemoe.plan.simulator import simulate
     from ttft_measure import step_lengths
 
     runtime = model.runtime
-    found = [simulate(runtime.plan(Facts(step_lengths(step))), runtime.cost).makespan for step in workload.steps]
-    return sum(found) / len(found) / 1e6
+    ttfts = [simulate(runtime.plan(Facts(step_lengths(step))), runtime.cost).ttft for step in workload.steps]
+    of_steps = [[t / 1e6 for t in ttft if t is not None] for ttft in ttfts]
+    return {"predicted_ttft_ms": fmean(map(max, of_steps)), "predicted_median_rank_ms": fmean(map(median, of_steps))}
 
 
 def _max_over_ranks(world: World, values: dict[str, int]) -> dict[str, int]:
@@ -262,6 +285,8 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], measured: Se
 
     document = write(options, rows)
     for workload, found in measured:
+        if workload.trace is not None:
+            continue  # one of many
         plot_ttft([row for row in rows if row["rank_tokens"] == workload.rank_tokens], options.out / f"ttft_{workload.name}.png")
         for mode, figures in found.items():
             if figures.timelines:

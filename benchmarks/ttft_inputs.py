@@ -6,8 +6,9 @@ function of the seed and of the prompt's number, the same on every rank and for 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ class Workload:
     rank_tokens: list[int] | str  # as in the results: tokens per rank, or the trace's name
     prompts: tuple[tuple[Prompt, ...], ...]  # per rank, in order of arrival
     steps: tuple[Step, ...]
+    trace: str | None = None  # where the lengths were drawn from
 
     @property
     def name(self) -> str:
@@ -65,6 +67,20 @@ def trace_workload(path: str, num_ranks: int, *, first: int, num_requests: int, 
     next `prompts_per_step`. Raises InputError for a bad trace."""
     requests = scale_lengths(cut(read_trace(path), num_requests, first), scale)
     return _workload(Path(path).stem, round_robin(requests, num_ranks), prompts_per_step)
+
+
+def drawn_workloads(path: str, num_ranks: int, count: int, *, scale: float, most: int) -> list[Workload]:
+    """`count` workloads of one step, each with one request per rank, drawn from the trace's requests of at most `most` tokens. Which
+    ones follows from the trace's name alone. Raises InputError for a bad trace, or one without such requests."""
+    from pipemoe.errors import InputError
+
+    name = Path(path).stem
+    lengths = [r.input_tokens for r in scale_lengths(read_trace(path), scale) if r.input_tokens <= most]
+    if count and not lengths:
+        raise InputError(f"{path}: every request has more than {most} tokens")
+    draw = random.Random(name)
+    counts = [[draw.choice(lengths) for _ in range(num_ranks)] for _ in range(count)]
+    return [replace(_workload(of_ranks, rank_token_requests(of_ranks), 1), trace=name) for of_ranks in counts]
 
 
 def rank_tokens_workload(text: str, num_ranks: int) -> Workload:

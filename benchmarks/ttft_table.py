@@ -20,7 +20,7 @@ def _mebibytes(value: float) -> str:
     return f"{value / 2**20:.1f}"
 
 
-def _tokens(value: Sequence[int] | str) -> str:
+def tokens_text(value: Sequence[int] | str) -> str:
     """[4096, 16, 16, 16] as "4096, 16 x 3"; a trace by its name."""
     if isinstance(value, str):
         return value
@@ -54,7 +54,7 @@ CONTEXT: Mapping[str, _Column] = {
     "model": ("model", str),
     "layers": ("layers", str),
     "num_ranks": ("ranks", str),
-    "rank_tokens": ("tokens per rank", _tokens),
+    "rank_tokens": ("tokens per rank", tokens_text),
 }
 _UNKNOWN = "-"
 
@@ -81,13 +81,15 @@ def ttft_context(rows: Sequence[Mapping[str, Any]]) -> str:
 def ttft_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The aligned table for a terminal: words to the left, numbers to the right."""
     cells = ttft_cells(rows)
+    num_words = sum(heading in ("mode", "model", "tokens per rank") for heading in cells[0])
+    return f"{ttft_context(rows)}\n{aligned(cells, num_words)}".lstrip("\n")
+
+
+def aligned(cells: Sequence[Sequence[str]], num_words: int) -> str:
+    """Lines of cells: the first `num_words` columns to the left, numbers to the right."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    is_word = [heading in ("mode", "model", "tokens per rank") for heading in cells[0]]
-    lines = [
-        "  ".join(f"{cell:{'<' if word else '>'}{width}}" for cell, word, width in zip(line, is_word, widths, strict=True))
-        for line in cells
-    ]
-    return "\n".join([ttft_context(rows), *(line.rstrip() for line in lines)]).lstrip("\n")
+    lines = ["  ".join(f"{cell:{'<' if column < num_words else '>'}{widths[column]}}" for column, cell in enumerate(line)) for line in cells]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 if __name__ == "__main__":

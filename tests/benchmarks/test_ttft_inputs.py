@@ -9,7 +9,7 @@ import torch
 
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.plan.model_configs import MODEL_CONFIGS
-from ttft_inputs import rank_tokens_workload, trace_workload, without_last_rank
+from ttft_inputs import drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
 from ttft_models import BenchModel
 
 SHAPE = {"first": 0, "num_requests": 7, "scale": 0.5, "prompts_per_step": 1}
@@ -53,6 +53,18 @@ def test_rank_tokens_are_one_step():
     assert without_last_rank(workload.steps[0])[2] == ()
     with pytest.raises(InputError, match="no rank has any"):
         rank_tokens_workload("0,0", 2)
+
+
+def test_draws_are_the_same_everywhere_and_within_bounds(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("timestamp_ms,input_tokens,output_tokens\n" + "".join(f"{i},{n},1\n" for i, n in enumerate((5, 10, 20, 4000))))
+    drawn = drawn_workloads(str(path), 3, 4, scale=1.0, most=20)
+    assert [w.rank_tokens for w in drawn] == [w.rank_tokens for w in drawn_workloads(str(path), 3, 4, scale=1.0, most=20)]
+    assert len({str(w.rank_tokens) for w in drawn}) > 1 and {n for w in drawn for n in w.rank_tokens} <= {5, 10, 20}
+    assert all(w.trace == "mine" and len(w.steps) == 1 and w.max_tokens_per_rank == max(w.rank_tokens) for w in drawn)
+    with pytest.raises(InputError, match="more than 4 tokens"):
+        drawn_workloads(str(path), 3, 1, scale=1.0, most=4)
+    assert drawn_workloads(str(path), 3, 0, scale=1.0, most=4) == []
 
 
 @pytest.mark.parametrize("name", MODEL_CONFIGS)

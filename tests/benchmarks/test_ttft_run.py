@@ -8,6 +8,7 @@ import pytest
 
 import results_schema
 import ttft
+import ttft_judge
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import MODES
@@ -48,6 +49,10 @@ def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
         assert row["parity"] is True and row["parity_layers"] == row["layers"] == 2
         assert len(row["ttfts"]) == len(row["ranks"]) == row["completed"]
         assert 0 < row["ttft_ms_median_rank"] <= row["ttft_ms_slowest_rank"]
+        assert 0 < row["predicted_median_rank_ms"] <= row["predicted_ttft_ms"]
+        assert 0 < row["least_mean_ttft_ms"] == row["most_mean_ttft_ms"] and "even_mean_ttft_ms" not in row  # one round
+        assert row["plan_ms"] > row["plan_cached_ms"] > 0
+        assert row.get("segments_alone_ms", 1) > 0 and ("segments_alone_ms" in row or row["mode"] not in ("padded", "broadcast", "chunked"))
         assert row["peak_workspace_bytes"] > 0 and row["exposed_comm_ms"] >= 0
         assert (row["overlap_pct"] is None) == (world.size == 1)
     name = "_".join(map(str, rank_tokens))
@@ -68,6 +73,24 @@ def test_several_workloads_share_the_models(world, arguments, capsys):
             (mode, tokens) for tokens in ([7] * world.size, "azure2023_conv") for mode in ("pipelined", "padded")
         ]
         assert [row["completed"] for row in rows] == [world.size] * 2 + [3] * 2
+
+
+@pytest.mark.mpi
+def test_draws_and_budgets(world, arguments, capsys):
+    tokens = ",".join(["7"] * world.size)
+    options = arguments("--rank-tokens", tokens, "--modes", "broadcast,auto", "--draws", "2", "--draw-rounds", "2", "--budgets", "0,20", "--scale", "0.005")
+    assert ttft.run(world, options) == 0
+    if world.rank:
+        return
+    rows = last_line(capsys)["rows"]
+    assert [row["mode"] for row in rows] == ["broadcast", "auto", "auto 0 %", "auto 20 %"] * 3
+    assert [row["makespan_budget"] for row in rows[:4]] == [0.1, 0.1, 0.0, 0.2]
+    assert [row["trace"] for row in rows] == [None] * 4 + ["azure2023_conv"] * 8
+    drawn = rows[4::4]
+    assert all(len(row["rank_tokens"]) == world.size and max(row["rank_tokens"]) <= 16 and row["exposed_comm_ms"] is None for row in drawn)
+    assert all(row["even_mean_ttft_ms"] > 0 and row["odd_slowest_rank_ms"] > 0 for row in rows)
+    text = ttft_judge.judgement(rows)
+    assert "geometric mean of draws" in text and "front of mode auto" in text
 
 
 @pytest.mark.mpi
@@ -112,7 +135,9 @@ def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments):
         (["--rounds", "0"], "invalid positive int value: '0'"),
         (["--scale", "nan"], "invalid positive float value: 'nan'"),
         (["--device", "cpu", "--backend", "nccl"], "--backend nccl is the transport of cuda"),
-        (["--arrivals", "trace", "--rank-tokens", "1,2"], "--rank-tokens has no arrival times"),
+        (["--arrivals", "trace", "--rank-tokens", "1,2"], "have no arrival times"),
+        (["--budgets", "5,x"], "whole numbers of percent"),
+        (["--budgets", "5", "--modes", "padded"], "not among --modes"),
     ],
 )
 def test_bad_options_are_refused_by_rank_0_alone(options, message, capsys, monkeypatch):
