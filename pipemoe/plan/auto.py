@@ -137,7 +137,7 @@ def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, lim
         num_cohorts = microbatches[-1, 0] + 1
         segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
         waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
-        costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, False)
+        costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, 2)
         margins[k] += _MARGIN * (num_cohorts - 1)
         costs, weight = merge_alike_ranks(costs, rates.cores_permille > 0)
         _bound(costs, weight, rates, speeds, num_layers, num_slots, bounds[k], guess)

@@ -58,8 +58,9 @@ def cut_waves(microbatches, num_cohorts, limit):
 
 
 @compiled
-def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, padded):
-    """Price the operations of a layer. gather: peers send partial sums to the owner. padded: one all-gather, one reduce-scatter."""
+def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered):
+    """Price the operations of a layer. gather: peers send partial sums to the owner. gathered: one
+    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2)."""
     num_cohorts, most_waves = wave_rows.shape
     num_ranks = len(first) - 1
     compute = np.zeros((num_cohorts, num_ranks, 2 + most_waves, 2), np.int64)
@@ -74,11 +75,13 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
     busy_of = np.zeros(num_ranks, np.int64)
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
     calls = np.zeros((num_cohorts, most_waves), np.int64)
+    in_order = np.full((num_cohorts, most_waves), gathered == 2)  # rank after rank
     for i in range(len(segments)):
         c, w, r, start, stop = segments[i, 0], segments[i, 1], segments[i, 2], segments[i, 3], segments[i, 4]
         own[c, r, w] = True
         owned[c, w, r] += stop - start
         rows[c, r] += stop - start
+        in_order[c, w] = in_order[c, w] and r == calls[c, w]
         calls[c, w] += 1
         for s in range(first[r], first[r + 1] - 1):
             if starts[s] >= stop:
@@ -96,17 +99,16 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
             busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks)
             for r in range(num_ranks):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
-            num_calls = 1 if padded else calls[c, w]
-            least = owned[c, w].min() if not padded else wave_rows[c, w] // num_ranks
+            even = in_order[c, w] and calls[c, w] == num_ranks and owned[c, w].min() == owned[c, w].max()
+            one_call = gathered == 1 or even
+            least = wave_rows[c, w] // num_ranks if one_call else owned[c, w].min()
+            num_calls = 1 if one_call else calls[c, w]
             busy = (wave_rows[c, w] - least) * rates.dispatch_row_ps // 1000
             exchange[c, DISPATCH, w, ALONE] = rates.dispatch_fixed_ns + num_calls * rates.dispatch_segment_ns + busy
             exchange[c, DISPATCH, w, BUSY] = busy
-            moved = wave_rows[c, w]
+            moved = wave_rows[c, w] - (least if one_call else 0)
             if gather:
-                most = 0
-                for r in range(num_ranks):
-                    most = max(most, owned[c, w, r])
-                moved = (num_ranks - 1) * most
+                moved, num_calls = (num_ranks - 1) * owned[c, w].max(), calls[c, w]
             busy = moved * rates.combine_row_ps // 1000
             exchange[c, COMBINE, w, ALONE] = rates.combine_fixed_ns + num_calls * rates.combine_segment_ns + busy
             exchange[c, COMBINE, w, BUSY] = busy

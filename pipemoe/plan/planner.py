@@ -41,7 +41,7 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     if padded:
         wave_rows = np.full((1, 1), facts.num_ranks * max(facts.tokens), np.int64)
     rates, gather = rates_of(cost), config.combine == "gather"
-    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, padded)
+    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, config.gathered_waves)
     order = merge_orders(order_keys(costs, rates, config.num_slots, shape.num_layers), num_waves, shape.num_layers)
     return Plan(facts, shape, config, _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, max(facts.tokens) if padded else 0), order)
 

@@ -36,13 +36,13 @@ def project(plan: Plan, rank: int, row_bytes: int, partial_row_bytes: int) -> li
             issues.append(Issue(communicator, cohort.slot, plan.buffer(op.cohort, op.layer, op.wave), primitive, peer, rows * size))
 
         if op.kind is OpKind.DISPATCH:
-            if plan.config.exchange == "padded":
+            if plan.exchange(wave) == "padded":
                 add("all_gather", -1, wave.num_rows)
             else:
                 for segment in wave.segments:
                     add("broadcast", segment.rank, segment.num_rows)
         elif plan.config.combine == "reduce":
-            if plan.config.exchange == "padded":
+            if plan.exchange(wave) == "padded":
                 add("reduce_scatter", -1, wave.num_rows)
             else:
                 for segment in wave.segments:

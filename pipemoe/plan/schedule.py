@@ -77,6 +77,11 @@ class Wave(NamedTuple):
     def ranks(self) -> set[int]:
         return {segment.rank for segment in self.segments}
 
+    def is_even(self, num_ranks: int) -> bool:
+        """Has every rank one segment, all of a size, in order?"""
+        size, left = divmod(self.num_rows, num_ranks)
+        return not left and all(s[0] == rank and s[2] - s[1] == size for rank, s in enumerate(self.segments)) and len(self.segments) == num_ranks
+
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
@@ -175,7 +180,13 @@ class PlanConfig:
 
     @property
     def exchange(self) -> str:
+        """Of any wave (but see Plan.exchange)."""
         return "padded" if self.mode == "padded" else "broadcast"
+
+    @property
+    def gathered_waves(self) -> int:
+        """Which waves are exchanged by all-gather and reduce-scatter: 0 none, 1 all, 2 those of equal segments."""
+        return 1 if self.exchange == "padded" else 2 if self.mode == "auto" else 0
 
     @property
     def num_buffers(self) -> int:
@@ -217,6 +228,12 @@ class Plan:
         """The total order, as operations."""
         kinds = tuple(OpKind)
         return tuple(Op(kinds[kind], cohort, layer, wave) for kind, cohort, layer, wave in self.order.tolist())
+
+    def exchange(self, wave: Wave) -> str:
+        """"padded" (all-gather and reduce-scatter), or "broadcast" (one broadcast and one reduce per segment). Mode auto gathers what
+        needs no padding: one collective of equal parts is quicker than as many as there are ranks."""
+        even = self.config.mode == "auto" and self.facts.num_ranks > 1 and wave.is_even(self.facts.num_ranks)
+        return "padded" if even else self.config.exchange
 
     def buffer(self, cohort: int, layer: int, wave: int) -> int:
         """Which of the slot's double buffers a wave uses."""

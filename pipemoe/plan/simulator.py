@@ -73,8 +73,8 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     starts, first = flat_boundaries(plan.facts)
     config, shape = plan.config, plan.shape
     table = np.array(segments, dtype=np.int64)
-    gather, padded = config.combine == "gather", config.exchange == "padded"
-    return layer_costs(table, rows, num_waves, waits, starts, first, rates_of(cost), shape.num_experts, shape.top_k, gather, padded)
+    gather, gathered = config.combine == "gather", config.gathered_waves
+    return layer_costs(table, rows, num_waves, waits, starts, first, rates_of(cost), shape.num_experts, shape.top_k, gather, gathered)
 
 
 def flat_boundaries(facts: Facts) -> tuple[np.ndarray, np.ndarray]:

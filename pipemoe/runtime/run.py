@@ -185,7 +185,7 @@ class Run:
 
     def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         slot, buffer, wave, used = self._place(op)
-        rows, exchange = self._workspace.slots[slot].receive[buffer][: wave.num_rows], self._plan.config.exchange
+        rows, exchange = self._workspace.slots[slot].receive[buffer][: wave.num_rows], self._plan.exchange(wave)
         free = used.read
         if self._only.computation and (exchange == "padded" or self._rank in wave.ranks()):
             free = lanes.compute.submit(lambda: self._pack(op, state, rows), [free])
@@ -199,7 +199,7 @@ class Run:
     def _pack(self, op: Op, state: _CohortState, rows: Any) -> None:
         """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from."""
         wave, views = self._plan.cohorts[op.cohort].waves[op.wave], self._wire.rows(rows)
-        if self._plan.config.exchange == "padded":
+        if self._plan.exchange(wave) == "padded":
             block = wave.num_rows // self._plan.facts.num_ranks
             views.ids[self._rank * block : (self._rank + 1) * block].fill_(-1)
         for segment in (s for s in wave.segments if s.rank == self._rank):
@@ -230,7 +230,7 @@ class Run:
         def work() -> Any:
             results = [self._results(op.cohort, state, s) for s in own]
             sums = WaveSums(buffers.partial[buffer][: wave.num_rows], results, buffers.staging[buffer])
-            return self._transport.combine(slot, buffer, wave, config.exchange, config.combine, sums)
+            return self._transport.combine(slot, buffer, wave, self._plan.exchange(wave), config.combine, sums)
 
         used.sent = lanes.combine.submit(self._transport_work(work), [used.read])
         if own:

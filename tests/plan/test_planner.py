@@ -92,6 +92,16 @@ def test_padded_wave_holds_the_longest_rank_times_the_ranks():
     assert wave.num_rows == 15 and {(s.rank, s.row) for s in wave.segments} == {(0, 0), (1, 5)}
 
 
+def test_auto_gathers_what_needs_no_padding():
+    def exchanges(mode, tokens):
+        p = plan(Facts(tuple((n,) if n else () for n in tokens)), SHAPE, PlanConfig(mode=mode))
+        return {p.exchange(wave) for cohort in p.cohorts for wave in cohort.waves}
+
+    assert exchanges("auto", (7, 7, 7)) == {"padded"} and exchanges("auto", (7, 6, 7)) == {"broadcast"}
+    assert exchanges("auto", (7, 7, 0)) == {"broadcast"} and exchanges("auto", (7,)) == {"broadcast"}
+    assert exchanges("broadcast", (7, 7, 7)) == {"broadcast"} and exchanges("padded", (7, 6, 7)) == {"padded"}
+
+
 def test_too_many_tokens_names_the_rank():
     with pytest.raises(InputError, match="rank 1: 9 tokens .* max_tokens_per_rank=8"):
         plan(Facts(((8,), (9,))), SHAPE, PlanConfig(max_tokens_per_rank=8))

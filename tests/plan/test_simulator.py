@@ -144,7 +144,8 @@ def test_a_dispatch_costs_what_the_busiest_link_carries():
         return [costs_of(p, volume).exchange[0, side, 0, 0] for side in (0, 1)]
 
     assert dispatched((400, 400), "broadcast") == [400, 800] and dispatched((400, 0), "broadcast") == [400, 400]
-    assert dispatched((400, 100, 100), "broadcast") == [500, 600] and dispatched((400, 100, 100), "padded") == [800, 1200]
+    assert dispatched((400, 100, 100), "broadcast") == [500, 600] and dispatched((400, 100, 100), "padded") == [800, 800]
+    assert dispatched((400, 400), "auto") == [400, 400] and dispatched((400, 100), "auto") == [400, 500]
 
 
 def test_cut_sequences_are_not_attended_by_graphs():
