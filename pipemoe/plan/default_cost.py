@@ -40,10 +40,13 @@ def default_cost(
     def read_ns(num_values: int) -> int:
         return num_values * value_bytes * 10**12 // (bandwidth * _MEMORY_PERMILLE)
 
+    # Where ranks outnumber the cores, whoever is to go on next first waits for one; the engines that poll take turns as well.
+    waiting = max(1, 2 * num_ranks // device.cores) if device.cores else 1
+
     def exchange(row_bytes: int) -> ExchangeCost:
         volume_ps = row_bytes * 10**12 // link if num_ranks > 1 else 0
         if device.cores:  # every peer copies every row, and MPI goes on only when polled
-            return ExchangeCost(300_000, 50_000, max(num_ranks - 1, 0) * volume_ps)
+            return ExchangeCost(300_000 * waiting, 50_000 * waiting, max(num_ranks - 1, 0) * volume_ps)
         return ExchangeCost(25_000 * ranks_per_device if num_ranks > 1 else 5_000, 4_000, volume_ps)
 
     row_bytes = -(-(shape.hidden * value_bytes + 8 * shape.top_k) // 128) * 128
@@ -51,13 +54,13 @@ def default_cost(
     glue_ps = (4 * shape.hidden + 3 * shape.intermediate) * value_bytes * 10**15 // (bandwidth * _MEMORY_PERMILLE)
     return CostModel(
         attend=AttendCost(
-            fixed_ns=400_000 if device.cores else 60_000,
+            fixed_ns=400_000 * waiting if device.cores else 60_000,
             weights_ns=read_ns(dimensions.dense_weights),
             row_ps=compute_ps(2 * dimensions.dense_weights, _DENSE_PERMILLE) + read_ns(1000 * _PASSES * shape.hidden),
             pair_fs=compute_ps(1000 * dimensions.pair_flops, _ATTENTION_PERMILLE),
         ),
         experts=ExpertsCost(
-            fixed_ns=200_000 if device.cores else 60_000,
+            fixed_ns=200_000 * waiting if device.cores else 60_000,
             expert_ns=read_ns(dimensions.expert_weights),
             pair_ps=compute_ps(2 * dimensions.expert_weights, _GROUPED_PERMILLE) + glue_ps,
             row_ps=shape.top_k * 1000,
