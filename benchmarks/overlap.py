@@ -39,7 +39,7 @@ def operations(world: World, model: BenchModel, num_tokens: int, dtype: Any) -> 
     with model.source(model.first_moe_layer + 1) as source:
         decoder, weights = load_decoder(source, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype)
     experts = make_experts(weights, top_k=decoder.shape.top_k, hidden=decoder.shape.hidden, device=world.device, dtype=dtype)
-    return Operations(world, decoder, experts, num_tokens)
+    return Operations(world, decoder, experts.leaving(world.sms_for_collectives), num_tokens)
 
 
 def pair_row(names: tuple[str, str], times: PairTimes) -> dict[str, Any]:

@@ -160,7 +160,7 @@ class Tuner:
 
     def measure_pairs(self) -> dict[tuple[str, str], tuple[float, float]]:
         """How fast two operations go on side by side, as shares of their speeds alone."""
-        operations = Operations(self._world, self._model.decoder, self._model.runtime.experts, max(self._most // 2, 1))
+        operations = Operations(self._world, self._model.decoder, self._model.runtime.experts_beside_collectives, max(self._most // 2, 1))
         timer, found = Timer(self._world), {}
         for a, b in PAIRS:
             _say(self._world, f"side by side: {a} and {b}")

@@ -8,6 +8,7 @@ Nothing is allocated and nothing synchronises the host. The GEMMs run in persist
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,11 @@ class HopperExperts(ExpertsShape):
                 maps += [tensor_map(w.down.detach(), box) for box in self._down_kernel.w_boxes]
             self._layers.append((gate_up_kernel, first, first + len(gate_up_kernel.w_boxes)))
         self._maps = device_maps(maps, device)
+
+    def leaving(self, num_sms: int) -> HopperExperts:
+        other = copy.copy(self)  # the same weights and maps
+        other.num_sms = max(1, self.num_sms - num_sms)
+        return other
 
     def new_scratch(self, max_rows: int) -> HopperScratch:
         self.check_max_rows(max_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.experts.weights import ExpertWeights
@@ -80,6 +80,11 @@ class ExpertsShape:
         self.max_local_experts = max((w.num_local_experts for w in weights), default=0)
         names = (DETERMINISTIC_DTYPE,) if deterministic else COMBINE_DTYPES
         self.out_dtypes = tuple(getattr(torch, name) for name in names)
+
+    def leaving(self, num_sms: int) -> Self:
+        """These experts with kernels that leave so many multiprocessors to collectives beside them. A persistent kernel with a block
+        for every one would have a block wait for its place, and all others for that. Here: no persistent kernels, the same object."""
+        return self
 
     def max_pairs(self, max_rows: int) -> int:
         """Most local pairs of `max_rows` rows. A row may name one expert several times, so that K alone bounds it."""

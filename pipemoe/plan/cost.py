@@ -73,15 +73,15 @@ class HostCost(_Whole):
     attention of a model is many small launches, but for at most `graph_rows` tokens of whole sequences one of a graph, which takes
     `graph_ns` and computes GRAPH_ROWS rows."""
 
-    attend_ns: int = 1_000_000
+    attend_ns: int = 1_300_000
     graph_rows: int = 1024
-    graph_ns: int = 60_000
-    pack_ns: int = 80_000
-    dispatch_ns: int = 60_000
-    experts_ns: int = 300_000
-    combine_ns: int = 60_000
-    finish_ns: int = 300_000
-    idle_ns: int = 10_000
+    graph_ns: int = 45_000
+    pack_ns: int = 100_000
+    dispatch_ns: int = 75_000
+    experts_ns: int = 230_000
+    combine_ns: int = 85_000
+    finish_ns: int = 400_000
+    idle_ns: int = 30_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,24 +99,24 @@ class ContentionCost(_Whole):
     beside it: `attend_beside_dispatch` is the attention's. Of two computations, the one of the earlier slot runs on the stream with
     the higher priority; the other one is `under` it. Holds for the part of its time that the other is busy."""
 
-    attend_beside_attend: int = 750
-    attend_beside_experts: int = 350
-    attend_beside_dispatch: int = 800
-    attend_beside_combine: int = 800
-    attend_under_attend: int = 300
-    attend_under_experts: int = 350
-    experts_beside_attend: int = 650
-    experts_beside_experts: int = 680
-    experts_beside_dispatch: int = 700
-    experts_beside_combine: int = 700
-    experts_under_attend: int = 650
-    experts_under_experts: int = 150
-    dispatch_beside_attend: int = 850
-    dispatch_beside_experts: int = 700
+    attend_beside_attend: int = 840
+    attend_beside_experts: int = 510
+    attend_beside_dispatch: int = 840
+    attend_beside_combine: int = 820
+    attend_under_attend: int = 520
+    attend_under_experts: int = 370
+    experts_beside_attend: int = 900
+    experts_beside_experts: int = 780
+    experts_beside_dispatch: int = 730
+    experts_beside_combine: int = 740
+    experts_under_attend: int = 750
+    experts_under_experts: int = 390
+    dispatch_beside_attend: int = 900
+    dispatch_beside_experts: int = 710
     dispatch_beside_dispatch: int = 500
     dispatch_beside_combine: int = 550
-    combine_beside_attend: int = 850
-    combine_beside_experts: int = 700
+    combine_beside_attend: int = 810
+    combine_beside_experts: int = 600
     combine_beside_dispatch: int = 550
     combine_beside_combine: int = 500
 
@@ -138,8 +138,8 @@ class CostModel:
     host: HostCost = field(default_factory=HostCost)
     cores: CoresCost = field(default_factory=CoresCost)
     contention: ContentionCost = field(default_factory=ContentionCost)
-    gap_permille: int = 500  # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
-    start_ns: int = 500_000  # from the call to the first operation: exchange of counts, planning, embedding
+    gap_permille: int = 750  # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
+    start_ns: int = 1_300_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
 
 

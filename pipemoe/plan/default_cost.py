@@ -8,11 +8,12 @@ from pipemoe.plan.cost import KINDS, AttendCost, ContentionCost, CoresCost, Cost
 from pipemoe.plan.devices import Device
 from pipemoe.plan.dimensions import Dimensions
 
-# Of the peak, what sustained work reaches. GPU: on an H200 cuBLAS keeps 70 % of the dense peak, a copy 88 % of the bandwidth,
-# grouped GEMMs of library kernels about half of the peak, NCCL's rings about 330 of 450 GB/s.
-# A model's own modules also pass over each row some forty times in elementwise kernels.
-_DENSE_PERMILLE, _GROUPED_PERMILLE, _ATTENTION_PERMILLE, _MEMORY_PERMILLE, _LINK_PERMILLE = 600, 500, 350, 800, 700
-_PASSES = 40
+# Of the peak, what sustained work reaches in whole steps: fitted to 4 ranks on quarters of an H200. There cuBLAS alone keeps 70 % of
+# the dense peak, a copy 88 % of the bandwidth; NCCL's rings between GPUs about 330 of 450 GB/s.
+# A model's own modules also pass over each row some seventy times in elementwise kernels.
+_DENSE_PERMILLE, _GROUPED_PERMILLE, _ATTENTION_PERMILLE, _MEMORY_PERMILLE, _LINK_PERMILLE = 500, 550, 300, 800, 700
+_PASSES = 70
+_CROWD_PERMILLE = 150  # ranks that share a GPU share its memory as well
 _HOST_ON_CPU = HostCost(
     attend_ns=30_000, graph_rows=0, pack_ns=30_000, dispatch_ns=60_000, experts_ns=30_000, combine_ns=60_000, finish_ns=30_000, idle_ns=15_000
 )
@@ -20,7 +21,7 @@ _HOST_ON_CPU = HostCost(
 # and few thread blocks limit a transfer, not the memory.
 _ON_CORES = {f.name: 1000 for f in fields(ContentionCost)} | {f"{a}_beside_{b}": 667 for a in KINDS[2:] for b in KINDS[2:]}
 _ONE_GPU = {f"{a}_beside_{b}": 950 for a in KINDS[2:] for b in KINDS[2:]}
-_ONE_GPU_LINK = 100 * 10**9  # bytes per second; measured between 2, 4, 8 ranks on one H200 with NCCL 2.30: 145, 98, 78 GB/s
+_ONE_GPU_LINK = 25 * 10**9  # bytes per second: 4 ranks on one H200, NCCL 2.30, one thread block per collective (with four about 100)
 
 
 def default_cost(
@@ -54,10 +55,11 @@ def default_cost(
     glue_ps = (4 * shape.hidden + 3 * shape.intermediate) * value_bytes * 10**15 // (bandwidth * _MEMORY_PERMILLE)
     return CostModel(
         attend=AttendCost(
-            fixed_ns=400_000 * waiting if device.cores else 60_000,
+            fixed_ns=400_000 * waiting if device.cores else 100_000,
             weights_ns=read_ns(dimensions.dense_weights),
             row_ps=compute_ps(2 * dimensions.dense_weights, _DENSE_PERMILLE) + read_ns(1000 * _PASSES * shape.hidden),
             pair_fs=compute_ps(1000 * dimensions.pair_flops, _ATTENTION_PERMILLE),
+            crowd_permille=_CROWD_PERMILLE if ranks_per_device > 1 else 0,
         ),
         experts=ExpertsCost(
             fixed_ns=200_000 * waiting if device.cores else 60_000,
@@ -71,7 +73,7 @@ def default_cost(
         host=_HOST_ON_CPU if device.cores else HostCost(),
         cores=CoresCost(1000 * device.cores, 200) if device.cores else CoresCost(),
         contention=ContentionCost(**_ON_CORES) if device.cores else ContentionCost(**_ONE_GPU) if ranks_per_device > 1 else ContentionCost(),
-        gap_permille=0 if device.cores else 500,
-        start_ns=500_000,
+        gap_permille=1000 if device.cores else 750,
+        start_ns=500_000 * waiting if device.cores else 1_300_000,
         finish_ns=300_000 if device.cores else 200_000,
     )

@@ -235,6 +235,11 @@ class Plan:
         even = self.config.mode == "auto" and self.facts.num_ranks > 1 and wave.is_even(self.facts.num_ranks)
         return "padded" if even else self.config.exchange
 
+    @cached_property
+    def overlaps(self) -> bool:
+        """May a collective be under way beside a rank's computation? With one wave everything waits for everything."""
+        return sum(len(cohort.waves) for cohort in self.cohorts) > 1
+
     def buffer(self, cohort: int, layer: int, wave: int) -> int:
         """Which of the slot's double buffers a wave uses."""
         return (layer * len(self.cohorts[cohort].waves) + wave) % self.config.num_buffers

@@ -79,6 +79,8 @@ class Runtime:
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self.experts = experts
+        leaving = getattr(experts, "leaving", None)
+        self.experts_beside_collectives = leaving(world.sms_for_collectives) if leaving else experts
         self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
         try:
             world.engine.call(self._set_up)
@@ -218,7 +220,7 @@ class Runtime:
             self.world.transport,
             self._workspace,
             self.wire,
-            self.experts,
+            self.experts_beside_collectives if plan.overlaps else self.experts,
             source,
             only=only,
             timed=timeline is not None,

@@ -180,3 +180,8 @@ def test_room_for_thread_blocks(sound):
         verify(sound, room=Room(num_sms=132, ctas=3, ranks_on_device=4))
     with pytest.raises(ConfigError, match="lower NCCL_MAX_CTAS"):
         Room(num_sms=132, ctas=8, waiting_blocks=3).check(4)
+
+
+def test_persistent_kernels_leave_room_for_collectives_but_not_much():
+    assert Room(num_sms=32, ctas=1).kept_for_collectives(2) == 3 and Room(num_sms=132, ctas=1).kept_for_collectives(2) == 4
+    assert Room(num_sms=132, ctas=8).kept_for_collectives(4) == 13

@@ -28,7 +28,7 @@ def test_a_file_of_this_machine_and_model_is_used(world, model, tmp_path):
     assert len(tuned.prefill([[1, 2, 3], [4]]).first_tokens) == 2
 
 
-@pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "0.1"}, {"model": [1]}, {"num_ranks": 99}])
+@pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "0.1"}, {"pipemoe": "0.0"}, {"model": [1]}, {"num_ranks": 99}])
 def test_a_file_of_another_is_refused(world, model, tmp_path, change):
     write_cost(tmp_path / "cost.json", {**model.runtime.cost_subject, **change}, replace(model.runtime.cost, finish_ns=12345))
     with pytest.warns(UserWarning, match="refused.*" + next(iter(change))):
