@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipemoe.config import Config
-from pipemoe.contention import PAIRS, Operations, Timer, measure_pair
 from pipemoe.errors import InputError
 from pipemoe.plan.cost import CostModel, graph_rows, rates_of
 from pipemoe.plan.cost_file import write_cost
@@ -160,6 +159,8 @@ class Tuner:
 
     def measure_pairs(self) -> dict[tuple[str, str], tuple[float, float]]:
         """How fast two operations go on side by side, as shares of their speeds alone."""
+        from pipemoe.contention import PAIRS, Operations, Timer, measure_pair
+
         operations = Operations(self._world, self._model.decoder, self._model.runtime.experts_beside_collectives, max(self._most // 2, 1))
         timer, found = Timer(self._world), {}
         for a, b in PAIRS:

@@ -156,7 +156,8 @@ def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, lim
         allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
         if bounds[k, 1] > allowed:
             continue
-        if best >= 0 and bounds[k, 1] >= lowest and _objective(bounds[k], goal) * margins[k] // 1000 >= _objective(figures[best], goal) * margins[best] // 1000:
+        least = _objective(bounds[k], goal) * margins[k] // 1000
+        if best >= 0 and bounds[k, 1] >= lowest and least >= _objective(figures[best], goal) * margins[best] // 1000:
             continue
         costs, weight = costs_of[place_of[k]]
         needed = _layers_and_events(costs, num_layers)[1]

@@ -20,7 +20,8 @@ LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 
 # num_waves [C]. compute [C, R, 2 + W, 2]: attend, experts of each wave, finish; ns alone and ns busy. exchange [C, 2, W, 2]:
 # dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
-# cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not at all. issue [C, R]: ns to issue an attend.
+# cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not
+# at all. issue [C, R]: ns to issue an attend.
 LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "waits", "issue"])
 
 

@@ -205,3 +205,10 @@ def test_what_it_cannot_run():
     assert build(random_weights(3, 96, 80, dtype=BF16), 2, 5, implementation="torch")[0].implementation == "torch"
     with pytest.raises(ConfigError, match="multiples of 8"):
         build(odd, 2, 5, implementation="hopper")
+
+
+def test_experts_that_leave_multiprocessors_share_their_weights():
+    experts, _ = build(random_weights(4, 96, 80, dtype=BF16), 4, 16)
+    fewer = experts.leaving(5)
+    assert fewer.num_sms == experts.num_sms - 5 and fewer.weights is experts.weights
+    assert experts.leaving(10**6).num_sms == 1

@@ -185,3 +185,13 @@ def test_room_for_thread_blocks(sound):
 def test_persistent_kernels_leave_room_for_collectives_but_not_much():
     assert Room(num_sms=32, ctas=1).kept_for_collectives(2) == 3 and Room(num_sms=132, ctas=1).kept_for_collectives(2) == 4
     assert Room(num_sms=132, ctas=8).kept_for_collectives(4) == 13
+
+
+def test_a_chunk_ahead_of_what_paces_it_is_found():
+    p = plan(Facts(((8,), (8,))), SHAPE, PlanConfig(mode="two_batch"))
+    assert p.pacemakers == ((1,), ())
+    first_whole = replace(p, order=p.order[np.argsort(p.order[:, 1], kind="stable")])
+    with pytest.raises(PlanError, match="cohort 0 is to wait in layer 1 for cohort 1"):
+        verify(first_whole)
+    one_slot = plan(Facts(((8,), (8,))), SHAPE, PlanConfig(mode="two_batch", num_slots=1))
+    assert one_slot.pacemakers == ((), ())
