@@ -78,7 +78,7 @@ class Runtime:
         facts = self._facts(facts)
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
-        self.experts = experts
+        self._experts = experts
         leaving = getattr(experts, "leaving", None)
         self.experts_beside_collectives = leaving(world.sms_for_collectives) if leaving else experts
         self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
@@ -116,14 +116,14 @@ class Runtime:
 
         world = self.world
         try:
-            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self.experts, world.device)
+            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device)
             lanes = world.lanes.slots[: len(self._workspace.slots)]
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
                 self._reserve(lanes)
                 if self._prepare is not None:
                     self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
-            warm_ups = [lambda s=slot.scratch: self.experts.warm_up(s) for slot in self._workspace.slots]
+            warm_ups = [lambda s=slot.scratch: self._experts.warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(
@@ -220,7 +220,7 @@ class Runtime:
             self.world.transport,
             self._workspace,
             self.wire,
-            self.experts_beside_collectives if plan.overlaps else self.experts,
+            self.experts_beside_collectives if plan.overlaps else self._experts,
             source,
             only=only,
             timed=timeline is not None,

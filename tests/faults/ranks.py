@@ -12,7 +12,7 @@ import sys
 import torch
 
 import pipemoe
-from pipemoe.plan.cost import AttendCost, CostModel
+from pipemoe.plan.cost import AttendCost, CostModel, HostCost
 from pipemoe.plan.schedule import OpKind
 from tests.moe_cases import make_layers
 from tests.runtime.hold import Hold
@@ -75,7 +75,7 @@ def main(fault: str, folder: str) -> None:
         world.transport.dispatch = broken
     elif fault == "plan" and culprit:
         # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run ahead.
-        runtime.cost = CostModel(attend=AttendCost(row_ps=10**12))
+        runtime.cost = CostModel(attend=AttendCost(row_ps=10**12), host=HostCost(graph_rows=0))
         runtime._plans.clear()
     elif fault == "absent" and culprit:
         signal.pause()
