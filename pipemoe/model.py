@@ -72,6 +72,7 @@ class Model:
                 dtype=decoder.dtype,
                 implementation=config.experts,
                 deterministic=config.deterministic,
+                dispatch_dtype=config.torch_dispatch_dtype,
             )
         except PipemoeError as e:
             error = e

@@ -22,6 +22,7 @@ ADDRESS = types.uint64
 INT32_POINTER = types.CPointer(types.int32)
 FLOAT32_POINTER = types.CPointer(types.float32)
 WORD_POINTER = types.CPointer(types.uint64)
+BYTE_POINTER = types.CPointer(types.uint8)
 
 
 @dataclass(frozen=True, slots=True)

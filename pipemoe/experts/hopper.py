@@ -124,7 +124,7 @@ class HopperExperts(ExpertsShape):
         index = index_kernels(self.top_k)
         for kernel in (index.alone, index.count, index.place):
             kernel.load(torch.cuda.current_device() if self.device.index is None else self.device.index)
-        wire = WireFormat(self.hidden, self.top_k, self.dtype)
+        wire = WireFormat(self.hidden, self.top_k, self.wire_dtype)
         num_rows = min(1, scratch.max_rows)
         rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
         kinds = {}

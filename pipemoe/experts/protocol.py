@@ -30,6 +30,7 @@ class Experts(Protocol):
 
     implementation: str
     deterministic: bool
+    wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
 
     def new_scratch(self, max_rows: int) -> Scratch:
         """Allocate what calls with up to `max_rows` rows need."""
@@ -66,7 +67,7 @@ class ExpertsShape:
             layer_weights.validate(layer)
             if layer_weights.hidden != hidden:
                 raise InputError(f"layer {layer}: the weights are for hidden {layer_weights.hidden}; {hidden} is wanted")
-            if layer_weights.dtype != dtype:
+            if layer_weights.row_dtype != dtype:
                 raise InputError(f"layer {layer}: the weights are {layer_weights.dtype}; {dtype} is wanted, convert them")
             if layer_weights.gate_up.device.type != device.type:
                 raise InputError(f"layer {layer}: the weights are on {layer_weights.gate_up.device}; move them to {device}")
@@ -74,7 +75,7 @@ class ExpertsShape:
         self.top_k = top_k
         self.hidden = hidden
         self.device = device
-        self.dtype = dtype
+        self.dtype = self.wire_dtype = dtype
         self.deterministic = deterministic
         self.max_intermediate = max((w.intermediate for w in weights), default=0)
         self.max_local_experts = max((w.num_local_experts for w in weights), default=0)
@@ -96,10 +97,10 @@ class ExpertsShape:
             raise InputError(f"layer {layer} does not exist: there are {len(self.weights)} MoE layers")
         if num_rows > max_rows:
             raise InputError(f"layer {layer}: {num_rows} rows do not fit a scratch made for {max_rows}; make it larger")
-        if rows.hidden.dtype != self.dtype or rows.hidden.shape != (num_rows, self.hidden):
+        if rows.hidden.dtype != self.wire_dtype or rows.hidden.shape != (num_rows, self.hidden):
             raise InputError(
                 f"layer {layer}: rows.hidden is {rows.hidden.dtype} {tuple(rows.hidden.shape)}; "
-                f"{self.dtype} {(num_rows, self.hidden)} is wanted"
+                f"{self.wire_dtype} {(num_rows, self.hidden)} is wanted"
             )
         if rows.ids.shape != (num_rows, self.top_k):
             raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")

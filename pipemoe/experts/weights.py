@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ class ExpertWeights:
     gate_up_bias: torch.Tensor | None = None  # [E_loc, 2I]
     down_bias: torch.Tensor | None = None  # [E_loc, H]
     first_expert: int = 0
+    gate_up_scales: torch.Tensor | None = None  # [E_loc, 2I/128, H/128] float32, if gate_up and down are float8_e4m3fn
+    down_scales: torch.Tensor | None = None  # [E_loc, H/128, I/128]; see pipemoe.e4m3
 
     @property
     def num_local_experts(self) -> int:
@@ -55,12 +58,24 @@ class ExpertWeights:
         return self.gate_up.dtype
 
     @property
+    def is_quantised(self) -> bool:
+        return self.gate_up_scales is not None
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """What rows these experts belong to: their own dtype, or bfloat16 if they are quantised."""
+        import torch
+
+        return torch.bfloat16 if self.is_quantised else self.dtype
+
+    @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for _, t in self.tensors())
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors that are present, with their names."""
-        named = [(name, getattr(self, name)) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
+        names = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scales", "down_scales")
+        named = [(name, getattr(self, name)) for name in names]
         return [(name, tensor) for name, tensor in named if tensor is not None]
 
     def validate(self, layer: int) -> None:
@@ -76,16 +91,37 @@ class ExpertWeights:
             "down": (experts, hidden, intermediate),
             "gate_up_bias": (experts, 2 * intermediate),
             "down_bias": (experts, hidden),
+            "gate_up_scales": (experts, 2 * intermediate // BLOCK, hidden // BLOCK),
+            "down_scales": (experts, hidden // BLOCK, intermediate // BLOCK),
         }
+        self._validate_format(layer)
         for name, tensor in self.tensors():
             if tuple(tensor.shape) != wanted[name]:
                 raise InputError(f"layer {layer}: {name} has shape {tuple(tensor.shape)}; {wanted[name]} is wanted")
-            if tensor.dtype != self.dtype:
+            if not name.endswith("scales") and tensor.dtype != self.dtype:
                 raise InputError(f"layer {layer}: {name} is {tensor.dtype}; gate_up is {self.dtype}, make them equal")
             if tensor.device != self.gate_up.device:
                 raise InputError(f"layer {layer}: {name} is on {tensor.device}; gate_up is on {self.gate_up.device}")
             if not tensor.is_contiguous():
                 raise InputError(f"layer {layer}: {name} is not contiguous; call .contiguous() on it")
+
+    def _validate_format(self, layer: int) -> None:
+        """Values and scales belong together."""
+        import torch
+
+        both = [scales is not None and scales.dtype == torch.float32 for scales in (self.gate_up_scales, self.down_scales)]
+        if (self.dtype == torch.float8_e4m3fn) != all(both) or any(both) != all(both):
+            raise InputError(
+                f"layer {layer}: weights are {self.dtype}; torch.float8_e4m3fn ones, and only they, come with float32 gate_up_scales and down_scales"
+            )
+        if not all(both):
+            return
+        if self.hidden % BLOCK or self.intermediate % BLOCK:
+            raise InputError(
+                f"layer {layer}: hidden is {self.hidden} and intermediate is {self.intermediate}; quantised experts take multiples of {BLOCK}"
+            )
+        if self.gate_up_bias is not None or self.down_bias is not None:
+            raise InputError(f"layer {layer}: quantised experts cannot have biases; leave them in bfloat16")
 
 
 def check_finite(weights: Sequence[ExpertWeights]) -> None:
@@ -99,7 +135,8 @@ def check_finite(weights: Sequence[ExpertWeights]) -> None:
     for layer, layer_weights in enumerate(weights):
         for name, tensor in layer_weights.tensors():
             for local in range(layer_weights.num_local_experts):
-                if not bool(torch.isfinite(tensor[local]).all()):
+                values = tensor[local].float() if tensor.dtype == torch.float8_e4m3fn else tensor[local]
+                if not bool(torch.isfinite(values).all()):
                     expert = layer_weights.first_expert + local
                     raise InputError(
                         f"layer {layer}, expert {expert}: {name} holds NaN or infinite values; "

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.comm.world import World
+    from pipemoe.wire import WireFormat
 
 
-def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype) -> tuple[CostModel, dict[str, Any]]:
+def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype, wire: WireFormat) -> tuple[CostModel, dict[str, Any]]:
     """The cost model and the subject of a file that holds it; every rank calls.
 
     A file of another subject is refused with a warning. What ranks then plan by is compared like everything else that plans
@@ -48,6 +49,7 @@ def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: to
         "ranks_per_device": sharing,
         "dtype": str(dtype),
         "sum_dtype": str(sum_dtype),
+        **({} if wire.dtype == dtype else {"dispatch_dtype": str(wire.dtype)}),
         "combine": config.combine,
         "experts": config.experts,
         "model": model_key(dimensions),
@@ -61,7 +63,7 @@ def runtime_cost(world: World, dimensions: Dimensions, config: Config, dtype: to
             warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
-        device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device
+        device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
     )
     return with_graphs(cost, world, config), subject
 
