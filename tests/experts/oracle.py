@@ -26,16 +26,15 @@ class Case:
 
 
 def slice_experts(weights: ExpertWeights, experts: range) -> ExpertWeights:
-    part = [None if t is None else t[experts.start : experts.stop].clone() for t in _fields(weights)]
-    return ExpertWeights(*part, first_expert=experts.start)
+    return _mapped(weights, experts.start, lambda t: t[experts.start : experts.stop].clone())
 
 
 def to_device(weights: ExpertWeights, device: str) -> ExpertWeights:
-    return ExpertWeights(*[None if t is None else t.to(device) for t in _fields(weights)], weights.first_expert)
+    return _mapped(weights, weights.first_expert, lambda t: t.to(device))
 
 
-def _fields(weights: ExpertWeights):
-    return weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias
+def _mapped(weights: ExpertWeights, first_expert: int, change) -> ExpertWeights:
+    return ExpertWeights(**{name: change(tensor) for name, tensor in weights.tensors()}, first_expert=first_expert)
 
 
 def random_weights(
