@@ -26,15 +26,15 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x [n, H] floating, H a multiple of 128 -> values [n, H] float8_e4m3fn, scales [n, H/128] float32."""
     import torch
 
-    blocks = x.float().view(len(x), -1, BLOCK)
+    blocks = x.float().view(len(x), x.shape[1] // BLOCK, BLOCK)
     peaks = blocks.abs().nan_to_num(0.0, torch.inf).amax(2, keepdim=True).clamp(min=SMALLEST_PEAK)
-    values = (blocks * (LARGEST / peaks)).to(torch.float8_e4m3fn)
+    values = (blocks * (peaks.reciprocal() * LARGEST)).to(torch.float8_e4m3fn)
     return values.view(x.shape), (peaks * (1 / LARGEST)).squeeze(2)
 
 
 def dequantise_rows(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """values [n, H] float8_e4m3fn, scales [n, H/128] -> [n, H] in dtype."""
-    blocks = values.float().view(len(values), -1, BLOCK)
+    blocks = values.float().view(len(values), values.shape[1] // BLOCK, BLOCK)
     return (blocks * scales[:, :, None]).view(values.shape).to(dtype)
 
 
@@ -46,7 +46,7 @@ def quantise_weight(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     padded = torch.zeros(rows * BLOCK, columns * BLOCK, dtype=torch.float32, device=w.device)
     padded[: w.shape[0], : w.shape[1]] = w
     peaks = padded.view(rows, BLOCK, columns, BLOCK).abs().amax((1, 3)).clamp(min=SMALLEST_PEAK)
-    values = w.float() * _spread(LARGEST / peaks, w.shape)
+    values = w.float() * _spread(peaks.reciprocal() * LARGEST, w.shape)
     return values.to(torch.float8_e4m3fn), peaks * (1 / LARGEST)
 
 

@@ -25,11 +25,14 @@ CONSUMERS = TILE_ROWS // GROUP_ROWS
 X_BYTES = TILE_ROWS * STEP
 HALF_BYTES = WIDTH * STEP
 STAGE_BYTES = X_BYTES + 2 * HALF_BYTES
-SCALE_BYTES = 4 * TILE_ROWS
+# The copy engine starts at every fourth scale only (16 bytes): a tile's scales come with up to 3 of the rows before.
+SCALE_COLUMNS = TILE_ROWS + 4
+SCALE_BYTES = 4 * SCALE_COLUMNS
+SCALE_PITCH = 640  # bytes from one stage's scales to the next one's
 NUM_STAGES = 4
 EMPTY_AT = 8 * NUM_STAGES
 SCALES_AT = 128
-ENDS_AT = SCALES_AT + NUM_STAGES * SCALE_BYTES
+ENDS_AT = SCALES_AT + NUM_STAGES * SCALE_PITCH
 RING_AT = ENDS_AT + 4 * (MAX_EXPERTS + 1) + 1023 & ~1023
 SHARED_BYTES = 1024 + RING_AT + NUM_STAGES * STAGE_BYTES  # the first 1024 to align the rest
 X_BOXES = (128, 64, 32, 16)  # rows of the boxes of x's tensor maps, which stand in this order; the map of its scales follows
@@ -68,7 +71,7 @@ def gathering_producer():
                 ptx.load_box_3d(x_tile + X_BYTES, w_map, full, step * STEP, first_column, expert)
                 ptx.load_box_3d(x_tile + X_BYTES + HALF_BYTES, w_map, full, step * STEP, num_columns + first_column, expert)
             ptx.copy_rows(rows, x, x_tile + line_at, UINT32(step * 8) + part, 16)
-            fp8.copy_scale(own_row, scales + ADDRESS(4 * step), barriers + SCALES_AT + stage * SCALE_BYTES + 4 * thread)
+            fp8.copy_scale(own_row, scales + ADDRESS(4 * step), barriers + SCALES_AT + stage * SCALE_PITCH + 4 * thread)
             ptx.commit_copies()
             # Two stages stay on their way; the one before them is announced, by one thread of each warp.
             ptx.wait_for_copies_but_two()
@@ -117,7 +120,7 @@ def sorted_producer():
                 ptx.barrier_expect(full, num_bytes)
                 ptx.load_box_3d(x_tile + X_BYTES, w_map, full, step * STEP, first_column, expert)
             ptx.load_box_2d(x_tile, x, full, step * STEP, row)
-            ptx.load_box_2d(barriers + SCALES_AT + stage * SCALE_BYTES, scales, full, row, step)
+            ptx.load_box_2d(barriers + SCALES_AT + stage * SCALE_PITCH, scales, full, row & UINT32(0xFFFFFFFC), step)
             stage, parity = next_stage(stage, parity)
             step = UINT32(step + 1)
         return stage, parity, UINT32(1)
@@ -128,7 +131,7 @@ def sorted_producer():
 def consumer(gated: bool):
     """A warpgroup's 64 rows times two blocks of 128 rows of w, and their way out.
 
-    line: of this thread's first row in the tile; w_scales, second_w_scales: addresses of both blocks' scales, by step.
+    line: where the scale of this thread's first row is; w_scales, second_w_scales: addresses of both blocks' scales, by step.
     """
     sums = accumulators(WIDTH, has_bias=False)
     zero, store = sums.zero, sums.store
@@ -146,7 +149,7 @@ def consumer(gated: bool):
             w_scales += 4
             second_w_scales += 4
             ptx.barrier_wait(full, parity)
-            scales = UINT32(barriers + SCALES_AT + stage * SCALE_BYTES + 4 * line)
+            scales = UINT32(barriers + SCALES_AT + stage * SCALE_PITCH + 4 * line)
             low, high = fp8.load_shared_f32(scales), fp8.load_shared_f32(scales + 32)
             a = TILE_DESCRIPTOR | ADDRESS((x_tile + group * (GROUP_ROWS * STEP)) >> 4)
             b = TILE_DESCRIPTOR | ADDRESS((x_tile + X_BYTES) >> 4)

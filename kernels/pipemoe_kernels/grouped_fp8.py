@@ -26,6 +26,7 @@ from pipemoe_kernels.fp8_roles import (
     MAP_BYTES,
     NUM_STAGES,
     RING_AT,
+    SCALE_COLUMNS,
     SHARED_BYTES,
     TILE_COLUMNS,
     TILE_ROWS,
@@ -121,9 +122,11 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
                     columns_left = UINT32(num_columns - first_column)
                     rows_left = UINT32(end - line) if line < end else UINT32(0)
                     if gated:
+                        scale_line = line_of_tile
                         second_block = UINT32(scale_rows // UINT32(2))
                         target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column)
                     else:
+                        scale_line = UINT32(line_of_tile + (row & UINT32(3)))
                         # The last tile may have one block only: its other half is zeros, times any scale.
                         second_block = UINT32(1) if columns_left > WIDTH else UINT32(0)
                         target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column * 2)
@@ -132,7 +135,7 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
                     second_scales = scales + 4 * ADDRESS(second_block * steps)
                     scales_target = out_scales + 4 * (ADDRESS(column) * out_scales_pitch + ADDRESS(line))
                     stage, parity = consume(
-                        barriers, ring, stage, parity, steps, group, lane, line_of_tile, scales, second_scales, target,
+                        barriers, ring, stage, parity, steps, group, lane, scale_line, scales, second_scales, target,
                         out_row_bytes, rows_left, columns_left, scales_target,
                     )
                 tile = UINT32(tile + num_blocks)
@@ -156,7 +159,7 @@ def weight_map(w: torch.Tensor, *, gated: bool) -> bytes:
 
 def row_maps(a: torch.Tensor, scales: torch.Tensor) -> list[bytes]:
     """The tensor maps of a [pairs, I] e4m3 and its scales [I/128, pitch] float32, for down_fp8."""
-    return [*(tensor_map(a, box) for box in X_BOXES), line_map(scales, TILE_ROWS)]
+    return [*(tensor_map(a, box) for box in X_BOXES), line_map(scales, SCALE_COLUMNS)]
 
 
 def gate_up_fp8(

@@ -21,6 +21,7 @@ from pipemoe_kernels.numba_cuda import cuda, types
 BLOCK = 128
 COLUMNS = 8  # of a thread: what fills one store of 8 bytes
 SHARERS = BLOCK // COLUMNS
+ONE = np.float32(1.0)
 LARGEST = np.float32(448.0)
 TO_SCALE = np.float32(1 / 448)
 SMALLEST_PEAK = np.float32(1e-10)
@@ -53,7 +54,7 @@ def quantise_kernel(dtype: torch.dtype, threads: int = 128) -> Kernel:
                 peak = max(peak, peaks[first + i])
             cuda.syncthreads()
             if column < hidden:
-                factor = LARGEST / peak
+                factor = ONE / peak * LARGEST
                 word = types.uint64(0)
                 for i in range(COLUMNS):
                     value = to_e4m3(load(x, row * x_stride + column + i) * factor)
