@@ -148,6 +148,7 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
         shared_bytes=SHARED_BYTES,
         hopper_only=True,
         starts_early=True,
+        moves_registers=True,
         key=(gated, ptx.MAX_TRIES),
     )
 

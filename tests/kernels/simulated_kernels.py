@@ -5,6 +5,9 @@ NUMBA_ENABLE_CUDASIM must be set before Numba is imported, and cannot be unset a
 
 import pytest
 import torch
+
+from pipemoe import e4m3
+from pipemoe.wire import WireFormat
 from tests.kernels.cases import (
     ROUTINGS,
     expected_combine,
@@ -20,6 +23,7 @@ from pipemoe_kernels.grouped_simt import grouped_gemm, grouped_simt_kernel
 from pipemoe_kernels.index import index_kernels, index_pairs, num_tiles
 from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.numba_cuda import SIMULATOR
+from pipemoe_kernels.quantise import dequantise_kernel, dequantise_rows, quantise_kernel, quantise_rows
 from pipemoe_kernels.swiglu import swiglu_kernel, swiglu_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -105,6 +109,22 @@ def test_grouped_gemm(dtype, num_columns, depth):
     wanted = expected_grouped_gemm(x, w, offsets)
     assert (out[:22].double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
     assert out[22:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype, hidden", [(torch.float32, 128), (torch.bfloat16, 384), (torch.float16, 256)])
+def test_quantised_rows_are_the_hosts_and_back(dtype, hidden):
+    x = (torch.randn(3, hidden) * torch.tensor([[1e-3], [1.0], [1e3]])).to(dtype)
+    x[1, :128] = 0
+    wire = WireFormat(hidden, 2, torch.float8_e4m3fn)
+    rows = wire.rows(torch.full((3, wire.row_bytes), 0xAB, dtype=torch.uint8))
+    quantise_rows(STREAM, x, rows.hidden, rows.scales, quantise_kernel(dtype, 32))
+    values, scales = e4m3.quantise_rows(x)
+    assert torch.equal(rows.hidden.view(torch.uint8), values.view(torch.uint8)) and torch.equal(rows.scales, scales)
+    assert bool((rows.buffer[:, wire.weights_offset :] == 0xAB).all())
+    again = torch.full((3, hidden + 8), torch.nan, dtype=dtype)
+    dequantise_rows(STREAM, rows.hidden, rows.scales, again[:, :hidden], dequantise_kernel(dtype, 32))
+    assert torch.equal(again[:, :hidden], e4m3.dequantise_rows(values, scales, dtype))
+    assert again[:, hidden:].isnan().all()
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 1.00390625, 1.01171875, 3.4e38, 1e-40, float("inf"), float("nan")])
