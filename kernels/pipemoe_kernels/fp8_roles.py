@@ -86,6 +86,18 @@ def gathering_producer():
     return produce
 
 
+@cuda.jit(device=True, inline="always")
+def announce_rest(thread, barriers, stage, issued):
+    """After the last tile: the stages that the gathering producer has not announced yet."""
+    ptx.wait_for_all_copies()
+    cuda.syncwarp()
+    if thread & UINT32(31) == 0:
+        if issued >= 2:
+            ptx.barrier_arrive(barriers + 8 * ((stage + NUM_STAGES - 2) % NUM_STAGES))
+        if issued >= 1:
+            ptx.barrier_arrive(barriers + 8 * ((stage + NUM_STAGES - 1) % NUM_STAGES))
+
+
 def sorted_producer():
     """x: boxes of rows in sorted order and of their scales; w: boxes of its rows. One thread."""
 

@@ -31,12 +31,12 @@ from pipemoe_kernels.fp8_roles import (
     TILE_COLUMNS,
     TILE_ROWS,
     X_BOXES,
+    announce_rest,
     consumer,
     gathering_producer,
     skip_tile,
     sorted_producer,
 )
-from pipemoe_kernels.grouped_roles import announce_rest
 from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx_fp8 import STEP, WIDTH

@@ -17,7 +17,7 @@ from numba.cuda.extending import intrinsic
 
 from pipemoe_kernels.numba_cuda import types
 from pipemoe_kernels.ptx_hopper import F32, I32, I64, NO_ROW, U32, U64, asm, instruction
-from pipemoe_kernels.ptx_wgmma import VOID, Accumulator, silu_times, transposed
+from pipemoe_kernels.ptx_wgmma import VOID, Accumulator, _silu_times, _transposed
 
 STEP = 128  # columns of both operands that one product takes: a 128-byte row of the swizzled tile in shared memory
 WIDTH = 128  # columns of a product
@@ -112,7 +112,7 @@ def store_swiglu_e4m3(typingctx, gate, up, address, row_bytes, scales, lane, row
     def codegen(context, builder, signature, args):
         address, row_bytes, scales, lane, rows = args[2:]
         pairs = zip(_values(builder, args[0]), _values(builder, args[1]), strict=True)
-        results = [silu_times(builder, g, u) for g, u in pairs]
+        results = [_silu_times(builder, g, u) for g, u in pairs]
         lane_of_row = builder.and_(lane, ir.Constant(I32, 3))
         lane_bits = [
             builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(I32, bit)), ir.Constant(I32, 0)) for bit in (1, 2)
@@ -131,7 +131,7 @@ def store_swiglu_e4m3(typingctx, gate, up, address, row_bytes, scales, lane, row
                     asm(builder, _TWO_PAIRS, I32, values[4 * m : 4 * m + 4], "=r,f,f,f,f", side_effect=False)
                     for m in range(block, block + 4)
                 ]
-                words = _in_order(builder, transposed(builder, words, lane_bits))
+                words = _in_order(builder, _transposed(builder, words, lane_bits))
                 target = builder.add(row, ir.Constant(I64, 16 * block))
                 asm(builder, _STORE_PART, VOID, [target, *words, builder.zext(exists, I32)], "l,r,r,r,r,r")
         return context.get_dummy_value()

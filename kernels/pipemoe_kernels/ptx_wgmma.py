@@ -132,7 +132,7 @@ def accumulators(width: int, *, has_bias: bool) -> Accumulators:
             if has_bias:
                 gate = _with_bias(builder, gate, args[6], args[3], args[5])
                 up = _with_bias(builder, up, args[7], args[3], args[5])
-            _store_values(builder, [silu_times(builder, g, u) for g, u in zip(gate, up, strict=True)], *args[1:6])
+            _store_values(builder, [_silu_times(builder, g, u) for g, u in zip(gate, up, strict=True)], *args[1:6])
             return context.get_dummy_value()
 
         return types.void(kind, U64, U32, U32, U32, U32, U64, U64), codegen
@@ -151,7 +151,7 @@ _LOAD_PAIR = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.glo
 _STORE_PART = "{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n@p st.global.v4.b32 [$0], {$1, $2, $3, $4};\n}"
 
 
-def silu_times(builder, gate, up):
+def _silu_times(builder, gate, up):
     sigmoid = asm(builder, _SIGMOID, F32, [gate], "=f,f", side_effect=False)
     return builder.fmul(builder.fmul(gate, sigmoid), up)
 
@@ -189,14 +189,14 @@ def _store_values(builder, values, address, row_bytes, lane, rows, columns):
             for j in range(block, block + 4):
                 pair = values[4 * j + 2 * half : 4 * j + 2 * half + 2]
                 words.append(asm(builder, "cvt.rn.bf16x2.f32 $0, $2, $1;", I32, pair, "=r,f,f", side_effect=False))
-            words = transposed(builder, words, (odd, upper))
+            words = _transposed(builder, words, (odd, upper))
             column = builder.shl(builder.add(lane_of_row, ir.Constant(I32, block)), ir.Constant(I32, 3))
             exists = builder.and_(row_exists, builder.icmp_unsigned("<", column, columns))
             target = builder.add(row_base, ir.Constant(I64, 16 * block))
             asm(builder, _STORE_PART, VOID, [target, *words, builder.zext(exists, I32)], "l,r,r,r,r,r")
 
 
-def transposed(builder, words, lane_bits):
+def _transposed(builder, words, lane_bits):
     """words[i] of lane q of 4 -> words[q] of lane i; lane_bits: the two bits of q."""
     for distance, bit in zip((1, 2), lane_bits, strict=True):
         exchanged = list(words)
