@@ -7,6 +7,7 @@ simulator the same call runs the function on NumPy views of CPU tensors.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -111,13 +112,17 @@ class Kernel:
         """
         from cuda.core import Linker, LinkerOptions, ObjectCode
 
+        def linked(code: ObjectCode, **options: bool) -> tuple[str, bytes]:
+            cubin = bytes(Linker(code, options=LinkerOptions(arch=arch, **options)).link("cubin").code)
+            # Sections of code: the kernel's, whose name is a mangled one, and those of subroutines such as division.
+            return re.search(rb"\.text\.(_Z[\w$]+)\0", cubin).group(1).decode(), cubin
+
         if self.moves_registers:
-            code = ObjectCode.from_ltoir(self._compiled(cc, "ltoir"))
-        else:
-            code = ObjectCode.from_ptx(self.compile_ptx(cc).encode())
-        options = LinkerOptions(arch=arch, link_time_optimization=self.moves_registers or None)
-        cubin = bytes(Linker(code, options=options).link("cubin").code)
-        return re.search(rb"\.text\.([\w$]+)\0", cubin).group(1).decode(), cubin
+            try:
+                return linked(ObjectCode.from_ltoir(self._compiled(cc, "ltoir")), link_time_optimization=True)
+            except Exception as error:  # noqa: BLE001: such as a linker older than the compiler
+                warnings.warn(f"{self.name} cannot be linked whole, and will be slow: {error}", stacklevel=3)
+        return linked(ObjectCode.from_ptx(self.compile_ptx(cc).encode()))
 
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
         """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""

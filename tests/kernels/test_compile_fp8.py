@@ -35,6 +35,18 @@ def test_grouped_gemm(gated, tmp_path):
         assert "STG.E.128" in code
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_gemm_as_it_is_linked(gated, tmp_path):
+    """By the linker that launches use: it must keep what the assembler alone would give."""
+    entry, cubin = grouped_fp8_kernel(gated=gated).build((9, 0), "sm_90a")
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    code = disassemble(tmp_path)
+    if code is not None:
+        assert f".text.{entry}" in code
+        assert not re.search(r"\b(LDL|STL|CALL)\b", code)
+        assert code.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 8 and code.count("USETMAXREG") == 2
+
+
 def test_budgets():
     assert 128 * PRODUCER_REGISTERS + (THREADS - 128) * CONSUMER_REGISTERS <= NUM_REGISTERS
     assert SHARED_BYTES <= MAX_SHARED_BYTES
