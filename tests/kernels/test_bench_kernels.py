@@ -38,6 +38,14 @@ def test_loop_over_experts():
     assert relative_error(out, expected(rows, weights)) < TOLERANCE[torch.bfloat16]
 
 
+def test_fp8_is_another_format_of_ours():
+    from kernels_peers import PEERS
+
+    assert "pipemoe_fp8" in PEERS
+    assert [kernels._dtype_of(impl) for impl in ("pipemoe", "pipemoe_fp8", "grouped_mm")] == ["bf16", "fp8", "bf16"]
+    assert set(kernels.MAX_ERROR) == {"bf16", "fp8"}
+
+
 def test_options():
     options = kernels.parse(["--layers", "deepseek-v3", "--tokens", "64,16384", "--impls", "pipemoe"])
     assert options.layers == ["deepseek-v3"] and options.tokens == [64, 16384] and options.impls == ["pipemoe"]
