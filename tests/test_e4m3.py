@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.e4m3 import BLOCK, LARGEST, dequantise_rows, dequantise_weight, quantise_rows, quantise_weight
@@ -11,6 +11,7 @@ HALF_STEP = 2.0**-4  # of a value of e4m3, relative; smaller values are multiple
 TINY = 2.0**-10 / LARGEST  # half a step there, relative to the block's peak
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 3), st.floats(-30, 30), st.integers(0, 2**31))
 def test_rows(n, blocks, exponent, seed):
     x = torch.randn(n, blocks * BLOCK, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
@@ -22,6 +23,7 @@ def test_rows(n, blocks, exponent, seed):
     assert bool((error <= (HALF_STEP + 1e-5) * x.abs() + TINY * peaks.repeat_interleave(BLOCK, 1) * 1.001 + 1e-30).all())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 2**31))
 def test_weights_of_any_size(rows, columns, seed):
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

@@ -6,9 +6,10 @@ import torch
 from pipemoe import Config, PipelinedMoE
 from pipemoe.e4m3 import dequantise_rows, quantise_rows
 from pipemoe.errors import ConfigError, MismatchError
-from pipemoe.experts import ExpertWeights, local_range
+from pipemoe.experts import ExpertWeights, local_range, quantise_experts
 from pipemoe.plan.schedule import MODES
 from tests.experts.oracle import expected, make_rows, random_weights, relative_error, slice_experts, to_device
+from tests.experts.oracle_fp8 import expected_e4m3, make_e4m3_rows
 
 pytestmark = pytest.mark.mpi
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 256, 48, 7, 3
@@ -47,6 +48,18 @@ def test_sums_are_the_oracles(world, mode, dtype):
         assert relative_error(y, oracle(weights, *rows)) < DTYPES[dtype]
         plain = expected(make_rows(*(t.cpu() for t in rows)), weights)
         assert relative_error(y, plain) < 4e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_experts_that_multiply_e4m3(world, mode):
+    if world.device.type != "cuda" or torch.cuda.get_device_capability(world.device) != (9, 0):
+        pytest.skip("needs a Hopper GPU")
+    weights = random_weights(NUM_EXPERTS, HIDDEN, 128, dtype=torch.bfloat16)
+    moe = make_moe(world, weights, mode=mode, experts="hopper_fp8", dispatch_dtype=None)
+    rows = make_tokens(COUNTS[0][world.rank % 4], world.rank, world, torch.bfloat16)
+    narrow = make_e4m3_rows(make_rows(*(t.cpu() for t in rows)))
+    assert relative_error(moe(*rows), expected_e4m3(narrow, quantise_experts(weights))) < 1e-2
 
 
 def test_deterministic_rows_are_the_same_bits_in_every_mode(world):
