@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels_liger import liger
 from pipemoe.experts import ExpertWeights, make_experts
 
 if TYPE_CHECKING:
@@ -58,4 +59,5 @@ PEERS: dict[str, Callable[[ExpertWeights, WireRows], Call]] = {
     "pipemoe": lambda weights, rows: experts_call("auto", weights, rows),
     "grouped_mm": lambda weights, rows: experts_call("torch", weights, rows),
     "cublas_loop": cublas_loop,
+    "liger": liger,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -10,9 +11,10 @@ import torch
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 GEMM_SIZE = 8192
 COPY_BYTES = 4 << 30
+REPEATS = 20  # of short work in one graph, and of calls in a row on the host
 
 
-def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def captured(work: Callable[[], None], repeats: int = 1) -> torch.cuda.CUDAGraph:
     """`work` as a graph, after two runs outside it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -22,24 +24,45 @@ def captured(work: Callable[[], None]) -> torch.cuda.CUDAGraph:
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work()
+        for _ in range(repeats):
+            work()
     return graph
 
 
 def interleaved_ms(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each graph in each round; the L2 cache holds nothing of use at its start."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    """Milliseconds of each graph in each round; the L2 cache holds nothing of use at its start, and nothing to be written back."""
+    flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
+    total = torch.zeros((), device="cuda")
     events = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
+            torch.sum(flush, dim=0, out=total)
             start.record()
             graph.replay()
             stop.record()
             events[name].append((start, stop))
     torch.cuda.synchronize()
     return {name: [start.elapsed_time(stop) for start, stop in pairs] for name, pairs in events.items()}
+
+
+def repeated_us(work: Callable[[], None], rounds: int = 5) -> float:
+    """Microseconds of short device work, one after the other in a graph, so that launching the graph does not count."""
+    graph = captured(work, REPEATS)
+    return 1e3 * statistics.median(interleaved_ms({"work": graph}, rounds)["work"]) / REPEATS
+
+
+def host_us(call: Callable[[], None], rounds: int = 3) -> float:
+    """Microseconds that the host takes for a call that only enqueues; few enough in a row that it never waits for the device."""
+    found = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(REPEATS):
+            call()
+        found.append((time.perf_counter() - begin) / REPEATS)
+    torch.cuda.synchronize()
+    return 1e6 * statistics.median(found)
 
 
 def roofline(rounds: int = 10) -> dict[str, float]:
@@ -53,6 +76,7 @@ def roofline(rounds: int = 10) -> dict[str, float]:
         for _ in range(8):  # long enough for the clock to settle
             torch.mm(a, b, out=product)
 
-    graphs = {"gemm": captured(multiply), "copy": captured(lambda: torch.bitwise_not(source, out=target))}  # a kernel: a copy may go to a copy engine
+    # A kernel, not a copy, which may go to a copy engine.
+    graphs = {"gemm": captured(multiply), "copy": captured(lambda: torch.bitwise_not(source, out=target))}
     found = {name: statistics.median(ms) for name, ms in interleaved_ms(graphs, rounds).items()}
     return {"tflops": 8 * 2 * GEMM_SIZE**3 / found["gemm"] / 1e9, "copy_tbps": 2 * source.nbytes / found["copy"] / 1e9}
