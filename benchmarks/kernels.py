@@ -95,10 +95,10 @@ def measure(name: str, layer: Layer, num_tokens: int, weights: Any, ceilings: di
     floor_ms = max(operations / ceilings["tflops"] / 1e9, weight_bytes / ceilings["copy_tbps"] / 1e9)
     sample = torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens), device="cuda").long()
     wanted = expected_rows(rows, weights, sample)
-    calls, graphs, errors = {}, {}, {}
+    calls, outs, graphs, errors = {}, {}, {}, {}  # calls and outs are kept: their memory is in the graphs
     for impl in options.impls:
-        call = calls[impl] = PEERS[impl](weights, rows)  # kept: its memory is in the graph
-        out = torch.full((num_tokens, layer.hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
+        call = calls[impl] = PEERS[impl](weights, rows)
+        out = outs[impl] = torch.full((num_tokens, layer.hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
         graphs[impl] = captured(lambda call=call, out=out: call(out))
         out.fill_(torch.nan)
         graphs[impl].replay()
@@ -107,7 +107,7 @@ def measure(name: str, layer: Layer, num_tokens: int, weights: Any, ceilings: di
             raise ConfigError(f"{impl} on {name}, {num_tokens} tokens: relative error {errors[impl]:.1e}, not under {MAX_ERROR}")
     parts = dict.fromkeys(("routing_us", "index_us", "host_us"))
     if "pipemoe" in calls:
-        parts = {**time_parts(layer, weights, rows), "host_us": host_us(lambda: calls["pipemoe"](out))}
+        parts = {**time_parts(layer, weights, rows), "host_us": host_us(lambda: calls["pipemoe"](outs["pipemoe"]))}
     results = []
     for impl, times in interleaved_ms(graphs, options.rounds).items():
         ms = statistics.median(times)
