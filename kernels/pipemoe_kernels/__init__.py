@@ -1,7 +1,8 @@
 """Numba CUDA kernels of pipemoe and their asserting host wrappers: they know tensors, not ranks.
 
 Importing this package imports neither Numba nor torch; each module with a kernel does. Modules, each about one noun:
-index, gather, swiglu, combine, grouped_simt (kernels for any GPU); index_hopper, grouped_wgmma with grouped_roles and raster,
-combine_lanes (kernels for Hopper); element (number formats), tensor_map; ptx, ptx_hopper, ptx_wgmma, ptx_lanes (every PTX
-string); launch, driver, cubin_cache (compile, keep, load, launch); numba_cuda (the only place that imports numba.cuda).
+index, gather, swiglu, combine, grouped_simt (kernels for any GPU); routing (from sm_80 on); index_hopper, grouped_wgmma with
+grouped_roles and raster, combine_lanes (kernels for Hopper); element (number formats), tensor_map; ptx, ptx_hopper, ptx_wgmma,
+ptx_lanes, ptx_warp (every PTX string), simulated, simulated_warp (the same for the simulator); launch, driver, cubin_cache
+(compile, keep, load, launch); numba_cuda (the only place that imports numba.cuda).
 """
