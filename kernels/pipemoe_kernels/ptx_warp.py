@@ -1,11 +1,10 @@
 """PTX of one warp's work together, and of a number's bits, behind Numba intrinsics; from sm_80 on.
 
-All 32 lanes call the first six together:
+All 32 lanes call the first five together:
 
     max_over_lanes(value), min_over_lanes(value)   of uint32, in all lanes
     sum_over_lanes(value)                          of float32, in all lanes, always in the same order
     from_lane(value, lane)                         the float32 of a lane
-    any_lane(flag)                                 1 if the flag of any lane is not 0
     sync_lanes()                                   and what they wrote to memory is seen by one another
     bits_of(value), from_bits(bits)                float32 as uint32, and back
     round_to_bf16(value), round_to_half(value)     float32 to the nearest number of a 16-bit format
@@ -25,9 +24,6 @@ min_over_lanes = instruction("redux.sync.min.u32 $0, $1, 0xffffffff;", U32, U32)
 _ADD_OTHERS = "".join(f"shfl.sync.bfly.b32 other, $0, {n}, 31, 0xffffffff;\nadd.f32 $0, $0, other;\n" for n in (16, 8, 4, 2, 1))
 sum_over_lanes = instruction("{\n.reg .f32 other;\nmov.f32 $0, $1;\n" + _ADD_OTHERS + "}", F32, F32)
 from_lane = instruction("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", F32, F32, U32)
-any_lane = instruction(
-    "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\nvote.sync.any.pred p, p, 0xffffffff;\nselp.b32 $0, 1, 0, p;\n}", U32, U32
-)
 sync_lanes = instruction("bar.warp.sync 0xffffffff;", None)
 bits_of = instruction("mov.b32 $0, $1;", U32, F32, side_effect=False)
 from_bits = instruction("mov.b32 $0, $1;", F32, U32, side_effect=False)

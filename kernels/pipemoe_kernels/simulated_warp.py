@@ -35,10 +35,6 @@ def from_lane(value, lane):
     return _of_all_lanes(np.float32(value))[lane]
 
 
-def any_lane(flag):
-    return int(any(_of_all_lanes(flag)))
-
-
 def sync_lanes():
     threading.current_thread().syncthreads()
 

@@ -77,7 +77,7 @@ def specs():
     yield RoutingSpec(1024, 8)  # more experts than the kernel takes
 
 
-@pytest.mark.parametrize("spec", specs())
+@pytest.mark.parametrize("spec", list(specs()))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_routing_is_the_same_on_both_devices(spec, dtype):
     logits = torch.randn(1000, spec.num_experts).to(dtype)
