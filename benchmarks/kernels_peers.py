@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels_liger import liger
 from pipemoe.experts import ExpertWeights, make_experts
 from pipemoe.wire import WireFormat
 
@@ -65,4 +66,5 @@ PEERS: dict[str, Callable[[ExpertWeights, WireRows], Call]] = {
     "pipemoe_fp8": lambda weights, rows: experts_call("hopper_fp8", weights, rows),
     "grouped_mm": lambda weights, rows: experts_call("torch", weights, rows),
     "cublas_loop": cublas_loop,
+    "liger": liger,
 }

@@ -8,9 +8,14 @@ from pipemoe_kernels.combine import combine_kernel
 from pipemoe_kernels.gather import gather_kernel
 from pipemoe_kernels.grouped_simt import grouped_simt_kernel
 from pipemoe_kernels.index import index_kernels
+from pipemoe_kernels.routing import Scoring, routing_kernel
 from pipemoe_kernels.swiglu import swiglu_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCORINGS = {
+    "softmax": Scoring(sigmoid=False, renormalise=True, rounded=True),
+    "sigmoid": Scoring(sigmoid=True, renormalise=True, scale=2.5),
+}
 
 
 def enumerate_kernels():
@@ -25,3 +30,5 @@ def enumerate_kernels():
     for dtype, bias in product(DTYPES, (False, True)):
         for out_dtype in (*DTYPES, torch.float64):
             yield f"combine_rows-{dtype}-{out_dtype}-{bias}", combine_kernel(dtype, out_dtype, bias)
+    for dtype, (name, scoring) in product(DTYPES, SCORINGS.items()):
+        yield f"route_tokens-{name}-{str(dtype).removeprefix('torch.')}", routing_kernel(dtype, scoring, scoring.sigmoid)
