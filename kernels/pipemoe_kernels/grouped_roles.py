@@ -47,8 +47,8 @@ def next_stage(stage, parity):
     return stage, parity
 
 
-def gathering_producer():
-    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows."""
+def gathering_producer(gated: bool):
+    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its rows."""
 
     @cuda.jit(device=True, inline="always")
     def produce(
@@ -61,6 +61,7 @@ def gathering_producer():
         line_at = line * UINT32(128) + ((part ^ (line & UINT32(7))) << UINT32(4))
         rows = ptx.tile_rows(tokens, row + line, end, x_stride)
         half_bytes = UINT32(W_BYTES // 2) >> cuts
+        to_second = UINT32(num_columns) if gated else UINT32(TILE_COLUMNS // 2) >> cuts
         w_map += MAP_BYTES * cuts
         step = UINT32(0)
         while step < steps:
@@ -73,7 +74,7 @@ def gathering_producer():
                 for i in range(count):
                     gate = UINT32(x_tile + X_BYTES + i * (UINT32(W_BYTES) >> together))
                     ptx.load_box_3d(gate, w_map, full, (step + i) * STEP, first_column, expert)
-                    ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, num_columns + first_column, expert)
+                    ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, first_column + to_second, expert)
             for i in range(count):
                 from_part = UINT32((step + i) * (STEP // PART_COLUMNS)) + part
                 size = UINT32(16) if from_part * PART_COLUMNS < depth else UINT32(0)
@@ -158,11 +159,12 @@ def sorted_producer():
     return produce
 
 
-def consumer(width: int, gated: bool, has_bias: bool):
+def consumer(width: int, gated: bool, has_bias: bool, activation: str | None):
     """A warpgroup's 64 rows times `width` rows of w, and their way out."""
-    sums = accumulators(width, has_bias=has_bias)
+    sums = accumulators(width, has_bias=has_bias, activation=activation, gated=gated)
     zero, multiply, wait_all, wait_but_one = sums.zero, sums.multiply, sums.wait_all, sums.wait_but_one
-    store, store_swiglu = sums.store, sums.store_swiglu
+    store, store_activated = sums.store, sums.store_activated
+    activates = activation is not None
     is_slice = width < TILE_COLUMNS
 
     @cuda.jit(device=True, inline="always")
@@ -191,8 +193,8 @@ def consumer(width: int, gated: bool, has_bias: bool):
         acc = wait_all(acc)
         if lane == 0:
             ptx.barrier_arrive(done)
-        if gated:
-            store_swiglu(acc, target, out_row_bytes, lane, rows, columns, gate_bias, up_bias)
+        if activates:
+            store_activated(acc, target, out_row_bytes, lane, rows, columns, gate_bias, up_bias)
         else:
             store(acc, target, out_row_bytes, lane, rows, columns)
         return stage, parity

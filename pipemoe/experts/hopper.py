@@ -1,6 +1,6 @@
 """Experts on a Hopper GPU: tensor-core kernels that gather rows straight from the wire buffer.
 
-    rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, SwiGLU)--> a [pairs, I] --down_rows--> y [pairs, H]
+    rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, activation)--> a [pairs, I] --down_rows--> y [pairs, H]
          --combine--> out [n, H]
 
 Nothing is allocated and nothing synchronises the host. The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
@@ -107,7 +107,7 @@ class HopperExperts(ExpertsShape):
         maps = []
         self._layers = []
         for w in self.weights:
-            gate_up_kernel = grouped_kernel(gated=True, has_bias=w.gate_up_bias is not None)
+            gate_up_kernel = grouped_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation)
             first = len(maps)
             if w.num_local_experts:
                 maps += [tensor_map(w.gate_up.detach(), box) for box in gate_up_kernel.w_boxes]
@@ -129,7 +129,7 @@ class HopperExperts(ExpertsShape):
         rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
         kinds = {}
         for layer, w in enumerate(self.weights):
-            kinds[w.num_local_experts, w.intermediate, w.gate_up_bias is None, w.down_bias is None] = layer
+            kinds[w.kind] = layer
         for layer in kinds.values():
             rows.ids.fill_(self.weights[layer].first_expert)
             for dtype in self.out_dtypes:

@@ -38,7 +38,7 @@ class Experts(Protocol):
         """Compile, load and run everything once, so that no later call with this scratch compiles or loads a module."""
 
     def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Scratch) -> None:
-        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * down(silu(gate(x_i)) * up(x_i)).
+        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * expert ids[i, k] of x_i (see ExpertWeights).
 
         rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
         float16, or float64 (on the grid of 2^-32) when deterministic. Raises InputError for other shapes or dtypes.

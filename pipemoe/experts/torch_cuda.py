@@ -1,6 +1,6 @@
 """Experts on a GPU: grouped GEMMs between Numba CUDA kernels. Implementation name "torch".
 
-    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --swiglu--> a [pairs, I]
+    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --activation--> a [pairs, I]
          --grouped_mm--> y [pairs, H] --combine--> out [n, H]
 
 The host knows only n: how many pairs are local stays on the device. GEMMs therefore get matrices of one of two fixed heights,
@@ -22,12 +22,12 @@ from pipemoe.errors import ConfigError
 from pipemoe.experts.protocol import ExpertsShape
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
+from pipemoe_kernels.activation import activate_rows
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.gather import gather_rows, padded_columns
 from pipemoe_kernels.grouped_simt import grouped_gemm
 from pipemoe_kernels.index import MAX_LOCAL_EXPERTS, index_kernels, index_pairs, num_tiles
 from pipemoe_kernels.launch import Stream
-from pipemoe_kernels.swiglu import swiglu_rows
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
@@ -116,7 +116,7 @@ class TorchExperts(ExpertsShape):
         rows = wire.rows(torch.zeros((scratch.max_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
         kinds = {}
         for layer, w in enumerate(self.weights):
-            kinds[w.num_local_experts, w.intermediate, w.gate_up_bias is None, w.down_bias is None] = layer
+            kinds[w.kind] = layer
         for layer in kinds.values():
             rows.ids.fill_(-1)
             rows.ids[:1] = self.weights[layer].first_expert
@@ -145,14 +145,14 @@ class TorchExperts(ExpertsShape):
         if self.uses_grouped_mm:
             gate_up, down = self._transposed[layer]
             h = grouped_mm(scratch.x[:height], gate_up, offs=offsets)
-            swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
+            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
             del h
             y = grouped_mm(a, down, offs=offsets)
         else:
-            h = scratch.h[: 2 * a.numel()].view(height, 2 * weights.intermediate)
+            h = scratch.h[: height * weights.gate_up_rows].view(height, weights.gate_up_rows)
             y = scratch.x.view(-1)[: height * self.hidden].view(height, self.hidden)
             grouped_gemm(stream, scratch.x[:height, : self.hidden], weights.gate_up, offsets, h)
-            swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
+            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
             grouped_gemm(stream, a, weights.down, offsets, y)
         combine_rows(
             stream, y, positions, rows.ids, weights.first_expert, rows.weights, weights.down_bias, out

@@ -66,7 +66,7 @@ def run(rows, weights, *, out_dtype=torch.float32, deterministic=False, max_rows
 
 @pytest.mark.parametrize("num_rows", [0, 1, 600])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("hidden, intermediate", [(96, 80), (16, 16), (304, 176), (2880, 720)])
+@pytest.mark.parametrize("hidden, intermediate", [(96, 80), (16, 16), (304, 176), (2880, 720), (720, 2880)])
 def test_awkward_sizes(num_rows, bias, hidden, intermediate):
     weights = slice_experts(random_weights(10, hidden, intermediate, dtype=BF16, bias=bias), range(2, 9))
     rows = random_rows(num_rows, hidden, 10, 3, dtype=BF16, device="cuda")
@@ -74,6 +74,18 @@ def test_awkward_sizes(num_rows, bias, hidden, intermediate):
     wanted = expected(rows[sample], weights)
     assert relative_error(run(rows, weights)[sample], wanted) < TOLERANCE[BF16]
     assert relative_error(run(rows, weights, deterministic=True)[sample], wanted) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize("activation, gated", [("silu", False), ("gelu", True), ("gelu", False), ("relu", True), ("relu", False)])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("implementation", ["hopper", "torch"])
+def test_activations(implementation, bias, activation, gated):
+    weights = random_weights(6, 208, 144, dtype=BF16, bias=bias, activation=activation, gated=gated)
+    rows = random_rows(300, 208, 6, 3, dtype=BF16, device="cuda")
+    experts, scratch = build(weights, 3, 300, implementation=implementation)
+    out = torch.full((300, 208), torch.nan, device="cuda")
+    experts(0, rows, out, scratch)
+    assert relative_error(out, expected(rows, weights)) < TOLERANCE[BF16]
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, BF16, torch.float16])

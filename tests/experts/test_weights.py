@@ -47,6 +47,8 @@ def test_weights_that_do_not_fit_are_refused():
         "gate_up_bias has shape": replace(good, gate_up_bias=torch.zeros(3, 8)),
         "down is torch.float64": replace(good, down=good.down.double()),
         "gate_up is not contiguous": replace(good, gate_up=torch.zeros(3, 16, 16).transpose(1, 2)),
+        "gate_up has shape (3, 16, 16); (3, 8, 16) is wanted": replace(good, gated=False),
+        "activation is 'tanh'; one of silu, gelu, relu": replace(good, activation="tanh"),
         "2 and 3 dimensions": replace(good, gate_up=torch.zeros(16, 16)),
         "for hidden 12; 16 is wanted": random_weights(3, 12, 8),
         "torch.bfloat16; torch.float32 is wanted": random_weights(3, 16, 8, dtype=torch.bfloat16),
