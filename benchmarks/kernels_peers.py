@@ -56,6 +56,7 @@ def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
 # Name in the results -> maker of the call.
 PEERS: dict[str, Callable[[ExpertWeights, WireRows], Call]] = {
     "pipemoe": lambda weights, rows: experts_call("auto", weights, rows),
+    "ampere": lambda weights, rows: experts_call("ampere", weights, rows),
     "grouped_mm": lambda weights, rows: experts_call("torch", weights, rows),
     "cublas_loop": cublas_loop,
 }

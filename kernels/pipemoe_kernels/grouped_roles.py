@@ -107,20 +107,21 @@ def announce_rest(thread, barriers, stage, issued):
 
 
 def sorted_producer():
-    """x: boxes of rows in sorted order; w: boxes of its rows. One thread."""
+    """x: boxes of rows in sorted order; w: boxes of its rows, the first column of out being row `first_w_row`. One thread."""
 
     @cuda.jit(device=True, inline="always")
-    def load_w(w_tile, w_map, full, step, count, together, first_column, expert):
+    def load_w(w_tile, w_map, full, step, count, together, w_row, expert):
         for i in range(count):
             shared = w_tile + i * (UINT32(W_BYTES) >> together)
-            ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, first_column, expert)
+            ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, w_row, expert)
 
     @cuda.jit(device=True, inline="always")
     def produce(
-        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
+        thread, issued, barriers, ring, stage, parity, steps, x, first_w_row, tokens, w_map, expert,
         row, end, first_column, num_columns, depth, cuts, together,
     ):
         w_map += MAP_BYTES * cuts
+        w_row = UINT32(first_w_row + first_column)
         # The smallest box that holds the tile's rows.
         halvings = UINT32(0)
         while halvings < 3 and UINT32(end - row) <= UINT32(TILE_ROWS // 2) >> halvings:
@@ -138,7 +139,7 @@ def sorted_producer():
                 full = UINT32(barriers + 8 * (step >> together))
                 w_tile = UINT32(ring + (step >> together) * STAGE_BYTES + X_BYTES)
                 ptx.barrier_expect(full, bulk_bytes * count)
-                load_w(w_tile, w_map, full, step, count, together, first_column, expert)
+                load_w(w_tile, w_map, full, step, count, together, w_row, expert)
                 step = UINT32(step + count)
             ptx.wait_for_earlier()
         step = UINT32(0)
@@ -149,7 +150,7 @@ def sorted_producer():
             if step >= ahead:
                 ptx.barrier_wait(full + EMPTY_AT, parity)
                 ptx.barrier_expect(full, bulk_bytes * count)
-                load_w(UINT32(x_tile + X_BYTES), w_map, full, step, count, together, first_column, expert)
+                load_w(UINT32(x_tile + X_BYTES), w_map, full, step, count, together, w_row, expert)
             for i in range(count):
                 ptx.load_box_2d(x_tile + i * (UINT32(X_BYTES) >> together), x, full, (step + i) * STEP, row)
             stage, parity = next_stage(stage, parity)

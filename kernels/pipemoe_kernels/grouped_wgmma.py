@@ -242,21 +242,23 @@ def down_rows(
     intermediate: int,
     y: torch.Tensor,
     num_sms: int,
+    first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order.
+    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column` on.
 
     a_maps: address of the tensor maps of a [pairs, I] with boxes of X_BOXES; down_maps: of [E_loc, H, I] with boxes of the kernel's
-    w_boxes; offsets [E_loc] int32 ends; y [pairs, H].
+    w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
     """
     num_pairs, hidden = y.shape
-    assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0
+    assert y.dtype == torch.bfloat16 and y.stride(1) == 1
+    assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
     assert hidden % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden, intermediate)
     assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
     kernel.kernel.launch(
         stream,
         (_num_blocks(kernel, num_pairs, len(offsets), hidden, num_sms), 1),
         a_maps,
-        0,
+        first_column,
         offsets,
         down_maps,
         offsets,
@@ -265,7 +267,7 @@ def down_rows(
         intermediate,
         offsets,
         y,
-        2 * hidden,
+        2 * y.stride(0),
     )
 
 

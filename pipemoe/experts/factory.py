@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 # implementation name -> device type it runs on
-IMPLEMENTATIONS = {"host": "cpu", "torch": "cuda", "hopper": "cuda"}
+IMPLEMENTATIONS = {"host": "cpu", "torch": "cuda", "hopper": "cuda", "ampere": "cuda"}
 
 
 def make_experts(
@@ -29,10 +29,11 @@ def make_experts(
 ) -> Experts:
     """Build the experts call over `weights`, one entry per MoE layer, which stay referenced and are not copied.
 
-    implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "torch" (CUDA:
-    grouped_mm between Numba kernels) or "auto" (by device: "hopper" where it can run). deterministic: a row's result is the
+    implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "ampere" (the same
+    from 8.0 on, by the instructions that all these have), "torch" (CUDA: grouped_mm between Numba kernels) or "auto" (by device:
+    "hopper" where it can run, else "ampere" where it can and torch has no grouped_mm for the device). deterministic: a row's result is the
     same bits whatever its neighbours and however experts are spread over ranks; `out` is float64 then. num_sms: multiprocessors
-    that the GEMMs of "hopper" may fill, None: all; the others take no notice.
+    that the GEMMs of "hopper" and "ampere" may fill, None: all; the others take no notice.
     Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
     """
     import torch
@@ -55,6 +56,10 @@ def make_experts(
         from pipemoe.experts.hopper import HopperExperts as implementation_class
 
         settings["num_sms"] = num_sms
+    elif implementation == "ampere":
+        from pipemoe.experts.ampere import AmpereExperts as implementation_class
+
+        settings["num_sms"] = num_sms
     else:
         from pipemoe.experts.torch_cuda import TorchExperts as implementation_class
     return implementation_class(weights, **settings)
@@ -63,10 +68,13 @@ def make_experts(
 def _for_cuda(weights: Sequence[ExpertWeights], hidden: int, device: torch.device, dtype: torch.dtype) -> str:
     import torch
 
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return "torch"
-    from pipemoe.experts.hopper import unsupported
+    from pipemoe.experts.hopper import CAPABILITY, unsupported
+    from pipemoe.experts.torch_cuda import GROUPED_MM_MAJORS
 
+    capability = torch.cuda.get_device_capability(device)
     for layer, layer_weights in enumerate(weights):
         layer_weights.validate(layer)
-    return "torch" if unsupported(weights, hidden, device, dtype) else "hopper"
+    wanted = "hopper" if capability == CAPABILITY else "ampere"
+    if wanted == "ampere" and capability[0] in GROUPED_MM_MAJORS:
+        return "torch"
+    return "torch" if unsupported(weights, hidden, device, dtype, wanted) else wanted

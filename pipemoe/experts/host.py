@@ -17,7 +17,7 @@ import torch
 
 from pipemoe.errors import ConfigError
 from pipemoe.experts import pairs
-from pipemoe.experts.protocol import ExpertsShape
+from pipemoe.experts.protocol import ExpertsShape, Recordable
 from pipemoe.experts.weights import ACTIVATIONS, ExpertWeights
 from pipemoe.wire import WireFormat
 
@@ -93,7 +93,7 @@ class HostExperts(ExpertsShape):
         self.check_max_rows(max_rows)
         return HostScratch(self, max_rows, self.tile_rows)
 
-    def warm_up(self, scratch: HostScratch) -> None:
+    def warm_up(self, scratch: HostScratch, column_blocks: Sequence[int] = (1,)) -> None:
         num_rows = min(2, scratch.max_rows)
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
         rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8))
@@ -103,7 +103,15 @@ class HostExperts(ExpertsShape):
                 self(layer, rows, torch.empty((num_rows, self.hidden), dtype=dtype), scratch)
 
     @torch.no_grad()
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch) -> None:
+    def __call__(
+        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch, events: Sequence[Recordable] = ()
+    ) -> None:
+        """Blocks of columns are complete all at once."""
+        self._compute(layer, rows, out, scratch)
+        for event in events:
+            event.record()
+
+    def _compute(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch) -> None:
         self.check_call(layer, rows, out, scratch.max_rows)
         weights = self.weights[layer]
         if weights.num_local_experts == 0:

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from pipemoe.errors import ConfigError
-from pipemoe.experts.protocol import ExpertsShape
+from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
 from pipemoe_kernels.activation import activate_rows
@@ -110,7 +110,7 @@ class TorchExperts(ExpertsShape):
         self.check_max_rows(max_rows)
         return TorchScratch(self, max_rows)
 
-    def warm_up(self, scratch: TorchScratch) -> None:
+    def warm_up(self, scratch: TorchScratch, column_blocks: Sequence[int] = (1,)) -> None:
         """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
         rows = wire.rows(torch.zeros((scratch.max_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
@@ -127,14 +127,16 @@ class TorchExperts(ExpertsShape):
         torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: TorchScratch) -> None:
+    def __call__(
+        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: TorchScratch, events: Sequence[Recordable] = ()
+    ) -> None:
         self.check_call(layer, rows, out, scratch.max_rows)
         weights = self.weights[layer]
         num_rows, num_local = len(rows), weights.num_local_experts
-        if num_rows == 0:
-            return
-        if num_local == 0:
+        if num_rows == 0 or num_local == 0:
             out.zero_()
+            for event in events:
+                event.record()
             return
         stream = Stream.current(out.device)
         offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
@@ -154,9 +156,12 @@ class TorchExperts(ExpertsShape):
             grouped_gemm(stream, scratch.x[:height, : self.hidden], weights.gate_up, offsets, h)
             activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
             grouped_gemm(stream, a, weights.down, offsets, y)
-        combine_rows(
-            stream, y, positions, rows.ids, weights.first_expert, rows.weights, weights.down_bias, out
-        )
+        for block, columns in enumerate(column_ranges(self.hidden, max(1, len(events)))):
+            part = slice(columns.start, columns.stop)
+            bias = None if weights.down_bias is None else weights.down_bias[:, part]
+            combine_rows(stream, y[:, part], positions, rows.ids, weights.first_expert, rows.weights, bias, out[:, part])
+            if events:
+                events[block].record()
 
     def _gemm_height(self, num_rows: int, num_local: int, scratch: TorchScratch) -> int:
         """Rows of the matrices that the GEMMs get: at least all pairs of the call."""

@@ -161,6 +161,19 @@ def test_no_call_compiles():
     assert [len(function.signatures) for function in functions] == compiled
 
 
+def test_every_block_of_columns_has_its_event():
+    weights, rows = random_weights(4, 32, 24), random_rows(40, 32, 4, 2)
+    experts = make_experts([weights], top_k=2, hidden=32, device="cpu", dtype=torch.float32)
+    out, recorded = torch.full((40, 32), torch.nan), []
+
+    class Block:
+        def record(self):
+            recorded.append(bool(out.isfinite().all()))
+
+    experts(0, rows, out, experts.new_scratch(40), [Block() for _ in range(3)])
+    assert recorded == [True] * 3 and torch.equal(out, run(rows, weights))
+
+
 def test_threads_with_a_scratch_each():
     weights, rows = random_weights(5, 64, 48), random_rows(200, 64, 5, 3)
     experts = make_experts([weights], top_k=3, hidden=64, device="cpu", dtype=torch.float32)
