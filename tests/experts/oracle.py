@@ -84,21 +84,25 @@ def expected(rows: WireRows, weights: ExpertWeights) -> torch.Tensor:
     """The definition, one (token, k) at a time in float64 -> [n, H] float64."""
     hidden, ids, router = rows.hidden.double().cpu(), rows.ids.cpu(), rows.weights.double().cpu()
     out = torch.zeros(len(rows), hidden.shape[1], dtype=torch.float64)
+    wide = {}  # local expert -> its weights in float64
     for i in range(len(rows)):
         for k in range(ids.shape[1]):
             expert = int(ids[i, k]) - weights.first_expert
             if not 0 <= expert < weights.num_local_experts:
                 continue
-            h = weights.gate_up[expert].double().cpu() @ hidden[i]
-            if weights.gate_up_bias is not None:
-                h = h + weights.gate_up_bias[expert].double().cpu()
+            if expert not in wide:
+                wide[expert] = [None if t is None else t[expert].double().cpu() for t in _fields(weights)]
+            gate_up, down, gate_up_bias, down_bias = wide[expert]
+            h = gate_up @ hidden[i]
+            if gate_up_bias is not None:
+                h = h + gate_up_bias
             gate = h[: weights.intermediate]
             a = FUNCTIONS[weights.activation](gate)
             if weights.gated:
                 a = a * h[weights.intermediate :]
-            y = weights.down[expert].double().cpu() @ a
-            if weights.down_bias is not None:
-                y = y + weights.down_bias[expert].double().cpu()
+            y = down @ a
+            if down_bias is not None:
+                y = y + down_bias
             out[i] += router[i, k] * y
     return out
 

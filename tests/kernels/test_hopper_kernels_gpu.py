@@ -97,9 +97,9 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias, activation
 
     x = normal(total + 9, hidden)
     tokens = torch.randperm(total + 9, generator=generator)[:total].int()
-    gate_up_rows = 2 * intermediate if gated else intermediate
-    gate_up, down = normal(num_local, gate_up_rows, hidden) / 8, normal(num_local, hidden, intermediate) / 8
-    bias = normal(num_local, gate_up_rows) if has_bias else None
+    w_rows = 2 * intermediate if gated else intermediate
+    gate_up, down = normal(num_local, w_rows, hidden) / 8, normal(num_local, hidden, intermediate) / 8
+    bias = normal(num_local, w_rows) if has_bias else None
     rows = wire_rows(x, torch.full((len(x), 2), -1).int(), torch.full((len(x), 2), torch.nan), "cuda")
     a = torch.full((total + 200, intermediate), torch.nan, dtype=torch.bfloat16, device="cuda")
     y = torch.full((total + 200, hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
