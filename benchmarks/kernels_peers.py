@@ -64,6 +64,7 @@ def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
 PEERS: dict[str, Callable[[ExpertWeights, WireRows], Call]] = {
     "pipemoe": lambda weights, rows: experts_call("auto", weights, rows),
     "pipemoe_fp8": lambda weights, rows: experts_call("hopper_fp8", weights, rows),
+    "ampere": lambda weights, rows: experts_call("ampere", weights, rows),
     "grouped_mm": lambda weights, rows: experts_call("torch", weights, rows),
     "cublas_loop": cublas_loop,
     "liger": liger,

@@ -16,8 +16,9 @@ from llvmlite import ir
 from numba.cuda.extending import intrinsic
 
 from pipemoe_kernels.numba_cuda import types
+from pipemoe_kernels.ptx_activation import activated
 from pipemoe_kernels.ptx_hopper import F32, I32, I64, NO_ROW, U32, U64, asm, instruction
-from pipemoe_kernels.ptx_wgmma import VOID, Accumulator, _silu_times, _transposed
+from pipemoe_kernels.ptx_wgmma import VOID, Accumulator, _transposed
 
 STEP = 128  # columns of both operands that one product takes: a 128-byte row of the swizzled tile in shared memory
 WIDTH = 128  # columns of a product
@@ -111,8 +112,7 @@ def store_swiglu_e4m3(typingctx, gate, up, address, row_bytes, scales, lane, row
 
     def codegen(context, builder, signature, args):
         address, row_bytes, scales, lane, rows = args[2:]
-        pairs = zip(_values(builder, args[0]), _values(builder, args[1]), strict=True)
-        results = [_silu_times(builder, g, u) for g, u in pairs]
+        results = activated(builder, "silu", _values(builder, args[0]), _values(builder, args[1]))
         lane_of_row = builder.and_(lane, ir.Constant(I32, 3))
         lane_bits = [
             builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(I32, bit)), ir.Constant(I32, 0)) for bit in (1, 2)

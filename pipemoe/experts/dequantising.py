@@ -7,13 +7,14 @@ Half the bytes on the wire on any device; only "hopper_fp8" experts multiply e4m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from pipemoe.e4m3 import dequantise_rows
 from pipemoe.errors import InputError
-from pipemoe.experts.protocol import Experts, Scratch
+from pipemoe.experts.protocol import Experts, Recordable, Scratch
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
@@ -47,21 +48,23 @@ class DequantisingExperts:
     def new_scratch(self, max_rows: int) -> DequantisingScratch:
         return DequantisingScratch(self._inner.new_scratch(max_rows), self._wire, self._device)
 
-    def warm_up(self, scratch: DequantisingScratch) -> None:
+    def warm_up(self, scratch: DequantisingScratch, column_blocks: Sequence[int] = (1,)) -> None:
         num_rows = min(1, scratch.max_rows)
         rows = self._narrow.rows(torch.zeros((num_rows, self._narrow.row_bytes), dtype=torch.uint8, device=self._device))
         self._dequantise(rows, scratch.rows[:num_rows])
-        self._inner.warm_up(scratch.inner)
+        self._inner.warm_up(scratch.inner, column_blocks)
 
     @torch.no_grad()
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: DequantisingScratch) -> None:
+    def __call__(
+        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: DequantisingScratch, events: Sequence[Recordable] = ()
+    ) -> None:
         if rows.hidden.dtype != self.wire_dtype or len(rows) > scratch.max_rows:
             raise InputError(
                 f"layer {layer}: {len(rows)} rows of {rows.hidden.dtype}; at most {scratch.max_rows} of {self.wire_dtype} are wanted"
             )
         wide = scratch.rows[: len(rows)]
         self._dequantise(rows, wide)
-        self._inner(layer, wide, out, scratch.inner)
+        self._inner(layer, wide, out, scratch.inner, events)
 
     def _dequantise(self, rows: WireRows, wide: WireRows) -> None:
         wide.ids.copy_(rows.ids)

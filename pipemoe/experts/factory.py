@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 # implementation name -> device type it runs on
-IMPLEMENTATIONS = {"host": "cpu", "torch": "cuda", "hopper": "cuda", "hopper_fp8": "cuda"}
-TAKE_NUM_SMS = ("hopper", "hopper_fp8")
+IMPLEMENTATIONS = {"host": "cpu", "torch": "cuda", "hopper": "cuda", "hopper_fp8": "cuda", "ampere": "cuda"}
+TAKE_NUM_SMS = ("hopper", "hopper_fp8", "ampere")
 
 
 def make_experts(
@@ -32,12 +32,13 @@ def make_experts(
     """Build the experts call over `weights`, one entry per MoE layer, which stay referenced and are not copied.
 
     implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "hopper_fp8" (the same
-    in e4m3: rows travel as e4m3, unquantised weights are quantised into a copy), "torch" (CUDA: grouped_mm between Numba kernels)
-    or "auto" (by device: "hopper" where it can run, "hopper_fp8" for quantised weights, which no other one takes). deterministic:
-    a row's result is the same bits whatever its neighbours and however experts are spread over ranks; `out` is float64 then.
-    num_sms: multiprocessors that the GEMMs of "hopper" and "hopper_fp8" may fill, None: all; the others take no notice.
-    dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its `wire_dtype`);
-    torch.float8_e4m3fn: with scales, for any implementation.
+    in e4m3: rows travel as e4m3, unquantised weights are quantised into a copy), "ampere" (as "hopper" from 8.0 on, by the
+    instructions that all these have), "torch" (CUDA: grouped_mm between Numba kernels) or "auto" (by device: "hopper" where it can
+    run, else "ampere" where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights, which no other
+    one takes). deterministic: a row's result is the same bits whatever its neighbours and however experts are spread over ranks;
+    `out` is float64 then. num_sms: multiprocessors that the GEMMs of "hopper", "hopper_fp8" and "ampere" may fill, None: all; the
+    others take no notice. dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its
+    `wire_dtype`); torch.float8_e4m3fn: with scales, for any implementation.
     Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
     """
     import torch
@@ -70,6 +71,8 @@ def make_experts(
         from pipemoe.experts.hopper import HopperExperts as implementation_class
     elif implementation == "hopper_fp8":
         from pipemoe.experts.hopper_fp8 import HopperFp8Experts as implementation_class
+    elif implementation == "ampere":
+        from pipemoe.experts.ampere import AmpereExperts as implementation_class
     else:
         from pipemoe.experts.torch_cuda import TorchExperts as implementation_class
     if implementation in TAKE_NUM_SMS:
@@ -87,10 +90,13 @@ def _for_cuda(weights: Sequence[ExpertWeights], hidden: int, device: torch.devic
 
     if any(w.is_quantised for w in weights):
         return "hopper_fp8"
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return "torch"
-    from pipemoe.experts.hopper import unsupported
+    from pipemoe.experts.hopper import CAPABILITY, unsupported
+    from pipemoe.experts.torch_cuda import GROUPED_MM_MAJORS
 
+    capability = torch.cuda.get_device_capability(device)
     for layer, layer_weights in enumerate(weights):
         layer_weights.validate(layer)
-    return "torch" if unsupported(weights, hidden, device, dtype) else "hopper"
+    wanted = "hopper" if capability == CAPABILITY else "ampere"
+    if wanted == "ampere" and capability[0] in GROUPED_MM_MAJORS:
+        return "torch"
+    return "torch" if unsupported(weights, hidden, device, dtype, wanted) else wanted

@@ -15,14 +15,11 @@ import torch
 
 from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import ConfigError
-from pipemoe.experts.hopper import CAPABILITY, HopperExperts
-from pipemoe.experts.protocol import ExpertsShape
+from pipemoe.experts.hopper import HopperExperts
 from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights
-from pipemoe_kernels.combine import combine_rows
-from pipemoe_kernels.combine_lanes import combine_lanes, fits
 from pipemoe_kernels.grouped_fp8 import down_fp8, gate_up_fp8, row_maps, weight_map
-from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, index_local_pairs
+from pipemoe_kernels.index_hopper import MAX_BLOCKS
 from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps
 
@@ -32,20 +29,15 @@ if TYPE_CHECKING:
 E4M3 = torch.float8_e4m3fn
 
 
-def unsupported(weights: Sequence[ExpertWeights], hidden: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why these experts cannot run here, or None."""
-    if torch.cuda.get_device_capability(device) != CAPABILITY:
-        return f"{device} is not of compute capability 9.0; hopper_fp8 experts need it"
-    if dtype != torch.bfloat16:
-        return f"dtype is {dtype}; hopper_fp8 experts give torch.bfloat16 rows"
+def unsupported_format(weights: Sequence[ExpertWeights], hidden: int) -> str | None:
+    """Why these experts cannot be in e4m3, or None."""
     sizes = [hidden, *(w.intermediate for w in weights)]
     if any(size % BLOCK for size in sizes):
         return f"hidden and intermediate are {sizes}; hopper_fp8 experts take multiples of {BLOCK}"
     if any(w.gate_up_bias is not None or w.down_bias is not None for w in weights):
         return "the experts have biases, which hopper_fp8 experts do not take"
-    num_local = max((w.num_local_experts for w in weights), default=0)
-    if num_local > MAX_EXPERTS:
-        return f"a rank would hold {num_local} experts; the kernels take at most {MAX_EXPERTS}: use more ranks"
+    if any(not w.gated or w.activation != "silu" for w in weights):
+        return "the experts have no gate, or another activation than silu; hopper_fp8 experts take gated ones with silu"
     return None
 
 
@@ -84,61 +76,40 @@ class HopperFp8Scratch:
 class HopperFp8Experts(HopperExperts):
     """The experts call on CUDA tensors with e4m3 rows. Implementation name "hopper_fp8".
 
-    weights: quantised, or bfloat16, of which a quantised copy is made here; the latter may then be freed by the caller.
+    weights: quantised, or bfloat16, of which a quantised copy is made here; the latter may then be freed by the caller. With
+    events, out comes in blocks of columns, but y is computed at once before the first of them.
     """
 
     implementation = "hopper_fp8"
 
-    def __init__(
-        self,
-        weights: Sequence[ExpertWeights],
-        *,
-        top_k: int,
-        hidden: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        deterministic: bool = False,
-        num_sms: int | None = None,
-    ):
-        settings = {"top_k": top_k, "hidden": hidden, "device": device, "dtype": dtype, "deterministic": deterministic}
-        ExpertsShape.__init__(self, weights, **settings)
-        if reason := unsupported(weights, hidden, device, dtype):
+    def _prepare(self) -> None:
+        if reason := unsupported_format(self.weights, self.hidden):
             raise ConfigError(reason)
-        self.weights = tuple(w if w.is_quantised else quantise_experts(w) for w in weights)
+        self.weights = tuple(w if w.is_quantised else quantise_experts(w) for w in self.weights)
         self.wire_dtype = E4M3
-        self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
         maps = []
         self._layers = []
         for w in self.weights:
             self._layers.append(len(maps))
             if w.num_local_experts:
                 maps += [weight_map(w.gate_up.detach(), gated=True), weight_map(w.down.detach(), gated=False)]
-        self._maps = device_maps(maps, device)
+        self._maps = device_maps(maps, self.device)
 
     def new_scratch(self, max_rows: int) -> HopperFp8Scratch:
         self.check_max_rows(max_rows)
         return HopperFp8Scratch(self, max_rows)
 
-    @torch.no_grad()
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperFp8Scratch) -> None:
-        self.check_call(layer, rows, out, scratch.max_rows)
-        weights = self.weights[layer]
-        num_rows, num_local = len(rows), weights.num_local_experts
-        if num_rows == 0:
+    def _gate_up(
+        self, stream: Stream, layer: int, scratch: HopperFp8Scratch, rows: WireRows, offsets: torch.Tensor, a: torch.Tensor
+    ) -> None:
+        weight_map, scales = self._maps.data_ptr() + MAP_BYTES * self._layers[layer], self.weights[layer].gate_up_scales
+        a_scales = scratch.a_scales[: a.shape[1] // BLOCK]
+        gate_up_fp8(stream, rows.hidden, scratch.tokens, weight_map, scales, offsets, a, a_scales, self.num_sms)
+
+    def _down(
+        self, stream: Stream, layer: int, scratch: HopperFp8Scratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+    ) -> None:
+        if first_column:
             return
-        if num_local == 0:
-            out.zero_()
-            return
-        stream = Stream.current(out.device)
-        num_pairs, intermediate = num_rows * self.top_k, weights.intermediate
-        offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
-        ids, first_expert, tokens = rows.ids, weights.first_expert, scratch.tokens
-        index_local_pairs(stream, ids, first_expert, num_local, scratch.block_counts, offsets, positions, tokens)
-        a = scratch.a[: num_pairs * intermediate].view(num_pairs, intermediate)
-        a_scales, y = scratch.a_scales[: intermediate // BLOCK], scratch.y[:num_pairs]
-        maps = self._maps.data_ptr() + MAP_BYTES * self._layers[layer]
-        gate_up_fp8(stream, rows.hidden, tokens, maps, weights.gate_up_scales, offsets, a, a_scales, self.num_sms)
-        a_maps = scratch.a_maps[intermediate]
-        down_fp8(stream, a_maps, maps + MAP_BYTES, weights.down_scales, offsets, y, self.num_sms)
-        combine = combine_lanes if fits(self.hidden, out) else combine_rows
-        combine(stream, y, positions, ids, first_expert, rows.weights, None, out)
+        weight_map, scales = self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1), self.weights[layer].down_scales
+        down_fp8(stream, scratch.a_maps[a.shape[1]], weight_map, scales, offsets, scratch.y[: len(y)], self.num_sms)

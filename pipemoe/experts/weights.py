@@ -16,6 +16,8 @@ from pipemoe.errors import ConfigError, InputError
 if TYPE_CHECKING:
     import torch
 
+ACTIVATIONS = ("silu", "gelu", "relu")
+
 
 def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
     """Global ids of the experts that `rank` of `num_ranks` holds: contiguous, counts differ by at most one."""
@@ -28,16 +30,19 @@ def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """SwiGLU weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
+    """Weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
 
+    An expert is down(activation(gate x) * (up x)), or if not gated, down(activation(up x)) with the rows of up alone in gate_up.
     Raises InputError from `validate` alone, so that a loader may build it from views in any order.
     """
 
-    gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection
+    gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection; [E_loc, I, H] if not gated
     down: torch.Tensor  # [E_loc, H, I]
-    gate_up_bias: torch.Tensor | None = None  # [E_loc, 2I]
+    gate_up_bias: torch.Tensor | None = None  # [E_loc, 2I or I]
     down_bias: torch.Tensor | None = None  # [E_loc, H]
     first_expert: int = 0
+    activation: str = "silu"  # of ACTIVATIONS; gelu is the exact one
+    gated: bool = True
     gate_up_scales: torch.Tensor | None = None  # [E_loc, 2I/128, H/128] float32, if gate_up and down are float8_e4m3fn
     down_scales: torch.Tensor | None = None  # [E_loc, H/128, I/128]; see pipemoe.e4m3
 
@@ -52,6 +57,17 @@ class ExpertWeights:
     @property
     def intermediate(self) -> int:
         return self.down.shape[2]
+
+    @property
+    def gate_up_rows(self) -> int:
+        """Rows of one expert's gate_up."""
+        return 2 * self.intermediate if self.gated else self.intermediate
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Layers of one kind run the same kernels."""
+        biases = self.gate_up_bias is None, self.down_bias is None
+        return self.num_local_experts, self.intermediate, *biases, self.activation, self.gated
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,16 +96,18 @@ class ExpertWeights:
 
     def validate(self, layer: int) -> None:
         """Raise InputError, naming the layer and the tensor, unless shapes, dtypes and devices agree."""
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted")
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
             raise InputError(
                 f"layer {layer}: gate_up and down have {self.gate_up.dim()} and {self.down.dim()} dimensions; "
-                "3 each are wanted: [E_loc, 2I, H] and [E_loc, H, I]"
+                f"3 each are wanted: [E_loc, {'2I' if self.gated else 'I'}, H] and [E_loc, H, I]"
             )
         experts, hidden, intermediate = self.num_local_experts, self.hidden, self.intermediate
         wanted = {
-            "gate_up": (experts, 2 * intermediate, hidden),
+            "gate_up": (experts, self.gate_up_rows, hidden),
             "down": (experts, hidden, intermediate),
-            "gate_up_bias": (experts, 2 * intermediate),
+            "gate_up_bias": (experts, self.gate_up_rows),
             "down_bias": (experts, hidden),
             "gate_up_scales": (experts, 2 * intermediate // BLOCK, hidden // BLOCK),
             "down_scales": (experts, hidden // BLOCK, intermediate // BLOCK),

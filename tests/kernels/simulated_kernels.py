@@ -9,13 +9,14 @@ import torch
 from pipemoe import e4m3
 from tests.kernels.cases import (
     ROUTINGS,
+    expected_activations,
     expected_combine,
     expected_grouped_gemm,
     expected_index,
-    expected_swiglu,
     make_ids,
     wire_rows,
 )
+from pipemoe_kernels.activation import activate_rows, activation_kernel
 from pipemoe_kernels.combine import combine_kernel, combine_rows
 from pipemoe_kernels.gather import gather_kernel, gather_rows, padded_columns
 from pipemoe_kernels.grouped_simt import grouped_gemm, grouped_simt_kernel
@@ -23,7 +24,6 @@ from pipemoe_kernels.index import index_kernels, index_pairs, num_tiles
 from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.numba_cuda import SIMULATOR
 from pipemoe_kernels.quantise import dequantise_kernel, dequantise_rows, quantise_kernel, quantise_rows
-from pipemoe_kernels.swiglu import swiglu_kernel, swiglu_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-7}
@@ -62,12 +62,12 @@ def test_gather(hidden, dtype):
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu(has_bias, dtype):
+def test_activations(has_bias, dtype):
     offsets = torch.tensor([0, 3, 3, 9, 11, 11]).int()
     h, bias = torch.randn(20, 2 * 13).to(dtype), torch.randn(6, 2 * 13).to(dtype) if has_bias else None
     a = torch.full((20, 13), torch.nan, dtype=dtype)
-    swiglu_rows(STREAM, h, bias, offsets, a, swiglu_kernel(dtype, has_bias, 4))
-    wanted = expected_swiglu(h, bias, offsets)
+    activate_rows(STREAM, h, bias, offsets, a, kernel=activation_kernel(dtype, has_bias, 4))
+    wanted = expected_activations(h, bias, offsets)
     assert (a[:11].double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
     assert a[11:].isnan().all()
 

@@ -20,7 +20,7 @@ from pipemoe_kernels import quantise
 from pipemoe_kernels.grouped_fp8 import down_fp8, gate_up_fp8, row_maps, weight_map
 from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.tensor_map import device_maps
-from tests.kernels.cases import expected_grouped_gemm, expected_swiglu
+from tests.kernels.cases import expected_grouped_gemm, expected_activations
 
 E4M3, F64 = torch.float8_e4m3fn, torch.float64
 COUNTS = {
@@ -89,7 +89,7 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms):
     gate_up_fp8(
         stream(), on_gpu.hidden, tokens.cuda(), maps[0].data_ptr(), gate_up_scales, offsets_gpu, a, a_scales, num_sms
     )
-    wanted = expected_swiglu(expected_grouped_gemm(x[tokens.long()], wide_gate_up, offsets), None, offsets)
+    wanted = expected_activations(expected_grouped_gemm(x[tokens.long()], wide_gate_up, offsets), None, offsets)
     found = dequantise_rows(a.cpu(), a_scales.cpu().T.contiguous(), F64)
     rounded = dequantise_rows(*quantise_rows(wanted), F64)
     assert (found[:total] - wanted).norm() <= 3e-2 * wanted.norm()
