@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.experts import ExpertWeights
+    from pipemoe.models.routing import RoutingSpec
     from pipemoe.wire import WireRows
 
 TOKENS = (64, 512, 4096, 16384)
@@ -30,6 +31,16 @@ class Layer:
     def expert_bytes(self) -> int:
         """bfloat16 weights of one expert."""
         return 2 * 3 * self.hidden * self.intermediate
+
+    @property
+    def routing(self) -> RoutingSpec:
+        """How models of such layers route: 256 experts as DeepSeek-V3, fewer as Qwen3-MoE and Mixtral."""
+        from pipemoe.models.routing import SIGMOID, RoutingSpec
+
+        if self.num_experts < 256:
+            return RoutingSpec(self.num_experts, self.top_k, round_weights=self.num_experts > 8)
+        groups = {"num_groups": 8, "top_groups": 4, "scale": 2.5, "logits_in_float32": True}
+        return RoutingSpec(self.num_experts, self.top_k, scoring=SIGMOID, **groups)
 
 
 LAYERS = {

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels_liger import liger
 from pipemoe.experts import ExpertWeights, make_experts
+from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
@@ -16,7 +18,7 @@ Call = Callable[[torch.Tensor], None]
 
 
 def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows) -> Call:
-    """pipemoe's experts call in one of its implementations."""
+    """pipemoe's experts call in one of its implementations; rows become what it takes beforehand."""
     experts = make_experts(
         [weights],
         top_k=rows.ids.shape[1],
@@ -26,6 +28,11 @@ def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows) ->
         implementation=implementation,
     )
     scratch = experts.new_scratch(len(rows))
+    if experts.wire_dtype != rows.hidden.dtype:
+        wire = WireFormat(weights.hidden, rows.ids.shape[1], experts.wire_dtype)
+        written = wire.rows(torch.zeros((len(rows), wire.row_bytes), dtype=torch.uint8, device=rows.buffer.device))
+        written.write(rows.hidden, rows.ids, rows.weights)
+        rows = written
     return lambda out: experts(0, rows, out, scratch)
 
 
@@ -56,6 +63,9 @@ def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
 # Name in the results -> maker of the call.
 PEERS: dict[str, Callable[[ExpertWeights, WireRows], Call]] = {
     "pipemoe": lambda weights, rows: experts_call("auto", weights, rows),
+    "pipemoe_fp8": lambda weights, rows: experts_call("hopper_fp8", weights, rows),
+    "ampere": lambda weights, rows: experts_call("ampere", weights, rows),
     "grouped_mm": lambda weights, rows: experts_call("torch", weights, rows),
     "cublas_loop": cublas_loop,
+    "liger": liger,
 }

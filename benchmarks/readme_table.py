@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kernels_table import kernels_cells, kernels_context
 from overlap import overlap_cells
 from pipemoe.errors import InputError
 from results_schema import read_results
@@ -54,7 +55,10 @@ _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] =
     "ttft": ttft_cells,
     "memory": _memory_cells,
     "overlap": overlap_cells,
+    "kernels": kernels_cells,
 }
+# What the rows have in common, for the line below the table.
+_CONTEXT: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {"ttft": ttft_context, "kernels": kernels_context}
 
 
 def markdown_table(document: Mapping[str, Any]) -> str:
@@ -66,7 +70,7 @@ def markdown_table(document: Mapping[str, Any]) -> str:
     numeric = [all(re.fullmatch(r"-|[\d.]+", line[column]) for line in lines) for column in range(len(heading))]
     separator = ["---:" if is_numeric else "---" for is_numeric in numeric]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (heading, separator, *lines)]
-    context = ttft_context(rows) if document["benchmark"] == "ttft" else ""
+    context = _CONTEXT[document["benchmark"]](rows) if document["benchmark"] in _CONTEXT else ""
     machine = document["machine"]
     gpus = [gpu["name"] for gpu in machine.get("gpus", ())]
     device = f"{len(gpus)} x {gpus[0]}" if gpus else f"{machine.get('cpu') or 'CPU'}, {machine.get('num_cores')} cores"

@@ -43,6 +43,31 @@ ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "peak_workspace_bytes": _NUMBER,
         "parity": (bool,),
     },
+    "kernels": {
+        "layer": (str,),
+        "H": (int,),
+        "I": (int,),
+        "experts": (int,),
+        "local_experts": (int,),
+        "top_k": (int,),
+        "tokens": (int,),
+        "pairs": (int,),
+        "dtype": (str,),  # "bf16" or "fp8"
+        "impl": (str,),
+        "ms": _NUMBER,
+        "tflops": _NUMBER,
+        "weight_gbps": _NUMBER,
+        "floor_ms": _NUMBER,
+        "ratio_to_floor": _NUMBER,
+        "rel_err": _NUMBER,
+        # Of pipemoe's rows alone, null in the others: parts of a call by themselves, and the host's time for an eager call.
+        "routing_us": _NUMBER,
+        "index_us": _NUMBER,
+        "host_us": _NUMBER,
+        # This run's ceilings.
+        "dense_tflops": _NUMBER,
+        "copy_tbps": _NUMBER,
+    },
 }
 _DOCUMENT_FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (str,),

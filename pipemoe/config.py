@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from pipemoe.errors import ConfigError
 from pipemoe.plan.schedule import PlanConfig
 
+if TYPE_CHECKING:
+    import torch
+
 DTYPES = ("float32", "bfloat16", "float16")
+DISPATCH_DTYPES = ("float8_e4m3fn",)
 
 
 @dataclass(frozen=True, slots=True)
 class Config(PlanConfig):
     """Everything of PlanConfig, and
 
-    num_slots: None takes as many as the world was started with. combine_dtype: what partial sums travel as, "float32", "bfloat16"
+    num_slots: None takes as many as the world was started with. dispatch_dtype: what tokens' hidden values travel to the experts as:
+    "float8_e4m3fn" (a scale for each 128, half the bytes of bfloat16; H must be a multiple of 128), or None, what the experts
+    multiply: the model's dtype, or float8_e4m3fn for experts="hopper_fp8". combine_dtype: what partial sums travel as, "float32", "bfloat16"
     or "float16"; None takes the model's on a GPU, float32 on the host. deterministic: bitwise equal MoE rows for equal rows in,
     whatever the mode, cohorts, waves and ranks (selects combine="gather", with float64 sums on a fixed grid). experts: "auto", or
     the implementation by name. graph_tokens: on a GPU, attention on about so many tokens of a cohort, or fewer, is launched as
@@ -25,6 +32,7 @@ class Config(PlanConfig):
     """
 
     num_slots: int | None = None
+    dispatch_dtype: str | None = None
     combine_dtype: str | None = None
     deterministic: bool = False
     experts: str = "auto"
@@ -43,6 +51,8 @@ class Config(PlanConfig):
         PlanConfig.__post_init__(self)
         if self.cost is not None and not isinstance(self.cost, str):
             raise ConfigError(f"cost is {self.cost!r}; it must be the path of a file, or None")
+        if self.dispatch_dtype is not None and self.dispatch_dtype not in DISPATCH_DTYPES:
+            raise ConfigError(f"dispatch_dtype is {self.dispatch_dtype!r}; it must be one of {', '.join(DISPATCH_DTYPES)}, or None")
         if self.combine_dtype is not None and self.combine_dtype not in DTYPES:
             raise ConfigError(f"combine_dtype is {self.combine_dtype!r}; it must be one of {', '.join(DTYPES)}, or None")
 
@@ -53,3 +63,10 @@ class Config(PlanConfig):
         if self.num_slots > num_slots:
             raise ConfigError(f"num_slots is {self.num_slots}, but the world was started with {num_slots}; pass num_slots to pipemoe.init")
         return self
+
+    @property
+    def torch_dispatch_dtype(self) -> torch.dtype | None:
+        """dispatch_dtype as torch's, or None."""
+        import torch
+
+        return None if self.dispatch_dtype is None else getattr(torch, self.dispatch_dtype)

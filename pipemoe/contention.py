@@ -57,7 +57,7 @@ class Operations:
 
         shape, rows, dtype = decoder.shape, num_tokens * world.size, decoder.dtype
         self._decoder, self._experts, self._num_tokens = decoder, experts, num_tokens
-        wire = WireFormat(shape.hidden, shape.top_k, dtype)
+        wire = WireFormat(shape.hidden, shape.top_k, experts.wire_dtype)
         generator = torch.Generator().manual_seed(0)
         hidden = torch.randn(rows, shape.hidden, generator=generator)
         ids = torch.rand(rows, shape.num_experts, generator=generator).topk(shape.top_k).indices

@@ -42,11 +42,18 @@ class PipelinedMoE:
             error = e
         world.agree(error, {}, "looking at the weights")
         _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], num_experts)
-        hidden, self._dtype = weights[0].hidden, weights[0].dtype
+        hidden, self._dtype = weights[0].hidden, weights[0].row_dtype
         shape = ModelShape(hidden, weights[0].intermediate, num_experts, top_k, len(weights))
         try:
             experts = make_experts(
-                weights, top_k=top_k, hidden=hidden, device=world.device, dtype=self._dtype, implementation=config.experts, deterministic=config.deterministic
+                weights,
+                top_k=top_k,
+                hidden=hidden,
+                device=world.device,
+                dtype=self._dtype,
+                implementation=config.experts,
+                deterministic=config.deterministic,
+                dispatch_dtype=config.torch_dispatch_dtype,
             )
         except PipemoeError as e:
             error = e

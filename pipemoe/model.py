@@ -48,7 +48,7 @@ def load_model(path_or_config: Any, world: World, *, config: Config = Config(), 
     dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     error, decoder, weights = None, None, None
     try:
-        decoder, weights = load_decoder(path_or_config, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype, seed=seed)
+        decoder, weights = load_decoder(path_or_config, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype, seed=seed, quantised=config.experts == "hopper_fp8")
     except PipemoeError as e:
         error = e
     world.agree(error, {"model": decoder.fingerprint if decoder else ""}, "loading the model")
@@ -73,6 +73,7 @@ class Model:
                 dtype=decoder.dtype,
                 implementation=config.experts,
                 deterministic=config.deterministic,
+                dispatch_dtype=config.torch_dispatch_dtype,
             )
         except PipemoeError as e:
             error = e

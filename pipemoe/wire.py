@@ -4,6 +4,10 @@
     | x_0 ... x_(H-1) | w_0 ... w_(K-1)  | e_0 ... e_(K-1) | 0 ... |
       dtype             float32            int32             to a multiple of 128 bytes
 
+    with dtype float8_e4m3fn, a scale for each 128 values; x_h is their product
+    | x_0 ... x_(H-1) | s_0 ... s_(H/128-1) | w_0 ... | e_0 ... | 0 ... |
+                        float32
+
 The router runs on the owner, so ids are global expert ids; -1 means "no expert here" (padding rows).
 """
 
@@ -13,6 +17,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from pipemoe.e4m3 import BLOCK, quantise_rows
+from pipemoe.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,16 +28,35 @@ ROW_ALIGNMENT = 128  # bytes; a whole number of 16-byte vectors and of cache lin
 
 @dataclass(frozen=True)
 class WireFormat:
-    """Layout of a dispatch row for `hidden` values of `dtype` and `top_k` routed experts."""
+    """Layout of a dispatch row for `hidden` values of `dtype` and `top_k` routed experts.
+
+    Raises ConfigError for float8_e4m3fn unless `hidden` is a multiple of 128.
+    """
 
     hidden: int
     top_k: int
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        if self.num_scales and self.hidden % BLOCK:
+            raise ConfigError(f"hidden is {self.hidden}; rows travel as float8_e4m3fn only if it is a multiple of {BLOCK}")
+
+    @cached_property
+    def num_scales(self) -> int:
+        """Float32 scales behind the hidden values; 0 unless they are float8_e4m3fn."""
+        import torch
+
+        return -(-self.hidden // BLOCK) if self.dtype == torch.float8_e4m3fn else 0
+
+    @cached_property
+    def scales_offset(self) -> int:
+        """Byte offset behind the hidden values (4-byte aligned for an odd `hidden` of 2-byte values)."""
+        return -(-self.hidden * self.dtype.itemsize // 4) * 4
+
     @cached_property
     def weights_offset(self) -> int:
-        """Byte offset of the first router weight (4-byte aligned for an odd `hidden` of 2-byte values)."""
-        return -(-self.hidden * self.dtype.itemsize // 4) * 4
+        """Byte offset of the first router weight."""
+        return self.scales_offset + 4 * self.num_scales
 
     @cached_property
     def ids_offset(self) -> int:
@@ -44,13 +70,25 @@ class WireFormat:
         """View a contiguous uint8 `buffer` [n, row_bytes] as wire rows; no copy."""
         import torch
 
-        w, e = self.weights_offset // 4, self.ids_offset // 4
+        s, w, e = self.scales_offset // 4, self.weights_offset // 4, self.ids_offset // 4
         return WireRows(
             buffer=buffer,
             hidden=buffer.view(self.dtype)[:, : self.hidden],
             weights=buffer.view(torch.float32)[:, w : w + self.top_k],
             ids=buffer.view(torch.int32)[:, e : e + self.top_k],
+            scales=buffer.view(torch.float32)[:, s:w] if self.num_scales else None,
         )
+
+
+    def warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Write a row from hidden values of `dtype`, so that no later write on `device` compiles or loads anything."""
+        import torch
+
+        def zeros(columns: int, kind: torch.dtype) -> torch.Tensor:
+            return torch.zeros((1, columns), dtype=kind, device=device)
+
+        rows = self.rows(zeros(self.row_bytes, torch.uint8))
+        rows.write(zeros(self.hidden, dtype), zeros(self.top_k, torch.int32), zeros(self.top_k, torch.float32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +99,31 @@ class WireRows:
     hidden: torch.Tensor  # [n, H] dtype, row stride row_bytes
     weights: torch.Tensor  # [n, K] float32, row stride row_bytes
     ids: torch.Tensor  # [n, K] int32, row stride row_bytes
+    scales: torch.Tensor | None = None  # [n, H/128] float32, row stride row_bytes, if hidden is float8_e4m3fn
 
     def __len__(self) -> int:
         return len(self.buffer)
 
     def __getitem__(self, rows: slice) -> WireRows:
-        return WireRows(self.buffer[rows], self.hidden[rows], self.weights[rows], self.ids[rows])
+        scales = None if self.scales is None else self.scales[rows]
+        return WireRows(self.buffer[rows], self.hidden[rows], self.weights[rows], self.ids[rows], scales)
 
     def write(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Fill the rows; `hidden` [n, H] dtype, `ids` [n, K] int32, `weights` [n, K] float32."""
-        self.hidden.copy_(hidden)
+        """Fill the rows; `hidden` [n, H] dtype, or wider if the rows' are float8_e4m3fn, `ids` [n, K] int32, `weights` [n, K] float32."""
+        if self.scales is None:
+            self.hidden.copy_(hidden)
+        else:
+            self._quantise(hidden)
         self.ids.copy_(ids)
         self.weights.copy_(weights)
+
+    def _quantise(self, hidden: torch.Tensor) -> None:
+        if hidden.device.type == "cpu":
+            values, scales = quantise_rows(hidden)
+            self.hidden.copy_(values)
+            self.scales.copy_(scales)
+        elif len(hidden):
+            from pipemoe_kernels import quantise
+            from pipemoe_kernels.launch import Stream
+
+            quantise.quantise_rows(Stream.current(hidden.device), hidden, self.hidden, self.scales)

@@ -18,10 +18,14 @@ MAX_PARTS = 4
 
 
 @cache
-def combine_lanes_kernel(out_dtype: torch.dtype, has_bias: bool, top_k: int, hidden: int) -> Kernel:
+def combine_lanes_kernel(
+    out_dtype: torch.dtype, has_bias: bool, top_k: int, columns: int, row_columns: int | None = None, on_hopper: bool = True
+) -> Kernel:
+    """For `columns` neighbouring columns of y and bias, whose rows are row_columns apart (None: as many as `columns`)."""
     size = out_dtype.itemsize
-    row_bytes = 2 * hidden
-    parts = hidden // WIDTH
+    row_bytes = 2 * (row_columns or columns)
+    limit = 2 * columns
+    parts = columns // WIDTH
     threads = min(1024, -(-parts // MAX_PARTS // 32) * 32)
     num_parts = min(MAX_PARTS, -(-parts // threads))
     stride = PART_BYTES * threads
@@ -30,25 +34,26 @@ def combine_lanes_kernel(out_dtype: torch.dtype, has_bias: bool, top_k: int, hid
     blocks = max(1, 65536 // (threads * (128 if size == 8 or has_bias else 72)))
 
     def combine_lanes(y, positions, ids, ids_stride, first_expert, weights, weights_stride, bias, out, out_stride):
-        wait_for_earlier()
+        if on_hopper:
+            wait_for_earlier()
         token = types.int64(cuda.blockIdx.x)
         of_token = types.uint64(4 * top_k * token)
         weights += types.uint64(4 * token * weights_stride)
         rows = find(positions + of_token, weights, ids + types.uint64(4 * token * ids_stride))
         row = out + types.uint64(token * out_stride * size)
-        for column in range(PART_BYTES * cuda.threadIdx.x, row_bytes, num_parts * stride):
-            sums = add_up(rows, y, row_bytes, bias, first_expert, column, row_bytes)
-            store(row + types.uint64(column * size // 2), sums, column, row_bytes)
+        for column in range(PART_BYTES * cuda.threadIdx.x, limit, num_parts * stride):
+            sums = add_up(rows, y, row_bytes, bias, first_expert, column, limit)
+            store(row + types.uint64(column * size // 2), sums, column, limit)
 
     parameters = (ADDRESS, ADDRESS, ADDRESS, INT32, INT32, ADDRESS, INT32, ADDRESS, ADDRESS, INT32)
     return Kernel(
         combine_lanes,
         parameters,
         threads,
-        hopper_only=True,
-        starts_early=True,
+        hopper_only=on_hopper,
+        starts_early=on_hopper,
         blocks_per_sm=blocks,
-        key=(out_dtype, has_bias, top_k, hidden),
+        key=(out_dtype, has_bias, top_k, columns, row_bytes, on_hopper),
     )
 
 
@@ -68,17 +73,20 @@ def combine_lanes(
     weights: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    on_hopper: bool = True,
 ) -> None:
-    """As combine.combine_rows, for contiguous bfloat16 y [pairs, H] and an `out` that `fits`."""
+    """As combine.combine_rows, for bfloat16 y with rows on 16-byte boundaries and an `out` that `fits`."""
     num_rows, hidden = out.shape
     top_k = positions.shape[1]
-    assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.shape[1] == hidden, (y.dtype, y.shape)
-    assert fits(hidden, out) and out.stride(1) == 1 and y.data_ptr() % 16 == 0
+    assert y.dtype == torch.bfloat16 and y.stride(1) == 1 and y.shape[1] == hidden, (y.dtype, y.shape)
+    assert fits(hidden, out) and out.stride(1) == 1 and y.data_ptr() % 16 == 0 and y.stride(0) % WIDTH == 0
     assert positions.dtype == ids.dtype == torch.int32 and positions.is_contiguous()
     assert positions.shape == ids.shape == weights.shape == (num_rows, top_k)
     assert weights.dtype == torch.float32 and (top_k == 1 or ids.stride(1) == weights.stride(1) == 1)
-    assert bias is None or (bias.dtype == y.dtype and bias.is_contiguous() and bias.shape[1] == hidden)
-    kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden)
+    assert bias is None or (bias.dtype == y.dtype and bias.shape[1] == hidden and bias.stride(1) == 1)
+    assert bias is None or (bias.data_ptr() % 16 == 0 and (len(bias) == 1 or bias.stride(0) == y.stride(0)))
+    kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden, y.stride(0), on_hopper)
     kernel.launch(
         stream,
         (num_rows, 1),

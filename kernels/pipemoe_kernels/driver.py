@@ -8,8 +8,8 @@ from functools import cache
 # Constants of cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_BFLOAT16 = 9  # CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-_NO_INTERLEAVE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 3, 0
+_TENSOR_MAP_TYPES = {"uint8": 0, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
+_NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
 
 
 @cache
@@ -104,17 +104,19 @@ def launch(
     _check(result, "cuLaunchKernel")
 
 
-def encode_tensor_map(address: int, sizes: list[int], strides: list[int], box: list[int]) -> bytes:
-    """The 128-byte map of a bfloat16 array with 128-byte swizzle; innermost dimension first, its stride left out.
+def encode_tensor_map(
+    address: int, sizes: list[int], strides: list[int], box: list[int], element: str = "bfloat16", swizzled: bool = True
+) -> bytes:
+    """The 128-byte map of an array, with 128-byte swizzle or none; innermost dimension first, its stride left out.
 
-    sizes, box: elements; strides: bytes.
+    sizes, box: elements; strides: bytes; element: "bfloat16", "float32" or "uint8".
     """
     aligned = (ctypes.c_uint64 * 24)()  # the driver wants 64-byte alignment
     target = -(-ctypes.addressof(aligned) // 64) * 64
     count = len(sizes)
     result = _library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(target),
-        _BFLOAT16,
+        _TENSOR_MAP_TYPES[element],
         count,
         ctypes.c_void_p(address),
         (ctypes.c_uint64 * count)(*sizes),
@@ -122,7 +124,7 @@ def encode_tensor_map(address: int, sizes: list[int], strides: list[int], box: l
         (ctypes.c_uint32 * count)(*box),
         (ctypes.c_uint32 * count)(*[1] * count),
         _NO_INTERLEAVE,
-        _SWIZZLE_128_BYTES,
+        _SWIZZLE_128_BYTES if swizzled else _NO_SWIZZLE,
         _PROMOTE_256_BYTES,
         _ZEROS_OUTSIDE,
     )

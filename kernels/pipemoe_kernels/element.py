@@ -18,6 +18,7 @@ else:
     from pipemoe_kernels import ptx as operations
 
 load_vector, store_vector = operations.load_vector, operations.store_vector
+load_e4m3, to_e4m3 = operations.load_e4m3, operations.to_e4m3
 
 
 @dataclass(frozen=True)

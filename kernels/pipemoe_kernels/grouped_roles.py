@@ -47,8 +47,8 @@ def next_stage(stage, parity):
     return stage, parity
 
 
-def gathering_producer():
-    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows."""
+def gathering_producer(gated: bool):
+    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its rows."""
 
     @cuda.jit(device=True, inline="always")
     def produce(
@@ -61,6 +61,7 @@ def gathering_producer():
         line_at = line * UINT32(128) + ((part ^ (line & UINT32(7))) << UINT32(4))
         rows = ptx.tile_rows(tokens, row + line, end, x_stride)
         half_bytes = UINT32(W_BYTES // 2) >> cuts
+        to_second = UINT32(num_columns) if gated else UINT32(TILE_COLUMNS // 2) >> cuts
         w_map += MAP_BYTES * cuts
         step = UINT32(0)
         while step < steps:
@@ -73,7 +74,7 @@ def gathering_producer():
                 for i in range(count):
                     gate = UINT32(x_tile + X_BYTES + i * (UINT32(W_BYTES) >> together))
                     ptx.load_box_3d(gate, w_map, full, (step + i) * STEP, first_column, expert)
-                    ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, num_columns + first_column, expert)
+                    ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, first_column + to_second, expert)
             for i in range(count):
                 from_part = UINT32((step + i) * (STEP // PART_COLUMNS)) + part
                 size = UINT32(16) if from_part * PART_COLUMNS < depth else UINT32(0)
@@ -106,20 +107,21 @@ def announce_rest(thread, barriers, stage, issued):
 
 
 def sorted_producer():
-    """x: boxes of rows in sorted order; w: boxes of its rows. One thread."""
+    """x: boxes of rows in sorted order; w: boxes of its rows, the first column of out being row `first_w_row`. One thread."""
 
     @cuda.jit(device=True, inline="always")
-    def load_w(w_tile, w_map, full, step, count, together, first_column, expert):
+    def load_w(w_tile, w_map, full, step, count, together, w_row, expert):
         for i in range(count):
             shared = w_tile + i * (UINT32(W_BYTES) >> together)
-            ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, first_column, expert)
+            ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, w_row, expert)
 
     @cuda.jit(device=True, inline="always")
     def produce(
-        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
+        thread, issued, barriers, ring, stage, parity, steps, x, first_w_row, tokens, w_map, expert,
         row, end, first_column, num_columns, depth, cuts, together,
     ):
         w_map += MAP_BYTES * cuts
+        w_row = UINT32(first_w_row + first_column)
         # The smallest box that holds the tile's rows.
         halvings = UINT32(0)
         while halvings < 3 and UINT32(end - row) <= UINT32(TILE_ROWS // 2) >> halvings:
@@ -137,7 +139,7 @@ def sorted_producer():
                 full = UINT32(barriers + 8 * (step >> together))
                 w_tile = UINT32(ring + (step >> together) * STAGE_BYTES + X_BYTES)
                 ptx.barrier_expect(full, bulk_bytes * count)
-                load_w(w_tile, w_map, full, step, count, together, first_column, expert)
+                load_w(w_tile, w_map, full, step, count, together, w_row, expert)
                 step = UINT32(step + count)
             ptx.wait_for_earlier()
         step = UINT32(0)
@@ -148,7 +150,7 @@ def sorted_producer():
             if step >= ahead:
                 ptx.barrier_wait(full + EMPTY_AT, parity)
                 ptx.barrier_expect(full, bulk_bytes * count)
-                load_w(UINT32(x_tile + X_BYTES), w_map, full, step, count, together, first_column, expert)
+                load_w(UINT32(x_tile + X_BYTES), w_map, full, step, count, together, w_row, expert)
             for i in range(count):
                 ptx.load_box_2d(x_tile + i * (UINT32(X_BYTES) >> together), x, full, (step + i) * STEP, row)
             stage, parity = next_stage(stage, parity)
@@ -158,11 +160,12 @@ def sorted_producer():
     return produce
 
 
-def consumer(width: int, gated: bool, has_bias: bool):
+def consumer(width: int, gated: bool, has_bias: bool, activation: str | None):
     """A warpgroup's 64 rows times `width` rows of w, and their way out."""
-    sums = accumulators(width, has_bias=has_bias)
+    sums = accumulators(width, has_bias=has_bias, activation=activation, gated=gated)
     zero, multiply, wait_all, wait_but_one = sums.zero, sums.multiply, sums.wait_all, sums.wait_but_one
-    store, store_swiglu = sums.store, sums.store_swiglu
+    store, store_activated = sums.store, sums.store_activated
+    activates = activation is not None
     is_slice = width < TILE_COLUMNS
 
     @cuda.jit(device=True, inline="always")
@@ -191,8 +194,8 @@ def consumer(width: int, gated: bool, has_bias: bool):
         acc = wait_all(acc)
         if lane == 0:
             ptx.barrier_arrive(done)
-        if gated:
-            store_swiglu(acc, target, out_row_bytes, lane, rows, columns, gate_bias, up_bias)
+        if activates:
+            store_activated(acc, target, out_row_bytes, lane, rows, columns, gate_bias, up_bias)
         else:
             store(acc, target, out_row_bytes, lane, rows, columns)
         return stage, parity

@@ -3,7 +3,7 @@
     rows [n, H] --- tokens ---> x (gathered)         w [E_loc, N, Kd]            out [pairs, columns]
     | x_0 |         1 0 1 0     | x_1 | expert 0     | gate 0 | up 0 |  gate_up: out = silu(x gate^T) * (x up^T)
     | x_1 |                     | x_0 | expert 0     | gate 1 | up 1 |  down:    out = x w^T
-                                | x_1 | expert 1
+                                | x_1 | expert 1                        (or another activation; without gate: of x w^T)
 
     block = 3 warpgroups:   producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
                                        `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the latter
@@ -60,17 +60,25 @@ class GroupedKernel:
     output_columns: int
     max_cuts: int
     w_boxes: tuple[int, ...]
+    gated: bool
 
 
 @cache
-def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
-    """gated: x is gathered and the result is SwiGLU of both halves of w's rows; else x is in sorted order already."""
+def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> GroupedKernel:
+    """With an activation x is gathered, and the result is activation(x w^T), or if gated, activation(left half) * right half.
+
+    activation: a name of ptx_activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already and none follows.
+    """
+    if gated and activation is None:
+        activation = "silu"
+    gathers = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
-    max_cuts = 2 if gated else 3  # a slice gives at least 32 columns of out
-    full_arrivals = 5 if gated else 1  # the bulk copies' thread, and one of each warp that gathers
-    consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias) for c in range(3))
-    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias)  # a quarter again where there are no eighths
-    produce = gathering_producer() if gated else sorted_producer()
+    max_cuts = 2 if gathers else 3  # a slice gives at least 32 columns of out
+    full_arrivals = 5 if gathers else 1  # the bulk copies' thread, and one of each warp that gathers
+    consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias, activation) for c in range(3))
+    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation)  # a quarter again where there are no eighths
+    produce = gathering_producer(gated) if gathers else sorted_producer()
+    w_rows_of_column = 2 if gated else 1
     keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
 
     def grouped_gemm(
@@ -88,7 +96,7 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
             ptx.barrier_fence()
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
-        if gated:
+        if gathers:
             # After this the index is complete; the down kernel relies on that when its blocks start.
             ptx.wait_for_earlier()
         ptx.launch_dependents()
@@ -105,7 +113,7 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
             keep_registers()
             parity = UINT32(1)
             issued = UINT32(0)
-            if gated or thread == 0:
+            if gathers or thread == 0:
                 while True:
                     tile, cuts, part = tile_of(slot, whole, rest_cuts)
                     expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
@@ -119,7 +127,7 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
                         row, end, first_column, num_columns, depth, cuts, together,
                     )
                     slot = UINT32(slot + num_blocks)
-            if gated:
+            if gathers:
                 announce_rest(thread, barriers, stage, issued)
         else:
             take_registers()
@@ -143,7 +151,7 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
                     target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column * 2)
                     rows_left = UINT32(end - line) if line < end else UINT32(0)
                     columns_left = UINT32(num_columns - first_column) if first_column < num_columns else UINT32(0)
-                    gate_bias = bias + 2 * (ADDRESS(expert) * (2 * num_columns) + ADDRESS(first_column))
+                    gate_bias = bias + 2 * (ADDRESS(expert) * (w_rows_of_column * num_columns) + ADDRESS(first_column))
                     up_bias = gate_bias + 2 * num_columns
                     if cuts == 0:
                         stage, parity = consume_whole(
@@ -155,7 +163,7 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
                             barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
                             rows_left, columns_left, gate_bias, up_bias,
                         )
-                    elif cuts == 2 or gated:
+                    elif cuts == 2 or gathers:
                         stage, parity = consume_quarter(
                             barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
                             rows_left, columns_left, gate_bias, up_bias,
@@ -175,10 +183,11 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False) -> GroupedKernel:
         shared_bytes=SHARED_BYTES,
         hopper_only=True,
         starts_early=True,
-        key=(gated, has_bias, ptx.MAX_TRIES),
+        key=(gated, has_bias, activation, ptx.MAX_TRIES),
     )
-    boxes = tuple(output_columns >> c for c in range(max_cuts + 1))
-    return GroupedKernel(kernel, output_columns, max_cuts, boxes)
+    box = TILE_COLUMNS // 2 if gathers else TILE_COLUMNS
+    boxes = tuple(box >> c for c in range(max_cuts + 1))
+    return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated)
 
 
 def gate_up_rows(
@@ -192,19 +201,21 @@ def gate_up_rows(
     a: torch.Tensor,
     num_sms: int,
 ) -> None:
-    """a[p] = silu(gate x) * (up x), x = hidden[tokens[p]], for every place p < offsets[-1] of the sorted order.
+    """a[p] = activation(gate x) * (up x), x = hidden[tokens[p]], for every place p < offsets[-1] of the sorted order.
 
     hidden [n, H] bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; gate_up_maps: address of the tensor maps
     of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or None; a [pairs, I].
+    A kernel that is not gated computes activation(x w^T), with I in the place of 2I.
     """
     num_pairs, intermediate = a.shape
+    w_rows = 2 * intermediate if kernel.gated else intermediate
     row_bytes = hidden.stride(0) * 2
     assert hidden.dtype == a.dtype == torch.bfloat16
     assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
     assert hidden.stride(1) == 1 and hidden.data_ptr() % 16 == 0 and row_bytes % 16 == 0, hidden.stride()
     assert a.is_contiguous() and a.data_ptr() % 16 == 0
     assert tokens.dtype == offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
-    assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (len(offsets), 2 * intermediate))
+    assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (len(offsets), w_rows))
     kernel.kernel.launch(
         stream,
         (_num_blocks(kernel, num_pairs, len(offsets), intermediate, num_sms), 1),
@@ -231,21 +242,23 @@ def down_rows(
     intermediate: int,
     y: torch.Tensor,
     num_sms: int,
+    first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order.
+    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column` on.
 
     a_maps: address of the tensor maps of a [pairs, I] with boxes of X_BOXES; down_maps: of [E_loc, H, I] with boxes of the kernel's
-    w_boxes; offsets [E_loc] int32 ends; y [pairs, H].
+    w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
     """
     num_pairs, hidden = y.shape
-    assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0
+    assert y.dtype == torch.bfloat16 and y.stride(1) == 1
+    assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
     assert hidden % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden, intermediate)
     assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
     kernel.kernel.launch(
         stream,
         (_num_blocks(kernel, num_pairs, len(offsets), hidden, num_sms), 1),
         a_maps,
-        0,
+        first_column,
         offsets,
         down_maps,
         offsets,
@@ -254,7 +267,7 @@ def down_rows(
         intermediate,
         offsets,
         y,
-        2 * hidden,
+        2 * y.stride(0),
     )
 
 

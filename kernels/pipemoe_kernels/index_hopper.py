@@ -63,7 +63,9 @@ def sum_over_lanes(value):
 
 
 @cache
-def index_kernels(top_k: int) -> IndexKernels:
+def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
+    """on_hopper: starting early, as only Hopper's kernels can; else the same for sm_80 and newer."""
+
     @cuda.jit(device=True, inline="always")
     def expert_of(ids, row_stride, first_expert, num_pairs, group, last, lane):
         """Local expert of a lane's pair of a group; what is no local expert is at least the number of them."""
@@ -75,7 +77,8 @@ def index_kernels(top_k: int) -> IndexKernels:
         return expert
 
     def count_pairs(ids, row_stride, first_expert, num_local, num_pairs, block_counts):
-        ptx.launch_dependents()
+        if on_hopper:
+            ptx.launch_dependents()
         counts = cuda.shared.array(MAX_EXPERTS, types.int32)
         thread = cuda.threadIdx.x
         lane = thread % 32
@@ -120,9 +123,10 @@ def index_kernels(top_k: int) -> IndexKernels:
                         cuda.atomic.add(counts, types.int64(experts[i]) * PITCH + warp, 1)
             cuda.syncthreads()
 
-            if not is_alone:
-                ptx.wait_for_earlier()
-            ptx.launch_dependents()
+            if on_hopper:
+                if not is_alone:
+                    ptx.wait_for_earlier()
+                ptx.launch_dependents()
             for expert in range(warp, num_local, WARPS):
                 count = UINT32(counts[expert * PITCH + lane])
                 total = sum_over_lanes(count)
@@ -184,12 +188,12 @@ def index_kernels(top_k: int) -> IndexKernels:
             (*pairs, *[INT32_POINTER] * 3),
             THREADS,
             shared_bytes=4 * (PITCH + 2) * MAX_EXPERTS,
-            hopper_only=True,
-            starts_early=not is_alone,
-            key=(top_k, is_alone),
+            hopper_only=on_hopper,
+            starts_early=on_hopper and not is_alone,
+            key=(top_k, is_alone, on_hopper),
         )
 
-    count = Kernel(count_pairs, pairs, THREADS, hopper_only=True, key=(top_k,))
+    count = Kernel(count_pairs, pairs, THREADS, hopper_only=on_hopper, key=(top_k, on_hopper))
     return IndexKernels(placing(True), count, placing(False))
 
 
@@ -202,6 +206,8 @@ def index_local_pairs(
     offsets: torch.Tensor,
     positions: torch.Tensor,
     tokens: torch.Tensor,
+    *,
+    on_hopper: bool = True,
 ) -> None:
     """ids [n, K] int32, rows strided, n >= 1 -> offsets [E_loc], positions [n, K] (-1: not local), tokens [>= pairs], all int32.
 
@@ -217,7 +223,7 @@ def index_local_pairs(
     assert tokens.is_contiguous() and tokens.numel() >= num_pairs
     assert block_counts.is_contiguous() and block_counts.numel() >= MAX_BLOCKS * num_local
     num_blocks = min(MAX_BLOCKS, -(-num_pairs // PAIRS_OF_A_BLOCK))
-    kernels = index_kernels(top_k)
+    kernels = index_kernels(top_k, on_hopper)
     pairs = (ids, ids.stride(0), first_expert, num_local, num_pairs, block_counts)
     if num_blocks == 1:
         kernels.alone.launch(stream, (1, 1), *pairs, offsets, positions, tokens)

@@ -7,6 +7,7 @@ simulator the same call runs the function on NumPy views of CPU tensors.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ ADDRESS = types.uint64
 INT32_POINTER = types.CPointer(types.int32)
 FLOAT32_POINTER = types.CPointer(types.float32)
 WORD_POINTER = types.CPointer(types.uint64)
+BYTE_POINTER = types.CPointer(types.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ class Kernel:
 
     shared_bytes: dynamic shared memory. hopper_only: for sm_90a, whose instructions no other architecture has, with
     registers for `blocks_per_sm` blocks on a multiprocessor. starts_early: its blocks may start before the kernel in front of it in the
-    stream has ended, and must wait for that themselves (ptx_hopper.wait_for_earlier); also Hopper's.
+    stream has ended, and must wait for that themselves (ptx_hopper.wait_for_earlier); also Hopper's. moves_registers: its warpgroups
+    must not have equal shares of the registers (ptx_hopper.take_registers).
     key: all constants in `function` besides its sources; with it the compiled kernel is kept on disk (cubin_cache).
     """
 
@@ -60,6 +63,7 @@ class Kernel:
         hopper_only: bool = False,
         starts_early: bool = False,
         blocks_per_sm: int = 1,
+        moves_registers: bool = False,
         key: tuple[object, ...] | None = None,
     ):
         self.name = function.__name__
@@ -70,17 +74,21 @@ class Kernel:
         self.hopper_only = hopper_only
         self.starts_early = starts_early
         self.blocks_per_sm = blocks_per_sm
+        self.moves_registers = moves_registers
         self.key = key
         self._handles = {}
         self._simulated = cuda.jit(function) if SIMULATOR else None
 
     def compile_ptx(self, cc: tuple[int, int]) -> str:
         """PTX for compute capability `cc`; needs no GPU."""
+        return self._compiled(cc, "ptx")
+
+    def _compiled(self, cc: tuple[int, int], output: str) -> str | bytes:
         bounds = self.threads
         if self.hopper_only:
             cc, bounds = (9, 0, "a"), (self.threads, self.blocks_per_sm)
-        ptx, _ = cuda.compile(self.function, self.parameters, device=False, abi="numba", cc=cc, launch_bounds=bounds)
-        return ptx
+        settings = {"device": False, "abi": "numba", "cc": cc, "launch_bounds": bounds, "output": output}
+        return cuda.compile(self.function, self.parameters, **settings)[0]
 
     def load(self, device_index: int) -> None:
         """Compile and load for a device unless that is done; seconds the first time."""
@@ -91,20 +99,30 @@ class Kernel:
         key = self.key and (self.name, *self.key, self.parameters, self.threads, self.blocks_per_sm, arch)
         found = cubin_cache.load(key) if key else None
         if not found:
-            found = self._compile(cc, arch)
+            found = self.build(cc, arch)
             if key:
                 cubin_cache.store(key, *found)
         entry, cubin = found
         self._handles[device_index] = driver.load_function(cubin, entry, device_index, self.shared_bytes)
 
-    def _compile(self, cc: tuple[int, int], arch: str) -> tuple[str, bytes]:
-        """Entry name and cubin."""
+    def build(self, cc: tuple[int, int], arch: str) -> tuple[str, bytes]:
+        """Entry name and cubin; needs no GPU.
+
+        The linker takes PTX for a part of a program, in which it ignores setmaxnreg. Link-time optimisation sees the whole of it.
+        """
         from cuda.core import Linker, LinkerOptions, ObjectCode
 
-        ptx = self.compile_ptx(cc)
-        entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
-        linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch))
-        return entry, bytes(linker.link("cubin").code)
+        def linked(code: ObjectCode, **options: bool) -> tuple[str, bytes]:
+            cubin = bytes(Linker(code, options=LinkerOptions(arch=arch, **options)).link("cubin").code)
+            # Sections of code: the kernel's, whose name is a mangled one, and those of subroutines such as division.
+            return re.search(rb"\.text\.(_Z[\w$]+)\0", cubin).group(1).decode(), cubin
+
+        if self.moves_registers:
+            try:
+                return linked(ObjectCode.from_ltoir(self._compiled(cc, "ltoir")), link_time_optimization=True)
+            except Exception as error:  # noqa: BLE001: such as a linker older than the compiler
+                warnings.warn(f"{self.name} cannot be linked whole, and will be slow: {error}", stacklevel=3)
+        return linked(ObjectCode.from_ptx(self.compile_ptx(cc).encode()))
 
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
         """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""

@@ -4,6 +4,7 @@ load_vector(p, i), store_vector(p, i, v)   the i-th 16 bytes of p, a pointer to 
 load_plain(p, i), store_plain(p, i, x)     p[i], converted to the pointer's type when written
 load_bf16(p, i), store_bf16(p, i, x)       p[i] of bfloat16 bits as float32; written to nearest even
 load_half(p, i), store_half(p, i, x)       the same for float16
+load_e4m3(p, i), to_e4m3(x)                p[i] of e4m3 bits as float32; the e4m3 bits of x, to nearest even, at most 448
 
 Intrinsics, and not device functions: those can only be compiled where there is a GPU.
 """
@@ -13,7 +14,7 @@ from numba.cuda.extending import intrinsic
 
 from pipemoe_kernels.numba_cuda import types
 
-_I16, _I64, _F32 = ir.IntType(16), ir.IntType(64), ir.FloatType()
+_I8, _I16, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(64), ir.FloatType()
 _VECTOR = types.UniTuple(types.uint64, 2)
 _WORD_POINTER = types.CPointer(types.uint64)
 _BITS_POINTER = types.CPointer(types.uint16)
@@ -102,3 +103,25 @@ load_bf16 = _load_converted("{ .reg .b16 low; mov.b16 low, 0; mov.b32 $0, {low, 
 load_half = _load_converted("cvt.f32.f16 $0, $1;")
 store_bf16 = _store_converted("cvt.rn.bf16.f32 $0, $1;")
 store_half = _store_converted("cvt.rn.f16.f32 $0, $1;")
+
+_FROM_E4M3 = "{ .reg .b16 low, high; .reg .b32 both; cvt.rn.f16x2.e4m3x2 both, $1; mov.b32 {low, high}, both; cvt.f32.f16 $0, low; }"
+_TO_E4M3 = "{ .reg .f32 zero; mov.f32 zero, 0f00000000; cvt.rn.satfinite.e4m3x2.f32 $0, zero, $1; }"
+
+
+@intrinsic
+def load_e4m3(typingctx, pointer, index):
+    def codegen(context, builder, signature, args):
+        bits = builder.zext(builder.load(_element_address(context, builder, *args, signature.args[1])), _I16)
+        return builder.call(ir.InlineAsm(ir.FunctionType(_F32, [_I16]), _FROM_E4M3, "=f,h"), [bits])
+
+    return types.float32(types.CPointer(types.uint8), index), codegen
+
+
+@intrinsic
+def to_e4m3(typingctx, value):
+    def codegen(context, builder, signature, args):
+        value = context.cast(builder, args[0], signature.args[0], types.float32)
+        bits = builder.call(ir.InlineAsm(ir.FunctionType(_I16, [_F32]), _TO_E4M3, "=h,f"), [value])
+        return builder.trunc(bits, _I8)
+
+    return types.uint8(value), codegen

@@ -18,6 +18,7 @@ from llvmlite import ir
 from numba.cuda.extending import core_models, intrinsic, register_model
 
 from pipemoe_kernels.numba_cuda import types
+from pipemoe_kernels.ptx_activation import activated
 from pipemoe_kernels.ptx_hopper import F32, I32, I64, U32, U64, asm
 
 STEP = 64  # columns of both operands that one product takes: a 128-byte row of the swizzled tile in shared memory
@@ -58,7 +59,8 @@ class Accumulators:
     zero() -> sums          multiply(sums, a, b, keep) -> sums; a, b: descriptors; keep 0 forgets the sums that were
     wait_all(sums), wait_but_one(sums) -> sums: until all, or all but the last product are done
     store(sums, address, row_bytes, lane, rows, columns)                         sums as bfloat16
-    store_swiglu(sums, address, row_bytes, lane, rows, columns, gate_bias, up_bias)   silu(left half) * right half
+    store_activated(sums, address, row_bytes, lane, rows, columns, bias, up_bias)   activation(left half) * right half if gated,
+                                                                                   else activation(sums)
     address: of this thread's first row; rows, columns: how many from there on exist. Biases: addresses, or absent.
     """
 
@@ -67,11 +69,11 @@ class Accumulators:
     wait_all: object
     wait_but_one: object
     store: object
-    store_swiglu: object
+    store_activated: object
 
 
 @cache
-def accumulators(width: int, *, has_bias: bool) -> Accumulators:
+def accumulators(width: int, *, has_bias: bool, activation: str = "silu", gated: bool = True) -> Accumulators:
     """For 64 x `width` sums."""
     count = width // 2
     kind = Accumulator(count)
@@ -119,44 +121,31 @@ def accumulators(width: int, *, has_bias: bool) -> Accumulators:
     @intrinsic
     def store(typingctx, accumulator, address, row_bytes, lane, rows, columns):
         def codegen(context, builder, signature, args):
-            _store_values(builder, _values(builder, args[0]), *args[1:])
+            store_values(builder, _values(builder, args[0]), *args[1:])
             return context.get_dummy_value()
 
         return types.void(kind, U64, U32, U32, U32, U32), codegen
 
     @intrinsic
-    def store_swiglu(typingctx, accumulator, address, row_bytes, lane, rows, columns, gate_bias, up_bias):
+    def store_activated(typingctx, accumulator, address, row_bytes, lane, rows, columns, bias, up_bias):
         def codegen(context, builder, signature, args):
             values = _values(builder, args[0])
-            gate, up = values[: count // 2], values[count // 2 :]
+            halves = [values[: count // 2], values[count // 2 :]] if gated else [values]
             if has_bias:
-                gate = _with_bias(builder, gate, args[6], args[3], args[5])
-                up = _with_bias(builder, up, args[7], args[3], args[5])
-            _store_values(builder, [_silu_times(builder, g, u) for g, u in zip(gate, up, strict=True)], *args[1:6])
+                halves = [with_bias(builder, half, a, args[3], args[5]) for half, a in zip(halves, args[6:], strict=False)]
+            store_values(builder, activated(builder, activation, *halves), *args[1:6])
             return context.get_dummy_value()
 
         return types.void(kind, U64, U32, U32, U32, U32, U64, U64), codegen
 
-    return Accumulators(zero, multiply, waiting(0), waiting(1), store, store_swiglu)
+    return Accumulators(zero, multiply, waiting(0), waiting(1), store, store_activated)
 
 
-_SIGMOID = """{
-.reg .f32 e;
-mul.f32 e, $1, 0fBFB8AA3B;
-ex2.approx.ftz.f32 e, e;
-add.f32 e, e, 0f3F800000;
-rcp.approx.ftz.f32 $0, e;
-}"""  # 1 / (1 + 2^(-x log2 e)): two special-function instructions
 _LOAD_PAIR = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}"
 _STORE_PART = "{\n.reg .pred p;\nsetp.ne.b32 p, $5, 0;\n@p st.global.v4.b32 [$0], {$1, $2, $3, $4};\n}"
 
 
-def _silu_times(builder, gate, up):
-    sigmoid = asm(builder, _SIGMOID, F32, [gate], "=f,f", side_effect=False)
-    return builder.fmul(builder.fmul(gate, sigmoid), up)
-
-
-def _with_bias(builder, values, address, lane, columns):
+def with_bias(builder, values, address, lane, columns):
     """values + bias of their columns; address: of the tile's first column, in bfloat16."""
     pair = builder.shl(builder.and_(lane, ir.Constant(I32, 3)), ir.Constant(I32, 1))
     results = list(values)
@@ -172,7 +161,7 @@ def _with_bias(builder, values, address, lane, columns):
     return results
 
 
-def _store_values(builder, values, address, row_bytes, lane, rows, columns):
+def store_values(builder, values, address, row_bytes, lane, rows, columns):
     """Values in wgmma's order to bfloat16 rows, 16 bytes a store: the 4 lanes of a row exchange parts first.
 
     Of four blocks of 8 columns a lane holds 2 columns each; a 4 x 4 transposition gives lane q all 8 columns of block q.

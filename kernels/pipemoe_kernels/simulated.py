@@ -1,6 +1,7 @@
 """What the functions of ptx.py do, in Python for the CUDA simulator, where pointers are flat NumPy arrays."""
 
 import numpy as np
+import torch
 
 
 def load_vector(pointer, index):
@@ -36,3 +37,11 @@ def load_half(pointer, index):
 
 def store_half(pointer, index, value):
     pointer[index] = np.float32(value).astype(np.float16).view(np.uint16)
+
+
+def load_e4m3(pointer, index):
+    return torch.from_numpy(pointer[index : index + 1].copy()).view(torch.float8_e4m3fn).float().numpy()[0]
+
+
+def to_e4m3(value):
+    return torch.tensor([float(value)]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()[0]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 # implementation name -> device type it runs on
-IMPLEMENTATIONS = {"host": "cpu", "torch": "cuda", "hopper": "cuda"}
+IMPLEMENTATIONS = {"host": "cpu", "torch": "cuda", "hopper": "cuda", "hopper_fp8": "cuda", "ampere": "cuda"}
+TAKE_NUM_SMS = ("hopper", "hopper_fp8", "ampere")
 
 
 def make_experts(
@@ -26,13 +27,18 @@ def make_experts(
     implementation: str = "auto",
     deterministic: bool = False,
     num_sms: int | None = None,
+    dispatch_dtype: torch.dtype | None = None,
 ) -> Experts:
     """Build the experts call over `weights`, one entry per MoE layer, which stay referenced and are not copied.
 
-    implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "torch" (CUDA:
-    grouped_mm between Numba kernels) or "auto" (by device: "hopper" where it can run). deterministic: a row's result is the
-    same bits whatever its neighbours and however experts are spread over ranks; `out` is float64 then. num_sms: multiprocessors
-    that the GEMMs of "hopper" may fill, None: all; the others take no notice.
+    implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "hopper_fp8" (the same
+    in e4m3: rows travel as e4m3, unquantised weights are quantised into a copy), "ampere" (as "hopper" from 8.0 on, by the
+    instructions that all these have), "torch" (CUDA: grouped_mm between Numba kernels) or "auto" (by device: "hopper" where it can
+    run, else "ampere" where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights, which no other
+    one takes). deterministic: a row's result is the same bits whatever its neighbours and however experts are spread over ranks;
+    `out` is float64 then. num_sms: multiprocessors that the GEMMs of "hopper", "hopper_fp8" and "ampere" may fill, None: all; the
+    others take no notice. dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its
+    `wire_dtype`); torch.float8_e4m3fn: with scales, for any implementation.
     Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
     """
     import torch
@@ -48,25 +54,49 @@ def make_experts(
         raise ConfigError(
             f"experts implementation {implementation!r} runs on {IMPLEMENTATIONS[implementation]}, but device is {device}"
         )
+    if any(w.is_quantised for w in weights) and implementation != "hopper_fp8":
+        raise ConfigError(
+            f"the weights are quantised, which experts implementation {implementation!r} does not take; use \"hopper_fp8\" on a Hopper GPU, "
+            "or pass them through pipemoe.experts.dequantise_experts"
+        )
+    e4m3_rows = dispatch_dtype == torch.float8_e4m3fn
+    if dispatch_dtype is not None and not e4m3_rows:
+        raise ConfigError(f"dispatch_dtype is {dispatch_dtype}; it must be torch.float8_e4m3fn or None")
+    if e4m3_rows and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(f"dispatch_dtype is {dispatch_dtype}, but {device} is of compute capability under 8.9, which cannot make it")
     settings = {"top_k": top_k, "hidden": hidden, "device": device, "dtype": dtype, "deterministic": deterministic}
     if implementation == "host":
         from pipemoe.experts.host import HostExperts as implementation_class
     elif implementation == "hopper":
         from pipemoe.experts.hopper import HopperExperts as implementation_class
-
-        settings["num_sms"] = num_sms
+    elif implementation == "hopper_fp8":
+        from pipemoe.experts.hopper_fp8 import HopperFp8Experts as implementation_class
+    elif implementation == "ampere":
+        from pipemoe.experts.ampere import AmpereExperts as implementation_class
     else:
         from pipemoe.experts.torch_cuda import TorchExperts as implementation_class
-    return implementation_class(weights, **settings)
+    if implementation in TAKE_NUM_SMS:
+        settings["num_sms"] = num_sms
+    experts = implementation_class(weights, **settings)
+    if e4m3_rows and experts.wire_dtype != dispatch_dtype:
+        from pipemoe.experts.dequantising import DequantisingExperts
+
+        experts = DequantisingExperts(experts, hidden=hidden, top_k=top_k, device=device, dtype=dtype)
+    return experts
 
 
 def _for_cuda(weights: Sequence[ExpertWeights], hidden: int, device: torch.device, dtype: torch.dtype) -> str:
     import torch
 
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return "torch"
-    from pipemoe.experts.hopper import unsupported
+    if any(w.is_quantised for w in weights):
+        return "hopper_fp8"
+    from pipemoe.experts.hopper import CAPABILITY, unsupported
+    from pipemoe.experts.torch_cuda import GROUPED_MM_MAJORS
 
+    capability = torch.cuda.get_device_capability(device)
     for layer, layer_weights in enumerate(weights):
         layer_weights.validate(layer)
-    return "torch" if unsupported(weights, hidden, device, dtype) else "hopper"
+    wanted = "hopper" if capability == CAPABILITY else "ampere"
+    if wanted == "ampere" and capability[0] in GROUPED_MM_MAJORS:
+        return "torch"
+    return "torch" if unsupported(weights, hidden, device, dtype, wanted) else wanted

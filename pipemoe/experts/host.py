@@ -1,6 +1,6 @@
 """Experts on the host: Numba index, gather, activation and combine around library GEMMs, one local expert at a time.
 
-    rows [n] --index_pairs--> sorted order --gather_rows--> x [tile, H] --mm--> h [tile, 2I] --swiglu--> a [tile, I]
+    rows [n] --index_pairs--> sorted order --gather_rows--> x [tile, H] --mm--> h [tile, 2I] --activation--> a [tile, I]
          --mm--> y [pairs, H] --combine_rows--> out [n, H]
 
 All arithmetic is float32. 16-bit weights are widened one expert at a time: few CPUs multiply 16-bit floats fast, and the
@@ -17,8 +17,8 @@ import torch
 
 from pipemoe.errors import ConfigError
 from pipemoe.experts import pairs
-from pipemoe.experts.protocol import ExpertsShape
-from pipemoe.experts.weights import ExpertWeights
+from pipemoe.experts.protocol import ExpertsShape, Recordable
+from pipemoe.experts.weights import ACTIVATIONS, ExpertWeights
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class HostExperts(ExpertsShape):
         self.check_max_rows(max_rows)
         return HostScratch(self, max_rows, self.tile_rows)
 
-    def warm_up(self, scratch: HostScratch) -> None:
+    def warm_up(self, scratch: HostScratch, column_blocks: Sequence[int] = (1,)) -> None:
         num_rows = min(2, scratch.max_rows)
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
         rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8))
@@ -103,7 +103,15 @@ class HostExperts(ExpertsShape):
                 self(layer, rows, torch.empty((num_rows, self.hidden), dtype=dtype), scratch)
 
     @torch.no_grad()
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch) -> None:
+    def __call__(
+        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch, events: Sequence[Recordable] = ()
+    ) -> None:
+        """Blocks of columns are complete all at once."""
+        self._compute(layer, rows, out, scratch)
+        for event in events:
+            event.record()
+
+    def _compute(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch) -> None:
         self.check_call(layer, rows, out, scratch.max_rows)
         weights = self.weights[layer]
         if weights.num_local_experts == 0:
@@ -122,7 +130,7 @@ class HostExperts(ExpertsShape):
             gate_up, down = self._float32_weights(weights, expert, scratch)
             for start in range(begin, end, self.tile_rows):
                 stop = min(start + self.tile_rows, end)
-                a = self._activations(gate_up, self._gate_up_biases[layer][expert], values, start, stop, scratch)
+                a = self._activations(weights, gate_up, self._gate_up_biases[layer][expert], values, start, stop, scratch)
                 y = scratch.y[start:stop]
                 if self.deterministic:
                     y.copy_(torch.mm(a, down.t(), out=scratch.y_tile)[: stop - start])
@@ -135,7 +143,7 @@ class HostExperts(ExpertsShape):
     def _float32_weights(
         self, weights: ExpertWeights, expert: int, s: HostScratch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """gate_up [2I, H] and down [H, I] of one local expert, widened into the scratch if they are narrow."""
+        """gate_up [2I or I, H] and down [H, I] of one local expert, widened into the scratch if they are narrow."""
         gate_up, down = weights.gate_up[expert], weights.down[expert]
         if self.dtype == torch.float32:
             return gate_up, down
@@ -145,9 +153,9 @@ class HostExperts(ExpertsShape):
         )
 
     def _activations(
-        self, gate_up: torch.Tensor, bias: np.ndarray, values: np.ndarray, start: int, stop: int, s: HostScratch
+        self, weights: ExpertWeights, gate_up: torch.Tensor, bias: np.ndarray, values: np.ndarray, start: int, stop: int, s: HostScratch
     ) -> torch.Tensor:
-        """silu(gate(x)) * up(x) [rows of the tile, I] for the sorted pairs [start, stop) of one expert."""
+        """activation(gate(x)) * up(x) [rows of the tile, I] for the sorted pairs [start, stop) of one expert."""
         num_rows = self.tile_rows if self.deterministic else stop - start
         width = gate_up.shape[0]
         x = s.x_tile[:num_rows]
@@ -158,8 +166,8 @@ class HostExperts(ExpertsShape):
             pairs.gather_rows(values, s.sorted_tokens, start, stop, narrow.view(torch.int16).numpy())
             x.copy_(narrow)
         h = torch.mm(x, gate_up.t(), out=s.h_tile[: num_rows * width].view(num_rows, width))
-        a = s.a_tile[: num_rows * width // 2].view(num_rows, width // 2)
-        pairs.swiglu_rows(h.numpy(), bias, a.numpy())
+        a = s.a_tile[: num_rows * weights.intermediate].view(num_rows, weights.intermediate)
+        pairs.activate_rows(h.numpy(), bias, ACTIVATIONS.index(weights.activation), a.numpy())
         return a
 
     def _combine(self, rows: WireRows, out: torch.Tensor, s: HostScratch) -> None:

@@ -88,19 +88,31 @@ def gather_rows(rows, sorted_tokens, start, stop, out):
                 out[i, h] = 0
 
 
-@compiled(void(float32[:, ::1], float32[::1], float32[:, ::1]))
-def swiglu_rows(gate_up, bias, out):
-    """out[i, j] = silu(gate_up[i, j] + bias[j]) * (gate_up[i, I + j] + bias[I + j]); float32, bias [2I] or [0]."""
+@compiled(void(float32[:, ::1], float32[::1], int64, float32[:, ::1]))
+def activate_rows(h, bias, activation, out):
+    """out[i, j] = activation(h[i, j] + bias[j]) * (h[i, I + j] + bias[I + j]); float32, bias [2I] or [0].
+
+    activation: its place in weights.ACTIVATIONS. h [tile, I] has no second half and no second factor; bias is [I] or [0].
+    """
     intermediate = out.shape[1]
-    one = np.float32(1.0)
+    zero, half, one, root_of_half = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(0.5**0.5)
     for i in range(out.shape[0]):
         for j in range(intermediate):
-            gate = gate_up[i, j]
-            up = gate_up[i, intermediate + j]
+            gate = h[i, j]
             if bias.shape[0] > 0:
                 gate += bias[j]
-                up += bias[intermediate + j]
-            out[i, j] = gate / (one + math.exp(-gate)) * up
+            if activation == 0:
+                value = gate / (one + math.exp(-gate))
+            elif activation == 1:
+                value = half * gate * (one + math.erf(root_of_half * gate))
+            else:
+                value = zero if gate < zero else gate
+            if h.shape[1] > intermediate:
+                up = h[i, intermediate + j]
+                if bias.shape[0] > 0:
+                    up += bias[intermediate + j]
+                value *= up
+            out[i, j] = value
 
 
 @compiled(void(float32[:, ::1], int32[:, ::1], float32[:, :], int64, float32[:, ::1]))

@@ -17,6 +17,13 @@ COMBINE_DTYPES = ("float32", "bfloat16", "float16")
 DETERMINISTIC_DTYPE = "float64"
 
 
+class Recordable(Protocol):
+    """A point in the work of a lane, such as torch.cuda.Event."""
+
+    def record(self) -> object:
+        """Mark the point after all that was enqueued on the current stream; on the host: now."""
+
+
 class Scratch(Protocol):
     """Memory of one cohort slot; allocated once, used by one call at a time."""
 
@@ -30,19 +37,36 @@ class Experts(Protocol):
 
     implementation: str
     deterministic: bool
+    wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
 
     def new_scratch(self, max_rows: int) -> Scratch:
         """Allocate what calls with up to `max_rows` rows need."""
 
-    def warm_up(self, scratch: Scratch) -> None:
-        """Compile, load and run everything once, so that no later call with this scratch compiles or loads a module."""
+    def warm_up(self, scratch: Scratch, column_blocks: Sequence[int] = (1,)) -> None:
+        """Compile, load and run everything once, so that no later call with this scratch compiles or loads a module.
 
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Scratch) -> None:
-        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * down(silu(gate(x_i)) * up(x_i)).
+        column_blocks: numbers of blocks of columns that calls will ask for.
+        """
+
+    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Scratch, events: Sequence[Recordable] = ()) -> None:
+        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * expert ids[i, k] of x_i (see ExpertWeights).
 
         rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
         float16, or float64 (on the grid of 2^-32) when deterministic. Raises InputError for other shapes or dtypes.
+
+        events: if given, out comes in as many blocks of columns as there are events, column_ranges(H, number of events), one
+        after the other, and each event is recorded when its block is complete. Every weight is still read once, and no bit differs.
         """
+
+
+def column_ranges(hidden: int, num_blocks: int) -> list[range]:
+    """`num_blocks` ranges of columns of about equal size; they begin at multiples of 256, of 64 or of 8, whatever there are enough of."""
+    if not 1 <= num_blocks <= max(1, hidden // 8):
+        raise InputError(f"{hidden} columns in {num_blocks} blocks: at least 1 and at most {max(1, hidden // 8)} are possible")
+    unit = next((unit for unit in (256, 64, 8) if hidden // unit >= num_blocks), hidden)
+    units = hidden // unit
+    starts = [unit * (units * block // num_blocks) for block in range(num_blocks)]
+    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], hidden], strict=True)]
 
 
 class ExpertsShape:
@@ -66,7 +90,7 @@ class ExpertsShape:
             layer_weights.validate(layer)
             if layer_weights.hidden != hidden:
                 raise InputError(f"layer {layer}: the weights are for hidden {layer_weights.hidden}; {hidden} is wanted")
-            if layer_weights.dtype != dtype:
+            if layer_weights.row_dtype != dtype:
                 raise InputError(f"layer {layer}: the weights are {layer_weights.dtype}; {dtype} is wanted, convert them")
             if layer_weights.gate_up.device.type != device.type:
                 raise InputError(f"layer {layer}: the weights are on {layer_weights.gate_up.device}; move them to {device}")
@@ -74,7 +98,7 @@ class ExpertsShape:
         self.top_k = top_k
         self.hidden = hidden
         self.device = device
-        self.dtype = dtype
+        self.dtype = self.wire_dtype = dtype
         self.deterministic = deterministic
         self.max_intermediate = max((w.intermediate for w in weights), default=0)
         self.max_local_experts = max((w.num_local_experts for w in weights), default=0)
@@ -101,10 +125,10 @@ class ExpertsShape:
             raise InputError(f"layer {layer} does not exist: there are {len(self.weights)} MoE layers")
         if num_rows > max_rows:
             raise InputError(f"layer {layer}: {num_rows} rows do not fit a scratch made for {max_rows}; make it larger")
-        if rows.hidden.dtype != self.dtype or rows.hidden.shape != (num_rows, self.hidden):
+        if rows.hidden.dtype != self.wire_dtype or rows.hidden.shape != (num_rows, self.hidden):
             raise InputError(
                 f"layer {layer}: rows.hidden is {rows.hidden.dtype} {tuple(rows.hidden.shape)}; "
-                f"{self.dtype} {(num_rows, self.hidden)} is wanted"
+                f"{self.wire_dtype} {(num_rows, self.hidden)} is wanted"
             )
         if rows.ids.shape != (num_rows, self.top_k):
             raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")

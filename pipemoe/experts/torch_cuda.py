@@ -1,6 +1,6 @@
 """Experts on a GPU: grouped GEMMs between Numba CUDA kernels. Implementation name "torch".
 
-    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --swiglu--> a [pairs, I]
+    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --activation--> a [pairs, I]
          --grouped_mm--> y [pairs, H] --combine--> out [n, H]
 
 The host knows only n: how many pairs are local stays on the device. GEMMs therefore get matrices of one of two fixed heights,
@@ -19,15 +19,15 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from pipemoe.errors import ConfigError
-from pipemoe.experts.protocol import ExpertsShape
+from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
+from pipemoe_kernels.activation import activate_rows
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.gather import gather_rows, padded_columns
 from pipemoe_kernels.grouped_simt import grouped_gemm
 from pipemoe_kernels.index import MAX_LOCAL_EXPERTS, index_kernels, index_pairs, num_tiles
 from pipemoe_kernels.launch import Stream
-from pipemoe_kernels.swiglu import swiglu_rows
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
@@ -110,13 +110,13 @@ class TorchExperts(ExpertsShape):
         self.check_max_rows(max_rows)
         return TorchScratch(self, max_rows)
 
-    def warm_up(self, scratch: TorchScratch) -> None:
+    def warm_up(self, scratch: TorchScratch, column_blocks: Sequence[int] = (1,)) -> None:
         """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
         rows = wire.rows(torch.zeros((scratch.max_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
         kinds = {}
         for layer, w in enumerate(self.weights):
-            kinds[w.num_local_experts, w.intermediate, w.gate_up_bias is None, w.down_bias is None] = layer
+            kinds[w.kind] = layer
         for layer in kinds.values():
             rows.ids.fill_(-1)
             rows.ids[:1] = self.weights[layer].first_expert
@@ -127,14 +127,16 @@ class TorchExperts(ExpertsShape):
         torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: TorchScratch) -> None:
+    def __call__(
+        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: TorchScratch, events: Sequence[Recordable] = ()
+    ) -> None:
         self.check_call(layer, rows, out, scratch.max_rows)
         weights = self.weights[layer]
         num_rows, num_local = len(rows), weights.num_local_experts
-        if num_rows == 0:
-            return
-        if num_local == 0:
+        if num_rows == 0 or num_local == 0:
             out.zero_()
+            for event in events:
+                event.record()
             return
         stream = Stream.current(out.device)
         offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
@@ -145,18 +147,21 @@ class TorchExperts(ExpertsShape):
         if self.uses_grouped_mm:
             gate_up, down = self._transposed[layer]
             h = grouped_mm(scratch.x[:height], gate_up, offs=offsets)
-            swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
+            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
             del h
             y = grouped_mm(a, down, offs=offsets)
         else:
-            h = scratch.h[: 2 * a.numel()].view(height, 2 * weights.intermediate)
+            h = scratch.h[: height * weights.gate_up_rows].view(height, weights.gate_up_rows)
             y = scratch.x.view(-1)[: height * self.hidden].view(height, self.hidden)
             grouped_gemm(stream, scratch.x[:height, : self.hidden], weights.gate_up, offsets, h)
-            swiglu_rows(stream, h, weights.gate_up_bias, offsets, a)
+            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
             grouped_gemm(stream, a, weights.down, offsets, y)
-        combine_rows(
-            stream, y, positions, rows.ids, weights.first_expert, rows.weights, weights.down_bias, out
-        )
+        for block, columns in enumerate(column_ranges(self.hidden, max(1, len(events)))):
+            part = slice(columns.start, columns.stop)
+            bias = None if weights.down_bias is None else weights.down_bias[:, part]
+            combine_rows(stream, y[:, part], positions, rows.ids, weights.first_expert, rows.weights, bias, out[:, part])
+            if events:
+                events[block].record()
 
     def _gemm_height(self, num_rows: int, num_local: int, scratch: TorchScratch) -> int:
         """Rows of the matrices that the GEMMs get: at least all pairs of the call."""

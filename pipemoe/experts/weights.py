@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     import torch
+
+ACTIVATIONS = ("silu", "gelu", "relu")
 
 
 def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
@@ -27,16 +30,21 @@ def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """SwiGLU weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
+    """Weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
 
+    An expert is down(activation(gate x) * (up x)), or if not gated, down(activation(up x)) with the rows of up alone in gate_up.
     Raises InputError from `validate` alone, so that a loader may build it from views in any order.
     """
 
-    gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection
+    gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection; [E_loc, I, H] if not gated
     down: torch.Tensor  # [E_loc, H, I]
-    gate_up_bias: torch.Tensor | None = None  # [E_loc, 2I]
+    gate_up_bias: torch.Tensor | None = None  # [E_loc, 2I or I]
     down_bias: torch.Tensor | None = None  # [E_loc, H]
     first_expert: int = 0
+    activation: str = "silu"  # of ACTIVATIONS; gelu is the exact one
+    gated: bool = True
+    gate_up_scales: torch.Tensor | None = None  # [E_loc, 2I/128, H/128] float32, if gate_up and down are float8_e4m3fn
+    down_scales: torch.Tensor | None = None  # [E_loc, H/128, I/128]; see pipemoe.e4m3
 
     @property
     def num_local_experts(self) -> int:
@@ -51,8 +59,30 @@ class ExpertWeights:
         return self.down.shape[2]
 
     @property
+    def gate_up_rows(self) -> int:
+        """Rows of one expert's gate_up."""
+        return 2 * self.intermediate if self.gated else self.intermediate
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Layers of one kind run the same kernels."""
+        biases = self.gate_up_bias is None, self.down_bias is None
+        return self.num_local_experts, self.intermediate, *biases, self.activation, self.gated
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.gate_up.dtype
+
+    @property
+    def is_quantised(self) -> bool:
+        return self.gate_up_scales is not None
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """What rows these experts belong to: their own dtype, or bfloat16 if they are quantised."""
+        import torch
+
+        return torch.bfloat16 if self.is_quantised else self.dtype
 
     @property
     def num_bytes(self) -> int:
@@ -60,32 +90,56 @@ class ExpertWeights:
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The tensors that are present, with their names."""
-        named = [(name, getattr(self, name)) for name in ("gate_up", "down", "gate_up_bias", "down_bias")]
+        names = ("gate_up", "down", "gate_up_bias", "down_bias", "gate_up_scales", "down_scales")
+        named = [(name, getattr(self, name)) for name in names]
         return [(name, tensor) for name, tensor in named if tensor is not None]
 
     def validate(self, layer: int) -> None:
         """Raise InputError, naming the layer and the tensor, unless shapes, dtypes and devices agree."""
+        if self.activation not in ACTIVATIONS:
+            raise InputError(f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted")
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
             raise InputError(
                 f"layer {layer}: gate_up and down have {self.gate_up.dim()} and {self.down.dim()} dimensions; "
-                "3 each are wanted: [E_loc, 2I, H] and [E_loc, H, I]"
+                f"3 each are wanted: [E_loc, {'2I' if self.gated else 'I'}, H] and [E_loc, H, I]"
             )
         experts, hidden, intermediate = self.num_local_experts, self.hidden, self.intermediate
         wanted = {
-            "gate_up": (experts, 2 * intermediate, hidden),
+            "gate_up": (experts, self.gate_up_rows, hidden),
             "down": (experts, hidden, intermediate),
-            "gate_up_bias": (experts, 2 * intermediate),
+            "gate_up_bias": (experts, self.gate_up_rows),
             "down_bias": (experts, hidden),
+            "gate_up_scales": (experts, 2 * intermediate // BLOCK, hidden // BLOCK),
+            "down_scales": (experts, hidden // BLOCK, intermediate // BLOCK),
         }
+        self._validate_format(layer)
         for name, tensor in self.tensors():
             if tuple(tensor.shape) != wanted[name]:
                 raise InputError(f"layer {layer}: {name} has shape {tuple(tensor.shape)}; {wanted[name]} is wanted")
-            if tensor.dtype != self.dtype:
+            if not name.endswith("scales") and tensor.dtype != self.dtype:
                 raise InputError(f"layer {layer}: {name} is {tensor.dtype}; gate_up is {self.dtype}, make them equal")
             if tensor.device != self.gate_up.device:
                 raise InputError(f"layer {layer}: {name} is on {tensor.device}; gate_up is on {self.gate_up.device}")
             if not tensor.is_contiguous():
                 raise InputError(f"layer {layer}: {name} is not contiguous; call .contiguous() on it")
+
+    def _validate_format(self, layer: int) -> None:
+        """Values and scales belong together."""
+        import torch
+
+        both = [scales is not None and scales.dtype == torch.float32 for scales in (self.gate_up_scales, self.down_scales)]
+        if (self.dtype == torch.float8_e4m3fn) != all(both) or any(both) != all(both):
+            raise InputError(
+                f"layer {layer}: weights are {self.dtype}; torch.float8_e4m3fn ones, and only they, come with float32 gate_up_scales and down_scales"
+            )
+        if not all(both):
+            return
+        if self.hidden % BLOCK or self.intermediate % BLOCK:
+            raise InputError(
+                f"layer {layer}: hidden is {self.hidden} and intermediate is {self.intermediate}; quantised experts take multiples of {BLOCK}"
+            )
+        if self.gate_up_bias is not None or self.down_bias is not None:
+            raise InputError(f"layer {layer}: quantised experts cannot have biases; leave them in bfloat16")
 
 
 def check_finite(weights: Sequence[ExpertWeights]) -> None:
@@ -99,7 +153,8 @@ def check_finite(weights: Sequence[ExpertWeights]) -> None:
     for layer, layer_weights in enumerate(weights):
         for name, tensor in layer_weights.tensors():
             for local in range(layer_weights.num_local_experts):
-                if not bool(torch.isfinite(tensor[local]).all()):
+                values = tensor[local].float() if tensor.dtype == torch.float8_e4m3fn else tensor[local]
+                if not bool(torch.isfinite(values).all()):
                     expert = layer_weights.first_expert + local
                     raise InputError(
                         f"layer {layer}, expert {expert}: {name} holds NaN or infinite values; "

@@ -6,6 +6,9 @@
 
 Headers of all shards are read first, so that a missing tensor or a truncated shard is found before any weight moves. Weights
 are then read tensor by tensor (experts: only this rank's) out of memory-mapped files.
+
+DeepSeek-V3's own checkpoints hold matrices `name` as e4m3 beside `name`_scale_inv, a float32 for each 128 x 128 of them (the word
+says inverse; it is what to multiply by). They are widened while reading, or for fp8 experts taken as they are.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from pipemoe.e4m3 import dequantise_weight, num_blocks
 from pipemoe.errors import CheckpointError
+from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights
 
 if TYPE_CHECKING:
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F64", "F32", "F16", "BF16")
+QUANTISED, SCALES_SUFFIX = "F8_E4M3", "_scale_inv"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of every shard, for the digest
 
 
@@ -85,20 +91,31 @@ class Checkpoint:
                 stored.file,
                 f"tensor {name} has shape {stored.shape}; the config wants {shape}. Check that config.json belongs to it",
             )
-        if stored.dtype not in READABLE:
+        if stored.dtype == QUANTISED and name + SCALES_SUFFIX in self.tensors and len(shape) == 2:
+            self.locate([name + SCALES_SUFFIX], (num_blocks(shape[0]), num_blocks(shape[1])))
+        elif stored.dtype not in READABLE:
             raise self._error(
                 stored.file,
-                f"tensor {name} is stored as {stored.dtype}; {', '.join(READABLE)} can be read. Is the checkpoint quantised? "
-                "Convert it to bfloat16 first",
+                f"tensor {name} is stored as {stored.dtype}; {', '.join(READABLE)} can be read, and {QUANTISED} matrices with their "
+                f"{SCALES_SUFFIX}. Is the checkpoint quantised in another way? Convert it to bfloat16 first",
             )
         return name
 
     def read(self, names: Sequence[str], shape: tuple[int, ...], rows: range | None = None) -> torch.Tensor:
         """Read the first of `names` that is stored, on the host in its stored dtype; with `rows`, those of its first axis.
 
-        shape: the whole tensor's. Raises what `locate` raises.
+        shape: the whole tensor's. A quantised matrix is widened to float32. Raises what `locate` raises.
         """
         name = self.locate(names, shape)
+        if self.tensors[name].dtype == QUANTISED:
+            return dequantise_weight(*self.read_quantised(name), torch.float32)
+        return self._read(name, rows)
+
+    def read_quantised(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A quantised matrix [N, Kd] as it is, and its scales [N/128, Kd/128] float32, both rounded up; on the host."""
+        return self._read(name), self._read(name + SCALES_SUFFIX).float()
+
+    def _read(self, name: str, rows: range | None = None) -> torch.Tensor:
         file = self.tensors[name].file
         try:
             view = self._handle(file).get_slice(name)
@@ -124,12 +141,25 @@ class Checkpoint:
                 self.locate([down_name], (hidden, width))
 
     def read_experts(
-        self, family: Family, config: PreTrainedConfig, experts: range, *, device: torch.device, dtype: torch.dtype
+        self,
+        family: Family,
+        config: PreTrainedConfig,
+        experts: range,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        quantised: bool = False,
     ) -> list[ExpertWeights]:
-        """Weights of the global expert ids `experts`, one ExpertWeights per MoE layer; other experts stay unread."""
+        """Weights of the global expert ids `experts`, one ExpertWeights per MoE layer; other experts stay unread.
+
+        quantised: in e4m3, as stored or made from what is stored; else in `dtype`.
+        """
         hidden, width, total = config.hidden_size, family.intermediate(config), family.num_experts(config)
         result = []
         for layer in family.moe_layers(config):
+            if quantised and self._holds_quantised(family.expert_names(layer, experts.start)):
+                result.append(self._read_quantised_experts(family, layer, experts, hidden, width, device))
+                continue
             gate_up = torch.empty(len(experts), 2 * width, hidden, dtype=dtype, device=device)
             down = torch.empty(len(experts), hidden, width, dtype=dtype, device=device)
             fused_gate_up, fused_down = family.fused_names(layer)
@@ -143,8 +173,31 @@ class Checkpoint:
                     gate_up[local, :width].copy_(self.read([gate_name], (width, hidden)))
                     gate_up[local, width:].copy_(self.read([up_name], (width, hidden)))
                     down[local].copy_(self.read([down_name], (hidden, width)))
-            result.append(ExpertWeights(gate_up, down, first_expert=experts.start))
+            weights = ExpertWeights(gate_up, down, first_expert=experts.start)
+            result.append(quantise_experts(weights) if quantised else weights)
         return result
+
+    def _holds_quantised(self, names: Sequence[str]) -> bool:
+        return all(name in self.tensors and self.tensors[name].dtype == QUANTISED for name in names)
+
+    def _read_quantised_experts(
+        self, family: Family, layer: int, experts: range, hidden: int, width: int, device: torch.device
+    ) -> ExpertWeights:
+        def empty(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+            values = torch.empty(len(experts), rows, columns, dtype=torch.float8_e4m3fn, device=device)
+            return values, torch.empty(len(experts), num_blocks(rows), num_blocks(columns), device=device)
+
+        gate_up, gate_up_scales = empty(2 * width, hidden)
+        down, down_scales = empty(hidden, width)
+        for local, expert in enumerate(experts):
+            gate, up, down_read = (self.read_quantised(name) for name in family.expert_names(layer, expert))
+            for target, parts in ((gate_up, (gate[0], up[0])), (gate_up_scales, (gate[1], up[1]))):
+                target[local].copy_(torch.cat(parts))
+            down[local].copy_(down_read[0])
+            down_scales[local].copy_(down_read[1])
+        return ExpertWeights(
+            gate_up, down, first_expert=experts.start, gate_up_scales=gate_up_scales, down_scales=down_scales
+        )
 
     def _handle(self, file: Path):
         if file not in self._open:

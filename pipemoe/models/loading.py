@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipemoe.errors import CheckpointError, ConfigError, InputError
+from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights, check_finite, local_range
 from pipemoe.models.attention import PACKED, register_packed_attention
 from pipemoe.models.checkpoint import Checkpoint
@@ -29,12 +30,13 @@ def load_decoder(
     device: torch.device | str,
     dtype: torch.dtype,
     seed: int = 0,
+    quantised: bool = False,
 ) -> tuple[Decoder, list[ExpertWeights]]:
     """Build the decoder and this rank's expert weights, one ExpertWeights per MoE layer.
 
     path_or_config: a checkpoint directory (config.json and safetensors), or, for random weights made from `seed`, a
     transformers config, a dict like config.json, or the path of a .json file. The other ranks' experts are never
-    allocated and never read. Raises CheckpointError that names rank, file and tensor, also for NaN weights.
+    allocated and never read. quantised: experts in e4m3 (see pipemoe.e4m3), all else in `dtype`. Raises CheckpointError that names rank, file and tensor, also for NaN weights.
     """
     where = f"rank {rank}: "
     device = _indexed(torch.device(device))
@@ -54,12 +56,14 @@ def load_decoder(
             random_experts(layer, experts, **shape, seed=seed, device=device, dtype=dtype)
             for layer in range(len(family.moe_layers(config)))
         ]
+        if quantised:
+            weights = [quantise_experts(layer_weights) for layer_weights in weights]
         identity = f"random weights, seed {seed}"
     else:
         with Checkpoint(directory, where) as checkpoint:
             checkpoint.check_experts(family, config, experts)
             _fill_from(checkpoint, model, family, device=device, dtype=dtype)
-            weights = checkpoint.read_experts(family, config, experts, device=device, dtype=dtype)
+            weights = checkpoint.read_experts(family, config, experts, device=device, dtype=dtype, quantised=quantised)
             identity = checkpoint.digest()
         _check_finite(model, weights, where)
     if device.type == "cuda" and family.plain_rms_norm:

@@ -7,8 +7,9 @@ Two scorings, as in transformers' own routers (which the tests compare with):
 - sigmoid with a bias-corrected, group-limited choice (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the bias and the groups
   decide who is chosen, the unbiased scores weigh.
 
-On the host the choice is a numba kernel that holds no GIL and breaks ties towards the lower expert id; on CUDA it is a
-handful of torch operations without a host synchronisation.
+On the host the choice is a numba kernel that holds no GIL, on CUDA one kernel (pipemoe_kernels.routing); both break ties towards
+the lower expert and the lower group. What that kernel does not take (more than 512 experts or 16 of them a token, GPUs older
+than sm_80) is a handful of torch operations, without a host synchronisation; ties are as torch.topk has them there.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def route(
     logits [T, E] float32, bfloat16 or float16; bias [E] float32 (sigmoid scoring only), on the same device.
     Returns ids [T, K] int32 in [0, E) and weights [T, K] float32. NaN logits give valid ids and NaN weights.
     """
+    if logits.device.type == "cuda" and _kernel_takes(logits, spec):
+        return _route_cuda(logits, spec, bias)
     if logits.device.type == "cpu":
         ids, weights = _route_host(logits, spec, bias)
     elif spec.scoring == SOFTMAX:
@@ -73,6 +76,26 @@ def route(
         ids, weights = _sigmoid_torch(logits, spec, bias)
     if spec.round_weights and logits.dtype != torch.float32:
         weights = weights.to(logits.dtype).float()
+    return ids, weights
+
+
+def _kernel_takes(logits: torch.Tensor, spec: RoutingSpec) -> bool:
+    from pipemoe_kernels.routing import CAPABILITY, fits
+
+    return fits(spec.num_experts, spec.top_k) and torch.cuda.get_device_capability(logits.device) >= CAPABILITY
+
+
+def _route_cuda(
+    logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from pipemoe_kernels.launch import Stream
+    from pipemoe_kernels.routing import Scoring, route_tokens
+
+    ids = torch.empty((len(logits), spec.top_k), dtype=torch.int32, device=logits.device)
+    weights = torch.empty((len(logits), spec.top_k), dtype=torch.float32, device=logits.device)
+    scoring = Scoring(spec.scoring == SIGMOID, spec.renormalise, spec.round_weights, spec.scale)
+    groups = (spec.num_groups, spec.top_groups) if spec.scoring == SIGMOID else (1, 1)
+    route_tokens(Stream.current(logits.device), logits, bias, ids, weights, scoring, *groups)
     return ids, weights
 
 

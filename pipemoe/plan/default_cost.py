@@ -25,9 +25,10 @@ _ONE_GPU_LINK = 25 * 10**9  # bytes per second: 4 ranks on one H200, NCCL 2.30, 
 
 
 def default_cost(
-    device: Device, dimensions: Dimensions, num_ranks: int, *, value_bytes: int, sum_bytes: int, ranks_per_device: int = 1
+    device: Device, dimensions: Dimensions, num_ranks: int, *, value_bytes: int, sum_bytes: int, ranks_per_device: int = 1, row_bytes: int | None = None
 ) -> CostModel:
     """value_bytes: of weights and dispatched values. sum_bytes: of combined ones. ranks_per_device: ranks share a GPU's rates.
+    row_bytes: of a token in a dispatch; None: of one in the model's dtype.
 
     Units of the result: see CostModel. Good to tell plans apart; `pipemoe tune` measures better ones.
     """
@@ -50,7 +51,7 @@ def default_cost(
             return ExchangeCost(300_000 * waiting, 50_000 * waiting, max(num_ranks - 1, 0) * volume_ps)
         return ExchangeCost(25_000 * ranks_per_device if num_ranks > 1 else 5_000, 4_000, volume_ps)
 
-    row_bytes = -(-(shape.hidden * value_bytes + 8 * shape.top_k) // 128) * 128
+    row_bytes = row_bytes or -(-(shape.hidden * value_bytes + 8 * shape.top_k) // 128) * 128
     # The experts also read and write each local row a few times: gathered rows, activations, sums.
     glue_ps = (4 * shape.hidden + 3 * shape.intermediate) * value_bytes * 10**15 // (bandwidth * _MEMORY_PERMILLE)
     return CostModel(

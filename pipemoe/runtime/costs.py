@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.comm.world import World
+    from pipemoe.wire import WireFormat
 
 
 def runtime_cost(
-    world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype, graph_rows: int = 0
+    world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype, wire: WireFormat, graph_rows: int = 0
 ) -> tuple[CostModel, dict[str, Any]]:
     """The cost model and the subject of a file that holds it; every rank calls. graph_rows: most tokens whose attention is launched
     as a graph.
@@ -51,6 +52,7 @@ def runtime_cost(
         "ranks_per_device": sharing,
         "dtype": str(dtype),
         "sum_dtype": str(sum_dtype),
+        **({} if wire.dtype == dtype else {"dispatch_dtype": str(wire.dtype)}),
         "combine": config.combine,
         "experts": config.experts,
         "model": model_key(dimensions),
@@ -64,7 +66,7 @@ def runtime_cost(
             warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
-        device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device
+        device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
     )
     return _with_graphs(cost, graph_rows), subject
 

@@ -57,7 +57,7 @@ class Runtime:
         graph_rows: int = 0,
         error: PipemoeError | None = None,
     ) -> None:
-        """experts: this rank's experts (see pipemoe.experts). dtype: of the dispatched hidden values. facts: whatever else must
+        """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. facts: whatever else must
         be equal on all ranks, by name. dimensions: of the whole model, for its cost (default: attention as of `shape`). trial: model
         code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
         `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
@@ -71,9 +71,12 @@ class Runtime:
         except ConfigError as e:
             error = error or e
         self.config = config
-        self.wire = WireFormat(shape.hidden, shape.top_k, dtype)
+        self.dtype = dtype
+        self.wire = WireFormat(shape.hidden, shape.top_k, dtype if experts is None else experts.wire_dtype)
         self.combine_dtype = self._combine_dtype(dtype)
-        self.cost, self.cost_subject = runtime_cost(world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, graph_rows)
+        self.cost, self.cost_subject = runtime_cost(
+            world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire, graph_rows
+        )
         self._compile_planner()
         facts = self._facts(facts)
         world.agree(error, facts, "comparing configurations")
@@ -123,12 +126,16 @@ class Runtime:
                 self._reserve(lanes)
                 if self._prepare is not None:
                     self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
-            warm_ups = [lambda s=slot.scratch: self._experts.warm_up(s) for slot in self._workspace.slots]
+            warm_ups = [lambda s=slot.scratch: self._warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(
                 f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank or num_slots"
             ) from error
+
+    def _warm_up(self, scratch: Any) -> None:
+        self.wire.warm_up(self.world.device, self.dtype)
+        self._experts.warm_up(scratch)
 
     def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch
@@ -176,7 +183,7 @@ class Runtime:
 
         import pipemoe
 
-        facts = dict(facts, pipemoe=pipemoe.__version__, torch=torch.__version__, device=self.world.device.type, dtype=str(self.wire.dtype))
+        facts = dict(facts, pipemoe=pipemoe.__version__, torch=torch.__version__, device=self.world.device.type, dtype=str(self.dtype), dispatch=str(self.wire.dtype))
         facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items() if name != "cost"}
         facts |= {f"cost of {name}": str(value) for name, value in asdict(self.cost).items()}
         if self.world.device.type == "cuda" and self.world.size > 1:

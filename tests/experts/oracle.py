@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from pipemoe.experts import ExpertWeights, local_range
 from pipemoe.wire import WireFormat, WireRows
+
+FIELDS = ("gate_up", "down", "gate_up_bias", "down_bias")
+FUNCTIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu": torch.relu}
 
 
 @dataclass(frozen=True)
@@ -26,32 +29,38 @@ class Case:
 
 
 def slice_experts(weights: ExpertWeights, experts: range) -> ExpertWeights:
-    part = [None if t is None else t[experts.start : experts.stop].clone() for t in _fields(weights)]
-    return ExpertWeights(*part, first_expert=experts.start)
+    return _mapped(weights, lambda t: t[experts.start : experts.stop].clone(), first_expert=experts.start)
 
 
 def to_device(weights: ExpertWeights, device: str) -> ExpertWeights:
-    return ExpertWeights(*[None if t is None else t.to(device) for t in _fields(weights)], weights.first_expert)
+    return _mapped(weights, lambda t: t.to(device))
+
+
+def _mapped(weights: ExpertWeights, change, **other) -> ExpertWeights:
+    return replace(weights, **{name: change(tensor) for name, tensor in weights.tensors()}, **other)
 
 
 def _fields(weights: ExpertWeights):
-    return weights.gate_up, weights.down, weights.gate_up_bias, weights.down_bias
+    return [getattr(weights, name) for name in FIELDS]
 
 
 def random_weights(
-    num_experts, hidden, intermediate, *, dtype=torch.float32, bias=False, seed=0, first_expert=0
+    num_experts, hidden, intermediate, *, dtype=torch.float32, bias=False, seed=0, first_expert=0, activation="silu", gated=True
 ) -> ExpertWeights:
     generator = torch.Generator().manual_seed(seed)
+    rows = 2 * intermediate if gated else intermediate
 
     def normal(*shape, scale):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     return ExpertWeights(
-        normal(num_experts, 2 * intermediate, hidden, scale=hidden**-0.5),
+        normal(num_experts, rows, hidden, scale=hidden**-0.5),
         normal(num_experts, hidden, intermediate, scale=intermediate**-0.5),
-        normal(num_experts, 2 * intermediate, scale=0.5) if bias else None,
+        normal(num_experts, rows, scale=0.5) if bias else None,
         normal(num_experts, hidden, scale=0.5) if bias else None,
         first_expert,
+        activation,
+        gated,
     )
 
 
@@ -78,18 +87,25 @@ def expected(rows: WireRows, weights: ExpertWeights) -> torch.Tensor:
     """The definition, one (token, k) at a time in float64 -> [n, H] float64."""
     hidden, ids, router = rows.hidden.double().cpu(), rows.ids.cpu(), rows.weights.double().cpu()
     out = torch.zeros(len(rows), hidden.shape[1], dtype=torch.float64)
+    wide = {}  # local expert -> its weights in float64
     for i in range(len(rows)):
         for k in range(ids.shape[1]):
             expert = int(ids[i, k]) - weights.first_expert
             if not 0 <= expert < weights.num_local_experts:
                 continue
-            h = weights.gate_up[expert].double().cpu() @ hidden[i]
-            if weights.gate_up_bias is not None:
-                h = h + weights.gate_up_bias[expert].double().cpu()
-            gate, up = h.chunk(2)
-            y = weights.down[expert].double().cpu() @ (torch.nn.functional.silu(gate) * up)
-            if weights.down_bias is not None:
-                y = y + weights.down_bias[expert].double().cpu()
+            if expert not in wide:
+                wide[expert] = [None if t is None else t[expert].double().cpu() for t in _fields(weights)]
+            gate_up, down, gate_up_bias, down_bias = wide[expert]
+            h = gate_up @ hidden[i]
+            if gate_up_bias is not None:
+                h = h + gate_up_bias
+            gate = h[: weights.intermediate]
+            a = FUNCTIONS[weights.activation](gate)
+            if weights.gated:
+                a = a * h[weights.intermediate :]
+            y = down @ a
+            if down_bias is not None:
+                y = y + down_bias
             out[i] += router[i, k] * y
     return out
 

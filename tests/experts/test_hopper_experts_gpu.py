@@ -1,4 +1,4 @@
-"""The "hopper" experts on a GPU: against the oracle, deterministic, without host synchronisation or allocation."""
+"""The "hopper" and "ampere" experts on a GPU: against the oracle, deterministic, without host synchronisation or allocation."""
 
 import importlib.util
 import threading
@@ -16,7 +16,7 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 from pipemoe.errors import ConfigError
-from pipemoe.experts import local_range, make_experts
+from pipemoe.experts import column_ranges, local_range, make_experts
 from tests.experts.oracle import (
     TOLERANCE,
     expected,
@@ -30,14 +30,24 @@ from tests.experts.oracle import (
 BF16 = torch.bfloat16
 
 
-def build(weights, top_k, max_rows, *, implementation="auto", deterministic=False, num_sms=None):
+@pytest.fixture(params=["hopper", "ampere"], autouse=True)
+def implementation(request, monkeypatch):
+    """Every test runs with both."""
+    monkeypatch.setitem(DEFAULTS, "implementation", request.param)
+    return request.param
+
+
+DEFAULTS = {"implementation": "hopper"}
+
+
+def build(weights, top_k, max_rows, *, implementation=None, deterministic=False, num_sms=None):
     experts = make_experts(
         [to_device(weights, "cuda")],
         top_k=top_k,
         hidden=weights.hidden,
         device="cuda",
         dtype=weights.dtype,
-        implementation=implementation,
+        implementation=implementation or DEFAULTS["implementation"],
         deterministic=deterministic,
         num_sms=num_sms,
     )
@@ -57,7 +67,7 @@ def run(rows, weights, *, out_dtype=torch.float32, deterministic=False, max_rows
     experts, scratch = build(
         weights, rows.ids.shape[1], max_rows or len(rows), deterministic=deterministic, num_sms=num_sms
     )
-    assert experts.implementation == "hopper"
+    assert experts.implementation == DEFAULTS["implementation"]
     poison(scratch)
     out = torch.full(rows.hidden.shape, torch.nan, dtype=torch.float64 if deterministic else out_dtype, device="cuda")
     experts(0, rows, out, scratch)
@@ -66,7 +76,7 @@ def run(rows, weights, *, out_dtype=torch.float32, deterministic=False, max_rows
 
 @pytest.mark.parametrize("num_rows", [0, 1, 600])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("hidden, intermediate", [(96, 80), (16, 16), (304, 176), (2880, 720)])
+@pytest.mark.parametrize("hidden, intermediate", [(96, 80), (16, 16), (304, 176), (2880, 720), (720, 2880)])
 def test_awkward_sizes(num_rows, bias, hidden, intermediate):
     weights = slice_experts(random_weights(10, hidden, intermediate, dtype=BF16, bias=bias), range(2, 9))
     rows = random_rows(num_rows, hidden, 10, 3, dtype=BF16, device="cuda")
@@ -74,6 +84,15 @@ def test_awkward_sizes(num_rows, bias, hidden, intermediate):
     wanted = expected(rows[sample], weights)
     assert relative_error(run(rows, weights)[sample], wanted) < TOLERANCE[BF16]
     assert relative_error(run(rows, weights, deterministic=True)[sample], wanted) < TOLERANCE[BF16]
+
+
+@pytest.mark.parametrize(
+    "activation, gated, bias", [("silu", False, False), ("gelu", True, True), ("gelu", False, False), ("relu", True, False), ("relu", False, True)]
+)
+def test_activations(activation, gated, bias):
+    weights = random_weights(6, 208, 144, dtype=BF16, bias=bias, activation=activation, gated=gated)
+    rows = random_rows(300, 208, 6, 3, dtype=BF16, device="cuda")
+    assert relative_error(run(rows, weights), expected(rows, weights)) < TOLERANCE[BF16]
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, BF16, torch.float16])
@@ -198,13 +217,50 @@ def test_calls_one_after_the_other_with_one_scratch():
         assert all(torch.equal(out, wanted) for out, wanted in zip(outs, alone, strict=True))
 
 
+@pytest.mark.parametrize("hidden, num_blocks", [(2048, 2), (2048, 3), (96, 5), (720, 1)])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_columns_in_blocks(hidden, num_blocks, deterministic, bias):
+    """The same bits as in one piece; a block is complete at its event, while later ones are poison."""
+    weights = random_weights(6, hidden, 144, dtype=BF16, bias=bias)
+    rows = random_rows(300, hidden, 6, 3, dtype=BF16, device="cuda")
+    wanted = run(rows, weights, deterministic=deterministic)
+    experts, scratch = build(weights, 3, 300, deterministic=deterministic)
+    experts.warm_up(scratch, (num_blocks,))
+    poison(scratch)
+    out = torch.full_like(wanted, torch.nan)
+    seen = []
+
+    class Snapshot:
+        def record(self):
+            seen.append(out.clone())  # on the current stream, as an event would be
+
+    experts(0, rows, out, scratch, [Snapshot() for _ in range(num_blocks)])
+    assert torch.equal(out, wanted)
+    for columns, snapshot in zip(column_ranges(hidden, num_blocks), seen, strict=True):
+        assert torch.equal(snapshot[:, : columns.stop], wanted[:, : columns.stop])
+        assert bool(snapshot[:, columns.stop :].isnan().all())
+
+
+def test_the_weights_of_a_rank_that_has_one_expert_in_blocks():
+    weights = slice_experts(random_weights(4, 512, 64, dtype=BF16, bias=True), range(2, 3))
+    rows = random_rows(40, 512, 4, 2, dtype=BF16, device="cuda")
+    experts, scratch = build(weights, 2, 40)
+    out = torch.full((40, 512), torch.nan, dtype=BF16, device="cuda")
+    events = [torch.cuda.Event() for _ in range(2)]
+    experts(0, rows, out, scratch, events)
+    events[-1].synchronize()
+    assert relative_error(out, expected(rows, weights)) < TOLERANCE[BF16]
+
+
 def test_what_it_cannot_run():
     odd = random_weights(3, 100, 36, dtype=BF16)
-    assert build(odd, 2, 5)[0].implementation == "torch"
-    assert build(random_weights(3, 96, 80), 2, 5)[0].implementation == "torch"
+    assert build(odd, 2, 5, implementation="auto")[0].implementation == "torch"
+    assert build(random_weights(3, 96, 80), 2, 5, implementation="auto")[0].implementation == "torch"
+    assert build(random_weights(3, 96, 80, dtype=BF16), 2, 5, implementation="auto")[0].implementation == "hopper"
     assert build(random_weights(3, 96, 80, dtype=BF16), 2, 5, implementation="torch")[0].implementation == "torch"
     with pytest.raises(ConfigError, match="multiples of 8"):
-        build(odd, 2, 5, implementation="hopper")
+        build(odd, 2, 5)
 
 
 def test_experts_that_leave_multiprocessors_share_their_weights():

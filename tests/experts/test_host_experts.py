@@ -68,6 +68,16 @@ def test_awkward_sizes(num_rows, bias, dtype):
     assert relative_error(run(rows, weights, deterministic=True), wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations(dtype, activation, gated, bias):
+    weights = random_weights(5, 48, 40, dtype=dtype, bias=bias, activation=activation, gated=gated)
+    rows = random_rows(70, 48, 5, 2, dtype=dtype)
+    assert relative_error(run(rows, weights), expected(rows, weights)) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_result_is_the_float32_sum_rounded_once(out_dtype):
     weights, rows = random_weights(6, 96, 80), random_rows(150, 96, 6, 3)
@@ -142,13 +152,26 @@ def test_no_call_compiles():
     weights = random_weights(4, 32, 24, bias=True)
     experts = make_experts([weights], top_k=2, hidden=32, device="cpu", dtype=torch.float32)
     scratch = experts.new_scratch(10)
-    functions = (pairs.index_pairs, pairs.gather_rows, pairs.swiglu_rows, pairs.combine_rows)
+    functions = (pairs.index_pairs, pairs.gather_rows, pairs.activate_rows, pairs.combine_rows)
     compiled = [len(function.signatures) for function in functions]
     for num_rows in (1, 2, 10):
         rows = random_rows(12, 32, 4, 2)[2 : 2 + num_rows]
         experts(0, rows, torch.empty(num_rows, 32), scratch)
         experts(0, rows, torch.empty(num_rows, 40)[:, :32], scratch)
     assert [len(function.signatures) for function in functions] == compiled
+
+
+def test_every_block_of_columns_has_its_event():
+    weights, rows = random_weights(4, 32, 24), random_rows(40, 32, 4, 2)
+    experts = make_experts([weights], top_k=2, hidden=32, device="cpu", dtype=torch.float32)
+    out, recorded = torch.full((40, 32), torch.nan), []
+
+    class Block:
+        def record(self):
+            recorded.append(bool(out.isfinite().all()))
+
+    experts(0, rows, out, experts.new_scratch(40), [Block() for _ in range(3)])
+    assert recorded == [True] * 3 and torch.equal(out, run(rows, weights))
 
 
 def test_threads_with_a_scratch_each():

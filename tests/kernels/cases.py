@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipemoe.wire import WireFormat, WireRows
+from tests.experts.oracle import FUNCTIONS
 
 # rows, K, experts, first local expert, local experts
 ROUTINGS = {
@@ -41,13 +42,15 @@ def expected_index(ids: torch.Tensor, first: int, num_local: int) -> tuple[torch
     return counts.cumsum(0).int(), positions.view_as(ids).int()
 
 
-def expected_swiglu(h: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor) -> torch.Tensor:
+def expected_activations(
+    h: torch.Tensor, bias: torch.Tensor | None, offsets: torch.Tensor, activation: str = "silu", gated: bool = True
+) -> torch.Tensor:
     """[num valid rows, I] float64."""
     h = h[: int(offsets[-1])].double()
     if bias is not None:
         h = h + bias.double()[expert_of_rows(offsets)]
-    gate, up = h.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
+    gate, up = h.chunk(2, dim=1) if gated else (h, 1)
+    return FUNCTIONS[activation](gate) * up
 
 
 def expert_of_rows(offsets: torch.Tensor) -> torch.Tensor:

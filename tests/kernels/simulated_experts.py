@@ -7,11 +7,11 @@ import torch
 
 from pipemoe.experts import torch_cuda
 from pipemoe.experts.torch_cuda import TorchExperts
+from pipemoe_kernels.activation import activate_rows, activation_kernel
 from pipemoe_kernels.combine import combine_kernel, combine_rows
 from pipemoe_kernels.gather import gather_kernel, gather_rows
 from pipemoe_kernels.grouped_simt import grouped_gemm
 from pipemoe_kernels.index import index_kernels, index_pairs
-from pipemoe_kernels.swiglu import swiglu_kernel, swiglu_rows
 from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error, slice_experts
 
 
@@ -22,13 +22,14 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(torch_cuda, "index_pairs", partial(index_pairs, kernels=index_kernels(32, 8)))
     monkeypatch.setattr(torch_cuda, "gather_rows", partial(gather_rows, kernel=gather_kernel(2)))
     monkeypatch.setattr(torch_cuda, "grouped_gemm", partial(grouped_gemm, side=2))
-    monkeypatch.setattr(torch_cuda, "swiglu_rows", small_swiglu)
+    monkeypatch.setattr(torch_cuda, "activate_rows", small_activation)
     monkeypatch.setattr(torch_cuda, "combine_rows", small_combine)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
-def small_swiglu(stream, h, bias, *rest):
-    swiglu_rows(stream, h, bias, *rest, swiglu_kernel(h.dtype, bias is not None, 4))
+def small_activation(stream, h, bias, offsets, a, name):
+    kernel = activation_kernel(h.dtype, bias is not None, 4, name=name, gated=h.shape[1] != a.shape[1])
+    activate_rows(stream, h, bias, offsets, a, name, kernel)
 
 
 def small_combine(stream, y, positions, ids, first, weights, bias, out):
@@ -70,6 +71,30 @@ def test_call(dtype, major, bias, deterministic, uses_grouped_mm, monkeypatch):
     experts, out = run(rows, weights, deterministic=deterministic)
     assert experts.uses_grouped_mm == uses_grouped_mm
     assert relative_error(out, expected(rows, weights)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("activation, gated", [("silu", False), ("gelu", True), ("gelu", False), ("relu", True), ("relu", False)])
+def test_activations(activation, gated, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = random_weights(3, 16, 8, dtype=dtype, bias=True, activation=activation, gated=gated)
+        rows = random_rows(11, 16, 3, 2, dtype=dtype)
+        assert relative_error(run(rows, weights)[1], expected(rows, weights)) < TOLERANCE[dtype]
+
+
+def test_columns_in_blocks(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    weights, rows = random_weights(3, 24, 8, bias=True), random_rows(11, 24, 3, 2)
+    experts, wanted = run(rows, weights)
+    out, seen = torch.full((11, 24), torch.nan), []
+
+    class Snapshot:
+        def record(self):
+            seen.append(out.clone())
+
+    experts(0, rows, out, experts.new_scratch(11), [Snapshot() for _ in range(3)])
+    assert torch.equal(out, wanted)
+    assert [int(snapshot.isfinite().all(0).sum()) for snapshot in seen] == [8, 16, 24]
 
 
 def test_warm_up_runs_every_kind_of_layer_and_result(monkeypatch):

@@ -15,7 +15,7 @@ KERNELS = dict(enumerate_kernels())
 # The newest architecture for all variants; for sm_80 one of each family.
 CASES = [(name, (9, 0)) for name in KERNELS]
 CASES += [(name, (8, 0)) for name in KERNELS if "torch" not in name or "bfloat16-torch.float32-True" in name]
-CASES += [("grouped_gemm-torch.bfloat16", (8, 0)), ("swiglu_rows-torch.bfloat16-True", (8, 0))]
+CASES += [("grouped_gemm-torch.bfloat16", (8, 0)), ("activate_rows-torch.bfloat16-True", (8, 0))]
 MAX_REGISTERS = 80
 
 

@@ -32,16 +32,19 @@ def build(kernel, folder):
     return report, code
 
 
-@pytest.mark.parametrize("gated, has_bias", [(True, False), (True, True), (False, False)])
-def test_grouped_gemm(gated, has_bias, tmp_path):
-    grouped = grouped_kernel(gated=gated, has_bias=has_bias)
+FORMS = [(True, False, "silu"), (True, True, "silu"), (True, True, "gelu"), (False, True, "relu"), (False, False, "gelu"), (False, False, None)]
+
+
+@pytest.mark.parametrize("gated, has_bias, activation", FORMS)
+def test_grouped_gemm(gated, has_bias, activation, tmp_path):
+    grouped = grouped_kernel(gated=gated, has_bias=has_bias, activation=activation)
     report, code = build(grouped.kernel, tmp_path)
     assert int(re.search(r"Used (\d+) registers", report).group(1)) * THREADS <= NUM_REGISTERS
     if code is not None:
         for c in range(grouped.max_cuts + 1):
             assert f"HGMMA.64x{256 >> c}x16.F32.BF16" in code
         assert "UTMALDG" in code and code.count("USETMAXREG") == 2
-        assert ("LDGSTS" in code) == gated
+        assert ("LDGSTS" in code) == (activation is not None)
         assert "STG.E.128" in code
 
 

@@ -22,10 +22,10 @@ from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.tensor_map import device_maps, tensor_map
 from tests.kernels.cases import (
     ROUTINGS,
+    expected_activations,
     expected_combine,
     expected_grouped_gemm,
     expected_index,
-    expected_swiglu,
     make_ids,
     wire_rows,
 )
@@ -85,8 +85,8 @@ def test_index_with_all_rows_on_one_expert():
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("hidden, intermediate", [(64, 32), (200, 136), (512, 384)])
 @pytest.mark.parametrize("num_sms", [132, 5])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias):
+@pytest.mark.parametrize("has_bias, activation, gated", [(False, "silu", True), (True, "gelu", True), (True, "relu", False), (False, "silu", False)])
+def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias, activation, gated):
     """Both GEMMs on rows of a wire buffer that is poisoned where they must not look."""
     offsets = torch.tensor(COUNTS[name]).cumsum(0).int()
     num_local, total = len(offsets), int(offsets[-1])
@@ -97,12 +97,14 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias):
 
     x = normal(total + 9, hidden)
     tokens = torch.randperm(total + 9, generator=generator)[:total].int()
-    gate_up, down = normal(num_local, 2 * intermediate, hidden) / 8, normal(num_local, hidden, intermediate) / 8
-    bias = normal(num_local, 2 * intermediate) if has_bias else None
+    w_rows = 2 * intermediate if gated else intermediate
+    gate_up, down = normal(num_local, w_rows, hidden) / 8, normal(num_local, hidden, intermediate) / 8
+    bias = normal(num_local, w_rows) if has_bias else None
     rows = wire_rows(x, torch.full((len(x), 2), -1).int(), torch.full((len(x), 2), torch.nan), "cuda")
     a = torch.full((total + 200, intermediate), torch.nan, dtype=torch.bfloat16, device="cuda")
     y = torch.full((total + 200, hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
-    gate_up_kernel, down_kernel = grouped_kernel(gated=True, has_bias=has_bias), grouped_kernel(gated=False)
+    gate_up_kernel = grouped_kernel(gated=gated, has_bias=has_bias, activation=activation)
+    down_kernel = grouped_kernel(gated=False)
     device, on_gpu = a.device, [gate_up.cuda(), down.cuda(), offsets.cuda(), tokens.cuda()]
     gate_up_maps = device_maps([tensor_map(on_gpu[0], box) for box in gate_up_kernel.w_boxes], device)
     down_maps = device_maps([tensor_map(on_gpu[1], box) for box in down_kernel.w_boxes], device)
@@ -112,7 +114,7 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias):
         *(None if bias is None else bias.cuda(), a, num_sms),
     )
     h = expected_grouped_gemm(x[tokens.long()], gate_up, offsets)
-    wanted = expected_swiglu(h, bias, offsets)
+    wanted = expected_activations(h, bias, offsets, activation, gated)
     assert (a[:total].cpu().double() - wanted).norm() <= TOLERANCE[torch.bfloat16] * wanted.norm()
     assert bool(a[total:].isnan().all())
     down_rows(

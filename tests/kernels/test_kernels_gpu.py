@@ -12,18 +12,18 @@ pytestmark = [
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
+from pipemoe_kernels.activation import activate_rows
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.gather import gather_rows, padded_columns
 from pipemoe_kernels.grouped_simt import grouped_gemm
 from pipemoe_kernels.index import index_kernels, index_pairs, num_tiles
 from pipemoe_kernels.launch import Stream
-from pipemoe_kernels.swiglu import swiglu_rows
 from tests.kernels.cases import (
     ROUTINGS,
+    expected_activations,
     expected_combine,
     expected_grouped_gemm,
     expected_index,
-    expected_swiglu,
     make_ids,
     wire_rows,
 )
@@ -94,7 +94,7 @@ def test_gather(hidden, dtype):
 @pytest.mark.parametrize("intermediate", [13, 768])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu(has_bias, dtype, intermediate):
+def test_activations(has_bias, dtype, intermediate):
     counts = torch.randint(0, 300, (40,), generator=torch.Generator().manual_seed(0))
     counts[[0, 7, 8, 39]] = 0
     offsets = counts.cumsum(0).int()
@@ -103,8 +103,8 @@ def test_swiglu(has_bias, dtype, intermediate):
     h[total:] = torch.nan
     bias = torch.randn(40, 2 * intermediate).to(dtype) if has_bias else None
     a = torch.full((total + 50, intermediate), torch.nan, dtype=dtype, device="cuda")
-    swiglu_rows(stream(), h.cuda(), None if bias is None else bias.cuda(), offsets.cuda(), a)
-    wanted = expected_swiglu(h, bias, offsets)
+    activate_rows(stream(), h.cuda(), None if bias is None else bias.cuda(), offsets.cuda(), a)
+    wanted = expected_activations(h, bias, offsets)
     assert (a.cpu()[:total].double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
     assert a[total:].isnan().all()
 

@@ -4,13 +4,18 @@ from itertools import product
 
 import torch
 
+from pipemoe_kernels.activation import ACTIVATIONS, activation_kernel
 from pipemoe_kernels.combine import combine_kernel
 from pipemoe_kernels.gather import gather_kernel
 from pipemoe_kernels.grouped_simt import grouped_simt_kernel
 from pipemoe_kernels.index import index_kernels
-from pipemoe_kernels.swiglu import swiglu_kernel
+from pipemoe_kernels.routing import Scoring, routing_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCORINGS = {
+    "softmax": Scoring(sigmoid=False, renormalise=True, rounded=True),
+    "sigmoid": Scoring(sigmoid=True, renormalise=True, scale=2.5),
+}
 
 
 def enumerate_kernels():
@@ -21,7 +26,11 @@ def enumerate_kernels():
     for dtype in DTYPES:
         yield f"grouped_gemm-{dtype}", grouped_simt_kernel(dtype)
     for dtype, bias in product(DTYPES, (False, True)):
-        yield f"swiglu_rows-{dtype}-{bias}", swiglu_kernel(dtype, bias)
+        yield f"activate_rows-{dtype}-{bias}", activation_kernel(dtype, bias)
+    for name, gated in product(ACTIVATIONS, (False, True)):
+        yield f"activate_rows-{name}-{gated}", activation_kernel(torch.bfloat16, True, name=name, gated=gated)
     for dtype, bias in product(DTYPES, (False, True)):
         for out_dtype in (*DTYPES, torch.float64):
             yield f"combine_rows-{dtype}-{out_dtype}-{bias}", combine_kernel(dtype, out_dtype, bias)
+    for dtype, (name, scoring) in product(DTYPES, SCORINGS.items()):
+        yield f"route_tokens-{name}-{str(dtype).removeprefix('torch.')}", routing_kernel(dtype, scoring, scoring.sigmoid)

@@ -74,6 +74,7 @@ def test_fingerprint_differs_with_config_seed_and_dtype():
         (dict(model_type="llama"), r"model_type is 'llama'; known are deepseek_v3, mixtral, qwen3_moe"),
         (dict(model_type=None), "model_type is None"),
         (dict(quantization_config=dict(quant_method="fp8")), "quantised.*'fp8'.*bfloat16"),
+        (dict(quantization_config=dict(quant_method="gptq", weight_block_size=[128, 128])), "quantised.*'gptq'.*bfloat16"),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(mlp_only_layers=[0, 1, 2]), "none of the 3 decoder layers"),
         (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type is 'dynamic'"),

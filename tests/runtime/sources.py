@@ -21,7 +21,7 @@ class RowsSource:
     def __init__(self, num_tokens: int, runtime: Runtime, before_attend: Callable[[int, int], None] = lambda cohort, layer: None) -> None:
         world = runtime.world
         self._before = before_attend
-        self.inputs = [make_rows(num_tokens, 1000 * layer + world.rank, world.device, runtime.wire.dtype) for layer in range(runtime.shape.num_layers)]
+        self.inputs = [make_rows(num_tokens, 1000 * layer + world.rank, world.device, runtime.dtype) for layer in range(runtime.shape.num_layers)]
         self.inputs = [(x, ids.int(), weights) for x, ids, weights in self.inputs]
         self.sums = [torch.full((num_tokens, HIDDEN), torch.nan, dtype=runtime.results_dtype, device=world.device) for _ in self.inputs]
         self._layer: dict[int, int] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import CheckpointError
 from pipemoe.models.families.family import Family
 
@@ -36,11 +37,13 @@ def check_config(config: PreTrainedConfig, where: str = "") -> Family:
     family = find_family(config.model_type, where)
     quantisation = getattr(config, "quantization_config", None)
     if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else type(quantisation).__name__
-        raise CheckpointError(
-            f"{where}the checkpoint is quantised (quantization_config: quant_method {method!r}); "
-            "pipemoe reads unquantised weights, convert it to bfloat16 first"
-        )
+        known = quantisation if isinstance(quantisation, dict) else quantisation.to_dict()
+        method, block = known.get("quant_method"), known.get("weight_block_size")
+        if method != "fp8" or list(block or ()) != [BLOCK, BLOCK]:
+            raise CheckpointError(
+                f"{where}the checkpoint is quantised (quantization_config: quant_method {method!r}, weight_block_size {block}); pipemoe "
+                f"reads unquantised weights and fp8 ones in blocks of {BLOCK} x {BLOCK}, convert it to bfloat16 first"
+            )
     if config.hidden_act not in ("silu", "swish"):
         raise CheckpointError(f"{where}hidden_act is {config.hidden_act!r}; the experts are SwiGLU, 'silu' is wanted")
     rope_type = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

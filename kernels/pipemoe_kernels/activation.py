@@ -1,0 +1,104 @@
+"""The activation between the two GEMMs, over the valid rows of the sorted order.
+
+    h [pairs, 2I]:  | gate (I) | up (I) |   ->   a [pairs, I] = silu(gate) * up       rows 0 .. offsets[-1]
+                    | not valid         |        untouched                            rows after that
+
+Without a gate h is [pairs, I], and a = activation(h). The number of valid rows is read on the device; the grid is bounded and
+strides over the rows.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+
+from pipemoe_kernels.element import ELEMENTS
+from pipemoe_kernels.launch import INT32, INT32_POINTER, Kernel, Stream
+from pipemoe_kernels.numba_cuda import cuda
+
+ZERO, HALF, ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+ROOT_OF_HALF = np.float32(0.5**0.5)
+MAX_BLOCKS = 4096
+
+
+@cuda.jit(device=True, inline="always")
+def silu(x):
+    return x / (ONE + math.exp(-x))
+
+
+@cuda.jit(device=True, inline="always")
+def gelu(x):
+    return HALF * x * (ONE + math.erf(ROOT_OF_HALF * x))
+
+
+@cuda.jit(device=True, inline="always")
+def relu(x):
+    return ZERO if x < ZERO else x
+
+
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu}
+
+
+@cache
+def activation_kernel(dtype: torch.dtype, has_bias: bool, threads: int = 256, *, name: str = "silu", gated: bool = True) -> Kernel:
+    """name: of ACTIVATIONS."""
+    element = ELEMENTS[dtype]
+    load, store = element.load, element.store
+    activation = ACTIVATIONS[name]
+    widths = 2 if gated else 1  # of a row of h, in widths of a row of a
+
+    def activate_rows(h, bias, offsets, num_local, intermediate, a):
+        num_valid = offsets[num_local - 1]
+        for row in range(cuda.blockIdx.x, num_valid, cuda.gridDim.x):
+            expert = 0
+            if has_bias:
+                # The first expert that ends after this row.
+                last = num_local - 1
+                while expert < last:
+                    middle = (expert + last) // 2
+                    if offsets[middle] > row:
+                        last = middle
+                    else:
+                        expert = middle + 1
+            for column in range(cuda.threadIdx.x, intermediate, threads):
+                gate = load(h, row * widths * intermediate + column)
+                if has_bias:
+                    gate += load(bias, expert * widths * intermediate + column)
+                value = activation(gate)
+                if gated:
+                    up = load(h, row * widths * intermediate + intermediate + column)
+                    if has_bias:
+                        up += load(bias, expert * widths * intermediate + intermediate + column)
+                    value *= up
+                store(a, row * intermediate + column, value)
+
+    pointer = element.pointer
+    return Kernel(activate_rows, (pointer, pointer, INT32_POINTER, INT32, INT32, pointer), threads)
+
+
+def activate_rows(
+    stream: Stream,
+    h: torch.Tensor,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor,
+    a: torch.Tensor,
+    name: str = "silu",
+    kernel: Kernel | None = None,
+) -> None:
+    """h [pairs, 2I] (gated) or [pairs, I], bias [E_loc, 2I or I] or None, offsets [E_loc] int32 ends -> a [pairs, I].
+
+    Arithmetic in float32; name: of ACTIVATIONS.
+    """
+    num_pairs, intermediate = a.shape
+    gated = h.shape[1] != intermediate
+    kernel = kernel or activation_kernel(h.dtype, bias is not None, name=name, gated=gated)
+    assert h.dtype == a.dtype and h.is_contiguous() and a.is_contiguous()
+    assert h.shape == (num_pairs, 2 * intermediate if gated else intermediate), (h.shape, a.shape)
+    assert offsets.dtype == torch.int32 and offsets.is_contiguous()
+    if bias is not None:
+        assert bias.dtype == h.dtype and bias.is_contiguous() and bias.shape == (len(offsets), h.shape[1])
+    grid = (min(num_pairs, MAX_BLOCKS), 1)
+    kernel.launch(stream, grid, h, h if bias is None else bias, offsets, len(offsets), intermediate, a)

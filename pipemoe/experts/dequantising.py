@@ -1,0 +1,78 @@
+"""Rows that travel as e4m3, for experts that take wider ones.
+
+    e4m3 rows --dequantise--> rows in the model's dtype --inner experts--> out
+
+Half the bytes on the wire on any device; only "hopper_fp8" experts multiply e4m3 as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipemoe.e4m3 import dequantise_rows
+from pipemoe.errors import InputError
+from pipemoe.experts.protocol import Experts, Recordable, Scratch
+from pipemoe.wire import WireFormat
+
+if TYPE_CHECKING:
+    from pipemoe.wire import WireRows
+
+
+class DequantisingScratch:
+    """The inner experts' scratch, and room for `max_rows` dequantised wire rows."""
+
+    def __init__(self, inner: Scratch, wire: WireFormat, device: torch.device):
+        self.inner = inner
+        self.max_rows = inner.max_rows
+        self.rows = wire.rows(torch.zeros((inner.max_rows, wire.row_bytes), dtype=torch.uint8, device=device))
+        self.num_bytes = inner.num_bytes + self.rows.buffer.nbytes
+        self.transient_bytes = inner.transient_bytes
+
+
+class DequantisingExperts:
+    """The experts call of `inner` on e4m3 rows; a row's result is as deterministic as inner's."""
+
+    wire_dtype = torch.float8_e4m3fn
+
+    def __init__(self, inner: Experts, *, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype):
+        self._inner = inner
+        self._device = device
+        self._wire = WireFormat(hidden, top_k, dtype)
+        self._narrow = WireFormat(hidden, top_k, self.wire_dtype)
+        self.implementation = inner.implementation
+        self.deterministic = inner.deterministic
+
+    def new_scratch(self, max_rows: int) -> DequantisingScratch:
+        return DequantisingScratch(self._inner.new_scratch(max_rows), self._wire, self._device)
+
+    def warm_up(self, scratch: DequantisingScratch, column_blocks: Sequence[int] = (1,)) -> None:
+        num_rows = min(1, scratch.max_rows)
+        rows = self._narrow.rows(torch.zeros((num_rows, self._narrow.row_bytes), dtype=torch.uint8, device=self._device))
+        self._dequantise(rows, scratch.rows[:num_rows])
+        self._inner.warm_up(scratch.inner, column_blocks)
+
+    @torch.no_grad()
+    def __call__(
+        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: DequantisingScratch, events: Sequence[Recordable] = ()
+    ) -> None:
+        if rows.hidden.dtype != self.wire_dtype or len(rows) > scratch.max_rows:
+            raise InputError(
+                f"layer {layer}: {len(rows)} rows of {rows.hidden.dtype}; at most {scratch.max_rows} of {self.wire_dtype} are wanted"
+            )
+        wide = scratch.rows[: len(rows)]
+        self._dequantise(rows, wide)
+        self._inner(layer, wide, out, scratch.inner, events)
+
+    def _dequantise(self, rows: WireRows, wide: WireRows) -> None:
+        wide.ids.copy_(rows.ids)
+        wide.weights.copy_(rows.weights)
+        if self._device.type == "cpu":
+            wide.hidden.copy_(dequantise_rows(rows.hidden, rows.scales, wide.hidden.dtype))
+        elif len(rows):
+            from pipemoe_kernels import quantise
+            from pipemoe_kernels.launch import Stream
+
+            quantise.dequantise_rows(Stream.current(rows.buffer.device), rows.hidden, rows.scales, wide.hidden)

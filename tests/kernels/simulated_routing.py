@@ -1,0 +1,52 @@
+"""The routing kernel in the CUDA simulator; test_simulator.py runs this file."""
+
+import pytest
+import torch
+from tests.kernels.routing_cases import CASES, RoutingCase, check_routing, make_logits
+
+from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.routing import Scoring, route_tokens, routing_kernel
+
+STREAM = Stream.current(torch.device("cpu"))
+
+
+def run(logits, bias, case):
+    """With ids and weights as columns of wider rows, which must stay as they were."""
+    ids = torch.full((len(logits), case.top_k + 2), 77, dtype=torch.int32)
+    weights = torch.full((len(logits), case.top_k + 1), 77.0)
+    kernel = routing_kernel(logits.dtype, case.scoring, bias is not None, warps=1)
+    places = ids[:, : case.top_k], weights[:, : case.top_k]
+    route_tokens(STREAM, logits, bias, *places, case.scoring, case.num_groups, case.top_groups, kernel)
+    assert bool((ids[:, case.top_k :] == 77).all()) and bool((weights[:, case.top_k :] == 77).all())
+    return places
+
+
+@pytest.mark.parametrize(
+    "name, dtype, ties",
+    [
+        ("qwen3", torch.bfloat16, False),
+        ("mixtral", torch.float32, True),
+        ("awkward", torch.float32, True),
+        ("awkward", torch.float16, False),
+        ("one expert", torch.float16, False),
+        ("all experts", torch.float32, True),
+    ],
+)
+def test_against_the_oracle(name, dtype, ties):
+    logits, bias = make_logits(CASES[name], 2, dtype, ties=ties)
+    check_routing(*run(logits, bias, CASES[name]), logits, bias, CASES[name])
+
+
+@pytest.mark.parametrize("sigmoid", [False, True])
+def test_nan(sigmoid):
+    case = RoutingCase(8, 3, Scoring(sigmoid, renormalise=True), *((4, 2) if sigmoid else ()))
+    logits = torch.randn(3, 8)
+    logits[0] = torch.nan
+    logits[1, 5] = torch.nan
+    logits[2, :6] = -torch.inf
+    check_routing(*run(logits, None, case), logits, None, case)
+
+
+def test_no_tokens():
+    ids, weights = run(torch.empty(0, 8), None, CASES["mixtral"])
+    assert ids.shape == weights.shape == (0, 2)

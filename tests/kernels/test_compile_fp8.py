@@ -1,0 +1,63 @@
+"""Kernels in e4m3 compile without a GPU: tensor cores and conversions as meant, registers in budget, nothing in local memory."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+
+if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("nvidia") is None:
+    pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
+
+from pipemoe_kernels.fp8_roles import SHARED_BYTES
+from pipemoe_kernels.grouped_fp8 import CONSUMER_REGISTERS, PRODUCER_REGISTERS, THREADS, grouped_fp8_kernel
+from pipemoe_kernels.quantise import dequantise_kernel, quantise_kernel
+from tests.kernels.assembler import assemble, disassemble
+
+MAX_SHARED_BYTES = 227 * 1024
+NUM_REGISTERS = 65536
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_gemm(gated, tmp_path):
+    ptx = grouped_fp8_kernel(gated=gated).compile_ptx((9, 0))
+    assert ".target sm_90a" in ptx and ".local" not in ptx
+    report = assemble(ptx, "sm_90a", tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    assert "warning" not in report.lower(), report  # such as: setmaxnreg ignored, wgmma serialized
+    assert int(re.search(r"Used (\d+) registers", report).group(1)) * THREADS <= NUM_REGISTERS
+    code = disassemble(tmp_path)
+    if code is not None:
+        assert not re.search(r"\b(LDL|STL|CALL)\b", code)
+        assert code.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 8 and code.count("FFMA") >= 128
+        assert "UTMALDG" in code and code.count("USETMAXREG") == 2
+        assert ("LDGSTS" in code) == gated and ("F2FP.SATFINITE.E4M3" in code) == gated
+        assert "STG.E.128" in code
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_grouped_gemm_as_it_is_linked(gated, tmp_path):
+    """By the linker that launches use: it must keep what the assembler alone would give."""
+    entry, cubin = grouped_fp8_kernel(gated=gated).build((9, 0), "sm_90a")
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    code = disassemble(tmp_path)
+    if code is not None:
+        assert f".text.{entry}" in code
+        assert not re.search(r"\b(LDL|STL|CALL)\b", code)
+        assert code.count("QGMMA.64x128x32.F32.E4M3.E4M3") == 8 and code.count("USETMAXREG") == 2
+
+
+def test_budgets():
+    assert 128 * PRODUCER_REGISTERS + (THREADS - 128) * CONSUMER_REGISTERS <= NUM_REGISTERS
+    assert SHARED_BYTES <= MAX_SHARED_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [quantise_kernel, dequantise_kernel])
+@pytest.mark.parametrize("cc", [(8, 9), (9, 0)])
+def test_quantisation(make, dtype, cc, tmp_path):
+    ptx = make(dtype).compile_ptx(cc)
+    assert ".local" not in ptx and "e4m3x2" in ptx
+    assert not re.search(r"\b(add|sub|mul|div|fma|cvt)\.\S*f64", ptx)
+    report = assemble(ptx, f"sm_{cc[0]}{cc[1]}", tmp_path)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
