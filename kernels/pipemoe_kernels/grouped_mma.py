@@ -72,7 +72,7 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
     warp_columns = 4 >> cuts  # warps next to one another
     columns_of_warp = 32 if gated else 64  # of out
     sums = warp_sums(blocks, has_bias=has_bias, activation=activation, gated=gated)
-    zero, load, multiply, store = sums.zero, sums.load, sums.multiply, sums.store
+    zero, multiply, store = sums.zero, sums.multiply, sums.store
     w_row_bytes = columns_of_warp * ROW_BYTES
     to_second = (TILE_COLUMNS // 2 >> cuts if gated else 32) * ROW_BYTES
 
@@ -87,27 +87,20 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
         warp_column = UINT32(warp % UINT32(warp_columns))
         x_part, w_part = mma.lane_part_x(lane), mma.lane_part_w(lane)
         works = row + warp_row < end
-        x_warp = UINT32(ring + warp_row * ROW_BYTES)
-        w_warp = UINT32(ring + X_BYTES + warp_column * w_row_bytes)
-        to_stage = UINT32(stage * STAGE_BYTES)
         acc = zero()
-        first_half = load(x_warp + to_stage, x_part, w_warp + to_stage, w_part, UINT32(to_second), UINT32(0))
         for step in range(steps):
-            # One half of a stage is on its way to registers while the other is multiplied.
-            other_half = load(x_warp + to_stage, x_part, w_warp + to_stage, w_part, UINT32(to_second), UINT32(1))
-            if works:
-                acc = multiply(acc, first_half)
+            mma.wait_for_copies_but_two()
+            cuda.syncthreads()
             copy_stage(
                 thread, ring, stage, x, w, UINT32(step), steps, units, x_0, x_1, w_0, w_1, w_2, w_3,
                 next_x_0, next_x_1, next_w_0, next_w_1, next_w_2, next_w_3,
             )
-            mma.wait_for_copies_but_two()
-            cuda.syncthreads()
-            stage = UINT32((stage + UINT32(1)) & UINT32(NUM_STAGES - 1))
-            to_stage = UINT32(stage * STAGE_BYTES)
-            first_half = load(x_warp + to_stage, x_part, w_warp + to_stage, w_part, UINT32(to_second), UINT32(0))
             if works:
-                acc = multiply(acc, other_half)
+                x_tile = UINT32(ring + stage * STAGE_BYTES)
+                x_warp = UINT32(x_tile + warp_row * ROW_BYTES)
+                w_warp = UINT32(x_tile + X_BYTES + warp_column * w_row_bytes)
+                acc = multiply(acc, x_warp, x_part, w_warp, w_part, UINT32(to_second))
+            stage = UINT32((stage + UINT32(1)) & UINT32(NUM_STAGES - 1))
         if works:
             line = UINT32(row + warp_row + (lane >> UINT32(2)))
             column = UINT32(first_column + warp_column * columns_of_warp)
@@ -193,8 +186,6 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
                         thread, ring, UINT32(i - AHEAD), x, w, UINT32(steps - AHEAD + i), steps, units, x_0, x_1, w_0, w_1, w_2, w_3,
                         next_x_0, next_x_1, next_w_0, next_w_1, next_w_2, next_w_3,
                     )
-                mma.wait_for_copies_but_two()
-                cuda.syncthreads()
                 is_first = False
             else:
                 own_bias = bias + ADDRESS(2) * ADDRESS(tile_expert) * ADDRESS(UINT32(halves * num_columns))

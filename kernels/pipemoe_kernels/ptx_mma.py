@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from llvmlite import ir
-from numba.cuda.extending import core_models, intrinsic, register_model
+from numba.cuda.extending import intrinsic
 
 from pipemoe_kernels.numba_cuda import types
 from pipemoe_kernels.ptx_activation import activated
@@ -75,34 +75,17 @@ def _lane_offset(builder, lane, row, part):
     return builder.add(builder.mul(row, ir.Constant(I32, ROW_BYTES)), at)
 
 
-class Fragments(types.Type):
-    """What a warp multiplies at once: 16 columns of `blocks` x 16 rows of x and of 64 rows of w."""
-
-    def __init__(self, blocks: int):
-        self.struct = ir.LiteralStructType([I32] * (4 * blocks + 2 * COLUMN_BLOCKS))
-        super().__init__(name=f"Fragments[{blocks}]")
-
-
-@register_model(Fragments)
-class _FragmentsModel(core_models.PrimitiveModel):
-    def __init__(self, manager, kind):
-        super().__init__(manager, kind, kind.struct)
-
-
 @dataclass(frozen=True)
 class WarpSums:
     """Intrinsics for one number of blocks.
 
     zero() -> sums
-    load(x, x_part, w, w_part, to_second, half) -> fragments: the first or (half 1) other 16 columns of a stage; x, w: shared
-        addresses of the warp's first rows, multiples of 64; *_part: this lane's offset; to_second: bytes from the first 32 rows of
-        w to the other 32
-    multiply(sums, fragments) -> sums
+    multiply(sums, x, x_part, w, w_part, to_second) -> sums: one stage's columns; x, w: shared addresses of the warp's first rows,
+        a multiple of 64; *_part: this lane's offset; to_second: bytes from the first 32 rows of w to the other 32
     store(sums, address, row_bytes, lane, rows, columns, bias, up_bias): as ptx_wgmma's store or store_activated
     """
 
     zero: object
-    load: object
     multiply: object
     store: object
 
@@ -113,54 +96,48 @@ def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: boo
     kind = Accumulator(blocks * VALUES)
     struct = ir.LiteralStructType([F32] * kind.count)
 
-    fragments_kind = Fragments(blocks)
-
-    def packed(builder, struct, values):
-        whole = ir.Constant(struct, ir.Undefined)
+    def packed(builder, values):
+        sums = ir.Constant(struct, ir.Undefined)
         for i, value in enumerate(values):
-            whole = builder.insert_value(whole, value, i)
-        return whole
+            sums = builder.insert_value(sums, value, i)
+        return sums
 
-    def load_words(builder, address):
+    def load(builder, address):
         loaded = asm(builder, _LOAD, _WORDS, [address], "=r,=r,=r,=r,r")
         return [builder.extract_value(loaded, i) for i in range(4)]
 
     @intrinsic
     def zero(typingctx):
-        return kind(), lambda context, builder, signature, args: packed(builder, struct, [ir.Constant(F32, 0.0)] * kind.count)
+        return kind(), lambda context, builder, signature, args: packed(builder, [ir.Constant(F32, 0.0)] * kind.count)
 
     @intrinsic
-    def load(typingctx, x, x_part, w, w_part, to_second, half):
+    def multiply(typingctx, sums, x, x_part, w, w_part, to_second):
         def codegen(context, builder, signature, args):
-            x, x_part, w, w_part, to_second, half = args
-            # 16 columns on are 2 parts on, which the turned order keeps one bit away.
-            bit = builder.shl(half, ir.Constant(I32, 5))
-            x_at, w_at = (builder.add(a, builder.xor(p, bit)) for a, p in ((x, x_part), (w, w_part)))
-            words = []
-            for m in range(blocks):
-                words += load_words(builder, builder.add(x_at, ir.Constant(I32, BLOCK_ROWS * ROW_BYTES * m)))
-            for start in (w_at, builder.add(w_at, to_second)):
-                for j in range(2):
-                    words += load_words(builder, builder.add(start, ir.Constant(I32, 16 * ROW_BYTES * j)))
-            return packed(builder, fragments_kind.struct, words)
+            sums, x, x_part, w, w_part, to_second = args
+            values = [builder.extract_value(sums, i) for i in range(kind.count)]
+            fragments = []
+            for half in range(STEP // 16):
+                # 16 columns on are 2 parts on, which the turned order keeps one bit away.
+                bit = ir.Constant(I32, 32 * half)
+                x_at, w_at = (builder.add(a, builder.xor(p, bit)) for a, p in ((x, x_part), (w, w_part)))
+                second = builder.add(w_at, to_second)
+                rows = [load(builder, builder.add(x_at, ir.Constant(I32, BLOCK_ROWS * ROW_BYTES * m))) for m in range(blocks)]
+                columns = []
+                for start in (w_at, second):
+                    for j in range(2):
+                        words = load(builder, builder.add(start, ir.Constant(I32, 16 * ROW_BYTES * j)))
+                        columns += [words[:2], words[2:]]
+                fragments.append((rows, columns))
+            for rows, columns in fragments:
+                for m, row in enumerate(rows):
+                    for n, column in enumerate(columns):
+                        first = VALUES * m + 4 * n
+                        operands = [*values[first : first + 4], *row, *column]
+                        product = asm(builder, _PRODUCT, _SUMS, operands, "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r", side_effect=False)
+                        values[first : first + 4] = [builder.extract_value(product, i) for i in range(4)]
+            return packed(builder, values)
 
-        return fragments_kind(U32, U32, U32, U32, U32, U32), codegen
-
-    @intrinsic
-    def multiply(typingctx, sums, fragments):
-        def codegen(context, builder, signature, args):
-            values = [builder.extract_value(args[0], i) for i in range(kind.count)]
-            words = [builder.extract_value(args[1], i) for i in range(len(fragments_kind.struct.elements))]
-            columns = words[4 * blocks :]
-            for m in range(blocks):
-                for n in range(COLUMN_BLOCKS):
-                    first = VALUES * m + 4 * n
-                    operands = [*values[first : first + 4], *words[4 * m : 4 * m + 4], *columns[2 * n : 2 * n + 2]]
-                    product = asm(builder, _PRODUCT, _SUMS, operands, "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r", side_effect=False)
-                    values[first : first + 4] = [builder.extract_value(product, i) for i in range(4)]
-            return packed(builder, struct, values)
-
-        return kind(kind, fragments_kind), codegen
+        return kind(kind, U32, U32, U32, U32, U32), codegen
 
     @intrinsic
     def store(typingctx, sums, address, row_bytes, lane, rows, columns, bias, up_bias):
@@ -181,4 +158,4 @@ def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: boo
 
         return types.void(kind, U64, U32, U32, U32, U32, U64, U64), codegen
 
-    return WarpSums(zero, load, multiply, store)
+    return WarpSums(zero, multiply, store)
