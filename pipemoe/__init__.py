@@ -3,9 +3,13 @@
 from pipemoe.comm.world import World, init
 from pipemoe.config import Config
 from pipemoe.errors import PipemoeError
+from pipemoe.experts import ExpertWeights, local_range
 from pipemoe.layer import PipelinedMoE
 from pipemoe.model import Model, Prefilled, load_model
 
 __version__ = "0.1.0"
 
-__all__ = ["Config", "Model", "PipelinedMoE", "PipemoeError", "Prefilled", "World", "init", "load_model", "__version__"]
+__all__ = [
+    *("Config", "ExpertWeights", "Model", "PipelinedMoE", "PipemoeError", "Prefilled", "World", "init", "load_model", "local_range"),
+    "__version__",
+]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError, InputError, PipemoeError
-from pipemoe.experts import make_experts
+from pipemoe.experts import check_finite, make_experts
 from pipemoe.plan.schedule import ModelShape, Plan
 from pipemoe.runtime.runtime import Runtime
 
@@ -35,15 +35,22 @@ class PipelinedMoE:
         try:
             for layer, layer_weights in enumerate(weights):
                 layer_weights.validate(layer)
+            check_finite(weights)
             ranges = [[w.first_expert, w.num_local_experts] for w in weights]
             if not weights:
                 error = ConfigError(f"rank {world.rank}: no weights; pass one ExpertWeights per MoE layer")
         except PipemoeError as e:
             error = e
+        except (AttributeError, TypeError) as e:
+            error = InputError(f"rank {world.rank}: weights must be a sequence of ExpertWeights, one per MoE layer: {e}")
         world.agree(error, {}, "looking at the weights")
         _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], num_experts)
         hidden, self._dtype = weights[0].hidden, weights[0].row_dtype
-        shape = ModelShape(hidden, weights[0].intermediate, num_experts, top_k, len(weights))
+        try:
+            shape = ModelShape(hidden, weights[0].intermediate, num_experts, top_k, len(weights))
+        except ConfigError as e:
+            shape, error = None, e
+        world.agree(error, {}, "looking at the model's shape")
         try:
             experts = make_experts(
                 weights,
@@ -179,6 +186,9 @@ class Step:
         if unfinished:
             self._source.abandon(error)  # the others still get this rank's part of the plan
             self._future.exception()
+            return
+        if error is not None and self._future.exception() is None:  # the engine has not seen it: tell the others at the next step
+            self._moe.runtime.announce(error)
             return
         self._future.result()
 

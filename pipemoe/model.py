@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.config import Config
-from pipemoe.errors import InputError, PipemoeError
+from pipemoe.errors import CheckpointError, InputError, PipemoeError
 from pipemoe.experts import make_experts
 from pipemoe.plan.cost import GRAPH_ROWS
 from pipemoe.plan.dimensions import dimensions_of_decoder
@@ -51,6 +51,9 @@ def load_model(path_or_config: Any, world: World, *, config: Config = Config(), 
         decoder, weights = load_decoder(path_or_config, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype, seed=seed, quantised=config.experts == "hopper_fp8")
     except PipemoeError as e:
         error = e
+    except Exception as e:  # noqa: BLE001  (transformers and torch raise what they like at an odd config.json)
+        error = CheckpointError(f"rank {world.rank}: {path_or_config}: {type(e).__name__}: {e}")
+        error.__cause__ = e
     world.agree(error, {"model": decoder.fingerprint if decoder else ""}, "loading the model")
     return Model(world, decoder, weights, config)
 
@@ -162,13 +165,15 @@ class Model:
 
         vocabulary = self.decoder.vocab_size
         tensors = []
+        if not isinstance(sequences, Iterable):
+            raise InputError(f"rank {self.world.rank}: sequences is a {type(sequences).__name__}; it must be a list of token-id lists")
         for i, sequence in enumerate(sequences):
             where = f"rank {self.world.rank}: sequence {i}"
             try:
                 tokens = torch.as_tensor(sequence)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise InputError(f"{where} is not a list of token ids: {error}") from None
-            if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point():
+            if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or tokens.is_complex():
                 raise InputError(f"{where} has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; it must be a list of at least one token id")
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= vocabulary:

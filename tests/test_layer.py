@@ -1,5 +1,7 @@
 """PipelinedMoE over the ranks of a world: the right sums, the same bits, the same errors everywhere."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -223,3 +225,66 @@ def test_out_of_memory_on_one_rank_is_an_error_on_every_rank(world, monkeypatch)
     monkeypatch.undo()
     x, ids, weights = make_rows(3, world.rank, world.device, torch.float32)
     assert norm_ratio(make_moe(world, layers)(x, ids, weights), layers.oracle(0, x, ids, weights)) < 1e-5
+
+
+def test_an_exception_on_a_rank_without_tokens_is_raised_on_every_rank_at_the_next_step_of_any_object(world):
+    layers = make_layers(1, world.device, torch.float32)
+    faulty, other = make_moe(world, layers, debug=False), make_moe(world, layers, debug=False)
+    rows = make_rows(3, world.rank, world.device, torch.float32)
+
+    def forward():
+        if world.rank:
+            faulty(*rows)
+            return
+        with faulty.step(0):
+            raise ZeroDivisionError("nothing to do")
+
+    with pytest.raises(ZeroDivisionError) if world.rank == 0 else contextlib.nullcontext():
+        forward()
+    with pytest.raises(ModelError, match="rank 0: model code raised ZeroDivisionError: nothing to do"):
+        other(*rows)
+    for moe in (faulty, other):
+        assert norm_ratio(moe(*rows), layers.oracle(0, *rows)) < 1e-5
+
+
+def test_ranks_that_call_different_objects_are_told(world):
+    layers = make_layers(1, world.device, torch.float32)
+    objects = make_moe(world, layers), make_moe(world, layers)
+    rows = make_rows(3, world.rank, world.device, torch.float32)
+    if world.size > 1:
+        with pytest.raises(MismatchError, match="the ranks differ in"):
+            objects[world.rank % 2](*rows)
+    assert norm_ratio(objects[0](*rows), layers.oracle(0, *rows)) < 1e-5
+
+
+def test_nan_weights_on_one_rank_are_the_same_error_on_all(world):
+    layers = make_layers(1, world.device, torch.float32)
+    culprit = world.size - 1
+    if world.rank == culprit:
+        layers.down[0, NUM_EXPERTS - 1, 5, 2] = torch.nan
+    with pytest.raises(InputError, match=f"rank {culprit}: .*expert {NUM_EXPERTS - 1}"):
+        make_moe(world, layers)
+
+
+@pytest.mark.parametrize("top_k", [0, 2.0])
+def test_a_shape_that_cannot_be_on_one_rank_is_the_same_error_on_all(world, top_k):
+    layers, culprit = make_layers(1, world.device, torch.float32), world.size - 1
+    weights = layers.local(world.size, world.rank)
+    with pytest.raises(ConfigError, match=f"rank {culprit}: ModelShape.top_k is {top_k}"):
+        PipelinedMoE(world, weights, num_experts=NUM_EXPERTS, top_k=top_k if world.rank == culprit else TOP_K)
+
+
+def test_sums_that_mpi_cannot_reduce_are_refused(world):
+    layers = make_layers(1, world.device, torch.float32)
+    rows = make_rows(3, world.rank, world.device, torch.float32)
+    if world.device.type == "cpu":
+        with pytest.raises(ConfigError, match="combine_dtype is bfloat16, which MPI cannot reduce"):
+            make_moe(world, layers, combine_dtype="bfloat16")
+    assert norm_ratio(make_moe(world, layers, combine_dtype="bfloat16", combine="gather")(*rows), layers.oracle(0, *rows)) < 2e-2
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_maximum_of_very_few_tokens(world, most):
+    layers = make_layers(1, world.device, torch.float32)
+    rows = make_rows(most, world.rank, world.device, torch.float32)
+    assert norm_ratio(make_moe(world, layers, max_tokens_per_rank=most)(*rows), layers.oracle(0, *rows)) < 1e-5

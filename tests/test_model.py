@@ -173,3 +173,33 @@ def test_prefill_without_computation_is_an_error_on_every_rank(world, models):
     with pytest.raises(InputError, match="rank 0: prefill without computation"):
         model.prefill([[1, 2]], only=Only(computation=world.rank != 0))
     assert len(model.prefill([[1, 2]]).first_tokens) == 1
+
+
+@pytest.mark.parametrize("mode", ["two_batch", "auto"])
+def test_dense_layers_after_the_last_moe_layer(world, mode):
+    """They attend to what earlier chunks have left, also when these are in another cohort."""
+    config = tiny_config("qwen3_moe", num_layers=5, mlp_only_layers=[2, 3, 4])
+    reference = reference_model(config, device=world.device, dtype=torch.float32, seed=3)
+    model = load_model(config, world, dtype=torch.float32, seed=3, config=Config(mode=mode, **SMALL))
+    for _ in range(10):
+        prompts = sequences(2, world.rank)
+        wanted = plain_logits(reference, prompts, world.device)
+        assert model.prefill(prompts).first_tokens == [int(w.argmax()) for w in wanted]
+
+
+def test_an_odd_config_on_one_rank_is_the_same_error_on_all(world):
+    config = tiny_config("qwen3_moe").to_dict()
+    culprit = world.size - 1
+    if world.rank == culprit:
+        config["num_key_value_heads"] = 0
+    with pytest.raises(CheckpointError, match=f"rank {culprit}: "):
+        load_model(config, world)
+
+
+@pytest.mark.parametrize("bad", [None, 7, [torch.ones(2, dtype=torch.complex64)]])
+def test_what_is_no_list_of_sequences_on_one_rank_is_the_same_error_on_all(world, models, bad):
+    _, model = models("mixtral", torch.float32)
+    culprit = world.size - 1
+    with pytest.raises(InputError, match=f"rank {culprit}: sequence"):
+        model.prefill(bad if world.rank == culprit else [[1, 2]])
+    assert len(model.prefill([[1, 2]]).first_tokens) == 1

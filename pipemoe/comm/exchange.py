@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import struct
 
 from pipemoe import errors
@@ -49,7 +50,7 @@ def decode_step(payloads: list[bytes]) -> Facts:
 
 def check_equal(facts_of: list[dict[str, str]]) -> None:
     """Raise MismatchError naming the first key whose value is not the same on all ranks."""
-    for key in sorted(set().union(*facts_of)):
+    for key in dict.fromkeys(key for facts in facts_of for key in facts):
         values = [facts.get(key, "missing") for facts in facts_of]
         if len(set(values)) > 1:
             odd = next(r for r, v in enumerate(values) if v != values[0])
@@ -58,7 +59,7 @@ def check_equal(facts_of: list[dict[str, str]]) -> None:
 
 def check_lengths(rank: int, lengths: tuple[int, ...], max_tokens: int) -> None:
     """Raise InputError, naming the rank, for lengths that cannot be a step's."""
-    bad = [n for n in lengths if not isinstance(n, int) or n <= 0]
+    bad = [n for n in lengths if not isinstance(n, numbers.Integral) or n <= 0]
     if bad:
         raise InputError(f"rank {rank}: sequence length {bad[0]!r}; each must be a whole number of at least 1")
     if sum(lengths) > max_tokens:

@@ -7,6 +7,7 @@ message about it can name who is behind. Messages are JSON lines, nothing is eve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import selectors
 import socket
@@ -176,8 +177,13 @@ def _greeting(connection: socket.socket, token: str) -> int | None:
 
 
 def _own_address() -> str:
-    """The address under which other hosts reach this one, as its own name resolves; loopback if it does not."""
-    try:
-        return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "127.0.0.1"
+    """The address under which other hosts reach this one: that of its own name, unless it resolves to loopback, as on Debian; then
+    that of the interface of the default route."""
+    with contextlib.suppress(OSError):
+        address = socket.gethostbyname(socket.gethostname())
+        if not address.startswith("127."):
+            return address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: it only chooses a route
+        return probe.getsockname()[0]
+    return "127.0.0.1"

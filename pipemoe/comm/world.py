@@ -18,7 +18,7 @@ from pipemoe.comm.exchange import check_equal, encode_error, raise_first
 from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
 from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport, WaveSums
-from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.errors import ConfigError, ModelError, PipemoeError
 from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.plan.verify import Room
 from pipemoe.runtime.engine import Engine
@@ -147,6 +147,8 @@ class World:
         self.lanes: Lanes = stream_lanes(self.device, num_slots) if on_gpu else host_lanes(num_slots, self.engine.wake.set)
         self.transport: Transport = LocalTransport()
         self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
+        self.num_runtimes = 0  # made so far; the ranks make the same ones in the same order
+        self.announced: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
         self._closed = False
         self.engine.call(self._meet)
         atexit.register(self.close)

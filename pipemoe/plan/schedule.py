@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import numbers
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
@@ -134,8 +135,8 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"ModelShape.{name} is {getattr(self, name)}; it must be positive")
+            if not isinstance(getattr(self, name), numbers.Integral) or getattr(self, name) <= 0:
+                raise ConfigError(f"ModelShape.{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
         if self.top_k > self.num_experts:
             raise ConfigError(f"ModelShape.top_k is {self.top_k}, more than num_experts {self.num_experts}")
 
@@ -175,7 +176,7 @@ class PlanConfig:
         if not isinstance(self.makespan_budget, (int, float)) or not 0 <= self.makespan_budget <= 100:
             raise ConfigError(f"makespan_budget is {self.makespan_budget!r}; it must be a fraction from 0 (0.1 is 10 %) to 100")
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
 
     @property

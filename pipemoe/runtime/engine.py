@@ -8,6 +8,7 @@ aborted (in a thread of their own, since abort may block) and the process ends a
 from __future__ import annotations
 
 import atexit
+import contextlib
 import math
 import os
 import queue
@@ -27,6 +28,7 @@ EXIT_CODE = 70  # of a process that ended because the ranks could no longer work
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
+_OUTPUT_SECONDS = 1.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
 
 
@@ -134,11 +136,11 @@ class Engine:
             self.failure = error
             waiting, self._open = list(self._open), set()
         threading.Thread(target=self._end_process, name="pipemoe end", daemon=True).start()
-        print(f"pipemoe: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         if self.side_channel is not None:
             self.side_channel.announce_failure(str(error))
         for abort in self.on_failure:
             threading.Thread(target=abort, name="pipemoe abort", daemon=True).start()
+        _say(f"pipemoe: {type(error).__name__}: {error}")
         for future in waiting:
             settle(future, error=error)
 
@@ -148,7 +150,7 @@ class Engine:
 
     def _at_exit(self) -> None:
         if self.failure is not None:
-            print(f"pipemoe: rank {self.rank} ends with exit status {EXIT_CODE}: {self.failure}", file=sys.stderr)
+            _say(f"pipemoe: rank {self.rank} ends with exit status {EXIT_CODE}: {self.failure}")
             _exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
     def close(self, last: Callable[[], None] = lambda: None) -> None:
@@ -199,7 +201,25 @@ def settle(future: Future, result: Any = None, error: BaseException | None = Non
         pass
 
 
+def _in_time(work: Callable[[], None]) -> None:
+    """Run `work` for a second at most: what is written to a launcher that has died may block, or raise."""
+
+    def guarded() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            work()
+
+    thread = threading.Thread(target=guarded, name="pipemoe output", daemon=True)
+    thread.start()
+    thread.join(_OUTPUT_SECONDS)
+
+
+def _say(text: str) -> None:
+    _in_time(lambda: print(text, file=sys.stderr, flush=True))
+
+
 def _exit_now() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(EXIT_CODE)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            _in_time(stream.flush)
+    finally:
+        os._exit(EXIT_CODE)

@@ -94,6 +94,7 @@ class Run:
         for op, position in self._position.items():
             self._cohorts[op.cohort].positions.append(position)
         self._attended: dict[tuple[int, int], Event] = {}
+        self._finished: dict[int, Event] = {}  # per cohort
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
         self.completed: list[tuple[Op, Event]] = []
         self.issue_seconds: list[tuple[Op, float]] = []  # what the engine's thread took, if timed
@@ -155,6 +156,8 @@ class Run:
         state, plan = self._cohorts[c], self._plan
         if op.kind is OpKind.DISPATCH:
             return state.groups < MAX_GROUPS
+        if op.kind is OpKind.FINISH:
+            return all(e in self._finished for e in plan.causal_predecessors[c])
         if op.kind is not OpKind.ATTEND:
             return True
         if op.layer == 0:
@@ -245,7 +248,11 @@ class Run:
         return self._workspace.new_results(segment.num_rows)
 
     def _finish(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
-        return lanes.compute.submit(self._model_work(state, lambda: self._source.finish(op.cohort)), state.results, timed=True)
+        # Dense layers after the last MoE layer attend too: they read the keys and values of earlier chunks.
+        waits = state.results + [self._finished[e] for e in self._plan.causal_predecessors[op.cohort]]
+        event = lanes.compute.submit(self._model_work(state, lambda: self._source.finish(op.cohort)), waits, timed=True)
+        self._finished[op.cohort] = event
+        return event
 
     def _place(self, op: Op) -> tuple[int, int, Wave, _BufferState]:
         """Slot, buffer, wave and buffer state of a wave's operation."""

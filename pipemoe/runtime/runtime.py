@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.exchange import check_lengths, decode_step, encode_step
 from pipemoe.config import Config
-from pipemoe.errors import ConfigError, MismatchError, ModelError, PipemoeError
+from pipemoe.errors import ConfigError, FatalError, MismatchError, ModelError, PipemoeError
 from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
@@ -74,10 +74,13 @@ class Runtime:
         self.dtype = dtype
         self.wire = WireFormat(shape.hidden, shape.top_k, dtype if experts is None else experts.wire_dtype)
         self.combine_dtype = self._combine_dtype(dtype)
+        if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
+            error = error or ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
         self.cost, self.cost_subject = runtime_cost(
             world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire, graph_rows
         )
         self._compile_planner()
+        world.num_runtimes += 1
         facts = self._facts(facts)
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
@@ -91,13 +94,13 @@ class Runtime:
             error = e
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
-        self._announce: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
 
     def _compile_planner(self) -> None:
         """Plan something on rank 0 first: what it compiles (half a minute, once per machine) the others find in the cache."""
         for turn in (self.world.rank == 0, self.world.rank != 0):
             if turn:
-                make_plan(Facts(((1, 2), *((1,),) * (self.world.size - 1))), self.shape, self.config, self.cost)
+                lengths = (1, 2) if self.config.max_tokens_per_rank > 2 else (1,)
+                make_plan(Facts((lengths, *((1,),) * (self.world.size - 1))), self.shape, self.config, self.cost)
             self.world.all_gather(b"", "compiling the planner")
 
     @property
@@ -183,7 +186,7 @@ class Runtime:
 
         import pipemoe
 
-        facts = dict(facts, pipemoe=pipemoe.__version__, torch=torch.__version__, device=self.world.device.type, dtype=str(self.dtype), dispatch=str(self.wire.dtype))
+        facts = dict(facts, **{"number of this model or PipelinedMoE": str(self.world.num_runtimes)}, pipemoe=pipemoe.__version__, torch=torch.__version__, device=self.world.device.type, dtype=str(self.dtype), dispatch=str(self.wire.dtype))
         facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items() if name != "cost"}
         facts |= {f"cost of {name}": str(value) for name, value in asdict(self.cost).items()}
         if self.world.device.type == "cuda" and self.world.size > 1:
@@ -247,7 +250,12 @@ class Runtime:
                 self._resolve(run, future)
             return done and compared
 
-        engine.wait(ready, f"step {engine.step}")
+        try:
+            engine.wait(ready, f"step {engine.step}")
+        except FatalError:
+            raise
+        except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
+            raise FatalError(f"rank {self.world.rank}: {e} (in {engine.doing})") from e
         if timeline is not None:
             timeline.take(run.completed, run.issue_seconds)
         if self.config.debug:
@@ -262,10 +270,14 @@ class Runtime:
         if run.failure is None:
             settle(future, time.perf_counter())
             return
-        failure = run.failure
-        self._announce = ModelError(f"rank {self.world.rank}: model code raised {type(failure).__name__}: {failure}")
-        self._announce.__cause__ = failure
-        settle(future, error=self._announce)
+        settle(future, error=self.announce(run.failure))
+
+    def announce(self, failure: BaseException) -> ModelError:
+        """Have every rank hear of model code that failed on this one, at the next step of any runtime."""
+        error = ModelError(f"rank {self.world.rank}: model code raised {type(failure).__name__}: {failure}")
+        error.__cause__ = failure
+        self.world.announced = error
+        return error
 
     def _exchange(self, lengths: tuple[int, ...], error: PipemoeError | None) -> Facts:
         world = self.world
@@ -273,7 +285,7 @@ class Runtime:
             check_lengths(world.rank, lengths, self.config.max_tokens_per_rank)
         except PipemoeError as e:
             error = error or e
-        error, self._announce = self._announce or error, None
+        error, world.announced = world.announced or error, None
         gathering = world.start_gathering(encode_step(self.fingerprint, world.engine.step, lengths if error is None else (), error))
         world.engine.wait(gathering.done, f"exchange of step {world.engine.step}", needs_all=True)
         return decode_step(gathering.payloads)
@@ -294,8 +306,6 @@ class Runtime:
         """Different plans would hang or corrupt the collectives: too late for a mild error."""
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
-            from pipemoe.errors import FatalError
-
             raise FatalError(f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)") from MismatchError("plan digests")
 
     def _check_issued(self, plan: Plan, only: Only) -> None:

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from pipemoe.comm import side_channel
 from pipemoe.comm.side_channel import SideChannel
 
 WAIT_SECONDS = 20
@@ -68,3 +69,29 @@ def test_what_is_no_message_is_ignored(channels):
         channels[0].peers[1].progress = {}
         until(lambda: channels[0].peers[1].progress.get("ops") == 10)
     assert channels[0].failed() is None
+
+
+def test_other_hosts_are_not_sent_to_loopback(monkeypatch):
+    """Debian's /etc/hosts names the host 127.0.1.1."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+
+    class Probe:
+        def __init__(self, *kind):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def connect(self, address):
+            pass
+
+        def getsockname(self):
+            return "10.1.2.3", 1
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    assert side_channel._own_address() == "10.1.2.3"
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.9.8.7")
+    assert side_channel._own_address() == "10.9.8.7"
