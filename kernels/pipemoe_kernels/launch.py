@@ -112,17 +112,19 @@ class Kernel:
         """
         from cuda.core import Linker, LinkerOptions, ObjectCode
 
-        def linked(code: ObjectCode, **options: bool) -> tuple[str, bytes]:
-            cubin = bytes(Linker(code, options=LinkerOptions(arch=arch, **options)).link("cubin").code)
-            # Sections of code: the kernel's, whose name is a mangled one, and those of subroutines such as division.
-            return re.search(rb"\.text\.(_Z[\w$]+)\0", cubin).group(1).decode(), cubin
+        def linked(code: ObjectCode, **options: bool) -> bytes:
+            return bytes(Linker(code, options=LinkerOptions(arch=arch, **options)).link("cubin").code)
 
         if self.moves_registers:
             try:
-                return linked(ObjectCode.from_ltoir(self._compiled(cc, "ltoir")), link_time_optimization=True)
+                cubin = linked(ObjectCode.from_ltoir(self._compiled(cc, "ltoir")), link_time_optimization=True)
+                # Sections of code: the kernel's, whose name is a mangled one, and those of subroutines such as division.
+                return re.search(rb"\.text\.(_Z[\w$]+)\0", cubin).group(1).decode(), cubin
             except Exception as error:  # noqa: BLE001: such as a linker older than the compiler
                 warnings.warn(f"{self.name} cannot be linked whole, and will be slow: {error}", stacklevel=3)
-        return linked(ObjectCode.from_ptx(self.compile_ptx(cc).encode()))
+        ptx = self.compile_ptx(cc)
+        entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
+        return entry, linked(ObjectCode.from_ptx(ptx.encode()))
 
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
         """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""

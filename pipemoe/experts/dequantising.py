@@ -7,6 +7,7 @@ Half the bytes on the wire on any device; only "hopper_fp8" experts multiply e4m
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,12 @@ class DequantisingExperts:
         self._narrow = WireFormat(hidden, top_k, self.wire_dtype)
         self.implementation = inner.implementation
         self.deterministic = inner.deterministic
+
+    def leaving(self, num_sms: int) -> DequantisingExperts:
+        """See ExpertsShape.leaving."""
+        other = copy.copy(self)
+        other._inner = self._inner.leaving(num_sms)
+        return other
 
     def new_scratch(self, max_rows: int) -> DequantisingScratch:
         return DequantisingScratch(self._inner.new_scratch(max_rows), self._wire, self._device)
