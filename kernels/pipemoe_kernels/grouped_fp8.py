@@ -23,7 +23,6 @@ from pipemoe_kernels.fp8_roles import (
     EMPTY_AT,
     ENDS_AT,
     GROUP_ROWS,
-    MAP_BYTES,
     NUM_STAGES,
     RING_AT,
     SCALE_COLUMNS,

@@ -13,7 +13,6 @@ order in every tile and slice. Idea: the multistage GEMM of CUTLASS.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch

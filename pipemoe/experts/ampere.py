@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.experts.hopper import HopperScratch
+    from pipemoe.wire import WireRows
     from pipemoe_kernels.launch import Stream
 
 

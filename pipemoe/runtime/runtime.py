@@ -61,10 +61,8 @@ class Runtime:
         be equal on all ranks, by name. dimensions: of the whole model, for its cost (default: attention as of `shape`). trial: model
         code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
         `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
-        and the results' dtype. graph_rows: most tokens whose attention
-        the model launches as a graph. error: what went wrong on this rank before it got here; raised on every rank."""
-        import torch
-
+        and the results' dtype. graph_rows: most tokens whose attention the model launches as a graph. error: what went wrong on this
+        rank before it got here; raised on every rank."""
         self.world, self.shape = world, shape
         try:
             config = config.in_world(world.num_slots)
