@@ -18,28 +18,12 @@ from functools import cache
 import torch
 
 from pipemoe_kernels import ptx_hopper as ptx
-from pipemoe_kernels.fp8_roles import (
-    CONSUMERS,
-    EMPTY_AT,
-    ENDS_AT,
-    GROUP_ROWS,
-    NUM_STAGES,
-    RING_AT,
-    SCALE_COLUMNS,
-    SHARED_BYTES,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    X_BOXES,
-    announce_rest,
-    consumer,
-    gathering_producer,
-    skip_tile,
-    sorted_producer,
-)
+from pipemoe_kernels.fp8_roles import ENDS_AT, RING_AT, SCALE_COLUMNS, SHARED_BYTES, TILE_COLUMNS, consumer, gathering_producer, sorted_producer
 from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx_fp8 import STEP, WIDTH
 from pipemoe_kernels.raster import MAX_EXPERTS, find_tile, load_ends, next_expert
+from pipemoe_kernels.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, X_BOXES, announce_rest, skip_tile
 from pipemoe_kernels.tensor_map import line_map, tensor_map
 
 THREADS = 128 * (1 + CONSUMERS)
@@ -114,7 +98,7 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
                     break
                 row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
                 if UINT32(row + group * GROUP_ROWS) >= end:
-                    stage, parity = skip_tile(barriers, stage, parity, steps, lane)
+                    stage, parity = skip_tile(barriers, stage, parity, steps, UINT32(0), lane)
                 else:
                     line = UINT32(row + line_of_tile)
                     first_column = UINT32(column * output_columns)

@@ -19,32 +19,17 @@ from pipemoe_kernels.launch import ADDRESS, UINT32
 from pipemoe_kernels.numba_cuda import cuda
 from pipemoe_kernels.ptx_wgmma import STEP, TILE_DESCRIPTOR, accumulators
 from pipemoe_kernels.raster import MAX_EXPERTS
+from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, MAP_BYTES, NUM_STAGES, TILE_ROWS, next_stage
 
-TILE_ROWS = 128
 TILE_COLUMNS = 256  # rows of w in a stage
-GROUP_ROWS = 64  # rows of one consumer warpgroup
-CONSUMERS = TILE_ROWS // GROUP_ROWS
 X_BYTES = TILE_ROWS * STEP * 2
 W_BYTES = TILE_COLUMNS * STEP * 2
 GROUP_BYTES = GROUP_ROWS * STEP * 2
 STAGE_BYTES = X_BYTES + W_BYTES
-NUM_STAGES = 4
-EMPTY_AT = 8 * NUM_STAGES
 ENDS_AT = 2 * EMPTY_AT
 RING_AT = ENDS_AT + 4 * (MAX_EXPERTS + 1) + 1023 & ~1023
 SHARED_BYTES = 1024 + RING_AT + NUM_STAGES * STAGE_BYTES  # the first 1024 to align the rest
 PART_COLUMNS = 8  # of a 16-byte part
-X_BOXES = (128, 64, 32, 16)  # rows of the boxes of x's tensor maps, which stand in this order
-MAP_BYTES = 128
-
-
-@cuda.jit(device=True, inline="always")
-def next_stage(stage, parity):
-    stage = UINT32(stage + 1)
-    if stage == NUM_STAGES:
-        stage = UINT32(0)
-        parity ^= UINT32(1)
-    return stage, parity
 
 
 def gathering_producer(gated: bool):
@@ -92,18 +77,6 @@ def gathering_producer(gated: bool):
         return stage, parity, issued
 
     return produce
-
-
-@cuda.jit(device=True, inline="always")
-def announce_rest(thread, barriers, stage, issued):
-    """After the last tile: the stages that a gathering producer has not announced yet."""
-    ptx.wait_for_all_copies()
-    cuda.syncwarp()
-    if thread & UINT32(31) == 0:
-        if issued >= 2:
-            ptx.barrier_arrive(barriers + 8 * ((stage + NUM_STAGES - 2) % NUM_STAGES))
-        if issued >= 1:
-            ptx.barrier_arrive(barriers + 8 * ((stage + NUM_STAGES - 1) % NUM_STAGES))
 
 
 def sorted_producer():
@@ -201,15 +174,3 @@ def consumer(width: int, gated: bool, has_bias: bool, activation: str | None):
         return stage, parity
 
     return consume
-
-
-@cuda.jit(device=True, inline="always")
-def skip_tile(barriers, stage, parity, steps, together, lane):
-    """A warpgroup without rows only says that it is done with each stage."""
-    for _ in range(UINT32(steps + (UINT32(1) << together) - 1) >> together):
-        full = UINT32(barriers + 8 * stage)
-        ptx.barrier_wait(full, parity)
-        if lane == 0:
-            ptx.barrier_arrive(full + EMPTY_AT)
-        stage, parity = next_stage(stage, parity)
-    return stage, parity

@@ -23,27 +23,12 @@ from functools import cache
 import torch
 
 from pipemoe_kernels import ptx_hopper as ptx
-from pipemoe_kernels.grouped_roles import (
-    CONSUMERS,
-    EMPTY_AT,
-    ENDS_AT,
-    GROUP_ROWS,
-    NUM_STAGES,
-    PART_COLUMNS,
-    RING_AT,
-    SHARED_BYTES,
-    TILE_COLUMNS,
-    TILE_ROWS,
-    announce_rest,
-    consumer,
-    gathering_producer,
-    skip_tile,
-    sorted_producer,
-)
+from pipemoe_kernels.grouped_roles import ENDS_AT, PART_COLUMNS, RING_AT, SHARED_BYTES, TILE_COLUMNS, consumer, gathering_producer, sorted_producer
 from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx_wgmma import STEP
 from pipemoe_kernels.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, steps_in_stage, tile_of
+from pipemoe_kernels.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, announce_rest, skip_tile
 
 THREADS = 128 * (1 + CONSUMERS)
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224

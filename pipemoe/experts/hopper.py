@@ -20,10 +20,11 @@ from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.combine_lanes import combine_lanes, fits
-from pipemoe_kernels.grouped_roles import PART_COLUMNS, X_BOXES
+from pipemoe_kernels.grouped_roles import PART_COLUMNS
 from pipemoe_kernels.grouped_wgmma import down_rows, gate_up_rows, grouped_kernel
 from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, index_kernels, index_local_pairs
 from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.ring import X_BOXES
 from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
 
 if TYPE_CHECKING:

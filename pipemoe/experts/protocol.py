@@ -39,6 +39,9 @@ class Experts(Protocol):
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
 
+    def leaving(self, num_sms: int) -> Experts:
+        """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve both."""
+
     def new_scratch(self, max_rows: int) -> Scratch:
         """Allocate what calls with up to `max_rows` rows need."""
 

@@ -83,8 +83,7 @@ class Runtime:
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._experts = experts
-        leaving = getattr(experts, "leaving", None)
-        self.experts_beside_collectives = leaving(world.sms_for_collectives) if leaving else experts
+        self.experts_beside_collectives = experts.leaving(world.sms_for_collectives)
         self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
         try:
             world.engine.call(self._set_up)

@@ -15,7 +15,7 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes
-from pipemoe_kernels.grouped_roles import X_BOXES
+from pipemoe_kernels.ring import X_BOXES
 from pipemoe_kernels.grouped_wgmma import down_rows, gate_up_rows, grouped_kernel
 from pipemoe_kernels.index_hopper import MAX_BLOCKS, index_local_pairs
 from pipemoe_kernels.launch import Stream
