@@ -36,7 +36,7 @@ class Config(PlanConfig):
     combine_dtype: str | None = None
     deterministic: bool = False
     experts: str = "auto"
-    graph_tokens: int = 1024
+    graph_tokens: int = 4096
     debug: bool = False
     cost: str | None = field(default=None, repr=False)  # what it holds is compared, not where it lies
 

@@ -73,7 +73,7 @@ class Operations:
             out = torch.zeros((rows, shape.hidden), dtype=sums_dtype, device=world.device)
             sums = WaveSums(out, [torch.zeros((num_tokens, shape.hidden), dtype=sums_dtype, device=world.device)], None)
             world.engine.call(lambda lane=lanes.compute, s=scratch: run_all(world, [(Side(lane, lambda: experts.warm_up(s)), 1)]))
-            self._sides["attend", slot] = Side(lanes.compute, self._attend())
+            self._sides["attend", slot] = Side(lanes.compute, self._attend(world, lanes.compute))
             self._sides["experts", slot] = Side(lanes.compute, lambda b=wire.rows(buffer), o=out, s=scratch: experts(0, b, o, s))
             transport = world.transport
             self._sides["dispatch", slot] = Side(lanes.dispatch, lambda k=slot, b=buffer: transport.dispatch(k, 0, wave, "broadcast", b))
@@ -82,8 +82,8 @@ class Operations:
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)  # all this was filled on another stream than the lanes'
 
-    def _attend(self) -> Callable[[], Any]:
-        """Attention of the first MoE layer, again and again on the same tokens."""
+    def _attend(self, world: World, lane: Lane) -> Callable[[], Any]:
+        """Attention of the first MoE layer, again and again on the same tokens; from a graph where steps can take it from one."""
         import torch
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
@@ -93,7 +93,18 @@ class Operations:
             state.layer = -1  # as before the first layer
             self._decoder.attend(state, 0, None)
 
-        return work
+        if not self._decoder.can_be_captured:
+            return work
+        graph = torch.cuda.CUDAGraph()
+
+        def capture() -> None:
+            work()  # libraries set themselves up outside a capture
+            graph.capture_begin(capture_error_mode="thread_local")
+            work()
+            graph.capture_end()
+
+        world.engine.call(lambda: run_all(world, [(Side(lane, capture), 1)]))
+        return graph.replay
 
     def pair(self, a: str, b: str) -> tuple[Side, Side]:
         """Two sides in lanes of their own: of two slots where both compute, or both do the same."""

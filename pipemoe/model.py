@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.config import Config
 from pipemoe.errors import CheckpointError, InputError, PipemoeError
 from pipemoe.experts import make_experts
-from pipemoe.plan.cost import GRAPH_ROWS
 from pipemoe.plan.dimensions import dimensions_of_decoder
 from pipemoe.plan.schedule import Op, Plan
 from pipemoe.runtime.run import Only
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.comm.world import World
+    from pipemoe.models.cache import StepCache
     from pipemoe.models.decoder import Decoder
+    from pipemoe.models.graph_store import GraphStore
     from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
+    from pipemoe.models.step_keys import StepOfKeys
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +64,13 @@ def load_model(path_or_config: Any, world: World, *, config: Config = Config(), 
 class Model:
     """A decoder and this rank's experts under one configuration."""
 
-    def __init__(self, world: World, decoder: Decoder, weights: list, config: Config, graphs: dict | None = None) -> None:
+    def __init__(self, world: World, decoder: Decoder, weights: list, config: Config, graphs: GraphStore | None = None) -> None:
         """graphs: those of another Model with the same decoder, to share and add to."""
+        from pipemoe.models.graph_store import GraphStore
+
         self.world, self.decoder, self.config = world, decoder, config
         self._weights = weights
-        self._graphs: dict[tuple[int, torch.dtype, int], AttendGraphs] = graphs if graphs is not None else {}
+        self._graphs = graphs or GraphStore(decoder)
         error, experts = None, None
         try:
             experts = make_experts(
@@ -81,7 +86,8 @@ class Model:
         except PipemoeError as e:
             error = e
         facts = {"model": decoder.fingerprint}
-        kept_bytes = config.max_tokens_per_rank * decoder.kept_bytes_per_token() if config.cuts_sequences else 0
+        in_places = self._graphs.serves_cuts(config)  # keys and values have places of their own
+        kept_bytes = config.max_tokens_per_rank * decoder.kept_bytes_per_token() if config.cuts_sequences and not in_places else 0
         self.runtime = Runtime(
             world,
             decoder.shape,
@@ -93,7 +99,8 @@ class Model:
             trial=self._trial,
             kept_bytes=kept_bytes,
             prepare=self._capture,
-            graph_rows=self._graph_rows(),
+            graph_rows=self._graphs.most_rows(config),
+            graph_cuts=in_places,
             error=error,
         )
 
@@ -110,21 +117,9 @@ class Model:
             decoder.attend(state, layer, y)
             y = torch.zeros((count, decoder.shape.hidden), dtype=torch.float32, device=decoder.device)
 
-    def _graph_key(self, slot: int, results_dtype: torch.dtype) -> tuple[int, torch.dtype, int]:
-        return slot, results_dtype, min(self.config.graph_tokens, self.config.max_tokens_per_rank)
-
-    def _graph_rows(self) -> int:
-        """The largest of the captured graphs, as AttendGraphs chooses it; 0: none."""
-        most = min(self.config.graph_tokens, self.config.max_tokens_per_rank)
-        return next((rows for rows in GRAPH_ROWS if rows >= most), GRAPH_ROWS[-1]) if most and self.decoder.can_be_captured else 0
-
     def _capture(self, slot: int, results_dtype: torch.dtype) -> None:
-        """Capture the attention of few tokens for a slot whose lane is the current stream."""
-        from pipemoe.models.microbatch import AttendGraphs
-
-        key = self._graph_key(slot, results_dtype)
-        if self.config.graph_tokens and key not in self._graphs and self.decoder.can_be_captured:
-            self._graphs[key] = AttendGraphs(self.decoder, results_dtype, max_tokens=key[2])
+        """Capture the attention of a slot whose lane is the current stream."""
+        self._graphs.capture(self.config, slot, results_dtype)
 
     def with_config(self, config: Config) -> Model:
         """The same weights under another configuration, with a workspace of its own; every rank calls."""
@@ -155,8 +150,9 @@ class Model:
         except InputError as e:
             error, tokens = e, []
         dtype = self.runtime.results_dtype
-        graphs = [self._graphs.get(self._graph_key(slot, dtype)) for slot in range(self.world.num_slots)]
-        source = _ModelSource(self.decoder, graphs, tokens, dtype, keep_logits)
+        graphs = [self._graphs.graphs(self.config, slot, dtype) for slot in range(self.world.num_slots)]
+        new_step = partial(self._graphs.new_step, self.config)
+        source = _ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
         self.runtime.submit_step([len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done).result()
         return source.prefilled(begin)
 
@@ -186,10 +182,17 @@ class _ModelSource:
     """Rows from the decoder; results back into it."""
 
     def __init__(
-        self, decoder: Decoder, graphs: list[AttendGraphs | None], tokens: list[torch.Tensor], results_dtype: torch.dtype, keep_logits: bool
+        self,
+        decoder: Decoder,
+        graphs: list[AttendGraphs | None],
+        new_step: Callable[[Sequence[int]], StepCache | StepOfKeys],
+        tokens: list[torch.Tensor],
+        results_dtype: torch.dtype,
+        keep_logits: bool,
     ) -> None:
+        """graphs: per slot. new_step: see GraphStore.new_step."""
         self._decoder, self._graphs, self._tokens, self._results_dtype = decoder, graphs, tokens, results_dtype
-        self._keep_logits = keep_logits
+        self._new_step, self._keep_logits = new_step, keep_logits
         self.has_side_work = decoder.has_shared_experts
         self._microbatches: dict[int, EagerMicrobatch | GraphedMicrobatch] = {}  # per cohort
         self._rows: dict[int, tuple] = {}
@@ -200,7 +203,7 @@ class _ModelSource:
 
     def begin(self, plan: Plan, rank: int) -> None:
         self._bounds = plan.facts.boundaries[rank]
-        self._step_cache = self._decoder.new_step()
+        self._step = self._new_step(self._bounds)
         self._slots = [cohort.slot for cohort in plan.cohorts]
         for c, cohort in enumerate(plan.cohorts):
             row, ranges = 0, []
@@ -235,7 +238,7 @@ class _ModelSource:
         ids = torch.cat([self._tokens[p.sequence][p.start : p.stop] for p in pieces])
         self._ended[cohort] = [p.sequence for p in pieces if p.stop == p.length]
         graphs = self._graphs[self._slots[cohort]]
-        self._microbatches[cohort] = start_microbatch(self._decoder, graphs, self._step_cache, ids, pieces, self._results_dtype)
+        self._microbatches[cohort] = start_microbatch(self._decoder, graphs, self._step, ids, pieces, self._results_dtype)
 
     def _row(self, cohort: int, token: int) -> int:
         return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)

@@ -144,13 +144,14 @@ class Tuner:
                 timelines = self._timed(lengths)
                 if repeat:  # the first is the warm-up
                     self._take(samples, lengths, timelines)
-        self._take_cut(samples, ((max(2, self._most // 8),),) * size)
+        self._take_eager(samples, ((max(2, self._most // 8),),) * size)
         return samples
 
-    def _take_cut(self, samples: Samples, lengths: _Lengths) -> None:
-        """What it takes to issue the attention of sequences that are cut, for which there are no graphs."""
-        _say(self._world, "issuing the attention of cut sequences")
-        cut = Tuner(self._world, self._model.with_config(replace(self._model.config, mode="two_batch")), self._most, self._repeats)
+    def _take_eager(self, samples: Samples, lengths: _Lengths) -> None:
+        """What it takes to issue attention for which there is no graph."""
+        _say(self._world, "issuing attention without graphs")
+        config = replace(self._model.config, mode="two_batch", graph_tokens=0)
+        cut = Tuner(self._world, self._model.with_config(config), self._most, self._repeats)
         for repeat in range(2):
             timed = cut._timed(lengths)
             if repeat and self._model.runtime.cost.host.graph_rows:

@@ -40,7 +40,7 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Each piece's queries look, causally, at all tokens of their own sequence so far.
 
-    query [1, Hq, T, D], key [1, Hkv, S, D], value [1, Hkv, S, Dv] with S = packing.num_keys; Hkv divides Hq.
+    query [1, Hq, T, D], key [1, Hkv, S, D], value [1, Hkv, S, Dv] with S = packing.num_keys, or all rows of StepKeys; Hkv divides Hq.
     Returns [1, T, Hq, Dv] in query's dtype.
     """
     head_dim, value_dim = query.shape[-1], value.shape[-1]
@@ -74,6 +74,7 @@ def _flash(query, key, value, packing: Packing, scaling: float, window: int | No
         scale=scaling,
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
+        seqused_k=packing.key_lengths,
     )[0]
 
 

@@ -21,6 +21,8 @@ from pipemoe.models.packing import Packing
 class StepCache:
     """Kept (key, value) rows by layer and sequence."""
 
+    begins = None  # rows have no places of their own, as in StepKeys
+
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
 

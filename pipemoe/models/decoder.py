@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from pipemoe.models.families import Family
+    from pipemoe.models.step_keys import StepOfKeys
 
 __all__ = ["Decoder", "MicrobatchState", "Piece"]
 
@@ -107,26 +108,37 @@ class Decoder:
         head_dim = getattr(attention, "qk_head_dim", None) or attention.head_dim
         return can_use_flash(self.device, self.dtype, head_dim)
 
+    @property
+    def caches_keys(self) -> bool:
+        """Do attention modules cache the keys and values that they attend to, not something to compute them from (MLA's latents)?"""
+        return not hasattr(self._blocks[0].self_attn, "kv_lora_rank")
+
     def kept_bytes_per_token(self) -> int:
         """Bytes that one token of a cut sequence leaves in the StepCache, over all layers."""
-        cache = self.new_step()
-        self.attend(self.start(cache, torch.zeros(1, dtype=torch.long), [Piece(0, 0, 1, 2)]), 0, None)
-        return cache.num_bytes // (self._moe_layers[0] + 1) * self.config.num_hidden_layers
+        per_layer = sum(heads * size for heads, size in self.key_sizes()) * self.dtype.itemsize
+        return per_layer * self.config.num_hidden_layers
+
+    def key_sizes(self) -> list[tuple[int, int]]:
+        """Heads and their size, of what a layer caches as keys and of what it caches as values."""
+        step = self.new_step()
+        self.attend(self.start(step, torch.zeros(1, dtype=torch.long), [Piece(0, 0, 1, 2)]), 0, None)
+        ((key, value),) = step.earlier(self._moe_layers[0], 0, 1)
+        return [(kept.shape[1], kept.shape[3]) for kept in (key, value)]
 
     def new_step(self) -> StepCache:
         """An empty cache for the sequences that the next step cuts over several microbatches."""
         return StepCache()
 
     @torch.no_grad()
-    def start(self, step_cache: StepCache, token_ids: torch.Tensor, pieces: Sequence[Piece]) -> MicrobatchState:
+    def start(self, step: StepCache | StepOfKeys, token_ids: torch.Tensor, pieces: Sequence[Piece]) -> MicrobatchState:
         """Embed one microbatch: token_ids [T_mb] int64 on the host, the pieces' tokens one after the other.
 
         Raises InputError when pieces and tokens do not fit or an id is outside the vocabulary.
         """
-        packing = Packing(token_ids, pieces, self.vocab_size, self.device)
+        packing = Packing(token_ids, pieces, self.vocab_size, self.device, step.begins)
         hidden = self._model.embed_tokens(packing.token_ids).unsqueeze(0)
         rope = self._model.rotary_emb(hidden, packing.positions.unsqueeze(0))
-        return MicrobatchState(packing, step_cache.of(packing), hidden, rope)
+        return MicrobatchState(packing, step.of(packing), hidden, rope)
 
     @torch.no_grad()
     def attend(

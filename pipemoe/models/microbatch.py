@@ -1,12 +1,13 @@
-"""A microbatch on its way through a decoder: attention launched kernel by kernel, or for few tokens as CUDA graphs.
+"""A microbatch on its way through a decoder: attention launched kernel by kernel, or as CUDA graphs.
 
-Launching the some fifty kernels of a layer's attention takes the host about a millisecond; for a short prompt the GPU is done
-with them in a tenth of that. Graphs are captured at set-up, one per MoE layer and bucket of token counts:
+Launching the some fifty kernels of a layer's attention takes the host about a millisecond; the GPU is done with 2000 tokens in
+less than that. Graphs are captured at set-up, one per MoE layer and bucket of token counts:
 
     tokens of the microbatch    |  7 tokens | 9 rows of padding |     bucket of 16: the graph always computes 16 rows
     rows handed on              |  7 tokens |                         padding is never dispatched
 
-A slot holds one microbatch at a time, so all graphs of a slot share their inputs, outputs and memory.
+A slot holds one microbatch at a time, so all graphs of a slot share their inputs, outputs and memory. With StepKeys they serve
+pieces of sequences that are cut over several microbatches as well, else only whole sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 
 from pipemoe.models.cache import StepCache
 from pipemoe.models.decoder import Decoder, MicrobatchState
-from pipemoe.models.packing import Piece
+from pipemoe.models.packing import Packing, Piece
+from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.plan.cost import GRAPH_ROWS
 
 MAX_PIECES = 16  # sequences in one graph
@@ -58,38 +60,49 @@ class _Bucket:
 class AttendGraphs:
     """The captured attention of one decoder in one slot."""
 
-    def __init__(self, decoder: Decoder, results_dtype: torch.dtype, max_tokens: int) -> None:
-        """Capture for microbatches of up to `max_tokens` tokens on the current stream, which must not be the default one.
+    def __init__(self, decoder: Decoder, results_dtype: torch.dtype, num_rows: int, keys: StepKeys | None = None) -> None:
+        """Capture for microbatches of up to `num_rows` tokens, one of GRAPH_ROWS, on the current stream, which must not be the
+        default one. keys: what the slots of a step share, if cut sequences are to be served.
 
         Set-up work: allocates, and needs about 5 ms per layer and bucket.
         """
-        self._decoder, self._pool = decoder, torch.cuda.graph_pool_handle()
-        largest = next((b for b in GRAPH_ROWS if b >= max_tokens), GRAPH_ROWS[-1])
-        state = self._padding(largest)
+        self._decoder, self._keys, self._pool = decoder, keys, torch.cuda.graph_pool_handle()
+        state = self._padding(num_rows)
         self._hidden, self._rope = state.hidden.clone(), tuple(r.clone() for r in state.rope)
 
         def zeros(*shape: int, dtype: torch.dtype = decoder.dtype) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=decoder.device)
 
         shape = decoder.shape
-        self._sums = zeros(largest, shape.hidden, dtype=results_dtype)
-        self._offsets = zeros(MAX_PIECES + 1, dtype=torch.int32)
-        top_k = largest, shape.top_k
-        self._routed = zeros(largest, shape.hidden), zeros(*top_k, dtype=torch.int32), zeros(*top_k, dtype=torch.float32)
-        self._shared = zeros(1, largest, shape.hidden) if decoder.has_shared_experts else None
-        self._buckets = [self._capture(num_rows) for num_rows in GRAPH_ROWS if num_rows <= largest]
+        self._sums = zeros(num_rows, shape.hidden, dtype=results_dtype)
+        self._query_offsets = zeros(MAX_PIECES + 1, dtype=torch.int32)
+        if keys is not None:
+            self._key_offsets, self._key_lengths = zeros(MAX_PIECES + 1, dtype=torch.int32), zeros(MAX_PIECES, dtype=torch.int32)
+            self._key_rows = torch.full((num_rows,), keys.padding_row, device=decoder.device)
+        top_k = num_rows, shape.top_k
+        self._routed = zeros(num_rows, shape.hidden), zeros(*top_k, dtype=torch.int32), zeros(*top_k, dtype=torch.float32)
+        self._shared = zeros(1, num_rows, shape.hidden) if decoder.has_shared_experts else None
+        self._buckets = [self._capture(bucket) for bucket in GRAPH_ROWS if bucket <= num_rows]
         torch.cuda.current_stream().synchronize()
 
     def _padding(self, num_rows: int) -> MicrobatchState:
         tokens = torch.zeros(num_rows, dtype=torch.long)
         return self._decoder.start(self._decoder.new_step(), tokens, [Piece(0, 0, num_rows, num_rows)])
 
+    def _place_keys(self, state: MicrobatchState, num_rows: int) -> None:
+        """Let a state's attention find keys by this object's tensors."""
+        packing = state.packing
+        packing.query_offsets = packing.key_offsets = self._query_offsets
+        if self._keys is not None:
+            state.cache = KeysOfMicrobatch(self._keys, self._key_rows[:num_rows])
+            packing.key_offsets, packing.key_lengths, packing.max_key = self._key_offsets, self._key_lengths, len(self._keys)
+
     def _capture(self, num_rows: int) -> _Bucket:
         decoder, sums = self._decoder, self._sums[:num_rows]
         bucket = _Bucket(num_rows)
         state = self._padding(num_rows)
         state.hidden, state.rope = self._hidden[:, :num_rows], tuple(r[:, :num_rows] for r in self._rope)
-        state.packing.query_offsets = state.packing.key_offsets = self._offsets
+        self._place_keys(state, num_rows)
         for layer in range(min(2, decoder.shape.num_layers)):  # libraries set themselves up outside a capture
             decoder.attend(state, layer, sums if layer else None)
         state.layer, state.moe_input = -1, None  # as Decoder.start leaves them
@@ -120,26 +133,37 @@ class AttendGraphs:
         graphs.append(graph)
 
     def start(self, state: MicrobatchState) -> GraphedMicrobatch | None:
-        """The microbatch that Decoder.start has begun, if there is a graph for it: few tokens of whole sequences."""
-        packing = state.packing
+        """The microbatch that Decoder.start has begun, if there is a graph for it."""
+        packing, num_tokens = state.packing, state.packing.num_tokens
         whole = all(piece.start == 0 and piece.stop == piece.length for piece in packing.pieces)
-        bucket = next((b for b in self._buckets if packing.num_tokens <= b.num_rows), None)
-        if bucket is None or not whole or len(packing.pieces) > MAX_PIECES:
+        bucket = next((b for b in self._buckets if num_tokens <= b.num_rows), None)
+        if bucket is None or not (whole or self._keys) or len(packing.pieces) > MAX_PIECES:
             return None
-        num_tokens, num_offsets = packing.num_tokens, len(packing.pieces) + 1
         self._hidden[:, :num_tokens].copy_(state.hidden)
         for mine, theirs in zip(self._rope, state.rope):
             mine[:, :num_tokens].copy_(theirs)
-        self._offsets.fill_(num_tokens)  # what lies behind the last piece are pieces without tokens
-        self._offsets[:num_offsets].copy_(packing.query_offsets)
+        self._take_pieces(packing)
         state.hidden = self._hidden[:, :num_tokens]
         state.shared = None if bucket.shared[-1] is None else self._shared[:, :num_tokens]  # what `finish` adds
         routed = tuple(t[:num_tokens] for t in self._routed)
         return GraphedMicrobatch(self._decoder, state, bucket, routed, self._sums[:num_tokens])
 
+    def _take_pieces(self, packing: Packing) -> None:
+        """Copy where pieces and keys lie. What follows the last piece are pieces without tokens."""
+        num_pieces = len(packing.pieces)
+        self._query_offsets.fill_(packing.num_tokens)
+        self._query_offsets[: num_pieces + 1].copy_(packing.query_offsets)
+        if self._keys is not None:
+            self._key_offsets.fill_(self._keys.padding_row)
+            self._key_offsets[: num_pieces + 1].copy_(packing.key_offsets)
+            self._key_lengths.zero_()
+            self._key_lengths[:num_pieces].copy_(packing.key_lengths)
+            self._key_rows.fill_(self._keys.padding_row)
+            self._key_rows[: packing.num_tokens].copy_(packing.key_rows)
+
 
 class GraphedMicrobatch:
-    """Few tokens of whole sequences, one graph launch per layer. As EagerMicrobatch."""
+    """One graph launch per layer. As EagerMicrobatch."""
 
     def __init__(self, decoder: Decoder, state: MicrobatchState, bucket: _Bucket, routed: Routed, sums: torch.Tensor) -> None:
         self._decoder, self._state, self._bucket, self._routed, self.sums = decoder, state, bucket, routed, sums
@@ -164,12 +188,12 @@ class GraphedMicrobatch:
 def start_microbatch(
     decoder: Decoder,
     graphs: AttendGraphs | None,
-    step_cache: StepCache,
+    step: StepCache | StepOfKeys,
     token_ids: torch.Tensor,
     pieces: Sequence[Piece],
     results_dtype: torch.dtype,
 ) -> EagerMicrobatch | GraphedMicrobatch:
-    """Embed a microbatch (see Decoder.start) and take the graphs for it if they serve."""
-    state = decoder.start(step_cache, token_ids, pieces)
+    """Embed a microbatch (see Decoder.start) and take the graphs for it if they serve. step: with StepKeys, those of the graphs."""
+    state = decoder.start(step, token_ids, pieces)
     graphed = graphs.start(state) if graphs is not None else None
     return graphed or EagerMicrobatch(decoder, state, results_dtype)

@@ -2,6 +2,8 @@
 
     rows of the microbatch     | piece 0 | piece 1      | piece 2 |       queries: only the piece's own tokens
     keys and values      | earlier | piece 0 | piece 1      | earlier of 2 | piece 2 |    ... and its sequence's earlier ones
+
+Where keys and values have places of their own (StepKeys), a piece's begin where its sequence does, and are `key_lengths` many.
 """
 
 from __future__ import annotations
@@ -41,8 +43,14 @@ class Packing:
     """
 
     def __init__(
-        self, token_ids: torch.Tensor, pieces: Sequence[Piece], vocab_size: int, device: torch.device
+        self,
+        token_ids: torch.Tensor,
+        pieces: Sequence[Piece],
+        vocab_size: int,
+        device: torch.device,
+        begins: Sequence[int] | None = None,
     ) -> None:
+        """begins: per sequence of the step, the row of its first key, if keys have places of their own."""
         self.pieces = [Piece(*piece) for piece in pieces]
         self.num_tokens = len(token_ids)
         _check(token_ids, self.pieces, vocab_size)
@@ -58,15 +66,15 @@ class Packing:
             np.concatenate(positions) if positions else np.empty(0),
             np.asarray(ends),
             np.asarray([0, *(s.query_stop for s in self.spans)]),
-            np.asarray([0, *(s.key_stop for s in self.spans)]),
+            *_key_parts(self.pieces, self.spans, positions, begins),
         ]
         packed = torch.from_numpy(np.concatenate([part.astype(np.int32) for part in parts]))
         if device.type == "cuda":
             packed = packed.pin_memory().to(device, non_blocking=True)
         self.num_ends = len(ends)
-        self.token_ids, self.positions, self.end_rows, self.query_offsets, self.key_offsets = packed.split(
-            [len(part) for part in parts]
-        )  # all int32; offsets [num_pieces + 1]
+        split = packed.split([len(part) for part in parts])  # all int32
+        self.token_ids, self.positions, self.end_rows, self.query_offsets, self.key_offsets = split[:5]  # offsets [num_pieces + 1]
+        self.key_lengths, self.key_rows = (split[5], split[6].long()) if begins is not None else (None, None)  # [num_pieces], [T]
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def mask(self, index: int, window: int | None) -> torch.Tensor:
@@ -78,6 +86,18 @@ class Packing:
                 mask = mask.triu_(piece.start - window + 1)
             self._masks[index, window] = mask
         return self._masks[index, window]
+
+
+def _key_parts(
+    pieces: Sequence[Piece], spans: Sequence[Span], positions: Sequence[np.ndarray], begins: Sequence[int] | None
+) -> list[np.ndarray]:
+    """Offsets of the pieces' keys; and, if keys have places of their own, how many each piece reads and where its own go."""
+    if begins is None:
+        return [np.asarray([0, *(s.key_stop for s in spans)])]
+    first = [begins[p.sequence] for p in pieces]
+    last = first[-1] + pieces[-1].stop if pieces else 0
+    rows = [begin + of_piece for begin, of_piece in zip(first, positions)]
+    return [np.asarray([*first, last]), np.asarray([p.stop for p in pieces]), np.concatenate(rows) if rows else np.empty(0)]
 
 
 def _spans(pieces: Sequence[Piece]) -> list[Span]:

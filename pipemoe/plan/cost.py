@@ -18,7 +18,7 @@ from pipemoe.errors import ConfigError
 from pipemoe.plan.compiled import compiled
 
 # Rows that the attention of few tokens is captured for as CUDA graphs; the graph always computes all of them.
-GRAPH_ROWS = (16, 64, 128, 256, 384, 512, 768, 1024)
+GRAPH_ROWS = (16, 64, *range(128, 1025, 128), *range(1280, 4097, 256), *range(4608, 8193, 512))
 KINDS = ("attend", "experts", "dispatch", "combine")  # rows and columns of the table of contention
 
 
@@ -70,11 +70,12 @@ class ExchangeCost(_Whole):
 @dataclass(frozen=True, slots=True)
 class HostCost(_Whole):
     """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On a GPU the
-    attention of a model is many small launches, but for at most `graph_rows` tokens of whole sequences one of a graph, which takes
-    `graph_ns` and computes GRAPH_ROWS rows."""
+    attention of a model is many small launches, but for at most `graph_rows` tokens one of a graph, which takes `graph_ns` and
+    computes GRAPH_ROWS rows. graph_cuts: 1 if graphs serve sequences that are cut as well, 0 if only whole ones."""
 
     attend_ns: int = 1_300_000
-    graph_rows: int = 1024
+    graph_rows: int = 4096
+    graph_cuts: int = 1
     graph_ns: int = 45_000
     pack_ns: int = 100_000
     dispatch_ns: int = 75_000
@@ -182,7 +183,7 @@ def cost_from_dict(document: dict) -> CostModel:
 
 @compiled
 def graph_rows(rates, rows):
-    """Rows that a graph of whole sequences computes for `rows` tokens; 0: there is none."""
+    """Rows that a graph computes for `rows` tokens; 0: there is none."""
     if rows > rates.host_graph_rows:
         return 0
     for bucket in GRAPH_ROWS:

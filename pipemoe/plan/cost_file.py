@@ -1,6 +1,6 @@
 """The JSON file of a measured cost model: what `pipemoe tune` writes, and `Config.cost` names.
 
-    {"schema": "pipemoe.cost/2", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
+    {"schema": "pipemoe.cost/3", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
 
 The subject says what was measured; a file is used for exactly that and refused for all else.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from pipemoe.errors import ConfigError
 from pipemoe.plan.cost import CostModel, cost_from_dict
 
-SCHEMA = "pipemoe.cost/2"
+SCHEMA = "pipemoe.cost/3"
 
 
 def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: CostModel) -> None:

@@ -117,7 +117,8 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
         for r in range(num_ranks):
             busy_of[r] = 0
             if rows[c, r]:
-                graph = graph_rows(rates, rows[c, r]) if rows[c, r] == begun[c, r] and rows[c, r] == ended[c, r] else 0
+                whole = rows[c, r] == begun[c, r] and rows[c, r] == ended[c, r]
+                graph = graph_rows(rates, rows[c, r]) if whole or rates.host_graph_cuts else 0
                 issue[c, r] = rates.host_graph_ns if graph else rates.host_attend_ns
                 busy_of[r] = attend_busy(rates, max(graph, rows[c, r]), pairs[c, r])
                 total += busy_of[r]

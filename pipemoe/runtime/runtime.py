@@ -55,13 +55,15 @@ class Runtime:
         kept_bytes: int = 0,
         prepare: Callable[[int, torch.dtype], None] | None = None,
         graph_rows: int = 0,
+        graph_cuts: bool = False,
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. facts: whatever else must
         be equal on all ranks, by name. dimensions: of the whole model, for its cost (default: attention as of `shape`). trial: model
         code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
         `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
-        and the results' dtype. graph_rows: most tokens whose attention the model launches as a graph. error: what went wrong on this
+        and the results' dtype. graph_rows: most tokens whose attention the model launches as a graph, graph_cuts: also
+        where sequences are cut. error: what went wrong on this
         rank before it got here; raised on every rank."""
         self.world, self.shape = world, shape
         try:
@@ -75,7 +77,7 @@ class Runtime:
         if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
             error = error or ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
         self.cost, self.cost_subject = runtime_cost(
-            world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire, graph_rows
+            world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire, graph_rows, graph_cuts
         )
         self._compile_planner()
         world.num_runtimes += 1

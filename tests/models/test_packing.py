@@ -27,6 +27,14 @@ def test_index_tensors():
     )
 
 
+def test_keys_in_places_of_their_own():
+    packing = Packing(torch.arange(7), PIECES, 100, torch.device("cpu"), begins={0: 10, 7: 20, 2: 30})
+    assert packing.key_rows.tolist() == [10, 11, 12, 13, 23, 24, 31]
+    assert packing.key_offsets.tolist() == [10, 20, 30, 32]
+    assert packing.key_lengths.tolist() == [4, 5, 2]
+    assert make().key_rows is None and make().key_lengths is None
+
+
 def test_spans_and_maxima():
     packing = make()
     assert packing.spans == [Span(0, 4, 0, 4), Span(4, 6, 4, 9), Span(6, 7, 9, 11)]
@@ -45,3 +53,4 @@ def test_empty():
     packing = make([])
     assert packing.num_keys == packing.num_tokens == packing.max_query == 0
     assert packing.query_offsets.tolist() == [0]
+    assert Packing(torch.arange(0), [], 100, torch.device("cpu"), begins=[0]).key_rows.tolist() == []

@@ -78,7 +78,7 @@ def test_contention_by_kinds():
 
 
 def test_graphs_compute_whole_buckets():
-    assert [graph_rows(RATES, rows) for rows in (1, 16, 17, 500, 1024, 1025)] == [16, 16, 64, 512, 1024, 0]
+    assert [graph_rows(RATES, rows) for rows in (1, 16, 17, 500, 1024, 1025, 4096, 4097)] == [16, 16, 64, 512, 1024, 1280, 4096, 0]
     assert graph_rows(rates_of(replace(CostModel(), host=replace(CostModel().host, graph_rows=0))), 1) == 0
 
 

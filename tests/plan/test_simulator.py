@@ -148,14 +148,16 @@ def test_a_dispatch_costs_what_the_busiest_link_carries():
     assert dispatched((400, 400), "auto") == [400, 400] and dispatched((400, 100), "auto") == [400, 500]
 
 
-def test_cut_sequences_are_not_attended_by_graphs():
-    facts, cost = Facts(((64,),) * 2), CostModel()
+@pytest.mark.parametrize("graph_cuts", [0, 1])
+def test_cut_sequences_are_attended_by_graphs_that_serve_them(graph_cuts):
+    facts, cost = Facts(((64,),) * 2), CostModel(host=HostCost(graph_cuts=graph_cuts))
     whole, cut = (costs_of(plan(facts, SHAPE, PlanConfig(mode=mode), cost), cost) for mode in ("broadcast", "two_batch"))
-    assert whole.issue[0, 0] == cost.host.graph_ns and set(cut.issue.flat) == {cost.host.attend_ns}
+    assert whole.issue[0, 0] == cost.host.graph_ns
+    assert set(cut.issue.flat) == {cost.host.graph_ns if graph_cuts else cost.host.attend_ns}
 
 
 def test_a_short_cohort_does_not_wait_for_a_long_one():
-    facts, cost = Facts(((4096,), (16,), (16,), (16,))), CostModel(host=HostCost(*(5000,) * 7))
+    facts, cost = Facts(((4096,), (16,), (16,), (16,))), CostModel(host=HostCost(*(5000,) * 8))
     shape = ModelShape(2048, 768, 128, 8, 24)
     two = simulate(plan(facts, shape, PlanConfig(mode="pipelined"), cost), cost)
     one = simulate(plan(facts, shape, PlanConfig(mode="broadcast"), cost), cost)

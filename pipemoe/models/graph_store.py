@@ -1,0 +1,61 @@
+"""The captured attention of one decoder: graphs per slot and size, and the keys and values that they share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipemoe.models.microbatch import AttendGraphs
+from pipemoe.models.step_keys import StepKeys
+from pipemoe.plan.cost import GRAPH_ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from pipemoe.config import Config
+    from pipemoe.models.cache import StepCache
+    from pipemoe.models.decoder import Decoder
+    from pipemoe.models.step_keys import StepOfKeys
+
+
+class GraphStore:
+    """Shared by the models of one decoder under several configurations; captures what is not there yet."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._graphs: dict[tuple[int, torch.dtype, int, int], AttendGraphs] = {}  # see _key
+        self._keys: dict[int, StepKeys] = {}  # by most tokens of a rank
+
+    def most_rows(self, config: Config) -> int:
+        """Rows of the largest graph; 0: there are none."""
+        most = min(config.graph_tokens, config.max_tokens_per_rank)
+        if not most or not self._decoder.can_be_captured:
+            return 0
+        return next((rows for rows in GRAPH_ROWS if rows >= most), GRAPH_ROWS[-1])
+
+    def serves_cuts(self, config: Config) -> bool:
+        """Do graphs serve sequences that are cut over several microbatches?"""
+        return bool(self.most_rows(config)) and self._decoder.caches_keys
+
+    def _key(self, config: Config, slot: int, results_dtype: torch.dtype) -> tuple[int, torch.dtype, int, int]:
+        return slot, results_dtype, self.most_rows(config), config.max_tokens_per_rank
+
+    def capture(self, config: Config, slot: int, results_dtype: torch.dtype) -> None:
+        """Capture for a slot whose lane is the current stream."""
+        key = self._key(config, slot, results_dtype)
+        if key in self._graphs or not self.most_rows(config):
+            return
+        if self.serves_cuts(config) and config.max_tokens_per_rank not in self._keys:
+            self._keys[config.max_tokens_per_rank] = StepKeys(self._decoder, config.max_tokens_per_rank)
+        self._graphs[key] = AttendGraphs(self._decoder, results_dtype, self.most_rows(config), self._keys.get(config.max_tokens_per_rank))
+
+    def graphs(self, config: Config, slot: int, results_dtype: torch.dtype) -> AttendGraphs | None:
+        """What was captured for a slot, if anything."""
+        return self._graphs.get(self._key(config, slot, results_dtype))
+
+    def new_step(self, config: Config, begins: Sequence[int]) -> StepCache | StepOfKeys:
+        """Where a step keeps keys and values: at fixed addresses if graphs read them there. begins: of each sequence, its first token
+        among the rank's."""
+        keys = self._keys.get(config.max_tokens_per_rank) if self.serves_cuts(config) else None
+        return self._decoder.new_step() if keys is None else keys.step(begins)

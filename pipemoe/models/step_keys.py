@@ -1,0 +1,70 @@
+"""Keys and values of a step at fixed addresses, so that CUDA graphs can hold the attention of sequences that are cut.
+
+    keys of one decoder layer   | sequence 0 | sequence 1 ........ | sequence 2 |  not used  | padding |
+    rows                        in the order of this rank's tokens, whichever microbatch computed them    max_tokens
+
+A microbatch writes its rows and reads those of its sequences so far. Microbatches of a sequence may run on different streams; the
+caller orders them by events, layer by layer, and steps one after the other. Serves attention that FlashAttention finds by offsets
+in device memory (see attention.py), and whose cache holds the keys themselves (not multi-head latent attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from pipemoe.models.decoder import Decoder
+    from pipemoe.models.packing import Packing
+
+
+class StepKeys:
+    """Room for `max_tokens` tokens in every decoder layer, and a row more for padding to write to."""
+
+    def __init__(self, decoder: Decoder, max_tokens: int) -> None:
+        """Allocates on the current stream, zeroed: 2 x (max_tokens + 1) x heads x D values per layer."""
+        self.padding_row = max_tokens
+        sizes = decoder.key_sizes()
+        self._rows = [
+            tuple(torch.zeros((max_tokens + 1, heads, dim), dtype=decoder.dtype, device=decoder.device) for heads, dim in sizes)
+            for _ in range(decoder.config.num_hidden_layers)
+        ]
+
+    def __len__(self) -> int:
+        return self.padding_row + 1
+
+    def step(self, begins: Sequence[int]) -> StepOfKeys:
+        """For a step whose sequence i begins at this rank's token begins[i]."""
+        return StepOfKeys(self, begins)
+
+    def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put key, value [1, heads, T, D] of a decoder layer into `rows` [T] int64; all rows [1, heads, len(self), D]."""
+        for kept, new in zip(self._rows[layer], (key, value), strict=True):
+            kept.index_copy_(0, rows, new[0].transpose(0, 1))
+        return tuple(kept.transpose(0, 1).unsqueeze(0) for kept in self._rows[layer])
+
+
+class StepOfKeys:
+    """One step's use of them; takes the place of a StepCache."""
+
+    def __init__(self, keys: StepKeys, begins: Sequence[int]) -> None:
+        self.keys, self.begins = keys, begins
+
+    def of(self, packing: Packing) -> KeysOfMicrobatch:
+        """The `past_key_values` of one microbatch."""
+        return KeysOfMicrobatch(self.keys, packing.key_rows)
+
+
+class KeysOfMicrobatch:
+    """What transformers' attention modules see as `past_key_values`."""
+
+    def __init__(self, keys: StepKeys, rows: torch.Tensor) -> None:
+        self._keys, self._rows = keys, rows
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """key, value: [1, heads, T, D] of the microbatch. Returns the keys and values of all the step's tokens so far, in their rows."""
+        return self._keys.write(layer_idx, self._rows, key, value)
