@@ -75,7 +75,6 @@ class HostCost(_Whole):
 
     attend_ns: int = 1_300_000
     graph_rows: int = 4096
-    graph_cuts: int = 1
     graph_ns: int = 45_000
     pack_ns: int = 100_000
     dispatch_ns: int = 75_000
@@ -83,6 +82,7 @@ class HostCost(_Whole):
     combine_ns: int = 85_000
     finish_ns: int = 400_000
     idle_ns: int = 30_000
+    graph_cuts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

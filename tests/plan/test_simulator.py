@@ -2,6 +2,7 @@
 
 from dataclasses import fields, replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,7 +158,7 @@ def test_cut_sequences_are_attended_by_graphs_that_serve_them(graph_cuts):
 
 
 def test_a_short_cohort_does_not_wait_for_a_long_one():
-    facts, cost = Facts(((4096,), (16,), (16,), (16,))), CostModel(host=HostCost(*(5000,) * 8))
+    facts, cost = Facts(((4096,), (16,), (16,), (16,))), CostModel(host=HostCost(*(5000,) * 7))
     shape = ModelShape(2048, 768, 128, 8, 24)
     two = simulate(plan(facts, shape, PlanConfig(mode="pipelined"), cost), cost)
     one = simulate(plan(facts, shape, PlanConfig(mode="broadcast"), cost), cost)
