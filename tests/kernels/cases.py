@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from pipemoe.wire import WireFormat, WireRows
+from pipemoe_kernels.launch import Kernel, Stream
+from pipemoe_kernels.pack import pack_rows
 from tests.experts.oracle import FUNCTIONS
 
 # rows, K, experts, first local expert, local experts
@@ -29,6 +31,22 @@ def wire_rows(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, de
     rows = wire.rows(torch.full((len(ids), wire.row_bytes), 0xAB, dtype=torch.uint8, device=device))
     rows.write(hidden.to(device), ids.to(device), weights.to(device))
     return rows
+
+
+def check_pack(hidden: int, dtype: torch.dtype, device: str, stream: Stream, kernel: Kernel | None = None) -> None:
+    """Rows that are parts of larger tensors go into the middle of a buffer, and nothing else of it changes."""
+    num_rows, top_k = 7, 3
+    x = torch.randn(num_rows + 1, hidden + 16).to(device, dtype)[1:, 16:]
+    ids = torch.randint(-1, 99, (num_rows, top_k + 1), dtype=torch.int32).to(device)[:, 1:]
+    weights = torch.rand(num_rows + 2, top_k).to(device)[2:]
+    wire = WireFormat(hidden, top_k, dtype)
+    buffer = torch.full((num_rows + 2, wire.row_bytes), 0xAB, dtype=torch.uint8, device=device)
+    wanted = buffer.clone()
+    rows = wire.rows(wanted)[1:-1]
+    for source, view in ((x, rows.hidden), (ids, rows.ids), (weights, rows.weights)):
+        view.copy_(source)
+    pack_rows(stream, x, ids, weights, wire.rows(buffer)[1:-1].hidden, wire.row_bytes, kernel)
+    assert torch.equal(buffer, wanted)
 
 
 def expected_index(ids: torch.Tensor, first: int, num_local: int) -> tuple[torch.Tensor, torch.Tensor]:

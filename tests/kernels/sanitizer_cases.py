@@ -40,6 +40,7 @@ def test_combine():
 
 def test_kernels_of_other_gpus():
     any_gpu.test_gather(96, torch.bfloat16)
+    any_gpu.test_pack(96, torch.bfloat16)
     any_gpu.test_swiglu(True, torch.bfloat16, 13)
     any_gpu.test_grouped_gemm(torch.bfloat16, 9, 7)
 

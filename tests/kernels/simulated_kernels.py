@@ -9,6 +9,7 @@ import torch
 from pipemoe import e4m3
 from tests.kernels.cases import (
     ROUTINGS,
+    check_pack,
     expected_activations,
     expected_combine,
     expected_grouped_gemm,
@@ -23,6 +24,7 @@ from pipemoe_kernels.grouped_simt import grouped_gemm, grouped_simt_kernel
 from pipemoe_kernels.index import index_kernels, index_pairs, num_tiles
 from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.numba_cuda import SIMULATOR
+from pipemoe_kernels.pack import pack_kernel, pack_rows
 from pipemoe_kernels.quantise import dequantise_kernel, dequantise_rows, quantise_kernel, quantise_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -45,6 +47,11 @@ def test_index(name, tile, group):
     wanted_offsets, wanted_positions = expected_index(ids, first, num_local)
     assert torch.equal(offsets, wanted_offsets)
     assert torch.equal(positions, wanted_positions)
+
+
+@pytest.mark.parametrize("hidden, dtype", [(8, torch.float32), (48, torch.bfloat16)])
+def test_pack(hidden, dtype):
+    check_pack(hidden, dtype, "cpu", STREAM, pack_kernel(4))
 
 
 @pytest.mark.parametrize("hidden, dtype", [(8, torch.float32), (31, torch.float32), (31, torch.bfloat16), (48, torch.bfloat16)])

@@ -20,6 +20,7 @@ from pipemoe_kernels.index import index_kernels, index_pairs, num_tiles
 from pipemoe_kernels.launch import Stream
 from tests.kernels.cases import (
     ROUTINGS,
+    check_pack,
     expected_activations,
     expected_combine,
     expected_grouped_gemm,
@@ -34,6 +35,11 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, tor
 
 def stream() -> Stream:
     return Stream.current(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("hidden, dtype", [(8, torch.float32), (1000, torch.float16), (2048, torch.bfloat16), (7168, torch.bfloat16)])
+def test_pack(hidden, dtype):
+    check_pack(hidden, dtype, "cuda", stream())
 
 
 def run_index(ids, first, num_local):

@@ -9,6 +9,7 @@ from pipemoe_kernels.combine import combine_kernel
 from pipemoe_kernels.gather import gather_kernel
 from pipemoe_kernels.grouped_simt import grouped_simt_kernel
 from pipemoe_kernels.index import index_kernels
+from pipemoe_kernels.pack import pack_kernel
 from pipemoe_kernels.routing import Scoring, routing_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,6 +24,7 @@ def enumerate_kernels():
     index = index_kernels()
     yield from ((kernel.name, kernel) for kernel in (index.count, index.scan, index.place))
     yield "gather_rows", gather_kernel()
+    yield "pack_rows", pack_kernel()
     for dtype in DTYPES:
         yield f"grouped_gemm-{dtype}", grouped_simt_kernel(dtype)
     for dtype, bias in product(DTYPES, (False, True)):
