@@ -1,6 +1,7 @@
 """The program of the fault tests: every rank runs steps, and one of them meets a fault.
 
-Arguments: the fault, and a folder into which each rank's errors go (a launcher may drop what survivors say).
+Arguments: the fault, and a folder for each rank's errors (a launcher may drop what survivors say) and process number, and for the
+time of a signal.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 import torch
 
@@ -21,6 +24,7 @@ from tests.runtime.sources import RowsSource, make_runtime
 WATCHDOG_SECONDS = 4.0
 NUM_LAYERS = 6
 CULPRIT = 1
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 def detach() -> None:
@@ -40,6 +44,7 @@ def main(fault: str, folder: str) -> None:
     world = pipemoe.init(watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1.0)
     log = os.open(f"{folder}/rank{world.rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, sys.stderr.fileno())
+    (Path(folder) / f"pid{world.rank}").write_text(str(os.getpid()))
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     mode = "broadcast" if fault == "barrier" else "per_rank"
     runtime = make_runtime(world, make_layers(NUM_LAYERS, world.device, dtype), mode=mode)
@@ -54,10 +59,9 @@ def main(fault: str, folder: str) -> None:
     def before_attend(cohort: int, layer: int) -> None:
         if not culprit or layer != (0 if fault == "barrier" else 2):
             return
-        if fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif fault == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault in SIGNALS:
+            (Path(folder) / "fault").write_text(str(time.time()))
+            os.kill(os.getpid(), SIGNALS[fault])
         elif fault == "barrier":
             hold.wait()
 

@@ -1,0 +1,87 @@
+"""One job of ranks.py: started by the launcher that this machine needs, and what becomes of its ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+import torch
+
+from tests.faults.ranks import CULPRIT, WATCHDOG_SECONDS
+
+ROOT = Path(__file__).parents[2]
+# Ranks start and import for some seconds; what matters is that they end well before this.
+START_SECONDS = 60
+POLL_SECONDS = 0.02
+
+
+class FaultJob:
+    """`num_ranks` ranks of which rank CULPRIT meets `fault`, in a folder that takes what each rank says."""
+
+    def __init__(self, fault: str, num_ranks: int, folder: Path) -> None:
+        self.folder, self._num_ranks = folder, num_ranks
+        self._token = f"fault-{uuid.uuid4().hex}"
+        environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
+        launcher = ["launch/gpu_ranks.sh"] if torch.cuda.is_available() else ["launch/mpirun.sh", "-n"]
+        command = [*launcher, str(num_ranks), "-m", "tests.faults.ranks", fault, str(folder)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def wait(self) -> tuple[str, str]:
+        """The launcher's output, once it has ended; subprocess.TimeoutExpired if it does not in time."""
+        try:
+            return self.process.communicate(timeout=START_SECONDS + 5 * WATCHDOG_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+    def left_behind(self) -> list[int]:
+        """Processes of the job that there still are after some grace."""
+        deadline = time.monotonic() + 5 * WATCHDOG_SECONDS
+        while (left := self._processes()) and time.monotonic() < deadline:
+            time.sleep(5 * POLL_SECONDS)
+        return left
+
+    def _processes(self) -> list[int]:
+        found = []
+        for entry in Path("/proc").iterdir():
+            try:
+                if entry.name.isdigit() and self._token.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def said(self) -> dict[str, str]:
+        """Each rank's errors, by name ("rank0")."""
+        return {path.name: path.read_text() for path in self.folder.glob("rank*")}
+
+    def reasons(self) -> list[str]:
+        """The lines in which ranks say why they end."""
+        return [line for text in self.said().values() for line in text.splitlines() if line.startswith("pipemoe: ")]
+
+    def seconds_to_end(self) -> list[float]:
+        """For each survivor, from the fault to the end of its process. Raises TimeoutError if there was no fault, or one stays."""
+        deadline = time.monotonic() + START_SECONDS + 5 * WATCHDOG_SECONDS
+        fault, ended = self.folder / "fault", {}
+        survivors = [rank for rank in range(self._num_ranks) if rank != CULPRIT]
+        while len(ended) < len(survivors):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"ranks {sorted({*survivors} - {*ended})} have not ended")
+            time.sleep(POLL_SECONDS)
+            for rank in survivors if fault.exists() and fault.read_text() else ():
+                if rank not in ended and not _is_alive(int((self.folder / f"pid{rank}").read_text())):
+                    ended[rank] = time.time() - float(fault.read_text())
+        return [ended[rank] for rank in survivors]
+
+
+def _is_alive(pid: int) -> bool:
+    """Is it there, and no mere entry that its parent has not looked at?"""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
