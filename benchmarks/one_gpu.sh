@@ -1,22 +1,49 @@
 #!/usr/bin/env bash
-# Makes the results of benchmarks/results/h200_one_gpu anew: 4 ranks on one GPU over real NCCL.
+# Makes the results of 4 ranks on one GPU over real NCCL.
 #
-#   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/h200_one_gpu)
+#   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
+#
+#   PIPEMOE_BENCH_PARTS  which of these, in this order (default: all): ttft lockstep front draws memory overlap comm
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
-results=${1:-benchmarks/results/h200_one_gpu}
+# shellcheck source=launch/environment.sh
+. launch/environment.sh
+results=${1:-benchmarks/results/$(gpu_name)_one_gpu}
 mkdir -p "$results"
 status=0
+model=qwen3-30b-a3b
+layers=$(($(gpu_gib) >= 120 ? 48 : 36)) # all, or what fits beside the workspaces of all modes
 
-launch/one_gpu.sh 4 -m pipemoe.cli tune --model qwen3-30b-a3b --out "$results/cost.json" || status=1
-launch/one_gpu.sh 4 benchmarks/ttft.py --model qwen3-30b-a3b --layers 48 --rank-tokens 2048,2048,2048,2048 \
-    --rank-tokens 4096,16,16,16 --rank-tokens 64,64,64,64 --rank-tokens 1,0,0,0 \
-    --draws 12 --draw-rounds 3 --moe-max-num-tokens 4096 --rounds 9 --parity-layers 2 \
-    --cost "$results/cost.json" --json "$results/ttft.json" || status=1
-launch/one_gpu.sh 4 benchmarks/ttft.py --model qwen3-30b-a3b --layers 48 --rank-tokens 8192,1024,512,0 --modes broadcast,auto \
-    --budgets 0,5,20 --moe-max-num-tokens 4096 --rounds 3 --parity-layers 1 \
-    --cost "$results/cost.json" --json "$results/ttft_front.json" || status=1
-launch/one_gpu.sh 4 benchmarks/memory.py --json "$results/memory.json" || status=1
-launch/one_gpu.sh 4 benchmarks/overlap.py --json "$results/overlap.json" || status=1
-launch/one_gpu.sh 4 benchmarks/comm.py --json "$results/comm.json" || status=1
+run() {
+    launch/one_gpu.sh 4 "$@" || status=1
+}
+
+# ttft FILE ARGUMENTS: the model's modes on the same inputs, by the costs that were measured.
+ttft() {
+    local file=$1
+    shift
+    [ -f "$results/cost.json" ] || run -m pipemoe.cli tune --model $model --out "$results/cost.json"
+    run benchmarks/ttft.py --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
+}
+
+for part in ${PIPEMOE_BENCH_PARTS:-ttft lockstep front draws memory overlap comm}; do
+    case $part in
+    ttft)
+        ttft ttft.json --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16 --rank-tokens 8192,1024,512,0 --rank-tokens 64,64,64,64 \
+            --rank-tokens 1,0,0,0 --trace benchmarks/traces/azure2023_conv.csv --num-requests 16 --rounds 9 --parity-layers 4
+        ;;
+    lockstep)
+        # The same lockstep with the slot that it does not need given to larger collectives.
+        PIPEMOE_NUM_SLOTS=1 ttft ttft_lockstep.json --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16 --rank-tokens 8192,1024,512,0 \
+            --modes padded,chunked,broadcast --rounds 5 --parity-layers 1
+        ;;
+    front) ttft ttft_front.json --rank-tokens 8192,1024,512,0 --modes broadcast,auto --budgets 0,5,20 --rounds 5 --parity-layers 1 ;;
+    draws) ttft ttft_draws.json --trace benchmarks/traces/azure2023_conv.csv --num-requests 4 --draws 12 --draw-rounds 4 --rounds 2 --parity-layers 1 ;;
+    memory | overlap | comm) run "benchmarks/$part.py" --json "$results/$part.json" ;;
+    *)
+        echo "one_gpu.sh: no part $part" >&2
+        status=2
+        ;;
+    esac
+done
 exit $status

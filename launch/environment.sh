@@ -25,3 +25,13 @@ export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 num_gpus() {
     { nvidia-smi -L 2>/dev/null || true; } | grep -c '^GPU ' || true
 }
+
+# gpu_name: the first GPU's short name as results are filed under, such as h100.
+gpu_name() {
+    nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr '[:upper:]' '[:lower:]' | grep -oE '[a-z]+[0-9]+[a-z]*' | head -n 1
+}
+
+# gpu_gib: the first GPU's memory, in whole GiB.
+gpu_gib() {
+    echo $(($(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1) / 1024))
+}
