@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All tests that need no GPU: first those of one process, then those of an MPI job, on 1 to 4 ranks.
-# Makes and fills .venv first where that is not done. Exits nonzero when anything fails.
+# All tests that need no GPU, those of one process and those of an MPI job on 1 to 4 ranks: parts in two rows, a core each.
+# Makes and fills .venv first where that is not done. Says which part failed, and exits nonzero then.
 #
 #   launch/test.sh
 set -euo pipefail
@@ -8,27 +8,57 @@ cd "$(dirname "$0")/.."
 launch/install.sh
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
+export OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
 trap 'rm -rf "$logs"' EXIT
-failed=()
 
-echo "== one process"
-"$python" -m pytest -q -m "not mpi and not gpu" || failed+=("one process")
+# part NAME COMMAND...: runs it and shows what it printed, all at once, when it is done
+part() {
+    local name=$1 log=$logs/$1.log begin=$SECONDS verdict=passed
+    shift
+    "$@" >"$log.all" 2>&1 || verdict=FAILED
+    [ "$verdict" = passed ] || echo "$name" >>"$logs/failed"
+    { echo "== $name: $verdict, $((SECONDS - begin)) s"; cat "$log.all"; } >"$log"
+    cat "$log"
+}
 
-for num_ranks in 1 2 3 4; do
-    echo "== MPI, ranks: $num_ranks"
-    rm -f "$logs"/*
-    # All ranks must draw the same random cases, and must not share a cache folder.
-    if ! PIPEMOE_RANK_LOGS=$logs timeout --kill-after=20 400 launch/mpirun.sh -n "$num_ranks" \
-        -m pytest -q -m "mpi and not gpu" -p no:cacheprovider --hypothesis-seed=0 tests; then
-        failed+=("MPI on $num_ranks ranks")
-        tail -n 60 "$logs"/rank*.log 2>/dev/null || true
-    fi
+one_process() {
+    "$python" -m pytest -q -m "not mpi and not gpu" -p no:cacheprovider "$@"
+}
+
+# All ranks must draw the same random cases, and must not share a cache folder.
+on_ranks() {
+    local num_ranks=$1 rank_logs=$logs/ranks$1
+    shift
+    mkdir "$rank_logs"
+    PIPEMOE_RANK_LOGS=$rank_logs timeout --kill-after=20 600 launch/mpirun.sh -n "$num_ranks" \
+        -m pytest -q -m "mpi and not gpu" -p no:cacheprovider --hypothesis-seed=0 "$@" && return
+    tail -n 60 "$rank_logs"/rank*.log 2>/dev/null
+    return 1
+}
+
+echo "== running; the first part is done in a minute or two"
+{
+    part "kernels" one_process tests/kernels
+    part "4 ranks" on_ranks 4 --ignore=tests/benchmarks tests
+    part "1 rank" on_ranks 1 tests
+} &
+first=$!
+{
+    part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
+    part "faults" one_process tests/faults
+    part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
+    part "3 ranks" on_ranks 3 tests # the benchmarks' own tests on 1 and 3 ranks only: they take as long as all others
+    part "2 ranks" on_ranks 2 --ignore=tests/benchmarks tests
+} &
+second=$!
+for row in "$first" "$second"; do
+    wait "$row" || echo "a row of parts: it broke off" >>"$logs/failed"
 done
 
-if [ ${#failed[@]} -gt 0 ]; then
-    printf 'FAILED: %s\n' "${failed[@]}"
+if [ -e "$logs/failed" ]; then
+    sed 's/^/FAILED: /' "$logs/failed"
     exit 1
 fi
 echo "all tests passed"

@@ -1,10 +1,21 @@
 """What several packages' tests share."""
 
+from __future__ import annotations
+
 import os
 
 import pytest
 
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read when CUDA starts, which looking for a GPU does
+
+
+_stderr = 2
+
+
+def pytest_configure() -> None:
+    """What pytest captures of a test is lost when a rank ends the process inside it; its last words go here."""
+    global _stderr
+    _stderr = os.dup(2)
 
 
 def pytest_collection_modifyitems(items):
@@ -25,4 +36,11 @@ def world():
     import pipemoe
 
     torch.set_num_threads(1)
-    return pipemoe.init(watchdog_seconds=30, grace_seconds=2)
+    world = pipemoe.init(watchdog_seconds=30, grace_seconds=2)
+
+    def say_why() -> None:
+        test, error = os.environ.get("PYTEST_CURRENT_TEST"), world.engine.failure
+        os.write(_stderr, f"\n{test}: {type(error).__name__}: {error}\n".encode())
+
+    world.engine.on_failure.append(say_why)
+    return world

@@ -1,6 +1,7 @@
 """PipelinedMoE over the ranks of a world: the right sums, the same bits, the same errors everywhere."""
 
 import contextlib
+from functools import cache
 
 import pytest
 import torch
@@ -22,17 +23,33 @@ def make_moe(world, layers, **options):
     return PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=NUM_EXPERTS, top_k=TOP_K, config=config)
 
 
+@pytest.fixture(scope="module")
+def cases(world):
+    """cases(num_layers, dtype): the layers, and for each of TOKEN_COUNTS this rank's (rows, the oracle's sums) of every layer; made
+    once, because the naive oracle takes longer than what it judges."""
+
+    @cache
+    def cases(num_layers, dtype):
+        layers, made = make_layers(num_layers, world.device, dtype), []
+        for case, counts in enumerate(TOKEN_COUNTS):
+            tokens, seeds = counts[world.rank % len(counts)], [100 * case + 10 * layer + world.rank for layer in range(num_layers)]
+            rows_of = [make_rows(tokens, seed, world.device, dtype) for seed in seeds]
+            made.append([(rows, layers.oracle(layer, *rows)) for layer, rows in enumerate(rows_of)])
+        return layers, made
+
+    return cases
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("combine", ["reduce", "gather"])
 @pytest.mark.parametrize("mode", MODES)
-def test_sums_are_the_oracles(world, mode, combine, dtype):
-    layers = make_layers(1, world.device, dtype)
+def test_sums_are_the_oracles(world, cases, mode, combine, dtype):
+    layers, made = cases(1, dtype)
     moe = make_moe(world, layers, mode=mode, combine=combine)
-    for case, counts in enumerate(TOKEN_COUNTS):
-        x, ids, weights = make_rows(counts[world.rank % len(counts)], 10 * case + world.rank, world.device, dtype)
-        y = moe(x, ids, weights)
-        assert y.shape == x.shape and y.dtype == dtype
-        assert norm_ratio(y, layers.oracle(0, x, ids, weights)) < DTYPES[dtype]
+    for ((rows, wanted),) in made:
+        y = moe(*rows)
+        assert y.shape == rows[0].shape and y.dtype == dtype
+        assert norm_ratio(y, wanted) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,16 +86,14 @@ def alone(layers, x, ids, weights):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_step_runs_through_the_layers(world, mode):
-    layers = make_layers(3, world.device, torch.float32)
+def test_step_runs_through_the_layers(world, cases, mode):
+    layers, made = cases(3, torch.float32)
     moe = make_moe(world, layers, mode=mode)
-    for case, counts in enumerate(TOKEN_COUNTS):
-        tokens = counts[world.rank % len(counts)]
+    for of_layer in made:
+        tokens = len(of_layer[0][1])
         with moe.step(tokens, [tokens - tokens // 3, tokens // 3] if tokens > 2 else None) as step:
-            for layer in range(3):
-                x, ids, weights = make_rows(tokens, 100 * case + 10 * layer + world.rank, world.device, torch.float32)
-                y = step(layer, x, ids, weights)
-                assert norm_ratio(y, layers.oracle(layer, x, ids, weights)) < 1e-5
+            for layer, (rows, wanted) in enumerate(of_layer):
+                assert norm_ratio(step(layer, *rows), wanted) < 1e-5
 
 
 def test_tokens_change_from_step_to_step(world):

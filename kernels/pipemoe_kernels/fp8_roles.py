@@ -17,7 +17,8 @@ from pipemoe_kernels.numba_cuda import cuda
 from pipemoe_kernels.ptx_fp8 import STEP, WIDTH
 from pipemoe_kernels.ptx_wgmma import TILE_DESCRIPTOR, accumulators
 from pipemoe_kernels.raster import MAX_EXPERTS
-from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, MAP_BYTES, NUM_STAGES, TILE_ROWS, X_BOXES, next_stage
+from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, X_BOXES, next_stage
+from pipemoe_kernels.tensor_map import MAP_BYTES
 
 TILE_COLUMNS = 2 * WIDTH  # rows of w in a stage
 X_BYTES = TILE_ROWS * STEP

@@ -19,7 +19,8 @@ from pipemoe_kernels.launch import ADDRESS, UINT32
 from pipemoe_kernels.numba_cuda import cuda
 from pipemoe_kernels.ptx_wgmma import STEP, TILE_DESCRIPTOR, accumulators
 from pipemoe_kernels.raster import MAX_EXPERTS
-from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, MAP_BYTES, NUM_STAGES, TILE_ROWS, next_stage
+from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, next_stage
+from pipemoe_kernels.tensor_map import MAP_BYTES
 
 TILE_COLUMNS = 256  # rows of w in a stage
 X_BYTES = TILE_ROWS * STEP * 2

@@ -15,7 +15,6 @@ CONSUMERS = TILE_ROWS // GROUP_ROWS
 NUM_STAGES = 4
 EMPTY_AT = 8 * NUM_STAGES  # the barriers "empty" after the barriers "full"
 X_BOXES = (128, 64, 32, 16)  # rows of the boxes of x's tensor maps, which stand in this order
-MAP_BYTES = 128
 
 
 @cuda.jit(device=True, inline="always")

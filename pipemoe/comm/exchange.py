@@ -10,7 +10,7 @@ from pipemoe import errors
 from pipemoe.errors import InputError, MismatchError, PipemoeError
 from pipemoe.plan.schedule import Facts
 
-_HEADER = struct.Struct("<16sqq")  # fingerprint, step number, bytes of the error text
+_HEADER = struct.Struct("<16sq")  # fingerprint, bytes of the error text
 _SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError")
 
 
@@ -27,20 +27,20 @@ def raise_first(texts: list[bytes]) -> None:
             raise cls(message if message.startswith("rank ") else f"rank {rank}: {message}")
 
 
-def encode_step(fingerprint: bytes, step: int, lengths: tuple[int, ...], error: PipemoeError | None) -> bytes:
+def encode_step(fingerprint: bytes, lengths: tuple[int, ...], error: PipemoeError | None) -> bytes:
     """One rank's message of a step: fingerprint (16 bytes), sequence lengths, or what went wrong on this rank."""
     text = encode_error(error)
-    return _HEADER.pack(fingerprint, step, len(text)) + text + struct.pack(f"<{len(lengths)}q", *lengths)
+    return _HEADER.pack(fingerprint, len(text)) + text + struct.pack(f"<{len(lengths)}q", *lengths)
 
 
 def decode_step(payloads: list[bytes]) -> Facts:
-    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, or MismatchError if the ranks are at
-    different steps or have different fingerprints."""
+    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, or MismatchError for different fingerprints."""
     headers = [_HEADER.unpack_from(p) for p in payloads]
-    raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, _, n) in zip(payloads, headers)])
-    for what, values in (("step number", [h[1] for h in headers]), ("configuration, model or checkpoint", [h[0].hex()[:8] for h in headers])):
-        if len(set(values)) > 1:
-            raise MismatchError(f"the ranks differ in {what}: " + ", ".join(f"rank {r} has {v}" for r, v in enumerate(values)))
+    raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, n) in zip(payloads, headers)])
+    values = [fingerprint.hex()[:8] for fingerprint, _ in headers]
+    if len(set(values)) > 1:
+        found = ", ".join(f"rank {r} has {v}" for r, v in enumerate(values))
+        raise MismatchError(f"the ranks differ in configuration, model or checkpoint: {found}")
     lengths = []
     for payload in payloads:
         count = (len(payload) - _HEADER.size) // 8

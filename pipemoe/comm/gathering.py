@@ -1,18 +1,25 @@
-"""One small all-gather of bytes: every rank gives some, every rank gets all. Non-blocking; whoever waits polls `done()`."""
+"""One small all-gather of bytes: every rank gives some, every rank gets all. Non-blocking; whoever waits polls `done()`.
+
+Ranks meet in the order of their calls, whatever they call. So the bytes of each travel with what the rank is doing, and ranks that
+meet over different things all raise the same error.
+"""
 
 from __future__ import annotations
 
 import struct
 from typing import Any, Protocol
 
-BLOCK = 512  # bytes that travel in the first collective; longer payloads need a second one
+from pipemoe.errors import MismatchError
+
+BLOCK = 512  # bytes that travel in the first collective; longer messages need a second one
 _LENGTH = struct.Struct("<q")
 _ROOM = BLOCK - _LENGTH.size
+_DOING_LENGTH = struct.Struct("<H")
 
 
 class Gathering(Protocol):
     def done(self) -> bool:
-        """Poll; True once `payloads` holds every rank's bytes."""
+        """Poll; True once `payloads` holds every rank's bytes. Raises MismatchError, on every rank, if they are for different things."""
 
     payloads: list[bytes]
 
@@ -28,13 +35,13 @@ class LocalGathering:
 
 
 class MpiGathering:
-    """Iallgather of a fixed block per rank, followed by an Iallgatherv only if some payload did not fit in it."""
+    """Iallgather of a fixed block per rank, followed by an Iallgatherv only if some message did not fit in it."""
 
-    def __init__(self, comm: Any, payload: bytes) -> None:
+    def __init__(self, comm: Any, payload: bytes, doing: str) -> None:
         self._comm = comm
-        self._payload = payload
+        self._message = pack_message(payload, doing)
         self._blocks = bytearray(BLOCK * comm.Get_size())
-        block = (_LENGTH.pack(len(payload)) + payload[:_ROOM]).ljust(BLOCK, b"\0")
+        block = (_LENGTH.pack(len(self._message)) + self._message[:_ROOM]).ljust(BLOCK, b"\0")
         self._mine: Any = block  # kept alive until the request is done
         self._request = comm.Iallgather(block, self._blocks)
         self._sizes: list[int] | None = None
@@ -56,12 +63,33 @@ class MpiGathering:
                 from mpi4py import MPI
 
                 self._rest = bytearray(sum(overflow))
-                self._mine = self._payload[_ROOM:]
+                self._mine = self._message[_ROOM:]
                 self._request = self._comm.Iallgatherv([self._mine, MPI.BYTE], [self._rest, overflow, MPI.BYTE])
                 return
-        at = 0
+        messages, at = [], 0
         for rank, n in enumerate(self._sizes):
             begin = BLOCK * rank + _LENGTH.size
             overflow = max(0, n - _ROOM)
-            self.payloads.append(bytes(self._blocks[begin : begin + n - overflow]) + bytes(self._rest[at : at + overflow]))
+            messages.append(bytes(self._blocks[begin : begin + n - overflow]) + bytes(self._rest[at : at + overflow]))
             at += overflow
+        self.payloads = unpack_messages(messages)
+
+
+def pack_message(payload: bytes, doing: str) -> bytes:
+    """What one rank sends: `payload`, and what it is for."""
+    text = doing.encode()
+    return _DOING_LENGTH.pack(len(text)) + text + payload
+
+
+def unpack_messages(messages: list[bytes]) -> list[bytes]:
+    """All ranks' payloads. Raises MismatchError, naming who does what, unless all are doing the same."""
+    payloads: list[bytes] = []
+    ranks_doing: dict[str, list[int]] = {}
+    for rank, message in enumerate(messages):
+        begin = _DOING_LENGTH.size + _DOING_LENGTH.unpack_from(message)[0]
+        ranks_doing.setdefault(message[_DOING_LENGTH.size : begin].decode(), []).append(rank)
+        payloads.append(message[begin:])
+    if len(ranks_doing) > 1:
+        found = "; ".join(f"{doing!r} on rank {', '.join(map(str, ranks))}" for doing, ranks in ranks_doing.items())
+        raise MismatchError(f"every rank must call the same, in the same order, but here they meet: {found}")
+    return payloads

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipemoe.comm.transport import Test, WaveSums, sum_in_rank_order
+from pipemoe.comm.transport import Test, WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
@@ -51,13 +51,10 @@ class MpiTransport:
         return self._test(requests, sums)
 
     def _reduce_scatter(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
-        import torch
-
         memory = _numeric(sums.partial)
-        block = wave.num_rows // self.size
-        own = torch.empty((block, sums.partial.shape[1]), dtype=sums.partial.dtype)
+        own = sums.partial[: wave.num_rows // self.size]  # in place, the sums of this rank's block come where the first block was
         self._note("combine", slot, buffer, "reduce_scatter", -1, memory.nbytes)
-        done = self._test([comm.Ireduce_scatter_block(memory, _numeric(own), op=self._mpi.SUM)])
+        done = self._test([comm.Ireduce_scatter_block(self._mpi.IN_PLACE, memory, op=self._mpi.SUM)])
 
         def test() -> bool:
             if not done():
@@ -69,20 +66,10 @@ class MpiTransport:
         return test
 
     def _gather(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
-        requests, at = [], 0
-        for s in wave.segments:
-            part = sums.partial[s.row : s.row + s.num_rows]
-            num_bytes = part.numel() * part.element_size()
-            if s.rank != self.rank:
-                self._note("combine", slot, buffer, "send", s.rank, num_bytes)
-                requests.append(comm.Isend(_bytes(part), dest=s.rank))
-                continue
-            for peer in range(self.size):
-                if peer != self.rank:
-                    self._note("combine", slot, buffer, "recv", peer, num_bytes)
-                    into = sums.staging[peer - (peer > self.rank), at : at + s.num_rows]
-                    requests.append(comm.Irecv(_bytes(into), source=peer))
-            at += s.num_rows
+        requests = []
+        for primitive, peer, rows in gather_transfers(self.rank, self.size, wave, sums):
+            self._note("combine", slot, buffer, primitive, peer, rows.nbytes)
+            requests.append(comm.Isend(_bytes(rows), dest=peer) if primitive == "send" else comm.Irecv(_bytes(rows), source=peer))
         done = self._test(requests)
 
         def test() -> bool:
@@ -91,7 +78,7 @@ class MpiTransport:
             sum_in_rank_order(self.rank, wave, sums)
             return True
 
-        return test if at else done
+        return test
 
     def _test(self, requests: list[Any], *buffers: Any) -> Test:
         """The buffers live as long as the test: MPI reads and writes them until it says so."""

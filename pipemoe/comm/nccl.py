@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pipemoe.comm.transport import WaveSums, sum_in_rank_order
+from pipemoe.comm.transport import WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
@@ -103,24 +103,14 @@ class NcclTransport:
             result.copy_(own[: len(result)])
 
     def _gather(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
-        comm, stream, at, kind = self._combine[slot], _current_stream(), 0, self._nccl.NCCL_UINT8
+        comm, stream = self._combine[slot], _current_stream()
         self._nccl.groupStart()
-        for s in wave.segments:
-            part = sums.partial[s.row : s.row + s.num_rows]
-            num_bytes = part.numel() * part.element_size()
-            if s.rank != self.rank:
-                self._note("combine", slot, buffer, "send", s.rank, num_bytes)
-                comm.send(part.data_ptr(), num_bytes, kind, s.rank, stream)
-                continue
-            for peer in range(self.size):
-                if peer != self.rank:
-                    self._note("combine", slot, buffer, "recv", peer, num_bytes)
-                    into = sums.staging[peer - (peer > self.rank), at : at + s.num_rows]
-                    comm.recv(into.data_ptr(), num_bytes, kind, peer, stream)
-            at += s.num_rows
+        for primitive, peer, rows in gather_transfers(self.rank, self.size, wave, sums):
+            self._note("combine", slot, buffer, primitive, peer, rows.nbytes)
+            call = comm.send if primitive == "send" else comm.recv
+            call(rows.data_ptr(), rows.nbytes, self._nccl.NCCL_UINT8, peer, stream)
         self._nccl.groupEnd()
-        if at:
-            sum_in_rank_order(self.rank, wave, sums)
+        sum_in_rank_order(self.rank, wave, sums)
 
     def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
         if self.log is not None:

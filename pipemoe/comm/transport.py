@@ -6,11 +6,11 @@ they enqueue on the current stream and return None; on the host they post and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from pipemoe.plan.projection import Issue
+from pipemoe.plan.projection import Issue, gather_calls
 from pipemoe.plan.schedule import Wave
 
 if TYPE_CHECKING:
@@ -67,6 +67,20 @@ class LocalTransport:
 
     def close(self) -> None:
         pass
+
+
+def gather_transfers(rank: int, num_ranks: int, wave: Wave, sums: WaveSums) -> Iterator[tuple[str, int, torch.Tensor]]:
+    """What this rank calls for combine="gather", in order: ("send" or "recv", the other side, the rows [n, H] to read or write).
+
+    In the staging, the peers stand in the order of their ranks, and under each the own segments in the wave's order.
+    """
+    at = dict.fromkeys(range(num_ranks), 0)
+    for primitive, peer, segment in gather_calls(wave, rank, num_ranks):
+        if primitive == "send":
+            yield primitive, peer, sums.partial[segment.row : segment.row + segment.num_rows]
+        else:
+            yield primitive, peer, sums.staging[peer - (peer > rank), at[peer] : at[peer] + segment.num_rows]
+            at[peer] += segment.num_rows
 
 
 def sum_in_rank_order(rank: int, wave: Wave, sums: WaveSums) -> None:

@@ -34,6 +34,8 @@ _SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # MPICH's default schedules take a poll per round, and a poll is late on a rank that computes; its trees need fewer rounds.
 _MPICH_TREES = ("MPIR_CVAR_IREDUCE_INTRA_ALGORITHM", "MPIR_CVAR_IBCAST_INTRA_ALGORITHM")
 
+_open_world: World | None = None  # of this process
+
 
 def init(
     device: str = "auto",
@@ -43,16 +45,20 @@ def init(
     setup_seconds: float = 600.0,
     grace_seconds: float = 5.0,
 ) -> World:
-    """Start this rank and meet the others; every rank calls it once, with the same arguments.
+    """Start this rank and meet the others; every rank calls it, with the same arguments. Again only after `World.close()`.
 
     device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each has a pair
     of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds: how long an operation
     may make no progress. setup_seconds: the same for what ranks may do at very different speeds, such as reading a checkpoint.
     grace_seconds: from a fatal error to the end of the process.
-    Raises ConfigError when the communicators' thread blocks have no room on the GPU, or the machine lacks what `device` needs.
+    Raises ConfigError when the communicators' thread blocks have no room on the GPU, the machine lacks what `device` needs, or this
+    process's world is open.
     """
+    global _open_world
     import torch
 
+    if _open_world is not None:
+        raise ConfigError(f"rank {_open_world.rank}: pipemoe.init() has been called, and a process has one world; use that, or close() it first")
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {device!r}; it must be 'auto', 'cpu' or 'cuda'")
     num_slots = _default_slots() if num_slots is None else num_slots
@@ -67,7 +73,8 @@ def init(
         _check_queues(num_slots)
     launched = max(int(os.environ.get(name, 1)) for name in _SIZE_VARIABLES)
     comm = _mpi(launched) if launched > 1 else None
-    return World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
+    _open_world = World(comm, on_gpu, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
+    return _open_world
 
 
 def _default_slots() -> int:
@@ -124,7 +131,7 @@ def _mpi(launched: int) -> Any:
 
 
 class World:
-    """`rank` of `size`, on `device`; made by `init`. One world per process."""
+    """`rank` of `size`, on `device`; made by `init`. At most one is open in a process: two engines must not use MPI at once."""
 
     def __init__(self, comm: Any, on_gpu: bool, num_slots: int, watchdog_seconds: float, setup_seconds: float, grace_seconds: float) -> None:
         import torch
@@ -260,13 +267,13 @@ class World:
 
         self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
 
-    def start_gathering(self, payload: bytes) -> Gathering:
-        """Begin a small all-gather; engine's thread only."""
-        return LocalGathering(payload) if self._comm is None else MpiGathering(self._comm, payload)
+    def start_gathering(self, payload: bytes, doing: str) -> Gathering:
+        """Begin a small all-gather; engine's thread only. `doing` must be the same on every rank (MismatchError otherwise)."""
+        return LocalGathering(payload) if self._comm is None else MpiGathering(self._comm, payload, doing)
 
     def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
         """A small all-gather on the engine's thread, waited for as patiently as set-up needs."""
-        gathering = self.start_gathering(payload)
+        gathering = self.start_gathering(payload, doing)
         self.engine.wait(gathering.done, doing, seconds=self.setup_seconds, needs_all=True)
         return gathering.payloads
 
@@ -274,7 +281,10 @@ class World:
         raise_first(self._exchange(encode_error(error), doing))
 
     def all_gather(self, payload: bytes, doing: str = "all_gather") -> list[bytes]:
-        """Every rank's `payload`, in rank order; every rank calls. For results and set-up, not for a step's rows."""
+        """Every rank's `payload`, in rank order; every rank calls. For results and set-up, not for a step's rows.
+
+        Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something else.
+        """
         return self.engine.call(lambda: self._exchange(payload, doing))
 
     def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
@@ -287,6 +297,7 @@ class World:
 
     def close(self) -> None:
         """Finish what is under way, leave the others in peace. Called again, does nothing."""
+        global _open_world
         if self._closed or self.engine.failure is not None:
             return
         self._closed = True
@@ -294,6 +305,8 @@ class World:
         self.lanes.close()
         if self.engine.side_channel is not None:
             self.engine.side_channel.close()
+        if _open_world is self:
+            _open_world = None
 
     def __enter__(self) -> World:
         return self

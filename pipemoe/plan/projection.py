@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.schedule import OpKind, Plan
+from pipemoe.plan.schedule import OpKind, Plan, Segment, Wave
 
 POINT_TO_POINT = ("send", "recv")
 
@@ -48,14 +49,18 @@ def project(plan: Plan, rank: int, row_bytes: int, partial_row_bytes: int) -> li
                 for segment in wave.segments:
                     add("reduce", segment.rank, segment.num_rows)
         else:
-            for segment in wave.segments:
-                if segment.rank == rank:
-                    for peer in range(plan.facts.num_ranks):
-                        if peer != rank:
-                            add("recv", peer, segment.num_rows)
-                else:
-                    add("send", segment.rank, segment.num_rows)
+            for primitive, peer, segment in gather_calls(wave, rank, plan.facts.num_ranks):
+                add(primitive, peer, segment.num_rows)
     return issues
+
+
+def gather_calls(wave: Wave, rank: int, num_ranks: int) -> Iterator[tuple[str, int, Segment]]:
+    """What `rank` calls for combine="gather", in order: ("send" or "recv", the other side, the segment whose partial sums travel)."""
+    for segment in wave.segments:
+        if segment.rank != rank:
+            yield "send", segment.rank, segment
+        else:
+            yield from (("recv", peer, segment) for peer in range(num_ranks) if peer != rank)
 
 
 def match(issues_of: list[list[Issue]]) -> None:

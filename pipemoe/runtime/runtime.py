@@ -215,13 +215,13 @@ class Runtime:
 
     def _step(self, lengths, source, error, only, timeline, on_done, future) -> None:
         engine = self.world.engine
-        engine.step += 1
         facts = self._exchange(lengths, error)
+        engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
             verify(plan, row_bytes=self.wire.row_bytes)
             self.world.transport.log = []
-        digests = self.world.start_gathering(plan.digest)
+        digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(
             plan,
             self.world.rank,
@@ -285,8 +285,9 @@ class Runtime:
         except PipemoeError as e:
             error = error or e
         error, world.announced = world.announced or error, None
-        gathering = world.start_gathering(encode_step(self.fingerprint, world.engine.step, lengths if error is None else (), error))
-        world.engine.wait(gathering.done, f"exchange of step {world.engine.step}", needs_all=True)
+        doing = f"exchange of step {world.engine.step + 1}"
+        gathering = world.start_gathering(encode_step(self.fingerprint, lengths if error is None else (), error), doing)
+        world.engine.wait(gathering.done, doing, needs_all=True)
         return decode_step(gathering.payloads)
 
     def plan(self, facts: Facts) -> Plan:
@@ -310,8 +311,9 @@ class Runtime:
     def _check_issued(self, plan: Plan, only: Only) -> None:
         """Compare what every rank really issued with the plan (debug)."""
         log, self.world.transport.log = self.world.transport.log, None
-        gathering = self.world.start_gathering(json.dumps(log).encode())
-        self.world.engine.wait(gathering.done, "comparison of the ranks' logs", needs_all=True)
+        doing = "comparison of the ranks' logs"
+        gathering = self.world.start_gathering(json.dumps(log).encode(), doing)
+        self.world.engine.wait(gathering.done, doing, needs_all=True)
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
             partial_row_bytes = self.shape.hidden * self.combine_dtype.itemsize

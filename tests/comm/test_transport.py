@@ -106,7 +106,19 @@ def test_the_log_is_what_the_plan_projects(world, exchange, combine):
     assert {i.communicator for i in log} <= {OpKind.DISPATCH.name.lower(), OpKind.COMBINE.name.lower()}
 
 
-@pytest.mark.parametrize("size", [0, 1, 504, 505, 4096])
+def test_the_padded_combine_on_the_host_allocates_nothing(world, monkeypatch):
+    if world.device.type == "cuda" or world.size == 1:
+        pytest.skip("of the MPI transport")
+    _, wave = wave_of(world, COUNTS[1], "padded")
+    sums = WaveSums(torch.ones((wave.num_rows, WIDTH)), [torch.empty((1, WIDTH))], None)
+    for name in ("empty", "zeros", "empty_like", "zeros_like"):
+        monkeypatch.setattr(torch, name, None)
+    on_lane(world, world.lanes.slots[0].combine, lambda: world.transport.combine(0, 0, wave, "padded", "reduce", sums))
+    assert bool((sums.results[0] == world.size).all())
+
+
+# With what says what they are for, the first collective has room for 492 of these bytes.
+@pytest.mark.parametrize("size", [0, 1, 492, 493, 4096])
 def test_gathering_brings_every_ranks_bytes_whatever_their_size(world, size):
     sizes = [size if rank % 2 == 0 else 3 for rank in range(world.size)]
     found = world.all_gather(bytes([world.rank]) * sizes[world.rank])

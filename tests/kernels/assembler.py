@@ -1,11 +1,38 @@
-"""PTX to a cubin on a machine without a GPU, for what the assembler and the disassembler say about it."""
+"""Kernels to machine code on a machine without a GPU, for what the assembler and the disassembler say about it."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from pipemoe_kernels.launch import Kernel
+
+NUM_REGISTERS = 65536  # of a multiprocessor, on all devices
+MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024}  # of a block; sm_80: the least of all devices from there on
+
+
+@cache
+def compiled(kernel: Kernel, cc: tuple[int, int]) -> str:
+    """PTX; the large kernels take seconds."""
+    return kernel.compile_ptx(cc)
+
+
+def build(kernel: Kernel, cc: tuple[int, int], arch: str, folder: Path, *, every_call_inlined: bool = True) -> tuple[int, str | None]:
+    """Compile for `cc` and assemble for `arch`, which may be newer: registers of a thread, and the machine code (None without a
+    disassembler), after the checks that hold for every kernel."""
+    ptx, own_arch = compiled(kernel, cc), f"sm_{cc[0]}{cc[1]}"
+    assert re.search(rf"\.target {arch if arch.startswith(own_arch) else own_arch}\b", ptx) and ".local" not in ptx
+    report = assemble(ptx, arch, folder)
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+    assert "warning" not in report.lower(), report  # such as: setmaxnreg ignored, wgmma serialized
+    code = disassemble(folder)
+    if code is not None:
+        assert not re.search(r"\b(LDL|STL|CALL)\b" if every_call_inlined else r"\b(LDL|STL)\b", code)
+    return int(re.search(r"Used (\d+) registers", report).group(1)), code
 
 
 def _find(tool: str) -> str | None:
