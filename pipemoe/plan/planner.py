@@ -7,6 +7,8 @@ import numpy as np
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.assignment import Assignment, assign
 from pipemoe.plan.auto import auto_assignment
+from pipemoe.plan.column_costs import cut_columns
+from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
 from pipemoe.plan.order import merge_orders, order_keys
@@ -19,15 +21,20 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
 
     facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by default
     what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, ConfigError if
-    the assignment puts a later chunk of a sequence before an earlier one.
+    the assignment puts a later chunk of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs.
     """
+    num_blocks, most = config.combine_blocks or 1, most_blocks(shape.hidden)
+    if num_blocks > most:
+        raise ConfigError(f"combine_blocks is {num_blocks}, but {shape.hidden} columns can be cut into at most {most}")
     for rank, tokens in enumerate(facts.tokens):
         if tokens > config.max_tokens_per_rank:
             raise InputError(f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}")
-    if assignment is None:
-        assignment = auto_assignment(facts, shape, config, cost) if config.mode == "auto" else assign(facts, config)
+    if assignment is None and config.mode == "auto":
+        assignment, num_blocks = auto_assignment(facts, shape, config, cost)
+    elif assignment is None:
+        assignment = assign(facts, config)
     if not assignment:
-        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32))
+        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), num_blocks)
     # The wave split fills waves in this order: a rank's chunks from front to back, short ranks first.
     assignment = [sorted(microbatches, key=lambda m: (facts.tokens[m.rank], m)) for microbatches in assignment]
     table = np.array([(c, *m) for c, microbatches in enumerate(assignment) for m in microbatches], dtype=np.int64)
@@ -42,8 +49,10 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
         wave_rows = np.full((1, 1), facts.num_ranks * max(facts.tokens), np.int64)
     rates, gather = rates_of(cost), config.combine == "gather"
     costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, config.gathered_waves)
+    costs = cut_columns(costs, rates, num_blocks)
     order = merge_orders(order_keys(costs, rates, config.num_slots, shape.num_layers), num_waves, shape.num_layers)
-    return Plan(facts, shape, config, _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, max(facts.tokens) if padded else 0), order)
+    cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, max(facts.tokens) if padded else 0)
+    return Plan(facts, shape, config, cohorts, order, num_blocks)
 
 
 def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_rows: int) -> tuple[Cohort, ...]:

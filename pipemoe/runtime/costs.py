@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def runtime_cost(
-    world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype, wire: WireFormat, graph_rows: int = 0
+    world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype, wire: WireFormat, graph_rows: int = 0, sliced_permille: int = 0
 ) -> tuple[CostModel, dict[str, Any]]:
     """The cost model and the subject of a file that holds it; every rank calls. graph_rows: most tokens whose attention is launched
-    as a graph.
+    as a graph. sliced_permille: of the experts that run here.
 
     A file of another subject is refused with a warning. What ranks then plan by is compared like everything else that plans
     depend on, so a rank alone with another file is an error on all of them.
@@ -61,18 +61,19 @@ def runtime_cost(
     }
     if config.cost is not None:
         try:
-            return _with_graphs(read_cost(config.cost, subject), graph_rows), subject
+            return _as_here(read_cost(config.cost, subject), graph_rows, sliced_permille), subject
         except ConfigError as error:
             warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
     )
-    return _with_graphs(cost, graph_rows), subject
+    return _as_here(cost, graph_rows, sliced_permille), subject
 
 
-def _with_graphs(cost: CostModel, graph_rows: int) -> CostModel:
-    return replace(cost, host=replace(cost.host, graph_rows=graph_rows))
+def _as_here(cost: CostModel, graph_rows: int, sliced_permille: int) -> CostModel:
+    experts = replace(cost.experts, sliced_permille=sliced_permille)
+    return replace(cost, host=replace(cost.host, graph_rows=graph_rows), experts=experts)
 
 
 def model_key(dimensions: Dimensions) -> list[int]:
