@@ -92,8 +92,7 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
-        name = candidate_name(index) + (f", columns in {choices[choice]} blocks" if choices[choice] > 1 else "")
-        candidates.append(Candidate(index, name, assignment, choices[choice], mean, slowest, p50, chosen))
+        candidates.append(Candidate(index, candidate_name(index), assignment, choices[choice], mean, slowest, p50, chosen))
     return candidates, events
 
 
