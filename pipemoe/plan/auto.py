@@ -28,6 +28,7 @@ from pipemoe.plan.simulator_rules import NEVER
 _LAYERS = 8  # that are simulated at most, and half of them
 _EVENTS = 450  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
 _MOST_EVENTS = 1_800  # in all: candidates that would take more are not looked at
+_DOUBTFUL_EVENTS = 900  # the same for candidates that would be the best only if their bounds were nearer than others' were
 _LAST_EVENTS = 2_000  # with those for other numbers of blocks
 _MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 _BLOCKS_MARGIN = 20  # the same for blocks of columns
@@ -82,11 +83,9 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     if best < 0:
         raise PlanError("no candidate can be carried out")
     candidates = []
-    for index, choice in np.ndindex(figures.shape[:2]):
+    for index, choice in [(best, best_choice)] if only_chosen else np.argwhere(figures[:, :, 1] < NEVER).tolist():
         mean, slowest, p50 = (figures[index, choice] + cost.start_ns).tolist()
         chosen = (index, choice) == (best, best_choice)
-        if slowest >= NEVER or (only_chosen and not chosen):
-            continue
         kind, parts, unit = CANDIDATES[index]
         table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens, config.pipelined_ratio, config.num_slots)
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
@@ -156,15 +155,20 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
         place_of[k] = len(costs_of)
         costs_of.append((costs, weight))
     best, blocks, lowest, events, looked_at = -1, 0, NEVER, 0, place_of < 0
+    late, dear = NEVER, NEVER  # thousandths: the least by which a slowest time was above its bound, and a price above its guess
     for turn in range(len(kinds)):
-        k = 0  # one cohort, then what may end first, as both say how late others may be, then the most promising
+        allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
+        k, doubtful = 0, False  # one cohort, then what may end first, as both say how late others may be, then the most promising
         for j in range(len(kinds)):
-            if turn and not looked_at[j] and (looked_at[k] or (bounds[j, 1] < bounds[k, 1] if turn == 1 else price[j] < price[k])):
-                k = j
+            if not turn or looked_at[j]:
+                continue
+            doubt = turn > 1 and (bounds[j, 1] // 1000 * late > allowed or price[j] // 1000 * dear >= _price(figures, margins, goal, best, 0))
+            sooner = bounds[j, 1] < bounds[k, 1] if turn == 1 else price[j] < price[k] if doubt == doubtful else doubtful
+            if looked_at[k] or sooner:
+                k, doubtful = j, doubt
         if looked_at[k]:
             break
         looked_at[k] = True
-        allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
         if bounds[k, 1] > allowed:
             continue
         least = _objective(bounds[k], goal) * margins[k] // 1000
@@ -172,9 +176,11 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
             continue
         costs, weight = costs_of[place_of[k]]
         needed = _layers_and_events(costs, num_layers)[1]
-        if turn and (needed > _EVENTS + 100 or events + needed > _MOST_EVENTS):
+        if turn and (needed > _EVENTS + 100 or events + needed > (_DOUBTFUL_EVENTS if doubtful else _MOST_EVENTS)):
             continue
         events += _predict(costs, weight, rates, speeds, limits, figures[k, 0])
+        late = min(late, figures[k, 0, 1] * 1000 // bounds[k, 1])
+        dear = min(dear, _price(figures, margins, goal, k, 0) * 1000 // price[k])
         lowest = min(lowest, figures[k, 0, 1])
         best, _ = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
     leader = best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -84,8 +85,8 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
 def flat_boundaries(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     """All ranks' sequence boundaries in one array, and where each rank's begin."""
     boundaries = facts.boundaries
-    first = np.cumsum([0, *map(len, boundaries)])
-    return np.array([b for of_rank in boundaries for b in of_rank], dtype=np.int64), first.astype(np.int64)
+    first = np.array([0, *accumulate(map(len, boundaries))], dtype=np.int64)
+    return np.array([b for of_rank in boundaries for b in of_rank], dtype=np.int64), first
 
 
 def _last_cohorts(plan: Plan) -> list[list[int]]:
