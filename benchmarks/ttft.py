@@ -91,6 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--moe-max-num-tokens", type=positive(int), help="default: 256 on a CPU, else 8192")
     run.add_argument("--max-tokens-per-rank", type=positive(int), help="default: what the inputs need")
     run.add_argument("--combine", choices=COMBINES, default="reduce")
+    run.add_argument("--combine-blocks", type=positive(int), metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
     run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
     run.add_argument("--deterministic", action="store_true")
     run.add_argument("--cost", metavar="FILE", help="measured costs for mode auto (pipemoe tune)")
@@ -157,6 +158,7 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
             max_tokens_per_rank=options.max_tokens_per_rank or needed,
             num_slots=options.num_slots,
             combine=options.combine,
+            combine_blocks=options.combine_blocks,
             combine_dtype=options.combine_dtype,
             deterministic=options.deterministic,
             experts=options.experts,

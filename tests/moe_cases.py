@@ -38,17 +38,19 @@ class Layers:
         return y
 
 
-def make_layers(num_layers: int, device: torch.device, dtype: torch.dtype) -> Layers:
+def make_layers(num_layers: int, device: torch.device, dtype: torch.dtype, *, hidden: int = HIDDEN) -> Layers:
     g = torch.Generator().manual_seed(1)
-    gate_up = torch.randn(num_layers, NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN, generator=g) / HIDDEN**0.5
-    down = torch.randn(num_layers, NUM_EXPERTS, HIDDEN, INTERMEDIATE, generator=g) / INTERMEDIATE**0.5
+    gate_up = torch.randn(num_layers, NUM_EXPERTS, 2 * INTERMEDIATE, hidden, generator=g) / hidden**0.5
+    down = torch.randn(num_layers, NUM_EXPERTS, hidden, INTERMEDIATE, generator=g) / INTERMEDIATE**0.5
     return Layers(gate_up.to(device, dtype), down.to(device, dtype))
 
 
-def make_rows(num_tokens: int, seed: int, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_rows(
+    num_tokens: int, seed: int, device: torch.device, dtype: torch.dtype, *, hidden: int = HIDDEN
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [T, H], ids [T, K] without repeats in a row, weights [T, K] float32."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(num_tokens, HIDDEN, generator=g)
+    x = torch.randn(num_tokens, hidden, generator=g)
     ids = torch.rand(num_tokens, NUM_EXPERTS, generator=g).argsort(dim=1)[:, :TOP_K]
     return x.to(device, dtype), ids.to(device), torch.rand(num_tokens, TOP_K, generator=g).to(device)
 

@@ -43,12 +43,31 @@ class MpiTransport:
             return self._gather(comm, slot, buffer, wave, sums)
         if exchange == "padded":
             return self._reduce_scatter(comm, slot, buffer, wave, sums)
-        memory, results, requests = _numeric(sums.partial), iter(sums.results), []
+        return self._reduce(comm, slot, buffer, wave, sums)
+
+    def _reduce(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
+        memory, results, requests, aside = _numeric(sums.partial), iter(sums.results), [], []
         for s in wave.segments:
-            part = memory[s.row : s.row + s.num_rows]
+            part, result = memory[s.row : s.row + s.num_rows], next(results) if s.rank == self.rank else None
             self._note("combine", slot, buffer, "reduce", s.rank, part.nbytes)
-            requests.append(comm.Ireduce(part, _numeric(next(results)) if s.rank == self.rank else None, op=self._mpi.SUM, root=s.rank))
-        return self._test(requests, sums)
+            if result is None:
+                buffers = part, None
+            elif result.is_contiguous():
+                buffers = part, _numeric(result)
+            else:  # summed in place
+                buffers = self._mpi.IN_PLACE, part
+                aside.append((_numeric(result), part))
+            requests.append(comm.Ireduce(*buffers, op=self._mpi.SUM, root=s.rank))
+        done = self._test(requests, sums)
+
+        def test() -> bool:
+            if not done():
+                return False
+            for result, total in aside:
+                result[:] = total
+            return True
+
+        return test if aside else done
 
     def _reduce_scatter(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
         memory = _numeric(sums.partial)

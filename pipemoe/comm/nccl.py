@@ -81,16 +81,24 @@ class NcclTransport:
             self._reduce(slot, buffer, wave, sums)
 
     def _reduce(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
-        comm, stream, results = self._combine[slot], _current_stream(), iter(sums.results)
+        comm, stream, results, aside = self._combine[slot], _current_stream(), iter(sums.results), []
         base, width, size = sums.partial.data_ptr(), sums.partial.shape[1], sums.partial.element_size()
         kind = self._types[sums.partial.dtype]
         self._nccl.groupStart()
         for s in wave.segments:
             self._note("combine", slot, buffer, "reduce", s.rank, s.num_rows * width * size)
             source = base + s.row * width * size
-            target = next(results).data_ptr() if s.rank == self.rank else source  # only the root's is written
+            target = source  # only the root's is written
+            if s.rank == self.rank:
+                result = next(results)
+                if result.is_contiguous():
+                    target = result.data_ptr()
+                else:
+                    aside.append((result, sums.partial[s.row : s.row + s.num_rows]))
             comm.reduce(source, target, s.num_rows * width, kind, self._nccl.NCCL_SUM, s.rank, stream)
         self._nccl.groupEnd()
+        for result, total in aside:
+            result.copy_(total)
 
     def _reduce_scatter(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
         block = wave.num_rows // self.size

@@ -6,6 +6,7 @@ they enqueue on the current stream and return None; on the host they post and re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -21,11 +22,18 @@ Test = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class WaveSums:
-    """The buffers of one combine on this rank. H hidden, n rows of the wave, m of them this rank's own."""
+    """The buffers of one combine on this rank, of all columns or of a block of them. n rows of the wave, m of them this rank's own."""
 
-    partial: torch.Tensor  # [n, H] this rank's partial sums
-    results: Sequence[torch.Tensor]  # per own segment, in the wave's order: [segment rows, H], written by the combine
-    staging: torch.Tensor | None  # [R - 1, >= m, H] peers' partial sums, for combine="gather"
+    partial: torch.Tensor  # [n, columns] this rank's partial sums, contiguous; a reduce may leave sums there
+    results: Sequence[torch.Tensor]  # per own segment, in the wave's order: [segment rows, columns], written by the combine
+    staging: torch.Tensor | None  # [R - 1, >= m, columns] peers' partial sums, contiguous, for combine="gather"
+
+
+def column_blocks(memory: torch.Tensor, rows: tuple[int, ...], columns: Sequence[range]) -> list[torch.Tensor]:
+    """The beginning of `memory` (contiguous) as one matrix [*rows, len(c)] for each range c of columns, one after another: what a
+    collective takes is contiguous."""
+    flat, num_rows = memory.view(-1), math.prod(rows)
+    return [flat[num_rows * c.start : num_rows * c.stop].view(*rows, len(c)) for c in columns]
 
 
 class Transport(Protocol):
@@ -37,7 +45,7 @@ class Transport(Protocol):
         """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8; each rank has written its own."""
 
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test | None:
-        """Sum the ranks' partial sums of every segment into its owner's results."""
+        """Sum the ranks' partial sums of every segment into its owner's results. A wave's blocks of columns come one after another."""
 
     def check(self) -> None:
         """Raise what the library noticed by itself."""

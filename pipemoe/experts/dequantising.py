@@ -45,6 +45,7 @@ class DequantisingExperts:
         self._narrow = WireFormat(hidden, top_k, self.wire_dtype)
         self.implementation = inner.implementation
         self.deterministic = inner.deterministic
+        self.sliced_permille = inner.sliced_permille
 
     def leaving(self, num_sms: int) -> DequantisingExperts:
         """See ExpertsShape.leaving."""
@@ -63,7 +64,7 @@ class DequantisingExperts:
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: DequantisingScratch, events: Sequence[Recordable] = ()
+        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: DequantisingScratch, events: Sequence[Recordable] = ()
     ) -> None:
         if rows.hidden.dtype != self.wire_dtype or len(rows) > scratch.max_rows:
             raise InputError(

@@ -90,6 +90,7 @@ class HopperExperts(ExpertsShape):
     """
 
     implementation = "hopper"
+    sliced_permille = 350  # the down projection is a third of the arithmetic; and the sums
     on_hopper = True  # whether kernels may use what only Hopper has
 
     def __init__(
@@ -157,17 +158,18 @@ class HopperExperts(ExpertsShape):
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch, events: Sequence[Recordable] = ()
+        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: HopperScratch, events: Sequence[Recordable] = ()
     ) -> None:
-        self.check_call(layer, rows, out, scratch.max_rows)
+        blocks = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
         weights = self.weights[layer]
         num_rows, num_local = len(rows), weights.num_local_experts
         if num_rows == 0 or num_local == 0:
-            out.zero_()
+            for block in blocks:
+                block.zero_()
             for event in events:
                 event.record()
             return
-        stream = Stream.current(out.device)
+        stream = Stream.current(rows.buffer.device)
         num_pairs, intermediate = num_rows * self.top_k, weights.intermediate
         offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
         ids, first_expert, tokens = rows.ids, weights.first_expert, scratch.tokens
@@ -175,9 +177,9 @@ class HopperExperts(ExpertsShape):
         index_local_pairs(stream, ids, first_expert, num_local, counts, offsets, positions, tokens, on_hopper=self.on_hopper)
         a = scratch.a[: num_pairs * intermediate].view(num_pairs, intermediate)
         self._gate_up(stream, layer, scratch, rows, offsets, a)
-        for block, columns in enumerate(column_ranges(self.hidden, max(1, len(events)))):
+        for block, columns in enumerate(column_ranges(self.hidden, len(blocks))):
             part = slice(columns.start, columns.stop)
-            y, out_part = scratch.y[:num_pairs, part], out[:, part]
+            y, out_part = scratch.y[:num_pairs, part], blocks[block]
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
             self._down(stream, layer, scratch, a, offsets, y, columns.start)
             if fits(len(columns), out_part):

@@ -17,7 +17,7 @@ import torch
 
 from pipemoe.errors import ConfigError
 from pipemoe.experts import pairs
-from pipemoe.experts.protocol import ExpertsShape, Recordable
+from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
 from pipemoe.experts.weights import ACTIVATIONS, ExpertWeights
 from pipemoe.wire import WireFormat
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 TILE_ROWS = 256  # rows of one GEMM: large enough for the library's rate, small enough for the tile to stay in cache
 DETERMINISTIC_TILE_ROWS = 16  # every GEMM of the deterministic mode has exactly this many rows
-COMBINE_ROWS = 64  # rows of the staging tile for results that are 16-bit or not contiguous
+COMBINE_ROWS = 64  # rows of the staging tile for results that are 16-bit, not contiguous, or in blocks of columns
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -104,18 +104,18 @@ class HostExperts(ExpertsShape):
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch, events: Sequence[Recordable] = ()
+        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: HostScratch, events: Sequence[Recordable] = ()
     ) -> None:
         """Blocks of columns are complete all at once."""
-        self._compute(layer, rows, out, scratch)
+        self._compute(layer, rows, self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events))), scratch)
         for event in events:
             event.record()
 
-    def _compute(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HostScratch) -> None:
-        self.check_call(layer, rows, out, scratch.max_rows)
+    def _compute(self, layer: int, rows: WireRows, blocks: list[torch.Tensor], scratch: HostScratch) -> None:
         weights = self.weights[layer]
         if weights.num_local_experts == 0:
-            out.zero_()
+            for block in blocks:
+                block.zero_()
             return
         if len(rows) == 0:
             return
@@ -138,7 +138,7 @@ class HostExperts(ExpertsShape):
                     torch.mm(a, down.t(), out=y)
             if weights.down_bias is not None:
                 scratch.y[begin:end].add_(weights.down_bias[expert])
-        self._combine(rows, out, scratch)
+        self._combine(rows, blocks, scratch)
 
     def _float32_weights(
         self, weights: ExpertWeights, expert: int, s: HostScratch
@@ -170,17 +170,19 @@ class HostExperts(ExpertsShape):
         pairs.activate_rows(h.numpy(), bias, ACTIVATIONS.index(weights.activation), a.numpy())
         return a
 
-    def _combine(self, rows: WireRows, out: torch.Tensor, s: HostScratch) -> None:
+    def _combine(self, rows: WireRows, blocks: list[torch.Tensor], s: HostScratch) -> None:
         y, weights = s.y.numpy(), rows.weights.numpy()
         combine = pairs.combine_rows_on_grid if self.deterministic else pairs.combine_rows
-        if out.dtype == s.out_tile.dtype and out.is_contiguous():
+        out, *others = blocks
+        if not others and out.dtype == s.out_tile.dtype and out.is_contiguous():
             combine(y, s.positions, weights, 0, out.numpy())
             return
+        ranges = column_ranges(self.hidden, len(blocks))
         for start in range(0, len(rows), COMBINE_ROWS):
-            part = out[start : start + COMBINE_ROWS]
-            tile = s.out_tile[: len(part)]
+            tile = s.out_tile[: len(rows) - start]
             combine(y, s.positions, weights, start, tile.numpy())
-            part.copy_(tile)
+            for block, columns in zip(blocks, ranges, strict=True):
+                block[start : start + len(tile)].copy_(tile[:, columns.start : columns.stop])
 
     @torch.no_grad()
     def _library_treats_rows_alike(self) -> bool:

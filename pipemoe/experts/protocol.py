@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.experts.weights import ExpertWeights
+from pipemoe.plan.columns import column_ranges
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ class Experts(Protocol):
     implementation: str
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
+    sliced_permille: int  # about the part of a call's time, in thousandths, that goes block by block of columns where events ask for it
 
     def leaving(self, num_sms: int) -> Experts:
         """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve both."""
@@ -51,7 +53,9 @@ class Experts(Protocol):
         column_blocks: numbers of blocks of columns that calls will ask for.
         """
 
-    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Scratch, events: Sequence[Recordable] = ()) -> None:
+    def __call__(
+        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: Scratch, events: Sequence[Recordable] = ()
+    ) -> None:
         """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * expert ids[i, k] of x_i (see ExpertWeights).
 
         rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
@@ -59,21 +63,14 @@ class Experts(Protocol):
 
         events: if given, out comes in as many blocks of columns as there are events, column_ranges(H, number of events), one
         after the other, and each event is recorded when its block is complete. Every weight is still read once, and no bit differs.
+        out may then be these blocks, each a matrix of its own, as collectives want them.
         """
-
-
-def column_ranges(hidden: int, num_blocks: int) -> list[range]:
-    """`num_blocks` ranges of columns of about equal size; they begin at multiples of 256, of 64 or of 8, whatever there are enough of."""
-    if not 1 <= num_blocks <= max(1, hidden // 8):
-        raise InputError(f"{hidden} columns in {num_blocks} blocks: at least 1 and at most {max(1, hidden // 8)} are possible")
-    unit = next((unit for unit in (256, 64, 8) if hidden // unit >= num_blocks), hidden)
-    units = hidden // unit
-    starts = [unit * (units * block // num_blocks) for block in range(num_blocks)]
-    return [range(start, stop) for start, stop in zip(starts, [*starts[1:], hidden], strict=True)]
 
 
 class ExpertsShape:
     """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
+
+    sliced_permille = 0
 
     def __init__(
         self,
@@ -121,8 +118,12 @@ class ExpertsShape:
         if max_rows < 0:
             raise ConfigError(f"max_rows is {max_rows}; it must be 0 or more")
 
-    def check_call(self, layer: int, rows: WireRows, out: torch.Tensor, max_rows: int) -> None:
-        """Raise InputError unless the call fits the layer, the scratch and this object's dtypes."""
+    def check_call(
+        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], max_rows: int, num_blocks: int = 1
+    ) -> list[torch.Tensor]:
+        """Raise InputError unless the call fits the layer, the scratch and this object's dtypes. Returns the blocks of out."""
+        import torch
+
         num_rows = len(rows)
         if not 0 <= layer < len(self.weights):
             raise InputError(f"layer {layer} does not exist: there are {len(self.weights)} MoE layers")
@@ -135,12 +136,19 @@ class ExpertsShape:
             )
         if rows.ids.shape != (num_rows, self.top_k):
             raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")
-        if out.shape != (num_rows, self.hidden) or out.dtype not in self.out_dtypes or (num_rows and out.stride(1) != 1):
-            raise InputError(
-                f"layer {layer}: out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}; "
-                f"{(num_rows, self.hidden)} with adjacent columns is wanted, in one of {self.out_dtypes} "
-                f"(deterministic={self.deterministic})"
-            )
-        for tensor in (rows.buffer, out):
+        whole, ranges = isinstance(out, torch.Tensor), column_ranges(self.hidden, num_blocks)
+        if not whole and len(out) != num_blocks:
+            raise InputError(f"layer {layer}: out is {len(out)} blocks of columns; {num_blocks} are wanted, one per event")
+        for matrix, columns in [(out, range(self.hidden))] if whole else zip(out, ranges, strict=True):
+            wanted = (num_rows, len(columns))
+            if matrix.shape != wanted or matrix.dtype not in self.out_dtypes or (num_rows and matrix.stride(1) != 1):
+                raise InputError(
+                    f"layer {layer}: out is {matrix.dtype} {tuple(matrix.shape)} with strides {matrix.stride()}; "
+                    f"{wanted} with adjacent columns is wanted, in one of {self.out_dtypes} (deterministic={self.deterministic})"
+                )
+        for tensor in (rows.buffer, *((out,) if whole else out)):
             if tensor.device.type != self.device.type:
                 raise InputError(f"layer {layer}: a tensor is on {tensor.device}; the experts are on {self.device}")
+        if num_blocks == 1:
+            return [out] if whole else list(out)
+        return [out[:, columns.start : columns.stop] for columns in ranges] if whole else list(out)

@@ -77,6 +77,7 @@ class TorchExperts(ExpertsShape):
     """
 
     implementation = "torch"
+    sliced_permille = 80  # the sums alone
 
     def __init__(
         self,
@@ -128,17 +129,18 @@ class TorchExperts(ExpertsShape):
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor, scratch: TorchScratch, events: Sequence[Recordable] = ()
+        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: TorchScratch, events: Sequence[Recordable] = ()
     ) -> None:
-        self.check_call(layer, rows, out, scratch.max_rows)
+        blocks = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
         weights = self.weights[layer]
         num_rows, num_local = len(rows), weights.num_local_experts
         if num_rows == 0 or num_local == 0:
-            out.zero_()
+            for block in blocks:
+                block.zero_()
             for event in events:
                 event.record()
             return
-        stream = Stream.current(out.device)
+        stream = Stream.current(rows.buffer.device)
         offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
         index_pairs(stream, rows.ids, weights.first_expert, num_local, scratch.tile_counts, offsets, positions)
         gather_rows(stream, rows.hidden, positions, scratch.x)
@@ -156,10 +158,10 @@ class TorchExperts(ExpertsShape):
             grouped_gemm(stream, scratch.x[:height, : self.hidden], weights.gate_up, offsets, h)
             activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
             grouped_gemm(stream, a, weights.down, offsets, y)
-        for block, columns in enumerate(column_ranges(self.hidden, max(1, len(events)))):
+        for block, columns in enumerate(column_ranges(self.hidden, len(blocks))):
             part = slice(columns.start, columns.stop)
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            combine_rows(stream, y[:, part], positions, rows.ids, weights.first_expert, rows.weights, bias, out[:, part])
+            combine_rows(stream, y[:, part], positions, rows.ids, weights.first_expert, rows.weights, bias, blocks[block])
             if events:
                 events[block].record()
 

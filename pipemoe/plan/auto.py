@@ -3,7 +3,8 @@
 Each candidate first gets lower bounds, from its cohorts' chains of operations and what each rank has to do at least; those that
 cannot win by them are not run.
 Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that run side
-by side finish in proportion to the number of layers.
+by side finish in proportion to the number of layers. What then leads, and one cohort, are also looked at with blocks of columns, in the
+number that promises most by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 
 from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
+from pipemoe.plan.column_costs import cut_columns, gained_ns, issuing_ns
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, merge_alike_ranks
@@ -26,7 +28,10 @@ from pipemoe.plan.simulator_rules import NEVER
 _LAYERS = 8  # that are simulated at most, and half of them
 _EVENTS = 450  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
 _MOST_EVENTS = 1_800  # in all: candidates that would take more are not looked at
+_DOUBTFUL_EVENTS = 900  # the same for candidates that would be the best only if their bounds were nearer than others' were
+_LAST_EVENTS = 2_000  # with those for other numbers of blocks
 _MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
+_BLOCKS_MARGIN = 20  # the same for blocks of columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +41,22 @@ class Candidate:
     index: int  # in CANDIDATES
     name: str
     assignment: list[list[Microbatch]]
+    num_column_blocks: int
     mean: int
     slowest: int
     p50: int
     chosen: bool
 
 
-def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[list[Microbatch]]:
-    """Cohorts by cost."""
-    return next((c.assignment for c in _evaluate(facts, shape, config, cost, only_chosen=True)[0]), [])
+def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> tuple[list[list[Microbatch]], int]:
+    """Cohorts and the number of blocks of columns, by cost."""
+    found = _evaluate(facts, shape, config, cost, only_chosen=True)[0]
+    return (found[0].assignment, found[0].num_column_blocks) if found else ([], config.combine_blocks or 1)
 
 
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
-    """All there are, each once, in order of preference at equal figures; one is `chosen`."""
+    """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in other numbers of
+    blocks of columns."""
     return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
 
@@ -69,20 +77,21 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
         goal[OBJECTIVES.index(config.objective)] = 1
     goal[3], goal[4] = round(config.makespan_budget * 1000), config.pipelined_ratio
     limits = np.array([shape.num_layers, config.max_wave_rows(facts.num_ranks), config.num_slots, config.num_buffers, config.combine == "gather"])
+    choices = config.block_choices(shape.hidden) if facts.num_ranks > 1 else (config.combine_blocks or 1,)
     problem = (tokens, starts, first, rates_of(cost), speeds_of(cost.contention), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
-    figures, best, events = _search(CANDIDATES, *problem, only_chosen)
+    figures, best, best_choice, events = _search(CANDIDATES, np.array(choices), *problem, only_chosen)
     if best < 0:
         raise PlanError("no candidate can be carried out")
     candidates = []
-    for index, (mean, slowest, p50) in enumerate((figures + cost.start_ns).tolist()):
-        if slowest >= NEVER or (only_chosen and index != best):
-            continue
+    for index, choice in [(best, best_choice)] if only_chosen else np.argwhere(figures[:, :, 1] < NEVER).tolist():
+        mean, slowest, p50 = (figures[index, choice] + cost.start_ns).tolist()
+        chosen = (index, choice) == (best, best_choice)
         kind, parts, unit = CANDIDATES[index]
         table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens, config.pipelined_ratio, config.num_slots)
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
-        candidates.append(Candidate(index, candidate_name(index), assignment, mean, slowest, p50, index == best))
+        candidates.append(Candidate(index, candidate_name(index), assignment, choices[choice], mean, slowest, p50, chosen))
     return candidates, events
 
 
@@ -103,14 +112,15 @@ def units_of(tokens, starts, first, by_sequence):
 
 
 @compiled
-def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
-    """Figures [N, 3] (mean, slowest, p50) of every candidate (NEVER: does not apply, is an earlier one again, or was not run), the
-    best, and the events that choosing it took.
+def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
+    """Figures [N, B, 3] (mean, slowest, p50) of every candidate in each number of blocks of columns (NEVER: does not apply, is an earlier
+    one again, or was not run), the best of both, and the events that choosing it took.
 
-    only_chosen: candidates that were passed over are not run for their figures afterwards.
+    Cohorts are looked for with choices[0]; only the best ones, and one cohort, may be run with another. only_chosen: candidates that
+    were passed over are not run for their figures afterwards.
     """
     num_layers, limit, num_slots = limits[0], limits[1], limits[2]
-    figures = np.full((len(kinds), 3), NEVER, np.int64)
+    figures = np.full((len(kinds), len(choices), 3), NEVER, np.int64)
     bounds, price = np.empty((len(kinds), 3), np.int64), np.full(len(kinds), NEVER, np.int64)
     seen, margins = np.zeros(len(kinds), np.int64), np.full(len(kinds), 1000, np.int64)
     guess = np.empty(3, np.int64)
@@ -139,39 +149,64 @@ def _search(kinds, tokens, starts, first, rates, speeds, num_experts, top_k, lim
         waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
         costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, 2)
         margins[k] += _MARGIN * (num_cohorts - 1)
-        costs, weight = merge_alike_ranks(costs, rates.cores_permille > 0)
+        costs, weight = merge_alike_ranks(cut_columns(costs, rates, choices[0]), rates.cores_permille > 0)
         _bound(costs, weight, rates, speeds, num_layers, num_slots, bounds[k], guess)
         price[k] = _objective(guess, goal) * margins[k] // 1000
         place_of[k] = len(costs_of)
         costs_of.append((costs, weight))
-    best, lowest, events, looked_at = -1, NEVER, 0, place_of < 0
+    best, blocks, lowest, events, looked_at = -1, 0, NEVER, 0, place_of < 0
+    late, dear = NEVER, NEVER  # thousandths: the least by which a slowest time was above its bound, and a price above its guess
     for turn in range(len(kinds)):
-        k = 0  # one cohort, then what may end first, as both say how late others may be, then the most promising
+        allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
+        k, doubtful = 0, False  # one cohort, then what may end first, as both say how late others may be, then the most promising
         for j in range(len(kinds)):
-            if turn and not looked_at[j] and (looked_at[k] or (bounds[j, 1] < bounds[k, 1] if turn == 1 else price[j] < price[k])):
-                k = j
+            if not turn or looked_at[j]:
+                continue
+            doubt = turn > 1 and (bounds[j, 1] // 1000 * late > allowed or price[j] // 1000 * dear >= _price(figures, margins, goal, best, 0))
+            sooner = bounds[j, 1] < bounds[k, 1] if turn == 1 else price[j] < price[k] if doubt == doubtful else doubtful
+            if looked_at[k] or sooner:
+                k, doubtful = j, doubt
         if looked_at[k]:
             break
         looked_at[k] = True
-        allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
         if bounds[k, 1] > allowed:
             continue
         least = _objective(bounds[k], goal) * margins[k] // 1000
-        if best >= 0 and bounds[k, 1] >= lowest and least >= _objective(figures[best], goal) * margins[best] // 1000:
+        if best >= 0 and bounds[k, 1] >= lowest and least >= _price(figures, margins, goal, best, 0):
             continue
         costs, weight = costs_of[place_of[k]]
         needed = _layers_and_events(costs, num_layers)[1]
-        if turn and (needed > _EVENTS + 100 or events + needed > _MOST_EVENTS):
+        if turn and (needed > _EVENTS + 100 or events + needed > (_DOUBTFUL_EVENTS if doubtful else _MOST_EVENTS)):
             continue
-        events += _predict(costs, weight, rates, speeds, limits, figures[k])
-        lowest = min(lowest, figures[k, 1])
-        best = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+        events += _predict(costs, weight, rates, speeds, limits, figures[k, 0])
+        late = min(late, figures[k, 0, 1] * 1000 // bounds[k, 1])
+        dear = min(dear, _price(figures, margins, goal, k, 0) * 1000 // price[k])
+        lowest = min(lowest, figures[k, 0, 1])
+        best, _ = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+    leader = best
+    for turn in range(2):
+        k = 0 if turn else leader
+        if best < 0 or place_of[k] < 0 or (turn and leader == 0):
+            continue
+        costs, weight = costs_of[place_of[k]]
+        most, n, cut = 0, 0, costs
+        for m in range(1, len(choices)):
+            trial = cut_columns(costs, rates, choices[m])
+            gained = gained_ns(costs, trial) * num_layers
+            if gained > most:
+                most, n, cut = gained, m, trial
+        hoped = _objective(figures[k, 0] - most, goal) * (margins[k] + _BLOCKS_MARGIN) // 1000
+        if n == 0 or hoped >= _price(figures, margins, goal, best, blocks) or events + _layers_and_events(cut, num_layers)[1] > _LAST_EVENTS:
+            continue
+        events += _predict(cut, weight, rates, speeds, limits, figures[k, n])
+        lowest = min(lowest, figures[k, n, 1])
+        best, blocks = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
     if not only_chosen:
         for k in range(len(kinds)):
-            if place_of[k] >= 0 and figures[k, 1] == NEVER:
+            if place_of[k] >= 0 and figures[k, 0, 1] == NEVER:
                 costs, weight = costs_of[place_of[k]]
-                _predict(costs, weight, rates, speeds, limits, figures[k])
-    return figures, best, events
+                _predict(costs, weight, rates, speeds, limits, figures[k, 0])
+    return figures, best, blocks, events
 
 
 @compiled
@@ -180,15 +215,22 @@ def _objective(figures, goal):
 
 
 @compiled
+def _price(figures, margins, goal, k, n):
+    """What counts of a candidate: dearer the more cohorts it has, and in another number of blocks than the usual one."""
+    return _objective(figures[k, n], goal) * (margins[k] + (_BLOCKS_MARGIN if n else 0)) // 1000
+
+
+@compiled
 def _best(figures, margins, allowed, goal):
-    """The candidate with the lowest objective, dearer the more cohorts it has, among those that end in the time allowed."""
-    best = -1
-    for k in range(len(figures)):
-        if figures[k, 1] == NEVER or figures[k, 1] > allowed:
-            continue
-        if best < 0 or _objective(figures[k], goal) * margins[k] // 1000 < _objective(figures[best], goal) * margins[best] // 1000:
-            best = k
-    return best
+    """Candidate and choice of blocks with the lowest price, among those that end in the time allowed."""
+    best, blocks = -1, 0
+    for n in range(figures.shape[1]):
+        for k in range(len(figures)):
+            if figures[k, n, 1] == NEVER or figures[k, n, 1] > allowed:
+                continue
+            if best < 0 or _price(figures, margins, goal, k, n) < _price(figures, margins, goal, best, blocks):
+                best, blocks = k, n
+    return best, blocks
 
 
 @compiled
@@ -197,6 +239,8 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
     rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed everything at full speed.
     guess: what they may be like, if earlier cohorts go first."""
     num_cohorts, num_ranks = costs.ends.shape
+    num_blocks = costs.num_blocks
+    host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     finish, likely = np.zeros((num_cohorts, num_ranks), np.int64), np.zeros((num_cohorts, num_ranks), np.int64)
     computed, issued = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
     together = 1000  # what two computations side by side get done
@@ -208,15 +252,18 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
         for r in range(num_ranks):
             last = -1
             computed[r] += costs.compute[c, r, 0, BUSY]
-            issued[r] += costs.issue[c, r] + costs.num_waves[c] * (rates.host_dispatch_ns + rates.host_experts_ns + rates.host_combine_ns)
+            issued[r] += costs.issue[c, r] + costs.num_waves[c] * (rates.host_dispatch_ns + host_experts_ns + host_combine_ns)
             for w in range(costs.num_waves[c]):
-                computed[r] += costs.compute[c, r, 1 + w, BUSY]
+                for b in range(num_blocks):
+                    computed[r] += costs.compute[c, r, 1 + w * num_blocks + b, BUSY]
                 if costs.own[c, r, w]:
                     last = w
                     issued[r] += rates.host_pack_ns
             if last >= 0:
-                alone = costs.compute[c, r, 0, ALONE] + costs.compute[c, r, 1 + last, ALONE]
-                chain = max(chain, alone + costs.exchange[c, DISPATCH, last, ALONE] + costs.exchange[c, COMBINE, last, ALONE])
+                alone = costs.compute[c, r, 0, ALONE] + costs.exchange[c, DISPATCH, last, ALONE]
+                for b in range(num_blocks):
+                    alone += costs.compute[c, r, 1 + last * num_blocks + b, ALONE]
+                chain = max(chain, alone + costs.exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE])
             most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
         if rates.cores_permille:
             most = total * 1000 // rates.cores_permille
@@ -232,7 +279,7 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
 def _layers_and_events(costs, num_layers):
     """How many layers to simulate (and then half of them), and about how many events on the clock that takes."""
     num_cohorts, num_ranks = costs.ends.shape
-    in_layer = (num_cohorts + costs.num_waves.sum()) * (2 + num_ranks) * 7 // 4
+    in_layer = (num_cohorts + costs.num_waves.sum() * (1 + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
     layers = min(num_layers, max(2, min(_LAYERS, 2 * (_EVENTS // (3 * in_layer)))))
     return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
 

@@ -30,4 +30,4 @@ def compiled(function: Callable, **options: Any) -> Callable:
 
 def compiled_rule(function: Callable) -> Callable:
     """For small functions that make no arrays, only look at them: without counting references, which would take most of the time."""
-    return compiled(function, _nrt=False)
+    return compiled(function, _nrt=False, forceinline=True)

@@ -68,6 +68,7 @@ def default_cost(
             pair_ps=compute_ps(2 * dimensions.expert_weights, _GROUPED_PERMILLE) + glue_ps,
             row_ps=shape.top_k * 1000,
             tile_rows=4 if device.cores else 64,
+            sliced_permille=0 if device.cores else 350,
         ),
         dispatch=exchange(row_bytes),
         combine=exchange(shape.hidden * sum_bytes),

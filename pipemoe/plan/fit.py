@@ -96,7 +96,8 @@ def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, h
     old = start.experts
     if fixed <= 1.2 * host.experts_ns and host.experts_ns > old.fixed_ns:
         fixed = old.fixed_ns
-    return ExpertsCost(round(fixed), round(read * old.expert_ns), round(compute * old.pair_ps), round(compute * old.row_ps), old.tile_rows)
+    measured = {"expert_ns": round(read * old.expert_ns), "pair_ps": round(compute * old.pair_ps), "row_ps": round(compute * old.row_ps)}
+    return replace(old, fixed_ns=round(fixed), **measured)
 
 
 def _fit_exchange(samples) -> ExchangeCost:

@@ -21,8 +21,8 @@ LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 # num_waves [C]. compute [C, R, 2 + W, 2]: attend, experts of each wave, finish; ns alone and ns busy. exchange [C, 2, W, 2]:
 # dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
 # cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not
-# at all. issue [C, R]: ns to issue an attend.
-LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "waits", "issue"])
+# at all. issue [C, R]: ns to issue an attend. num_blocks: of columns; with more than one see column_costs.
+LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "waits", "issue", "num_blocks"])
 
 
 @compiled
@@ -130,7 +130,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
                 finish = 1 + most_waves
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
-    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue)
+    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1)
 
 
 @compiled
@@ -213,4 +213,4 @@ def merge_alike_ranks(costs, on_cores):
             ends[c, class_of[r]] += costs.ends[c, r]
     for r in range(num_ranks):
         weight[class_of[r]] += 1
-    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue), weight
+    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue, costs.num_blocks), weight

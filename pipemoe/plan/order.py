@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipemoe.plan.column_costs import issuing_ns
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, LAYER_OF
 from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
@@ -12,11 +13,12 @@ from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FIN
 @compiled
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
-    num_waves = costs.num_waves
-    num_cohorts = len(num_waves)
-    keys = np.zeros((num_cohorts, num_layers * (1 + 3 * (costs.compute.shape[2] - 2)) + 1), np.int64)
+    num_waves, num_blocks = costs.num_waves, costs.num_blocks
+    num_cohorts, most_waves = len(num_waves), costs.own.shape[2]
+    host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
+    keys = np.zeros((num_cohorts, num_layers * (1 + 3 * most_waves) + 1), np.int64)
     attended = np.zeros((num_cohorts, num_layers), np.int64)
-    nanoseconds = np.zeros((num_cohorts, 1 + 3 * (costs.compute.shape[2] - 2)), np.int64)
+    nanoseconds = np.zeros((num_cohorts, 1 + 3 * most_waves), np.int64)
     for c in range(num_cohorts):
         template = layer_template(num_waves[c])
         for j in range(len(template)):
@@ -26,10 +28,12 @@ def order_keys(costs, rates, num_slots, num_layers):
                     nanoseconds[c, j] = max(nanoseconds[c, j], costs.compute[c, r, 0, ALONE], costs.issue[c, r])
             elif kind == DISPATCH_OP:
                 nanoseconds[c, j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
-            elif kind == COMBINE_OP:
-                nanoseconds[c, j] = max(costs.exchange[c, COMBINE, wave, ALONE], rates.host_combine_ns)
+            elif kind == COMBINE_OP:  # of the last block of columns: the others go ahead beside the experts
+                nanoseconds[c, j] = max(costs.exchange[c, COMBINE, (wave + 1) * num_blocks - 1, ALONE], host_combine_ns)
             else:
-                nanoseconds[c, j] = max(costs.compute[c, 0, 1 + wave, ALONE], rates.host_experts_ns)
+                for work in range(1 + wave * num_blocks, 1 + (wave + 1) * num_blocks):
+                    nanoseconds[c, j] += costs.compute[c, 0, work, ALONE]
+                nanoseconds[c, j] = max(nanoseconds[c, j], host_experts_ns)
     now = np.zeros(num_cohorts, np.int64)
     for turn in range(0, num_cohorts, num_slots):
         in_turn = range(turn, min(turn + num_slots, num_cohorts))

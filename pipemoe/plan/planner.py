@@ -7,6 +7,9 @@ import numpy as np
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.assignment import Assignment, assign
 from pipemoe.plan.auto import auto_assignment
+from pipemoe.plan.column_costs import cut_columns
+from pipemoe.plan.columns import most_blocks
+from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
 from pipemoe.plan.order import merge_orders, order_keys
@@ -19,31 +22,55 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
 
     facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by default
     what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, ConfigError if
-    the assignment puts a later chunk of a sequence before an earlier one.
+    the assignment puts a later chunk of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs.
     """
+    num_blocks, most = config.combine_blocks or 1, most_blocks(shape.hidden)
+    if num_blocks > most:
+        raise ConfigError(f"combine_blocks is {num_blocks}, but {shape.hidden} columns can be cut into at most {most}")
     for rank, tokens in enumerate(facts.tokens):
         if tokens > config.max_tokens_per_rank:
             raise InputError(f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}")
-    if assignment is None:
-        assignment = auto_assignment(facts, shape, config, cost) if config.mode == "auto" else assign(facts, config)
+    if assignment is None and config.mode == "auto":
+        assignment, num_blocks = auto_assignment(facts, shape, config, cost)
+    elif assignment is None:
+        assignment = assign(facts, config)
     if not assignment:
-        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32))
+        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), num_blocks)
     # The wave split fills waves in this order: a rank's chunks from front to back, short ranks first.
     assignment = [sorted(microbatches, key=lambda m: (facts.tokens[m.rank], m)) for microbatches in assignment]
     table = np.array([(c, *m) for c, microbatches in enumerate(assignment) for m in microbatches], dtype=np.int64)
     starts, first = flat_boundaries(facts)
-    waits = attention_waits(table, len(assignment), starts, first, config.num_slots)
-    if (np.triu(waits) == LAYER_OF).any():
-        cohort, earlier = np.argwhere(np.triu(waits) == LAYER_OF)[0]
-        raise ConfigError(f"cohort {cohort} continues a sequence of cohort {earlier}, which must come before it")
-    segments, wave_rows, num_waves = cut_waves(table, len(assignment), config.max_wave_rows(facts.num_ranks))
-    padded = config.exchange == "padded"
-    if padded:
-        wave_rows = np.full((1, 1), facts.num_ranks * max(facts.tokens), np.int64)
-    rates, gather = rates_of(cost), config.combine == "gather"
-    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, config.gathered_waves)
-    order = merge_orders(order_keys(costs, rates, config.num_slots, shape.num_layers), num_waves, shape.num_layers)
-    return Plan(facts, shape, config, _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, max(facts.tokens) if padded else 0), order)
+    padded_rows = max(facts.tokens) if config.exchange == "padded" else 0
+    limits = (config.max_wave_rows(facts.num_ranks), config.num_slots, shape.num_layers, num_blocks, padded_rows)
+    gather, gathered = config.combine == "gather", config.gathered_waves
+    segments, wave_rows, num_waves, order, wrong = _tables(
+        table, starts, first, rates_of(cost), shape.num_experts, shape.top_k, limits, gather, gathered
+    )
+    if wrong[0] >= 0:
+        raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
+    cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows)
+    return Plan(facts, shape, config, cohorts, order, num_blocks)
+
+
+@compiled
+def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gather, gathered):
+    """Segments, rows of the waves, waves of the cohorts, the total order; and a cohort with a later one whose sequences it continues (-1:
+    there is none). In one compiled call: passing all that costs would take longer than computing it."""
+    most_rows, num_slots, num_layers, num_blocks, padded_rows = limits
+    num_cohorts = microbatches[-1, 0] + 1
+    waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
+    wrong = (-1, -1)
+    for cohort in range(num_cohorts):
+        for other in range(cohort, num_cohorts):
+            if waits[cohort, other] == LAYER_OF and wrong[0] < 0:
+                wrong = (cohort, other)
+    segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, most_rows)
+    if padded_rows:
+        wave_rows = np.full((1, 1), (len(first) - 1) * padded_rows)
+    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered)
+    costs = cut_columns(costs, rates, num_blocks)
+    order = merge_orders(order_keys(costs, rates, num_slots, num_layers), num_waves, num_layers)
+    return segments, wave_rows, num_waves, order, wrong
 
 
 def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_rows: int) -> tuple[Cohort, ...]:

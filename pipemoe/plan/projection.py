@@ -22,8 +22,8 @@ class Issue(NamedTuple):
     num_bytes: int
 
 
-def project(plan: Plan, rank: int, row_bytes: int, partial_row_bytes: int) -> list[Issue]:
-    """The calls of `rank`, in the plan's order. A dispatch row has `row_bytes`, a combine row `partial_row_bytes`."""
+def project(plan: Plan, rank: int, row_bytes: int, sum_bytes: int) -> list[Issue]:
+    """The calls of `rank`, in the plan's order. A dispatch row has `row_bytes`, a value of a partial sum `sum_bytes`."""
     issues: list[Issue] = []
     for op in plan.ops:
         if op.kind not in (OpKind.DISPATCH, OpKind.COMBINE):
@@ -31,27 +31,29 @@ def project(plan: Plan, rank: int, row_bytes: int, partial_row_bytes: int) -> li
         cohort = plan.cohorts[op.cohort]
         wave = cohort.waves[op.wave]
         communicator = op.kind.name.lower()
-        size = row_bytes if op.kind is OpKind.DISPATCH else partial_row_bytes
-
-        def add(primitive: str, peer: int, rows: int) -> None:
-            issues.append(Issue(communicator, cohort.slot, plan.buffer(op.cohort, op.layer, op.wave), primitive, peer, rows * size))
-
-        if op.kind is OpKind.DISPATCH:
-            if plan.exchange(wave) == "padded":
-                add("all_gather", -1, wave.num_rows)
-            else:
-                for segment in wave.segments:
-                    add("broadcast", segment.rank, segment.num_rows)
-        elif plan.config.combine == "reduce":
-            if plan.exchange(wave) == "padded":
-                add("reduce_scatter", -1, wave.num_rows)
-            else:
-                for segment in wave.segments:
-                    add("reduce", segment.rank, segment.num_rows)
-        else:
-            for primitive, peer, segment in gather_calls(wave, rank, plan.facts.num_ranks):
-                add(primitive, peer, segment.num_rows)
+        sizes = [row_bytes] if op.kind is OpKind.DISPATCH else [sum_bytes * len(columns) for columns in plan.columns]
+        for size in sizes:
+            for primitive, peer, rows in _calls(plan, rank, op.kind, wave):
+                issues.append(Issue(communicator, cohort.slot, plan.buffer(op.cohort, op.layer, op.wave), primitive, peer, rows * size))
     return issues
+
+
+def _calls(plan: Plan, rank: int, kind: OpKind, wave: Wave) -> Iterator[tuple[str, int, int]]:
+    """Primitive, peer and rows of each call of a dispatch, or of a combine of one block of columns."""
+    padded = plan.exchange(wave) == "padded"
+    if kind is OpKind.DISPATCH and padded:
+        yield "all_gather", -1, wave.num_rows
+    elif kind is OpKind.DISPATCH:
+        for segment in wave.segments:
+            yield "broadcast", segment.rank, segment.num_rows
+    elif plan.config.combine == "gather":
+        for primitive, peer, segment in gather_calls(wave, rank, plan.facts.num_ranks):
+            yield primitive, peer, segment.num_rows
+    elif padded:
+        yield "reduce_scatter", -1, wave.num_rows
+    else:
+        for segment in wave.segments:
+            yield "reduce", segment.rank, segment.num_rows
 
 
 def gather_calls(wave: Wave, rank: int, num_ranks: int) -> Iterator[tuple[str, int, Segment]]:

@@ -25,9 +25,9 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> str:
-    lines = [["candidate", "cohorts", "mean ms", "p50 ms", "slowest ms", ""]]
+    lines = [["candidate", "cohorts", "blocks", "mean ms", "p50 ms", "slowest ms", ""]]
     for c in candidates:
-        lines.append([c.name, str(len(c.assignment)), *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
+        lines.append([c.name, str(len(c.assignment)), str(c.num_column_blocks), *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
     return table(lines)
 
 
@@ -39,13 +39,15 @@ def ranks_table(plan: Plan, prediction: Prediction) -> str:
 
 
 def cohorts_lines(plan: Plan) -> str:
-    """One line per cohort: its microbatches and waves."""
+    """One line per cohort: its microbatches and waves; and how its sums come."""
     lines = []
     for c, cohort in enumerate(plan.cohorts):
         parts = [f"{m.rank}[{m.start}:{m.stop}]" for m in cohort.microbatches]
         rows = sum(wave.num_rows for wave in cohort.waves)
         count = len(cohort.waves)
         lines.append(f"cohort {c}: {rows} rows in {count} wave{'s' if count > 1 else ''}, rank[tokens] {' '.join(parts)}")
+    if plan.num_column_blocks > 1:
+        lines.append(f"sums in {plan.num_column_blocks} blocks of columns, each combined while the next is computed")
     return "\n".join(lines)
 
 

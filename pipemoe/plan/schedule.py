@@ -20,11 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from pipemoe.errors import ConfigError, InputError
+from pipemoe.plan.columns import MANY_COLUMNS, column_ranges
 
 MODES = ("padded", "chunked", "broadcast", "two_batch", "per_rank", "pipelined", "auto")
 UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many tokens there are
 MAX_GROUPS = 4  # dispatches of one cohort under way at once, on a rank
 COMBINES = ("reduce", "gather")
+BLOCK_CHOICES = (1, 2, 4)  # of columns, that mode auto chooses from
 OBJECTIVES = ("mean", "slowest", "p50", "weighted")  # of the sequences' times to first token
 
 
@@ -151,6 +153,8 @@ class PlanConfig:
     whose token counts differ by no more than this factor share a cohort. Mode "auto" takes the cohorts with the lowest predicted
     `objective` of the sequences' times to first token ("mean", "slowest", "p50", or "weighted": the three together, by
     `objective_weights` in this order) among those whose slowest is at most `makespan_budget` (a fraction) above the lowest possible.
+    combine_blocks: blocks of columns in which a wave's sums are computed and combined, each combined while the next is computed; None:
+    one, or what mode "auto" chooses.
     """
 
     mode: str = "auto"
@@ -162,6 +166,7 @@ class PlanConfig:
     objective: str = "mean"
     objective_weights: tuple[int, int, int] = (1, 1, 0)
     makespan_budget: float = 0.10
+    combine_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -178,6 +183,8 @@ class PlanConfig:
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+        if self.combine_blocks is not None and (type(self.combine_blocks) is not int or self.combine_blocks < 1):
+            raise ConfigError(f"combine_blocks is {self.combine_blocks!r}; it must be a whole number of at least 1, or None")
 
     @property
     def exchange(self) -> str:
@@ -198,6 +205,12 @@ class PlanConfig:
     def max_slots(self) -> int:
         """Slots that a plan of this mode can use."""
         return 1 if self.mode in (*UNCAPPED_MODES, "chunked") else min(2, self.num_slots) if self.mode == "two_batch" else self.num_slots
+
+    def block_choices(self, hidden: int) -> tuple[int, ...]:
+        """Numbers of blocks of columns that a plan may have, the usual one first."""
+        if self.combine_blocks is not None or self.mode != "auto" or self.combine == "gather":
+            return (self.combine_blocks or 1,)
+        return tuple(n for n in BLOCK_CHOICES if n == 1 or hidden >= n * MANY_COLUMNS)
 
     @property
     def cuts_sequences(self) -> bool:
@@ -220,6 +233,7 @@ class Plan:
     config: PlanConfig
     cohorts: tuple[Cohort, ...]
     order: np.ndarray  # int32 [num_ops, 4]: kind, cohort, layer, wave
+    num_column_blocks: int = 1  # in which a wave's sums are computed and combined
 
     def __len__(self) -> int:
         return len(self.order)
@@ -238,8 +252,13 @@ class Plan:
 
     @cached_property
     def overlaps(self) -> bool:
-        """May a collective be under way beside a rank's computation? With one wave everything waits for everything."""
-        return sum(len(cohort.waves) for cohort in self.cohorts) > 1
+        """May a collective be under way beside a rank's computation? With one wave in one block everything waits for everything."""
+        return self.num_column_blocks > 1 or sum(len(cohort.waves) for cohort in self.cohorts) > 1
+
+    @cached_property
+    def columns(self) -> tuple[range, ...]:
+        """The columns of each block, in the order in which they are computed and combined."""
+        return tuple(column_ranges(self.shape.hidden, self.num_column_blocks))
 
     def buffer(self, cohort: int, layer: int, wave: int) -> int:
         """Which of the slot's double buffers a wave uses."""
@@ -265,7 +284,7 @@ class Plan:
     def digest(self) -> bytes:
         """16 bytes that are equal on two ranks exactly when their plans are."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(repr((self.facts.lengths, self.shape, self.config)).encode())
+        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks)).encode())
         for cohort in self.cohorts:
             flat = [cohort.slot, *(v for m in cohort.microbatches for v in m)]
             flat += [v for w in cohort.waves for v in (w.num_rows, *(x for s in w.segments for x in s))]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
 from pipemoe.errors import PlanError
+from pipemoe.plan.column_costs import cut_columns
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
-from pipemoe.plan.layer_costs import LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
+from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
 from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
@@ -48,8 +50,9 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
         positions = np.flatnonzero(plan.order[:, 1] == cohort)
         keys[cohort, : len(positions)] = positions
     slots = np.array([c.slot for c in plan.cohorts], dtype=np.int64)
-    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + waves) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
-    moved = np.zeros((num_cohorts, 2, num_layers * waves, 2) if spans else (1, 1, 1, 1), np.int64)
+    blocks = waves * costs.num_blocks
+    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + blocks) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
+    moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if spans else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
     finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), speeds_of(cost.contention), computed, moved, spans)
     if (finish == NEVER).any():
@@ -74,14 +77,16 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     config, shape = plan.config, plan.shape
     table = np.array(segments, dtype=np.int64)
     gather, gathered = config.combine == "gather", config.gathered_waves
-    return layer_costs(table, rows, num_waves, waits, starts, first, rates_of(cost), shape.num_experts, shape.top_k, gather, gathered)
+    rates = rates_of(cost)
+    costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered)
+    return cut_columns(costs, rates, plan.num_column_blocks)
 
 
 def flat_boundaries(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
     """All ranks' sequence boundaries in one array, and where each rank's begin."""
     boundaries = facts.boundaries
-    first = np.cumsum([0, *map(len, boundaries)])
-    return np.array([b for of_rank in boundaries for b in of_rank], dtype=np.int64), first.astype(np.int64)
+    first = np.array([0, *accumulate(map(len, boundaries))], dtype=np.int64)
+    return np.array([b for of_rank in boundaries for b in of_rank], dtype=np.int64), first
 
 
 def _last_cohorts(plan: Plan) -> list[list[int]]:
@@ -101,13 +106,18 @@ def _spans(plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarra
     for rank in range(plan.facts.num_ranks):
         spans = []
         for op in plan.ops:
-            waves = int(costs.num_waves[op.cohort])
-            if op.kind in (OpKind.DISPATCH, OpKind.COMBINE):
-                begin, end = moved[op.cohort, int(op.kind is OpKind.COMBINE), op.layer * waves + op.wave].tolist()
+            waves, num_blocks = int(costs.num_waves[op.cohort]), costs.num_blocks
+            blocks = waves * num_blocks
+            if op.kind is OpKind.DISPATCH:
+                spans.append((op, tuple(moved[op.cohort, DISPATCH, op.layer * waves + op.wave].tolist())))
+            elif op.kind is OpKind.COMBINE:  # one for each block of columns
+                first = op.layer * blocks + op.wave * num_blocks
+                spans += [(op, tuple(span)) for span in moved[op.cohort, COMBINE, first : first + num_blocks].tolist()]
             else:
-                place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave, OpKind.FINISH: 1 + waves}[op.kind]
-                begin, end = computed[op.cohort, rank, op.layer * (1 + waves) + place].tolist()
-            spans.append((op, (begin, end)))
+                first = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * num_blocks, OpKind.FINISH: 1 + blocks}[op.kind]
+                last = first + (num_blocks - 1 if op.kind is OpKind.EXPERTS else 0)
+                works = computed[op.cohort, rank, op.layer * (1 + blocks) :]
+                spans.append((op, (int(works[first, 0]), int(works[last, 1]))))
         of_ranks.append(tuple(sorted(spans, key=lambda span: (span[1], span[0]))))
     return tuple(of_ranks)
 

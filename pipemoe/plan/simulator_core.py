@@ -17,6 +17,7 @@ from pipemoe.plan.simulator_rules import (
     ARRIVAL,
     ARRIVED,
     BEFORE,
+    BLOCKS,
     COMBINE_OP,
     DEMAND,
     DISPATCH_OP,
@@ -63,13 +64,14 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
     finish holds NEVER where the plan can never get there.
     """
     compute, exchange, own, waits = costs.compute, costs.exchange, costs.own, costs.waits
-    num_cohorts, num_ranks = compute.shape[0], compute.shape[1]
-    cohorts = np.empty((3, num_cohorts), np.int64)
+    num_cohorts, num_ranks, num_blocks = compute.shape[0], compute.shape[1], costs.num_blocks
+    cohorts = np.empty((4, num_cohorts), np.int64)
     state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
     transfers = np.zeros((2, 10, num_cohorts), np.int64)
-    templates = np.zeros((num_cohorts, 1 + 3 * (compute.shape[2] - 2), 2), np.int64)
+    templates = np.zeros((num_cohorts, 1 + 3 * own.shape[2], 2), np.int64)
     for c in range(num_cohorts):
         cohorts[WAVES, c], cohorts[BEFORE, c], cohorts[SLOT, c] = costs.num_waves[c], -1, slots[c]
+        cohorts[BLOCKS, c] = costs.num_waves[c] * num_blocks
         for e in range(c):
             if slots[e] == slots[c]:
                 cohorts[BEFORE, c] = e
@@ -81,7 +83,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
             host[HOST_END, r], state[END, c, r], state[LAST_OWN, c, r] = NEVER, NEVER, -1
             for w in range(cohorts[WAVES, c]):
                 if own[c, r, w]:
-                    state[LAST_OWN, c, r] = w
+                    state[LAST_OWN, c, r] = (w + 1) * num_blocks - 1
     touched, shared = np.ones(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)  # looked at anew; speeds to be set anew
     next_end, exposed_since = np.full(num_ranks, NEVER, np.int64), np.full(num_ranks, NEVER, np.int64)
     finish, exposed = np.full((num_cohorts, num_ranks), NEVER, np.int64), np.zeros(num_ranks, np.int64)
@@ -94,15 +96,15 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
         for r in range(num_ranks):
             if touched[r]:
                 if host[HOST_END, r] == NEVER:
-                    issue_next(state, host, transfers, cohorts, templates, waits, own, costs.issue, keys, rates, num_layers, r, now)
+                    issue_next(state, host, transfers, cohorts, templates, waits, own, costs.issue, keys, rates, num_layers, num_blocks, r, now)
                 for c in range(num_cohorts):
-                    if begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, c, r, now):
+                    if begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, c, r, now):
                         shared[r] = True
                         if keep:
                             computed[c, r, state[DONE, c, r], 0] = now
                     for side in range(2):
                         if not state[READY + side, c, r]:
-                            state[READY + side, c, r] = is_ready(state, transfers, cohorts, own, num_buffers, side, c, r)
+                            state[READY + side, c, r] = is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, side, c, r)
                             if state[READY + side, c, r]:
                                 transfers[side, NUM_READY, c] += 1
                                 shared[r] = True
@@ -166,7 +168,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                 if kind == DISPATCH_OP:
                     state[POSTED + DISPATCH, c, r] += 1
                 elif kind == COMBINE_OP:
-                    state[POSTED + COMBINE, c, r] += 1
+                    state[POSTED + COMBINE, c, r] += num_blocks
                 host[HOST_END, r] = NEVER
             for c in range(num_cohorts):
                 if state[END, c, r] == now:
@@ -177,7 +179,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     state[WORK_PLACE, c, r] += 1
                     if state[WORK_LAYER, c, r] == num_layers:
                         finish[c, r] = now
-                    if state[WORK_LAYER, c, r] == num_layers or state[WORK_PLACE, c, r] > cohorts[WAVES, c]:
+                    if state[WORK_LAYER, c, r] == num_layers or state[WORK_PLACE, c, r] > cohorts[BLOCKS, c]:
                         state[WORK_LAYER, c, r] += 1
                         state[WORK_PLACE, c, r] = 0
         for side in range(2):
@@ -187,7 +189,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                         moved[c, side, transfers[side, ARRIVED, c], 1] = now
                     transfers[side, ARRIVED, c] += 1
                     transfers[side, WAVE, c] += 1
-                    if transfers[side, WAVE, c] == cohorts[WAVES, c]:
+                    if transfers[side, WAVE, c] == cohorts[WAVES if side == DISPATCH else BLOCKS, c]:
                         transfers[side, LAYER, c] += 1
                         transfers[side, WAVE, c] = 0
                     transfers[side, SENDING, c], transfers[side, ARRIVAL, c], transfers[side, NUM_READY, c] = False, NEVER, 0

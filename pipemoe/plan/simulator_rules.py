@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipemoe.plan.column_costs import issuing_ns
 from pipemoe.plan.compiled import compiled, compiled_rule
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, LAYER_OF
 from pipemoe.plan.schedule import MAX_GROUPS
@@ -17,7 +18,7 @@ ATTEND_OP, DISPATCH_OP, EXPERTS_OP, COMBINE_OP, FINISH_OP = 0, 1, 2, 3, 4  # val
 # The state is a few arrays, not an object: compiled code counts references to every array that it passes on. Layers, places and
 # waves are counted along, not divided out: divisions would take most of the time.
 # state [., C, R], of C cohorts on R ranks; speeds in thousandths:
-LAST_OWN = 0  # last wave that holds rows of the rank, or -1
+LAST_OWN = 0  # last combine, of a layer, of rows of the rank, or -1
 ISSUED = 1  # operations
 QUEUED = 2  # computations issued
 POSTED = 3  # dispatches issued; POSTED + 1: combines
@@ -30,7 +31,7 @@ DEMAND = 11  # share of the device that it takes by itself, in thousandths
 SPEED = 12
 END = 13  # when it will end at that speed, or NEVER
 ISSUE_LAYER, ISSUE_PLACE = 14, 15  # of the next operation to issue: its layer, and its place in layer_template
-WORK_LAYER, WORK_PLACE = 16, 17  # of the next computation: its layer; 0 attend or finish, 1 + wave experts
+WORK_LAYER, WORK_PLACE = 16, 17  # of the next computation: its layer; 0 attend or finish, then each wave's experts, block by block
 # host [., R]: the operation that the rank's engine is issuing
 HOST_END, HOST_KIND, HOST_COHORT = 0, 1, 2
 # transfers [2, ., C]: of dispatches and of combines
@@ -39,14 +40,15 @@ SENDING = 1  # one is under way
 REST = 2  # ns at full speed that it had left
 LOAD = 3  # share of its time in which it contends with others
 ARRIVAL = 4  # when it will arrive, or NEVER
-LAYER, WAVE = 5, 6  # of the next one
+LAYER, WAVE = 5, 6  # of the next one; of combines WAVE counts blocks of columns, of all waves
 RESTED = 7  # the time of REST
 PACE = 8  # its speed
 NUM_READY = 9  # ranks that are ready for the next one
-# cohorts [3, C]
+# cohorts [4, C]
 WAVES = 0
 BEFORE = 1  # the cohort that had the slot, or -1
 SLOT = 2
+BLOCKS = 3  # of columns, in all waves
 
 
 @compiled
@@ -74,7 +76,7 @@ def _attended(at_layer, at_place, layer, wait):
 
 
 @compiled_rule
-def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, keys, rates, num_layers, r, now):
+def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, keys, rates, num_layers, num_blocks, r, now):
     """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
     best, best_key, best_kind = -1, NEVER, 0
     for c in range(cohorts.shape[1]):
@@ -103,9 +105,9 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
     elif kind == DISPATCH_OP:
         takes = rates.host_dispatch_ns + (rates.host_pack_ns if own[c, r, wave] else 0)
     elif kind == EXPERTS_OP:
-        takes = rates.host_experts_ns
+        takes = issuing_ns(rates, num_blocks)[0]
     elif kind == COMBINE_OP:
-        takes = rates.host_combine_ns
+        takes = issuing_ns(rates, num_blocks)[1]
     else:
         takes = rates.host_finish_ns if owner else rates.host_idle_ns
     state[ISSUED, c, r] += 1
@@ -115,7 +117,7 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
         state[ISSUE_PLACE, c, r] = 0
     host[HOST_END, r], host[HOST_KIND, r], host[HOST_COHORT, r] = now + takes, kind, c
     if kind != DISPATCH_OP and kind != COMBINE_OP:
-        state[QUEUED, c, r] += 1
+        state[QUEUED, c, r] += num_blocks if kind == EXPERTS_OP else 1
 
 
 @compiled_rule
@@ -140,7 +142,7 @@ def demand_of(alone, busy, takes, rates):
 
 
 @compiled_rule
-def begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, c, r, now):
+def begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, c, r, now):
     """Begin the next computation of cohort c on rank r if it may; returns whether."""
     op, before = state[DONE, c, r], cohorts[BEFORE, c]
     if state[ACTIVE, c, r] or state[QUEUED, c, r] <= op or (op == 0 and before >= 0 and state[WORK_LAYER, before, r] <= num_layers):
@@ -156,14 +158,17 @@ def begin_computation(state, host, transfers, cohorts, waits, compute, rates, nu
                 if waits[c, e] and not _attended(state[WORK_LAYER, e, r], state[WORK_PLACE, e, r], layer, waits[c, e]):
                     return False
     else:
-        if not _has_arrived(transfers, DISPATCH, c, layer, work - 1):
-            return False
-        before_layer, before_wave = _earlier(layer, work - 1, num_buffers, cohorts[WAVES, c])
-        if before_layer >= 0 and not _has_arrived(transfers, COMBINE, c, before_layer, before_wave):
-            return False
+        wave, block = (work - 1, 0) if num_blocks == 1 else ((work - 1) // num_blocks, (work - 1) % num_blocks)
+        if block == 0:
+            if not _has_arrived(transfers, DISPATCH, c, layer, wave):
+                return False
+            before_layer, before_wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])
+            if before_layer >= 0 and not _has_arrived(transfers, COMBINE, c, before_layer, (before_wave + 1) * num_blocks - 1):
+                return False
     takes = compute[c, r, work, ALONE]
-    issuing = host[HOST_END, r] != NEVER and host[HOST_COHORT, r] == c and host[HOST_KIND, r] % 2 == 0 and state[QUEUED, c, r] == op + 1
-    if issuing:
+    being_issued = num_blocks if host[HOST_KIND, r] == EXPERTS_OP else 1  # the last of those queued
+    issuing = host[HOST_END, r] != NEVER and host[HOST_COHORT, r] == c and host[HOST_KIND, r] % 2 == 0
+    if issuing and state[QUEUED, c, r] - op <= being_issued:
         takes = max(takes, host[HOST_END, r] - now)
     state[ACTIVE, c, r], state[LEFT, c, r], state[SINCE, c, r] = True, takes, now
     state[DEMAND, c, r] = demand_of(compute[c, r, work, ALONE], compute[c, r, work, BUSY], takes, rates)
@@ -259,7 +264,7 @@ def share_links(transfers, beside, speeds, now):
 
 
 @compiled_rule
-def is_ready(state, transfers, cohorts, own, num_buffers, side, c, r):
+def is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, side, c, r):
     """Has rank r what its part of cohort c's next transfer needs?"""
     if state[POSTED + side, c, r] <= transfers[side, ARRIVED, c]:
         return False
@@ -270,4 +275,4 @@ def is_ready(state, transfers, cohorts, own, num_buffers, side, c, r):
     if own[c, r, wave] and (work_layer < layer or (work_layer == layer and work_place == 0)):
         return False
     layer, wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])  # of the buffer's reader before
-    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > 1 + wave)
+    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > (1 + wave) * num_blocks)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from pipemoe.errors import ConfigError, PlanError
+from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.projection import Issue, match, project
 from pipemoe.plan.schedule import OpKind, Plan
 
@@ -48,18 +49,19 @@ class Room:
             )
 
 
-def verify(plan: Plan, *, row_bytes: int = 128, partial_row_bytes: int = 4, room: Room | None = None, issues: list[list[Issue]] | None = None) -> None:
+def verify(plan: Plan, *, row_bytes: int = 128, sum_bytes: int = 4, room: Room | None = None, issues: list[list[Issue]] | None = None) -> None:
     """Prove the properties of DESIGN.md for `plan`; raise PlanError naming the first that does not hold.
 
     issues: what each rank issued, in place of what the plan makes it issue (a debug run's real logs).
     """
     _every_token_once(plan)
+    _every_column_once(plan)
     _every_op_once(plan)
     _order_respects_dependencies(plan)
     _buffers_have_one_user(plan)
     _workspace_is_bounded(plan)
     _chunks_in_causal_order(plan)
-    projected = [project(plan, rank, row_bytes, partial_row_bytes) for rank in range(plan.facts.num_ranks)]
+    projected = [project(plan, rank, row_bytes, sum_bytes) for rank in range(plan.facts.num_ranks)]
     match(projected)
     if issues is not None:
         match(issues)
@@ -99,6 +101,19 @@ def _every_token_once(plan: Plan) -> None:
             at = stop
         if at != tokens:
             _fail(name, f"rank {rank}: segments end at token {at} of {tokens}")
+
+
+def _every_column_once(plan: Plan) -> None:
+    """The blocks in which sums are computed and combined hold every column exactly once, in order."""
+    name, at = "every column once", 0
+    if not 1 <= plan.num_column_blocks <= most_blocks(plan.shape.hidden):
+        _fail(name, f"{plan.num_column_blocks} blocks of {plan.shape.hidden} columns")
+    for columns in plan.columns:
+        if columns.start != at or columns.step != 1 or not columns:
+            _fail(name, f"a block holds {columns}; it must begin at column {at}")
+        at = columns.stop
+    if at != plan.shape.hidden:
+        _fail(name, f"the blocks end at column {at} of {plan.shape.hidden}")
 
 
 def _every_op_once(plan: Plan) -> None:

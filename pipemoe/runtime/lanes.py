@@ -30,6 +30,12 @@ class Event(Protocol):
         """The end alone; only if the lane or this piece of work was timed."""
 
 
+class Mark(Event, Protocol):
+    """An event that a piece of work records itself, on its way; others may wait for it once that work has been handed in."""
+
+    def record(self) -> None: ...
+
+
 class Lane(Protocol):
     """Work handed in runs in order, each piece after the events that it waits for."""
 
@@ -74,6 +80,21 @@ class HostEvent:
 
     def end(self) -> float:
         return self._end
+
+
+class HostMark(HostEvent):
+    """Recorded by a worker; `on_done` hears of it as of finished work."""
+
+    __slots__ = ("_on_done",)
+
+    def __init__(self, on_done: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_done = on_done
+
+    def record(self) -> None:
+        self.begin()
+        self.set()
+        self._on_done()
 
 
 class WorkerLane:
@@ -175,6 +196,20 @@ class StreamEvent:
         return at + event.elapsed_time(self.event) / 1e3
 
 
+class StreamMark(StreamEvent):
+    """Recorded on the stream that is current then."""
+
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        import torch
+
+        super().__init__(torch.cuda.Event(), None, None)
+
+    def record(self) -> None:
+        self.event.record()
+
+
 class StreamClock:
     """Where host time and device time met last, for all streams of a device."""
 
@@ -243,6 +278,7 @@ class Lanes:
 
     slots: list[SlotLanes]
     clock: StreamClock | HostClock
+    new_mark: Callable[[], Mark]  # for work of compute lanes
 
     def poll(self) -> None:
         for slot in self.slots:
@@ -257,7 +293,7 @@ class Lanes:
 def host_lanes(num_slots: int, on_done: Callable[[], None]) -> Lanes:
     """on_done: called from worker threads whenever a piece of work is done."""
     slots = [SlotLanes(WorkerLane(f"pipemoe compute {i}", on_done), PolledLane(), PolledLane()) for i in range(num_slots)]
-    return Lanes(slots, HostClock())
+    return Lanes(slots, HostClock(), lambda: HostMark(on_done))
 
 
 def stream_lanes(device: Any, num_slots: int) -> Lanes:
@@ -273,7 +309,7 @@ def stream_lanes(device: Any, num_slots: int) -> Lanes:
     for slot in range(num_slots):
         priorities = (min(lowest, highest + 1 + slot), highest, highest)
         slots.append(SlotLanes(*(StreamLane(_new_stream(device, p), clock) for p in priorities)))
-    return Lanes(slots, clock)
+    return Lanes(slots, clock, StreamMark)
 
 
 def _priorities() -> tuple[int, int]:

@@ -4,6 +4,8 @@
     dispatch lane                 bcast w0  bcast w1                             bcast w2
     combine lane                                                  reduce w0           reduce w1
 
+With several blocks of columns, experts mark each one that is complete, and its reduce goes ahead while the next is computed.
+
 Order: each cohort's operations in the plan's order; between cohorts the plan's order too, except that a cohort with
 `MAX_GROUPS` dispatches under way, or whose next operation must wait for the caller, is passed over. That keeps the host queues
 short without tying a short cohort to a long one. Every communicator sees the plan's order, but ranks may interleave
@@ -15,11 +17,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.comm.transport import Transport, WaveSums
+from pipemoe.comm.transport import Transport, WaveSums, column_blocks
 from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
@@ -61,6 +63,7 @@ class _BufferState:
 
     dispatched: Event | None = None  # the receive buffer holds a wave
     read: Event | None = None  # experts have read the receive buffer and written the partial sums
+    summed: Sequence[Event] = ()  # of these, each block of columns
     sent: Event | None = None  # the combine is done with the partial sums
 
 
@@ -216,26 +219,43 @@ class Run:
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         slot, buffer, wave, used = self._place(op)
         buffers = self._workspace.slots[slot]
-        rows, out = self._wire.rows(buffers.receive[buffer][: wave.num_rows]), buffers.partial[buffer][: wave.num_rows]
+        rows, columns = self._wire.rows(buffers.receive[buffer][: wave.num_rows]), self._plan.columns
+        blocks = column_blocks(buffers.partial[buffer], (wave.num_rows,), columns)
+        marks = [self._lanes.new_mark() for _ in columns] if len(columns) > 1 else []
 
         def work() -> None:
             if self._only.computation:
-                self._experts(op.layer, rows, out, buffers.scratch)
+                self._experts(op.layer, rows, blocks if marks else blocks[0], buffers.scratch, marks)
+            else:
+                for mark in marks:
+                    mark.record()
 
         used.read = lanes.compute.submit(work, [used.dispatched, used.sent])
+        used.summed = [*marks[:-1], used.read]  # the last one also says what went wrong
         return used.read
 
     def _combine(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         slot, buffer, wave, used = self._place(op)
         buffers, config = self._workspace.slots[slot], self._plan.config
-        own = [s for s in wave.segments if s.rank == self._rank]
+        own, columns, exchange = [s for s in wave.segments if s.rank == self._rank], self._plan.columns, self._plan.exchange(wave)
+        partial = column_blocks(buffers.partial[buffer], (wave.num_rows,), columns)
+        staging = [None] * len(columns)
+        if (memory := buffers.staging[buffer]) is not None:
+            staging = column_blocks(memory, (len(memory), sum(s.num_rows for s in own)), columns)
+        results: list[Any] = []  # asked for when the first block is posted
 
-        def work() -> Any:
-            results = [self._results(op.cohort, state, s) for s in own]
-            sums = WaveSums(buffers.partial[buffer][: wave.num_rows], results, buffers.staging[buffer])
-            return self._transport.combine(slot, buffer, wave, self._plan.exchange(wave), config.combine, sums)
+        def work(block: int) -> Any:
+            if block == 0:
+                results.extend(self._results(op.cohort, state, s) for s in own)
+            part = slice(columns[block].start, columns[block].stop)
+            sums = WaveSums(partial[block], [result[:, part] for result in results], staging[block])
+            return self._transport.combine(slot, buffer, wave, exchange, config.combine, sums)
 
-        used.sent = lanes.combine.submit(self._transport_work(work), [used.read])
+        pieces = [self._transport_work(lambda block=block: work(block)) for block in range(len(columns))]
+        events = [lanes.combine.submit(piece, [summed]) for piece, summed in zip(pieces, used.summed, strict=True)]
+        used.sent = events[-1]
+        if self._timed:
+            self.completed += [(op, event) for event in events[:-1]]
         if own:
             state.results.append(used.sent)
             self._source.combined(op.cohort, op.layer, used.sent)

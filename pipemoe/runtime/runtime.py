@@ -8,12 +8,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.exchange import check_lengths, decode_step, encode_step
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError, FatalError, MismatchError, ModelError, PipemoeError
+from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
@@ -68,6 +69,8 @@ class Runtime:
         self.world, self.shape = world, shape
         try:
             config = config.in_world(world.num_slots)
+            if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
+                raise ConfigError(f"combine_blocks is {config.combine_blocks}; {shape.hidden} columns make at most {most_blocks(shape.hidden)}")
         except ConfigError as e:
             error = error or e
         self.config = config
@@ -77,7 +80,10 @@ class Runtime:
         if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
             error = error or ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
         self.cost, self.cost_subject = runtime_cost(
-            world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire, graph_rows, graph_cuts
+            *(world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire),
+            graph_rows=graph_rows,
+            graph_cuts=graph_cuts,
+            sliced_permille=0 if experts is None else experts.sliced_permille,
         )
         self._compile_planner()
         world.num_runtimes += 1
@@ -99,7 +105,8 @@ class Runtime:
         for turn in (self.world.rank == 0, self.world.rank != 0):
             if turn:
                 lengths = (1, 2) if self.config.max_tokens_per_rank > 2 else (1,)
-                make_plan(Facts((lengths, *((1,),) * (self.world.size - 1))), self.shape, self.config, self.cost)
+                config = replace(self.config, combine_blocks=None)  # what cannot be is refused later, on all ranks
+                make_plan(Facts((lengths, *((1,),) * (self.world.size - 1))), self.shape, config, self.cost)
             self.world.all_gather(b"", "compiling the planner")
 
     @property
@@ -137,7 +144,7 @@ class Runtime:
 
     def _warm_up(self, scratch: Any) -> None:
         self.wire.warm_up(self.world.device, self.dtype)
-        self._experts.warm_up(scratch)
+        self._experts.warm_up(scratch, self.config.block_choices(self.shape.hidden))
 
     def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch
@@ -316,5 +323,4 @@ class Runtime:
         self.world.engine.wait(gathering.done, doing, needs_all=True)
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
-            partial_row_bytes = self.shape.hidden * self.combine_dtype.itemsize
-            verify(plan, row_bytes=self.wire.row_bytes, partial_row_bytes=partial_row_bytes, issues=issues)
+            verify(plan, row_bytes=self.wire.row_bytes, sum_bytes=self.combine_dtype.itemsize, issues=issues)

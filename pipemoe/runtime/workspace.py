@@ -17,8 +17,8 @@ class SlotBuffers:
     """One cohort slot's buffers; the lists have one entry per double buffer."""
 
     receive: list[torch.Tensor]  # [rows, row_bytes] uint8
-    partial: list[torch.Tensor]  # [rows, H] combine dtype
-    staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"
+    partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave lays its blocks of columns there one after another
+    staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"; by blocks as well
     scratch: Any  # of the experts
 
 

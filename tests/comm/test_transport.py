@@ -102,7 +102,7 @@ def test_the_log_is_what_the_plan_projects(world, exchange, combine):
     on_lane(world, world.lanes.slots[0].dispatch, lambda: world.transport.dispatch(0, 0, wave, exchange, rows))
     on_lane(world, world.lanes.slots[0].combine, lambda: world.transport.combine(0, 0, wave, exchange, combine, sums))
     log, world.transport.log = world.transport.log, None
-    assert log == project(p, world.rank, WIDTH, 4 * WIDTH)
+    assert log == project(p, world.rank, WIDTH, 4)
     assert {i.communicator for i in log} <= {OpKind.DISPATCH.name.lower(), OpKind.COMBINE.name.lower()}
 
 

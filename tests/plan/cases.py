@@ -34,6 +34,7 @@ def configs(draw, facts: Facts, modes: tuple[str, ...] = MODES) -> PlanConfig:
         max_tokens_per_rank=MOST_TOKENS * 5,
         num_slots=draw(st.integers(1, 8)),
         combine=draw(st.sampled_from(COMBINES)),
+        combine_blocks=draw(st.sampled_from((None, 1, 2, 3, 8))),
     )
 
 

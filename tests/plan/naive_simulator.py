@@ -5,6 +5,7 @@ from pipemoe.plan.schedule import MAX_GROUPS, OpKind
 from pipemoe.plan.simulator import costs_of
 
 COMPUTE = (OpKind.ATTEND, OpKind.EXPERTS, OpKind.FINISH)
+IN_BLOCKS = (OpKind.EXPERTS, OpKind.COMBINE)  # of columns; `parts` counts them
 
 
 class NaiveSimulator:
@@ -13,7 +14,9 @@ class NaiveSimulator:
         self.ranks, self.num_cohorts = range(plan.facts.num_ranks), len(plan.cohorts)
         self.ops_of = [[op for op in plan.ops if op.cohort == c] for c in range(self.num_cohorts)]
         self.position = {op: i for i, op in enumerate(plan.ops)}
+        self.num_blocks = plan.num_column_blocks
         self.done = [set() for _ in self.ranks]
+        self.parts = [dict.fromkeys(plan.ops, 0) for _ in self.ranks]  # of an operation that are done
         self.issued = [set() for _ in self.ranks]  # issuing has begun
         self.posted = [set() for _ in self.ranks]  # collectives: issuing has ended
         self.host = [None for _ in self.ranks]  # (end, op)
@@ -35,13 +38,18 @@ class NaiveSimulator:
                     self.host[r] = None
                 for op in [op for op, end in self.running[r].items() if end == now]:
                     del self.running[r][op]
-                    self.done[r].add(op)
+                    self.end_part(r, op)
                     if op.kind is OpKind.FINISH:
                         finish[op.cohort, r] = now
             for op in [op for op, end in self.transfers.items() if end == now]:
                 del self.transfers[op]
                 for r in self.ranks:
-                    self.done[r].add(op)
+                    self.end_part(r, op)
+
+    def end_part(self, r, op):
+        self.parts[r][op] += 1
+        if self.parts[r][op] == (self.num_blocks if op.kind in IN_BLOCKS else 1):
+            self.done[r].add(op)
 
     def start(self, now):
         for r in self.ranks:
@@ -62,8 +70,15 @@ class NaiveSimulator:
                 op = next((op for op in self.ops_of[c] if op.kind is kind and op not in self.done[0]), None)
                 if op is None or op in self.transfers:
                     continue
-                if all(op in self.posted[r] and self.slot_is_free(r, op) and self.needs(r, op) <= self.done[r] for r in self.ranks):
-                    self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), op.wave, 0])
+                if all(op in self.posted[r] and self.slot_is_free(r, op) and self.may_transfer(r, op) for r in self.ranks):
+                    item = op.wave if kind is OpKind.DISPATCH else op.wave * self.num_blocks + self.parts[0][op]
+                    self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), item, 0])
+
+    def may_transfer(self, r, op):
+        """A block of sums may as soon as it is computed."""
+        if op.kind is OpKind.COMBINE:
+            return self.parts[r][type(op)(OpKind.EXPERTS, *op[1:])] > self.parts[r][op]
+        return self.needs(r, op) <= self.done[r]
 
     def may_issue(self, r, op):
         if op.kind is OpKind.DISPATCH:
@@ -109,12 +124,10 @@ class NaiveSimulator:
 
         if kind is OpKind.DISPATCH:
             return ({make(OpKind.ATTEND, c, layer, 0)} if wave in own else set()) | of_earlier(OpKind.EXPERTS)
-        if kind is OpKind.EXPERTS:
-            return {make(OpKind.DISPATCH, c, layer, wave)} | of_earlier(OpKind.COMBINE)
-        return {make(OpKind.EXPERTS, c, layer, wave)}
+        return {make(OpKind.DISPATCH, c, layer, wave)} | of_earlier(OpKind.COMBINE)
 
     def compute_ns(self, r, op):
-        place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave, OpKind.FINISH: -1}[op.kind]
+        place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * self.num_blocks + self.parts[r][op], OpKind.FINISH: -1}[op.kind]
         return int(self.costs.compute[op.cohort, r, place, 0])
 
     def host_ns(self, r, op):
@@ -125,4 +138,6 @@ class NaiveSimulator:
             return int(self.costs.issue[op.cohort, r])
         if op.kind is OpKind.FINISH:
             return rates.host_finish_ns if owner else rates.host_idle_ns
-        return getattr(rates, f"host_{op.kind.name.lower()}_ns")
+        if op.kind is OpKind.EXPERTS:  # a block more: two of six launches
+            return rates.host_experts_ns * (2 + self.num_blocks) // 3
+        return rates.host_combine_ns * self.num_blocks

@@ -19,7 +19,7 @@ from pipemoe.plan.schedule import COMBINES, OBJECTIVES, Facts, ModelShape, PlanC
 from pipemoe.plan.simulator import simulate
 from pipemoe.plan.verify import verify
 
-SHAPE = ModelShape(64, 32, 8, 2, 2)
+SHAPE = ModelShape(1024, 32, 8, 2, 2)
 DEEP = ModelShape(2048, 768, 128, 8, 24)
 QUICK_HOST = CostModel(host=HostCost(50_000, 10_000, 10_000, 10_000, 10_000, 10_000, 1_000))  # launches do not bind
 
@@ -45,9 +45,14 @@ def wide_configs(draw):
         max_tokens_per_rank=10**5,
         num_slots=draw(st.integers(1, 8)),
         combine=draw(st.sampled_from(COMBINES)),
+        combine_blocks=draw(st.sampled_from((None, None, 1, 2, 5))),
         objective=draw(st.sampled_from(OBJECTIVES)),
         makespan_budget=draw(st.sampled_from((0, 0.1, 1.0))),
     )
+
+
+def plan_of(candidate, facts, shape, config, cost):
+    return plan(facts, shape, replace(config, combine_blocks=candidate.num_column_blocks), cost, assignment=candidate.assignment)
 
 
 costs = st.sampled_from(
@@ -68,10 +73,10 @@ def test_every_candidate_verifies_and_one_is_chosen(facts, config, cost):
     candidates = auto_candidates(facts, SHAPE, config, cost)
     assert sum(c.chosen for c in candidates) == (1 if any(facts.tokens) else 0)
     for candidate in candidates:
-        verify(plan(facts, SHAPE, config, cost, assignment=candidate.assignment))
+        verify(plan_of(candidate, facts, SHAPE, config, cost))
     chosen = next((c for c in candidates if c.chosen), None)
-    if chosen is not None:
-        assert chosen.assignment == auto_assignment(facts, SHAPE, config, cost)  # which skips what cannot be chosen
+    if chosen is not None:  # also by what skips all that cannot be chosen
+        assert (chosen.assignment, chosen.num_column_blocks) == auto_assignment(facts, SHAPE, config, cost)
 
 
 @settings(max_examples=100, deadline=None)
@@ -87,7 +92,7 @@ def test_shallow_models_are_predicted_as_simulated(tokens, cost):
     """Up to the merging of ranks."""
     facts = Facts(tuple((n,) if n else () for n in tokens))
     for candidate in auto_candidates(facts, SHAPE, PlanConfig(), cost):
-        found = simulate(plan(facts, SHAPE, PlanConfig(), cost, assignment=candidate.assignment), cost)
+        found = simulate(plan_of(candidate, facts, SHAPE, PlanConfig(), cost), cost)
         assert candidate.slowest == pytest.approx(found.makespan, rel=0.3)
 
 
@@ -98,7 +103,7 @@ USUAL = [(4096, 16, 16, 16), (2048,) * 4, (8192, 1024, 512, 0), (64,) * 4, (5000
 def test_deep_models_are_predicted_from_few_layers(tokens):
     facts, cost = Facts(tuple((n,) if n else () for n in tokens)), CostModel()
     for candidate in auto_candidates(facts, DEEP, PlanConfig(), cost):
-        found = simulate(plan(facts, DEEP, PlanConfig(), cost, assignment=candidate.assignment), cost)
+        found = simulate(plan_of(candidate, facts, DEEP, PlanConfig(), cost), cost)
         assert candidate.slowest == pytest.approx(found.makespan, rel=0.2)
 
 

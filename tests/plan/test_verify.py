@@ -168,6 +168,46 @@ def test_ranks_that_issue_something_else(combine, fault):
         verify(p, issues=issues)
 
 
+def test_a_block_of_columns_of_another_size():
+    """Bytes of what one rank, and of what all ranks, really issued; and blocks one after another, not by segment."""
+    p = plan(FACTS, SHAPE, PlanConfig(mode="per_rank", moe_max_num_tokens=20, combine_blocks=3))
+    combines = lambda rank: [i for i, x in enumerate(project(p, rank, 128, 4)) if x.communicator == "combine"]  # noqa: E731
+    issues = [project(p, rank, 128, 4) for rank in range(4)]
+    verify(p, issues=issues)
+    sizes = [issues[0][i].num_bytes for i in combines(0)[:3]]
+    assert sum(sizes) == 5 * 64 * 4 and len(set(sizes)) == 2  # the shortest rank's rows in 16, 24 and 24 columns
+    for faulty in ([2], range(4)):
+        issues = [project(p, rank, 128, 4) for rank in range(4)]
+        for rank in faulty:
+            first, second, *_ = combines(rank)
+            issues[rank][first], issues[rank][second] = issues[rank][second], issues[rank][first]
+        with pytest.raises(PlanError, match="rank 2" if len(faulty) == 1 else "issued as planned"):
+            verify(p, issues=issues)
+    whole = replace(p, num_column_blocks=1)
+    with pytest.raises(PlanError, match="issued as planned"):
+        verify(p, issues=[project(whole, rank, 128, 4) for rank in range(4)])
+    assert whole.digest != p.digest
+
+
+@pytest.mark.parametrize(
+    "columns", [(range(0, 32), range(40, 64)), (range(0, 32), range(24, 64)), (range(0, 32), range(32, 56)), (range(32, 64), range(0, 32)), (range(0), range(64))]
+)
+def test_blocks_that_do_not_hold_every_column_once(columns):
+    p = plan(FACTS, SHAPE, PlanConfig(mode="broadcast", max_tokens_per_rank=100, combine_blocks=2))
+    verify(p)
+    p.__dict__["columns"] = columns
+    with pytest.raises(PlanError, match="every column once"):
+        verify(p)
+
+
+@pytest.mark.parametrize("count", [0, 9])
+def test_a_number_of_blocks_that_cannot_be(sound, count):
+    with pytest.raises(PlanError, match=f"every column once: {count} blocks of 64 columns"):
+        verify(replace(sound, num_column_blocks=count))
+    with pytest.raises(ConfigError, match="combine_blocks"):
+        plan(FACTS, SHAPE, PlanConfig(mode="pipelined", combine_blocks=count))
+
+
 def test_all_ranks_issue_the_same_wrong_thing(sound):
     issues = [project(sound, rank, 128, 4)[:-1] for rank in range(4)]
     with pytest.raises(PlanError, match="issued as planned|missing|communicator"):

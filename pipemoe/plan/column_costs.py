@@ -1,0 +1,75 @@
+"""What a layer costs when sums are computed and combined in blocks of columns. Compiled.
+
+Of LayerCosts, `compute` then has an entry per wave and block where it had one per wave, and so have the combines of `exchange`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipemoe.plan.compiled import compiled
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, LayerCosts
+
+
+@compiled
+def cut_columns(costs, rates, num_blocks):
+    """The same layer in `num_blocks` blocks.
+
+    The first block of a wave's experts takes all that comes before the output, and each one its part of that. A further block is
+    two of an experts call's six launches (GEMM and sum), so a third of its gaps again; and a group of collectives of its own.
+    """
+    if num_blocks == 1:
+        return costs
+    num_cohorts, num_ranks, num_waves = costs.own.shape
+    compute = np.zeros((num_cohorts, num_ranks, 2 + num_waves * num_blocks, 2), np.int64)
+    exchange = np.zeros((num_cohorts, 2, num_waves * num_blocks, 2), np.int64)
+    for c in range(num_cohorts):
+        for r in range(num_ranks):
+            for kind in range(2):
+                compute[c, r, 0, kind] = costs.compute[c, r, 0, kind]
+                compute[c, r, 1 + num_waves * num_blocks, kind] = costs.compute[c, r, 1 + num_waves, kind]
+            for w in range(costs.num_waves[c]):
+                alone, busy = costs.compute[c, r, 1 + w, ALONE], costs.compute[c, r, 1 + w, BUSY]
+                sliced = busy * rates.experts_sliced_permille // 1000
+                again = (alone - busy) // 3 if sliced else 0
+                for b in range(num_blocks):
+                    part = _part(sliced, b, num_blocks)
+                    at = 1 + w * num_blocks + b
+                    compute[c, r, at, BUSY] = part if b else busy - sliced + part
+                    compute[c, r, at, ALONE] = compute[c, r, at, BUSY] + (again if b else alone - busy)
+        for w in range(costs.num_waves[c]):
+            for kind in range(2):
+                exchange[c, DISPATCH, w, kind] = costs.exchange[c, DISPATCH, w, kind]
+            alone, busy = costs.exchange[c, COMBINE, w, ALONE], costs.exchange[c, COMBINE, w, BUSY]
+            for b in range(num_blocks):
+                part = _part(busy, b, num_blocks)
+                exchange[c, COMBINE, w * num_blocks + b, BUSY] = part
+                exchange[c, COMBINE, w * num_blocks + b, ALONE] = alone - busy + part
+    return LayerCosts(costs.num_waves, compute, exchange, costs.own, costs.ends, costs.waits, costs.issue, num_blocks)
+
+
+@compiled
+def _part(whole, part, num_parts):
+    return whole * (part + 1) // num_parts - whole * part // num_parts
+
+
+@compiled
+def issuing_ns(rates, num_blocks):
+    """ns that a rank's engine takes to issue the experts of a wave, and its combine."""
+    return rates.host_experts_ns * (2 + num_blocks) // 3, rates.host_combine_ns * num_blocks
+
+
+@compiled
+def gained_ns(whole, cut):
+    """What a layer of the cohort that gains most, by itself, gains by being `cut`: of the time from the begin of its last wave's
+    experts, which take as long on every rank, to the end of the combine."""
+    most, num_blocks = 0, cut.num_blocks
+    for c in range(len(whole.num_waves)):
+        w = whole.num_waves[c] - 1
+        before = whole.compute[c, 0, 1 + w, ALONE] + whole.exchange[c, COMBINE, w, ALONE]
+        computed, combined = 0, 0
+        for b in range(num_blocks):
+            computed += cut.compute[c, 0, 1 + w * num_blocks + b, ALONE]
+            combined = max(combined, computed) + cut.exchange[c, COMBINE, w * num_blocks + b, ALONE]
+        most = max(most, before - combined)
+    return most
