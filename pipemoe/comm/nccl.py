@@ -143,4 +143,4 @@ class NcclTransport:
 def _current_stream() -> int:
     import torch
 
-    return torch.cuda.current_stream().cuda_stream
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())  # torch.cuda.current_stream() takes 20 microseconds

@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.comm.transport import Transport, WaveSums, column_blocks
-from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
+from pipemoe.comm.transport import Transport, WaveSums
+from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
+from pipemoe.runtime.wave_buffers import WaveBuffers
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Run:
         self._position = {op: position for position, op in enumerate(self._ops)}
         for op, position in self._position.items():
             self._cohorts[op.cohort].positions.append(position)
+        self._views: dict[tuple[int, int, int], WaveBuffers] = {}  # by cohort, wave and buffer
         self._attended: dict[tuple[int, int], Event] = {}
         self._finished: dict[int, Event] = {}  # per cohort
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
@@ -190,26 +192,22 @@ class Run:
         return event
 
     def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
-        slot, buffer, wave, used = self._place(op)
-        rows, exchange = self._workspace.slots[slot].receive[buffer][: wave.num_rows], self._plan.exchange(wave)
+        views, used = self._place(op)
         free = used.read
-        if self._only.computation and (exchange == "padded" or self._rank in wave.ranks()):
-            free = lanes.compute.submit(lambda: self._pack(op, state, rows), [free])
+        if self._only.computation and views.is_sent_from_here:
+            free = lanes.compute.submit(lambda: self._pack(op, state, views), [free])
         state.groups += 1
-        work = self._transport_work(lambda: self._transport.dispatch(slot, buffer, wave, exchange, rows))
+        work = self._transport_work(lambda: self._transport.dispatch(views.slot, views.buffer, views.wave, views.exchange, views.received))
         used.dispatched = lanes.dispatch.submit(work, [free])
         if op.wave == 0 and state.has_tokens and self._source.has_side_work:
             lanes.compute.submit(self._model_work(state, lambda: self._source.side_work(op.cohort)))
         return used.dispatched
 
-    def _pack(self, op: Op, state: _CohortState, rows: Any) -> None:
+    def _pack(self, op: Op, state: _CohortState, views: WaveBuffers) -> None:
         """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from."""
-        wave, views = self._plan.cohorts[op.cohort].waves[op.wave], self._wire.rows(rows)
-        if self._plan.exchange(wave) == "padded":
-            block = wave.num_rows // self._plan.facts.num_ranks
-            views.ids[self._rank * block : (self._rank + 1) * block].fill_(-1)
-        for segment in (s for s in wave.segments if s.rank == self._rank):
-            part = views[segment.row : segment.row + segment.num_rows]
+        if views.exchange == "padded":
+            views.own_block_ids.fill_(-1)
+        for segment, part in views.own:
             if state.failure is None:
                 hidden, ids, weights = self._source.rows(op.cohort, segment.start, segment.stop)
                 part.write(hidden, ids, weights)
@@ -217,15 +215,12 @@ class Run:
                 part.ids.fill_(-1)
 
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
-        slot, buffer, wave, used = self._place(op)
-        buffers = self._workspace.slots[slot]
-        rows, columns = self._wire.rows(buffers.receive[buffer][: wave.num_rows]), self._plan.columns
-        blocks = column_blocks(buffers.partial[buffer], (wave.num_rows,), columns)
-        marks = [self._lanes.new_mark() for _ in columns] if len(columns) > 1 else []
+        views, used = self._place(op)
+        marks = [self._lanes.new_mark() for _ in views.columns] if len(views.columns) > 1 else []
 
         def work() -> None:
             if self._only.computation:
-                self._experts(op.layer, rows, blocks if marks else blocks[0], buffers.scratch, marks)
+                self._experts(op.layer, views.rows, views.partial if marks else views.partial[0], views.scratch, marks)
             else:
                 for mark in marks:
                     mark.record()
@@ -235,28 +230,22 @@ class Run:
         return used.read
 
     def _combine(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
-        slot, buffer, wave, used = self._place(op)
-        buffers, config = self._workspace.slots[slot], self._plan.config
-        own, columns, exchange = [s for s in wave.segments if s.rank == self._rank], self._plan.columns, self._plan.exchange(wave)
-        partial = column_blocks(buffers.partial[buffer], (wave.num_rows,), columns)
-        staging = [None] * len(columns)
-        if (memory := buffers.staging[buffer]) is not None:
-            staging = column_blocks(memory, (len(memory), sum(s.num_rows for s in own)), columns)
+        views, used = self._place(op)
         results: list[Any] = []  # asked for when the first block is posted
 
         def work(block: int) -> Any:
             if block == 0:
-                results.extend(self._results(op.cohort, state, s) for s in own)
-            part = slice(columns[block].start, columns[block].stop)
-            sums = WaveSums(partial[block], [result[:, part] for result in results], staging[block])
-            return self._transport.combine(slot, buffer, wave, exchange, config.combine, sums)
+                results.extend(self._results(op.cohort, state, segment) for segment, _ in views.own)
+            parts = [result[:, views.columns[block]] for result in results] if len(views.columns) > 1 else results
+            sums = WaveSums(views.partial[block], parts, views.staging[block])
+            return self._transport.combine(views.slot, views.buffer, views.wave, views.exchange, self._plan.config.combine, sums)
 
-        pieces = [self._transport_work(lambda block=block: work(block)) for block in range(len(columns))]
+        pieces = [self._transport_work(lambda block=block: work(block)) for block in range(len(views.columns))]
         events = [lanes.combine.submit(piece, [summed]) for piece, summed in zip(pieces, used.summed, strict=True)]
         used.sent = events[-1]
         if self._timed:
             self.completed += [(op, event) for event in events[:-1]]
-        if own:
+        if views.own:
             state.results.append(used.sent)
             self._source.combined(op.cohort, op.layer, used.sent)
         return used.sent
@@ -274,11 +263,14 @@ class Run:
         self._finished[op.cohort] = event
         return event
 
-    def _place(self, op: Op) -> tuple[int, int, Wave, _BufferState]:
-        """Slot, buffer, wave and buffer state of a wave's operation."""
-        cohort = self._plan.cohorts[op.cohort]
+    def _place(self, op: Op) -> tuple[WaveBuffers, _BufferState]:
+        """What a wave's operation finds in the workspace, and who used that last."""
         buffer = self._plan.buffer(*op[1:])
-        return cohort.slot, buffer, cohort.waves[op.wave], self._buffer_states[cohort.slot][buffer]
+        place = op.cohort, op.wave, buffer
+        if place not in self._views:
+            self._views[place] = WaveBuffers(self._plan, self._rank, *place, self._workspace, self._wire)
+        views = self._views[place]
+        return views, self._buffer_states[views.slot][buffer]
 
     def _model_work(self, state: _CohortState, work: Callable[[], None]) -> Callable[[], None]:
         """Model code: what it raises fails its cohort's rows on this rank, not the step."""

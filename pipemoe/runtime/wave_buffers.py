@@ -1,0 +1,40 @@
+"""The views of a workspace that one wave uses in one of its slot's double buffers; the same in every layer, so they are made once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipemoe.comm.transport import column_blocks
+
+if TYPE_CHECKING:
+    from pipemoe.plan.schedule import Plan
+    from pipemoe.runtime.workspace import Workspace
+    from pipemoe.wire import WireFormat
+
+
+class WaveBuffers:
+    """Of wave number `wave` of cohort number `cohort`, for `rank`."""
+
+    def __init__(self, plan: Plan, rank: int, cohort: int, wave: int, buffer: int, workspace: Workspace, wire: WireFormat) -> None:
+        self.slot, self.buffer = plan.cohorts[cohort].slot, buffer
+        self.wave = plan.cohorts[cohort].waves[wave]
+        self.exchange = plan.exchange(self.wave)
+        slot, num_rows = workspace.slots[self.slot], self.wave.num_rows
+        self.scratch = slot.scratch
+        self.received = slot.receive[buffer][:num_rows]  # [n, row_bytes] uint8
+        self.rows = wire.rows(self.received)
+        own = [s for s in self.wave.segments if s.rank == rank]
+        self.own = [(s, self.rows[s.row : s.row + s.num_rows]) for s in own]  # this rank's segments, with their wire rows
+        block = num_rows // plan.facts.num_ranks
+        self.own_block_ids = self.rows.ids[rank * block : (rank + 1) * block]  # of a padded exchange, padding included
+        # Blocks of columns of the partial sums, [n, columns] each, and of the peers' for combine="gather".
+        self.columns = [slice(c.start, c.stop) for c in plan.columns]
+        self.partial = column_blocks(slot.partial[buffer], (num_rows,), plan.columns)
+        self.staging = [None] * len(self.columns)
+        if (memory := slot.staging[buffer]) is not None:
+            self.staging = column_blocks(memory, (len(memory), sum(s.num_rows for s in own)), plan.columns)
+
+    @property
+    def is_sent_from_here(self) -> bool:
+        """Does the dispatch send rows of this rank?"""
+        return self.exchange == "padded" or bool(self.own)
