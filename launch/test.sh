@@ -11,7 +11,16 @@ launch/install.sh
 export OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
-trap 'rm -rf "$logs"' EXIT
+rows=()
+
+# shellcheck disable=SC2317 # called by a trap
+stop() {
+    [ ${#rows[@]} = 0 ] || kill -- "${rows[@]/#/-}" 2>/dev/null || true
+    rm -rf "$logs"
+}
+trap stop EXIT
+trap 'exit 130' HUP INT TERM
+set -m # a row is a process group, which ends as one, and heeds an interrupt
 
 # part NAME COMMAND...: runs it and shows what it printed, all at once, when it is done
 part() {
@@ -32,7 +41,7 @@ on_ranks() {
     local num_ranks=$1 rank_logs=$logs/ranks$1
     shift
     mkdir "$rank_logs"
-    PIPEMOE_RANK_LOGS=$rank_logs timeout --kill-after=20 600 launch/mpirun.sh -n "$num_ranks" \
+    PIPEMOE_RANK_LOGS=$rank_logs timeout --foreground --kill-after=20 600 launch/mpirun.sh -n "$num_ranks" \
         -m pytest -q -m "mpi and not gpu" -p no:cacheprovider --hypothesis-seed=0 "$@" && return
     tail -n 60 "$rank_logs"/rank*.log 2>/dev/null
     return 1
@@ -43,19 +52,20 @@ echo "== running; the first part is done in a minute or two"
     part "kernels" one_process tests/kernels
     part "4 ranks" on_ranks 4 --ignore=tests/benchmarks tests
     part "1 rank" on_ranks 1 tests
-} &
-first=$!
+} </dev/null &
+rows+=($!)
 {
     part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
     part "faults" one_process tests/faults
     part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
-    part "3 ranks" on_ranks 3 tests # the benchmarks' own tests on 1 and 3 ranks only: they take as long as all others
+    part "3 ranks" on_ranks 3 tests # the benchmarks on 1 and 3 ranks only: they take a third of the time
     part "2 ranks" on_ranks 2 --ignore=tests/benchmarks tests
-} &
-second=$!
-for row in "$first" "$second"; do
+} </dev/null &
+rows+=($!)
+for row in "${rows[@]}"; do
     wait "$row" || echo "a row of parts: it broke off" >>"$logs/failed"
 done
+rows=()
 
 if [ -e "$logs/failed" ]; then
     sed 's/^/FAILED: /' "$logs/failed"

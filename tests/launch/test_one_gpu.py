@@ -12,6 +12,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 ONE_GPU = CHECKOUT / "launch" / "one_gpu.sh"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Each stand-in is a program of that name on PATH; MPS's keeps a file while it "runs".
 PROGRAMS = {
@@ -64,7 +65,7 @@ def start(tmp_path):
         }
         command = [ONE_GPU, str(num_ranks), "script.py"]
         running.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
         )
         return running[-1]
 
@@ -72,6 +73,12 @@ def start(tmp_path):
     for process in running:
         process.kill()
         process.communicate()
+
+
+def heed_signals() -> None:
+    """A shell cannot trap what it was started to ignore, as under nohup or in the background."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def seen_environment(folder: Path) -> dict[str, str]:
@@ -121,7 +128,7 @@ def test_status_is_that_of_the_command(start, tmp_path):
     assert_mps_ended(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_signal_ends_the_command_and_mps(start, tmp_path, number):
     process = start(2, "wait")
     deadline = time.monotonic() + 20
