@@ -132,9 +132,9 @@ def test_no_worse_than_a_fixed_mode_by_its_own_prediction(tokens, objective):
 @pytest.mark.parametrize("lengths", [((4096,), *((16,),) * 7), ((2048,),) * 8, tuple((100 << i,) for i in range(8)), tuple((i,) for i in range(1, 9))])
 @pytest.mark.parametrize("cap", [2048, 8192])
 def test_choosing_takes_a_bounded_number_of_events(lengths, cap):
-    """8 ranks, 61 layers: some 2,000 events are a millisecond."""
+    """8 ranks, 61 layers: some 4,000 events are a millisecond."""
     shape = ModelShape(7168, 2048, 256, 8, 61)
-    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap), CostModel()) <= 2000
+    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap), CostModel()) <= 2800
 
 
 def test_short_prompts_are_freed_from_a_long_one():
