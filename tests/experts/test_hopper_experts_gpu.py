@@ -15,8 +15,8 @@ pytestmark = [
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
-from pipemoe.errors import ConfigError
 from pipemoe.comm.transport import column_blocks
+from pipemoe.errors import ConfigError
 from pipemoe.experts import column_ranges, local_range, make_experts
 from tests.experts.oracle import (
     TOLERANCE,
