@@ -27,11 +27,11 @@ from pipemoe.plan.simulator_rules import NEVER
 
 _LAYERS = 8  # that are simulated at most, and half of them
 _EVENTS = 450  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
-_MOST_EVENTS = 1_800  # in all: candidates that would take more are not looked at
-_DOUBTFUL_EVENTS = 900  # the same for candidates that would be the best only if their bounds were nearer than others' were
-_LAST_EVENTS = 2_000  # with those for other numbers of blocks
+_MOST_EVENTS = 2_400  # in all: candidates that would take more are not looked at
+_DOUBTFUL_EVENTS = 1_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
+_LAST_EVENTS = 2_700  # with those for other numbers of blocks
 _MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
-_BLOCKS_MARGIN = 20  # the same for blocks of columns
+_BLOCKS_MARGIN = 10  # the same for blocks of columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from pipemoe.comm.transport import WaveSums
+from pipemoe.comm.transport import WaveSums, column_blocks
+from pipemoe.plan.columns import column_ranges
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
 from pipemoe.plan.schedule import Facts, ModelShape, OpKind, PlanConfig
@@ -83,6 +84,32 @@ def test_combine_sums_every_ranks_part_at_the_owner(world, exchange, combine, dt
         on_lane(world, world.lanes.slots[slot].combine, lambda: world.transport.combine(slot, 0, wave, exchange, combine, sums))
         for r, w in zip(results, wanted):
             assert torch.equal(r.float(), w)  # whole numbers up to 256 with 8 ranks: exact in every dtype
+
+
+@pytest.mark.parametrize(("exchange", "combine"), [("broadcast", "reduce"), ("padded", "reduce"), ("broadcast", "gather")])
+@pytest.mark.parametrize("counts", COUNTS[:3], ids=str)
+def test_blocks_of_columns_come_to_where_they_belong(world, exchange, combine, counts):
+    """One after another on one lane, into parts of the results' rows."""
+    made = wave_of(world, counts, exchange)
+    if made is None:
+        pytest.skip("no rows on these ranks")
+    _, wave = made
+    columns = column_ranges(WIDTH, 3)
+    own = [s for s in wave.segments if s.rank == world.rank]
+    at = torch.arange(wave.num_rows, device=world.device).unsqueeze(1) * 5 + torch.arange(WIDTH, device=world.device)
+    values = (at % 31).float()
+    memory = torch.empty((wave.num_rows, WIDTH), device=world.device)
+    partial = column_blocks(memory, (wave.num_rows,), columns)
+    for block, part in zip(partial, columns):
+        block.copy_(values[:, part.start : part.stop] * (world.rank + 1))
+    staged = torch.zeros((world.size - 1, wave.num_rows, WIDTH), device=world.device)
+    staging = column_blocks(staged, (world.size - 1, sum(s.num_rows for s in own)), columns)
+    results = [torch.full((s.num_rows, WIDTH), torch.nan, device=world.device) for s in own]
+    for block, into, part in zip(partial, staging, columns):
+        sums = WaveSums(block, [result[:, part.start : part.stop] for result in results], into)
+        on_lane(world, world.lanes.slots[0].combine, lambda: world.transport.combine(0, 0, wave, exchange, combine, sums))
+    for s, result in zip(own, results):
+        assert torch.equal(result, values[s.row : s.row + s.num_rows] * sum(range(1, world.size + 1)))
 
 
 @pytest.mark.parametrize(("exchange", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce")])

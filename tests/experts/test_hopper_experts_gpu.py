@@ -15,6 +15,7 @@ pytestmark = [
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
+from pipemoe.comm.transport import column_blocks
 from pipemoe.errors import ConfigError
 from pipemoe.experts import column_ranges, local_range, make_experts
 from tests.experts.oracle import (
@@ -240,6 +241,10 @@ def test_columns_in_blocks(hidden, num_blocks, deterministic, bias):
     for columns, snapshot in zip(column_ranges(hidden, num_blocks), seen, strict=True):
         assert torch.equal(snapshot[:, : columns.stop], wanted[:, : columns.stop])
         assert bool(snapshot[:, columns.stop :].isnan().all())
+    memory = torch.full_like(wanted, torch.nan)  # again, each block as a matrix of its own
+    blocks = column_blocks(memory, (300,), column_ranges(hidden, num_blocks))
+    experts(0, rows, blocks, scratch, [torch.cuda.Event() for _ in blocks])
+    assert torch.equal(torch.cat(blocks, 1), wanted)
 
 
 def test_the_weights_of_a_rank_that_has_one_expert_in_blocks():

@@ -1,6 +1,6 @@
 """Mode auto: sound plans for any counts, the same on every rank, the best of what was looked at."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError
 from pipemoe.plan.assignment import assign
 from pipemoe.plan.auto import auto_assignment, auto_candidates, auto_effort
-from pipemoe.plan.cost import CostModel, HostCost
+from pipemoe.plan.cost import ContentionCost, CostModel, ExchangeCost, HostCost
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import GPUS, cpu
 from pipemoe.plan.dimensions import dimensions_of
@@ -132,9 +132,9 @@ def test_no_worse_than_a_fixed_mode_by_its_own_prediction(tokens, objective):
 @pytest.mark.parametrize("lengths", [((4096,), *((16,),) * 7), ((2048,),) * 8, tuple((100 << i,) for i in range(8)), tuple((i,) for i in range(1, 9))])
 @pytest.mark.parametrize("cap", [2048, 8192])
 def test_choosing_takes_a_bounded_number_of_events(lengths, cap):
-    """8 ranks, 61 layers: some 2,000 events are a millisecond."""
+    """8 ranks, 61 layers: some 4,000 events are a millisecond."""
     shape = ModelShape(7168, 2048, 256, 8, 61)
-    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap), CostModel()) <= 2000
+    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap), CostModel()) <= 2800
 
 
 def test_short_prompts_are_freed_from_a_long_one():
@@ -148,6 +148,27 @@ def test_short_prompts_are_freed_from_a_long_one():
 def test_small_steps_stay_together(tokens):
     facts = Facts(tuple((n,) if n else () for n in tokens))
     assert len(plan(facts, DEEP, PlanConfig(), CostModel()).cohorts) == 1
+
+
+def test_sums_come_in_blocks_of_columns_where_that_hides_them():
+    """Long transfers that the experts do not slow; not where latencies, the host or the experts' own form speak against it."""
+    facts, config, free = Facts(((3000,),) * 4), PlanConfig(moe_max_num_tokens=100_000), {f.name: 1000 for f in fields(ContentionCost)}
+    cost = replace(QUICK_HOST, combine=ExchangeCost(10_000, 2_000, 60_000), contention=ContentionCost(**free))
+
+    def blocks_and_time(cost, **options):
+        p = plan(facts, DEEP, replace(config, **options), cost)
+        return p.num_column_blocks, simulate(p, cost).makespan
+
+    blocks, makespan = blocks_and_time(cost, num_slots=1)
+    assert blocks > 1 and makespan < 0.97 * blocks_and_time(cost, num_slots=1, combine_blocks=1)[1]
+    assert blocks_and_time(cost, num_slots=1, combine="gather")[0] == 1
+    for against in (
+        replace(cost, combine=ExchangeCost(2_000_000, 2_000, 60_000)),
+        replace(cost, host=replace(cost.host, combine_ns=5_000_000)),
+        replace(cost, experts=replace(cost.experts, sliced_permille=0)),
+    ):
+        assert blocks_and_time(against, num_slots=1)[0] == 1
+    assert blocks_and_time(cost, combine_blocks=3)[0] == 3
 
 
 def test_short_sequences_leave_a_long_one_of_their_rank():

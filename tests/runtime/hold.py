@@ -33,6 +33,7 @@ class Hold:
             self.wait()  # loaded now: a module load inside a step could wait for the device
             torch.cuda.synchronize()
             self._memory[0] = 0
+            self._one = torch.ones(1, dtype=torch.int32, device=device)
 
     def wait(self) -> None:
         if self._memory is None:
@@ -48,3 +49,9 @@ class Hold:
         self._flag.set()
         if self._memory is not None:
             self._memory[0] = 1
+
+    def release_behind(self) -> None:
+        """Release once the current stream has come this far; on the host at once."""
+        self._flag.set()
+        if self._memory is not None:
+            self._memory.copy_(self._one, non_blocking=True)
