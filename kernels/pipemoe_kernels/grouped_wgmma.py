@@ -17,6 +17,7 @@ Ideas: warp specialisation and the ring from CUTLASS, the gather inside the GEMM
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -46,6 +47,11 @@ class GroupedKernel:
     max_cuts: int
     w_boxes: tuple[int, ...]
     gated: bool
+
+    def num_blocks(self, num_local: int, num_columns: int, num_sms: int) -> Callable[[int], int]:
+        """Of a number of pairs: no more blocks than slices of tiles that any routing can give."""
+        slices = -(-num_columns // self.output_columns) << self.max_cuts
+        return lambda num_pairs: min(num_sms, (num_pairs // TILE_ROWS + min(num_local, num_pairs)) * slices)
 
 
 @cache
@@ -175,6 +181,45 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
     return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated)
 
 
+class PackedGateUp:
+    """gate_up_rows, ready for hidden values of one layout (see there) and any number of pairs for which `a` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        kernel: GroupedKernel,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        gate_up_maps: int,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        num_sms: int,
+    ):
+        intermediate, num_local = a.shape[1], len(offsets)
+        w_rows = 2 * intermediate if kernel.gated else intermediate
+        row_bytes = hidden.stride(0) * 2
+        assert hidden.dtype == a.dtype == torch.bfloat16
+        assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
+        assert hidden.stride(1) == 1 and row_bytes % 16 == 0, hidden.stride()
+        assert a.is_contiguous() and a.data_ptr() % 16 == 0
+        assert tokens.dtype == offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
+        assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, w_rows))
+        self._launch = kernel.kernel.pack(
+            device_index,
+            *(hidden, row_bytes // 16, tokens, gate_up_maps, offsets, num_local, intermediate, hidden.shape[1]),
+            *(offsets if bias is None else bias, a, 2 * intermediate),
+        )
+        self._x = kernel.kernel.slot("x")
+        self._num_blocks = kernel.num_blocks(num_local, intermediate, num_sms)
+
+    def __call__(self, stream: int, hidden: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for rows at the address `hidden` that have num_pairs >= 1 pairs in all."""
+        assert hidden % 16 == 0, hidden
+        self._launch.slots[self._x] = hidden
+        self._launch(stream, self._num_blocks(num_pairs))
+
+
 def gate_up_rows(
     stream: Stream,
     kernel: GroupedKernel,
@@ -192,30 +237,40 @@ def gate_up_rows(
     of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or None; a [pairs, I].
     A kernel that is not gated computes activation(x w^T), with I in the place of 2I.
     """
-    num_pairs, intermediate = a.shape
-    w_rows = 2 * intermediate if kernel.gated else intermediate
-    row_bytes = hidden.stride(0) * 2
-    assert hidden.dtype == a.dtype == torch.bfloat16
-    assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
-    assert hidden.stride(1) == 1 and hidden.data_ptr() % 16 == 0 and row_bytes % 16 == 0, hidden.stride()
-    assert a.is_contiguous() and a.data_ptr() % 16 == 0
-    assert tokens.dtype == offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
-    assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (len(offsets), w_rows))
-    kernel.kernel.launch(
-        stream,
-        (_num_blocks(kernel, num_pairs, len(offsets), intermediate, num_sms), 1),
-        hidden,
-        row_bytes // 16,
-        tokens,
-        gate_up_maps,
-        offsets,
-        len(offsets),
-        intermediate,
-        hidden.shape[1],
-        offsets if bias is None else bias,
-        a,
-        2 * intermediate,
-    )
+    gate_up = PackedGateUp(stream.device_index, kernel, hidden, tokens, gate_up_maps, offsets, bias, a, num_sms)
+    gate_up(stream.handle, hidden.data_ptr(), len(a))
+
+
+class PackedDown:
+    """down_rows, ready for any number of pairs for which `y` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        kernel: GroupedKernel,
+        a_maps: int,
+        down_maps: int,
+        offsets: torch.Tensor,
+        intermediate: int,
+        y: torch.Tensor,
+        num_sms: int,
+        first_column: int = 0,
+    ):
+        num_columns, num_local = y.shape[1], len(offsets)
+        assert y.dtype == torch.bfloat16 and y.stride(1) == 1
+        assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
+        assert num_columns % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (num_columns, intermediate)
+        assert offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
+        self._launch = kernel.kernel.pack(
+            device_index,
+            *(a_maps, first_column, offsets, down_maps, offsets, num_local, num_columns, intermediate, offsets),
+            *(y, 2 * y.stride(0)),
+        )
+        self._num_blocks = kernel.num_blocks(num_local, num_columns, num_sms)
+
+    def __call__(self, stream: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for num_pairs >= 1 pairs."""
+        self._launch(stream, self._num_blocks(num_pairs))
 
 
 def down_rows(
@@ -234,29 +289,4 @@ def down_rows(
     a_maps: address of the tensor maps of a [pairs, I] with boxes of X_BOXES; down_maps: of [E_loc, H, I] with boxes of the kernel's
     w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
     """
-    num_pairs, hidden = y.shape
-    assert y.dtype == torch.bfloat16 and y.stride(1) == 1
-    assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
-    assert hidden % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden, intermediate)
-    assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
-    kernel.kernel.launch(
-        stream,
-        (_num_blocks(kernel, num_pairs, len(offsets), hidden, num_sms), 1),
-        a_maps,
-        first_column,
-        offsets,
-        down_maps,
-        offsets,
-        len(offsets),
-        hidden,
-        intermediate,
-        offsets,
-        y,
-        2 * y.stride(0),
-    )
-
-
-def _num_blocks(kernel: GroupedKernel, num_pairs: int, num_local: int, num_columns: int, num_sms: int) -> int:
-    """No more blocks than slices of tiles that any routing can give."""
-    row_tiles = num_pairs // TILE_ROWS + min(num_local, num_pairs)
-    return min(num_sms, row_tiles * -(-num_columns // kernel.output_columns) << kernel.max_cuts)
+    PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms, first_column)(stream.handle, len(y))

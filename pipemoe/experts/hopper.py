@@ -3,7 +3,8 @@
     rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, activation)--> a [pairs, I]
       for each block of columns:  --down_rows--> y [pairs, block] --combine--> out [n, block]
 
-Nothing is allocated and nothing synchronises the host. The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
+Nothing is allocated and nothing synchronises the host; launches are packed at a layer's first call with a scratch and a layout of rows
+and out (prepared_call.py). The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipemoe.errors import ConfigError
+from pipemoe.experts.prepared_call import ColumnBlock, PackedDown, PackedGateUp, PreparedCall
 from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
-from pipemoe_kernels.combine import combine_rows
-from pipemoe_kernels.combine_lanes import combine_lanes, fits
+from pipemoe_kernels import grouped_wgmma
 from pipemoe_kernels.grouped_roles import PART_COLUMNS
-from pipemoe_kernels.grouped_wgmma import down_rows, gate_up_rows, grouped_kernel
-from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, index_kernels, index_local_pairs
-from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.grouped_wgmma import grouped_kernel
+from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
 from pipemoe_kernels.ring import X_BOXES
 from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
 CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
+MAX_LAYOUTS = 64  # of a layer's calls that a scratch keeps ready; more are of a caller whose tensors have no steady layout
 
 
 def unsupported(
@@ -66,6 +67,7 @@ class HopperScratch:
             return torch.empty(shape, dtype=dtype, device=experts.device)
 
         self.max_rows = max_rows
+        self.calls: dict[tuple[object, ...], PreparedCall] = {}  # by layout
         self.positions = empty(max_rows, experts.top_k)
         self.tokens = empty(num_pairs)
         self.offsets = empty(num_local)
@@ -155,52 +157,73 @@ class HopperExperts(ExpertsShape):
                         self(layer, rows, out[padding : padding + num_rows, : self.hidden], scratch, events)
         torch.cuda.synchronize(self.device)
 
-    @torch.no_grad()
     def __call__(
         self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch, events: Sequence[Recordable] = ()
     ) -> None:
-        self.check_call(layer, rows, out, scratch.max_rows)
-        weights = self.weights[layer]
-        num_rows, num_local = len(rows), weights.num_local_experts
-        if num_rows == 0 or num_local == 0:
-            out.zero_()
-            for event in events:
-                event.record()
-            return
-        stream = Stream.current(out.device)
-        num_pairs, intermediate = num_rows * self.top_k, weights.intermediate
-        offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
-        ids, first_expert, tokens = rows.ids, weights.first_expert, scratch.tokens
-        counts = scratch.block_counts
-        index_local_pairs(stream, ids, first_expert, num_local, counts, offsets, positions, tokens, on_hopper=self.on_hopper)
-        a = scratch.a[: num_pairs * intermediate].view(num_pairs, intermediate)
-        self._gate_up(stream, layer, scratch, rows, offsets, a)
-        for block, columns in enumerate(column_ranges(self.hidden, max(1, len(events)))):
-            part = slice(columns.start, columns.stop)
-            y, out_part = scratch.y[:num_pairs, part], out[:, part]
-            bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            self._down(stream, layer, scratch, a, offsets, y, columns.start)
-            if fits(len(columns), out_part):
-                combine_lanes(stream, y, positions, ids, first_expert, rows.weights, bias, out_part, on_hopper=self.on_hopper)
-            else:
-                combine_rows(stream, y, positions, ids, first_expert, rows.weights, bias, out_part)
-            if events:
-                events[block].record()
+        hidden, ids, weights = rows.hidden, rows.ids, rows.weights
+        hidden_shape, ids_shape, weights_shape, out_shape = hidden.shape, ids.shape, weights.shape, out.shape
+        # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor where.
+        layout = (
+            *(self, layer, len(events), hidden.get_device(), out.get_device()),
+            *(hidden.dtype, hidden_shape[1:], hidden.stride(), ids.dtype, ids_shape[1:], ids.stride()),
+            *(weights.dtype, weights_shape[1:], weights.stride()),
+            *(out.dtype, out_shape[1:], out.stride(), out.data_ptr() & 15),
+        )
+        num_rows = out_shape[0]
+        call = scratch.calls.get(layout)
+        if call is None or not (0 < num_rows == hidden_shape[0] == ids_shape[0] == weights_shape[0] <= scratch.max_rows):
+            self.check_call(layer, rows, out, scratch.max_rows)
+            if num_rows == 0 or self.weights[layer].num_local_experts == 0:
+                _nothing_local(out, events)
+                return
+            call = self._prepared_call(layer, rows, out, scratch, len(events))
+            if len(scratch.calls) >= MAX_LAYOUTS * len(self.weights):
+                scratch.calls.clear()
+            scratch.calls[layout] = call
+        call(rows, out, num_rows, events)
 
-    def _gate_up(
-        self, stream: Stream, layer: int, scratch: HopperScratch, rows: WireRows, offsets: torch.Tensor, a: torch.Tensor
-    ) -> None:
-        """a [pairs, I] from the rows scratch.tokens of `rows`."""
+    @torch.no_grad()
+    def _prepared_call(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch, num_events: int) -> PreparedCall:
+        weights = self.weights[layer]
+        num_local, first_expert = weights.num_local_experts, weights.first_expert
+        offsets, positions, tokens = scratch.offsets[:num_local], scratch.positions, scratch.tokens
+        index = PackedIndex(
+            *(out.get_device(), rows.ids, first_expert, num_local, scratch.block_counts, offsets, positions, tokens),
+            on_hopper=self.on_hopper,
+        )
+        a = scratch.a[: len(tokens) * weights.intermediate].view(len(tokens), weights.intermediate)
+        gate_up = self._pack_gate_up(layer, scratch, rows.hidden, offsets, a)
+        blocks = []
+        for columns in column_ranges(self.hidden, max(1, num_events)):
+            part = slice(columns.start, columns.stop)
+            bias = None if weights.down_bias is None else weights.down_bias[:, part]
+            down = self._pack_down(layer, scratch, a, offsets, scratch.y[:, part], columns.start)
+            blocks.append(ColumnBlock(columns, down, scratch.y[:, part], bias))
+        return PreparedCall(weights, index, gate_up, blocks, positions, rows, out, on_hopper=self.on_hopper)
+
+    def _pack_gate_up(
+        self, layer: int, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+    ) -> PackedGateUp:
+        """a [pairs, I] from the rows scratch.tokens of `hidden`."""
         kernel, gate_up_map, _ = self._layers[layer]
         maps = self._maps.data_ptr() + MAP_BYTES * gate_up_map
         bias = self.weights[layer].gate_up_bias
-        gate_up_rows(stream, kernel, rows.hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms)
+        return grouped_wgmma.PackedGateUp(a.get_device(), kernel, hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms)
 
-    def _down(
-        self, stream: Stream, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
-    ) -> None:
-        """Columns of a times down, from `first_column` on: y [pairs, columns]."""
+    def _pack_down(
+        self, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+    ) -> PackedDown | None:
+        """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them too."""
         _, _, down_map = self._layers[layer]
         maps = self._maps.data_ptr() + MAP_BYTES * down_map
-        a_maps = scratch.a_maps[a.shape[1]]
-        down_rows(stream, self._down_kernel, a_maps, maps, offsets, a.shape[1], y, self.num_sms, first_column)
+        a_maps, intermediate = scratch.a_maps[a.shape[1]], a.shape[1]
+        return grouped_wgmma.PackedDown(
+            y.get_device(), self._down_kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column
+        )
+
+
+@torch.no_grad()
+def _nothing_local(out: torch.Tensor, events: Sequence[Recordable]) -> None:
+    out.zero_()
+    for event in events:
+        event.record()
