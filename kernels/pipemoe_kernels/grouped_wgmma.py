@@ -5,9 +5,9 @@
     | x_1 |                     | x_0 | expert 0     | gate 1 | up 1 |  down:    out = x w^T
                                 | x_1 | expert 1                        (or another activation; without gate: of x w^T)
 
-    block = 3 warpgroups:   producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
+    block = warpgroups:     producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
                                        `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the latter
-                            consumers  each multiplies 64 of the tile's 128 rows with all its columns, and writes the results
+                            consumers  each multiplies 64 of the tile's rows with all its columns, and writes the results
 
 A tile never crosses from one expert into the next; a warpgroup whose 64 rows all lie after its expert's end multiplies
 nothing. Blocks take tiles `gridDim` apart in an order that keeps neighbours on the same weights (see next_tile). All sums run
@@ -24,15 +24,13 @@ from functools import cache
 import torch
 
 from pipemoe_kernels import ptx_hopper as ptx
-from pipemoe_kernels.grouped_roles import ENDS_AT, PART_COLUMNS, RING_AT, SHARED_BYTES, TILE_COLUMNS, consumer, gathering_producer, sorted_producer
+from pipemoe_kernels.grouped_roles import PART_COLUMNS, consumer, gathering_producer, sorted_producer
 from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx_wgmma import STEP
 from pipemoe_kernels.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, steps_in_stage, tile_of
-from pipemoe_kernels.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, announce_rest, skip_tile
-
-THREADS = 128 * (1 + CONSUMERS)
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224
+from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, announce_rest, skip_tile
+from pipemoe_kernels.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS, TileShape
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,19 @@ class GroupedKernel:
     max_cuts: int
     w_boxes: tuple[int, ...]
     gated: bool
+    shape: TileShape = ROWS_128
 
     def num_blocks(self, num_local: int, num_columns: int, num_sms: int) -> Callable[[int], int]:
         """Of a number of pairs: no more blocks than slices of tiles that any routing can give."""
         slices = -(-num_columns // self.output_columns) << self.max_cuts
-        return lambda num_pairs: min(num_sms, (num_pairs // TILE_ROWS + min(num_local, num_pairs)) * slices)
+        tile_rows = self.shape.rows
+        return lambda num_pairs: min(num_sms, (num_pairs // tile_rows + min(num_local, num_pairs)) * slices)
 
 
 @cache
-def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> GroupedKernel:
+def grouped_kernel(
+    *, gated: bool, has_bias: bool = False, activation: str | None = None, shape: TileShape = ROWS_128
+) -> GroupedKernel:
     """With an activation x is gathered, and the result is activation(x w^T), or if gated, activation(left half) * right half.
 
     activation: a name of ptx_activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already and none follows.
@@ -66,16 +68,20 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     max_cuts = 2 if gathers else 3  # a slice gives at least 32 columns of out
     full_arrivals = 5 if gathers else 1  # the bulk copies' thread, and one of each warp that gathers
-    consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias, activation) for c in range(3))
-    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation)  # a quarter again where there are no eighths
-    produce = gathering_producer(gated) if gathers else sorted_producer()
+    consume_whole, consume_half, consume_quarter = (
+        consumer(TILE_COLUMNS >> c, gated, has_bias, activation, shape=shape) for c in range(3)
+    )
+    # A quarter again where there are no eighths.
+    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation, shape=shape)
+    produce = gathering_producer(gated, shape=shape) if gathers else sorted_producer(shape=shape)
     w_rows_of_column = 2 if gated else 1
-    keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
+    keep_registers, take_registers = ptx.keep_registers(shape.producer_registers), ptx.take_registers(shape.consumer_registers)
+    threads, tile_rows, consumer_warps = shape.threads, UINT32(shape.rows), 4 * shape.consumers
 
     def grouped_gemm(
         x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes
     ):
-        barriers = (ptx.shared_address(cuda.shared.array(0, types.uint8)) + UINT32(1023)) & UINT32(0xFFFFFC00)
+        barriers = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
         ends = UINT32(barriers + ENDS_AT)
         ring = UINT32(barriers + RING_AT)
         thread = UINT32(cuda.threadIdx.x)
@@ -83,7 +89,7 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
         if thread == 0:
             for i in range(NUM_STAGES):
                 ptx.barrier_init(barriers + 8 * i, full_arrivals)
-                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, 4 * CONSUMERS)
+                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, consumer_warps)
             ptx.barrier_fence()
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
@@ -91,10 +97,10 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
             # After this the index is complete; the down kernel relies on that when its blocks start.
             ptx.wait_for_earlier()
         ptx.launch_dependents()
-        row_tiles = load_ends(thread, UINT32(THREADS), offsets, num_local, ends)
+        row_tiles = load_ends(thread, UINT32(threads), offsets, num_local, ends, tile_rows)
         num_blocks = UINT32(cuda.gridDim.x)
         num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
-        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts)
+        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows)
         slot = UINT32(cuda.blockIdx.x)
         stage = UINT32(0)
         expert = UINT32(0)
@@ -107,11 +113,13 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
             if gathers or thread == 0:
                 while True:
                     tile, cuts, part = tile_of(slot, whole, rest_cuts)
-                    expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                    expert, first_tile, begin, end = next_expert(
+                        tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
+                    )
                     if expert >= num_local:
                         break
-                    row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
-                    together = steps_in_stage(UINT32(end - row), cuts)
+                    row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
+                    together = steps_in_stage(UINT32(end - row), cuts, tile_rows)
                     first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
                     stage, parity, issued = produce(
                         thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
@@ -128,11 +136,13 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
             line_of_group = UINT32(((thread >> UINT32(5)) & UINT32(3)) * 16 + (lane >> UINT32(2)))
             while True:
                 tile, cuts, part = tile_of(slot, whole, rest_cuts)
-                expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                expert, first_tile, begin, end = next_expert(
+                        tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
+                    )
                 if expert >= num_local:
                     break
-                row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
-                together = steps_in_stage(UINT32(end - row), cuts)
+                row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
+                together = steps_in_stage(UINT32(end - row), cuts, tile_rows)
                 row = UINT32(row + group * GROUP_ROWS)
                 first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
                 if row >= end:
@@ -170,15 +180,16 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
     kernel = Kernel(
         grouped_gemm,
         parameters,
-        THREADS,
-        shared_bytes=SHARED_BYTES,
+        threads,
+        shared_bytes=shape.shared_bytes,
         hopper_only=True,
         starts_early=True,
-        key=(gated, has_bias, activation, ptx.MAX_TRIES),
+        moves_registers=shape.moves_registers,
+        key=(gated, has_bias, activation, shape, ptx.MAX_TRIES),
     )
     box = TILE_COLUMNS // 2 if gathers else TILE_COLUMNS
     boxes = tuple(box >> c for c in range(max_cuts + 1))
-    return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated)
+    return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated, shape)
 
 
 class PackedGateUp:
@@ -286,7 +297,7 @@ def down_rows(
 ) -> None:
     """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column` on.
 
-    a_maps: address of the tensor maps of a [pairs, I] with boxes of X_BOXES; down_maps: of [E_loc, H, I] with boxes of the kernel's
+    a_maps: address of the tensor maps of a [pairs, I] with boxes of the kernel's shape.x_boxes; down_maps: of [E_loc, H, I] with boxes of the kernel's
     w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
     """
     PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms, first_column)(stream.handle, len(y))

@@ -24,8 +24,8 @@ from pipemoe_kernels import grouped_wgmma
 from pipemoe_kernels.grouped_roles import PART_COLUMNS
 from pipemoe_kernels.grouped_wgmma import grouped_kernel
 from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
-from pipemoe_kernels.ring import X_BOXES
 from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
+from pipemoe_kernels.tile_shape import DEFAULT_ROWS, SHAPES
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
@@ -76,9 +76,10 @@ class HopperScratch:
         self.y = empty(num_pairs, experts.hidden, dtype=torch.bfloat16)
         # A layer's intermediate -> address of the maps of `a` with rows of that length.
         sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs and experts.on_hopper else []
+        boxes = experts.shape.x_boxes
         views = [self.a[: num_pairs * size].view(num_pairs, size) for size in sizes]
-        self.maps = device_maps([tensor_map(view, box) for view in views for box in X_BOXES], experts.device)
-        step = len(X_BOXES) * MAP_BYTES
+        self.maps = device_maps([tensor_map(view, box) for view in views for box in boxes], experts.device)
+        step = len(boxes) * MAP_BYTES
         self.a_maps = {size: self.maps.data_ptr() + step * i for i, size in enumerate(sizes)}
         self.num_bytes = sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
@@ -88,7 +89,7 @@ class HopperExperts(ExpertsShape):
 
     Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a row's bits
     depend on the row alone; deterministic adds that the sum over ranks is exact (see pipemoe_kernels.combine).
-    num_sms: blocks of the GEMMs; None: one for each multiprocessor.
+    num_sms: blocks of the GEMMs; None: one for each multiprocessor. tile_rows: of tile_shape.SHAPES.
     """
 
     implementation = "hopper"
@@ -104,6 +105,7 @@ class HopperExperts(ExpertsShape):
         dtype: torch.dtype,
         deterministic: bool = False,
         num_sms: int | None = None,
+        tile_rows: int = DEFAULT_ROWS,
     ):
         super().__init__(
             weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
@@ -111,15 +113,18 @@ class HopperExperts(ExpertsShape):
         if reason := unsupported(weights, hidden, device, dtype, self.implementation):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
+        self.shape = SHAPES[tile_rows]
         self._prepare()
 
     def _prepare(self) -> None:
         """Make what the GEMMs of each layer need."""
-        self._down_kernel = grouped_kernel(gated=False)
+        self._down_kernel = grouped_kernel(gated=False, shape=self.shape)
         maps = []
         self._layers = []
         for w in self.weights:
-            gate_up_kernel = grouped_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation)
+            gate_up_kernel = grouped_kernel(
+                gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation, shape=self.shape
+            )
             first = len(maps)
             if w.num_local_experts:
                 maps += [tensor_map(w.gate_up.detach(), box) for box in gate_up_kernel.w_boxes]
