@@ -107,7 +107,7 @@ def test_experts_that_leave_multiprocessors_have_calls_of_their_own(launched):
     rows, out = make_rows(experts, 1020), torch.empty((1020, HIDDEN), dtype=BF16)
     for wanted, those in ((132, experts), (100, experts.leaving(32)), (132, experts)):
         launched.clear()
-        those(0, rows, out, scratch)
+        those(1, rows, out, scratch)
         assert launched[1].grid == launched[2].grid == (wanted, 1)
 
 
