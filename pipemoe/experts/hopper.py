@@ -89,7 +89,8 @@ class HopperExperts(ExpertsShape):
 
     Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a row's bits
     depend on the row alone; deterministic adds that the sum over ranks is exact (see pipemoe_kernels.combine).
-    num_sms: blocks of the GEMMs; None: one for each multiprocessor. tile_rows: of tile_shape.SHAPES.
+    num_sms: blocks of the GEMMs; None: one for each multiprocessor. tile_rows: of the bfloat16
+    GEMMs' tiles, of tile_shape.SHAPES.
     """
 
     implementation = "hopper"
