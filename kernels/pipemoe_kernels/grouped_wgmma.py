@@ -81,7 +81,8 @@ def grouped_kernel(
     def grouped_gemm(
         x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes
     ):
-        barriers = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
+        array = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
+        barriers = (array + UINT32(ALIGNMENT - 1)) & UINT32(0xFFFFFFFF - (ALIGNMENT - 1))
         ends = UINT32(barriers + ENDS_AT)
         ring = UINT32(barriers + RING_AT)
         thread = UINT32(cuda.threadIdx.x)

@@ -21,6 +21,7 @@ W_BYTES = TILE_COLUMNS * STEP_BYTES
 ENDS_AT = 2 * EMPTY_AT
 RING_AT = ENDS_AT + 4 * (MAX_EXPERTS + 1) + 1023 & ~1023
 ALIGNMENT = 1024  # of the ring
+MAX_SHARED_BYTES = 227 * 1024  # of a block
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class TileShape:
 
     @property
     def shared_bytes(self) -> int:
-        """The array in the kernel is aligned, so that nothing is left over for that."""
-        return RING_AT + NUM_STAGES * self.stage_bytes
+        """With room to align the ring, should the array not be aligned as it says; 192 rows leave none."""
+        return min(ALIGNMENT + RING_AT + NUM_STAGES * self.stage_bytes, MAX_SHARED_BYTES)
 
 
 ROWS_128 = TileShape(consumers=2, consumer_registers=224)

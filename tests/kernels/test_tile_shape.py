@@ -10,10 +10,9 @@ if importlib.util.find_spec("numba_cuda") is None:
 from pipemoe_kernels.grouped_roles import GROUP_BYTES, x_step_bytes
 from pipemoe_kernels.launch import UINT32
 from pipemoe_kernels.raster import MAX_EXPERTS, steps_in_stage
-from pipemoe_kernels.ring import GROUP_ROWS
-from pipemoe_kernels.tile_shape import ENDS_AT, RING_AT, ROWS_128, SHAPES, STEP_BYTES, W_BYTES
+from pipemoe_kernels.ring import GROUP_ROWS, NUM_STAGES
+from pipemoe_kernels.tile_shape import ENDS_AT, MAX_SHARED_BYTES, RING_AT, ROWS_128, SHAPES, STEP_BYTES, W_BYTES
 
-MAX_SHARED_BYTES = 227 * 1024
 NUM_REGISTERS = 65536
 
 
@@ -38,7 +37,8 @@ def test_steps_in_a_stage(shape, cuts):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_budgets(shape):
     assert 128 * (shape.producer_registers + shape.consumers * shape.consumer_registers) <= NUM_REGISTERS
-    assert shape.shared_bytes <= MAX_SHARED_BYTES and ENDS_AT + 4 * (MAX_EXPERTS + 1) <= RING_AT
+    assert RING_AT + NUM_STAGES * shape.stage_bytes <= shape.shared_bytes <= MAX_SHARED_BYTES == 227 * 1024
+    assert RING_AT % 1024 == 0 and ENDS_AT + 4 * (MAX_EXPERTS + 1) <= RING_AT
     assert shape.x_boxes[0] == shape.rows and shape.threads <= 1024
 
 
