@@ -167,45 +167,48 @@ class HopperExperts(ExpertsShape):
         self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch, events: Sequence[Recordable] = ()
     ) -> None:
         hidden, ids, weights = rows.hidden, rows.ids, rows.weights
-        hidden_shape, ids_shape, weights_shape, out_shape = hidden.shape, ids.shape, weights.shape, out.shape
+        hidden_shape, ids_shape, weights_shape = hidden.shape, ids.shape, weights.shape
+        num_rows, out_layout = _layout_of_out(out)
         # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor where.
         layout = (
-            *(self, layer, len(events), hidden.get_device(), out.get_device()),
+            *(self, layer, len(events), hidden.get_device(), out_layout),
             *(hidden.dtype, hidden_shape[1:], hidden.stride(), ids.dtype, ids_shape[1:], ids.stride()),
             *(weights.dtype, weights_shape[1:], weights.stride()),
-            *(out.dtype, out_shape[1:], out.stride(), out.data_ptr() & 15),
         )
-        num_rows = out_shape[0]
         call = scratch.calls.get(layout)
         if call is None or not (0 < num_rows == hidden_shape[0] == ids_shape[0] == weights_shape[0] <= scratch.max_rows):
             self.check_call(layer, rows, out, scratch.max_rows)
             if num_rows == 0 or self.weights[layer].num_local_experts == 0:
                 _nothing_local(out, events)
                 return
-            call = self._prepared_call(layer, rows, out, scratch, len(events))
+            parts = [out[:, columns.start : columns.stop] for columns in column_ranges(self.hidden, max(1, len(events)))]
+            call = self._prepared_call(layer, rows, parts, scratch)
             if len(scratch.calls) >= MAX_LAYOUTS * len(self.weights):
                 scratch.calls.clear()
             scratch.calls[layout] = call
         call(rows, out, num_rows, events)
 
     @torch.no_grad()
-    def _prepared_call(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch, num_events: int) -> PreparedCall:
+    def _prepared_call(
+        self, layer: int, rows: WireRows, parts: Sequence[torch.Tensor], scratch: HopperScratch
+    ) -> PreparedCall:
+        """parts: out's blocks of columns."""
         weights = self.weights[layer]
         num_local, first_expert = weights.num_local_experts, weights.first_expert
         offsets, positions, tokens = scratch.offsets[:num_local], scratch.positions, scratch.tokens
         index = PackedIndex(
-            *(out.get_device(), rows.ids, first_expert, num_local, scratch.block_counts, offsets, positions, tokens),
+            *(rows.ids.get_device(), rows.ids, first_expert, num_local, scratch.block_counts, offsets, positions, tokens),
             on_hopper=self.on_hopper,
         )
         a = scratch.a[: len(tokens) * weights.intermediate].view(len(tokens), weights.intermediate)
         gate_up = self._pack_gate_up(layer, scratch, rows.hidden, offsets, a)
         blocks = []
-        for columns in column_ranges(self.hidden, max(1, num_events)):
+        for columns in column_ranges(self.hidden, len(parts)):
             part = slice(columns.start, columns.stop)
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
             down = self._pack_down(layer, scratch, a, offsets, scratch.y[:, part], columns.start)
             blocks.append(ColumnBlock(columns, down, scratch.y[:, part], bias))
-        return PreparedCall(weights, index, gate_up, blocks, positions, rows, out, on_hopper=self.on_hopper)
+        return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, on_hopper=self.on_hopper)
 
     def _pack_gate_up(
         self, layer: int, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
@@ -226,6 +229,16 @@ class HopperExperts(ExpertsShape):
         return grouped_wgmma.PackedDown(
             y.get_device(), self._down_kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column
         )
+
+
+def _layout_of_out(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[int, tuple[object, ...]]:
+    """Number of rows (-1: blocks differ), and what else a prepared call depends on."""
+    if isinstance(out, torch.Tensor):
+        shape = out.shape
+        return shape[0], (out.get_device(), out.dtype, shape[1:], out.stride(), out.data_ptr() & 15)
+    layouts = [_layout_of_out(block) for block in out]
+    counts = {num_rows for num_rows, _ in layouts}
+    return counts.pop() if len(counts) == 1 else -1, tuple(layout for _, layout in layouts)
 
 
 @torch.no_grad()
