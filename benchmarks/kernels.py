@@ -8,14 +8,18 @@ operations / dense rate and bytes / copy bandwidth, both measured first, in this
 checked against float64 on a sample of them before it is timed; times are medians over interleaved rounds of graph replays of the
 whole call with a flushed L2 cache. Beside pipemoe's times stand those of its router and its index by themselves, and what the
 host takes to enqueue a call that no graph has captured. liger-kernel is compared with where it is installed (kernels_liger.py).
-With `--impls pipemoe,pipemoe_fp8` pipemoe runs in e4m3 too; that floor has half the bytes, and twice the rate.
+pipemoe_fp8 is pipemoe in e4m3, on the layers of FP8_LAYERS; that floor has half the bytes, and twice the rate. An implementation
+that fails, or a peer whose turn comes after `--seconds`, leaves a row without figures. At the end the figures are held against the
+bars (kernels_judge.py): the status is 1 if one of pipemoe's own rows is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +27,16 @@ from typing import Any
 import results_schema
 from bench_main import Progress, RankParser, positive
 from kernels_cases import LAYERS, TOKENS, Layer, enumerate_cells, expected_rows, make_rows, make_weights
+from kernels_judge import judge, verdict_table
 from kernels_table import kernels_summary
 from pipemoe.errors import ConfigError
 
 MAX_ERROR = {"bf16": 1e-2, "fp8": 8e-2}  # norm ratio; e4m3 itself costs about 6e-2 on normal data (see kernels/NOTES.md)
 SAMPLE = 24  # rows compared with float64
+DEVICE = "cuda"
+OURS = "pipemoe"  # and variants of it, pipemoe_...
+FP8_LAYERS = ("deepseek-v3",)
+IMPLS = ("pipemoe", "pipemoe_fp8", "grouped_mm", "cublas_loop", "liger")
 _COLUMNS = ("layer", "tokens", "pairs", "impl", "ms", "spread %", "TFLOP/s", "GB/s", "floor", "ratio", "error")
 
 
@@ -35,8 +44,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = RankParser(description="Time the experts call against library kernels.")
     parser.add_argument("--layers", default=",".join(LAYERS), help="default: %(default)s")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="default: %(default)s")
-    parser.add_argument("--impls", default="pipemoe,grouped_mm,cublas_loop,liger", help="default: %(default)s")
+    parser.add_argument("--impls", default=",".join(IMPLS), help="default: %(default)s")
     parser.add_argument("--rounds", type=positive(int), default=9, help="default: %(default)s")
+    parser.add_argument("--seconds", type=positive(float), default=130.0, help="then no more peers, only pipemoe (default: %(default)s)")
     parser.add_argument("--json", type=Path, default=Path("out/kernels.json"), metavar="FILE", help="results (default: %(default)s)")
     options = parser.parse_args(arguments)
     options.layers, options.impls = options.layers.split(","), options.impls.split(",")
@@ -60,78 +70,113 @@ def run(options: argparse.Namespace) -> int:
 
     if unknown := set(options.impls) - set(PEERS):
         raise ConfigError(f"--impls: {sorted(unknown)} are not among {', '.join(PEERS)}")
-    progress = Progress(0)
+    begin, progress = time.monotonic(), Progress(0)
     if "liger" in options.impls and not kernels_liger.is_installed():
         progress.say("liger-kernel is not installed: its rows are left out")
         options.impls.remove("liger")
     ceilings = roofline()
-    print(f"dense bf16 {ceilings['tflops']:.0f} TFLOP/s, copy {ceilings['copy_tbps']:.2f} TB/s read + written")
+    print(f"{torch.cuda.get_device_name()}: dense bf16 {ceilings['tflops']:.0f} TFLOP/s, copy {ceilings['copy_tbps']:.2f} TB/s read + written")
     print(_line(_COLUMNS))
     rows = []
     weights, weights_of = None, None
     for name, layer, num_tokens in enumerate_cells(options.layers, options.tokens):
         if weights_of != name:
             weights = None  # frees the last layer's before the next one's are made
-            weights, weights_of = make_weights(layer, torch.device("cuda")), name
-        rows += measure(name, layer, num_tokens, weights, ceilings, options)
-        progress.count(len(rows), len(options.layers) * len(options.tokens) * len(options.impls), "rows")
+            weights, weights_of = make_weights(layer, torch.device(DEVICE)), name
+        impls = [impl for impl in options.impls if _dtype_of(impl) == "bf16" or name in FP8_LAYERS]
+        is_late = time.monotonic() - begin > options.seconds
+        if is_late:
+            progress.say(f"{name}, {num_tokens} tokens: {options.seconds:.0f} s are over, pipemoe alone")
+        rows += measure(name, layer, num_tokens, weights, ceilings, impls, options.rounds, ours_alone=is_late)
+        gc.collect()
+        torch.cuda.empty_cache()
+        results_schema.write_results(results_schema.results_document("kernels", rows), options.json)
+        progress.say(f"{name}, {num_tokens} tokens: done")
     print(kernels_summary(rows))
-    document = results_schema.results_document("kernels", rows)
-    results_schema.write_results(document, options.json)
-    results_schema.print_results(document)
-    return 0
+    for ours in dict.fromkeys(row["impl"] for row in rows if _is_ours(row["impl"])):
+        print(f"\n{ours}\n{verdict_table(judge(rows, ours))}")
+    results_schema.print_results(results_schema.results_document("kernels", rows))
+    return 1 if any(row["ms"] is None for row in rows if _is_ours(row["impl"])) else 0
 
 
-def measure(name: str, layer: Layer, num_tokens: int, weights: Any, ceilings: dict[str, float], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Check and time all implementations on one cell; a row of results each."""
+def measure(
+    name: str,
+    layer: Layer,
+    num_tokens: int,
+    weights: Any,
+    ceilings: dict[str, float],
+    impls: Sequence[str],
+    rounds: int,
+    *,
+    ours_alone: bool = False,
+) -> list[dict[str, Any]]:
+    """Check and time all implementations on one cell; a row of results each, without figures for one that fails or is left out."""
     import torch
     from kernels_peers import PEERS
     from kernels_timing import captured, host_us, interleaved_ms
 
-    rows = make_rows(layer, num_tokens, torch.device("cuda"))
+    rows = make_rows(layer, num_tokens, torch.device(DEVICE))
     local = rows.ids[rows.ids < layer.num_local_experts]
     pairs, active = local.numel(), len(local.unique())
     operations = 6 * pairs * layer.hidden * layer.intermediate
     weight_bytes = active * layer.expert_bytes
     floor_ms = max(operations / ceilings["tflops"] / 1e9, weight_bytes / ceilings["copy_tbps"] / 1e9)
-    sample = torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens), device="cuda").long()
+    sample = torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens), device=DEVICE).long()
     wanted = expected_rows(rows, weights, sample)
     calls, outs, graphs, errors = {}, {}, {}, {}  # calls and outs are kept: their memory is in the graphs
-    for impl in options.impls:
-        call = calls[impl] = PEERS[impl](weights, rows)
-        out = outs[impl] = torch.full((num_tokens, layer.hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
-        graphs[impl] = captured(lambda call=call, out=out: call(out))
-        out.fill_(torch.nan)
-        graphs[impl].replay()
-        errors[impl] = float((out[sample].double() - wanted).norm() / wanted.norm())
-        most = MAX_ERROR[_dtype_of(impl)]
-        if not (errors[impl] < most and bool(out.isfinite().all())):
-            raise ConfigError(f"{impl} on {name}, {num_tokens} tokens: relative error {errors[impl]:.1e}, not under {most}")
+    for impl in impls:
+        if ours_alone and not _is_ours(impl):
+            continue
+        try:
+            call = PEERS[impl](weights, rows)
+            out = torch.full((num_tokens, layer.hidden), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+            graph = captured(lambda call=call, out=out: call(out))
+            out.fill_(torch.nan)
+            graph.replay()
+            errors[impl] = float((out[sample].double() - wanted).norm() / wanted.norm())
+            most = MAX_ERROR[_dtype_of(impl)]
+            if not (errors[impl] < most and bool(out.isfinite().all())):
+                raise ConfigError(f"relative error {errors[impl]:.1e}, not under {most}, or values that are not finite")
+        except Exception as error:  # noqa: BLE001: whatever a library does, the others' figures count
+            print(f"{impl} on {name}, {num_tokens} tokens: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            continue
+        calls[impl], outs[impl], graphs[impl] = call, out, graph
     parts = dict.fromkeys(("routing_us", "index_us", "host_us"))
-    if "pipemoe" in calls:
-        parts = {**time_parts(layer, weights, rows), "host_us": host_us(lambda: calls["pipemoe"](outs["pipemoe"]))}
+    if OURS in calls:
+        parts = {**time_parts(layer, weights, rows), "host_us": host_us(lambda: calls[OURS](outs[OURS]))}
+    times_of = interleaved_ms(graphs, rounds)
     results = []
-    for impl, times in interleaved_ms(graphs, options.rounds).items():
-        ms, dtype = statistics.median(times), _dtype_of(impl)
+    for impl in impls:
+        times, dtype = times_of.get(impl), _dtype_of(impl)
+        ms = statistics.median(times) if times else None
         narrower = 2 if dtype == "fp8" else 1
         floor, num_bytes = floor_ms / narrower, weight_bytes / narrower
         result = {
             **{"layer": name, "H": layer.hidden, "I": layer.intermediate, "experts": layer.num_experts},
             **{"local_experts": layer.num_local_experts, "top_k": layer.top_k, "tokens": num_tokens, "pairs": pairs},
-            **{"dtype": dtype, "impl": impl.removesuffix("_fp8"), "ms": ms, "ms_rounds": times, "tflops": operations / ms / 1e9},
-            **{"weight_gbps": num_bytes / ms / 1e6, "floor_ms": floor, "ratio_to_floor": ms / floor, "rel_err": errors[impl]},
-            **(parts if impl == "pipemoe" else dict.fromkeys(parts)),
+            **{"dtype": dtype, "impl": impl.removesuffix("_fp8"), "ms": ms, "ms_rounds": times, "floor_ms": floor},
+            **{"tflops": ms and operations / ms / 1e9, "weight_gbps": ms and num_bytes / ms / 1e6},
+            **{"ratio_to_floor": ms and ms / floor, "rel_err": errors.get(impl)},
+            **(parts if impl == OURS else dict.fromkeys(parts)),
             **{"dense_tflops": ceilings["tflops"], "copy_tbps": ceilings["copy_tbps"]},
         }
         results.append(result)
+        if ms is None:
+            print(_line((name, num_tokens, pairs, impl, *["-"] * 4, f"{floor:.4f}", "-", "-")))
+            continue
         spread = 100 * (max(times) - min(times)) / ms
         print(
             _line(
                 (name, num_tokens, pairs, impl, f"{ms:.4f}", f"{spread:.0f}", f"{result['tflops']:.0f}")
                 + (f"{result['weight_gbps']:.0f}", f"{floor:.4f}", f"{ms / floor:.3f}", f"{errors[impl]:.1e}")
-            )
+            ),
+            flush=True,
         )
     return results
+
+
+def _is_ours(impl: str) -> bool:
+    return impl.startswith(OURS)
 
 
 def _dtype_of(impl: str) -> str:

@@ -36,6 +36,16 @@ def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows) ->
     return lambda out: experts(0, rows, out, scratch)
 
 
+def hopper_call(weights: ExpertWeights, rows: WireRows, *, tile_rows: int) -> Call:
+    """pipemoe's "hopper" implementation with row tiles of that many rows."""
+    from pipemoe.experts.hopper import HopperExperts
+
+    settings = {"top_k": rows.ids.shape[1], "hidden": weights.hidden, "device": rows.buffer.device, "dtype": torch.bfloat16}
+    experts = HopperExperts([weights], **settings, tile_rows=tile_rows)
+    scratch = experts.new_scratch(len(rows))
+    return lambda out: experts(0, rows, out, scratch)
+
+
 def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
     """One expert after the other through torch.mm. Which rows are whose is worked out beforehand, and not timed."""
     local = rows.ids.flatten().long() - weights.first_expert
@@ -63,6 +73,7 @@ def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
 # Name in the results -> maker of the call.
 PEERS: dict[str, Callable[[ExpertWeights, WireRows], Call]] = {
     "pipemoe": lambda weights, rows: experts_call("auto", weights, rows),
+    "pipemoe_192": lambda weights, rows: hopper_call(weights, rows, tile_rows=192),
     "pipemoe_fp8": lambda weights, rows: experts_call("hopper_fp8", weights, rows),
     "ampere": lambda weights, rows: experts_call("ampere", weights, rows),
     "grouped_mm": lambda weights, rows: experts_call("torch", weights, rows),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_OURS = "pipemoe"
+_OURS = "pipemoe"  # its variants' names begin with it: they are no peers
 _CELL = ("layer", "dtype", "tokens")
 _LARGE_TOKENS = 4096  # from here on the share of routing and index counts, below it their time
 
@@ -23,16 +23,16 @@ def _by_cell(rows: Sequence[Row]) -> list[dict[str, Row]]:
 
 def kernels_cells(rows: Sequence[Row]) -> list[list[str]]:
     """Heading and lines; times in ms."""
-    peers = [impl for impl in dict.fromkeys(row["impl"] for row in rows) if impl != _OURS]
+    others = [impl for impl in dict.fromkeys(row["impl"] for row in rows) if impl != _OURS]
     heading = ["H / I, experts, local", "tokens", "local pairs", "floor", "pipemoe", "over floor", "TFLOP/s"]
-    heading += [*(peer.replace("_", " ") for peer in peers), "routing us", "index us", "host us"]
+    heading += [*(other.replace("_", " ") for other in others), "routing us", "index us", "host us"]
     lines = []
     for cell in _by_cell(rows):
         any_row = next(iter(cell.values()))
         ours = cell.get(_OURS, {})
         dtype = "" if any_row["dtype"] == "bf16" else f", {any_row['dtype']}"
         name = f"{any_row['H']} / {any_row['I']}, {any_row['experts']}, {any_row['local_experts']}{dtype}"
-        times = [_digits(cell.get(peer, {}).get("ms")) for peer in peers]
+        times = [_digits(cell.get(other, {}).get("ms")) for other in others]
         own = [_digits(ours.get("ms")), _digits(ours.get("ratio_to_floor"), 2), _digits(ours.get("tflops"), 0)]
         parts = [_digits(ours.get(part), 1) for part in ("routing_us", "index_us", "host_us")]
         lines.append([name, str(any_row["tokens"]), str(any_row["pairs"]), _digits(any_row["floor_ms"]), *own, *times, *parts])
@@ -47,11 +47,11 @@ def kernels_context(rows: Sequence[Row]) -> str:
 
 def kernels_summary(rows: Sequence[Row]) -> str:
     """Against the best peer of the run, the largest share of routing and index, and the host's time: a line each."""
-    cells = [cell for cell in _by_cell(rows) if _OURS in cell]
+    cells = [cell for cell in _by_cell(rows) if _OURS in cell and cell[_OURS]["ms"] is not None]
     lines = []
     gains = []
     for cell in cells:
-        peers = [row["ms"] for impl, row in cell.items() if impl != _OURS]
+        peers = [row["ms"] for impl, row in cell.items() if not impl.startswith(_OURS) and row["ms"] is not None]
         if peers:
             gains.append(min(peers) / cell[_OURS]["ms"])
     if gains:

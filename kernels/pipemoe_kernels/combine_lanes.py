@@ -64,6 +64,42 @@ def fits(hidden: int, out: torch.Tensor) -> bool:
     return hidden % WIDTH == 0 and (aligned or len(out) == 0)
 
 
+class PackedCombine:
+    """combine_lanes, ready for ids, weights and an `out` of one layout (see there) and up to as many rows as `positions` has."""
+
+    def __init__(
+        self,
+        device_index: int,
+        y: torch.Tensor,
+        positions: torch.Tensor,
+        ids: torch.Tensor,
+        first_expert: int,
+        weights: torch.Tensor,
+        bias: torch.Tensor | None,
+        out: torch.Tensor,
+        *,
+        on_hopper: bool = True,
+    ):
+        hidden, top_k = out.shape[1], positions.shape[1]
+        assert y.dtype == torch.bfloat16 and y.stride(1) == 1 and y.shape[1] == hidden, (y.dtype, y.shape)
+        assert fits(hidden, out) and out.stride(1) == 1 and y.data_ptr() % 16 == 0 and y.stride(0) % WIDTH == 0
+        assert positions.dtype == ids.dtype == torch.int32 and positions.is_contiguous()
+        assert ids.shape == weights.shape == (len(out), top_k) and len(out) <= len(positions)
+        assert weights.dtype == torch.float32 and (top_k == 1 or ids.stride(1) == weights.stride(1) == 1)
+        assert bias is None or (bias.dtype == y.dtype and bias.shape[1] == hidden and bias.stride(1) == 1)
+        assert bias is None or (bias.data_ptr() % 16 == 0 and (len(bias) == 1 or bias.stride(0) == y.stride(0)))
+        kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden, y.stride(0), on_hopper)
+        rows = (y, positions, ids, ids.stride(0), first_expert, weights, weights.stride(0))
+        self._launch = kernel.pack(device_index, *rows, y if bias is None else bias, out, out.stride(0))
+        self._ids, self._weights, self._out = map(kernel.slot, ("ids", "weights", "out"))
+
+    def __call__(self, stream: int, ids: int, weights: int, out: int, num_rows: int) -> None:
+        """Enqueue on a stream's handle, for num_rows >= 1 rows with ids, weights and out at these addresses."""
+        slots = self._launch.slots
+        slots[self._ids], slots[self._weights], slots[self._out] = ids, weights, out
+        self._launch(stream, num_rows)
+
+
 def combine_lanes(
     stream: Stream,
     y: torch.Tensor,
@@ -77,27 +113,5 @@ def combine_lanes(
     on_hopper: bool = True,
 ) -> None:
     """As combine.combine_rows, for bfloat16 y with rows on 16-byte boundaries and an `out` that `fits`."""
-    num_rows, hidden = out.shape
-    top_k = positions.shape[1]
-    assert y.dtype == torch.bfloat16 and y.stride(1) == 1 and y.shape[1] == hidden, (y.dtype, y.shape)
-    assert fits(hidden, out) and out.stride(1) == 1 and y.data_ptr() % 16 == 0 and y.stride(0) % WIDTH == 0
-    assert positions.dtype == ids.dtype == torch.int32 and positions.is_contiguous()
-    assert positions.shape == ids.shape == weights.shape == (num_rows, top_k)
-    assert weights.dtype == torch.float32 and (top_k == 1 or ids.stride(1) == weights.stride(1) == 1)
-    assert bias is None or (bias.dtype == y.dtype and bias.shape[1] == hidden and bias.stride(1) == 1)
-    assert bias is None or (bias.data_ptr() % 16 == 0 and (len(bias) == 1 or bias.stride(0) == y.stride(0)))
-    kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden, y.stride(0), on_hopper)
-    kernel.launch(
-        stream,
-        (num_rows, 1),
-        y,
-        positions,
-        ids,
-        ids.stride(0),
-        first_expert,
-        weights,
-        weights.stride(0),
-        y if bias is None else bias,
-        out,
-        out.stride(0),
-    )
+    combine = PackedCombine(stream.device_index, y, positions, ids, first_expert, weights, bias, out, on_hopper=on_hopper)
+    combine(stream.handle, ids.data_ptr(), weights.data_ptr(), out.data_ptr(), len(out))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+from collections.abc import Callable
 from functools import cache
 
 # Constants of cuda.h.
@@ -19,7 +21,8 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _check(result: int, call: str) -> None:
+def check(result: int, call: str) -> None:
+    """Raise RuntimeError with the driver's name of an error unless `result` is 0."""
     if result:
         name = ctypes.c_char_p()
         _library().cuGetErrorName(result, ctypes.byref(name))
@@ -30,17 +33,26 @@ def _check(result: int, call: str) -> None:
 def _primary_context(device_index: int) -> ctypes.c_void_p:
     """The context that torch uses as well; held until the process ends."""
     device, context = ctypes.c_int(), ctypes.c_void_p()
-    _check(_library().cuDeviceGet(ctypes.byref(device), device_index), "cuDeviceGet")
-    _check(_library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    check(_library().cuDeviceGet(ctypes.byref(device), device_index), "cuDeviceGet")
+    check(_library().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
     return context
 
 
+_threads = threading.local()
+
+
 def enter_context(device_index: int) -> None:
-    """Make the device's primary context current if the calling thread has none: a new thread could not launch otherwise."""
+    """Make the device's primary context current if the calling thread has none: a new thread could not launch otherwise.
+
+    Asked of the driver once a thread: nobody takes a thread's context away again.
+    """
+    if getattr(_threads, "has_context", False):
+        return
     current = ctypes.c_void_p()
-    _check(_library().cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+    check(_library().cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
     if not current.value:
-        _check(_library().cuCtxSetCurrent(_primary_context(device_index)), "cuCtxSetCurrent")
+        check(_library().cuCtxSetCurrent(_primary_context(device_index)), "cuCtxSetCurrent")
+    _threads.has_context = True
 
 
 def load_function(cubin: bytes, name: str, device_index: int, shared_bytes: int = 0) -> ctypes.c_void_p:
@@ -50,17 +62,22 @@ def load_function(cubin: bytes, name: str, device_index: int, shared_bytes: int 
     """
     enter_context(device_index)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(_library().cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
-    _check(_library().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
+    check(_library().cuModuleLoadData(ctypes.byref(module), cubin), "cuModuleLoadData")
+    check(_library().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
     if shared_bytes:
         result = _library().cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_BYTES, shared_bytes)
-        _check(result, "cuFuncSetAttribute")
+        check(result, "cuFuncSetAttribute")
     return function
 
 
-class _LaunchConfig(ctypes.Structure):
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
     _fields_ = [
-        ("sizes", ctypes.c_uint * 6),
+        ("grid_x", ctypes.c_uint),
+        ("grid_y", ctypes.c_uint),
+        ("grid_z", ctypes.c_uint),
+        ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
         ("attributes", ctypes.c_void_p),
@@ -78,30 +95,18 @@ def _early_start() -> ctypes.Array:
 _EARLY_START = _early_start()
 
 
-def launch(
-    function: ctypes.c_void_p,
-    grid: tuple[int, int],
-    threads: int,
-    stream: int,
-    values: tuple[int, ...],
-    shared_bytes: int = 0,
-    starts_early: bool = False,
-) -> None:
-    """Enqueue one kernel. Each value fills an 8-byte slot; a 32-bit parameter reads the low half (little endian).
+def launch_config(threads: int, shared_bytes: int, starts_early: bool) -> LaunchConfig:
+    """Of a launch whose grid and stream are still to be filled in.
 
     starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch).
     """
-    count = len(values)
-    slots = (ctypes.c_int64 * count)(*values)
-    base = ctypes.addressof(slots)
-    pointers = (ctypes.c_void_p * count)(*range(base, base + 8 * count, 8))
-    sizes = (grid[0], grid[1], 1, threads, 1, 1)
-    if starts_early:
-        config = _LaunchConfig(sizes, shared_bytes, stream, ctypes.addressof(_EARLY_START), 1)
-        _check(_library().cuLaunchKernelEx(ctypes.byref(config), function, pointers, None), "cuLaunchKernelEx")
-        return
-    result = _library().cuLaunchKernel(function, *sizes, shared_bytes, ctypes.c_void_p(stream), pointers, None)
-    _check(result, "cuLaunchKernel")
+    attributes = ctypes.addressof(_EARLY_START) if starts_early else None
+    return LaunchConfig(1, 1, 1, (threads, 1, 1), shared_bytes, None, attributes, 1 if starts_early else 0)
+
+
+def launch_call() -> Callable[..., int]:
+    """cuLaunchKernelEx(config, function, addresses of the arguments, None); its result is for `check`."""
+    return _library().cuLaunchKernelEx
 
 
 def encode_tensor_map(
@@ -128,5 +133,5 @@ def encode_tensor_map(
         _PROMOTE_256_BYTES,
         _ZEROS_OUTSIDE,
     )
-    _check(result, "cuTensorMapEncodeTiled")
+    check(result, "cuTensorMapEncodeTiled")
     return ctypes.string_at(target, 128)

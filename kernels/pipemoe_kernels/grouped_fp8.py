@@ -146,6 +146,46 @@ def row_maps(a: torch.Tensor, scales: torch.Tensor) -> list[bytes]:
     return [*(tensor_map(a, box) for box in X_BOXES), line_map(scales, SCALE_COLUMNS)]
 
 
+class PackedGateUpFp8:
+    """gate_up_fp8, ready for hidden values of one layout (see there) and any number of pairs for which `a` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        gate_up_map: int,
+        gate_up_scales: torch.Tensor,
+        offsets: torch.Tensor,
+        a: torch.Tensor,
+        a_scales: torch.Tensor,
+        num_sms: int,
+    ):
+        num_pairs, intermediate = a.shape
+        depth, row_bytes = hidden.shape[1], hidden.stride(0)
+        assert hidden.dtype == a.dtype == E4M3 and hidden.stride(1) == 1 and a.is_contiguous()
+        assert depth % BLOCK == 0 and intermediate % BLOCK == 0, (hidden.shape, a.shape)
+        assert row_bytes % 16 == 0 and row_bytes >= depth + 4 * (depth // BLOCK), row_bytes
+        assert tokens.dtype == offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
+        _check_scales(gate_up_scales, (len(offsets), 2 * intermediate // BLOCK, depth // BLOCK))
+        assert a.data_ptr() % 16 == 0 and a_scales.dtype == torch.float32 and a_scales.stride(1) == 1
+        assert a_scales.shape[0] == intermediate // BLOCK and a_scales.shape[1] >= num_pairs, (a_scales.shape, a.shape)
+        kernel = grouped_fp8_kernel(gated=True)
+        self._launch = kernel.pack(
+            device_index,
+            *(hidden, row_bytes // 16, tokens, gate_up_map, gate_up_scales, offsets, len(offsets), intermediate, depth // STEP),
+            *(a, intermediate, a_scales, a_scales.stride(0)),
+        )
+        self._x = kernel.slot("x")
+        self._sizes = len(offsets), intermediate // WIDTH, num_sms
+
+    def __call__(self, stream: int, hidden: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for rows at the address `hidden` that have num_pairs >= 1 pairs in all."""
+        assert hidden % 16 == 0, hidden
+        self._launch.slots[self._x] = hidden
+        self._launch(stream, _num_blocks(num_pairs, *self._sizes))
+
+
 def gate_up_fp8(
     stream: Stream,
     hidden: torch.Tensor,
@@ -163,21 +203,37 @@ def gate_up_fp8(
     address of the map of [E_loc, 2I, H]; gate_up_scales [E_loc, 2I/128, H/128] float32; offsets [E_loc] int32 ends; a [pairs, I]
     e4m3 and a_scales [I/128, >= pairs] float32: a value times its scale, a_scales[column // 128, row], is meant.
     """
-    num_pairs, intermediate = a.shape
-    depth, row_bytes = hidden.shape[1], hidden.stride(0)
-    assert hidden.dtype == a.dtype == E4M3 and hidden.stride(1) == 1 and a.is_contiguous()
-    assert depth % BLOCK == 0 and intermediate % BLOCK == 0, (hidden.shape, a.shape)
-    assert hidden.data_ptr() % 16 == 0 and row_bytes % 16 == 0 and row_bytes >= depth + 4 * (depth // BLOCK), row_bytes
-    assert tokens.dtype == offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
-    _check_scales(gate_up_scales, (len(offsets), 2 * intermediate // BLOCK, depth // BLOCK))
-    assert a.data_ptr() % 16 == 0 and a_scales.dtype == torch.float32 and a_scales.stride(1) == 1
-    assert a_scales.shape[0] == intermediate // BLOCK and a_scales.shape[1] >= num_pairs, (a_scales.shape, a.shape)
-    grouped_fp8_kernel(gated=True).launch(
-        stream,
-        (_num_blocks(num_pairs, len(offsets), intermediate // WIDTH, num_sms), 1),
-        *(hidden, row_bytes // 16, tokens, gate_up_map, gate_up_scales, offsets, len(offsets), intermediate, depth // STEP),
-        *(a, intermediate, a_scales, a_scales.stride(0)),
-    )
+    gate_up = PackedGateUpFp8(stream.device_index, hidden, tokens, gate_up_map, gate_up_scales, offsets, a, a_scales, num_sms)
+    gate_up(stream.handle, hidden.data_ptr(), len(a))
+
+
+class PackedDownFp8:
+    """down_fp8, ready for any number of pairs for which `y` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        a_maps: int,
+        down_map: int,
+        down_scales: torch.Tensor,
+        offsets: torch.Tensor,
+        y: torch.Tensor,
+        num_sms: int,
+    ):
+        hidden, steps = y.shape[1], down_scales.shape[2]
+        assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0 and hidden % BLOCK == 0, y.shape
+        assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
+        _check_scales(down_scales, (len(offsets), hidden // BLOCK, steps))
+        self._launch = grouped_fp8_kernel(gated=False).pack(
+            device_index,
+            *(a_maps, 0, offsets, down_map, down_scales, offsets, len(offsets), hidden, steps),
+            *(y, 2 * hidden, y, 0),
+        )
+        self._sizes = len(offsets), -(-hidden // TILE_COLUMNS), num_sms
+
+    def __call__(self, stream: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for num_pairs >= 1 pairs."""
+        self._launch(stream, _num_blocks(num_pairs, *self._sizes))
 
 
 def down_fp8(
@@ -194,17 +250,7 @@ def down_fp8(
     a_maps: address of row_maps of a [pairs, I]; down_map: of the map of [E_loc, H, I]; down_scales [E_loc, H/128, I/128] float32;
     offsets [E_loc] int32 ends; y [pairs, H] bfloat16.
     """
-    num_pairs, hidden = y.shape
-    steps = down_scales.shape[2]
-    assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0 and hidden % BLOCK == 0, y.shape
-    assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
-    _check_scales(down_scales, (len(offsets), hidden // BLOCK, steps))
-    grouped_fp8_kernel(gated=False).launch(
-        stream,
-        (_num_blocks(num_pairs, len(offsets), -(-hidden // TILE_COLUMNS), num_sms), 1),
-        *(a_maps, 0, offsets, down_map, down_scales, offsets, len(offsets), hidden, steps),
-        *(y, 2 * hidden, y, 0),
-    )
+    PackedDownFp8(stream.device_index, a_maps, down_map, down_scales, offsets, y, num_sms)(stream.handle, len(y))
 
 
 def _check_scales(scales: torch.Tensor, shape: tuple[int, ...]) -> None:

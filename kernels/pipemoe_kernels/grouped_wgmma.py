@@ -5,9 +5,9 @@
     | x_1 |                     | x_0 | expert 0     | gate 1 | up 1 |  down:    out = x w^T
                                 | x_1 | expert 1                        (or another activation; without gate: of x w^T)
 
-    block = 3 warpgroups:   producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
+    block = warpgroups:     producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
                                        `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the latter
-                            consumers  each multiplies 64 of the tile's 128 rows with all its columns, and writes the results
+                            consumers  each multiplies 64 of the tile's rows with all its columns, and writes the results
 
 A tile never crosses from one expert into the next; a warpgroup whose 64 rows all lie after its expert's end multiplies
 nothing. Blocks take tiles `gridDim` apart in an order that keeps neighbours on the same weights (see next_tile). All sums run
@@ -17,21 +17,20 @@ Ideas: warp specialisation and the ring from CUTLASS, the gather inside the GEMM
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from pipemoe_kernels import ptx_hopper as ptx
-from pipemoe_kernels.grouped_roles import ENDS_AT, PART_COLUMNS, RING_AT, SHARED_BYTES, TILE_COLUMNS, consumer, gathering_producer, sorted_producer
+from pipemoe_kernels.grouped_roles import PART_COLUMNS, consumer, gathering_producer, sorted_producer
 from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx_wgmma import STEP
 from pipemoe_kernels.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, steps_in_stage, tile_of
-from pipemoe_kernels.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, announce_rest, skip_tile
-
-THREADS = 128 * (1 + CONSUMERS)
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224
+from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, announce_rest, skip_tile
+from pipemoe_kernels.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS, TileShape
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,19 @@ class GroupedKernel:
     max_cuts: int
     w_boxes: tuple[int, ...]
     gated: bool
+    shape: TileShape = ROWS_128
+
+    def num_blocks(self, num_local: int, num_columns: int, num_sms: int) -> Callable[[int], int]:
+        """Of a number of pairs: no more blocks than slices of tiles that any routing can give."""
+        slices = -(-num_columns // self.output_columns) << self.max_cuts
+        tile_rows = self.shape.rows
+        return lambda num_pairs: min(num_sms, (num_pairs // tile_rows + min(num_local, num_pairs)) * slices)
 
 
 @cache
-def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> GroupedKernel:
+def grouped_kernel(
+    *, gated: bool, has_bias: bool = False, activation: str | None = None, shape: TileShape = ROWS_128
+) -> GroupedKernel:
     """With an activation x is gathered, and the result is activation(x w^T), or if gated, activation(left half) * right half.
 
     activation: a name of ptx_activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already and none follows.
@@ -60,16 +68,21 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     max_cuts = 2 if gathers else 3  # a slice gives at least 32 columns of out
     full_arrivals = 5 if gathers else 1  # the bulk copies' thread, and one of each warp that gathers
-    consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias, activation) for c in range(3))
-    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation)  # a quarter again where there are no eighths
-    produce = gathering_producer(gated) if gathers else sorted_producer()
+    consume_whole, consume_half, consume_quarter = (
+        consumer(TILE_COLUMNS >> c, gated, has_bias, activation, shape=shape) for c in range(3)
+    )
+    # A quarter again where there are no eighths.
+    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation, shape=shape)
+    produce = gathering_producer(gated, shape=shape) if gathers else sorted_producer(shape=shape)
     w_rows_of_column = 2 if gated else 1
-    keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
+    keep_registers, take_registers = ptx.keep_registers(shape.producer_registers), ptx.take_registers(shape.consumer_registers)
+    threads, tile_rows, consumer_warps = shape.threads, UINT32(shape.rows), 4 * shape.consumers
 
     def grouped_gemm(
         x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes
     ):
-        barriers = (ptx.shared_address(cuda.shared.array(0, types.uint8)) + UINT32(1023)) & UINT32(0xFFFFFC00)
+        array = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
+        barriers = (array + UINT32(ALIGNMENT - 1)) & UINT32(0xFFFFFFFF - (ALIGNMENT - 1))
         ends = UINT32(barriers + ENDS_AT)
         ring = UINT32(barriers + RING_AT)
         thread = UINT32(cuda.threadIdx.x)
@@ -77,7 +90,7 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
         if thread == 0:
             for i in range(NUM_STAGES):
                 ptx.barrier_init(barriers + 8 * i, full_arrivals)
-                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, 4 * CONSUMERS)
+                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, consumer_warps)
             ptx.barrier_fence()
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
@@ -85,10 +98,10 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
             # After this the index is complete; the down kernel relies on that when its blocks start.
             ptx.wait_for_earlier()
         ptx.launch_dependents()
-        row_tiles = load_ends(thread, UINT32(THREADS), offsets, num_local, ends)
+        row_tiles = load_ends(thread, UINT32(threads), offsets, num_local, ends, tile_rows)
         num_blocks = UINT32(cuda.gridDim.x)
         num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
-        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts)
+        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows)
         slot = UINT32(cuda.blockIdx.x)
         stage = UINT32(0)
         expert = UINT32(0)
@@ -101,11 +114,13 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
             if gathers or thread == 0:
                 while True:
                     tile, cuts, part = tile_of(slot, whole, rest_cuts)
-                    expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                    expert, first_tile, begin, end = next_expert(
+                        tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
+                    )
                     if expert >= num_local:
                         break
-                    row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
-                    together = steps_in_stage(UINT32(end - row), cuts)
+                    row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
+                    together = steps_in_stage(UINT32(end - row), cuts, tile_rows)
                     first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
                     stage, parity, issued = produce(
                         thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
@@ -122,11 +137,13 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
             line_of_group = UINT32(((thread >> UINT32(5)) & UINT32(3)) * 16 + (lane >> UINT32(2)))
             while True:
                 tile, cuts, part = tile_of(slot, whole, rest_cuts)
-                expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                expert, first_tile, begin, end = next_expert(
+                        tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
+                    )
                 if expert >= num_local:
                     break
-                row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
-                together = steps_in_stage(UINT32(end - row), cuts)
+                row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
+                together = steps_in_stage(UINT32(end - row), cuts, tile_rows)
                 row = UINT32(row + group * GROUP_ROWS)
                 first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
                 if row >= end:
@@ -164,15 +181,55 @@ def grouped_kernel(*, gated: bool, has_bias: bool = False, activation: str | Non
     kernel = Kernel(
         grouped_gemm,
         parameters,
-        THREADS,
-        shared_bytes=SHARED_BYTES,
+        threads,
+        shared_bytes=shape.shared_bytes,
         hopper_only=True,
         starts_early=True,
-        key=(gated, has_bias, activation, ptx.MAX_TRIES),
+        moves_registers=shape.moves_registers,
+        key=(gated, has_bias, activation, shape, ptx.MAX_TRIES),
     )
     box = TILE_COLUMNS // 2 if gathers else TILE_COLUMNS
     boxes = tuple(box >> c for c in range(max_cuts + 1))
-    return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated)
+    return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated, shape)
+
+
+class PackedGateUp:
+    """gate_up_rows, ready for hidden values of one layout (see there) and any number of pairs for which `a` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        kernel: GroupedKernel,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        gate_up_maps: int,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        num_sms: int,
+    ):
+        intermediate, num_local = a.shape[1], len(offsets)
+        w_rows = 2 * intermediate if kernel.gated else intermediate
+        row_bytes = hidden.stride(0) * 2
+        assert hidden.dtype == a.dtype == torch.bfloat16
+        assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
+        assert hidden.stride(1) == 1 and row_bytes % 16 == 0, hidden.stride()
+        assert a.is_contiguous() and a.data_ptr() % 16 == 0
+        assert tokens.dtype == offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
+        assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, w_rows))
+        self._launch = kernel.kernel.pack(
+            device_index,
+            *(hidden, row_bytes // 16, tokens, gate_up_maps, offsets, num_local, intermediate, hidden.shape[1]),
+            *(offsets if bias is None else bias, a, 2 * intermediate),
+        )
+        self._x = kernel.kernel.slot("x")
+        self._num_blocks = kernel.num_blocks(num_local, intermediate, num_sms)
+
+    def __call__(self, stream: int, hidden: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for rows at the address `hidden` that have num_pairs >= 1 pairs in all."""
+        assert hidden % 16 == 0, hidden
+        self._launch.slots[self._x] = hidden
+        self._launch(stream, self._num_blocks(num_pairs))
 
 
 def gate_up_rows(
@@ -192,30 +249,40 @@ def gate_up_rows(
     of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or None; a [pairs, I].
     A kernel that is not gated computes activation(x w^T), with I in the place of 2I.
     """
-    num_pairs, intermediate = a.shape
-    w_rows = 2 * intermediate if kernel.gated else intermediate
-    row_bytes = hidden.stride(0) * 2
-    assert hidden.dtype == a.dtype == torch.bfloat16
-    assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
-    assert hidden.stride(1) == 1 and hidden.data_ptr() % 16 == 0 and row_bytes % 16 == 0, hidden.stride()
-    assert a.is_contiguous() and a.data_ptr() % 16 == 0
-    assert tokens.dtype == offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
-    assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (len(offsets), w_rows))
-    kernel.kernel.launch(
-        stream,
-        (_num_blocks(kernel, num_pairs, len(offsets), intermediate, num_sms), 1),
-        hidden,
-        row_bytes // 16,
-        tokens,
-        gate_up_maps,
-        offsets,
-        len(offsets),
-        intermediate,
-        hidden.shape[1],
-        offsets if bias is None else bias,
-        a,
-        2 * intermediate,
-    )
+    gate_up = PackedGateUp(stream.device_index, kernel, hidden, tokens, gate_up_maps, offsets, bias, a, num_sms)
+    gate_up(stream.handle, hidden.data_ptr(), len(a))
+
+
+class PackedDown:
+    """down_rows, ready for any number of pairs for which `y` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        kernel: GroupedKernel,
+        a_maps: int,
+        down_maps: int,
+        offsets: torch.Tensor,
+        intermediate: int,
+        y: torch.Tensor,
+        num_sms: int,
+        first_column: int = 0,
+    ):
+        num_columns, num_local = y.shape[1], len(offsets)
+        assert y.dtype == torch.bfloat16 and y.stride(1) == 1
+        assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
+        assert num_columns % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (num_columns, intermediate)
+        assert offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
+        self._launch = kernel.kernel.pack(
+            device_index,
+            *(a_maps, first_column, offsets, down_maps, offsets, num_local, num_columns, intermediate, offsets),
+            *(y, 2 * y.stride(0)),
+        )
+        self._num_blocks = kernel.num_blocks(num_local, num_columns, num_sms)
+
+    def __call__(self, stream: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for num_pairs >= 1 pairs."""
+        self._launch(stream, self._num_blocks(num_pairs))
 
 
 def down_rows(
@@ -231,32 +298,7 @@ def down_rows(
 ) -> None:
     """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column` on.
 
-    a_maps: address of the tensor maps of a [pairs, I] with boxes of X_BOXES; down_maps: of [E_loc, H, I] with boxes of the kernel's
+    a_maps: address of the tensor maps of a [pairs, I] with boxes of the kernel's shape.x_boxes; down_maps: of [E_loc, H, I] with boxes of the kernel's
     w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
     """
-    num_pairs, hidden = y.shape
-    assert y.dtype == torch.bfloat16 and y.stride(1) == 1
-    assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
-    assert hidden % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden, intermediate)
-    assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
-    kernel.kernel.launch(
-        stream,
-        (_num_blocks(kernel, num_pairs, len(offsets), hidden, num_sms), 1),
-        a_maps,
-        first_column,
-        offsets,
-        down_maps,
-        offsets,
-        len(offsets),
-        hidden,
-        intermediate,
-        offsets,
-        y,
-        2 * y.stride(0),
-    )
-
-
-def _num_blocks(kernel: GroupedKernel, num_pairs: int, num_local: int, num_columns: int, num_sms: int) -> int:
-    """No more blocks than slices of tiles that any routing can give."""
-    row_tiles = num_pairs // TILE_ROWS + min(num_local, num_pairs)
-    return min(num_sms, row_tiles * -(-num_columns // kernel.output_columns) << kernel.max_cuts)
+    PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms, first_column)(stream.handle, len(y))

@@ -197,6 +197,51 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
     return IndexKernels(placing(True), count, placing(False))
 
 
+class PackedIndex:
+    """index_local_pairs, ready for ids of one layout (see there) and up to as many rows as `positions` has."""
+
+    def __init__(
+        self,
+        device_index: int,
+        ids: torch.Tensor,
+        first_expert: int,
+        num_local: int,
+        block_counts: torch.Tensor,
+        offsets: torch.Tensor,
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+        *,
+        on_hopper: bool = True,
+    ):
+        max_rows, top_k = positions.shape
+        assert 1 <= num_local <= MAX_EXPERTS and 1 <= max_rows * top_k < 2**31 - 32, (num_local, positions.shape)
+        assert ids.dtype == offsets.dtype == positions.dtype == tokens.dtype == block_counts.dtype == torch.int32
+        assert ids.shape[1] == top_k and (ids.stride(1) == 1 or top_k == 1), (ids.shape, ids.stride())
+        assert offsets.is_contiguous() and offsets.numel() >= num_local
+        assert positions.is_contiguous()
+        assert tokens.is_contiguous() and tokens.numel() >= max_rows * top_k
+        assert block_counts.is_contiguous() and block_counts.numel() >= MAX_BLOCKS * num_local
+        kernels = index_kernels(top_k, on_hopper)
+        pairs = (ids, ids.stride(0), first_expert, num_local, 0, block_counts)
+        self._alone = kernels.alone.pack(device_index, *pairs, offsets, positions, tokens)
+        self._several = [
+            kernels.count.pack(device_index, *pairs),
+            kernels.place.pack(device_index, *pairs, offsets, positions, tokens),
+        ]
+        self._ids, self._num_pairs = kernels.alone.slot("ids"), kernels.alone.slot("num_pairs")
+        self._max_rows, self._top_k = max_rows, top_k
+
+    def __call__(self, stream: int, ids: int, num_rows: int) -> None:
+        """Enqueue on a stream's handle, for num_rows >= 1 rows with ids at that address."""
+        assert 1 <= num_rows <= self._max_rows, (num_rows, self._max_rows)
+        num_pairs = num_rows * self._top_k
+        num_blocks = min(MAX_BLOCKS, -(-num_pairs // PAIRS_OF_A_BLOCK))
+        for launch in (self._alone,) if num_blocks == 1 else self._several:
+            launch.slots[self._ids] = ids
+            launch.slots[self._num_pairs] = num_pairs
+            launch(stream, num_blocks)
+
+
 def index_local_pairs(
     stream: Stream,
     ids: torch.Tensor,
@@ -213,20 +258,8 @@ def index_local_pairs(
 
     block_counts: int32 workspace of MAX_BLOCKS * E_loc. What follows the last pair's place in tokens is untouched.
     """
-    num_rows, top_k = ids.shape
-    num_pairs = num_rows * top_k
-    assert 1 <= num_local <= MAX_EXPERTS and 1 <= num_pairs < 2**31 - 32, (num_local, num_pairs)
-    assert ids.dtype == offsets.dtype == positions.dtype == tokens.dtype == block_counts.dtype == torch.int32
-    assert ids.stride(1) == 1 or top_k == 1, ids.stride()
-    assert offsets.is_contiguous() and offsets.numel() == num_local
-    assert positions.is_contiguous() and positions.shape == ids.shape
-    assert tokens.is_contiguous() and tokens.numel() >= num_pairs
-    assert block_counts.is_contiguous() and block_counts.numel() >= MAX_BLOCKS * num_local
-    num_blocks = min(MAX_BLOCKS, -(-num_pairs // PAIRS_OF_A_BLOCK))
-    kernels = index_kernels(top_k, on_hopper)
-    pairs = (ids, ids.stride(0), first_expert, num_local, num_pairs, block_counts)
-    if num_blocks == 1:
-        kernels.alone.launch(stream, (1, 1), *pairs, offsets, positions, tokens)
-        return
-    kernels.count.launch(stream, (num_blocks, 1), *pairs)
-    kernels.place.launch(stream, (num_blocks, 1), *pairs, offsets, positions, tokens)
+    assert positions.shape == ids.shape and offsets.numel() == num_local, (positions.shape, ids.shape, offsets.shape)
+    index = PackedIndex(
+        stream.device_index, ids, first_expert, num_local, block_counts, offsets, positions, tokens, on_hopper=on_hopper
+    )
+    index(stream.handle, ids.data_ptr(), len(ids))

@@ -1,7 +1,7 @@
 """A kernel: a Numba function compiled once per device, launched by our own launcher.
 
-Numba is the compiler only (PTX), nvJitLink makes the cubin, the driver loads it, `Kernel.launch` packs the arguments. In the
-simulator the same call runs the function on NumPy views of CPU tensors.
+Numba is the compiler only (PTX), nvJitLink makes the cubin, the driver loads it, `Kernel.launch` packs the arguments (`Kernel.pack`: once, for
+many launches). In the simulator the same call runs the function on NumPy views of CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from pipemoe_kernels import cubin_cache, driver
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
+from pipemoe_kernels.packed_launch import PackedLaunch
 
 INT32 = types.int32
 UINT32 = types.uint32
@@ -38,9 +39,14 @@ class Stream:
         """torch's current stream on `device`; its context becomes current in the calling thread if none was."""
         if SIMULATOR:
             return Stream(0, 0)
-        stream = torch.cuda.current_stream(device)
-        driver.enter_context(stream.device_index)
-        return Stream(stream.device_index, stream.cuda_stream)
+        device_index = torch.cuda.current_device() if device.index is None else device.index
+        return Stream(device_index, current_stream(device_index))
+
+
+def current_stream(device_index: int) -> int:
+    """The handle of torch's current stream on a device, whose context becomes current in the calling thread if none was."""
+    driver.enter_context(device_index)
+    return torch._C._cuda_getCurrentRawStream(device_index)  # torch.cuda.current_stream makes an object, for microseconds
 
 
 class Kernel:
@@ -126,16 +132,27 @@ class Kernel:
         entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
         return entry, linked(ObjectCode.from_ptx(ptx.encode()))
 
+    def pack(self, device_index: int, *arguments: torch.Tensor | int) -> PackedLaunch:
+        """A launch with these arguments to use again and again; tensors are passed as their first element's address.
+
+        The tensors are not kept: whoever keeps the launch keeps them. Compiles and loads the kernel.
+        """
+        self.load(device_index)
+        values = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
+        config = driver.launch_config(self.threads, self.shared_bytes, self.starts_early)
+        return PackedLaunch(self._handles[device_index], config, values)
+
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
         """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""
         if self._simulated is not None:
             self._simulated[grid, self.threads, 0, self.shared_bytes](*map(_simulator_argument, self.parameters, arguments))
             return
-        if stream.device_index not in self._handles:
-            self.load(stream.device_index)
-        values = tuple(a if isinstance(a, int) else a.data_ptr() for a in arguments)
-        handle = self._handles[stream.device_index]
-        driver.launch(handle, grid, self.threads, stream.handle, values, self.shared_bytes, self.starts_early)
+        self.pack(stream.device_index, *arguments)(stream.handle, *grid)
+
+    def slot(self, name: str) -> int:
+        """The place of the parameter `name` among the arguments."""
+        code = self.function.__code__
+        return code.co_varnames[: code.co_argcount].index(name)
 
 
 def _simulator_argument(parameter: types.Type, argument: torch.Tensor | int):

@@ -11,7 +11,8 @@ Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit g
     load_box_2d(shared, map, bar, x, y), load_box_3d(shared, map, bar, x, y, z)   bulk copy of one box of a tensor map
     element_address(pointer, index)           the global address of pointer[index]
     load_u32(global), load_shared_u32(shared), store_shared_u32(shared, value), add_shared_u32(shared, value)
-    tile_rows(tokens, first, end, stride, part), copy_rows(rows, base, shared, part, size)   see RowOffsets
+    tile_rows(tokens, first, end, stride), copy_rows(rows, base, shared, part, size)   see RowOffsets
+    rows_of_thread(count)                     makes a tile_rows for `count` rows of a thread instead of ROWS_EACH
     of_first_lane(value)                      lane 0's value, which the compiler then knows to be the same in all lanes
     lanes_with(flag)                          the lanes of the warp whose flag is not 0, as bits
     lanes_before()                            the lanes below this one, as bits
@@ -164,24 +165,27 @@ def element_address(typingctx, pointer, index):
 class RowOffsets(types.Type):
     """Where the gathered rows of one thread start, in 16-byte units from the matrix; NO_ROW for rows that do not exist.
 
-        thread t of 128 copies part t % 8 of the rows t // 8 + 16 i of a tile, i in 0 .. ROWS_EACH
+        thread t of 128 copies part t % 8 of the rows t // 8 + 16 i of a tile, i in 0 .. count
         a row of a tile is 128 bytes: 8 parts of 16 bytes, in shared memory at part ^ (row % 8)
     """
 
-    def __init__(self):
-        super().__init__(name="RowOffsets")
+    def __init__(self, count: int):
+        self.count = count
+        super().__init__(name=f"RowOffsets[{count}]")
+
+    @property
+    def llvm(self) -> ir.LiteralStructType:
+        return ir.LiteralStructType([I32] * self.count)
 
 
 ROWS_EACH = 8
 NO_ROW = 0xFFFFFFFF
-_ROW_OFFSETS = RowOffsets()
-_ROW_OFFSETS_LLVM = ir.LiteralStructType([I32] * ROWS_EACH)
 
 
 @register_model(RowOffsets)
 class _RowOffsetsModel(core_models.PrimitiveModel):
     def __init__(self, manager, kind):
-        super().__init__(manager, kind, _ROW_OFFSETS_LLVM)
+        super().__init__(manager, kind, kind.llvm)
 
 
 _ROW_OFFSET = f"""{{
@@ -199,22 +203,29 @@ setp.ne.b32 exists, $3, {NO_ROW};
 }}"""
 
 
-@intrinsic
-def tile_rows(typingctx, tokens, first, end, stride):
-    """RowOffsets of the rows first, first + 16, ... below `end`: row r is row tokens[r] of the matrix."""
+def rows_of_thread(count: int):
+    """An intrinsic: RowOffsets of the `count` rows first, first + 16, ... below `end`: row r is row tokens[r] of the matrix."""
+    kind = RowOffsets(count)
 
-    def codegen(context, builder, signature, args):
-        kinds = (U64, U32, U32, U32)
-        tokens, first, end, stride = (context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True))
-        rows = ir.Constant(_ROW_OFFSETS_LLVM, ir.Undefined)
-        for i in range(ROWS_EACH):
-            row = builder.add(first, ir.Constant(I32, 16 * i))
-            address = builder.add(tokens, builder.shl(builder.zext(row, I64), ir.Constant(I64, 2)))
-            offset = asm(builder, _ROW_OFFSET, I32, [address, row, end, stride], "=&r,l,r,r,r")
-            rows = builder.insert_value(rows, offset, i)
-        return rows
+    @intrinsic
+    def tile_rows(typingctx, tokens, first, end, stride):
+        def codegen(context, builder, signature, args):
+            kinds = (U64, U32, U32, U32)
+            tokens, first, end, stride = (context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True))
+            rows = ir.Constant(kind.llvm, ir.Undefined)
+            for i in range(count):
+                row = builder.add(first, ir.Constant(I32, 16 * i))
+                address = builder.add(tokens, builder.shl(builder.zext(row, I64), ir.Constant(I64, 2)))
+                offset = asm(builder, _ROW_OFFSET, I32, [address, row, end, stride], "=&r,l,r,r,r")
+                rows = builder.insert_value(rows, offset, i)
+            return rows
 
-    return _ROW_OFFSETS(tokens, first, end, stride), codegen
+        return kind(tokens, first, end, stride), codegen
+
+    return tile_rows
+
+
+tile_rows = rows_of_thread(ROWS_EACH)
 
 
 @intrinsic
@@ -222,11 +233,11 @@ def copy_rows(typingctx, rows, base, shared, part, size):
     """Start copying 16 bytes of each row, from `part` x 16 bytes on, `size` of them (0 or 16) and zeros for the rest."""
 
     def codegen(context, builder, signature, args):
-        kinds = (_ROW_OFFSETS, U64, U32, U32, U32)
+        kinds = (signature.args[0], U64, U32, U32, U32)
         rows, base, shared, part, size = (
             context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True)
         )
-        for i in range(ROWS_EACH):
+        for i in range(signature.args[0].count):
             offset = builder.extract_value(rows, i)
             units = builder.zext(builder.add(offset, part), I64)
             address = builder.add(base, builder.shl(units, ir.Constant(I64, 4)))
@@ -234,4 +245,4 @@ def copy_rows(typingctx, rows, base, shared, part, size):
             asm(builder, _COPY_ROW, ir.VoidType(), [target, address, size, offset], "r,l,r,r")
         return context.get_dummy_value()
 
-    return types.void(_ROW_OFFSETS, base, shared, part, size), codegen
+    return types.void(rows, base, shared, part, size), codegen

@@ -22,6 +22,7 @@ from pipemoe_kernels.ptx_activation import activated
 from pipemoe_kernels.ptx_hopper import F32, I32, I64, U32, U64, asm
 
 STEP = 64  # columns of both operands that one product takes: a 128-byte row of the swizzled tile in shared memory
+MAX_WIDTH = 256  # of one product
 # A tile in shared memory: rows of 128 bytes, 128-byte swizzle, 1024 bytes from one group of 8 rows to the next.
 TILE_DESCRIPTOR = (1 << 62) | (64 << 32) | (1 << 16)
 VOID = ir.VoidType()
@@ -73,25 +74,34 @@ class Accumulators:
 
 
 @cache
-def accumulators(width: int, *, has_bias: bool, activation: str = "silu", gated: bool = True) -> Accumulators:
-    """For 64 x `width` sums."""
+def accumulators(
+    width: int, *, has_bias: bool, activation: str = "silu", gated: bool = True, max_width: int = MAX_WIDTH
+) -> Accumulators:
+    """For 64 x `width` sums, in products of at most max_width columns of them at a time."""
     count = width // 2
+    width_of_product = min(width, max_width)
     kind = Accumulator(count)
-    sums = "{" + ",".join(f"${i}" for i in range(count)) + "}"
     tied = ",".join(["=f"] * count + [str(i) for i in range(count)])
     struct = ir.LiteralStructType([F32] * count)
 
-    def product(keep):
-        return f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.bf16.bf16 {sums}, a, b, {keep}, 1, 1, 0, 0;\n"
+    def products_of_16(keep):
+        """For 16 columns of both operands; w's rows lie 128 bytes apart, 8 in a descriptor's units."""
+        text = ""
+        for first in range(0, width, width_of_product):
+            sums = "{" + ",".join(f"${i}" for i in range(first // 2, (first + width_of_product) // 2)) + "}"
+            w = "b" if first == 0 else "w"
+            text += "" if first == 0 else f"add.s64 w, b, {8 * first};\n"
+            text += f"wgmma.mma_async.sync.aligned.m64n{width_of_product}k16.f32.bf16.bf16 {sums}, a, {w}, {keep}, 1, 1, 0, 0;\n"
+        return text
 
     # 16 columns of bfloat16 are 32 bytes, 2 in a descriptor's units.
-    next_product = "add.s64 a, a, 2;\nadd.s64 b, b, 2;\n" + product(1)
+    next_products = "add.s64 a, a, 2;\nadd.s64 b, b, 2;\n" + products_of_16(1)
     products = (
-        "{\n.reg .pred keep;\n.reg .b64 a, b;\n"
+        "{\n.reg .pred keep;\n.reg .b64 a, b, w;\n"
         f"mov.b64 a, ${2 * count};\nmov.b64 b, ${2 * count + 1};\nsetp.ne.b32 keep, ${2 * count + 2}, 0;\n"
         "wgmma.fence.sync.aligned;\n"
-        + product("keep")
-        + next_product * (STEP // 16 - 1)
+        + products_of_16("keep")
+        + next_products * (STEP // 16 - 1)
         + "wgmma.commit_group.sync.aligned;\n}"
     )
 

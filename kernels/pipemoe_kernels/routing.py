@@ -9,8 +9,7 @@ Of equal choices the lower expert is taken, of equal groups the lower group. NaN
 left the lowest expert is taken: ids are always valid and all different. A NaN logit makes all softmax weights of its token
 NaN; a sigmoid weight is NaN if its own logit is, and renormalised all of them are if one is.
 
-    shared memory of a warp:  | keys [MAX_EXPERTS] | keys of groups [MAX_EXPERTS / 2] |
-    key of a choice           uint32 in the same order: 0 not to be taken, 1 NaN, then the numbers from -inf on
+A lane has the experts lane, lane + 32, ...: their logits are loaded all at once, and stay in registers with their keys (largest_keys.py).
 
 DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) has the bias and the groups; Qwen3-MoE and Mixtral are softmax.
 """
@@ -25,7 +24,8 @@ import numpy as np
 import torch
 
 from pipemoe_kernels.element import ELEMENTS
-from pipemoe_kernels.launch import FLOAT32_POINTER, INT32, INT32_POINTER, UINT32, Kernel, Stream
+from pipemoe_kernels.largest_keys import NOT_TAKEN, key_of, largest_keys, words_of_groups
+from pipemoe_kernels.launch import FLOAT32_POINTER, INT32, INT32_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 
 if SIMULATOR:
@@ -33,15 +33,11 @@ if SIMULATOR:
 else:
     from pipemoe_kernels import ptx_warp as warp_operations
 
-max_over_lanes, min_over_lanes = warp_operations.max_over_lanes, warp_operations.min_over_lanes
-sum_over_lanes, from_lane, sync_lanes = warp_operations.sum_over_lanes, warp_operations.from_lane, warp_operations.sync_lanes
-bits_of, from_bits = warp_operations.bits_of, warp_operations.from_bits
+sum_over_lanes, from_lane = warp_operations.sum_over_lanes, warp_operations.from_lane
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
 CAPABILITY = (8, 0)  # the oldest that has the instructions
-KEYS_OF_WARP = MAX_EXPERTS + MAX_EXPERTS // 2
-NOT_TAKEN, NAN_KEY, NO_PLACE, SIGN = UINT32(0), UINT32(1), UINT32(0xFFFFFFFF), UINT32(0x80000000)
 ZERO, ONE, LEAST_SUM = np.float32(0.0), np.float32(1.0), np.float32(1e-20)
 
 
@@ -55,119 +51,67 @@ class Scoring:
     scale: float = 1.0
 
 
-@cuda.jit(device=True, inline="always")
-def key_of(choice):
-    bits = bits_of(choice + ZERO)  # -0 becomes 0
-    key = UINT32(bits ^ SIGN)
-    if bits >= SIGN:
-        key = UINT32(~bits)
-    if choice != choice:
-        key = NAN_KEY
-    return key
-
-
-@cuda.jit(device=True, inline="always")
-def choice_of(key):
-    """key_of backwards."""
-    bits = UINT32(~key)
-    if key >= SIGN:
-        bits = UINT32(key ^ SIGN)
-    return from_bits(bits)
-
-
-@cuda.jit(device=True, inline="always")
-def best_of_lane(keys, first, count, lane):
-    """Largest key in a lane's places, 32 apart, and the lowest place that has it."""
-    best, place = NOT_TAKEN, NO_PLACE
-    for i in range(lane, count, 32):
-        key = UINT32(keys[first + i])
-        if key > best:
-            best, place = key, UINT32(i)
-    return best, place
-
-
-@cuda.jit(device=True, inline="always")
-def take_largest(keys, first, count, num_taken, lane):
-    """Take `num_taken` of keys[first : first + count], largest first, lower places before higher; lane k gets the k-th place."""
-    mine = UINT32(0)
-    best, place = best_of_lane(keys, first, count, lane)
-    for k in range(num_taken):
-        largest = max_over_lanes(best)
-        taken = min_over_lanes(place if best == largest else NO_PLACE)
-        if lane == k:
-            mine = taken
-        if place == taken:
-            keys[first + types.int64(taken)] = NOT_TAKEN
-            best, place = best_of_lane(keys, first, count, lane)
-    sync_lanes()
-    return mine
-
-
-@cuda.jit(device=True, inline="always")
-def keep_largest_groups(keys, first, groups_at, num_experts, num_groups, top_groups, lane):
-    """Makes the keys of all but the `top_groups` best groups NOT_TAKEN."""
-    size = num_experts // num_groups
-    for group in range(lane, num_groups, 32):
-        largest = NOT_TAKEN
-        second = NOT_TAKEN
-        for i in range(first + group * size, first + (group + 1) * size):
-            key = UINT32(keys[i])
-            if key > largest:
-                largest, second = key, largest
-            elif key > second:
-                second = key
-        keys[groups_at + group] = key_of(choice_of(largest) + choice_of(second))
-    sync_lanes()
-    take_largest(keys, groups_at, num_groups, top_groups, lane)
-    for i in range(lane, num_experts, 32):
-        if keys[groups_at + i // size] != NOT_TAKEN:
-            keys[first + i] = NOT_TAKEN
-    sync_lanes()
-
-
 @cache
-def routing_kernel(dtype: torch.dtype, scoring: Scoring, has_bias: bool = False, warps: int = 4) -> Kernel:
+def routing_kernel(
+    dtype: torch.dtype, scoring: Scoring, has_bias: bool = False, warps: int = 4, max_experts: int = MAX_EXPERTS
+) -> Kernel:
+    """For up to max_experts experts, a multiple of 32."""
     element = ELEMENTS[dtype]
     load = element.load
     sigmoid, renormalise, rounded, scale = scoring.sigmoid, scoring.renormalise, scoring.rounded, np.float32(scoring.scale)
     rounded = rounded and dtype != torch.float32
     round_to = warp_operations.round_to_half if dtype == torch.float16 else warp_operations.round_to_bf16
-    num_keys = warps * KEYS_OF_WARP
+    each = max_experts // 32
+    largest = largest_keys(each)
+    take_largest, keep_largest_groups = largest.take, largest.keep_groups
+    words = words_of_groups(each) if sigmoid else 1
+    num_words = warps * words
 
     def route_tokens(
         logits, row_stride, bias, num_tokens, num_experts, top_k, num_groups, top_groups, ids, ids_stride, weights, weights_stride
     ):
-        keys = cuda.shared.array(num_keys, types.uint32)
+        shared = cuda.shared.array(num_words, types.uint32)
         lane = cuda.threadIdx.x % 32
         warp = cuda.threadIdx.x // 32
         token = types.int64(cuda.blockIdx.x) * warps + warp
         if token < num_tokens:
             row = token * row_stride
-            first = warp * KEYS_OF_WARP
-            for i in range(lane, num_experts, 32):
-                choice = load(logits, row + i)
-                if sigmoid:
-                    choice = ONE / (ONE + math.exp(-choice))
-                if has_bias:
-                    choice += bias[i]
-                keys[first + i] = key_of(choice)
-            sync_lanes()
+            values = cuda.local.array(each, types.float32)
+            keys = cuda.local.array(each, types.uint32)
+            biases = cuda.local.array(each, types.float32)
+            for i in range(each):
+                values[i] = ZERO
+                biases[i] = ZERO
+                if 32 * i + lane < num_experts:
+                    values[i] = load(logits, row + (32 * i + lane))
+                    if has_bias:
+                        biases[i] = bias[32 * i + lane]
+            for i in range(each):
+                keys[i] = NOT_TAKEN
+                if 32 * i + lane < num_experts:
+                    choice = values[i]
+                    if sigmoid:
+                        choice = ONE / (ONE + math.exp(-choice))
+                    if has_bias:
+                        choice += biases[i]
+                    keys[i] = key_of(choice)
             if sigmoid and top_groups < num_groups:
-                keep_largest_groups(keys, first, first + MAX_EXPERTS, num_experts, num_groups, top_groups, lane)
-            expert = types.int64(take_largest(keys, first, num_experts, top_k, lane))
+                keep_largest_groups(keys, shared, warp * words, num_experts, num_groups, top_groups, lane)
+            expert = types.int64(take_largest(keys, top_k, lane))
             value = load(logits, row + expert)
             weight = ZERO
             if sigmoid:
                 if lane < top_k:
                     weight = ONE / (ONE + math.exp(-value))
             else:
-                largest = from_lane(value, 0)
+                peak = from_lane(value, 0)
                 total = ZERO
-                for i in range(lane, num_experts, 32):
-                    total += math.exp(load(logits, row + i) - largest)
+                for i in range(each):
+                    if 32 * i + lane < num_experts:
+                        total += math.exp(values[i] - peak)
                 total = sum_over_lanes(total)
                 if lane < top_k:
-                    weight = math.exp(value - largest) / total
+                    weight = math.exp(value - peak) / total
             if renormalise:
                 chosen = sum_over_lanes(weight)
                 weight /= chosen + LEAST_SUM if sigmoid else chosen
@@ -185,8 +129,13 @@ def routing_kernel(dtype: torch.dtype, scoring: Scoring, has_bias: bool = False,
             *(INT32_POINTER, INT32, FLOAT32_POINTER, INT32),
         ),
         32 * warps,
-        key=(dtype, scoring, has_bias, warps),
+        key=(dtype, scoring, has_bias, warps, max_experts),
     )
+
+
+def _least_size(num_experts: int) -> int:
+    """The least of the few sizes that kernels are compiled for."""
+    return max(32, 1 << (num_experts - 1).bit_length())
 
 
 def fits(num_experts: int, top_k: int) -> bool:
@@ -222,7 +171,7 @@ def route_tokens(
     assert 1 <= top_groups <= num_groups and 1 <= top_k <= top_groups * (num_experts // num_groups), (top_k, top_groups)
     if num_tokens == 0:
         return
-    kernel = kernel or routing_kernel(logits.dtype, scoring, bias is not None)
+    kernel = kernel or routing_kernel(logits.dtype, scoring, bias is not None, max_experts=_least_size(num_experts))
     warps = kernel.threads // 32
     kernel.launch(
         stream,

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipemoe.experts.hopper import HopperExperts
-from pipemoe_kernels.grouped_mma import grouped_mma
+from pipemoe_kernels.grouped_mma import PackedMma
 
 if TYPE_CHECKING:
     import torch
 
     from pipemoe.experts.hopper import HopperScratch
-    from pipemoe.wire import WireRows
-    from pipemoe_kernels.launch import Stream
+    from pipemoe.experts.prepared_call import PackedDown, PackedGateUp
 
 
 class AmpereExperts(HopperExperts):
@@ -24,15 +23,18 @@ class AmpereExperts(HopperExperts):
     def _prepare(self) -> None:
         pass
 
-    def _gate_up(
-        self, stream: Stream, layer: int, scratch: HopperScratch, rows: WireRows, offsets: torch.Tensor, a: torch.Tensor
-    ) -> None:
+    def _pack_gate_up(
+        self, layer: int, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+    ) -> PackedGateUp:
         w = self.weights[layer]
         form = {"gated": w.gated, "activation": w.activation}
-        grouped_mma(stream, rows.hidden, scratch.tokens, w.gate_up.detach(), offsets, w.gate_up_bias, a, self.num_sms, **form)
+        return PackedMma(
+            a.get_device(), hidden, scratch.tokens, w.gate_up.detach(), offsets, w.gate_up_bias, a, self.num_sms, **form
+        )
 
-    def _down(
-        self, stream: Stream, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
-    ) -> None:
+    def _pack_down(
+        self, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+    ) -> PackedDown:
         down = self.weights[layer].down.detach()[:, first_column : first_column + y.shape[1]]
-        grouped_mma(stream, a, None, down, offsets, None, y, self.num_sms)
+        packed, address = PackedMma(y.get_device(), a, None, down, offsets, None, y, self.num_sms), a.data_ptr()
+        return lambda stream, num_pairs: packed(stream, address, num_pairs)

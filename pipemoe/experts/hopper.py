@@ -3,7 +3,8 @@
     rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, activation)--> a [pairs, I]
       for each block of columns:  --down_rows--> y [pairs, block] --combine--> out [n, block]
 
-Nothing is allocated and nothing synchronises the host. The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
+Nothing is allocated and nothing synchronises the host; launches are packed at a layer's first call with a scratch and a layout of rows
+and out (prepared_call.py). The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipemoe.errors import ConfigError
+from pipemoe.experts.prepared_call import ColumnBlock, PackedDown, PackedGateUp, PreparedCall
 from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
-from pipemoe_kernels.combine import combine_rows
-from pipemoe_kernels.combine_lanes import combine_lanes, fits
+from pipemoe_kernels import grouped_wgmma
 from pipemoe_kernels.grouped_roles import PART_COLUMNS
-from pipemoe_kernels.grouped_wgmma import down_rows, gate_up_rows, grouped_kernel
-from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, index_kernels, index_local_pairs
-from pipemoe_kernels.launch import Stream
-from pipemoe_kernels.ring import X_BOXES
+from pipemoe_kernels.grouped_wgmma import grouped_kernel
+from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
 from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
+from pipemoe_kernels.tile_shape import DEFAULT_ROWS, SHAPES
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
 CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
+MAX_LAYOUTS = 64  # of a layer's calls that a scratch keeps ready; more are of a caller whose tensors have no steady layout
 
 
 def unsupported(
@@ -66,6 +67,7 @@ class HopperScratch:
             return torch.empty(shape, dtype=dtype, device=experts.device)
 
         self.max_rows = max_rows
+        self.calls: dict[tuple[object, ...], PreparedCall] = {}  # by layout
         self.positions = empty(max_rows, experts.top_k)
         self.tokens = empty(num_pairs)
         self.offsets = empty(num_local)
@@ -74,9 +76,10 @@ class HopperScratch:
         self.y = empty(num_pairs, experts.hidden, dtype=torch.bfloat16)
         # A layer's intermediate -> address of the maps of `a` with rows of that length.
         sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs and experts.on_hopper else []
+        boxes = experts.shape.x_boxes
         views = [self.a[: num_pairs * size].view(num_pairs, size) for size in sizes]
-        self.maps = device_maps([tensor_map(view, box) for view in views for box in X_BOXES], experts.device)
-        step = len(X_BOXES) * MAP_BYTES
+        self.maps = device_maps([tensor_map(view, box) for view in views for box in boxes], experts.device)
+        step = len(boxes) * MAP_BYTES
         self.a_maps = {size: self.maps.data_ptr() + step * i for i, size in enumerate(sizes)}
         self.num_bytes = sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
@@ -86,7 +89,8 @@ class HopperExperts(ExpertsShape):
 
     Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a row's bits
     depend on the row alone; deterministic adds that the sum over ranks is exact (see pipemoe_kernels.combine).
-    num_sms: blocks of the GEMMs; None: one for each multiprocessor.
+    num_sms: blocks of the GEMMs; None: one for each multiprocessor. tile_rows: of the bfloat16
+    GEMMs' tiles, of tile_shape.SHAPES.
     """
 
     implementation = "hopper"
@@ -103,6 +107,7 @@ class HopperExperts(ExpertsShape):
         dtype: torch.dtype,
         deterministic: bool = False,
         num_sms: int | None = None,
+        tile_rows: int = DEFAULT_ROWS,
     ):
         super().__init__(
             weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
@@ -110,15 +115,18 @@ class HopperExperts(ExpertsShape):
         if reason := unsupported(weights, hidden, device, dtype, self.implementation):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
+        self.shape = SHAPES[tile_rows]
         self._prepare()
 
     def _prepare(self) -> None:
         """Make what the GEMMs of each layer need."""
-        self._down_kernel = grouped_kernel(gated=False)
+        self._down_kernel = grouped_kernel(gated=False, shape=self.shape)
         maps = []
         self._layers = []
         for w in self.weights:
-            gate_up_kernel = grouped_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation)
+            gate_up_kernel = grouped_kernel(
+                gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation, shape=self.shape
+            )
             first = len(maps)
             if w.num_local_experts:
                 maps += [tensor_map(w.gate_up.detach(), box) for box in gate_up_kernel.w_boxes]
@@ -156,53 +164,86 @@ class HopperExperts(ExpertsShape):
                         self(layer, rows, out[padding : padding + num_rows, : self.hidden], scratch, events)
         torch.cuda.synchronize(self.device)
 
-    @torch.no_grad()
     def __call__(
         self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: HopperScratch, events: Sequence[Recordable] = ()
     ) -> None:
-        blocks = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
-        weights = self.weights[layer]
-        num_rows, num_local = len(rows), weights.num_local_experts
-        if num_rows == 0 or num_local == 0:
-            for block in blocks:
-                block.zero_()
-            for event in events:
-                event.record()
-            return
-        stream = Stream.current(rows.buffer.device)
-        num_pairs, intermediate = num_rows * self.top_k, weights.intermediate
-        offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
-        ids, first_expert, tokens = rows.ids, weights.first_expert, scratch.tokens
-        counts = scratch.block_counts
-        index_local_pairs(stream, ids, first_expert, num_local, counts, offsets, positions, tokens, on_hopper=self.on_hopper)
-        a = scratch.a[: num_pairs * intermediate].view(num_pairs, intermediate)
-        self._gate_up(stream, layer, scratch, rows, offsets, a)
-        for block, columns in enumerate(column_ranges(self.hidden, len(blocks))):
-            part = slice(columns.start, columns.stop)
-            y, out_part = scratch.y[:num_pairs, part], blocks[block]
-            bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            self._down(stream, layer, scratch, a, offsets, y, columns.start)
-            if fits(len(columns), out_part):
-                combine_lanes(stream, y, positions, ids, first_expert, rows.weights, bias, out_part, on_hopper=self.on_hopper)
-            else:
-                combine_rows(stream, y, positions, ids, first_expert, rows.weights, bias, out_part)
-            if events:
-                events[block].record()
+        hidden, ids, weights = rows.hidden, rows.ids, rows.weights
+        hidden_shape, ids_shape, weights_shape = hidden.shape, ids.shape, weights.shape
+        num_rows, out_layout = _layout_of_out(out)
+        # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor where.
+        layout = (
+            *(self, layer, len(events), hidden.get_device(), out_layout),
+            *(hidden.dtype, hidden_shape[1:], hidden.stride(), ids.dtype, ids_shape[1:], ids.stride()),
+            *(weights.dtype, weights_shape[1:], weights.stride()),
+        )
+        call = scratch.calls.get(layout)
+        if call is None or not (0 < num_rows == hidden_shape[0] == ids_shape[0] == weights_shape[0] <= scratch.max_rows):
+            parts = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
+            if num_rows == 0 or self.weights[layer].num_local_experts == 0:
+                _nothing_local(parts, events)
+                return
+            call = self._prepared_call(layer, rows, parts, scratch)
+            if len(scratch.calls) >= MAX_LAYOUTS * len(self.weights):
+                scratch.calls.clear()
+            scratch.calls[layout] = call
+        call(rows, out, num_rows, events)
 
-    def _gate_up(
-        self, stream: Stream, layer: int, scratch: HopperScratch, rows: WireRows, offsets: torch.Tensor, a: torch.Tensor
-    ) -> None:
-        """a [pairs, I] from the rows scratch.tokens of `rows`."""
+    @torch.no_grad()
+    def _prepared_call(
+        self, layer: int, rows: WireRows, parts: Sequence[torch.Tensor], scratch: HopperScratch
+    ) -> PreparedCall:
+        """parts: out's blocks of columns."""
+        weights = self.weights[layer]
+        num_local, first_expert = weights.num_local_experts, weights.first_expert
+        offsets, positions, tokens = scratch.offsets[:num_local], scratch.positions, scratch.tokens
+        index = PackedIndex(
+            *(rows.ids.get_device(), rows.ids, first_expert, num_local, scratch.block_counts, offsets, positions, tokens),
+            on_hopper=self.on_hopper,
+        )
+        a = scratch.a[: len(tokens) * weights.intermediate].view(len(tokens), weights.intermediate)
+        gate_up = self._pack_gate_up(layer, scratch, rows.hidden, offsets, a)
+        blocks = []
+        for columns in column_ranges(self.hidden, len(parts)):
+            part = slice(columns.start, columns.stop)
+            bias = None if weights.down_bias is None else weights.down_bias[:, part]
+            down = self._pack_down(layer, scratch, a, offsets, scratch.y[:, part], columns.start)
+            blocks.append(ColumnBlock(columns, down, scratch.y[:, part], bias))
+        return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, on_hopper=self.on_hopper)
+
+    def _pack_gate_up(
+        self, layer: int, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+    ) -> PackedGateUp:
+        """a [pairs, I] from the rows scratch.tokens of `hidden`."""
         kernel, gate_up_map, _ = self._layers[layer]
         maps = self._maps.data_ptr() + MAP_BYTES * gate_up_map
         bias = self.weights[layer].gate_up_bias
-        gate_up_rows(stream, kernel, rows.hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms)
+        return grouped_wgmma.PackedGateUp(a.get_device(), kernel, hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms)
 
-    def _down(
-        self, stream: Stream, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
-    ) -> None:
-        """Columns of a times down, from `first_column` on: y [pairs, columns]."""
+    def _pack_down(
+        self, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+    ) -> PackedDown | None:
+        """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them too."""
         _, _, down_map = self._layers[layer]
         maps = self._maps.data_ptr() + MAP_BYTES * down_map
-        a_maps = scratch.a_maps[a.shape[1]]
-        down_rows(stream, self._down_kernel, a_maps, maps, offsets, a.shape[1], y, self.num_sms, first_column)
+        a_maps, intermediate = scratch.a_maps[a.shape[1]], a.shape[1]
+        return grouped_wgmma.PackedDown(
+            y.get_device(), self._down_kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column
+        )
+
+
+def _layout_of_out(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[int, tuple[object, ...]]:
+    """Number of rows (-1: blocks differ), and what else a prepared call depends on."""
+    if isinstance(out, torch.Tensor):
+        shape = out.shape
+        return shape[0], (out.get_device(), out.dtype, shape[1:], out.stride(), out.data_ptr() & 15)
+    layouts = [_layout_of_out(block) for block in out]
+    counts = {num_rows for num_rows, _ in layouts}
+    return counts.pop() if len(counts) == 1 else -1, tuple(layout for _, layout in layouts)
+
+
+@torch.no_grad()
+def _nothing_local(parts: Sequence[torch.Tensor], events: Sequence[Recordable]) -> None:
+    for part in parts:
+        part.zero_()
+    for event in events:
+        event.record()

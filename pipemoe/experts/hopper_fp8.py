@@ -18,13 +18,12 @@ from pipemoe.errors import ConfigError
 from pipemoe.experts.hopper import HopperExperts
 from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights
-from pipemoe_kernels.grouped_fp8 import down_fp8, gate_up_fp8, row_maps, weight_map
+from pipemoe_kernels.grouped_fp8 import PackedDownFp8, PackedGateUpFp8, row_maps, weight_map
 from pipemoe_kernels.index_hopper import MAX_BLOCKS
-from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps
 
 if TYPE_CHECKING:
-    from pipemoe.wire import WireRows
+    from pipemoe.experts.prepared_call import PackedDown, PackedGateUp, PreparedCall
 
 E4M3 = torch.float8_e4m3fn
 
@@ -54,6 +53,7 @@ class HopperFp8Scratch:
             return torch.empty(shape, dtype=dtype, device=experts.device)
 
         self.max_rows = max_rows
+        self.calls: dict[tuple[object, ...], PreparedCall] = {}  # by layout
         self.positions = empty(max_rows, experts.top_k)
         self.tokens = empty(num_pairs)
         self.offsets = empty(num_local)
@@ -100,17 +100,19 @@ class HopperFp8Experts(HopperExperts):
         self.check_max_rows(max_rows)
         return HopperFp8Scratch(self, max_rows)
 
-    def _gate_up(
-        self, stream: Stream, layer: int, scratch: HopperFp8Scratch, rows: WireRows, offsets: torch.Tensor, a: torch.Tensor
-    ) -> None:
+    def _pack_gate_up(
+        self, layer: int, scratch: HopperFp8Scratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+    ) -> PackedGateUp:
         weight_map, scales = self._maps.data_ptr() + MAP_BYTES * self._layers[layer], self.weights[layer].gate_up_scales
         a_scales = scratch.a_scales[: a.shape[1] // BLOCK]
-        gate_up_fp8(stream, rows.hidden, scratch.tokens, weight_map, scales, offsets, a, a_scales, self.num_sms)
+        return PackedGateUpFp8(
+            a.get_device(), hidden, scratch.tokens, weight_map, scales, offsets, a, a_scales, self.num_sms
+        )
 
-    def _down(
-        self, stream: Stream, layer: int, scratch: HopperFp8Scratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
-    ) -> None:
+    def _pack_down(
+        self, layer: int, scratch: HopperFp8Scratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+    ) -> PackedDown | None:
         if first_column:
-            return
+            return None
         weight_map, scales = self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1), self.weights[layer].down_scales
-        down_fp8(stream, scratch.a_maps[a.shape[1]], weight_map, scales, offsets, scratch.y[: len(y)], self.num_sms)
+        return PackedDownFp8(y.get_device(), scratch.a_maps[a.shape[1]], weight_map, scales, offsets, scratch.y, self.num_sms)

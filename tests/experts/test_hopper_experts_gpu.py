@@ -18,6 +18,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from pipemoe.comm.transport import column_blocks
 from pipemoe.errors import ConfigError
 from pipemoe.experts import column_ranges, local_range, make_experts
+from pipemoe.experts.hopper import HopperExperts
 from tests.experts.oracle import (
     TOLERANCE,
     expected,
@@ -158,6 +159,26 @@ def test_deterministic_bits(hidden, intermediate):
     for num_ranks in (2, 3, 4):
         splits = [slice_experts(weights, local_range(10, num_ranks, rank)) for rank in range(num_ranks)]
         assert torch.equal(sum(run(rows, split, deterministic=True) for split in splits), whole)
+
+
+@pytest.mark.parametrize("gated, bias", [(True, False), (False, True)])
+def test_the_same_bits_whatever_the_tile(gated, bias):
+    """Rows per expert around every size of a tile and of a warpgroup's part of it."""
+    weights = random_weights(8, 704, 560, dtype=BF16, bias=bias, gated=gated, activation="silu")
+    counts = (1, 63, 64, 65, 128, 130, 192, 400)
+    ids = torch.repeat_interleave(torch.arange(8), torch.tensor(counts))
+    ids = torch.stack([ids, ids.roll(200)], dim=1)[torch.randperm(len(ids), generator=torch.Generator().manual_seed(5))]
+    rows = random_rows(len(ids), 704, 8, 2, dtype=BF16, device="cuda", ids=ids)
+    outs = []
+    for tile_rows, num_sms in ((128, None), (192, None), (192, 7), (192, 1)):
+        settings = {"top_k": 2, "hidden": 704, "device": torch.device("cuda"), "dtype": BF16}
+        experts = HopperExperts([to_device(weights, "cuda")], **settings, num_sms=num_sms, tile_rows=tile_rows)
+        scratch = experts.new_scratch(len(rows))
+        poison(scratch)
+        outs.append(torch.full((len(rows), 704), torch.nan, device="cuda"))
+        experts(0, rows, outs[-1], scratch)
+    assert relative_error(outs[0], expected(rows, weights)) < TOLERANCE[BF16]
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 def test_only_enqueues_and_allocates_nothing():

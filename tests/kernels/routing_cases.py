@@ -28,6 +28,8 @@ CASES = {
     "one expert": RoutingCase(1, 1, Scoring(sigmoid=False, renormalise=True)),
     "most experts": RoutingCase(512, 16, Scoring(sigmoid=True, renormalise=False), has_bias=True),
     "awkward": RoutingCase(45, 7, Scoring(sigmoid=True, renormalise=True), 9, 3),
+    "groups of 32": RoutingCase(96, 5, Scoring(sigmoid=True, renormalise=True), 3, 2, has_bias=True),
+    "groups of 48": RoutingCase(144, 4, Scoring(sigmoid=True, renormalise=False), 3, 2),
     "many groups": RoutingCase(512, 16, Scoring(sigmoid=True, renormalise=True), 256, 8, has_bias=True),
     "all experts": RoutingCase(13, 13, Scoring(sigmoid=False, renormalise=True, scale=0.5)),
 }

@@ -28,9 +28,9 @@ def test_index_in_two_launches():
     hopper.check_index(torch.randint(-1, 20, (1500, 4), generator=generator).int(), 3, 9)
 
 
-@pytest.mark.parametrize("num_sms", [132, 5])
-def test_grouped_gemms(num_sms):
-    hopper.test_grouped_gemms("mixed", 200, 136, num_sms, True)
+@pytest.mark.parametrize("num_sms, tile_rows", [(132, 128), (5, 128), (5, 192)])
+def test_grouped_gemms(num_sms, tile_rows):
+    hopper.test_grouped_gemms("mixed", 200, 136, num_sms, True, "silu", True, tile_rows)
 
 
 def test_combine():
@@ -41,7 +41,7 @@ def test_combine():
 def test_kernels_of_other_gpus():
     any_gpu.test_gather(96, torch.bfloat16)
     any_gpu.test_pack(96, torch.bfloat16)
-    any_gpu.test_swiglu(True, torch.bfloat16, 13)
+    any_gpu.test_activations(True, torch.bfloat16, 13)
     any_gpu.test_grouped_gemm(torch.bfloat16, 9, 7)
 
 

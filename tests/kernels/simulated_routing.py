@@ -10,11 +10,12 @@ from pipemoe_kernels.routing import Scoring, route_tokens, routing_kernel
 STREAM = Stream.current(torch.device("cpu"))
 
 
-def run(logits, bias, case):
+def run(logits, bias, case, max_experts=64):
     """With ids and weights as columns of wider rows, which must stay as they were."""
+    max_experts = max(max_experts, -(-case.num_experts // 32) * 32)
     ids = torch.full((len(logits), case.top_k + 2), 77, dtype=torch.int32)
     weights = torch.full((len(logits), case.top_k + 1), 77.0)
-    kernel = routing_kernel(logits.dtype, case.scoring, bias is not None, warps=1)
+    kernel = routing_kernel(logits.dtype, case.scoring, bias is not None, warps=1, max_experts=max_experts)
     places = ids[:, : case.top_k], weights[:, : case.top_k]
     route_tokens(STREAM, logits, bias, *places, case.scoring, case.num_groups, case.top_groups, kernel)
     assert bool((ids[:, case.top_k :] == 77).all()) and bool((weights[:, case.top_k :] == 77).all())
@@ -28,6 +29,8 @@ def run(logits, bias, case):
         ("mixtral", torch.float32, True),
         ("awkward", torch.float32, True),
         ("awkward", torch.float16, False),
+        ("groups of 32", torch.float32, True),
+        ("groups of 48", torch.float32, False),
         ("one expert", torch.float16, False),
         ("all experts", torch.float32, True),
     ],

@@ -1,12 +1,16 @@
-"""benchmarks/kernels.py as far as it goes without a GPU: its cells, its reference and the loop that it compares with."""
+"""benchmarks/kernels.py as far as it goes without a GPU: its cells, its reference, the loop that it compares with, a whole run of stand-ins."""
+
+import json
 
 import pytest
 import torch
 
 import kernels
+import kernels_judge
 import kernels_table
 import readme_table
 import results_schema
+from kernels_field import FIELD
 from kernels_cases import LAYERS, TOKENS, Layer, enumerate_cells, expected_rows, make_rows, make_weights
 from pipemoe.errors import InputError
 from tests.experts.oracle import TOLERANCE, expected, relative_error
@@ -83,3 +87,100 @@ def test_rows_fit_the_schema_and_the_page():
 def test_layers_route_as_their_families():
     assert LAYERS["deepseek-v3"].routing.num_groups == 8
     assert LAYERS["mixtral-8x7b-all"].routing.scoring == "softmax"
+
+
+class Replayed:
+    """A graph that runs its work at each replay."""
+
+    def __init__(self, work):
+        self.replay = work
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The whole run on CPU tensors; every implementation is the loop over experts, unless a test puts another one in its place."""
+    import kernels_peers
+    import kernels_timing
+
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    monkeypatch.setattr(kernels, "LAYERS", {"small": LAYER, "deepseek-v3": LAYER})
+    monkeypatch.setattr("kernels_cases.LAYERS", kernels.LAYERS)
+    for name, value in (("is_available", True), ("get_device_name", "a card"), ("empty_cache", None), ("get_device_capability", (8, 0))):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(kernels_timing, "roofline", lambda: {"tflops": 700.0, "copy_tbps": 4.0})
+    monkeypatch.setattr(kernels_timing, "captured", Replayed)
+    monkeypatch.setattr(kernels_timing, "host_us", lambda call: call() or 30.0)
+    monkeypatch.setattr(kernels_timing, "interleaved_ms", lambda graphs, rounds: {name: [1.0, 2.0, 3.0] for name in graphs})
+    peers = dict.fromkeys(kernels_peers.PEERS, kernels_peers.cublas_loop)
+    monkeypatch.setattr(kernels_peers, "PEERS", peers)
+    return peers
+
+
+def run(tmp_path, *arguments):
+    path = tmp_path / "kernels.json"
+    options = ["--layers", "small,deepseek-v3", "--tokens", "30", "--json", str(path), *arguments]
+    return kernels.run(kernels.parse(options)), json.loads(path.read_text())["rows"]
+
+
+def test_a_whole_run(on_cpu, tmp_path, capsys):
+    status, rows = run(tmp_path, "--impls", "pipemoe,pipemoe_fp8,cublas_loop")
+    assert status == 0 and [(row["layer"], row["impl"], row["dtype"]) for row in rows] == [
+        *(("small", "pipemoe", "bf16"), ("small", "cublas_loop", "bf16"), ("deepseek-v3", "pipemoe", "bf16")),
+        *(("deepseek-v3", "pipemoe", "fp8"), ("deepseek-v3", "cublas_loop", "bf16")),
+    ]
+    assert all(row["ms"] == 2.0 and row["rel_err"] < 1e-2 and row["host_us"] == (30.0 if row["impl"] == "pipemoe" and row["dtype"] == "bf16" else None) for row in rows)
+    printed = capsys.readouterr().out
+    assert "a card: dense bf16 700" in printed and "host, eager call: us" in printed and "bars met" in printed
+    assert json.loads(printed.splitlines()[-1])["benchmark"] == "kernels"
+
+
+def test_implementations_that_fail_leave_rows_without_figures(on_cpu, tmp_path, capsys):
+    def raises(weights, rows):
+        raise RuntimeError("no kernel for this")
+
+    on_cpu |= {"grouped_mm": raises, "cublas_loop": lambda weights, rows: lambda out: out.zero_()}
+    status, rows = run(tmp_path, "--impls", "pipemoe,grouped_mm,cublas_loop")
+    assert status == 0 and [row["ms"] for row in rows] == 2 * [2.0, None, None]
+    assert "no kernel for this" in (errors := capsys.readouterr().err) and "relative error" in errors
+    on_cpu["pipemoe"] = raises
+    assert run(tmp_path, "--impls", "pipemoe,grouped_mm")[0] == 1
+
+
+def test_late_peers_are_left_out(on_cpu, tmp_path):
+    rows = run(tmp_path, "--impls", "pipemoe,cublas_loop", "--seconds", "1e-9")[1]
+    assert [row["ms"] for row in rows] == 2 * [2.0, None]
+
+
+def cell_rows(speed=1.0, **changes):
+    """Rows of all cells of the field, `speed` times as fast as its best, on a card with its floors."""
+    rows = []
+    for (name, tokens), best in FIELD.items():
+        layer, ratio = LAYERS[name], best.ratio_to_floor / speed
+        row = result("pipemoe", ratio * best.floor_ms, tokens, layer=name, H=layer.hidden, floor_ms=best.floor_ms, ratio_to_floor=ratio)
+        rows.append(row | {"tflops": 650.0, "index_us": 2.0, "routing_us": 2.0} | changes)
+    return rows
+
+
+def verdicts(rows):
+    return {verdict.bar: verdict for verdict in kernels_judge.judge(rows)}
+
+
+def test_bars_are_those_of_the_field():
+    found = verdicts(cell_rows(1.2) + [result("pipemoe", 1.2, 16384, layer="deepseek-v3", dtype="fp8", tflops=1200.0)])
+    not_met = [bar for bar, verdict in found.items() if not verdict.met]
+    assert not_met == ["mixtral-8x7b-all, 512 tokens: memory-bound, ratio to floor"]  # the field's best is 1.46 times the floor there
+    assert found["geometric mean against the best of the field"].found == "1.200 over 20 cells"
+    assert found["deepseek-v3, 4096 tokens: ratio to floor"].found == "1.278, 1.20 x as fast"
+    assert found["fp8, deepseek-v3, 16384 tokens: x bf16"].found == "2.00"
+    assert kernels_judge.verdict_table(list(found.values())).endswith(f"{len(found) - 1} of {len(found)} bars met")
+
+
+def test_bars_that_are_not_met_or_not_measured():
+    slow = verdicts(cell_rows(1 / 1.04, tflops=400.0, host_us=41.0, routing_us=90.0))
+    assert not any(verdict.met for bar, verdict in slow.items() if "memory-bound" not in bar)
+    assert slow["fp8, deepseek-v3, 16384 tokens: x bf16"].found is None
+    few = verdicts(cell_rows(2.0)[:3])
+    assert not few["geometric mean against the best of the field"].met and few["deepseek-v3, 64 tokens: ratio to floor"].met
+    assert few["deepseek-v3, 16384 tokens: ratio to floor"].found is None
+    failed = verdicts([row | {"ms": None, "tflops": None, "ratio_to_floor": None} for row in cell_rows()])
+    assert not any(verdict.met for verdict in failed.values())

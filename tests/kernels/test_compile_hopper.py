@@ -1,6 +1,8 @@
 """Hopper's kernels compile without a GPU: tensor cores, bulk copies and register budgets as meant, nothing in local memory."""
 
 import importlib.util
+import re
+import warnings
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes_kernel
-from pipemoe_kernels.grouped_roles import SHARED_BYTES
-from pipemoe_kernels.grouped_wgmma import CONSUMER_REGISTERS, PRODUCER_REGISTERS, THREADS, grouped_kernel
+from pipemoe_kernels.grouped_wgmma import grouped_kernel
 from pipemoe_kernels.index_hopper import index_kernels
-from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build
+from pipemoe_kernels.tile_shape import ROWS_192, SHAPES
+from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, disassemble
 
 HOPPER = (9, 0), "sm_90a"
 # Each side of every choice; gelu with a bias and a gate takes the most registers.
@@ -23,7 +25,7 @@ FORMS = [(True, False, "silu"), (True, True, "gelu"), (False, True, "relu"), (Fa
 def test_grouped_gemm(gated, has_bias, activation, tmp_path):
     grouped = grouped_kernel(gated=gated, has_bias=has_bias, activation=activation)
     registers, code = build(grouped.kernel, *HOPPER, tmp_path)
-    assert registers * THREADS <= NUM_REGISTERS
+    assert registers * grouped.kernel.threads <= NUM_REGISTERS
     if code is not None:
         for c in range(grouped.max_cuts + 1):
             assert f"HGMMA.64x{256 >> c}x16.F32.BF16" in code
@@ -33,8 +35,22 @@ def test_grouped_gemm(gated, has_bias, activation, tmp_path):
 
 
 def test_budgets():
-    assert 128 * PRODUCER_REGISTERS + (THREADS - 128) * CONSUMER_REGISTERS <= NUM_REGISTERS
-    assert SHARED_BYTES <= MAX_SHARED_BYTES["sm_90a"]
+    assert all(shape.shared_bytes <= MAX_SHARED_BYTES["sm_90a"] for shape in SHAPES.values())
+
+
+def test_tiles_of_three_consumers_as_they_are_linked(tmp_path):
+    """They multiply with nothing in local memory, and no warning of the linker; the producer alone, with its few registers, has spills."""
+    grouped = grouped_kernel(gated=True, shape=ROWS_192)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        entry, cubin = grouped.kernel.build((9, 0), "sm_90a")
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
+    code = disassemble(tmp_path)
+    if code is not None:
+        assert f".text.{entry}" in code and code.count("USETMAXREG") == 2
+        products = code[code.index("HGMMA") : code.rindex("HGMMA")]
+        assert "HGMMA.64x128x16.F32.BF16" in products and not re.search(r"\b(LDL|STL|CALL)\b", products)
+        assert len(re.findall(r"\b(LDL|STL)\b", code)) <= 24
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

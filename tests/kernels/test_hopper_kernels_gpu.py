@@ -15,11 +15,11 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes
-from pipemoe_kernels.ring import X_BOXES
 from pipemoe_kernels.grouped_wgmma import down_rows, gate_up_rows, grouped_kernel
 from pipemoe_kernels.index_hopper import MAX_BLOCKS, index_local_pairs
 from pipemoe_kernels.launch import Stream
 from pipemoe_kernels.tensor_map import device_maps, tensor_map
+from pipemoe_kernels.tile_shape import SHAPES
 from tests.kernels.cases import (
     ROUTINGS,
     expected_activations,
@@ -34,6 +34,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-6, tor
 COUNTS = {
     "mixed": [3, 0, 64, 65, 1, 0, 129, 300, 0, 17],
     "one expert": [700],
+    "near 192": [192, 193, 191, 128, 129, 127, 160, 384],
     "one row": [0, 1, 0],
     "none": [0, 0],
 }
@@ -86,7 +87,8 @@ def test_index_with_all_rows_on_one_expert():
 @pytest.mark.parametrize("hidden, intermediate", [(64, 32), (200, 136), (512, 384)])
 @pytest.mark.parametrize("num_sms", [132, 5])
 @pytest.mark.parametrize("has_bias, activation, gated", [(False, "silu", True), (True, "gelu", True), (True, "relu", False), (False, "silu", False)])
-def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias, activation, gated):
+@pytest.mark.parametrize("tile_rows", SHAPES)
+def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias, activation, gated, tile_rows):
     """Both GEMMs on rows of a wire buffer that is poisoned where they must not look."""
     offsets = torch.tensor(COUNTS[name]).cumsum(0).int()
     num_local, total = len(offsets), int(offsets[-1])
@@ -103,12 +105,12 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias, activation
     rows = wire_rows(x, torch.full((len(x), 2), -1).int(), torch.full((len(x), 2), torch.nan), "cuda")
     a = torch.full((total + 200, intermediate), torch.nan, dtype=torch.bfloat16, device="cuda")
     y = torch.full((total + 200, hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
-    gate_up_kernel = grouped_kernel(gated=gated, has_bias=has_bias, activation=activation)
-    down_kernel = grouped_kernel(gated=False)
+    gate_up_kernel = grouped_kernel(gated=gated, has_bias=has_bias, activation=activation, shape=SHAPES[tile_rows])
+    down_kernel = grouped_kernel(gated=False, shape=SHAPES[tile_rows])
     device, on_gpu = a.device, [gate_up.cuda(), down.cuda(), offsets.cuda(), tokens.cuda()]
     gate_up_maps = device_maps([tensor_map(on_gpu[0], box) for box in gate_up_kernel.w_boxes], device)
     down_maps = device_maps([tensor_map(on_gpu[1], box) for box in down_kernel.w_boxes], device)
-    a_maps = device_maps([tensor_map(a, box) for box in X_BOXES], device)
+    a_maps = device_maps([tensor_map(a, box) for box in down_kernel.shape.x_boxes], device)
     gate_up_rows(
         *(stream(), gate_up_kernel, rows.hidden, on_gpu[3], gate_up_maps.data_ptr(), on_gpu[2]),
         *(None if bias is None else bias.cuda(), a, num_sms),

@@ -1,0 +1,67 @@
+"""Sizes of a bfloat16 row tile on Hopper: 64 rows of x for each consumer warpgroup, with 256 rows of w.
+
+    consumers   rows   stage: x + w   registers: producer, consumers      w passes the L2 cache
+    2           128    16 + 32 KB     56, 224 (or 168 each, see below)    once for every 128 rows of an expert
+    3           192    24 + 32 KB     32, 160                             once for every 192 rows
+
+Two consumers get by with equal shares of the registers, three do not: their kernels must be linked whole (Kernel.moves_registers). The
+assembler refuses products of 256 columns where threads have 128 registers before they move, so three consumers' have 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipemoe_kernels.raster import MAX_EXPERTS
+from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, X_BOXES
+
+STEP_BYTES = 128  # of a row in a stage
+TILE_COLUMNS = 256  # rows of w in a stage
+W_BYTES = TILE_COLUMNS * STEP_BYTES
+ENDS_AT = 2 * EMPTY_AT
+RING_AT = ENDS_AT + 4 * (MAX_EXPERTS + 1) + 1023 & ~1023
+ALIGNMENT = 1024  # of the ring
+MAX_SHARED_BYTES = 227 * 1024  # of a block
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """product_columns: rows of w in one product."""
+
+    consumers: int
+    consumer_registers: int
+    producer_registers: int = 56
+    moves_registers: bool = False
+    product_columns: int = 256
+
+    @property
+    def rows(self) -> int:
+        return GROUP_ROWS * self.consumers
+
+    @property
+    def threads(self) -> int:
+        return 128 * (1 + self.consumers)
+
+    @property
+    def x_boxes(self) -> tuple[int, ...]:
+        """Rows of the boxes of x's tensor maps, in the order in which the maps stand; the first holds a whole tile."""
+        return X_BOXES if self.rows == X_BOXES[0] else (self.rows, *X_BOXES)
+
+    @property
+    def x_bytes(self) -> int:
+        return self.rows * STEP_BYTES
+
+    @property
+    def stage_bytes(self) -> int:
+        return self.x_bytes + W_BYTES
+
+    @property
+    def shared_bytes(self) -> int:
+        """With room to align the ring, should the array not be aligned as it says; 192 rows leave none."""
+        return min(ALIGNMENT + RING_AT + NUM_STAGES * self.stage_bytes, MAX_SHARED_BYTES)
+
+
+ROWS_128 = TileShape(consumers=2, consumer_registers=224)
+ROWS_192 = TileShape(consumers=3, consumer_registers=160, producer_registers=32, moves_registers=True, product_columns=128)
+SHAPES = {shape.rows: shape for shape in (ROWS_128, ROWS_192)}
+DEFAULT_ROWS = 128
