@@ -8,6 +8,7 @@ from functools import cache
 # Constants of cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_WITH_BARRIER = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 _TENSOR_MAP_TYPES = {"uint8": 0, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
 
@@ -102,6 +103,12 @@ def launch(
         return
     result = _library().cuLaunchKernel(function, *sizes, shared_bytes, ctypes.c_void_p(stream), pointers, None)
     _check(result, "cuLaunchKernel")
+
+
+def write_word(stream: int, address: int, value: int) -> None:
+    """Enqueue the write of one 32-bit word of device memory, which all that was enqueued before on the stream is visible behind."""
+    result = _library().cuStreamWriteValue32(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER)
+    _check(result, "cuStreamWriteValue32")
 
 
 def encode_tensor_map(

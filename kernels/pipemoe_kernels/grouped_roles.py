@@ -32,8 +32,11 @@ SHARED_BYTES = 1024 + RING_AT + NUM_STAGES * STAGE_BYTES  # the first 1024 to al
 PART_COLUMNS = 8  # of a 16-byte part
 
 
-def gathering_producer(gated: bool):
-    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its rows."""
+def gathering_producer(gated: bool, rows_of=ptx.tile_rows):
+    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its rows.
+
+    rows_of: tile_rows, or listed_rows where `tokens` is in shared memory.
+    """
 
     @cuda.jit(device=True, inline="always")
     def produce(
@@ -44,7 +47,7 @@ def gathering_producer(gated: bool):
         line = thread >> UINT32(3)
         lane = thread & UINT32(31)
         line_at = line * UINT32(128) + ((part ^ (line & UINT32(7))) << UINT32(4))
-        rows = ptx.tile_rows(tokens, row + line, end, x_stride)
+        rows = rows_of(tokens, row + line, end, x_stride)
         half_bytes = UINT32(W_BYTES // 2) >> cuts
         to_second = UINT32(num_columns) if gated else UINT32(TILE_COLUMNS // 2) >> cuts
         w_map += MAP_BYTES * cuts

@@ -100,7 +100,7 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
     pairs = (INT32_POINTER, *[INT32] * 4, INT32_POINTER)
 
     def placing(is_alone: bool) -> Kernel:
-        def place_pairs(ids, row_stride, first_expert, num_local, num_pairs, block_counts, offsets, positions, tokens):
+        def place_pairs(ids, row_stride, first_expert, num_local, num_pairs, block_counts, offsets, positions, tokens, first_place):
             counts = cuda.shared.array(0, types.int32)  # [E_loc, PITCH]
             starts = counts[PITCH * num_local :]  # [E_loc]: of this block's pairs
             totals = counts[(PITCH + 1) * num_local :]  # [E_loc]
@@ -181,11 +181,11 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
                         counts[slot] += cuda.popc(UINT32(same))
                     cuda.syncwarp()
                     if batch + i < last and pair < num_pairs:
-                        positions[pair] = position
+                        positions[pair] = position + first_place if position >= 0 else position
 
         return Kernel(
             place_pairs,
-            (*pairs, *[INT32_POINTER] * 3),
+            (*pairs, *[INT32_POINTER] * 3, INT32),
             THREADS,
             shared_bytes=4 * (PITCH + 2) * MAX_EXPERTS,
             hopper_only=on_hopper,
@@ -208,10 +208,12 @@ def index_local_pairs(
     tokens: torch.Tensor,
     *,
     on_hopper: bool = True,
+    first_place: int = 0,
 ) -> None:
     """ids [n, K] int32, rows strided, n >= 1 -> offsets [E_loc], positions [n, K] (-1: not local), tokens [>= pairs], all int32.
 
     block_counts: int32 workspace of MAX_BLOCKS * E_loc. What follows the last pair's place in tokens is untouched.
+    first_place: what positions count from, where these rows are a part of more; offsets and tokens count from 0 all the same.
     """
     num_rows, top_k = ids.shape
     num_pairs = num_rows * top_k
@@ -226,7 +228,7 @@ def index_local_pairs(
     kernels = index_kernels(top_k, on_hopper)
     pairs = (ids, ids.stride(0), first_expert, num_local, num_pairs, block_counts)
     if num_blocks == 1:
-        kernels.alone.launch(stream, (1, 1), *pairs, offsets, positions, tokens)
+        kernels.alone.launch(stream, (1, 1), *pairs, offsets, positions, tokens, first_place)
         return
     kernels.count.launch(stream, (num_blocks, 1), *pairs)
-    kernels.place.launch(stream, (num_blocks, 1), *pairs, offsets, positions, tokens)
+    kernels.place.launch(stream, (num_blocks, 1), *pairs, offsets, positions, tokens, first_place)

@@ -11,7 +11,8 @@ Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit g
     load_box_2d(shared, map, bar, x, y), load_box_3d(shared, map, bar, x, y, z)   bulk copy of one box of a tensor map
     element_address(pointer, index)           the global address of pointer[index]
     load_u32(global), load_shared_u32(shared), store_shared_u32(shared, value), add_shared_u32(shared, value)
-    tile_rows(tokens, first, end, stride, part), copy_rows(rows, base, shared, part, size)   see RowOffsets
+    tile_rows(tokens, first, end, stride), copy_rows(rows, base, shared, part, size)   see RowOffsets
+    listed_rows(list, first, end, stride)     tile_rows with `tokens` in shared memory
     of_first_lane(value)                      lane 0's value, which the compiler then knows to be the same in all lanes
     lanes_with(flag)                          the lanes of the warp whose flag is not 0, as bits
     lanes_before()                            the lanes below this one, as bits
@@ -184,12 +185,12 @@ class _RowOffsetsModel(core_models.PrimitiveModel):
         super().__init__(manager, kind, _ROW_OFFSETS_LLVM)
 
 
-_ROW_OFFSET = f"""{{
+_ROW_OFFSET = """{{
 .reg .pred in_tile;
 .reg .b32 token;
-mov.b32 $0, {NO_ROW};
+mov.b32 $0, {no_row};
 setp.lt.u32 in_tile, $2, $3;
-@in_tile ld.relaxed.gpu.global.b32 token, [$1];
+@in_tile {load} token, [$1];
 @in_tile mul.lo.u32 $0, token, $4;
 }}"""
 _COPY_ROW = f"""{{
@@ -199,22 +200,34 @@ setp.ne.b32 exists, $3, {NO_ROW};
 }}"""
 
 
-@intrinsic
-def tile_rows(typingctx, tokens, first, end, stride):
-    """RowOffsets of the rows first, first + 16, ... below `end`: row r is row tokens[r] of the matrix."""
+def _row_offsets(load, address):
+    """An intrinsic: RowOffsets of the rows first, first + 16, ... below `end`: row r is row tokens[r] of the matrix.
 
-    def codegen(context, builder, signature, args):
-        kinds = (U64, U32, U32, U32)
-        tokens, first, end, stride = (context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True))
-        rows = ir.Constant(_ROW_OFFSETS_LLVM, ir.Undefined)
-        for i in range(ROWS_EACH):
-            row = builder.add(first, ir.Constant(I32, 16 * i))
-            address = builder.add(tokens, builder.shl(builder.zext(row, I64), ir.Constant(I64, 2)))
-            offset = asm(builder, _ROW_OFFSET, I32, [address, row, end, stride], "=&r,l,r,r,r")
-            rows = builder.insert_value(rows, offset, i)
-        return rows
+    address: the type of the address `tokens`, which `load` takes.
+    """
+    text = _ROW_OFFSET.format(load=load, no_row=NO_ROW)
 
-    return _ROW_OFFSETS(tokens, first, end, stride), codegen
+    @intrinsic
+    def rows_of(typingctx, tokens, first, end, stride):
+        def codegen(context, builder, signature, args):
+            kinds = (address, U32, U32, U32)
+            tokens, first, end, stride = (context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True))
+            rows = ir.Constant(_ROW_OFFSETS_LLVM, ir.Undefined)
+            for i in range(ROWS_EACH):
+                row = builder.add(first, ir.Constant(I32, 16 * i))
+                index = builder.zext(row, I64) if address == U64 else row
+                place = builder.add(tokens, builder.shl(index, ir.Constant(index.type, 2)))
+                offset = asm(builder, text, I32, [place, row, end, stride], f"=&r,{_CONSTRAINT[address]},r,r,r")
+                rows = builder.insert_value(rows, offset, i)
+            return rows
+
+        return _ROW_OFFSETS(tokens, first, end, stride), codegen
+
+    return rows_of
+
+
+tile_rows = _row_offsets("ld.relaxed.gpu.global.b32", U64)
+listed_rows = _row_offsets("ld.shared.b32", U32)
 
 
 @intrinsic
