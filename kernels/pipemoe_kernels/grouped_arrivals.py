@@ -16,8 +16,6 @@ comes before a flag must never wait for it. It lets no other kernel start early 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -30,8 +28,9 @@ from pipemoe_kernels.grouped_wgmma import THREADS, GroupedKernel
 from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx_wgmma import STEP
-from pipemoe_kernels.raster import MAX_EXPERTS, find_tile, next_expert, plan_rounds, steps_in_stage, tile_of
+from pipemoe_kernels.raster import find_tile, next_expert, plan_rounds, steps_in_stage, tile_of
 from pipemoe_kernels.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, announce_rest, skip_tile
+from pipemoe_kernels.segments import Segments
 
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 80, 216
 MAX_CUTS = 2
@@ -41,34 +40,6 @@ PLACES_AT = 16
 SOURCES_AT = PLACES_AT + 4 * TILE_ROWS
 SLOT_BYTES = SOURCES_AT + 4 * TILE_ROWS
 SHARED_BYTES = RING_BYTES + NUM_STAGES * SLOT_BYTES + TABLE_BYTES + 16
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Rows of a wave in the parts in which they arrive, and the index of each (see index_hopper.py).
-
-    first_rows: of each, ascending; none is empty. top_k: K. tokens [pairs] int32: the segment's tokens from place K * its first row
-    on, counted from its first row. ends [S, E_loc] int32, rows E_loc apart: ends of the experts' places, counted from the segment's
-    first one. flags [S] and batches [S], int32 and int64: a segment is there when its flag is `epoch`; batches hold no word of it yet.
-    """
-
-    first_rows: Sequence[int]
-    top_k: int
-    tokens: torch.Tensor
-    ends: torch.Tensor
-    flags: torch.Tensor
-    batches: torch.Tensor
-    epoch: int
-
-    def arguments(self) -> tuple[torch.Tensor | int, ...]:
-        """For the kernels' parameters from `tokens` to `batches`."""
-        count = len(self.first_rows)
-        assert 1 <= count <= MAX_SEGMENTS and 0 < self.epoch < 2**31, (count, self.epoch)
-        assert self.tokens.dtype == self.ends.dtype == self.flags.dtype == torch.int32 and self.batches.dtype == torch.int64
-        assert self.ends.is_contiguous() and self.ends.shape[0] >= count and self.ends.shape[1] <= MAX_EXPERTS, self.ends.shape
-        assert self.flags.is_contiguous() and self.batches.is_contiguous() and min(len(self.flags), len(self.batches)) >= count
-        rows = [*self.first_rows, *[0] * (MAX_SEGMENTS - count)]
-        return (self.tokens, self.top_k, self.ends, count, *rows, self.flags, self.epoch, self.batches)
 
 
 @cache

@@ -145,6 +145,9 @@ def stand_ins(wave, monkeypatch):
     def nothing(*_):
         return None
 
+    def sync_producers():
+        _here.block.producers.wait()
+
     def sync_lanes():
         _here.block.warps[_here.thread >> 7].wait()
 
@@ -178,6 +181,7 @@ def stand_ins(wave, monkeypatch):
             for _ in range(-(-int(steps) // 2 ** int(together))):
                 full = barriers + 8 * stage
                 barrier_wait(full + ring.EMPTY_AT, parity)
+                sync_producers()  # a stage is full when all have copied their part
                 if thread == 0:
                     barrier_arrive(full)
                     barrier_arrive(full)
@@ -219,13 +223,14 @@ def stand_ins(wave, monkeypatch):
     for name, function in shared.items():
         monkeypatch.setattr(arrival_raster, name, function)
     for module in (grouped_arrivals, arrival_raster):
-        monkeypatch.setattr(module, "sync_producers", lambda: _here.block.producers.wait())
+        monkeypatch.setattr(module, "sync_producers", sync_producers)
     monkeypatch.setattr(grouped_arrivals, "TILE_ROWS", ROWS)
     monkeypatch.setattr(grouped_arrivals, "GROUP_ROWS", GROUP)
     for module in (raster, arrival_raster):
         monkeypatch.setattr(module, "TILE_ROWS", np.uint32(ROWS))
     monkeypatch.setattr(arrival_raster, "PRODUCERS", ROWS)
-    monkeypatch.setattr(grouped_arrivals, "cuda", Cuda())
+    for module in (grouped_arrivals, ring):
+        monkeypatch.setattr(module, "cuda", Cuda())
     monkeypatch.setattr(grouped_arrivals, "announce_rest", nothing)
     monkeypatch.setattr(grouped_arrivals, "gathering_producer", gathering_producer)
     monkeypatch.setattr(grouped_arrivals, "consumer", consumer)
