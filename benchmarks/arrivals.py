@@ -120,6 +120,7 @@ class DelayedWave:
 
         from pipemoe.experts import make_experts
         from pipemoe.experts.arrivals import ArrivingExperts
+        from pipemoe.runtime.lanes import stream_lanes
         from pipemoe.wire import WireFormat
 
         wire = WireFormat(layer.hidden, layer.top_k, torch.bfloat16)
@@ -133,7 +134,7 @@ class DelayedWave:
         self.out = torch.zeros((num_tokens, layer.hidden), dtype=torch.bfloat16, device="cuda")
         self.flush = torch.zeros(64 << 20, device="cuda")
         self.total = torch.zeros((), device="cuda")
-        self.dispatch = torch.cuda.Stream()
+        self.dispatch = stream_lanes(torch.device("cuda"), 1).slots[0].dispatch.stream
         self.segment_rows = segment_rows
         bounds = [0, *itertools.accumulate(segment_rows)]
         self.parts = [slice(*pair) for pair in itertools.pairwise(bounds)]

@@ -106,9 +106,10 @@ def launch(
 
 
 def write_word(stream: int, address: int, value: int) -> None:
-    """Enqueue the write of one 32-bit word of device memory, which all that was enqueued before on the stream is visible behind."""
-    result = _library().cuStreamWriteValue32(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER)
-    _check(result, "cuStreamWriteValue32")
+    """Enqueue the write of one 32-bit word of device memory; who sees it sees all that was enqueued before it on the stream."""
+    # The name without _v2 is that of an older call, which needs a setting of the driver.
+    result = _library().cuStreamWriteValue32_v2(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER)
+    _check(result, "cuStreamWriteValue32_v2")
 
 
 def encode_tensor_map(

@@ -21,7 +21,8 @@ from functools import cache
 import torch
 
 from pipemoe_kernels import ptx_hopper as ptx
-from pipemoe_kernels.arrival_raster import FIRST_ROWS_AT, MAX_SEGMENTS, TABLE_BYTES, claim_batch, find_place, load_batch_ends, sync_producers
+from pipemoe_kernels.arrival_raster import FIRST_ROWS_AT, MAX_SEGMENTS, TABLE_BYTES
+from pipemoe_kernels.arrival_raster import claim_batch, find_place, load_batch_ends, sync_producers
 from pipemoe_kernels.grouped_roles import ENDS_AT, PART_COLUMNS, RING_AT, STAGE_BYTES, TILE_COLUMNS, consumer, gathering_producer
 from pipemoe_kernels.grouped_roles import SHARED_BYTES as RING_BYTES
 from pipemoe_kernels.grouped_wgmma import THREADS, GroupedKernel

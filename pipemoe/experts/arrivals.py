@@ -172,7 +172,7 @@ class ArrivingExperts:
         Raises InputError if a segment has not been announced by `arrived`, and as the experts' own call.
         """
         if arrivals.rows is None or arrivals.missing:
-            raise InputError(f"layer {arrivals.layer}: segments {sorted(arrivals.missing)} of the wave are not announced; call `arrived` before")
+            raise InputError(f"layer {arrivals.layer}: segments {sorted(arrivals.missing)} of the wave are not announced: call `arrived` first")
         experts, layer, rows = self.experts, arrivals.layer, arrivals.rows
         experts.check_call(layer, rows, out, scratch.max_rows)
         arrivals.rows = None

@@ -10,6 +10,7 @@ import itertools
 import os
 import sys
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 from pipemoe.experts import make_experts
 from pipemoe.experts.arrivals import ArrivingExperts
+from pipemoe.runtime.lanes import stream_lanes
 from pipemoe_kernels import driver
 from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error, slice_experts, to_device
 
@@ -32,6 +34,13 @@ BF16 = torch.bfloat16
 DEADLINE_S = 20
 DELAY_CYCLES = 300_000  # some 0.15 ms: the kernel has to wait
 _WAIT_UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
+
+
+@cache
+def streams():
+    """Two for segments, and one to free the GPU by; made one after the other, so that none shares a hardware queue with another."""
+    lanes = stream_lanes(torch.device("cuda"), 1).slots[0]
+    return lanes.dispatch.stream, lanes.combine.stream, lanes.compute.stream
 
 
 class Layer:
@@ -46,7 +55,7 @@ class Layer:
         for arrivals in self.buffers:
             self.arriving.warm_up(arrivals, self.scratch, column_blocks)
         self.dtype = torch.float64 if deterministic else torch.float32
-        self.sides = [torch.cuda.Stream() for _ in range(2)]
+        *self.sides, _ = streams()
 
     def ordinary(self, rows):
         out = torch.full(rows.hidden.shape, torch.nan, dtype=self.dtype, device="cuda")
@@ -67,7 +76,7 @@ class Layer:
         for side in self.sides:
             side.wait_stream(torch.cuda.current_stream())
         if held:
-            result = driver._library().cuStreamWaitValue32(
+            result = driver._library().cuStreamWaitValue32_v2(
                 ctypes.c_void_p(self.sides[1].cuda_stream), ctypes.c_uint64(gate.data_ptr()), ctypes.c_uint32(1), _WAIT_UNTIL_EQUAL
             )
             assert result == 0, result
@@ -104,7 +113,7 @@ def wait(done, arrivals):
 
     if passed(DEADLINE_S):
         return
-    rescue = torch.cuda.Stream()
+    rescue = streams()[2]
     for slot in range(len(arrivals.flags)):
         driver.write_word(rescue.cuda_stream, arrivals.flags.data_ptr() + 4 * slot, arrivals.epoch)
     if passed(DEADLINE_S / 4):

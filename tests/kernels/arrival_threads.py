@@ -7,6 +7,7 @@ them notes which rows a tile reads, and which it writes. Barriers, batches, rast
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -256,8 +257,9 @@ def launch(wave, function, arguments):
         thread.start()
 
     def join():
+        deadline = time.monotonic() + PATIENCE_S
         for thread in threads:
-            thread.join(PATIENCE_S)
+            thread.join(max(0.0, deadline - time.monotonic()))
         assert not wave.failures, wave.failures
         assert not any(thread.is_alive() for thread in threads)
 

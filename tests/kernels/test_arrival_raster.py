@@ -1,4 +1,4 @@
-"""Which block of the arrival-driven kernel takes what, and when, against a naive oracle: the kernel's own control flow in Python threads."""
+"""What each block of the arrival-driven kernel takes, and when, against a naive oracle: the kernel's control flow in Python threads."""
 
 import importlib.util
 from collections import Counter
