@@ -93,6 +93,7 @@ class HopperExperts(ExpertsShape):
     """
 
     implementation = "hopper"
+    supports_arrivals = True
     on_hopper = True  # whether kernels may use what only Hopper has
 
     def __init__(

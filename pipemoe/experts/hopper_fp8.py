@@ -81,6 +81,7 @@ class HopperFp8Experts(HopperExperts):
     """
 
     implementation = "hopper_fp8"
+    supports_arrivals = False
 
     def _prepare(self) -> None:
         if reason := unsupported_format(self.weights, self.hidden):

@@ -38,6 +38,7 @@ class Experts(Protocol):
     implementation: str
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
+    supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
     def leaving(self, num_sms: int) -> Experts:
         """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve both."""
@@ -74,6 +75,8 @@ def column_ranges(hidden: int, num_blocks: int) -> list[range]:
 
 class ExpertsShape:
     """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
+
+    supports_arrivals = False
 
     def __init__(
         self,
