@@ -6,7 +6,9 @@ import os
 
 import pytest
 
-os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read when CUDA starts, which looking for a GPU does
+# Read when CUDA starts, which looking for a GPU does.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 _stderr = 2

@@ -10,6 +10,7 @@ from functools import cache
 # Constants of cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_WITH_BARRIER = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 _TENSOR_MAP_TYPES = {"uint8": 0, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
 
@@ -107,6 +108,13 @@ def launch_config(threads: int, shared_bytes: int, starts_early: bool) -> Launch
 def launch_call() -> Callable[..., int]:
     """cuLaunchKernelEx(config, function, addresses of the arguments, None); its result is for `check`."""
     return _library().cuLaunchKernelEx
+
+
+def write_word(stream: int, address: int, value: int) -> None:
+    """Enqueue the write of one 32-bit word of device memory; who sees it sees all that was enqueued before it on the stream."""
+    # The name without _v2 is that of an older call, which needs a setting of the driver.
+    result = _library().cuStreamWriteValue32_v2(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER)
+    check(result, "cuStreamWriteValue32_v2")
 
 
 def encode_tensor_map(

@@ -33,10 +33,13 @@ def x_step_bytes(stage_bytes, w_bytes, together):
     return UINT32((UINT32(stage_bytes) >> together) - w_bytes)
 
 
-def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128):
-    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its rows."""
+def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool = False):
+    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its rows.
+
+    listed: `tokens` is in shared memory.
+    """
     stage_bytes = shape.stage_bytes
-    rows_of_thread = ptx.rows_of_thread(shape.rows // 16)
+    rows_of_thread = ptx.rows_of_thread(shape.rows // 16, listed=listed)
 
     @cuda.jit(device=True, inline="always")
     def produce(

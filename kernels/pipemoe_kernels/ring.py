@@ -44,6 +44,7 @@ def skip_tile(barriers, stage, parity, steps, together, lane):
     for _ in range(UINT32(steps + (UINT32(1) << together) - 1) >> together):
         full = UINT32(barriers + 8 * stage)
         ptx.barrier_wait(full, parity)
+        cuda.syncwarp()  # no lane may still wait for a phase that the others see through
         if lane == 0:
             ptx.barrier_arrive(full + EMPTY_AT)
         stage, parity = next_stage(stage, parity)

@@ -18,6 +18,7 @@ class AmpereExperts(HopperExperts):
     """Only enqueues on torch's current stream, and gives a row the same bits whatever its neighbours. Implementation name "ampere"."""
 
     implementation = "ampere"
+    supports_arrivals = False
     on_hopper = False
 
     def _prepare(self) -> None:

@@ -37,6 +37,7 @@ class DequantisingExperts:
     """The experts call of `inner` on e4m3 rows; a row's result is as deterministic as inner's."""
 
     wire_dtype = torch.float8_e4m3fn
+    supports_arrivals = False
 
     def __init__(self, inner: Experts, *, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype):
         self._inner = inner

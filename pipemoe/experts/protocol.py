@@ -40,6 +40,7 @@ class Experts(Protocol):
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
     sliced_permille: int  # about the part of a call's time, in thousandths, that goes block by block of columns where events ask for it
+    supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
     def leaving(self, num_sms: int) -> Experts:
         """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve both."""
@@ -71,6 +72,7 @@ class ExpertsShape:
     """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
 
     sliced_permille = 0
+    supports_arrivals = False
 
     def __init__(
         self,
