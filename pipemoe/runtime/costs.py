@@ -25,14 +25,7 @@ if TYPE_CHECKING:
 
 
 def runtime_cost(
-    world: World,
-    dimensions: Dimensions,
-    config: Config,
-    dtype: torch.dtype,
-    sum_dtype: torch.dtype,
-    wire: WireFormat,
-    graph_rows: int = 0,
-    sliced_permille: int = 0,
+    world: World, dimensions: Dimensions, config: Config, dtype: torch.dtype, sum_dtype: torch.dtype, wire: WireFormat, graph_rows: int = 0, sliced_permille: int = 0
 ) -> tuple[CostModel, dict[str, Any]]:
     """The cost model and the subject of a file that holds it; every rank calls. graph_rows: most tokens whose attention is launched
     as a graph. sliced_permille: of the experts that run here.
