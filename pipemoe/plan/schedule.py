@@ -27,6 +27,7 @@ UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many
 MAX_GROUPS = 4  # dispatches of one cohort under way at once, on a rank
 COMBINES = ("reduce", "gather")
 BLOCK_CHOICES = (1, 2, 4)  # of columns, that mode auto chooses from
+MOST_BLOCKS = 16  # groups of collectives of one combine: a lane's queue is finite
 OBJECTIVES = ("mean", "slowest", "p50", "weighted")  # of the sequences' times to first token
 
 
@@ -183,8 +184,8 @@ class PlanConfig:
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
-        if self.combine_blocks is not None and (type(self.combine_blocks) is not int or self.combine_blocks < 1):
-            raise ConfigError(f"combine_blocks is {self.combine_blocks!r}; it must be a whole number of at least 1, or None")
+        if self.combine_blocks is not None and (type(self.combine_blocks) is not int or not 1 <= self.combine_blocks <= MOST_BLOCKS):
+            raise ConfigError(f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None")
 
     @property
     def exchange(self) -> str:

@@ -191,7 +191,7 @@ def test_objectives_and_budget_matter():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("objective", "median"), ("makespan_budget", -0.1), ("makespan_budget", float("nan")), ("makespan_budget", "a lot"), ("objective_weights", (0, 0, 0)), ("objective_weights", (1, 2)), ("objective_weights", (1, 0, 0.5))]
+    ("field", "value"), [("objective", "median"), ("combine_blocks", 17), ("combine_blocks", 2.0), ("makespan_budget", -0.1), ("makespan_budget", float("nan")), ("makespan_budget", "a lot"), ("objective_weights", (0, 0, 0)), ("objective_weights", (1, 2)), ("objective_weights", (1, 0, 0.5))]
 )
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):
