@@ -280,7 +280,7 @@ def _layers_and_events(costs, num_layers):
     """How many layers to simulate (and then half of them), and about how many events on the clock that takes."""
     num_cohorts, num_ranks = costs.ends.shape
     in_layer = (num_cohorts + costs.num_waves.sum() * (1 + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
-    layers = min(num_layers, max(2, min(_LAYERS, 2 * (_EVENTS // (3 * in_layer)))))
+    layers = min(num_layers, max(4, min(_LAYERS, 2 * (_EVENTS // (3 * in_layer)))))
     return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
 
 
