@@ -164,13 +164,15 @@ def command() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit; PIPEMOE_COMMIT where a copy has no git."""
+    """PIPEMOE_COMMIT where it is set, for a copy whose git does not know; else the checkout's."""
+    if os.environ.get("PIPEMOE_COMMIT"):
+        return os.environ["PIPEMOE_COMMIT"]
     try:
         run = ("git", "-C", str(_CHECKOUT))
         head = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PIPEMOE_COMMIT") or None
+        return None
     return head + ("+" if changed.strip() else "")
 
 
@@ -178,7 +180,7 @@ def machine() -> dict[str, Any]:
     """What a reader needs to judge the figures: processor, GPUs, versions, and the settings that change them."""
     gpus = installed_gpus()
     packages = ("torch", "numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "mpi4py", "transformers")
-    settings = ("OMP_NUM_THREADS", "NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+    settings = ("OMP_NUM_THREADS", "NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "PIPEMOE_NUM_SLOTS")
     return plain(
         {
             "system": f"{platform.system()} {platform.machine()}",

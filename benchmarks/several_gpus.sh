@@ -3,7 +3,7 @@
 #
 #   benchmarks/several_gpus.sh N [FOLDER]      (default: benchmarks/results/<GPU>_x<N>)
 #
-#   PIPEMOE_BENCH_PARTS  which of these, in this order (default: all): comm qwen3-30b-a3b deepseek-v3 overlap memory faults
+#   PIPEMOE_BENCH_PARTS  which of these, in this order (default: all): qwen3-30b-a3b faults comm deepseek-v3 overlap memory
 #
 # Tests first: launch/test_gpu.sh N.
 set -uo pipefail
@@ -39,12 +39,12 @@ ttft() {
         --trace benchmarks/traces/azure2023_conv.csv --num-requests $((4 * num_ranks)) --json "$results/ttft_$1.json"
 }
 
-for part in ${PIPEMOE_BENCH_PARTS:-comm qwen3-30b-a3b deepseek-v3 overlap memory faults}; do
+for part in ${PIPEMOE_BENCH_PARTS:-qwen3-30b-a3b faults comm deepseek-v3 overlap memory}; do
     case $part in
     comm | overlap | memory) run "benchmarks/$part.py" --json "$results/$part.json" ;;
     qwen3-30b-a3b) ttft "$part" 48 ;;
-    # Three dense layers, and MoE layers of about 23 / N GiB each in 60 % of the memory.
-    deepseek-v3) ttft "$part" $((3 + num_ranks * $(gpu_gib) * 6 / 10 / 23)) ;;
+    # Three dense layers, and MoE layers of about 23 / N GiB each in half of the memory.
+    deepseek-v3) ttft "$part" $((3 + num_ranks * $(gpu_gib) / 2 / 23)) ;;
     faults) "$python" benchmarks/faults.py "$num_ranks" --json "$results/faults.json" || status=1 ;;
     *)
         echo "several_gpus.sh: no part $part" >&2

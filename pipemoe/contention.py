@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipemoe.comm.transport import WaveSums
+from pipemoe.models.graph_capture import collection_held
 from pipemoe.models.packing import Piece
 from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.wire import WireFormat
@@ -99,9 +100,10 @@ class Operations:
 
         def capture() -> None:
             work()  # libraries set themselves up outside a capture
-            graph.capture_begin(capture_error_mode="thread_local")
-            work()
-            graph.capture_end()
+            with collection_held():
+                graph.capture_begin(capture_error_mode="thread_local")
+                work()
+                graph.capture_end()
 
         world.engine.call(lambda: run_all(world, [(Side(lane, capture), 1)]))
         return graph.replay

@@ -19,6 +19,7 @@ import torch
 
 from pipemoe.models.cache import StepCache
 from pipemoe.models.decoder import Decoder, MicrobatchState
+from pipemoe.models.graph_capture import collection_held
 from pipemoe.models.packing import Packing, Piece
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.plan.cost import GRAPH_ROWS
@@ -82,7 +83,8 @@ class AttendGraphs:
         top_k = num_rows, shape.top_k
         self._routed = zeros(num_rows, shape.hidden), zeros(*top_k, dtype=torch.int32), zeros(*top_k, dtype=torch.float32)
         self._shared = zeros(1, num_rows, shape.hidden) if decoder.has_shared_experts else None
-        self._buckets = [self._capture(bucket) for bucket in GRAPH_ROWS if bucket <= num_rows]
+        with collection_held():
+            self._buckets = [self._capture(bucket) for bucket in GRAPH_ROWS if bucket <= num_rows]
         torch.cuda.current_stream().synchronize()
 
     def _padding(self, num_rows: int) -> MicrobatchState:

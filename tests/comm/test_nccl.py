@@ -45,7 +45,7 @@ def test_the_log_is_what_the_plan_projects(transports, mode, combine):
         sums = WaveSums(torch.zeros(wave.num_rows, WIDTH), results, torch.zeros(len(TOKENS) - 1, wave.num_rows, WIDTH))
         transport.dispatch(0, 0, wave, p.exchange(wave), torch.zeros(wave.num_rows, WIDTH, dtype=torch.uint8))
         transport.combine(0, 0, wave, p.exchange(wave), combine, sums)
-        assert transport.log == project(p, rank, WIDTH, 4 * WIDTH)
+        assert transport.log == project(p, rank, WIDTH, 4)
 
 
 def test_a_gather_reads_own_sums_and_fills_the_staging(transports):
