@@ -25,8 +25,8 @@ from pipemoe.plan.simulator import flat_boundaries
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
 
-_LAYERS = 8  # that are simulated at most, and half of them
-_EVENTS = 450  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
+_LAYERS = 16  # that are simulated at most, and half of them
+_EVENTS = 550  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
 _MOST_EVENTS = 2_400  # in all: candidates that would take more are not looked at
 _DOUBTFUL_EVENTS = 1_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
 _LAST_EVENTS = 2_700  # with those for other numbers of blocks
