@@ -151,9 +151,9 @@ class Tuner:
         """What it takes to issue attention for which there is no graph."""
         _say(self._world, "issuing attention without graphs")
         config = replace(self._model.config, mode="two_batch", graph_tokens=0)
-        cut = Tuner(self._world, self._model.with_config(config), self._most, self._repeats)
+        eager = Tuner(self._world, self._model.with_config(config), self._most, self._repeats)
         for repeat in range(2):
-            timed = cut._timed(lengths)
+            timed = eager._timed(lengths)
             if repeat and self._model.runtime.cost.host.graph_rows:
                 issued = [seconds for kind, layer, seconds in timed[0].issued if layer and kind == OpKind.ATTEND]
                 samples.host.setdefault("attend", []).extend(seconds * 1e9 for seconds in issued)

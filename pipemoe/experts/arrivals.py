@@ -179,10 +179,7 @@ class ArrivingExperts:
         weights = experts.weights[layer]
         num_rows, num_local = len(rows), weights.num_local_experts
         if num_rows == 0 or num_local == 0:
-            for block in blocks:
-                block.zero_()
-            for event in events:
-                event.record()
+            experts.nothing_local(blocks, events)
             return
         current = torch.cuda.current_stream(rows.buffer.device)
         stream = Stream.current(rows.buffer.device)

@@ -181,7 +181,7 @@ class HopperExperts(ExpertsShape):
         if call is None or not (0 < num_rows == hidden_shape[0] == ids_shape[0] == weights_shape[0] <= scratch.max_rows):
             parts = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
             if num_rows == 0 or self.weights[layer].num_local_experts == 0:
-                _nothing_local(parts, events)
+                self.nothing_local(parts, events)
                 return
             call = self._prepared_call(layer, rows, parts, scratch)
             if len(scratch.calls) >= MAX_LAYOUTS * len(self.weights):
@@ -240,11 +240,3 @@ def _layout_of_out(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[int, tup
     layouts = [_layout_of_out(block) for block in out]
     counts = {num_rows for num_rows, _ in layouts}
     return counts.pop() if len(counts) == 1 else -1, tuple(layout for _, layout in layouts)
-
-
-@torch.no_grad()
-def _nothing_local(parts: Sequence[torch.Tensor], events: Sequence[Recordable]) -> None:
-    for part in parts:
-        part.zero_()
-    for event in events:
-        event.record()

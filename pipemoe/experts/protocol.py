@@ -116,6 +116,16 @@ class ExpertsShape:
         """Most local pairs of `max_rows` rows. A row may name one expert several times, so that K alone bounds it."""
         return max_rows * self.top_k if self.max_local_experts else 0
 
+    def nothing_local(self, blocks: Sequence[torch.Tensor], events: Sequence[Recordable]) -> None:
+        """The call's result where no row has an expert here: zeros, complete at once."""
+        import torch
+
+        with torch.no_grad():
+            for block in blocks:
+                block.zero_()
+        for event in events:
+            event.record()
+
     def check_max_rows(self, max_rows: int) -> None:
         if max_rows < 0:
             raise ConfigError(f"max_rows is {max_rows}; it must be 0 or more")

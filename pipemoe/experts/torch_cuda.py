@@ -135,10 +135,7 @@ class TorchExperts(ExpertsShape):
         weights = self.weights[layer]
         num_rows, num_local = len(rows), weights.num_local_experts
         if num_rows == 0 or num_local == 0:
-            for block in blocks:
-                block.zero_()
-            for event in events:
-                event.record()
+            self.nothing_local(blocks, events)
             return
         stream = Stream.current(rows.buffer.device)
         offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]

@@ -17,7 +17,7 @@ import numpy as np
 from pipemoe.errors import ConfigError
 from pipemoe.plan.compiled import compiled
 
-# Rows that the attention of few tokens is captured for as CUDA graphs; the graph always computes all of them.
+# Rows that attention is captured for as CUDA graphs; a graph always computes all of its rows.
 GRAPH_ROWS = (16, 64, *range(128, 1025, 128), *range(1280, 4097, 256), *range(4608, 8193, 512))
 KINDS = ("attend", "experts", "dispatch", "combine")  # rows and columns of the table of contention
 

@@ -64,8 +64,7 @@ class Runtime:
         code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
         `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
         and the results' dtype. graph_rows: most tokens whose attention the model launches as a graph, graph_cuts: also
-        where sequences are cut. error: what went wrong on this
-        rank before it got here; raised on every rank."""
+        where sequences are cut. error: what went wrong on this rank before it got here; raised on every rank."""
         self.world, self.shape = world, shape
         try:
             config = config.in_world(world.num_slots)

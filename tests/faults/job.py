@@ -61,8 +61,9 @@ class FaultJob:
         return {path.name: path.read_text() for path in self.folder.glob("rank*")}
 
     def reasons(self) -> list[str]:
-        """The lines in which ranks say why they end."""
-        return [line for text in self.said().values() for line in text.splitlines() if line.startswith("pipemoe: ")]
+        """The lines in which ranks say why they end, survivors first: a stopped rank speaks too if its launcher wakes it."""
+        said = sorted(self.said().items(), key=lambda item: item[0] == f"rank{CULPRIT}")
+        return [line for _, text in said for line in text.splitlines() if line.startswith("pipemoe: ")]
 
     def seconds_to_end(self) -> list[float]:
         """For each survivor, from the fault to the end of its process. Raises TimeoutError if there was no fault, or one stays."""
