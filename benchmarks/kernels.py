@@ -128,7 +128,7 @@ def measure(
         if ours_alone and not _is_ours(impl):
             continue
         try:
-            call = PEERS[impl](weights, rows)
+            call = PEERS[impl](weights, rows, layer.num_experts)
             out = torch.full((num_tokens, layer.hidden), torch.nan, dtype=torch.bfloat16, device=DEVICE)
             graph = captured(lambda call=call, out=out: call(out))
             out.fill_(torch.nan)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Call = Callable[[torch.Tensor], None]
 
 
-def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows) -> Call:
+def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows, num_experts: int | None = None) -> Call:
     """pipemoe's experts call in one of its implementations; rows become what it takes beforehand."""
     experts = make_experts(
         [weights],
@@ -26,6 +26,7 @@ def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows) ->
         device=rows.buffer.device,
         dtype=torch.bfloat16,
         implementation=implementation,
+        num_experts=num_experts,
     )
     scratch = experts.new_scratch(len(rows))
     if experts.wire_dtype != rows.hidden.dtype:
@@ -70,13 +71,14 @@ def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
     return call
 
 
-# Name in the results -> maker of the call.
-PEERS: dict[str, Callable[[ExpertWeights, WireRows], Call]] = {
-    "pipemoe": lambda weights, rows: experts_call("auto", weights, rows),
-    "pipemoe_192": lambda weights, rows: hopper_call(weights, rows, tile_rows=192),
-    "pipemoe_fp8": lambda weights, rows: experts_call("hopper_fp8", weights, rows),
-    "ampere": lambda weights, rows: experts_call("ampere", weights, rows),
-    "grouped_mm": lambda weights, rows: experts_call("torch", weights, rows),
-    "cublas_loop": cublas_loop,
-    "liger": liger,
+# Name in the results -> maker of the call; what comes after weights and rows is the number of all ranks' experts.
+PEERS: dict[str, Callable[[ExpertWeights, WireRows, int], Call]] = {
+    "pipemoe": lambda weights, rows, num_experts: experts_call("auto", weights, rows, num_experts),
+    "pipemoe_128": lambda weights, rows, _: hopper_call(weights, rows, tile_rows=128),
+    "pipemoe_192": lambda weights, rows, _: hopper_call(weights, rows, tile_rows=192),
+    "pipemoe_fp8": lambda weights, rows, _: experts_call("hopper_fp8", weights, rows),
+    "ampere": lambda weights, rows, _: experts_call("ampere", weights, rows),
+    "grouped_mm": lambda weights, rows, _: experts_call("torch", weights, rows),
+    "cublas_loop": lambda weights, rows, _: cublas_loop(weights, rows),
+    "liger": lambda weights, rows, _: liger(weights, rows),
 }

@@ -52,15 +52,15 @@ def repeated_us(work: Callable[[], None], rounds: int = 5) -> float:
     return 1e3 * statistics.median(interleaved_ms({"work": graph}, rounds)["work"]) / REPEATS
 
 
-def host_us(call: Callable[[], None], rounds: int = 3) -> float:
-    """Microseconds that the host takes for a call that only enqueues; few enough in a row that it never waits for the device."""
+def host_us(call: Callable[[], None], rounds: int = 5) -> float:
+    """Microseconds that the host takes for a call that only enqueues, the median; few enough in a row that it never waits for the device."""
     found = []
     for _ in range(rounds):
         torch.cuda.synchronize()
-        begin = time.perf_counter()
         for _ in range(REPEATS):
+            begin = time.perf_counter()
             call()
-        found.append((time.perf_counter() - begin) / REPEATS)
+            found.append(time.perf_counter() - begin)
     torch.cuda.synchronize()
     return 1e6 * statistics.median(found)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All tests that need a GPU: those of one process, then those of an MPI job (a GPU per rank, or its ranks on one GPU).
 #
-#   launch/test_gpu.sh [ranks ...]      (default: 2 4)
+#   launch/test_gpu.sh [ranks ...]      (default: 4, or as many as there are GPUs if several)
 #
 #   PIPEMOE_PYTHON  a Python with everything installed, instead of the checkout's .venv
 set -euo pipefail
@@ -9,11 +9,19 @@ cd "$(dirname "$0")/.."
 launch/install.sh
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
-[ $# -gt 0 ] || set -- 2 4
 
-if [ "$(num_gpus)" = 0 ]; then
+gpus=$(num_gpus)
+if [ "$gpus" = 0 ]; then
     echo "test_gpu.sh: no GPU (nvidia-smi -L lists none)" >&2
     exit 1
+fi
+[ $# -gt 0 ] || set -- "$((gpus > 1 ? gpus : 4))"
+
+# Tests of one process side by side, where pytest-xdist is installed: most of their time goes to compiling and to the oracles.
+workers=()
+if "$python" -c "import xdist" 2>/dev/null; then
+    cores=$(nproc)
+    workers=(-n "$((cores < 12 ? (cores + 1) / 2 : 6))")
 fi
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
@@ -21,7 +29,7 @@ trap 'rm -rf "$logs"' EXIT
 failed=()
 
 echo "== one process"
-"$python" -m pytest -q -m "gpu and not mpi" || failed+=("one process")
+"$python" -m pytest -q -m "gpu and not mpi" "${workers[@]}" || failed+=("one process")
 
 for num_ranks in "$@"; do
     echo "== MPI on $num_ranks ranks"

@@ -60,6 +60,7 @@ class PipelinedMoE:
                 dtype=self._dtype,
                 implementation=config.experts,
                 deterministic=config.deterministic,
+                num_experts=num_experts,
                 dispatch_dtype=config.torch_dispatch_dtype,
             )
         except PipemoeError as e:

@@ -81,6 +81,7 @@ class Model:
                 dtype=decoder.dtype,
                 implementation=config.experts,
                 deterministic=config.deterministic,
+                num_experts=decoder.shape.num_experts,
                 dispatch_dtype=config.torch_dispatch_dtype,
             )
         except PipemoeError as e:

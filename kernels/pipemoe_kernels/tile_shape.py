@@ -10,6 +10,7 @@ assembler refuses products of 256 columns where threads have 128 registers befor
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pipemoe_kernels.raster import MAX_EXPERTS
@@ -64,4 +65,10 @@ class TileShape:
 ROWS_128 = TileShape(consumers=2, consumer_registers=224)
 ROWS_192 = TileShape(consumers=3, consumer_registers=160, producer_registers=32, moves_registers=True, product_columns=128)
 SHAPES = {shape.rows: shape for shape in (ROWS_128, ROWS_192)}
-DEFAULT_ROWS = 128
+
+
+def shape_for(expected_rows: float) -> TileShape:
+    """Where an expert can expect that many rows, give or take their square root: 192 where that is more than one tile of 128 and one
+    of 192 holds it (measured at 128: 1.3 times as fast), else 128, whose wider products are 1.1 to 1.4 times as fast otherwise."""
+    likely = expected_rows + math.sqrt(expected_rows)
+    return ROWS_192 if ROWS_128.rows < likely <= ROWS_192.rows else ROWS_128

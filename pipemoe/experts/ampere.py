@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from pipemoe.experts.hopper import HopperScratch
     from pipemoe.experts.prepared_call import PackedDown, PackedGateUp
+    from pipemoe_kernels.tile_shape import TileShape
 
 
 class AmpereExperts(HopperExperts):
@@ -25,7 +26,7 @@ class AmpereExperts(HopperExperts):
         pass
 
     def _pack_gate_up(
-        self, layer: int, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+        self, layer: int, shape: TileShape, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
     ) -> PackedGateUp:
         w = self.weights[layer]
         form = {"gated": w.gated, "activation": w.activation}
@@ -34,7 +35,7 @@ class AmpereExperts(HopperExperts):
         )
 
     def _pack_down(
-        self, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+        self, layer: int, shape: TileShape, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
     ) -> PackedDown:
         down = self.weights[layer].down.detach()[:, first_column : first_column + y.shape[1]]
         packed, address = PackedMma(y.get_device(), a, None, down, offsets, None, y, self.num_sms), a.data_ptr()

@@ -27,6 +27,7 @@ def make_experts(
     implementation: str = "auto",
     deterministic: bool = False,
     num_sms: int | None = None,
+    num_experts: int | None = None,
     dispatch_dtype: torch.dtype | None = None,
 ) -> Experts:
     """Build the experts call over `weights`, one entry per MoE layer, which stay referenced and are not copied.
@@ -37,7 +38,7 @@ def make_experts(
     run, else "ampere" where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights, which no other
     one takes). deterministic: a row's result is the same bits whatever its neighbours and however experts are spread over ranks;
     `out` is float64 then. num_sms: multiprocessors that the GEMMs of "hopper", "hopper_fp8" and "ampere" may fill, None: all; the
-    others take no notice. dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its
+    others take no notice. num_experts: of all ranks together, by which "hopper" chooses its tiles. dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its
     `wire_dtype`); torch.float8_e4m3fn: with scales, for any implementation.
     Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
     """
@@ -77,6 +78,8 @@ def make_experts(
         from pipemoe.experts.torch_cuda import TorchExperts as implementation_class
     if implementation in TAKE_NUM_SMS:
         settings["num_sms"] = num_sms
+    if implementation == "hopper":
+        settings["num_experts"] = num_experts
     experts = implementation_class(weights, **settings)
     if e4m3_rows and experts.wire_dtype != dispatch_dtype:
         from pipemoe.experts.dequantising import DequantisingExperts

@@ -22,10 +22,11 @@ from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
 from pipemoe_kernels import grouped_wgmma
 from pipemoe_kernels.grouped_roles import PART_COLUMNS
-from pipemoe_kernels.grouped_wgmma import grouped_kernel
+from pipemoe_kernels.grouped_wgmma import GroupedKernel, grouped_kernel
 from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
+from pipemoe_kernels.launch import Kernel
 from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
-from pipemoe_kernels.tile_shape import DEFAULT_ROWS, SHAPES
+from pipemoe_kernels.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
@@ -74,13 +75,16 @@ class HopperScratch:
         self.block_counts = empty(MAX_BLOCKS * num_local)
         self.a = empty(num_pairs * experts.max_intermediate, dtype=torch.bfloat16)
         self.y = empty(num_pairs, experts.hidden, dtype=torch.bfloat16)
-        # A layer's intermediate -> address of the maps of `a` with rows of that length.
+        # A layer's intermediate and a shape of tiles -> address of the maps of `a` with rows of that length and the shape's boxes.
         sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs and experts.on_hopper else []
-        boxes = experts.shape.x_boxes
-        views = [self.a[: num_pairs * size].view(num_pairs, size) for size in sizes]
-        self.maps = device_maps([tensor_map(view, box) for view in views for box in boxes], experts.device)
-        step = len(boxes) * MAP_BYTES
-        self.a_maps = {size: self.maps.data_ptr() + step * i for i, size in enumerate(sizes)}
+        views = {size: self.a[: num_pairs * size].view(num_pairs, size) for size in sizes}
+        places, maps = {}, []
+        for size, view in views.items():
+            for shape in experts.shapes:
+                places[size, shape] = len(maps)
+                maps += [tensor_map(view, box) for box in shape.x_boxes]
+        self.maps = device_maps(maps, experts.device)
+        self.a_maps = {key: self.maps.data_ptr() + MAP_BYTES * place for key, place in places.items()}
         self.num_bytes = sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
 
 
@@ -89,8 +93,8 @@ class HopperExperts(ExpertsShape):
 
     Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a row's bits
     depend on the row alone; deterministic adds that the sum over ranks is exact (see pipemoe_kernels.combine).
-    num_sms: blocks of the GEMMs; None: one for each multiprocessor. tile_rows: of the bfloat16
-    GEMMs' tiles, of tile_shape.SHAPES.
+    num_sms: blocks of the GEMMs; None: one for each multiprocessor. num_experts: of all ranks together; with it, the shape of the
+    bfloat16 GEMMs' tiles is chosen by the rows that an expert can expect of a call. tile_rows: always that one of tile_shape.SHAPES.
     """
 
     implementation = "hopper"
@@ -108,7 +112,8 @@ class HopperExperts(ExpertsShape):
         dtype: torch.dtype,
         deterministic: bool = False,
         num_sms: int | None = None,
-        tile_rows: int = DEFAULT_ROWS,
+        num_experts: int | None = None,
+        tile_rows: int | None = None,
     ):
         super().__init__(
             weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
@@ -116,24 +121,32 @@ class HopperExperts(ExpertsShape):
         if reason := unsupported(weights, hidden, device, dtype, self.implementation):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
-        self.shape = SHAPES[tile_rows]
+        self._num_experts = num_experts
+        self.shapes = (SHAPES[tile_rows],) if tile_rows else tuple(SHAPES.values()) if num_experts else (ROWS_128,)
         self._prepare()
 
     def _prepare(self) -> None:
         """Make what the GEMMs of each layer need."""
-        self._down_kernel = grouped_kernel(gated=False, shape=self.shape)
         maps = []
-        self._layers = []
-        for w in self.weights:
-            gate_up_kernel = grouped_kernel(
-                gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation, shape=self.shape
-            )
-            first = len(maps)
+        self._first_maps = []  # of each layer: gate_up's, down's
+        for layer, w in enumerate(self.weights):
+            boxes = self._gate_up_kernel(layer, self.shapes[0]).w_boxes  # the same in all shapes
+            self._first_maps.append((len(maps), len(maps) + len(boxes)))
             if w.num_local_experts:
-                maps += [tensor_map(w.gate_up.detach(), box) for box in gate_up_kernel.w_boxes]
-                maps += [tensor_map(w.down.detach(), box) for box in self._down_kernel.w_boxes]
-            self._layers.append((gate_up_kernel, first, first + len(gate_up_kernel.w_boxes)))
+                maps += [tensor_map(w.gate_up.detach(), box) for box in boxes]
+                maps += [tensor_map(w.down.detach(), box) for box in self._down_kernel(self.shapes[0]).w_boxes]
         self._maps = device_maps(maps, self.device)
+
+    def _gate_up_kernel(self, layer: int, shape: TileShape) -> GroupedKernel:
+        w = self.weights[layer]
+        return grouped_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation, shape=shape)
+
+    def _down_kernel(self, shape: TileShape) -> GroupedKernel:
+        return grouped_kernel(gated=False, shape=shape)
+
+    def _shape(self, num_rows: int) -> TileShape:
+        """Of the tiles of a call on so many rows."""
+        return self.shapes[0] if len(self.shapes) == 1 else shape_for(num_rows * self.top_k / self._num_experts)
 
     def leaving(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps
@@ -147,7 +160,8 @@ class HopperExperts(ExpertsShape):
     def warm_up(self, scratch: HopperScratch, column_blocks: Sequence[int] = (1,)) -> None:
         """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
         index = index_kernels(self.top_k, self.on_hopper)
-        for kernel in (index.alone, index.count, index.place):
+        kernels = [index.alone, index.count, index.place, *self._gemms_of_several_shapes()]
+        for kernel in kernels:
             kernel.load(torch.cuda.current_device() if self.device.index is None else self.device.index)
         wire = WireFormat(self.hidden, self.top_k, self.wire_dtype)
         num_rows = min(1, scratch.max_rows)
@@ -165,6 +179,13 @@ class HopperExperts(ExpertsShape):
                         self(layer, rows, out[padding : padding + num_rows, : self.hidden], scratch, events)
         torch.cuda.synchronize(self.device)
 
+    def _gemms_of_several_shapes(self) -> list[Kernel]:
+        """Those whose shape a call on one row may not have."""
+        if len(self.shapes) == 1:
+            return []
+        gate_ups = [self._gate_up_kernel(layer, shape).kernel for layer in range(len(self.weights)) for shape in self.shapes]
+        return [*gate_ups, *(self._down_kernel(shape).kernel for shape in self.shapes)]
+
     def __call__(
         self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: HopperScratch, events: Sequence[Recordable] = ()
     ) -> None:
@@ -172,8 +193,9 @@ class HopperExperts(ExpertsShape):
         hidden_shape, ids_shape, weights_shape = hidden.shape, ids.shape, weights.shape
         num_rows, out_layout = _layout_of_out(out)
         # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor where.
+        shape = self._shape(num_rows)
         layout = (
-            *(self, layer, len(events), hidden.get_device(), out_layout),
+            *(self, layer, shape.rows, len(events), hidden.get_device(), out_layout),
             *(hidden.dtype, hidden_shape[1:], hidden.stride(), ids.dtype, ids_shape[1:], ids.stride()),
             *(weights.dtype, weights_shape[1:], weights.stride()),
         )
@@ -183,7 +205,7 @@ class HopperExperts(ExpertsShape):
             if num_rows == 0 or self.weights[layer].num_local_experts == 0:
                 self.nothing_local(parts, events)
                 return
-            call = self._prepared_call(layer, rows, parts, scratch)
+            call = self._prepared_call(layer, shape, rows, parts, scratch)
             if len(scratch.calls) >= MAX_LAYOUTS * len(self.weights):
                 scratch.calls.clear()
             scratch.calls[layout] = call
@@ -191,7 +213,7 @@ class HopperExperts(ExpertsShape):
 
     @torch.no_grad()
     def _prepared_call(
-        self, layer: int, rows: WireRows, parts: Sequence[torch.Tensor], scratch: HopperScratch
+        self, layer: int, shape: TileShape, rows: WireRows, parts: Sequence[torch.Tensor], scratch: HopperScratch
     ) -> PreparedCall:
         """parts: out's blocks of columns."""
         weights = self.weights[layer]
@@ -202,34 +224,30 @@ class HopperExperts(ExpertsShape):
             on_hopper=self.on_hopper,
         )
         a = scratch.a[: len(tokens) * weights.intermediate].view(len(tokens), weights.intermediate)
-        gate_up = self._pack_gate_up(layer, scratch, rows.hidden, offsets, a)
+        gate_up = self._pack_gate_up(layer, shape, scratch, rows.hidden, offsets, a)
         blocks = []
         for columns in column_ranges(self.hidden, len(parts)):
             part = slice(columns.start, columns.stop)
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            down = self._pack_down(layer, scratch, a, offsets, scratch.y[:, part], columns.start)
+            down = self._pack_down(layer, shape, scratch, a, offsets, scratch.y[:, part], columns.start)
             blocks.append(ColumnBlock(columns, down, scratch.y[:, part], bias))
         return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, on_hopper=self.on_hopper)
 
     def _pack_gate_up(
-        self, layer: int, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+        self, layer: int, shape: TileShape, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
     ) -> PackedGateUp:
         """a [pairs, I] from the rows scratch.tokens of `hidden`."""
-        kernel, gate_up_map, _ = self._layers[layer]
-        maps = self._maps.data_ptr() + MAP_BYTES * gate_up_map
+        kernel, maps = self._gate_up_kernel(layer, shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][0]
         bias = self.weights[layer].gate_up_bias
         return grouped_wgmma.PackedGateUp(a.get_device(), kernel, hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms)
 
     def _pack_down(
-        self, layer: int, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+        self, layer: int, shape: TileShape, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
     ) -> PackedDown | None:
         """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them too."""
-        _, _, down_map = self._layers[layer]
-        maps = self._maps.data_ptr() + MAP_BYTES * down_map
-        a_maps, intermediate = scratch.a_maps[a.shape[1]], a.shape[1]
-        return grouped_wgmma.PackedDown(
-            y.get_device(), self._down_kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column
-        )
+        kernel, maps = self._down_kernel(shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][1]
+        a_maps, intermediate = scratch.a_maps[a.shape[1], shape], a.shape[1]
+        return grouped_wgmma.PackedDown(y.get_device(), kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column)
 
 
 def _layout_of_out(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[int, tuple[object, ...]]:

@@ -24,6 +24,7 @@ from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps
 
 if TYPE_CHECKING:
     from pipemoe.experts.prepared_call import PackedDown, PackedGateUp, PreparedCall
+    from pipemoe_kernels.tile_shape import TileShape
 
 E4M3 = torch.float8_e4m3fn
 
@@ -102,7 +103,7 @@ class HopperFp8Experts(HopperExperts):
         return HopperFp8Scratch(self, max_rows)
 
     def _pack_gate_up(
-        self, layer: int, scratch: HopperFp8Scratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+        self, layer: int, shape: TileShape, scratch: HopperFp8Scratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
     ) -> PackedGateUp:
         weight_map, scales = self._maps.data_ptr() + MAP_BYTES * self._layers[layer], self.weights[layer].gate_up_scales
         a_scales = scratch.a_scales[: a.shape[1] // BLOCK]
@@ -111,7 +112,7 @@ class HopperFp8Experts(HopperExperts):
         )
 
     def _pack_down(
-        self, layer: int, scratch: HopperFp8Scratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+        self, layer: int, shape: TileShape, scratch: HopperFp8Scratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
     ) -> PackedDown | None:
         if first_column:
             return None

@@ -294,3 +294,21 @@ def test_experts_that_leave_multiprocessors_share_their_weights():
     fewer = experts.leaving(5)
     assert fewer.num_sms == experts.num_sms - 5 and fewer.weights is experts.weights
     assert experts.leaving(10**6).num_sms == 1
+
+
+def test_bits_do_not_depend_on_the_shape_of_tiles():
+    weights = random_weights(4, 304, 176, dtype=BF16, bias=True)
+    settings = {"top_k": 2, "hidden": 304, "device": torch.device("cuda"), "dtype": BF16}
+    weights = [to_device(weights, "cuda")]
+    makers = [{"tile_rows": 128}, {"tile_rows": 192}, {"num_experts": 4}]
+    for num_rows in (1, 64, 256, 300, 400, 1000):
+        rows = random_rows(num_rows, 304, 4, 2, dtype=BF16, device="cuda", seed=num_rows)
+        outs = []
+        for maker in makers:
+            experts = HopperExperts(weights, **settings, **maker)
+            scratch = experts.new_scratch(num_rows)
+            experts.warm_up(scratch)
+            poison(scratch)
+            outs.append(torch.full((num_rows, 304), torch.nan, device="cuda"))
+            experts(0, rows, outs[-1], scratch)
+        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])

@@ -13,6 +13,7 @@ from pipemoe.experts.ampere import AmpereExperts
 from pipemoe.experts.hopper import MAX_LAYOUTS, HopperExperts
 from pipemoe.experts.hopper_fp8 import HopperFp8Experts
 from pipemoe.wire import WireFormat
+from pipemoe_kernels.tile_shape import ROWS_128, ROWS_192
 from tests.experts import cuda_stand_in
 from tests.experts.oracle import random_weights
 
@@ -36,10 +37,10 @@ def launched(monkeypatch):
     return cuda_stand_in.install(monkeypatch)
 
 
-def make(implementation, num_layers=2, first_expert=3, bias=False):
+def make(implementation, num_layers=2, first_expert=3, bias=False, **settings):
     bias = bias and implementation is not HopperFp8Experts
     layers = [random_weights(5, HIDDEN, 128 * (i + 1), dtype=BF16, first_expert=first_expert, bias=bias) for i in range(num_layers)]
-    return implementation(layers, top_k=TOP_K, hidden=HIDDEN, device=CPU, dtype=BF16)
+    return implementation(layers, top_k=TOP_K, hidden=HIDDEN, device=CPU, dtype=BF16, **settings)
 
 
 def make_rows(experts, num_rows):
@@ -90,10 +91,24 @@ def test_what_a_call_says(launched):
     assert index["tokens"] == scratch.tokens.data_ptr() and index["first_expert"] == 3 and index["num_local"] == 5
     assert gate_up["x"] == rows.hidden.data_ptr() and gate_up["x_stride"] == stride // 16 and gate_up["depth"] == HIDDEN
     assert gate_up["out"] == scratch.a.data_ptr() and gate_up["bias"] == experts.weights[1].gate_up_bias.data_ptr()
-    assert down["x"] == scratch.a_maps[256] and down["out"] == scratch.y.data_ptr() and down["num_columns"] == HIDDEN
+    assert down["x"] == scratch.a_maps[256, ROWS_128] and down["out"] == scratch.y.data_ptr() and down["num_columns"] == HIDDEN
     assert combine["weights"] == rows.weights.data_ptr() and combine["out"] == out.data_ptr() and combine["out_stride"] == HIDDEN
     assert combine["positions"] == scratch.positions.data_ptr() and combine["bias"] == experts.weights[1].down_bias.data_ptr()
     assert [launch.grid for launch in launched] == [(1, 1), (132, 1), (132, 1), (600, 1)]
+
+
+def test_tiles_by_the_rows_that_an_expert_can_expect(launched):
+    """Of 8 experts in all; calls of either shape stand beside each other."""
+    experts = make(HopperExperts, num_experts=8)
+    scratch = experts.new_scratch(MAX_ROWS)
+    for num_rows, shape in ((256, ROWS_192), (100, ROWS_128), (1024, ROWS_128), (300, ROWS_192), (256, ROWS_192)):
+        rows, out = make_rows(experts, num_rows), torch.empty((num_rows, HIDDEN), dtype=BF16)
+        launched.clear()
+        experts(0, rows, out, scratch)
+        _, gate_up, down, _ = launched
+        assert gate_up.kernel is experts._gate_up_kernel(0, shape).kernel and down.kernel is experts._down_kernel(shape).kernel
+        assert down.arguments[down.kernel.slot("x")] == scratch.a_maps[128, shape]
+    assert len(scratch.calls) == 2
 
 
 def _names(launch):

@@ -111,7 +111,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(kernels_timing, "captured", Replayed)
     monkeypatch.setattr(kernels_timing, "host_us", lambda call: call() or 30.0)
     monkeypatch.setattr(kernels_timing, "interleaved_ms", lambda graphs, rounds: {name: [1.0, 2.0, 3.0] for name in graphs})
-    peers = dict.fromkeys(kernels_peers.PEERS, kernels_peers.cublas_loop)
+    peers = dict.fromkeys(kernels_peers.PEERS, lambda weights, rows, _: kernels_peers.cublas_loop(weights, rows))
     monkeypatch.setattr(kernels_peers, "PEERS", peers)
     return peers
 
@@ -135,10 +135,10 @@ def test_a_whole_run(on_cpu, tmp_path, capsys):
 
 
 def test_implementations_that_fail_leave_rows_without_figures(on_cpu, tmp_path, capsys):
-    def raises(weights, rows):
+    def raises(weights, rows, num_experts):
         raise RuntimeError("no kernel for this")
 
-    on_cpu |= {"grouped_mm": raises, "cublas_loop": lambda weights, rows: lambda out: out.zero_()}
+    on_cpu |= {"grouped_mm": raises, "cublas_loop": lambda weights, rows, num_experts: lambda out: out.zero_()}
     status, rows = run(tmp_path, "--impls", "pipemoe,grouped_mm,cublas_loop")
     assert status == 0 and [row["ms"] for row in rows] == 2 * [2.0, None, None]
     assert "no kernel for this" in (errors := capsys.readouterr().err) and "relative error" in errors

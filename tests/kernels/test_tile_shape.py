@@ -11,7 +11,7 @@ from pipemoe_kernels.grouped_roles import GROUP_BYTES, x_step_bytes
 from pipemoe_kernels.launch import UINT32
 from pipemoe_kernels.raster import MAX_EXPERTS, steps_in_stage
 from pipemoe_kernels.ring import GROUP_ROWS, NUM_STAGES
-from pipemoe_kernels.tile_shape import ENDS_AT, MAX_SHARED_BYTES, RING_AT, ROWS_128, SHAPES, STEP_BYTES, W_BYTES
+from pipemoe_kernels.tile_shape import ENDS_AT, MAX_SHARED_BYTES, RING_AT, ROWS_128, ROWS_192, SHAPES, STEP_BYTES, W_BYTES, shape_for
 
 NUM_REGISTERS = 65536
 
@@ -44,3 +44,8 @@ def test_budgets(shape):
 
 def test_whole_tiles_of_128_rows_are_packed_as_before():
     assert ROWS_128.stage_bytes == 48 * 1024 and ROWS_128.x_boxes == (128, 64, 32, 16)
+
+
+def test_larger_tiles_where_one_of_them_likely_holds_what_two_smaller_ones_would():
+    assert [shape_for(rows).rows for rows in (0, 1, 110, 118, 128, 175, 180, 192, 256, 10**6)] == [128, 128, 128, 192, 192, 192, 128, 128, 128, 128]
+    assert shape_for(128) is ROWS_192
