@@ -9,6 +9,7 @@ from functools import cache
 
 # Constants of cuda.h.
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WITH_BARRIER = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 _TENSOR_MAP_TYPES = {"uint8": 0, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
@@ -86,23 +87,29 @@ class LaunchConfig(ctypes.Structure):
     ]
 
 
-def _early_start() -> ctypes.Array:
-    """The attribute that lets a kernel start early: int kind, 4 bytes of padding, 64 bytes of value."""
-    words = (ctypes.c_uint32 * 18)()
-    words[0], words[2] = _PROGRAMMATIC_STREAM_SERIALIZATION, 1
-    return words
+@cache
+def _attributes(starts_early: bool, cluster: int) -> tuple[ctypes.Array, int]:
+    """An array of CUlaunchAttribute, each an int kind, 4 bytes of padding and 64 bytes of value; how many of them count."""
+    wanted = []
+    if starts_early:
+        wanted.append((_PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
+    if cluster > 1:
+        wanted.append((_CLUSTER_DIMENSION, (cluster, 1, 1)))
+    words = (ctypes.c_uint32 * (18 * max(1, len(wanted))))()
+    for i, (kind, value) in enumerate(wanted):
+        words[18 * i] = kind
+        words[18 * i + 2 : 18 * i + 2 + len(value)] = value
+    return words, len(wanted)
 
 
-_EARLY_START = _early_start()
-
-
-def launch_config(threads: int, shared_bytes: int, starts_early: bool) -> LaunchConfig:
+def launch_config(threads: int, shared_bytes: int, starts_early: bool, cluster: int = 1) -> LaunchConfig:
     """Of a launch whose grid and stream are still to be filled in.
 
-    starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch).
+    starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch). cluster: blocks that are
+    started together, side by side; grids are multiples of it.
     """
-    attributes = ctypes.addressof(_EARLY_START) if starts_early else None
-    return LaunchConfig(1, 1, 1, (threads, 1, 1), shared_bytes, None, attributes, 1 if starts_early else 0)
+    attributes, count = _attributes(starts_early, cluster)  # its cache keeps them for every launch
+    return LaunchConfig(1, 1, 1, (threads, 1, 1), shared_bytes, None, ctypes.addressof(attributes) if count else None, count)
 
 
 def launch_call() -> Callable[..., int]:

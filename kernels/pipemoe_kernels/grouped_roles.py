@@ -10,18 +10,22 @@ an equal share of it each, w's slice taken off for the rows of x.
     whole tile   | x: 128 rows, one step     | w: 256 rows, one step                       |
     slice        | x: 32 rows | 32 | 32 | 32 | w: 64 rows | 64 rows | 64 rows | 64 rows     |   together = 2
 
+The blocks of a pair have the same stages at the same time, with rows of x of their own: w's tile comes in two halves, each fetched by
+one of them for both. A stage is filled when both have used it up. Rows that a block has none of are not fetched.
+
 Every function here is inlined into the kernel.
 """
 
 from __future__ import annotations
 
+from pipemoe_kernels import ptx_cluster
 from pipemoe_kernels import ptx_hopper as ptx
 from pipemoe_kernels.launch import ADDRESS, UINT32
 from pipemoe_kernels.numba_cuda import cuda
 from pipemoe_kernels.ptx_wgmma import STEP, TILE_DESCRIPTOR, accumulators
-from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, next_stage
+from pipemoe_kernels.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, next_stage, release
 from pipemoe_kernels.tensor_map import MAP_BYTES
-from pipemoe_kernels.tile_shape import ROWS_128, TILE_COLUMNS, W_BYTES, TileShape
+from pipemoe_kernels.tile_shape import ROWS_128, STEP_BYTES, TILE_COLUMNS, W_BYTES, TileShape
 
 GROUP_BYTES = GROUP_ROWS * STEP * 2
 PART_COLUMNS = 8  # of a 16-byte part
@@ -38,8 +42,8 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
 
     listed: `tokens` is in shared memory.
     """
-    stage_bytes = shape.stage_bytes
-    rows_of_thread = ptx.rows_of_thread(shape.rows // 16, listed=listed)
+    stage_bytes, is_pair = shape.stage_bytes, shape.blocks == 2
+    rows_of_thread = ptx.rows_of_thread(shape.block_rows // 16, listed=listed)
 
     @cuda.jit(device=True, inline="always")
     def produce(
@@ -67,8 +71,13 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
                 ptx.barrier_expect(full, 2 * half_bytes * count)
                 for i in range(count):
                     gate = UINT32(x_tile + w_at + i * w_bytes)
-                    ptx.load_box_3d(gate, w_map, full, (step + i) * STEP, first_column, expert)
-                    ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, first_column + to_second, expert)
+                    if is_pair:
+                        half = ptx_cluster.rank()
+                        w_row = UINT32(first_column + half * to_second)
+                        ptx_cluster.load_box_3d_to_both(gate + half * half_bytes, w_map, full, (step + i) * STEP, w_row, expert)
+                    else:
+                        ptx.load_box_3d(gate, w_map, full, (step + i) * STEP, first_column, expert)
+                        ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, first_column + to_second, expert)
             for i in range(count):
                 from_part = UINT32((step + i) * (STEP // PART_COLUMNS)) + part
                 size = UINT32(16) if from_part * PART_COLUMNS < depth else UINT32(0)
@@ -90,14 +99,21 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
 
 def sorted_producer(*, shape: TileShape = ROWS_128):
     """x: boxes of rows in sorted order; w: boxes of its rows, the first column of out being row `first_w_row`. One thread."""
-    stage_bytes = shape.stage_bytes
+    stage_bytes, is_pair = shape.stage_bytes, shape.blocks == 2
     tile_bytes, first_half, num_boxes = shape.x_bytes, shape.x_boxes[1], len(shape.x_boxes)
 
     @cuda.jit(device=True, inline="always")
     def load_w(w_tile, w_bytes, w_map, full, step, count, w_row, expert):
         for i in range(count):
             shared = UINT32(w_tile + i * w_bytes)
-            ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, w_row, expert)
+            if is_pair:
+                half = ptx_cluster.rank()
+                half_bytes = w_bytes >> UINT32(1)
+                half_row = UINT32(w_row + half * (half_bytes // STEP_BYTES))
+                half_map = w_map + MAP_BYTES  # the box of half as many rows
+                ptx_cluster.load_box_3d_to_both(shared + half * half_bytes, half_map, full, (step + i) * STEP, half_row, expert)
+            else:
+                ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, w_row, expert)
 
     @cuda.jit(device=True, inline="always")
     def produce(
@@ -106,14 +122,17 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
     ):
         w_map += MAP_BYTES * cuts
         w_row = UINT32(first_w_row + first_column)
-        # The smallest box that holds the tile's rows.
+        # The smallest box that holds the tile's rows; none where the other block of the pair has them all.
+        num_rows = UINT32(end - row) if row < end else UINT32(0)
         box = UINT32(0)
         box_bytes = UINT32(tile_bytes)
         half = UINT32(first_half)
-        while box < num_boxes - 1 and UINT32(end - row) <= half:
+        while box < num_boxes - 1 and num_rows <= half:
             box = UINT32(box + 1)
-            box_bytes = UINT32(half * 128)
+            box_bytes = UINT32(half * STEP_BYTES)
             half = UINT32(half >> UINT32(1))
+        if num_rows == UINT32(0):
+            box_bytes = UINT32(0)
         x += MAP_BYTES * box
         w_bytes = UINT32(W_BYTES) >> cuts
         x_bytes = x_step_bytes(stage_bytes, w_bytes, together)
@@ -142,7 +161,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
                 ptx.barrier_wait(full + EMPTY_AT, parity)
                 ptx.barrier_expect(full, bulk_bytes * count)
                 load_w(UINT32(x_tile + w_at), w_bytes, w_map, full, step, count, w_row, expert)
-            for i in range(count):
+            for i in range(count if num_rows > UINT32(0) else UINT32(0)):
                 ptx.load_box_2d(x_tile + i * x_bytes, x, full, (step + i) * STEP, row)
             stage, parity = next_stage(stage, parity)
             step = UINT32(step + count)
@@ -158,7 +177,7 @@ def consumer(width: int, gated: bool, has_bias: bool, activation: str | None, *,
     store, store_activated = sums.store, sums.store_activated
     activates = activation is not None
     is_slice = width < TILE_COLUMNS
-    stage_bytes, w_bytes = shape.stage_bytes, width * STEP * 2
+    stage_bytes, w_bytes, blocks = shape.stage_bytes, width * STEP * 2, UINT32(shape.blocks)
 
     @cuda.jit(device=True, inline="always")
     def consume(
@@ -183,13 +202,13 @@ def consumer(width: int, gated: bool, has_bias: bool, activation: str | None, *,
                 acc = multiply(acc, a, b, step + i)
                 acc = wait_but_one(acc)
                 if i == 0 and step > 0 and lane == 0:
-                    ptx.barrier_arrive(done)
+                    release(done, blocks)
             done = UINT32(full + EMPTY_AT)
             stage, parity = next_stage(stage, parity)
             step = UINT32(step + count)
         acc = wait_all(acc)
         if lane == 0:
-            ptx.barrier_arrive(done)
+            release(done, blocks)
         if activates:
             store_activated(acc, target, out_row_bytes, lane, rows, columns, gate_bias, up_bias)
         else:

@@ -23,6 +23,7 @@ from functools import cache
 
 import torch
 
+from pipemoe_kernels import ptx_cluster
 from pipemoe_kernels import ptx_hopper as ptx
 from pipemoe_kernels.grouped_roles import PART_COLUMNS, consumer, gathering_producer, sorted_producer
 from pipemoe_kernels.launch import ADDRESS, UINT32, Kernel, Stream
@@ -37,7 +38,7 @@ from pipemoe_kernels.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TI
 class GroupedKernel:
     """One launchable form. output_columns: columns of out that a whole tile gives; max_cuts: a tile has up to 2 ** that slices.
 
-    w_boxes: rows of the boxes of w's tensor maps, which stand in this order at w_map, whole tiles first.
+    w_boxes: rows of the boxes of w's tensor maps, which stand in this order at w_map, whole tiles first; the same for all shapes.
     """
 
     kernel: Kernel
@@ -50,8 +51,9 @@ class GroupedKernel:
     def num_blocks(self, num_local: int, num_columns: int, num_sms: int) -> Callable[[int], int]:
         """Of a number of pairs: no more blocks than slices of tiles that any routing can give."""
         slices = -(-num_columns // self.output_columns) << self.max_cuts
-        tile_rows = self.shape.rows
-        return lambda num_pairs: min(num_sms, (num_pairs // tile_rows + min(num_local, num_pairs)) * slices)
+        tile_rows, blocks = self.shape.rows, self.shape.blocks
+        most = max(1, num_sms // blocks)
+        return lambda num_pairs: blocks * min(most, (num_pairs // tile_rows + min(num_local, num_pairs)) * slices)
 
 
 @cache
@@ -76,7 +78,8 @@ def grouped_kernel(
     produce = gathering_producer(gated, shape=shape) if gathers else sorted_producer(shape=shape)
     w_rows_of_column = 2 if gated else 1
     keep_registers, take_registers = ptx.keep_registers(shape.producer_registers), ptx.take_registers(shape.consumer_registers)
-    threads, tile_rows, consumer_warps = shape.threads, UINT32(shape.rows), 4 * shape.consumers
+    threads, tile_rows, block_rows, consumer_warps = shape.threads, UINT32(shape.rows), UINT32(shape.block_rows), 4 * shape.consumers
+    blocks, is_pair = UINT32(shape.blocks), shape.blocks == 2
 
     def grouped_gemm(
         x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes
@@ -90,8 +93,12 @@ def grouped_kernel(
         if thread == 0:
             for i in range(NUM_STAGES):
                 ptx.barrier_init(barriers + 8 * i, full_arrivals)
-                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, consumer_warps)
+                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, consumer_warps * blocks)
             ptx.barrier_fence()
+        rank = UINT32(0)
+        if is_pair:
+            rank = ptx_cluster.rank()
+            ptx_cluster.sync_pair()
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
         if gathers:
@@ -99,10 +106,10 @@ def grouped_kernel(
             ptx.wait_for_earlier()
         ptx.launch_dependents()
         row_tiles = load_ends(thread, UINT32(threads), offsets, num_local, ends, tile_rows)
-        num_blocks = UINT32(cuda.gridDim.x)
+        num_blocks = UINT32(UINT32(cuda.gridDim.x) // blocks)  # a pair counts as one
         num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
-        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows)
-        slot = UINT32(cuda.blockIdx.x)
+        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows, blocks)
+        slot = UINT32(UINT32(cuda.blockIdx.x) // blocks)
         stage = UINT32(0)
         expert = UINT32(0)
         first_tile = UINT32(0)
@@ -120,7 +127,8 @@ def grouped_kernel(
                     if expert >= num_local:
                         break
                     row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
-                    together = steps_in_stage(UINT32(end - row), cuts, tile_rows)
+                    together = steps_in_stage(UINT32(end - row), cuts, block_rows)
+                    row = UINT32(row + rank * block_rows)
                     first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
                     stage, parity, issued = produce(
                         thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
@@ -143,11 +151,11 @@ def grouped_kernel(
                 if expert >= num_local:
                     break
                 row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
-                together = steps_in_stage(UINT32(end - row), cuts, tile_rows)
-                row = UINT32(row + group * GROUP_ROWS)
+                together = steps_in_stage(UINT32(end - row), cuts, block_rows)
+                row = UINT32(row + rank * block_rows + group * GROUP_ROWS)
                 first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
                 if row >= end:
-                    stage, parity = skip_tile(barriers, stage, parity, steps, together, lane)
+                    stage, parity = skip_tile(barriers, stage, parity, steps, together, lane, blocks)
                 else:
                     line = UINT32(row + line_of_group)
                     target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column * 2)
@@ -176,6 +184,8 @@ def grouped_kernel(
                             rows_left, columns_left, gate_bias, up_bias,
                         )
                 slot = UINT32(slot + num_blocks)
+        if is_pair:
+            ptx_cluster.sync_pair()  # until then the other block may write here
 
     parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
     kernel = Kernel(
@@ -186,10 +196,11 @@ def grouped_kernel(
         hopper_only=True,
         starts_early=True,
         moves_registers=shape.moves_registers,
+        cluster=shape.blocks,
         key=(gated, has_bias, activation, shape, ptx.MAX_TRIES),
     )
     box = TILE_COLUMNS // 2 if gathers else TILE_COLUMNS
-    boxes = tuple(box >> c for c in range(max_cuts + 1))
+    boxes = tuple(box >> c for c in range(max_cuts + 1 if gathers else max_cuts + 2))
     return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated, shape)
 
 

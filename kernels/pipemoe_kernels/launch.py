@@ -55,7 +55,8 @@ class Kernel:
     shared_bytes: dynamic shared memory. hopper_only: for sm_90a, whose instructions no other architecture has, with
     registers for `blocks_per_sm` blocks on a multiprocessor. starts_early: its blocks may start before the kernel in front of it in the
     stream has ended, and must wait for that themselves (ptx_hopper.wait_for_earlier); also Hopper's. moves_registers: its warpgroups
-    must not have equal shares of the registers (ptx_hopper.take_registers).
+    must not have equal shares of the registers (ptx_hopper.take_registers). cluster: blocks that run side by side on neighbouring
+    multiprocessors (ptx_cluster.py); also Hopper's.
     key: all constants in `function` besides its sources; with it the compiled kernel is kept on disk (cubin_cache).
     """
 
@@ -70,6 +71,7 @@ class Kernel:
         starts_early: bool = False,
         blocks_per_sm: int = 1,
         moves_registers: bool = False,
+        cluster: int = 1,
         key: tuple[object, ...] | None = None,
     ):
         self.name = function.__name__
@@ -81,6 +83,7 @@ class Kernel:
         self.starts_early = starts_early
         self.blocks_per_sm = blocks_per_sm
         self.moves_registers = moves_registers
+        self.cluster = cluster
         self.key = key
         self._handles = {}
         self._simulated = cuda.jit(function) if SIMULATOR else None
@@ -139,7 +142,7 @@ class Kernel:
         """
         self.load(device_index)
         values = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
-        config = driver.launch_config(self.threads, self.shared_bytes, self.starts_early)
+        config = driver.launch_config(self.threads, self.shared_bytes, self.starts_early, self.cluster)
         return PackedLaunch(self._handles[device_index], config, values)
 
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:

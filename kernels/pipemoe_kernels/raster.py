@@ -42,21 +42,25 @@ def load_ends(thread, threads, offsets, num_local, ends, tile_rows=TILE_ROWS):
 
 
 @cuda.jit(device=True, inline="always")
-def plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows=TILE_ROWS):
-    """How many tiles are whole, and cuts: the others have 2 ** cuts slices, as the estimate of their rounds' time has it."""
+def plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows=TILE_ROWS, blocks=ONE):
+    """How many tiles are whole, and cuts: the others have 2 ** cuts slices, as the estimate of their rounds' time has it.
+
+    blocks: that share a tile's rows and w; num_blocks counts such pairs then.
+    """
     num_tiles = UINT32(row_tiles * column_tiles)
     whole = UINT32(num_tiles // num_blocks * num_blocks)
     rest = UINT32(num_tiles - whole)
-    x_kb = UINT32(num_rows // UINT32(ROWS_OF_KB * max(row_tiles, ONE)))
+    x_kb = UINT32(num_rows // UINT32(ROWS_OF_KB * max(row_tiles, ONE) * blocks))
+    block_rows = UINT32(tile_rows // blocks)
     cuts = UINT32(0)
     least = UINT32(0xFFFFFFFF)
     for c in range(max_cuts + 1):
         slices = UINT32(rest << UINT32(c))
         rounds = UINT32(UINT32(slices + num_blocks - ONE) // num_blocks)
         w_kb = UINT32(WHOLE_KB >> UINT32(c))
-        kb = UINT32(x_kb + w_kb)
+        kb = UINT32(x_kb + w_kb // blocks)
         shared = UINT32(UINT32(kb * SHARED_CYCLES_OF_KB * slices) // UINT32(max(rounds * num_blocks, ONE)))
-        cycles = UINT32(max(max(UINT32(w_kb * (tile_rows >> UINT32(2))), UINT32(kb * CYCLES_OF_KB)), shared) + ROUND_CYCLES)
+        cycles = UINT32(max(max(UINT32(w_kb * (block_rows >> UINT32(2))), UINT32(kb * CYCLES_OF_KB)), shared) + ROUND_CYCLES)
         if UINT32(rounds * cycles) < least:
             least = UINT32(rounds * cycles)
             cuts = UINT32(c)

@@ -5,6 +5,7 @@ Every function here is inlined into the kernel.
 
 from __future__ import annotations
 
+from pipemoe_kernels import ptx_cluster
 from pipemoe_kernels import ptx_hopper as ptx
 from pipemoe_kernels.launch import UINT32
 from pipemoe_kernels.numba_cuda import cuda
@@ -39,13 +40,21 @@ def announce_rest(thread, barriers, stage, issued):
 
 
 @cuda.jit(device=True, inline="always")
-def skip_tile(barriers, stage, parity, steps, together, lane):
+def release(barrier, blocks):
+    """Say at an "empty" barrier that a consumer warp is done with the stage; to both blocks of a pair, as either fills both."""
+    ptx.barrier_arrive(barrier)
+    if blocks == 2:
+        ptx_cluster.barrier_arrive_at_other(barrier)
+
+
+@cuda.jit(device=True, inline="always")
+def skip_tile(barriers, stage, parity, steps, together, lane, blocks=UINT32(1)):
     """A warpgroup without rows only says that it is done with each stage."""
     for _ in range(UINT32(steps + (UINT32(1) << together) - 1) >> together):
         full = UINT32(barriers + 8 * stage)
         ptx.barrier_wait(full, parity)
         cuda.syncwarp()  # no lane may still wait for a phase that the others see through
         if lane == 0:
-            ptx.barrier_arrive(full + EMPTY_AT)
+            release(full + EMPTY_AT, blocks)
         stage, parity = next_stage(stage, parity)
     return stage, parity

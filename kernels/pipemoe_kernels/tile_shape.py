@@ -3,6 +3,9 @@
     consumers   rows   stage: x + w   registers: producer, consumers      w passes the L2 cache
     2           128    16 + 32 KB     56, 224 (or 168 each, see below)    once for every 128 rows of an expert
     3           192    24 + 32 KB     32, 160                             once for every 192 rows
+    2 x 2       256    16 + 32 KB     as 128                              once for every 256 rows
+
+The last is a pair of blocks (a cluster) with 128 rows each: either fetches half of the w tile, for both.
 
 Two consumers get by with equal shares of the registers, three do not: their kernels must be linked whole (Kernel.moves_registers). The
 assembler refuses products of 256 columns where threads have 128 registers before they move, so three consumers' have 128.
@@ -27,17 +30,22 @@ MAX_SHARED_BYTES = 227 * 1024  # of a block
 
 @dataclass(frozen=True)
 class TileShape:
-    """product_columns: rows of w in one product."""
+    """consumers: of a block. product_columns: rows of w in one product. blocks: that share a tile's w, 1 or 2."""
 
     consumers: int
     consumer_registers: int
     producer_registers: int = 56
     moves_registers: bool = False
     product_columns: int = 256
+    blocks: int = 1
+
+    @property
+    def block_rows(self) -> int:
+        return GROUP_ROWS * self.consumers
 
     @property
     def rows(self) -> int:
-        return GROUP_ROWS * self.consumers
+        return self.block_rows * self.blocks
 
     @property
     def threads(self) -> int:
@@ -45,12 +53,12 @@ class TileShape:
 
     @property
     def x_boxes(self) -> tuple[int, ...]:
-        """Rows of the boxes of x's tensor maps, in the order in which the maps stand; the first holds a whole tile."""
-        return X_BOXES if self.rows == X_BOXES[0] else (self.rows, *X_BOXES)
+        """Rows of the boxes of x's tensor maps, in the order in which the maps stand; the first holds all rows of a block."""
+        return X_BOXES if self.block_rows == X_BOXES[0] else (self.block_rows, *X_BOXES)
 
     @property
     def x_bytes(self) -> int:
-        return self.rows * STEP_BYTES
+        return self.block_rows * STEP_BYTES
 
     @property
     def stage_bytes(self) -> int:
@@ -64,11 +72,15 @@ class TileShape:
 
 ROWS_128 = TileShape(consumers=2, consumer_registers=224)
 ROWS_192 = TileShape(consumers=3, consumer_registers=160, producer_registers=32, moves_registers=True, product_columns=128)
-SHAPES = {shape.rows: shape for shape in (ROWS_128, ROWS_192)}
+ROWS_256 = TileShape(consumers=2, consumer_registers=224, blocks=2)
+SHAPES = {shape.rows: shape for shape in (ROWS_128, ROWS_192, ROWS_256)}
+LEAST_PAIRED_ROWS = 512
 
 
 def shape_for(expected_rows: float) -> TileShape:
     """Where an expert can expect that many rows, give or take their square root: 192 where that is more than one tile of 128 and one
     of 192 holds it (measured at 128: 1.3 times as fast), else 128, whose wider products are 1.1 to 1.4 times as fast otherwise."""
+    if expected_rows >= LEAST_PAIRED_ROWS:
+        return ROWS_256
     likely = expected_rows + math.sqrt(expected_rows)
     return ROWS_192 if ROWS_128.rows < likely <= ROWS_192.rows else ROWS_128

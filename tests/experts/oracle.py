@@ -84,17 +84,17 @@ def random_rows(num_rows, hidden, num_experts, top_k, *, dtype=torch.float32, se
 
 
 def expected(rows: WireRows, weights: ExpertWeights) -> torch.Tensor:
-    """The definition, one (token, k) at a time in float64 -> [n, H] float64."""
-    hidden, ids, router = rows.hidden.double().cpu(), rows.ids.cpu(), rows.weights.double().cpu()
-    out = torch.zeros(len(rows), hidden.shape[1], dtype=torch.float64)
+    """The definition, one (token, k) at a time in float64, where the rows are -> [n, H] float64 on the CPU."""
+    hidden, ids, router = rows.hidden.double(), rows.ids.tolist(), rows.weights.double()
+    out = torch.zeros(len(rows), hidden.shape[1], dtype=torch.float64, device=hidden.device)
     wide = {}  # local expert -> its weights in float64
     for i in range(len(rows)):
-        for k in range(ids.shape[1]):
-            expert = int(ids[i, k]) - weights.first_expert
+        for k in range(len(ids[i])):
+            expert = ids[i][k] - weights.first_expert
             if not 0 <= expert < weights.num_local_experts:
                 continue
             if expert not in wide:
-                wide[expert] = [None if t is None else t[expert].double().cpu() for t in _fields(weights)]
+                wide[expert] = [None if t is None else t[expert].double().to(hidden.device) for t in _fields(weights)]
             gate_up, down, gate_up_bias, down_bias = wide[expert]
             h = gate_up @ hidden[i]
             if gate_up_bias is not None:
@@ -107,7 +107,7 @@ def expected(rows: WireRows, weights: ExpertWeights) -> torch.Tensor:
             if down_bias is not None:
                 y = y + down_bias
             out[i] += router[i, k] * y
-    return out
+    return out.cpu()
 
 
 def relative_error(actual: torch.Tensor, wanted: torch.Tensor) -> float:

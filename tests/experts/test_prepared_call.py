@@ -13,7 +13,7 @@ from pipemoe.experts.ampere import AmpereExperts
 from pipemoe.experts.hopper import MAX_LAYOUTS, HopperExperts
 from pipemoe.experts.hopper_fp8 import HopperFp8Experts
 from pipemoe.wire import WireFormat
-from pipemoe_kernels.tile_shape import ROWS_128, ROWS_192
+from pipemoe_kernels.tile_shape import ROWS_128, ROWS_192, ROWS_256
 from tests.experts import cuda_stand_in
 from tests.experts.oracle import random_weights
 
@@ -101,14 +101,14 @@ def test_tiles_by_the_rows_that_an_expert_can_expect(launched):
     """Of 8 experts in all; calls of either shape stand beside each other."""
     experts = make(HopperExperts, num_experts=8)
     scratch = experts.new_scratch(MAX_ROWS)
-    for num_rows, shape in ((256, ROWS_192), (100, ROWS_128), (1024, ROWS_128), (300, ROWS_192), (256, ROWS_192)):
+    for num_rows, shape in ((256, ROWS_192), (100, ROWS_128), (500, ROWS_128), (1024, ROWS_256), (300, ROWS_192), (256, ROWS_192)):
         rows, out = make_rows(experts, num_rows), torch.empty((num_rows, HIDDEN), dtype=BF16)
         launched.clear()
         experts(0, rows, out, scratch)
         _, gate_up, down, _ = launched
         assert gate_up.kernel is experts._gate_up_kernel(0, shape).kernel and down.kernel is experts._down_kernel(shape).kernel
         assert down.arguments[down.kernel.slot("x")] == scratch.a_maps[128, shape]
-    assert len(scratch.calls) == 2
+    assert len(scratch.calls) == 3
 
 
 def _names(launch):

@@ -20,8 +20,8 @@ NUM_REGISTERS = 65536
 @pytest.mark.parametrize("cuts", range(4))
 def test_steps_in_a_stage(shape, cuts):
     w_bytes = W_BYTES >> cuts
-    for num_rows in range(1, shape.rows + 1):
-        together = int(steps_in_stage.py_func(UINT32(num_rows), UINT32(cuts), UINT32(shape.rows)))
+    for num_rows in range(1, shape.block_rows + 1):
+        together = int(steps_in_stage.py_func(UINT32(num_rows), UINT32(cuts), UINT32(shape.block_rows)))
         assert cuts > 0 or together == 0
         box_bytes = STEP_BYTES * min(box for box in shape.x_boxes if box >= num_rows)
         x_step = int(x_step_bytes.py_func(shape.stage_bytes, UINT32(w_bytes), UINT32(together)))
@@ -39,7 +39,7 @@ def test_budgets(shape):
     assert 128 * (shape.producer_registers + shape.consumers * shape.consumer_registers) <= NUM_REGISTERS
     assert RING_AT + NUM_STAGES * shape.stage_bytes <= shape.shared_bytes <= MAX_SHARED_BYTES == 227 * 1024
     assert RING_AT % 1024 == 0 and ENDS_AT + 4 * (MAX_EXPERTS + 1) <= RING_AT
-    assert shape.x_boxes[0] == shape.rows and shape.threads <= 1024
+    assert shape.x_boxes[0] == shape.block_rows and shape.threads <= 1024
 
 
 def test_whole_tiles_of_128_rows_are_packed_as_before():
@@ -47,5 +47,5 @@ def test_whole_tiles_of_128_rows_are_packed_as_before():
 
 
 def test_larger_tiles_where_one_of_them_likely_holds_what_two_smaller_ones_would():
-    assert [shape_for(rows).rows for rows in (0, 1, 110, 118, 128, 175, 180, 192, 256, 10**6)] == [128, 128, 128, 192, 192, 192, 128, 128, 128, 128]
+    assert [shape_for(rows).rows for rows in (0, 1, 110, 118, 128, 175, 180, 192, 256, 600, 10**6)] == [128, 128, 128, 192, 192, 192, 128, 128, 128, 256, 256]
     assert shape_for(128) is ROWS_192
