@@ -21,7 +21,7 @@ fi
 workers=()
 if "$python" -c "import xdist" 2>/dev/null; then
     cores=$(nproc)
-    workers=(-n "$((cores < 12 ? (cores + 1) / 2 : 6))")
+    workers=(-n "$((cores < 16 ? (cores + 1) / 2 : 12))")
 fi
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")

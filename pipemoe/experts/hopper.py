@@ -144,9 +144,12 @@ class HopperExperts(ExpertsShape):
     def _down_kernel(self, shape: TileShape) -> GroupedKernel:
         return grouped_kernel(gated=False, shape=shape)
 
-    def _shape(self, num_rows: int) -> TileShape:
+    def _shape(self, layer: int, num_rows: int) -> TileShape:
         """Of the tiles of a call on so many rows."""
-        return self.shapes[0] if len(self.shapes) == 1 else shape_for(num_rows * self.top_k / self._num_experts)
+        if len(self.shapes) == 1:
+            return self.shapes[0]
+        rows, w = num_rows * self.top_k / self._num_experts, self.weights[layer]
+        return shape_for(rows, 6 * rows * w.num_local_experts * self.hidden * w.intermediate)
 
     def leaving(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps
@@ -193,7 +196,7 @@ class HopperExperts(ExpertsShape):
         hidden_shape, ids_shape, weights_shape = hidden.shape, ids.shape, weights.shape
         num_rows, out_layout = _layout_of_out(out)
         # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor where.
-        shape = self._shape(num_rows)
+        shape = self._shape(layer, num_rows)
         layout = (
             *(self, layer, shape.rows, len(events), hidden.get_device(), out_layout),
             *(hidden.dtype, hidden_shape[1:], hidden.stride(), ids.dtype, ids_shape[1:], ids.stride()),

@@ -170,7 +170,7 @@ def test_the_same_bits_whatever_the_tile(gated, bias):
     ids = torch.stack([ids, ids.roll(200)], dim=1)[torch.randperm(len(ids), generator=torch.Generator().manual_seed(5))]
     rows = random_rows(len(ids), 704, 8, 2, dtype=BF16, device="cuda", ids=ids)
     outs = []
-    for tile_rows, num_sms in ((128, None), (192, None), (192, 7), (192, 1)):
+    for tile_rows, num_sms in ((128, None), (192, None), (192, 7), (192, 1), (256, None), (256, 7), (256, 1)):
         settings = {"top_k": 2, "hidden": 704, "device": torch.device("cuda"), "dtype": BF16}
         experts = HopperExperts([to_device(weights, "cuda")], **settings, num_sms=num_sms, tile_rows=tile_rows)
         scratch = experts.new_scratch(len(rows))
@@ -300,7 +300,7 @@ def test_bits_do_not_depend_on_the_shape_of_tiles():
     weights = random_weights(4, 304, 176, dtype=BF16, bias=True)
     settings = {"top_k": 2, "hidden": 304, "device": torch.device("cuda"), "dtype": BF16}
     weights = [to_device(weights, "cuda")]
-    makers = [{"tile_rows": 128}, {"tile_rows": 192}, {"num_experts": 4}]
+    makers = [{"tile_rows": 128}, {"tile_rows": 192}, {"tile_rows": 256}, {"num_experts": 4}]
     for num_rows in (1, 64, 256, 300, 400, 1000):
         rows = random_rows(num_rows, 304, 4, 2, dtype=BF16, device="cuda", seed=num_rows)
         outs = []
@@ -311,4 +311,4 @@ def test_bits_do_not_depend_on_the_shape_of_tiles():
             poison(scratch)
             outs.append(torch.full((num_rows, 304), torch.nan, device="cuda"))
             experts(0, rows, outs[-1], scratch)
-        assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+        assert all(torch.equal(out, outs[0]) for out in outs)

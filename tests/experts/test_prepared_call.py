@@ -13,6 +13,7 @@ from pipemoe.experts.ampere import AmpereExperts
 from pipemoe.experts.hopper import MAX_LAYOUTS, HopperExperts
 from pipemoe.experts.hopper_fp8 import HopperFp8Experts
 from pipemoe.wire import WireFormat
+from pipemoe_kernels import tile_shape
 from pipemoe_kernels.tile_shape import ROWS_128, ROWS_192, ROWS_256
 from tests.experts import cuda_stand_in
 from tests.experts.oracle import random_weights
@@ -97,15 +98,16 @@ def test_what_a_call_says(launched):
     assert [launch.grid for launch in launched] == [(1, 1), (132, 1), (132, 1), (600, 1)]
 
 
-def test_tiles_by_the_rows_that_an_expert_can_expect(launched):
-    """Of 8 experts in all; calls of either shape stand beside each other."""
+def test_tiles_by_the_rows_that_an_expert_can_expect(launched, monkeypatch):
+    """Of 8 experts in all; calls of each shape stand beside the others."""
+    monkeypatch.setattr(tile_shape, "PAIRED_OPERATIONS", 0)
     experts = make(HopperExperts, num_experts=8)
     scratch = experts.new_scratch(MAX_ROWS)
-    for num_rows, shape in ((256, ROWS_192), (100, ROWS_128), (500, ROWS_128), (1024, ROWS_256), (300, ROWS_192), (256, ROWS_192)):
+    for num_rows, shape in ((256, ROWS_192), (100, ROWS_128), (500, ROWS_128), (2048, ROWS_256), (300, ROWS_192), (256, ROWS_192)):
         rows, out = make_rows(experts, num_rows), torch.empty((num_rows, HIDDEN), dtype=BF16)
         launched.clear()
         experts(0, rows, out, scratch)
-        _, gate_up, down, _ = launched
+        *_, gate_up, down, _ = launched
         assert gate_up.kernel is experts._gate_up_kernel(0, shape).kernel and down.kernel is experts._down_kernel(shape).kernel
         assert down.arguments[down.kernel.slot("x")] == scratch.a_maps[128, shape]
     assert len(scratch.calls) == 3

@@ -28,7 +28,7 @@ def test_index_in_two_launches():
     hopper.check_index(torch.randint(-1, 20, (1500, 4), generator=generator).int(), 3, 9)
 
 
-@pytest.mark.parametrize("num_sms, tile_rows", [(132, 128), (5, 128), (5, 192)])
+@pytest.mark.parametrize("num_sms, tile_rows", [(132, 128), (5, 128), (5, 192), (132, 256), (5, 256)])
 def test_grouped_gemms(num_sms, tile_rows):
     hopper.test_grouped_gemms("mixed", 200, 136, num_sms, True, "silu", True, tile_rows)
 

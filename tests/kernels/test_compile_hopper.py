@@ -13,7 +13,7 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
 from pipemoe_kernels.combine_lanes import combine_lanes_kernel
 from pipemoe_kernels.grouped_wgmma import grouped_kernel
 from pipemoe_kernels.index_hopper import index_kernels
-from pipemoe_kernels.tile_shape import ROWS_192, SHAPES
+from pipemoe_kernels.tile_shape import ROWS_128, ROWS_192, ROWS_256, SHAPES
 from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, disassemble
 
 HOPPER = (9, 0), "sm_90a"
@@ -22,8 +22,9 @@ FORMS = [(True, False, "silu"), (True, True, "gelu"), (False, True, "relu"), (Fa
 
 
 @pytest.mark.parametrize("gated, has_bias, activation", FORMS)
-def test_grouped_gemm(gated, has_bias, activation, tmp_path):
-    grouped = grouped_kernel(gated=gated, has_bias=has_bias, activation=activation)
+@pytest.mark.parametrize("shape", [ROWS_128, ROWS_256], ids=["128 rows", "256 rows"])
+def test_grouped_gemm(gated, has_bias, activation, shape, tmp_path):
+    grouped = grouped_kernel(gated=gated, has_bias=has_bias, activation=activation, shape=shape)
     registers, code = build(grouped.kernel, *HOPPER, tmp_path)
     assert registers * grouped.kernel.threads <= NUM_REGISTERS
     if code is not None:
@@ -31,6 +32,8 @@ def test_grouped_gemm(gated, has_bias, activation, tmp_path):
             assert f"HGMMA.64x{256 >> c}x16.F32.BF16" in code
         assert "UTMALDG" in code and code.count("USETMAXREG") == 2
         assert ("LDGSTS" in code) == (activation is not None)
+        assert (".MULTICAST" in code) == ("UCGABAR_WAIT" in code) == (shape is ROWS_256)
+        assert code.count("MEMBAR.ALL.GPU") <= 1  # none in a loop, such as of releases to the other block of a pair
         assert "STG.E.128" in code
 
 
