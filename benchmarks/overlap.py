@@ -38,7 +38,14 @@ def operations(world: World, model: BenchModel, num_tokens: int, dtype: Any) -> 
 
     with model.source(model.first_moe_layer + 1) as source:
         decoder, weights = load_decoder(source, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype)
-    experts = make_experts(weights, top_k=decoder.shape.top_k, hidden=decoder.shape.hidden, device=world.device, dtype=dtype)
+    experts = make_experts(
+        weights,
+        top_k=decoder.shape.top_k,
+        hidden=decoder.shape.hidden,
+        device=world.device,
+        dtype=dtype,
+        num_experts=decoder.shape.num_experts,
+    )
     return Operations(world, decoder, experts.leaving(world.sms_for_collectives), num_tokens)
 
 

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from pipemoe.comm.world import World
     from pipemoe.model import Model
 
-_LAYERS = 4
 _PAIR_SECONDS = 10e-3  # that either side of a pair takes alone
 _WHOLE_STEP_MODES = ("broadcast", "two_batch", "pipelined", "per_rank")
 _IN_LAYER = (OpKind.ATTEND, OpKind.DISPATCH, OpKind.EXPERTS, OpKind.COMBINE)  # in the order of a step of one cohort in one wave
@@ -66,6 +65,7 @@ def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
     parser.add_argument("--max-tokens", type=positive, help="most tokens of a rank that are tried (default: 512 on a CPU, else 4096)")
+    parser.add_argument("--layers", type=positive, default=4, help="MoE layers to measure, at least 2 (default %(default)s)")
     parser.add_argument("--slots", type=positive, help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)")
     parser.add_argument("--combine", choices=("reduce", "gather"), default="reduce")
     parser.add_argument("--repeats", type=positive, default=3, help="of each measurement (default %(default)s)")
@@ -77,14 +77,16 @@ def run(options: argparse.Namespace) -> int:
 
     import pipemoe
 
+    if options.layers < 2:
+        raise InputError("--layers is 1; the first layer is not timed, so at least 2 are needed")
     config = _model_config(options.model)
     first_moe = int(config.get("first_k_dense_replace", 0))
-    cut = {**config, "num_hidden_layers": min(config["num_hidden_layers"], first_moe + _LAYERS)}
+    cut = {**config, "num_hidden_layers": min(config["num_hidden_layers"], first_moe + options.layers)}
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with pipemoe.init(options.device, num_slots=options.slots) as world:
         most = options.max_tokens or (512 if world.device.type == "cpu" else 4096)
         base = Config(mode="broadcast", max_tokens_per_rank=most, moe_max_num_tokens=most, num_slots=world.num_slots, combine=options.combine)
-        _say(world, f"loading {_LAYERS} layers of {options.model}")
+        _say(world, f"loading {options.layers} MoE layers of {options.model}")
         model = pipemoe.load_model(cut, world, config=base, dtype=dtype)
         tuner = Tuner(world, model, most, options.repeats)
         samples = tuner.measure_operations()
