@@ -26,7 +26,7 @@ def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
     attend = ns()
     return CostModel(
         attend=AttendCost(ns(), ns(), ns(2000), ns(2000), ns(500, 0)),
-        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0)),
+        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0), ns(1000, 0)),
         dispatch=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         combine=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         host=HostCost(attend, ns(100, 0), ns(attend), *(ns() for _ in range(6))),
@@ -78,9 +78,10 @@ def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
             of_lane.sort()
             assert all(a[1] <= b[0] for a, b in zip(of_lane, of_lane[1:]))
         at = dict(spans)  # of a combine in blocks of columns, its last one
-        for op, (begin, _) in spans:
+        for op, (begin, end) in spans:
             if op.kind is OpKind.EXPERTS:
-                assert begin >= at[op._replace(kind=OpKind.DISPATCH)][1]
+                dispatched = at[op._replace(kind=OpKind.DISPATCH)][1]
+                assert end >= dispatched and (begin >= dispatched or p.arrivals)
                 assert at[op._replace(kind=OpKind.COMBINE)][0] >= at[op][1]
         combines = [op for op, _ in spans if op.kind is OpKind.COMBINE]
         assert len(combines) == p.num_column_blocks * len(set(combines))
