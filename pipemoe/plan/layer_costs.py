@@ -219,6 +219,8 @@ def merge_alike_ranks(costs, on_cores):
                 own[c, k, w], heads[c, k, w] = costs.own[c, chosen[k], w], costs.heads[c, chosen[k], w]
         for r in range(num_ranks):
             ends[c, class_of[r]] += costs.ends[c, r]
+            for w in range(costs.own.shape[2]):  # all wait for the one with the most left to compute
+                heads[c, class_of[r], w] = min(heads[c, class_of[r], w], costs.heads[c, r, w])
     for r in range(num_ranks):
         weight[class_of[r]] += 1
     merged = LayerCosts(
