@@ -201,14 +201,15 @@ class Run:
 
     def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
-        free = used.read
+        free = [used.read]
         if self._arriving is not None:
+            free.append(used.dispatched)  # experts that had all rows by themselves may be ahead of what still sends these
             self._arriving.expect(views.arrivals, op.layer, views.rows, [part.num_rows for part in views.parts])
         if self._only.computation and views.is_sent_from_here:
-            free = lanes.compute.submit(lambda: self._pack(op, state, views), [free])
+            free = [lanes.compute.submit(lambda: self._pack(op, state, views), free)]
         state.groups += self._num_groups[op.cohort]
         send = self._send_and_announce if self._plan.arrivals else self._send
-        used.dispatched = lanes.dispatch.submit(lambda: send(views, *views.groups), [free])
+        used.dispatched = lanes.dispatch.submit(lambda: send(views, *views.groups), free)
         if op.wave == 0 and state.has_tokens and self._source.has_side_work:
             lanes.compute.submit(self._model_work(state, lambda: self._source.side_work(op.cohort)))
         return used.dispatched
