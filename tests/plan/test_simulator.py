@@ -49,6 +49,26 @@ def test_same_as_the_naive_simulator(data):
     free = config.mode in ("pipelined", "per_rank")
     cost = data.draw(small_costs())
     p = plan(facts, SHAPE, config, cost, assignment=data.draw(assignments(facts)) if free else None)
+    check_against_the_naive_simulator(p, cost)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_same_as_the_naive_simulator_with_arrivals(data):
+    """Ranks enough for several groups; waves, cohorts one after another in a slot, blocks of columns."""
+    facts = Facts(tuple((n,) if n else () for n in data.draw(st.lists(st.integers(0, 30), min_size=4, max_size=9))))
+    blocks, one_cohort = data.draw(st.sampled_from((None, 3))), data.draw(st.booleans())
+    config = PlanConfig(
+        mode="chunked" if one_cohort else "per_rank", moe_max_num_tokens=data.draw(st.integers(40, 200)), num_slots=1, combine_blocks=blocks, arrivals=True
+    )
+    cost = data.draw(small_costs())
+    p = plan(facts, SHAPE, config, cost, assignment=None if one_cohort else data.draw(assignments(facts)))
+    assert p.arrivals == bool(p.cohorts)
+    check_against_the_naive_simulator(p, cost)
+
+
+def check_against_the_naive_simulator(p, cost):
+    facts = p.facts
     if len(p) > 400:
         return
     found = simulate(p, cost)
