@@ -93,7 +93,8 @@ class Run:
         on_progress: Callable[[Op], None] = lambda op: None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> None:
-        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an operation is issued. on_done: called when one has completed."""
+        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an operation is issued.
+        on_done: called when one has completed."""
         self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
         self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
         self._arriving = arriving if only.computation else None

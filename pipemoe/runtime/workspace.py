@@ -26,7 +26,16 @@ class SlotBuffers:
 class Workspace:
     """Buffers for `config.max_slots` cohorts under way at once."""
 
-    def __init__(self, config: Config, wire: WireFormat, combine_dtype: torch.dtype, num_ranks: int, experts: Any, device: torch.device, arriving: Any = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        wire: WireFormat,
+        combine_dtype: torch.dtype,
+        num_ranks: int,
+        experts: Any,
+        device: torch.device,
+        arriving: Any = None,
+    ) -> None:
         """arriving: experts that take waves as they arrive, in the first slot; None: there are none."""
         import torch
 

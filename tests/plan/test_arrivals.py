@@ -85,9 +85,8 @@ def test_experts_tell_as_many_parts_apart():
 
 def without_launches(**changes):
     """Experts 9 ns a row and rank (two ranks: one of two pairs is local), of which 300 permille are the output."""
-    cost = CostModel(
-        AttendCost(0, 0, 0, 0), ExpertsCost(0, 0, 0, 9_000, 1, 300, 1000), ExchangeCost(0, 0, 6_000), ExchangeCost(0, 0, 0), HostCost(*(0,) * 9), contention=FREE, start_ns=0, finish_ns=0
-    )
+    experts, exchanges = ExpertsCost(0, 0, 0, 9_000, 1, 300, 1000), (ExchangeCost(0, 0, 6_000), ExchangeCost(0, 0, 0))
+    cost = CostModel(AttendCost(0, 0, 0, 0), experts, *exchanges, HostCost(*(0,) * 9), contention=FREE, start_ns=0, finish_ns=0)
     return replace(cost, **changes)
 
 

@@ -12,7 +12,7 @@ from pipemoe.plan.schedule import MODES
 from pipemoe.runtime import arriving
 from pipemoe.runtime.run import Only
 from tests.models.tiny import VOCAB, tiny_config
-from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOKEN_COUNTS, TOP_K, make_layers, make_rows, norm_ratio
+from tests.moe_cases import NUM_EXPERTS, TOKEN_COUNTS, TOP_K, make_layers, make_rows, norm_ratio
 from tests.runtime.sources import RowsSource, make_runtime
 from tests.runtime.waiting_experts import WaitingExperts
 
