@@ -12,6 +12,7 @@ from pipemoe.plan.arrivals import INDEX_SMS
 
 if TYPE_CHECKING:
     from pipemoe.comm.world import World
+    from pipemoe.plan.verify import Room
 
 
 def arrivals_permille(world: World, experts: Any, config: Config) -> tuple[int, str | None]:
@@ -34,13 +35,18 @@ def refusal(world: World, experts: Any, config: Config) -> str | None:
         return f"no arrivals: {experts.implementation} experts take whole waves only"
     from pipemoe.experts.arrivals import too_many_rows
 
-    room = world.block_room
+    room = arrival_room(world, experts)
     try:
         if room is not None:
-            replace(room, arrival_blocks=_num_blocks(world, experts)).check_arrivals()
+            room.check_arrivals()
     except ConfigError as error:
         return str(error)
     return too_many_rows(experts, config.max_wave_rows(world.size))
+
+
+def arrival_room(world: World, experts: Any) -> Room | None:
+    """The room of this rank's collectives beside experts that wait for rows; None: there are no collectives."""
+    return None if world.block_room is None else replace(world.block_room, arrival_blocks=_num_blocks(world, experts))
 
 
 def speed_permille(world: World, experts: Any) -> int:

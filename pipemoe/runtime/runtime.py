@@ -20,7 +20,7 @@ from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
-from pipemoe.runtime.arriving import arrivals_permille, arriving_experts
+from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_experts
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
@@ -234,7 +234,7 @@ class Runtime:
         engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
-            verify(plan, row_bytes=self.wire.row_bytes)
+            verify(plan, row_bytes=self.wire.row_bytes, room=arrival_room(self.world, self._experts) if plan.arrivals else None)
             self.world.transport.log = []
         digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(
