@@ -92,6 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--max-tokens-per-rank", type=positive(int), help="default: what the inputs need")
     run.add_argument("--combine", choices=COMBINES, default="reduce")
     run.add_argument("--combine-blocks", type=positive(int), metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
+    run.add_argument("--expert-arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: chosen in mode auto, else off)")
     run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
     run.add_argument("--deterministic", action="store_true")
     run.add_argument("--cost", metavar="FILE", help="measured costs for mode auto (pipemoe tune)")
@@ -159,6 +160,7 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
             num_slots=options.num_slots,
             combine=options.combine,
             combine_blocks=options.combine_blocks,
+            arrivals=None if options.expert_arrivals is None else options.expert_arrivals == "on",
             combine_dtype=options.combine_dtype,
             deterministic=options.deterministic,
             experts=options.experts,
@@ -217,7 +219,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             for mode, model_of_mode in models.items():
                 more = {"makespan_budget": model_of_mode.config.makespan_budget}
                 if options.arrivals == "together":
-                    more |= predicted_ms(model_of_mode, workload)
+                    more |= predicted_ms(model_of_mode, workload) | {"steps_with_expert_arrivals": steps_with_arrivals(model_of_mode, workload)}
                 rows.append(_row(mode, facts | more, found[mode], peak_bytes[mode], parity[mode.split()[0]]))
             measured.append((workload, found))
             write(options, rows)  # should a later workload fail, what was measured is kept
@@ -244,6 +246,14 @@ def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
     ttfts = [simulate(runtime.plan(Facts(step_lengths(step))), runtime.cost).ttft for step in workload.steps]
     of_steps = [[t / 1e6 for t in ttft if t is not None] for ttft in ttfts]
     return {"predicted_ttft_ms": fmean(map(max, of_steps)), "predicted_median_rank_ms": fmean(map(median, of_steps))}
+
+
+def steps_with_arrivals(model: Model, workload: Workload) -> int:
+    """Steps whose plans have waves computed as they arrive."""
+    from pipemoe.plan.schedule import Facts
+    from ttft_measure import step_lengths
+
+    return sum(model.runtime.plan(Facts(step_lengths(step))).arrivals for step in workload.steps)
 
 
 def _max_over_ranks(world: World, values: dict[str, int]) -> dict[str, int]:

@@ -44,6 +44,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
     parser.add_argument("--slots", type=positive, default=4, help="cohorts under way at once (default %(default)s)")
     parser.add_argument("--combine", choices=COMBINES, default="reduce", help="default %(default)s")
     parser.add_argument("--combine-blocks", type=positive, metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
+    parser.add_argument("--arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: off)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
     parser.add_argument("--ranks-per-gpu", type=positive, default=1, help="ranks that share a GPU (default %(default)s)")
     parser.add_argument("--pareto", action="store_true", help="also the best mean for slowest times of up to 20 %% above the best")
@@ -65,6 +66,7 @@ def run(options: argparse.Namespace) -> int:
         num_slots=options.slots,
         combine=options.combine,
         combine_blocks=options.combine_blocks,
+        arrivals=None if options.arrivals is None else options.arrivals == "on",
         objective=options.objective,
         makespan_budget=options.makespan_budget,
     )

@@ -28,6 +28,13 @@ def test_report(capsys, tmp_path):
     assert {e["pid"] for e in events} == set(range(8)) and {"attend", "dispatch", "experts", "combine", "finish"} <= {e["name"] for e in events}
 
 
+def test_waves_computed_as_they_arrive(capsys):
+    shape = ["--rank-tokens", "100,300,200,50,0,700,60,80", "--layers", "3", "--mode", "chunked"]
+    for setting, wanted in (("on", True), ("off", False)):
+        assert main(["plan", *shape, "--arrivals", setting]) == 0
+        assert ("waves computed as they arrive, dispatched in up to 3 groups" in capsys.readouterr().out) == wanted
+
+
 @pytest.mark.parametrize("model", MODEL_CONFIGS)
 @pytest.mark.parametrize("mode", ["auto", "padded", "per_rank"])
 def test_all_models_and_modes(capsys, model, mode):

@@ -140,6 +140,7 @@ class World:
         self.rank, self.size = (comm.Get_rank(), comm.Get_size()) if comm else (0, 1)
         self.num_slots, self.setup_seconds = num_slots, setup_seconds
         self.sms_for_collectives = 0  # that a rank's persistent kernels leave to collectives beside them
+        self.block_room: Room | None = None  # of the collectives on this rank's GPU, if there are any
         self._on_gpu = on_gpu
         self.device = torch.device("cpu")
         local_rank = 0
@@ -196,6 +197,7 @@ class World:
         from pipemoe.comm import nccl
 
         room, error = self.room(), None
+        self.block_room = room
         self.sms_for_collectives = room.kept_for_collectives(self.num_slots)
         ids: list[bytes] = []
         try:
@@ -224,7 +226,9 @@ class World:
         # NCCL reads the variable when a communicator is made. The same default on all ranks, whatever their GPUs.
         default = nccl.default_max_ctas(min(num_sms for _, num_sms in gpus), self.num_slots, max(sharing.values()))
         os.environ.setdefault("NCCL_MAX_CTAS", str(default))
-        return Room(num_sms, nccl.max_ctas(), ranks_on_device=sharing[place])
+        # Clusters of blocks would have to find neighbouring SMs that are free; kernels that leave some leave any.
+        os.environ.setdefault("NCCL_CGA_CLUSTER_SIZE", "0")
+        return Room(num_sms, nccl.max_ctas(), ranks_on_device=sharing[place], cluster_blocks=nccl.cluster_blocks())
 
     def _warm_up(self) -> None:
         """Every kind of collective on every communicator, from one root and from all, small and large: nothing is connected or

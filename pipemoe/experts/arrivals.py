@@ -24,6 +24,7 @@ import torch
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.experts.hopper import HopperExperts, HopperScratch
 from pipemoe.experts.protocol import Recordable, column_ranges
+from pipemoe.plan.arrivals import INDEX_SMS
 from pipemoe.wire import WireFormat
 from pipemoe_kernels import driver
 from pipemoe_kernels.arrival_raster import MAX_SEGMENTS
@@ -38,7 +39,13 @@ from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
-INDEX_SMS = 1  # multiprocessors that gate_up leaves to the index kernels besides
+
+def too_many_rows(experts: HopperExperts, max_rows: int) -> str | None:
+    """Why waves of up to `max_rows` rows are too large for arrival-driven calls, or None."""
+    widest = max(experts.hidden, experts.max_intermediate)
+    if 2 * widest * experts.top_k * max_rows < MAX_OUT_BYTES:
+        return None
+    return f"{max_rows} rows of {experts.top_k} pairs of {widest} columns; arrival-driven calls take less than 4 GiB of these: make waves smaller"
 
 
 class Arrivals:
@@ -96,12 +103,8 @@ class ArrivingExperts:
     def new_arrivals(self, max_rows: int) -> Arrivals:
         """Allocate what waves of up to `max_rows` rows in one receive buffer need. Raises ConfigError for too many."""
         self.experts.check_max_rows(max_rows)
-        widest = max(self.experts.hidden, self.experts.max_intermediate)
-        if 2 * widest * self.experts.max_pairs(max_rows) >= MAX_OUT_BYTES:
-            raise ConfigError(
-                f"{max_rows} rows of {self.experts.top_k} pairs of {widest} columns; arrival-driven calls take less than 4 GiB of these: "
-                "make waves smaller"
-            )
+        if reason := too_many_rows(self.experts, max_rows):
+            raise ConfigError(reason)
         return Arrivals(self.experts, max_rows)
 
     def warm_up(self, arrivals: Arrivals, scratch: HopperScratch, column_blocks: Sequence[int] = (1,)) -> None:

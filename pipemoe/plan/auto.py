@@ -3,8 +3,8 @@
 Each candidate first gets lower bounds, from its cohorts' chains of operations and what each rank has to do at least; those that
 cannot win by them are not run.
 Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that run side
-by side finish in proportion to the number of layers. What then leads, and one cohort, are also looked at with blocks of columns, in the
-number that promises most by itself.
+by side finish in proportion to the number of layers. What then leads, and one cohort, are also looked at in another form, with blocks of
+columns or with waves computed as they arrive or both: that which promises most by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
+from pipemoe.plan.arrival_costs import take_as_they_arrive
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
 from pipemoe.plan.column_costs import cut_columns, gained_ns, issuing_ns
 from pipemoe.plan.compiled import compiled
@@ -29,9 +30,9 @@ _LAYERS = 16  # that are simulated at most, and half of them
 _EVENTS = 550  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
 _MOST_EVENTS = 2_400  # in all: candidates that would take more are not looked at
 _DOUBTFUL_EVENTS = 1_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
-_LAST_EVENTS = 2_700  # with those for other numbers of blocks
+_LAST_EVENTS = 2_700  # with those for other forms
 _MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
-_BLOCKS_MARGIN = 10  # the same for blocks of columns
+_FORM_MARGIN = 10  # the same for a form that is not the usual one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +43,21 @@ class Candidate:
     name: str
     assignment: list[list[Microbatch]]
     num_column_blocks: int
+    arrivals: bool
     mean: int
     slowest: int
     p50: int
     chosen: bool
 
 
-def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> tuple[list[list[Microbatch]], int]:
-    """Cohorts and the number of blocks of columns, by cost."""
+def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> tuple[list[list[Microbatch]], int, bool]:
+    """Cohorts, the number of blocks of columns, and whether waves are computed as they arrive, by cost."""
     found = _evaluate(facts, shape, config, cost, only_chosen=True)[0]
-    return (found[0].assignment, found[0].num_column_blocks) if found else ([], config.combine_blocks or 1)
+    return (found[0].assignment, found[0].num_column_blocks, found[0].arrivals) if found else ([], config.combine_blocks or 1, False)
 
 
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
-    """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in other numbers of
-    blocks of columns."""
+    """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in another form."""
     return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
 
@@ -77,22 +78,37 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
         goal[OBJECTIVES.index(config.objective)] = 1
     goal[3], goal[4] = round(config.makespan_budget * 1000), config.pipelined_ratio
     limits = np.array([shape.num_layers, config.max_wave_rows(facts.num_ranks), config.num_slots, config.num_buffers, config.combine == "gather"])
-    choices = config.block_choices(shape.hidden) if facts.num_ranks > 1 else (config.combine_blocks or 1,)
+    forms = _forms(facts, shape, config, cost)
     problem = (tokens, starts, first, rates_of(cost), speeds_of(cost.contention), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
-    figures, best, best_choice, events = _search(CANDIDATES, np.array(choices), *problem, only_chosen)
+    figures, best, best_form, events = _search(CANDIDATES, np.array(forms), *problem, only_chosen)
     if best < 0:
         raise PlanError("no candidate can be carried out")
     candidates = []
-    for index, choice in [(best, best_choice)] if only_chosen else np.argwhere(figures[:, :, 1] < NEVER).tolist():
-        mean, slowest, p50 = (figures[index, choice] + cost.start_ns).tolist()
-        chosen = (index, choice) == (best, best_choice)
+    for index, form in [(best, best_form)] if only_chosen else np.argwhere(figures[:, :, 1] < NEVER).tolist():
+        mean, slowest, p50 = (figures[index, form] + cost.start_ns).tolist()
+        chosen = (index, form) == (best, best_form)
         kind, parts, unit = CANDIDATES[index]
         table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens, config.pipelined_ratio, config.num_slots)
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
-        candidates.append(Candidate(index, candidate_name(index), assignment, choices[choice], mean, slowest, p50, chosen))
+        num_blocks, arrivals = forms[form]
+        arrivals = bool(arrivals) and _in_one_slot(len(assignment), config.num_slots)
+        candidates.append(Candidate(index, candidate_name(index), assignment, num_blocks, arrivals, mean, slowest, p50, chosen))
     return candidates, events
+
+
+def _forms(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[tuple[int, int]]:
+    """Blocks of columns, and 1 for waves computed as they arrive (in one slot; 0 in several), the usual form first."""
+    if facts.num_ranks == 1:
+        return [(config.combine_blocks or 1, int(config.arrivals or False))]
+    may = config.arrivals is None and cost.experts.arrivals_permille > 0
+    return [(n, arrivals) for arrivals in ((0, 1) if may else (int(config.arrivals or False),)) for n in config.block_choices(shape.hidden)]
+
+
+@compiled
+def _in_one_slot(num_cohorts, num_slots):
+    return num_cohorts == 1 or num_slots == 1
 
 
 @compiled
@@ -112,15 +128,15 @@ def units_of(tokens, starts, first, by_sequence):
 
 
 @compiled
-def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
-    """Figures [N, B, 3] (mean, slowest, p50) of every candidate in each number of blocks of columns (NEVER: does not apply, is an earlier
+def _search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
+    """Figures [N, F, 3] (mean, slowest, p50) of every candidate in each of forms [F, 2] (see _forms; NEVER: does not apply, is an earlier
     one again, or was not run), the best of both, and the events that choosing it took.
 
-    Cohorts are looked for with choices[0]; only the best ones, and one cohort, may be run with another. only_chosen: candidates that
+    Cohorts are looked for in forms[0]; only the best ones, and one cohort, may be run in another. only_chosen: candidates that
     were passed over are not run for their figures afterwards.
     """
-    num_layers, limit, num_slots = limits[0], limits[1], limits[2]
-    figures = np.full((len(kinds), len(choices), 3), NEVER, np.int64)
+    num_layers, num_slots = limits[0], limits[2]
+    figures = np.full((len(kinds), len(forms), 3), NEVER, np.int64)
     bounds, price = np.empty((len(kinds), 3), np.int64), np.full(len(kinds), NEVER, np.int64)
     seen, margins = np.zeros(len(kinds), np.int64), np.full(len(kinds), 1000, np.int64)
     guess = np.empty(3, np.int64)
@@ -131,8 +147,7 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
     for k in range(len(kinds)):
         if kinds[k, 2] and not many_sequences:
             continue
-        units = units_of(tokens, starts, first, kinds[k, 2])
-        microbatches = candidate_microbatches(kinds[k, 0], kinds[k, 1], units, tokens, goal[4], num_slots)
+        microbatches = _microbatches(kinds[k], tokens, starts, first, goal, num_slots)
         if len(microbatches) == 0:
             continue
         mark = np.int64(1)
@@ -144,17 +159,14 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
             again = again or seen[j] == mark
         if again:
             continue
-        num_cohorts = microbatches[-1, 0] + 1
-        segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
-        waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
-        costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, 2)
-        margins[k] += _MARGIN * (num_cohorts - 1)
-        costs, weight = merge_alike_ranks(cut_columns(costs, rates, choices[0]), rates.cores_permille > 0)
+        margins[k] += _MARGIN * microbatches[-1, 0]
+        costs, weight = _costs_of(microbatches, forms[0, 1], starts, first, rates, num_experts, top_k, limits)
+        costs = cut_columns(costs, rates, forms[0, 0])
         _bound(costs, weight, rates, speeds, num_layers, num_slots, bounds[k], guess)
         price[k] = _objective(guess, goal) * margins[k] // 1000
         place_of[k] = len(costs_of)
         costs_of.append((costs, weight))
-    best, blocks, lowest, events, looked_at = -1, 0, NEVER, 0, place_of < 0
+    best, form, lowest, events, looked_at = -1, 0, NEVER, 0, place_of < 0
     late, dear = NEVER, NEVER  # thousandths: the least by which a slowest time was above its bound, and a price above its guess
     for turn in range(len(kinds)):
         allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
@@ -189,24 +201,46 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
         if best < 0 or place_of[k] < 0 or (turn and leader == 0):
             continue
         costs, weight = costs_of[place_of[k]]
-        most, n, cut = 0, 0, costs
-        for m in range(1, len(choices)):
-            trial = cut_columns(costs, rates, choices[m])
+        most, n, cut, uncut, arrivals = 0, 0, costs, costs, forms[0, 1]
+        for m in range(1, len(forms)):
+            if forms[m, 1] != arrivals:
+                if not _in_one_slot(len(costs.num_waves), num_slots):
+                    break
+                arrivals, microbatches = forms[m, 1], _microbatches(kinds[k], tokens, starts, first, goal, num_slots)
+                uncut, _ = _costs_of(microbatches, arrivals, starts, first, rates, num_experts, top_k, limits)
+            trial = cut_columns(uncut, rates, forms[m, 0])
             gained = gained_ns(costs, trial) * num_layers
             if gained > most:
                 most, n, cut = gained, m, trial
-        hoped = _objective(figures[k, 0] - most, goal) * (margins[k] + _BLOCKS_MARGIN) // 1000
-        if n == 0 or hoped >= _price(figures, margins, goal, best, blocks) or events + _layers_and_events(cut, num_layers)[1] > _LAST_EVENTS:
+        hoped = _objective(figures[k, 0] - most, goal) * (margins[k] + _FORM_MARGIN) // 1000
+        if n == 0 or hoped >= _price(figures, margins, goal, best, form) or events + _layers_and_events(cut, num_layers)[1] > _LAST_EVENTS:
             continue
         events += _predict(cut, weight, rates, speeds, limits, figures[k, n])
         lowest = min(lowest, figures[k, n, 1])
-        best, blocks = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+        best, form = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
     if not only_chosen:
         for k in range(len(kinds)):
             if place_of[k] >= 0 and figures[k, 0, 1] == NEVER:
                 costs, weight = costs_of[place_of[k]]
                 _predict(costs, weight, rates, speeds, limits, figures[k, 0])
-    return figures, best, blocks, events
+    return figures, best, form, events
+
+
+@compiled
+def _microbatches(kind, tokens, starts, first, goal, num_slots):
+    return candidate_microbatches(kind[0], kind[1], units_of(tokens, starts, first, kind[2]), tokens, goal[4], num_slots)
+
+
+@compiled
+def _costs_of(microbatches, arrivals, starts, first, rates, num_experts, top_k, limits):
+    """A layer of these cohorts, not yet in blocks of columns, and how many ranks each of its columns stands for."""
+    num_cohorts, num_slots = microbatches[-1, 0] + 1, limits[2]
+    segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limits[1])
+    waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
+    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, 2)
+    if arrivals and _in_one_slot(num_cohorts, num_slots):
+        costs = take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k)
+    return merge_alike_ranks(costs, rates.cores_permille > 0)
 
 
 @compiled
@@ -216,21 +250,21 @@ def _objective(figures, goal):
 
 @compiled
 def _price(figures, margins, goal, k, n):
-    """What counts of a candidate: dearer the more cohorts it has, and in another number of blocks than the usual one."""
-    return _objective(figures[k, n], goal) * (margins[k] + (_BLOCKS_MARGIN if n else 0)) // 1000
+    """What counts of a candidate: dearer the more cohorts it has, and in another form than the usual one."""
+    return _objective(figures[k, n], goal) * (margins[k] + (_FORM_MARGIN if n else 0)) // 1000
 
 
 @compiled
 def _best(figures, margins, allowed, goal):
-    """Candidate and choice of blocks with the lowest price, among those that end in the time allowed."""
-    best, blocks = -1, 0
+    """Candidate and form with the lowest price, among those that end in the time allowed."""
+    best, form = -1, 0
     for n in range(figures.shape[1]):
         for k in range(len(figures)):
             if figures[k, n, 1] == NEVER or figures[k, n, 1] > allowed:
                 continue
-            if best < 0 or _price(figures, margins, goal, k, n) < _price(figures, margins, goal, best, blocks):
-                best, blocks = k, n
-    return best, blocks
+            if best < 0 or _price(figures, margins, goal, k, n) < _price(figures, margins, goal, best, form):
+                best, form = k, n
+    return best, form
 
 
 @compiled
@@ -239,7 +273,7 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
     rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed everything at full speed.
     guess: what they may be like, if earlier cohorts go first."""
     num_cohorts, num_ranks = costs.ends.shape
-    num_blocks = costs.num_blocks
+    num_blocks, heads, works = costs.num_blocks, costs.num_heads, costs.num_heads + costs.num_blocks
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     finish, likely = np.zeros((num_cohorts, num_ranks), np.int64), np.zeros((num_cohorts, num_ranks), np.int64)
     computed, issued = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
@@ -252,17 +286,20 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
         for r in range(num_ranks):
             last = -1
             computed[r] += costs.compute[c, r, 0, BUSY]
-            issued[r] += costs.issue[c, r] + costs.num_waves[c] * (rates.host_dispatch_ns + host_experts_ns + host_combine_ns)
+            issued[r] += costs.issue[c, r] + costs.num_waves[c] * (rates.host_dispatch_ns * costs.groups[c] + host_experts_ns + host_combine_ns)
             for w in range(costs.num_waves[c]):
-                for b in range(num_blocks):
-                    computed[r] += costs.compute[c, r, 1 + w * num_blocks + b, BUSY]
+                for work in range(1 + w * works, 1 + (w + 1) * works):
+                    computed[r] += costs.compute[c, r, work, BUSY]
                 if costs.own[c, r, w]:
                     last = w
                     issued[r] += rates.host_pack_ns
             if last >= 0:
-                alone = costs.compute[c, r, 0, ALONE] + costs.exchange[c, DISPATCH, last, ALONE]
+                dispatched = costs.exchange[c, DISPATCH, last, ALONE]
+                if heads:
+                    dispatched = max(dispatched, costs.compute[c, r, 1 + last * works, ALONE])
+                alone = costs.compute[c, r, 0, ALONE] + dispatched
                 for b in range(num_blocks):
-                    alone += costs.compute[c, r, 1 + last * num_blocks + b, ALONE]
+                    alone += costs.compute[c, r, 1 + last * works + heads + b, ALONE]
                 chain = max(chain, alone + costs.exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE])
             most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
         if rates.cores_permille:
@@ -279,7 +316,7 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
 def _layers_and_events(costs, num_layers):
     """How many layers to simulate (and then half of them), and about how many events on the clock that takes."""
     num_cohorts, num_ranks = costs.ends.shape
-    in_layer = (num_cohorts + costs.num_waves.sum() * (1 + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
+    in_layer = (num_cohorts + costs.num_waves.sum() * (1 + costs.num_heads + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
     layers = min(num_layers, max(4, min(_LAYERS, 2 * (_EVENTS // (3 * in_layer)))))
     return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
 

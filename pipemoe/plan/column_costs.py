@@ -1,6 +1,7 @@
 """What a layer costs when sums are computed and combined in blocks of columns. Compiled.
 
-Of LayerCosts, `compute` then has an entry per wave and block where it had one per wave, and so have the combines of `exchange`.
+Of LayerCosts, `compute` then has an entry per wave and block where it had one per wave, and so have the combines of `exchange`. With
+heads (arrival_costs) `compute` has one more per wave, ahead of its blocks.
 """
 
 from __future__ import annotations
@@ -13,29 +14,34 @@ from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, LayerCosts
 
 @compiled
 def cut_columns(costs, rates, num_blocks):
-    """The same layer in `num_blocks` blocks.
+    """The same layer in `num_blocks` blocks, behind the heads if there are any.
 
     The first block of a wave's experts takes all that comes before the output, and each one its part of that. A further block is
     two of an experts call's six launches (GEMM and sum), so a third of its gaps again; and a group of collectives of its own.
     """
-    if num_blocks == 1:
+    heads = costs.num_heads
+    if num_blocks + heads == 1:
         return costs
     num_cohorts, num_ranks, num_waves = costs.own.shape
-    compute = np.zeros((num_cohorts, num_ranks, 2 + num_waves * num_blocks, 2), np.int64)
+    works = heads + num_blocks
+    compute = np.zeros((num_cohorts, num_ranks, 2 + num_waves * works, 2), np.int64)
     exchange = np.zeros((num_cohorts, 2, num_waves * num_blocks, 2), np.int64)
     for c in range(num_cohorts):
         for r in range(num_ranks):
             for kind in range(2):
                 compute[c, r, 0, kind] = costs.compute[c, r, 0, kind]
-                compute[c, r, 1 + num_waves * num_blocks, kind] = costs.compute[c, r, 1 + num_waves, kind]
+                compute[c, r, 1 + num_waves * works, kind] = costs.compute[c, r, 1 + num_waves, kind]
             for w in range(costs.num_waves[c]):
                 alone, busy = costs.compute[c, r, 1 + w, ALONE], costs.compute[c, r, 1 + w, BUSY]
                 sliced = busy * rates.experts_sliced_permille // 1000
                 again = (alone - busy) // 3 if sliced else 0
+                head = costs.heads[c, r, w]
+                if heads:
+                    compute[c, r, 1 + w * works, ALONE] = compute[c, r, 1 + w * works, BUSY] = head
                 for b in range(num_blocks):
                     part = _part(sliced, b, num_blocks)
-                    at = 1 + w * num_blocks + b
-                    compute[c, r, at, BUSY] = part if b else busy - sliced + part
+                    at = 1 + w * works + heads + b
+                    compute[c, r, at, BUSY] = part if b else busy - sliced - head + part
                     compute[c, r, at, ALONE] = compute[c, r, at, BUSY] + (again if b else alone - busy)
         for w in range(costs.num_waves[c]):
             for kind in range(2):
@@ -45,7 +51,9 @@ def cut_columns(costs, rates, num_blocks):
                 part = _part(busy, b, num_blocks)
                 exchange[c, COMBINE, w * num_blocks + b, BUSY] = part
                 exchange[c, COMBINE, w * num_blocks + b, ALONE] = alone - busy + part
-    return LayerCosts(costs.num_waves, compute, exchange, costs.own, costs.ends, costs.waits, costs.issue, num_blocks)
+    return LayerCosts(
+        costs.num_waves, compute, exchange, costs.own, costs.ends, costs.waits, costs.issue, num_blocks, costs.gathered, costs.groups, costs.heads, heads
+    )
 
 
 @compiled
@@ -62,14 +70,24 @@ def issuing_ns(rates, num_blocks):
 @compiled
 def gained_ns(whole, cut):
     """What a layer of the cohort that gains most, by itself, gains by being `cut`: of the time from the begin of its last wave's
-    experts, which take as long on every rank, to the end of the combine."""
-    most, num_blocks = 0, cut.num_blocks
+    dispatch to the end of the combine, on the rank where that takes longest."""
+    most = 0
     for c in range(len(whole.num_waves)):
-        w = whole.num_waves[c] - 1
-        before = whole.compute[c, 0, 1 + w, ALONE] + whole.exchange[c, COMBINE, w, ALONE]
-        computed, combined = 0, 0
-        for b in range(num_blocks):
-            computed += cut.compute[c, 0, 1 + w * num_blocks + b, ALONE]
-            combined = max(combined, computed) + cut.exchange[c, COMBINE, w * num_blocks + b, ALONE]
-        most = max(most, before - combined)
+        most = max(most, _last_wave_ns(whole, c) - _last_wave_ns(cut, c))
     return most
+
+
+@compiled
+def _last_wave_ns(costs, c):
+    last, num_blocks, heads = costs.num_waves[c] - 1, costs.num_blocks, costs.num_heads
+    longest = 0
+    for r in range(costs.own.shape[1]):
+        first, computed = 1 + last * (heads + num_blocks), costs.exchange[c, DISPATCH, last, ALONE]
+        if heads:
+            computed = max(computed, costs.compute[c, r, first, ALONE])
+        combined = 0
+        for b in range(num_blocks):
+            computed += costs.compute[c, r, first + heads + b, ALONE]
+            combined = max(combined, computed) + costs.exchange[c, COMBINE, last * num_blocks + b, ALONE]
+        longest = max(longest, combined)
+    return longest

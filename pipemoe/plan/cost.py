@@ -49,7 +49,9 @@ class AttendCost(_Whole):
 class ExpertsCost(_Whole):
     """The fused experts of one wave on one rank: `expert_ns` per distinct expert hit (reading its weights), `pair_ps` per row
     and local expert, an expert's rows rounded up to whole tiles, and `row_ps` per row of the wave (sorting, gathering).
-    sliced_permille: the part of that in which the output is computed, if it comes block by block of columns where that is asked for."""
+    sliced_permille: the part of that in which the output is computed, if it comes block by block of columns where that is asked for.
+    arrivals_permille: of their speed, what is left to them where they take rows as they arrive, and leave multiprocessors to collectives
+    meanwhile; 0: they cannot."""
 
     fixed_ns: int = 60_000
     expert_ns: int = 2_300
@@ -57,11 +59,13 @@ class ExpertsCost(_Whole):
     row_ps: int = 4_000
     tile_rows: int = 64
     sliced_permille: int = 350
+    arrivals_permille: int = 0
 
     def __post_init__(self) -> None:
         _Whole.__post_init__(self)
-        if self.sliced_permille > 1000:
-            raise ConfigError(f"ExpertsCost.sliced_permille is {self.sliced_permille}; it must be at most 1000")
+        for name in ("sliced_permille", "arrivals_permille"):
+            if getattr(self, name) > 1000:
+                raise ConfigError(f"ExpertsCost.{name} is {getattr(self, name)}; it must be at most 1000")
 
 
 @dataclass(frozen=True, slots=True)

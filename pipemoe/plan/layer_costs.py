@@ -21,8 +21,13 @@ LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 # num_waves [C]. compute [C, R, 2 + W, 2]: attend, experts of each wave, finish; ns alone and ns busy. exchange [C, 2, W, 2]:
 # dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
 # cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not
-# at all. issue [C, R]: ns to issue an attend. num_blocks: of columns; with more than one see column_costs.
-LayerCosts = namedtuple("LayerCosts", ["num_waves", "compute", "exchange", "own", "ends", "waits", "issue", "num_blocks"])
+# at all. issue [C, R]: ns to issue an attend. num_blocks: of columns; with more than one see column_costs. gathered [C, W]: is the wave
+# dispatched by one all-gather? groups [C]: of a dispatch, at most. heads [C, R, W]: ns that experts are busy ahead of the last group,
+# see arrival_costs; num_heads: 1 if there are such, else 0 (and heads are, too).
+LayerCosts = namedtuple(
+    "LayerCosts",
+    ["num_waves", "compute", "exchange", "own", "ends", "waits", "issue", "num_blocks", "gathered", "groups", "heads", "num_heads"],
+)
 
 
 @compiled
@@ -77,6 +82,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
     calls = np.zeros((num_cohorts, most_waves), np.int64)
     in_order = np.full((num_cohorts, most_waves), gathered == 2)  # rank after rank
+    in_one_call = np.zeros((num_cohorts, most_waves), np.bool_)
     for i in range(len(segments)):
         c, w, r, start, stop = segments[i, 0], segments[i, 1], segments[i, 2], segments[i, 3], segments[i, 4]
         own[c, r, w] = True
@@ -102,6 +108,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
             even = in_order[c, w] and calls[c, w] == num_ranks and owned[c, w].min() == owned[c, w].max()
             one_call = gathered == 1 or even
+            in_one_call[c, w] = one_call
             least = wave_rows[c, w] // num_ranks if one_call else owned[c, w].min()
             num_calls = 1 if one_call else calls[c, w]
             busy = (wave_rows[c, w] - least) * rates.dispatch_row_ps // 1000
@@ -130,7 +137,8 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
                 finish = 1 + most_waves
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
-    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1)
+    groups, heads = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
+    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, heads, 0)
 
 
 @compiled
@@ -200,7 +208,7 @@ def merge_alike_ranks(costs, on_cores):
             break
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
     own = np.empty((num_cohorts, count, costs.own.shape[2]), np.bool_)
-    issue = np.empty((num_cohorts, count), np.int64)
+    issue, heads = np.empty((num_cohorts, count), np.int64), np.empty((num_cohorts, count, costs.own.shape[2]), np.int64)
     ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
     for c in range(num_cohorts):
         for k in range(count):
@@ -208,9 +216,14 @@ def merge_alike_ranks(costs, on_cores):
             for w in range(num_works):
                 compute[c, k, w, 0], compute[c, k, w, 1] = costs.compute[c, chosen[k], w, 0], costs.compute[c, chosen[k], w, 1]
             for w in range(costs.own.shape[2]):
-                own[c, k, w] = costs.own[c, chosen[k], w]
+                own[c, k, w], heads[c, k, w] = costs.own[c, chosen[k], w], costs.heads[c, chosen[k], w]
         for r in range(num_ranks):
             ends[c, class_of[r]] += costs.ends[c, r]
+            for w in range(costs.own.shape[2]):  # all wait for the one with the most left to compute
+                heads[c, class_of[r], w] = min(heads[c, class_of[r], w], costs.heads[c, r, w])
     for r in range(num_ranks):
         weight[class_of[r]] += 1
-    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue, costs.num_blocks), weight
+    merged = LayerCosts(
+        costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue, costs.num_blocks, costs.gathered, costs.groups, heads, costs.num_heads
+    )
+    return merged, weight

@@ -13,7 +13,7 @@ from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FIN
 @compiled
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
-    num_waves, num_blocks = costs.num_waves, costs.num_blocks
+    num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_heads + costs.num_blocks
     num_cohorts, most_waves = len(num_waves), costs.own.shape[2]
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     keys = np.zeros((num_cohorts, num_layers * (1 + 3 * most_waves) + 1), np.int64)
@@ -27,11 +27,11 @@ def order_keys(costs, rates, num_slots, num_layers):
                 for r in range(costs.compute.shape[1]):
                     nanoseconds[c, j] = max(nanoseconds[c, j], costs.compute[c, r, 0, ALONE], costs.issue[c, r])
             elif kind == DISPATCH_OP:
-                nanoseconds[c, j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
+                nanoseconds[c, j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns * costs.groups[c])
             elif kind == COMBINE_OP:  # of the last block of columns: the others go ahead beside the experts
                 nanoseconds[c, j] = max(costs.exchange[c, COMBINE, (wave + 1) * num_blocks - 1, ALONE], host_combine_ns)
             else:
-                for work in range(1 + wave * num_blocks, 1 + (wave + 1) * num_blocks):
+                for work in range(1 + wave * works, 1 + (wave + 1) * works):
                     nanoseconds[c, j] += costs.compute[c, 0, work, ALONE]
                 nanoseconds[c, j] = max(nanoseconds[c, j], host_experts_ns)
     now = np.zeros(num_cohorts, np.int64)

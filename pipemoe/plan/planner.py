@@ -30,8 +30,9 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     for rank, tokens in enumerate(facts.tokens):
         if tokens > config.max_tokens_per_rank:
             raise InputError(f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}")
+    arrivals = bool(config.arrivals)
     if assignment is None and config.mode == "auto":
-        assignment, num_blocks = auto_assignment(facts, shape, config, cost)
+        assignment, num_blocks, arrivals = auto_assignment(facts, shape, config, cost)
     elif assignment is None:
         assignment = assign(facts, config)
     if not assignment:
@@ -49,7 +50,7 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     if wrong[0] >= 0:
         raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
     cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows)
-    return Plan(facts, shape, config, cohorts, order, num_blocks)
+    return Plan(facts, shape, config, cohorts, order, num_blocks, arrivals and min(len(cohorts), config.num_slots) == 1)
 
 
 @compiled

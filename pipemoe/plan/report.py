@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipemoe.plan.arrivals import groups_of
 from pipemoe.plan.auto import Candidate
 from pipemoe.plan.schedule import OpKind, Plan
 from pipemoe.plan.simulator import Prediction
@@ -25,9 +26,9 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> str:
-    lines = [["candidate", "cohorts", "blocks", "mean ms", "p50 ms", "slowest ms", ""]]
+    lines = [["candidate", "cohorts", "blocks", "arrivals", "mean ms", "p50 ms", "slowest ms", ""]]
     for c in candidates:
-        lines.append([c.name, str(len(c.assignment)), str(c.num_column_blocks), *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
+        lines.append([c.name, str(len(c.assignment)), str(c.num_column_blocks), "yes" if c.arrivals else "no", *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
     return table(lines)
 
 
@@ -48,6 +49,9 @@ def cohorts_lines(plan: Plan) -> str:
         lines.append(f"cohort {c}: {rows} rows in {count} wave{'s' if count > 1 else ''}, rank[tokens] {' '.join(parts)}")
     if plan.num_column_blocks > 1:
         lines.append(f"sums in {plan.num_column_blocks} blocks of columns, each combined while the next is computed")
+    if plan.arrivals:
+        most = max(len(groups_of(plan, c, w)) for c, cohort in enumerate(plan.cohorts) for w in range(len(cohort.waves)))
+        lines.append(f"waves computed as they arrive, dispatched in up to {most} group{'s' if most > 1 else ''}")
     return "\n".join(lines)
 
 

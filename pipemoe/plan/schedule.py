@@ -24,7 +24,7 @@ from pipemoe.plan.columns import MANY_COLUMNS, column_ranges
 
 MODES = ("padded", "chunked", "broadcast", "two_batch", "per_rank", "pipelined", "auto")
 UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many tokens there are
-MAX_GROUPS = 4  # dispatches of one cohort under way at once, on a rank
+MAX_GROUPS = 4  # groups of collectives of one cohort's dispatches under way at once, on a rank
 COMBINES = ("reduce", "gather")
 BLOCK_CHOICES = (1, 2, 4)  # of columns, that mode auto chooses from
 MOST_BLOCKS = 16  # groups of collectives of one combine: a lane's queue is finite
@@ -156,6 +156,8 @@ class PlanConfig:
     `objective_weights` in this order) among those whose slowest is at most `makespan_budget` (a fraction) above the lowest possible.
     combine_blocks: blocks of columns in which a wave's sums are computed and combined, each combined while the next is computed; None:
     one, or what mode "auto" chooses.
+    arrivals: whether experts take a wave's rows as they arrive, in one launch (see plan.arrivals), in every plan whose cohorts run in one
+    slot; None: not, or what mode "auto" chooses.
     """
 
     mode: str = "auto"
@@ -168,6 +170,7 @@ class PlanConfig:
     objective_weights: tuple[int, int, int] = (1, 1, 0)
     makespan_budget: float = 0.10
     combine_blocks: int | None = None
+    arrivals: bool | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -186,6 +189,8 @@ class PlanConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
         if self.combine_blocks is not None and (type(self.combine_blocks) is not int or not 1 <= self.combine_blocks <= MOST_BLOCKS):
             raise ConfigError(f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None")
+        if self.arrivals is not None and type(self.arrivals) is not bool:
+            raise ConfigError(f"arrivals is {self.arrivals!r}; it must be True, False, or None")
 
     @property
     def exchange(self) -> str:
@@ -214,6 +219,11 @@ class PlanConfig:
         return tuple(n for n in BLOCK_CHOICES if n == 1 or hidden >= n * MANY_COLUMNS)
 
     @property
+    def may_arrive(self) -> bool:
+        """May a plan have arrivals, where the experts can?"""
+        return self.mode == "auto" if self.arrivals is None else self.arrivals
+
+    @property
     def cuts_sequences(self) -> bool:
         """May a plan put parts of one sequence into several cohorts?"""
         return self.mode in ("two_batch", "auto")
@@ -235,6 +245,7 @@ class Plan:
     cohorts: tuple[Cohort, ...]
     order: np.ndarray  # int32 [num_ops, 4]: kind, cohort, layer, wave
     num_column_blocks: int = 1  # in which a wave's sums are computed and combined
+    arrivals: bool = False  # whether experts take a wave's rows as they arrive
 
     def __len__(self) -> int:
         return len(self.order)
@@ -253,8 +264,9 @@ class Plan:
 
     @cached_property
     def overlaps(self) -> bool:
-        """May a collective be under way beside a rank's computation? With one wave in one block everything waits for everything."""
-        return self.num_column_blocks > 1 or sum(len(cohort.waves) for cohort in self.cohorts) > 1
+        """May a collective be under way beside a rank's computation? With one wave in one block, taken whole,
+        everything waits for everything."""
+        return self.arrivals or self.num_column_blocks > 1 or sum(len(cohort.waves) for cohort in self.cohorts) > 1
 
     @cached_property
     def columns(self) -> tuple[range, ...]:
@@ -285,7 +297,7 @@ class Plan:
     def digest(self) -> bytes:
         """16 bytes that are equal on two ranks exactly when their plans are."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks)).encode())
+        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks, self.arrivals)).encode())
         for cohort in self.cohorts:
             flat = [cohort.slot, *(v for m in cohort.microbatches for v in m)]
             flat += [v for w in cohort.waves for v in (w.num_rows, *(x for s in w.segments for x in s))]

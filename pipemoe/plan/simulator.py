@@ -8,6 +8,7 @@ from itertools import accumulate
 import numpy as np
 
 from pipemoe.errors import PlanError
+from pipemoe.plan.arrival_costs import take_as_they_arrive
 from pipemoe.plan.column_costs import cut_columns
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
@@ -50,8 +51,8 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
         positions = np.flatnonzero(plan.order[:, 1] == cohort)
         keys[cohort, : len(positions)] = positions
     slots = np.array([c.slot for c in plan.cohorts], dtype=np.int64)
-    blocks = waves * costs.num_blocks
-    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + blocks) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
+    blocks, works = waves * costs.num_blocks, waves * (costs.num_heads + costs.num_blocks)
+    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + works) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
     moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if spans else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
     finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), speeds_of(cost.contention), computed, moved, spans)
@@ -79,6 +80,8 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     gather, gathered = config.combine == "gather", config.gathered_waves
     rates = rates_of(cost)
     costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered)
+    if plan.arrivals:
+        costs = take_as_they_arrive(costs, table, rows, rates, shape.num_experts, shape.top_k)
     return cut_columns(costs, rates, plan.num_column_blocks)
 
 
@@ -107,17 +110,18 @@ def _spans(plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarra
         spans = []
         for op in plan.ops:
             waves, num_blocks = int(costs.num_waves[op.cohort]), costs.num_blocks
-            blocks = waves * num_blocks
+            parts = costs.num_heads + num_blocks
+            blocks, works = waves * num_blocks, waves * parts
             if op.kind is OpKind.DISPATCH:
                 spans.append((op, tuple(moved[op.cohort, DISPATCH, op.layer * waves + op.wave].tolist())))
             elif op.kind is OpKind.COMBINE:  # one for each block of columns
                 first = op.layer * blocks + op.wave * num_blocks
                 spans += [(op, tuple(span)) for span in moved[op.cohort, COMBINE, first : first + num_blocks].tolist()]
             else:
-                first = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * num_blocks, OpKind.FINISH: 1 + blocks}[op.kind]
-                last = first + (num_blocks - 1 if op.kind is OpKind.EXPERTS else 0)
-                works = computed[op.cohort, rank, op.layer * (1 + blocks) :]
-                spans.append((op, (int(works[first, 0]), int(works[last, 1]))))
+                first = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * parts, OpKind.FINISH: 1 + works}[op.kind]
+                last = first + (parts - 1 if op.kind is OpKind.EXPERTS else 0)
+                of_layer = computed[op.cohort, rank, op.layer * (1 + works) :]
+                spans.append((op, (int(of_layer[first, 0]), int(of_layer[last, 1]))))
         of_ranks.append(tuple(sorted(spans, key=lambda span: (span[1], span[0]))))
     return tuple(of_ranks)
 

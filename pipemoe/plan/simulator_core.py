@@ -23,6 +23,7 @@ from pipemoe.plan.simulator_rules import (
     DISPATCH_OP,
     DONE,
     END,
+    GROUPS,
     HOST_COHORT,
     HOST_END,
     HOST_KIND,
@@ -42,6 +43,7 @@ from pipemoe.plan.simulator_rules import (
     WAVES,
     WORK_LAYER,
     WORK_PLACE,
+    WORKS,
     begin_computation,
     demand_of,
     is_ready,
@@ -64,14 +66,15 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
     finish holds NEVER where the plan can never get there.
     """
     compute, exchange, own, waits = costs.compute, costs.exchange, costs.own, costs.waits
-    num_cohorts, num_ranks, num_blocks = compute.shape[0], compute.shape[1], costs.num_blocks
-    cohorts = np.empty((4, num_cohorts), np.int64)
+    num_cohorts, num_ranks, num_blocks, num_heads = compute.shape[0], compute.shape[1], costs.num_blocks, costs.num_heads
+    cohorts = np.empty((6, num_cohorts), np.int64)
     state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
     transfers = np.zeros((2, 10, num_cohorts), np.int64)
     templates = np.zeros((num_cohorts, 1 + 3 * own.shape[2], 2), np.int64)
     for c in range(num_cohorts):
         cohorts[WAVES, c], cohorts[BEFORE, c], cohorts[SLOT, c] = costs.num_waves[c], -1, slots[c]
-        cohorts[BLOCKS, c] = costs.num_waves[c] * num_blocks
+        cohorts[BLOCKS, c], cohorts[WORKS, c] = costs.num_waves[c] * num_blocks, costs.num_waves[c] * (num_heads + num_blocks)
+        cohorts[GROUPS, c] = costs.groups[c]
         for e in range(c):
             if slots[e] == slots[c]:
                 cohorts[BEFORE, c] = e
@@ -96,15 +99,15 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
         for r in range(num_ranks):
             if touched[r]:
                 if host[HOST_END, r] == NEVER:
-                    issue_next(state, host, transfers, cohorts, templates, waits, own, costs.issue, keys, rates, num_layers, num_blocks, r, now)
+                    issue_next(state, host, transfers, cohorts, templates, waits, own, costs.issue, keys, rates, num_layers, num_blocks, num_heads, r, now)
                 for c in range(num_cohorts):
-                    if begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, c, r, now):
+                    if begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, num_heads, c, r, now):
                         shared[r] = True
                         if keep:
                             computed[c, r, state[DONE, c, r], 0] = now
                     for side in range(2):
                         if not state[READY + side, c, r]:
-                            state[READY + side, c, r] = is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, side, c, r)
+                            state[READY + side, c, r] = is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, num_heads, side, c, r)
                             if state[READY + side, c, r]:
                                 transfers[side, NUM_READY, c] += 1
                                 shared[r] = True
@@ -179,7 +182,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     state[WORK_PLACE, c, r] += 1
                     if state[WORK_LAYER, c, r] == num_layers:
                         finish[c, r] = now
-                    if state[WORK_LAYER, c, r] == num_layers or state[WORK_PLACE, c, r] > cohorts[BLOCKS, c]:
+                    if state[WORK_LAYER, c, r] == num_layers or state[WORK_PLACE, c, r] > cohorts[WORKS, c]:
                         state[WORK_LAYER, c, r] += 1
                         state[WORK_PLACE, c, r] = 0
         for side in range(2):

@@ -31,7 +31,7 @@ DEMAND = 11  # share of the device that it takes by itself, in thousandths
 SPEED = 12
 END = 13  # when it will end at that speed, or NEVER
 ISSUE_LAYER, ISSUE_PLACE = 14, 15  # of the next operation to issue: its layer, and its place in layer_template
-WORK_LAYER, WORK_PLACE = 16, 17  # of the next computation: its layer; 0 attend or finish, then each wave's experts, block by block
+WORK_LAYER, WORK_PLACE = 16, 17  # of the next computation: its layer; 0 attend or finish, then each wave's experts: head, block by block
 # host [., R]: the operation that the rank's engine is issuing
 HOST_END, HOST_KIND, HOST_COHORT = 0, 1, 2
 # transfers [2, ., C]: of dispatches and of combines
@@ -44,11 +44,13 @@ LAYER, WAVE = 5, 6  # of the next one; of combines WAVE counts blocks of columns
 RESTED = 7  # the time of REST
 PACE = 8  # its speed
 NUM_READY = 9  # ranks that are ready for the next one
-# cohorts [4, C]
+# cohorts [6, C]
 WAVES = 0
 BEFORE = 1  # the cohort that had the slot, or -1
 SLOT = 2
 BLOCKS = 3  # of columns, in all waves
+WORKS = 4  # computations of experts: all blocks, and heads
+GROUPS = 5  # of a dispatch
 
 
 @compiled
@@ -76,7 +78,7 @@ def _attended(at_layer, at_place, layer, wait):
 
 
 @compiled_rule
-def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, keys, rates, num_layers, num_blocks, r, now):
+def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, keys, rates, num_layers, num_blocks, num_heads, r, now):
     """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
     best, best_key, best_kind = -1, NEVER, 0
     for c in range(cohorts.shape[1]):
@@ -86,7 +88,7 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
         kind = FINISH_OP if layer == num_layers else templates[c, place, 0]
         may = True
         if kind == DISPATCH_OP:
-            may = state[POSTED + DISPATCH, c, r] - transfers[DISPATCH, ARRIVED, c] < MAX_GROUPS
+            may = state[POSTED + DISPATCH, c, r] - transfers[DISPATCH, ARRIVED, c] < MAX_GROUPS // cohorts[GROUPS, c]
         elif kind == ATTEND_OP:
             before = cohorts[BEFORE, c]
             if layer == 0 and before >= 0:
@@ -103,7 +105,7 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
     if kind == ATTEND_OP:
         takes = issue[c, r]
     elif kind == DISPATCH_OP:
-        takes = rates.host_dispatch_ns + (rates.host_pack_ns if own[c, r, wave] else 0)
+        takes = rates.host_dispatch_ns * cohorts[GROUPS, c] + (rates.host_pack_ns if own[c, r, wave] else 0)
     elif kind == EXPERTS_OP:
         takes = issuing_ns(rates, num_blocks)[0]
     elif kind == COMBINE_OP:
@@ -117,7 +119,7 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
         state[ISSUE_PLACE, c, r] = 0
     host[HOST_END, r], host[HOST_KIND, r], host[HOST_COHORT, r] = now + takes, kind, c
     if kind != DISPATCH_OP and kind != COMBINE_OP:
-        state[QUEUED, c, r] += num_blocks if kind == EXPERTS_OP else 1
+        state[QUEUED, c, r] += num_heads + num_blocks if kind == EXPERTS_OP else 1
 
 
 @compiled_rule
@@ -142,8 +144,8 @@ def demand_of(alone, busy, takes, rates):
 
 
 @compiled_rule
-def begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, c, r, now):
-    """Begin the next computation of cohort c on rank r if it may; returns whether."""
+def begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, num_heads, c, r, now):
+    """Begin the next computation of cohort c on rank r if it may; returns whether. A head waits for no dispatch, what follows it does."""
     op, before = state[DONE, c, r], cohorts[BEFORE, c]
     if state[ACTIVE, c, r] or state[QUEUED, c, r] <= op or (op == 0 and before >= 0 and state[WORK_LAYER, before, r] <= num_layers):
         return False
@@ -158,15 +160,16 @@ def begin_computation(state, host, transfers, cohorts, waits, compute, rates, nu
                 if waits[c, e] and not _attended(state[WORK_LAYER, e, r], state[WORK_PLACE, e, r], layer, waits[c, e]):
                     return False
     else:
-        wave, block = (work - 1, 0) if num_blocks == 1 else ((work - 1) // num_blocks, (work - 1) % num_blocks)
-        if block == 0:
-            if not _has_arrived(transfers, DISPATCH, c, layer, wave):
-                return False
+        works = num_heads + num_blocks
+        wave, part = (work - 1, 0) if works == 1 else ((work - 1) // works, (work - 1) % works)
+        if part == num_heads and not _has_arrived(transfers, DISPATCH, c, layer, wave):
+            return False
+        if part == 0:
             before_layer, before_wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])
             if before_layer >= 0 and not _has_arrived(transfers, COMBINE, c, before_layer, (before_wave + 1) * num_blocks - 1):
                 return False
     takes = compute[c, r, work, ALONE]
-    being_issued = num_blocks if host[HOST_KIND, r] == EXPERTS_OP else 1  # the last of those queued
+    being_issued = num_heads + num_blocks if host[HOST_KIND, r] == EXPERTS_OP else 1  # the last of those queued
     issuing = host[HOST_END, r] != NEVER and host[HOST_COHORT, r] == c and host[HOST_KIND, r] % 2 == 0
     if issuing and state[QUEUED, c, r] - op <= being_issued:
         takes = max(takes, host[HOST_END, r] - now)
@@ -264,15 +267,16 @@ def share_links(transfers, beside, speeds, now):
 
 
 @compiled_rule
-def is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, side, c, r):
+def is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, num_heads, side, c, r):
     """Has rank r what its part of cohort c's next transfer needs?"""
     if state[POSTED + side, c, r] <= transfers[side, ARRIVED, c]:
         return False
     layer, wave = transfers[side, LAYER, c], transfers[side, WAVE, c]
     work_layer, work_place = state[WORK_LAYER, c, r], state[WORK_PLACE, c, r]
     if side == COMBINE:
-        return work_layer > layer or (work_layer == layer and work_place > 1 + wave)
+        work = 1 + wave + (num_heads * (1 + wave // num_blocks) if num_heads else 0)
+        return work_layer > layer or (work_layer == layer and work_place > work)
     if own[c, r, wave] and (work_layer < layer or (work_layer == layer and work_place == 0)):
         return False
     layer, wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])  # of the buffer's reader before
-    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > (1 + wave) * num_blocks)
+    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > (1 + wave) * (num_heads + num_blocks))

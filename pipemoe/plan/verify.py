@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipemoe.errors import ConfigError, PlanError
+from pipemoe.plan.arrivals import INDEX_SMS, MAX_PARTS, OWN, groups_of, parts_of
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.projection import Issue, match, project
-from pipemoe.plan.schedule import OpKind, Plan
+from pipemoe.plan.schedule import MAX_GROUPS, OpKind, Plan, Wave
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,17 +18,23 @@ class Room:
     """Thread blocks that may be spinning at once, against the SMs they need.
 
     num_sms: that this rank may use. ctas: NCCL_MAX_CTAS. ranks_on_device: ranks that share this GPU, and whose blocks may all lie on
-    this rank's SMs: a share under MPS says how many, not which. waiting_blocks: grid of a kernel that itself waits for arrivals.
+    this rank's SMs: a share under MPS says how many, not which. arrival_blocks: grid of the experts that wait for rows, in plans with
+    arrivals. cluster_blocks: NCCL_CGA_CLUSTER_SIZE.
 
     A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by kernels that
     need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave those no room, so
     spinning blocks may fill half of the SMs.
+
+    Experts that wait for rows may fill all others. What their rows come from needs no SM of this rank any more: in a plan of one slot a rank
+    has attended to, and packed, all that it sends before it waits. Only what brings the rows needs room, one slot's collectives and the
+    index of what has come. Each block there takes a whole SM, wherever one is free, which clusters of blocks could not.
     """
 
     num_sms: int
     ctas: int
     ranks_on_device: int = 1
-    waiting_blocks: int = 0
+    arrival_blocks: int = 0
+    cluster_blocks: int = 0
 
     @property
     def spinning_blocks(self) -> int:
@@ -40,12 +48,30 @@ class Room:
 
     def check(self, num_slots: int) -> None:
         """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave half the SMs free."""
-        needed = self.ranks_on_device * (2 * num_slots * self.ctas + self.waiting_blocks)
+        needed = self.ranks_on_device * 2 * num_slots * self.ctas
         if needed > self.spinning_blocks:
             raise ConfigError(
-                f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x (2 x {num_slots} slots x NCCL_MAX_CTAS={self.ctas}"
-                f" + {self.waiting_blocks} waiting) = {needed} blocks, more than half of {self.num_sms} SMs;"
+                f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x 2 x {num_slots} slots x NCCL_MAX_CTAS={self.ctas}"
+                f" = {needed} blocks, more than half of {self.num_sms} SMs;"
                 " lower NCCL_MAX_CTAS (an environment variable, the same on all ranks) or num_slots"
+            )
+
+    @property
+    def kept_from_arrivals(self) -> int:
+        """SMs that experts which wait for rows leave to the collectives of one slot; to the index they leave INDEX_SMS besides."""
+        return 2 * self.ctas
+
+    def check_arrivals(self) -> None:
+        """Raise ConfigError unless experts may wait for rows on `arrival_blocks` SMs."""
+        if self.ranks_on_device > 1:
+            raise ConfigError(f"no arrivals: {self.ranks_on_device} ranks share this GPU, and experts that wait on one could take the SMs of the others")
+        if self.cluster_blocks > 1:
+            raise ConfigError(f"no arrivals: NCCL_CGA_CLUSTER_SIZE is {self.cluster_blocks}, but so many neighbouring SMs may never be free; set it to 0")
+        needed = self.arrival_blocks + self.kept_from_arrivals + INDEX_SMS
+        if needed > self.num_sms:
+            raise ConfigError(
+                f"no arrivals: {self.arrival_blocks} blocks that wait for rows, 2 x NCCL_MAX_CTAS={self.ctas} of collectives and {INDEX_SMS}"
+                f" for the index need {needed} SMs, of which there are {self.num_sms}; lower NCCL_MAX_CTAS"
             )
 
 
@@ -61,6 +87,8 @@ def verify(plan: Plan, *, row_bytes: int = 128, sum_bytes: int = 4, room: Room |
     _buffers_have_one_user(plan)
     _workspace_is_bounded(plan)
     _chunks_in_causal_order(plan)
+    _arrivals_in_one_slot(plan)
+    _every_row_arrives_once(plan)
     projected = [project(plan, rank, row_bytes, sum_bytes) for rank in range(plan.facts.num_ranks)]
     match(projected)
     if issues is not None:
@@ -69,6 +97,8 @@ def verify(plan: Plan, *, row_bytes: int = 128, sum_bytes: int = 4, room: Room |
     if room is not None:
         try:
             room.check(plan.config.num_slots)
+            if plan.arrivals:
+                room.check_arrivals()
         except ConfigError as error:
             raise PlanError(str(error)) from None
 
@@ -223,6 +253,47 @@ def _chunks_in_causal_order(plan: Plan) -> None:
             for layer in range(1, plan.shape.num_layers):
                 if at[other, layer - 1] > at[cohort, layer]:
                     _fail("chunks in causal order", f"cohort {cohort} is to wait in layer {layer} for cohort {other}, which comes later")
+
+
+def _arrivals_in_one_slot(plan: Plan) -> None:
+    """With arrivals no cohort runs beside another: it might never get the SMs for what the other's experts wait for. And before the
+    experts of a wave stand, on every rank, the attention of its rows and the dispatch that brings them (order respects dependencies)."""
+    slots = {cohort.slot for cohort in plan.cohorts}
+    if plan.arrivals and slots - {0}:
+        _fail("arrivals in one slot", f"cohorts run in slots {sorted(slots)}; with arrivals all must run in slot 0")
+
+
+def _every_row_arrives_once(plan: Plan) -> None:
+    """The groups of a dispatch hold each segment once, in order. With arrivals, the parts in which a rank has a wave hold each row once, in
+    order, and no row that comes with another group."""
+    name = "every row arrives once"
+    for c, cohort in enumerate(plan.cohorts):
+        for w, wave in enumerate(cohort.waves):
+            groups, of_wave = groups_of(plan, c, w), f"cohort {c}, wave {w}"
+            if not 1 <= len(groups) <= MAX_GROUPS or [s for group in groups for s in group.segments] != list(wave.segments):
+                _fail(name, f"{of_wave}: {len(groups)} groups (at most {MAX_GROUPS}) must hold every segment once")
+            for rank in range(plan.facts.num_ranks) if plan.arrivals else ():
+                parts, at = parts_of(plan, c, w, rank), 0
+                if len(parts) > MAX_PARTS:
+                    _fail(name, f"{of_wave}: {len(parts)} parts on rank {rank}, more than {MAX_PARTS}")
+                for part in parts:
+                    if part.start != at or not part.num_rows:
+                        _fail(name, f"{of_wave}: {part} on rank {rank} must begin at row {at}, and hold some")
+                    brought = _rows_brought(plan, wave, groups, part.group, rank)
+                    if sum(max(0, min(part.stop, stop) - max(at, start)) for start, stop in brought) != part.num_rows:
+                        _fail(name, f"{of_wave}: {part} on rank {rank} holds rows that come otherwise")
+                    at = part.stop
+                if at != wave.num_rows:
+                    _fail(name, f"{of_wave}: the parts on rank {rank} end at row {at} of {wave.num_rows}")
+
+
+def _rows_brought(plan: Plan, wave: Wave, groups: Sequence[Wave], group: int, rank: int) -> list[tuple[int, int]]:
+    """The ranges of rows that `rank` has from a group, or by itself (OWN)."""
+    if plan.exchange(wave) == "padded":
+        block = wave.num_rows // plan.facts.num_ranks
+        return [(rank * block, (rank + 1) * block)] if group == OWN else [(0, wave.num_rows)]
+    segments = [s for s in wave.segments if s.rank == rank] if group == OWN else groups[group].segments
+    return [(s.row, s.row + s.num_rows) for s in segments]
 
 
 def _issued_as_planned(projected: list[list[Issue]], issues: list[list[Issue]]) -> None:

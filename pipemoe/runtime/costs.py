@@ -35,9 +35,10 @@ def runtime_cost(
     graph_rows: int = 0,
     graph_cuts: bool = False,
     sliced_permille: int = 0,
+    arrivals_permille: int = 0,
 ) -> tuple[CostModel, dict[str, Any]]:
     """The cost model and the subject of a file that holds it; every rank calls. graph_rows: most tokens whose attention is launched
-    as a graph, graph_cuts: also of cut sequences. sliced_permille: of the experts that run here.
+    as a graph, graph_cuts: also of cut sequences. sliced_permille, arrivals_permille: of the experts that run here.
 
     A file of another subject is refused with a warning. What ranks then plan by is compared like everything else that plans
     depend on, so a rank alone with another file is an error on all of them.
@@ -70,19 +71,20 @@ def runtime_cost(
     }
     if config.cost is not None:
         try:
-            return _as_here(read_cost(config.cost, subject), graph_rows, graph_cuts, sliced_permille), subject
+            return _as_here(read_cost(config.cost, subject), graph_rows, graph_cuts, sliced_permille, arrivals_permille), subject
         except ConfigError as error:
             warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
     )
-    return _as_here(cost, graph_rows, graph_cuts, sliced_permille), subject
+    return _as_here(cost, graph_rows, graph_cuts, sliced_permille, arrivals_permille), subject
 
 
-def _as_here(cost: CostModel, graph_rows: int, graph_cuts: bool, sliced_permille: int) -> CostModel:
+def _as_here(cost: CostModel, graph_rows: int, graph_cuts: bool, sliced_permille: int, arrivals_permille: int) -> CostModel:
     host = replace(cost.host, graph_rows=graph_rows, graph_cuts=int(graph_cuts))
-    return replace(cost, host=host, experts=replace(cost.experts, sliced_permille=sliced_permille))
+    experts = replace(cost.experts, sliced_permille=sliced_permille, arrivals_permille=arrivals_permille)
+    return replace(cost, host=host, experts=experts)
 
 
 def model_key(dimensions: Dimensions) -> list[int]:

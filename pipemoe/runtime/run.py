@@ -5,9 +5,13 @@
     combine lane                                                  reduce w0           reduce w1
 
 With several blocks of columns, experts mark each one that is complete, and its reduce goes ahead while the next is computed.
+With arrivals, a dispatch is several groups, each with the word to the experts behind it, and experts wait for rows, not for dispatches:
+
+    compute lane    attend  pack w0, own rows  pack w1, own rows  experts w0                        experts w1 ...
+    dispatch lane                            bcast, rows of w0 | bcast, rows of w0 | bcast, rows of w1 | bcast, rows of w1
 
 Order: each cohort's operations in the plan's order; between cohorts the plan's order too, except that a cohort with
-`MAX_GROUPS` dispatches under way, or whose next operation must wait for the caller, is passed over. That keeps the host queues
+`MAX_GROUPS` groups of dispatches under way, or whose next operation must wait for the caller, is passed over. That keeps the host queues
 short without tying a short cohort to a long one. Every communicator sees the plan's order, but ranks may interleave
 communicators differently, which is safe only as long as one stream never holds up another: room for all thread blocks
 (`Room`), a hardware queue per stream, and no allocation inside a step (`reserve`).
@@ -21,8 +25,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.comm.transport import Transport, WaveSums
-from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment
+from pipemoe.comm.transport import Test, Transport, WaveSums
+from pipemoe.plan.arrivals import OWN, groups_of
+from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.wave_buffers import WaveBuffers
@@ -54,7 +59,7 @@ class _CohortState:
     def __init__(self, has_tokens: bool) -> None:
         self.positions: deque[int] = deque()  # of its operations in the plan's order, not yet issued
         self.has_tokens = has_tokens
-        self.groups = 0  # dispatches under way
+        self.groups = 0  # of dispatches, under way
         self.results: list[Event] = []  # combines of this rank's rows in the layer
         self.failure: BaseException | None = None
 
@@ -82,14 +87,17 @@ class Run:
         experts: Any,
         source: Source,
         *,
+        arriving: Any = None,
         only: Only = Only(),
         timed: bool = False,
         on_progress: Callable[[Op], None] = lambda op: None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> None:
-        """on_progress: called before an operation is issued. on_done: called when one has completed."""
+        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an operation is issued.
+        on_done: called when one has completed."""
         self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
         self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
+        self._arriving = arriving if only.computation else None
         self._only, self._on_progress, self._on_done = only, on_progress, on_done
         self._ops = plan.ops
         self._cohorts = [_CohortState(bool(c.tokens_of(rank))) for c in plan.cohorts]
@@ -106,6 +114,7 @@ class Run:
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
+        self._num_groups = [max(len(groups_of(plan, c, w)) for w in range(len(cohort.waves))) for c, cohort in enumerate(plan.cohorts)]
         self._awaited = {other for cohorts in (*plan.causal_predecessors, *plan.pacemakers) for other in cohorts}
         lanes.clock.start(timed)
         source.begin(plan, rank)
@@ -143,7 +152,7 @@ class Run:
                 if self._timed:
                     self.completed.append((op, event))
                 if op.kind is OpKind.DISPATCH:
-                    state.groups -= 1
+                    state.groups -= self._num_groups[op.cohort]
                 elif op.kind is OpKind.FINISH and state.has_tokens:
                     self._source.finished(op.cohort, event.end())
                     self.own_finished += 1
@@ -160,7 +169,7 @@ class Run:
     def _may_issue(self, c: int, op: Op) -> bool:
         state, plan = self._cohorts[c], self._plan
         if op.kind is OpKind.DISPATCH:
-            return state.groups < MAX_GROUPS
+            return state.groups + self._num_groups[c] <= MAX_GROUPS
         if op.kind is OpKind.FINISH:
             return all(e in self._finished for e in plan.causal_predecessors[c])
         if op.kind is not OpKind.ATTEND:
@@ -193,15 +202,47 @@ class Run:
 
     def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
-        free = used.read
+        free = [used.read]
+        if self._arriving is not None:
+            free.append(used.dispatched)  # experts that had all rows by themselves may be ahead of what still sends these
+            self._arriving.expect(views.arrivals, op.layer, views.rows, [part.num_rows for part in views.parts])
         if self._only.computation and views.is_sent_from_here:
-            free = lanes.compute.submit(lambda: self._pack(op, state, views), [free])
-        state.groups += 1
-        work = self._transport_work(lambda: self._transport.dispatch(views.slot, views.buffer, views.wave, views.exchange, views.received))
-        used.dispatched = lanes.dispatch.submit(work, [free])
+            free = [lanes.compute.submit(lambda: self._pack(op, state, views), free)]
+        state.groups += self._num_groups[op.cohort]
+        send = self._send_and_announce if self._plan.arrivals else self._send
+        used.dispatched = lanes.dispatch.submit(lambda: send(views, *views.groups), free)
         if op.wave == 0 and state.has_tokens and self._source.has_side_work:
             lanes.compute.submit(self._model_work(state, lambda: self._source.side_work(op.cohort)))
         return used.dispatched
+
+    def _send(self, views: WaveBuffers, group: Wave) -> Test | None:
+        if self._only.communication:
+            return self._transport.dispatch(views.slot, views.buffer, group, views.exchange, views.received)
+        return None
+
+    def _send_and_announce(self, views: WaveBuffers, *groups: Wave) -> Test | None:
+        """One group after another, and behind each the word to the experts that its rows are there."""
+        under_way: deque[tuple[Test, int]] = deque()
+        for number, group in enumerate(groups):
+            test = self._send(views, group)
+            if test is None:  # enqueued
+                self._announce(views, number)
+            else:
+                under_way.append((test, number))
+
+        def done() -> bool:
+            while under_way and under_way[0][0]():
+                self._announce(views, under_way.popleft()[1])
+            return not under_way
+
+        return done if under_way else None
+
+    def _announce(self, views: WaveBuffers, group: int) -> None:
+        """Tell waiting experts of the rows that the group has brought (OWN: that have been packed)."""
+        if self._arriving is not None:
+            for number, part in enumerate(views.parts):
+                if part.group == group:
+                    self._arriving.arrived(views.arrivals, number)
 
     def _pack(self, op: Op, state: _CohortState, views: WaveBuffers) -> None:
         """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from."""
@@ -213,19 +254,23 @@ class Run:
                 part.write(hidden, ids, weights)
             else:  # model code failed: the others still expect rows, so send some that no expert takes
                 part.ids.fill_(-1)
+        self._announce(views, OWN)
 
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
         marks = [self._lanes.new_mark() for _ in views.columns] if len(views.columns) > 1 else []
 
         def work() -> None:
-            if self._only.computation:
-                self._experts(op.layer, views.rows, views.partial if marks else views.partial[0], views.scratch, marks)
+            out = views.partial if marks else views.partial[0]
+            if self._arriving is not None:
+                self._arriving(views.arrivals, out, views.scratch, marks)
+            elif self._only.computation:
+                self._experts(op.layer, views.rows, out, views.scratch, marks)
             else:
                 for mark in marks:
                     mark.record()
 
-        used.read = lanes.compute.submit(work, [used.dispatched, used.sent])
+        used.read = lanes.compute.submit(work, [None if self._arriving is not None else used.dispatched, used.sent])
         used.summed = [*marks[:-1], used.read]  # the last one also says what went wrong
         return used.read
 

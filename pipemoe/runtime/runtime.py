@@ -20,13 +20,14 @@ from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
+from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_experts
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
 from pipemoe.runtime.reserve import reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.source import Source
-from pipemoe.runtime.workspace import Workspace
+from pipemoe.runtime.workspace import SlotBuffers, Workspace
 from pipemoe.trace import Timeline
 from pipemoe.wire import WireFormat
 
@@ -78,11 +79,16 @@ class Runtime:
         self.combine_dtype = self._combine_dtype(dtype)
         if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
             error = error or ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
+        speed, refused = arrivals_permille(world, experts, config)
+        self._has_arrivals = speed > 0 and config.may_arrive and (world.size > 1 or bool(config.arrivals))
+        if config.arrivals and refused:
+            error = error or ConfigError(refused)
         self.cost, self.cost_subject = runtime_cost(
             *(world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire),
             graph_rows=graph_rows,
             graph_cuts=graph_cuts,
             sliced_permille=0 if experts is None else experts.sliced_permille,
+            arrivals_permille=speed if self._has_arrivals else 0,
         )
         self._compile_planner()
         world.num_runtimes += 1
@@ -127,23 +133,26 @@ class Runtime:
 
         world = self.world
         try:
-            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device)
+            self._arriving = arriving_experts(world, self._experts) if self._has_arrivals else None
+            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving)
             lanes = world.lanes.slots[: len(self._workspace.slots)]
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
                 self._reserve(lanes)
                 if self._prepare is not None:
                     self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
-            warm_ups = [lambda s=slot.scratch: self._warm_up(s) for slot in self._workspace.slots]
+            warm_ups = [lambda s=slot: self._warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigError(
                 f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank or num_slots"
             ) from error
 
-    def _warm_up(self, scratch: Any) -> None:
+    def _warm_up(self, slot: SlotBuffers) -> None:
         self.wire.warm_up(self.world.device, self.dtype)
-        self._experts.warm_up(scratch, self.config.block_choices(self.shape.hidden))
+        self._experts.warm_up(slot.scratch, self.config.block_choices(self.shape.hidden))
+        if slot.arrivals[0] is not None:
+            self._arriving.warm_up(slot.arrivals[0], slot.scratch, self.config.block_choices(self.shape.hidden))
 
     def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch
@@ -225,7 +234,7 @@ class Runtime:
         engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
-            verify(plan, row_bytes=self.wire.row_bytes)
+            verify(plan, row_bytes=self.wire.row_bytes, room=arrival_room(self.world, self._experts) if plan.arrivals else None)
             self.world.transport.log = []
         digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(
@@ -237,6 +246,7 @@ class Runtime:
             self.wire,
             self.experts_beside_collectives if plan.overlaps else self._experts,
             source,
+            arriving=self._arriving if plan.arrivals else None,
             only=only,
             timed=timeline is not None,
             on_progress=engine.note,

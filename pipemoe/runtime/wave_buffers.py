@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipemoe.comm.transport import column_blocks
+from pipemoe.plan.arrivals import groups_of, parts_of
 
 if TYPE_CHECKING:
     from pipemoe.plan.schedule import Plan
@@ -19,8 +20,10 @@ class WaveBuffers:
         self.slot, self.buffer = plan.cohorts[cohort].slot, buffer
         self.wave = plan.cohorts[cohort].waves[wave]
         self.exchange = plan.exchange(self.wave)
+        self.groups = groups_of(plan, cohort, wave)  # of the dispatch, one after another
+        self.parts = parts_of(plan, cohort, wave, rank) if plan.arrivals else ()  # in which its rows arrive here
         slot, num_rows = workspace.slots[self.slot], self.wave.num_rows
-        self.scratch = slot.scratch
+        self.scratch, self.arrivals = slot.scratch, slot.arrivals[buffer]
         self.received = slot.receive[buffer][:num_rows]  # [n, row_bytes] uint8
         self.rows = wire.rows(self.received)
         own = [s for s in self.wave.segments if s.rank == rank]

@@ -20,12 +20,23 @@ class SlotBuffers:
     partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave lays its blocks of columns there one after another
     staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"; by blocks as well
     scratch: Any  # of the experts
+    arrivals: list[Any]  # what experts know of the rows in each receive buffer, where they may take waves as they arrive; else None
 
 
 class Workspace:
     """Buffers for `config.max_slots` cohorts under way at once."""
 
-    def __init__(self, config: Config, wire: WireFormat, combine_dtype: torch.dtype, num_ranks: int, experts: Any, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        wire: WireFormat,
+        combine_dtype: torch.dtype,
+        num_ranks: int,
+        experts: Any,
+        device: torch.device,
+        arriving: Any = None,
+    ) -> None:
+        """arriving: experts that take waves as they arrive, in the first slot; None: there are none."""
         import torch
 
         # A gather sums in float32; a reduce writes what the partial sums travel as.
@@ -40,16 +51,17 @@ class Workspace:
         def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(shape, dtype=dtype, device=device).zero_()  # touched: no page is first used inside a step
 
-        def slot() -> SlotBuffers:
+        def slot(number: int) -> SlotBuffers:
             buffers = range(config.num_buffers)
             return SlotBuffers(
                 receive=[filled((rows, wire.row_bytes), torch.uint8) for _ in buffers],
                 partial=[filled((rows, wire.hidden), combine_dtype) for _ in buffers],
                 staging=[filled((num_ranks - 1, own_rows, wire.hidden), combine_dtype) if gathers else None for _ in buffers],
                 scratch=experts.new_scratch(rows),
+                arrivals=[arriving.new_arrivals(rows) if arriving is not None and number == 0 else None for _ in buffers],
             )
 
-        self.slots = [slot() for _ in range(config.max_slots)]
+        self.slots = [slot(number) for number in range(config.max_slots)]
 
     def new_results(self, num_rows: int) -> torch.Tensor:
         """Memory for the sums of `num_rows` rows: [num_rows, H]."""
@@ -60,4 +72,5 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         tensors = [t for s in self.slots for t in (*s.receive, *s.partial, *s.staging) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(s.scratch.num_bytes for s in self.slots)
+        arrivals = [a for s in self.slots for a in s.arrivals if a is not None]
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(s.scratch.num_bytes for s in self.slots) + sum(a.num_bytes for a in arrivals)

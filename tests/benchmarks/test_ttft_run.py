@@ -51,7 +51,7 @@ def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
         assert 0 < row["ttft_ms_median_rank"] <= row["ttft_ms_slowest_rank"]
         assert 0 < row["predicted_median_rank_ms"] <= row["predicted_ttft_ms"]
         assert 0 < row["least_mean_ttft_ms"] == row["most_mean_ttft_ms"] and "even_mean_ttft_ms" not in row  # one round
-        assert row["plan_ms"] > 0 and row["plan_cached_ms"] > 0
+        assert row["plan_ms"] > 0 and row["plan_cached_ms"] > 0 and row["steps_with_expert_arrivals"] == 0
         assert row.get("segments_alone_ms", 1) > 0 and ("segments_alone_ms" in row or row["mode"] not in ("padded", "broadcast", "chunked"))
         assert row["peak_workspace_bytes"] > 0 and row["exposed_comm_ms"] >= 0
         assert (row["overlap_pct"] is None) == (world.size == 1)
@@ -91,6 +91,12 @@ def test_draws_and_budgets(world, arguments, capsys):
     assert all(row["even_mean_ttft_ms"] > 0 and row["odd_slowest_rank_ms"] > 0 for row in rows)
     text = ttft_judge.judgement(rows)
     assert "geometric mean of draws" in text and "front of mode auto" in text
+
+
+@pytest.mark.mpi
+def test_experts_of_the_host_take_no_waves_as_they_arrive(world, arguments):
+    with pytest.raises(ConfigError, match="host experts take whole waves only"):
+        ttft.run(world, arguments("--modes", "chunked", "--expert-arrivals", "on"))
 
 
 @pytest.mark.mpi

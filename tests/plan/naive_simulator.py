@@ -1,5 +1,6 @@
 """The clock again, written from the rules of pipemoe.runtime.run, for costs without contention: everything at full speed."""
 
+from pipemoe.plan.arrivals import groups_of
 from pipemoe.plan.cost import rates_of
 from pipemoe.plan.schedule import MAX_GROUPS, OpKind
 from pipemoe.plan.simulator import costs_of
@@ -14,7 +15,7 @@ class NaiveSimulator:
         self.ranks, self.num_cohorts = range(plan.facts.num_ranks), len(plan.cohorts)
         self.ops_of = [[op for op in plan.ops if op.cohort == c] for c in range(self.num_cohorts)]
         self.position = {op: i for i, op in enumerate(plan.ops)}
-        self.num_blocks = plan.num_column_blocks
+        self.num_blocks, self.num_heads = plan.num_column_blocks, int(plan.arrivals)  # a head: what experts do ahead of a wave's last group
         self.done = [set() for _ in self.ranks]
         self.parts = [dict.fromkeys(plan.ops, 0) for _ in self.ranks]  # of an operation that are done
         self.issued = [set() for _ in self.ranks]  # issuing has begun
@@ -48,8 +49,11 @@ class NaiveSimulator:
 
     def end_part(self, r, op):
         self.parts[r][op] += 1
-        if self.parts[r][op] == (self.num_blocks if op.kind in IN_BLOCKS else 1):
+        if self.parts[r][op] == self.num_parts(op):
             self.done[r].add(op)
+
+    def num_parts(self, op):
+        return self.num_blocks + (self.num_heads if op.kind is OpKind.EXPERTS else 0) if op.kind in IN_BLOCKS else 1
 
     def start(self, now):
         for r in self.ranks:
@@ -74,16 +78,20 @@ class NaiveSimulator:
                     item = op.wave if kind is OpKind.DISPATCH else op.wave * self.num_blocks + self.parts[0][op]
                     self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), item, 0])
 
+    def num_groups(self, cohort):
+        """Of a dispatch, at most."""
+        return max(len(groups_of(self.plan, cohort, w)) for w in range(len(self.plan.cohorts[cohort].waves)))
+
     def may_transfer(self, r, op):
         """A block of sums may as soon as it is computed."""
         if op.kind is OpKind.COMBINE:
-            return self.parts[r][type(op)(OpKind.EXPERTS, *op[1:])] > self.parts[r][op]
+            return self.parts[r][type(op)(OpKind.EXPERTS, *op[1:])] > self.num_heads + self.parts[r][op]
         return self.needs(r, op) <= self.done[r]
 
     def may_issue(self, r, op):
         if op.kind is OpKind.DISPATCH:
             under_way = [o for o in self.posted[r] if o.kind is OpKind.DISPATCH and o.cohort == op.cohort and o not in self.done[r]]
-            return len(under_way) < MAX_GROUPS
+            return (len(under_way) + 1) * self.num_groups(op.cohort) <= MAX_GROUPS
         if op.kind is not OpKind.ATTEND:
             return True
         if op.layer == 0 and any(o not in self.issued[r] for e in self.before(op) for o in self.ops_of[e]):
@@ -124,16 +132,17 @@ class NaiveSimulator:
 
         if kind is OpKind.DISPATCH:
             return ({make(OpKind.ATTEND, c, layer, 0)} if wave in own else set()) | of_earlier(OpKind.EXPERTS)
-        return {make(OpKind.DISPATCH, c, layer, wave)} | of_earlier(OpKind.COMBINE)
+        ahead = self.parts[r][op] < self.num_heads
+        return (set() if ahead else {make(OpKind.DISPATCH, c, layer, wave)}) | of_earlier(OpKind.COMBINE)
 
     def compute_ns(self, r, op):
-        place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * self.num_blocks + self.parts[r][op], OpKind.FINISH: -1}[op.kind]
+        place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * (self.num_heads + self.num_blocks) + self.parts[r][op], OpKind.FINISH: -1}[op.kind]
         return int(self.costs.compute[op.cohort, r, place, 0])
 
     def host_ns(self, r, op):
         rates, owner = self.rates, bool(self.costs.own[op.cohort, r].any())
         if op.kind is OpKind.DISPATCH:
-            return rates.host_dispatch_ns + (rates.host_pack_ns if self.costs.own[op.cohort, r, op.wave] else 0)
+            return rates.host_dispatch_ns * self.num_groups(op.cohort) + (rates.host_pack_ns if self.costs.own[op.cohort, r, op.wave] else 0)
         if op.kind is OpKind.ATTEND:
             return int(self.costs.issue[op.cohort, r])
         if op.kind is OpKind.FINISH:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError
 from pipemoe.plan.assignment import assign
 from pipemoe.plan.auto import auto_assignment, auto_candidates, auto_effort
-from pipemoe.plan.cost import ContentionCost, CostModel, ExchangeCost, HostCost
+from pipemoe.plan.cost import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import GPUS, cpu
 from pipemoe.plan.dimensions import dimensions_of
@@ -22,6 +22,8 @@ from pipemoe.plan.verify import verify
 SHAPE = ModelShape(1024, 32, 8, 2, 2)
 DEEP = ModelShape(2048, 768, 128, 8, 24)
 QUICK_HOST = CostModel(host=HostCost(50_000, 10_000, 10_000, 10_000, 10_000, 10_000, 1_000))  # launches do not bind
+
+ARRIVING = replace(QUICK_HOST, experts=ExpertsCost(arrivals_permille=900))
 
 
 @st.composite
@@ -46,17 +48,19 @@ def wide_configs(draw):
         num_slots=draw(st.integers(1, 8)),
         combine=draw(st.sampled_from(COMBINES)),
         combine_blocks=draw(st.sampled_from((None, None, 1, 2, 5))),
+        arrivals=draw(st.sampled_from((None, None, False, True))),
         objective=draw(st.sampled_from(OBJECTIVES)),
         makespan_budget=draw(st.sampled_from((0, 0.1, 1.0))),
     )
 
 
 def plan_of(candidate, facts, shape, config, cost):
-    return plan(facts, shape, replace(config, combine_blocks=candidate.num_column_blocks), cost, assignment=candidate.assignment)
+    config = replace(config, combine_blocks=candidate.num_column_blocks, arrivals=candidate.arrivals)
+    return plan(facts, shape, config, cost, assignment=candidate.assignment)
 
 
 costs = st.sampled_from(
-    [CostModel(), CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1))]
+    [CostModel(), CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1)), ARRIVING]
     + [default_cost(device, dimensions_of(MODEL_CONFIGS["small"]), 4, value_bytes=2, sum_bytes=4) for device in (*GPUS.values(), cpu(2))]
 )
 
@@ -76,7 +80,7 @@ def test_every_candidate_verifies_and_one_is_chosen(facts, config, cost):
         verify(plan_of(candidate, facts, SHAPE, config, cost))
     chosen = next((c for c in candidates if c.chosen), None)
     if chosen is not None:  # also by what skips all that cannot be chosen
-        assert (chosen.assignment, chosen.num_column_blocks) == auto_assignment(facts, SHAPE, config, cost)
+        assert (chosen.assignment, chosen.num_column_blocks, chosen.arrivals) == auto_assignment(facts, SHAPE, config, cost)
 
 
 @settings(max_examples=100, deadline=None)

@@ -26,7 +26,7 @@ def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
     attend = ns()
     return CostModel(
         attend=AttendCost(ns(), ns(), ns(2000), ns(2000), ns(500, 0)),
-        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0)),
+        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0), ns(1000, 0)),
         dispatch=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         combine=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         host=HostCost(attend, ns(100, 0), ns(attend), *(ns() for _ in range(6))),
@@ -49,6 +49,26 @@ def test_same_as_the_naive_simulator(data):
     free = config.mode in ("pipelined", "per_rank")
     cost = data.draw(small_costs())
     p = plan(facts, SHAPE, config, cost, assignment=data.draw(assignments(facts)) if free else None)
+    check_against_the_naive_simulator(p, cost)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_same_as_the_naive_simulator_with_arrivals(data):
+    """Ranks enough for several groups; waves, cohorts one after another in a slot, blocks of columns."""
+    facts = Facts(tuple((n,) if n else () for n in data.draw(st.lists(st.integers(0, 30), min_size=4, max_size=9))))
+    blocks, one_cohort = data.draw(st.sampled_from((None, 3))), data.draw(st.booleans())
+    config = PlanConfig(
+        mode="chunked" if one_cohort else "per_rank", moe_max_num_tokens=data.draw(st.integers(40, 200)), num_slots=1, combine_blocks=blocks, arrivals=True
+    )
+    cost = data.draw(small_costs())
+    p = plan(facts, SHAPE, config, cost, assignment=None if one_cohort else data.draw(assignments(facts)))
+    assert p.arrivals == bool(p.cohorts)
+    check_against_the_naive_simulator(p, cost)
+
+
+def check_against_the_naive_simulator(p, cost):
+    facts = p.facts
     if len(p) > 400:
         return
     found = simulate(p, cost)
@@ -78,9 +98,10 @@ def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
             of_lane.sort()
             assert all(a[1] <= b[0] for a, b in zip(of_lane, of_lane[1:]))
         at = dict(spans)  # of a combine in blocks of columns, its last one
-        for op, (begin, _) in spans:
+        for op, (begin, end) in spans:
             if op.kind is OpKind.EXPERTS:
-                assert begin >= at[op._replace(kind=OpKind.DISPATCH)][1]
+                dispatched = at[op._replace(kind=OpKind.DISPATCH)][1]
+                assert end >= dispatched and (begin >= dispatched or p.arrivals)
                 assert at[op._replace(kind=OpKind.COMBINE)][0] >= at[op][1]
         combines = [op for op, _ in spans if op.kind is OpKind.COMBINE]
         assert len(combines) == p.num_column_blocks * len(set(combines))

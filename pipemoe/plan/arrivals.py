@@ -1,0 +1,85 @@
+"""Waves that are computed as they arrive: the groups in which they are dispatched, and the parts in which a rank has their rows.
+
+    wave              | rank 2 | rank 0 ...... | rank 3 ... | rank 1 ........... |
+    groups            | 0                      | 1                               |
+    parts of rank 3   | 0                      | own        | 1                  |
+
+Groups are neighbouring segments, the same on all ranks. A rank's own rows are there before the dispatch, all others of a group with it.
+A group of one rank's rows alone would leave all links idle but those that lead away from it, so a group holds about two ranks' or more.
+
+All cohorts run one after another in the first slot: experts that wait for rows hold the multiprocessors that another cohort's attention
+would need, perhaps that which these very rows come from. In one slot a rank has attended and packed before it waits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pipemoe.plan.compiled import compiled
+from pipemoe.plan.schedule import MAX_GROUPS, Plan, Wave
+
+MAX_PARTS = 8  # that the experts tell apart
+INDEX_SMS = 1  # multiprocessors that waiting experts leave to the index of what has come
+OWN = -1  # "group" of the rows that need none
+
+
+class Part(NamedTuple):
+    """Rows [start, stop) of a wave, which come with the dispatch's `group` (OWN: they are there before)."""
+
+    start: int
+    stop: int
+    group: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+
+@compiled
+def most_groups(num_waves):
+    """Groups of one dispatch, at most: those of the next wave's must have room among MAX_GROUPS as well."""
+    return MAX_GROUPS // min(2, num_waves)
+
+
+@compiled
+def groups_for(num_ranks, num_waves):
+    """Into how many groups of equal rows a wave with segments of so many ranks is cut; for large segments there are fewer."""
+    return max(1, min(num_ranks // 2, most_groups(num_waves)))
+
+
+@compiled
+def group_of(row, num_rows, wave_rows, num_groups):
+    """The group of the segment at rows [row, row + num_rows), by where its middle lies. Not every number need have a segment."""
+    return (2 * row + num_rows) * num_groups // (2 * wave_rows)
+
+
+def groups_of(plan: Plan, cohort: int, wave: int) -> tuple[Wave, ...]:
+    """A wave's dispatch as one group of collectives, or as several if the plan has arrivals: the wave with some of its segments each."""
+    num_waves, whole = len(plan.cohorts[cohort].waves), plan.cohorts[cohort].waves[wave]
+    if not plan.arrivals or plan.exchange(whole) == "padded":
+        return (whole,)
+    groups: dict[int, list] = {}
+    num_groups = groups_for(len(whole.ranks()), num_waves)
+    for s in whole.segments:
+        groups.setdefault(group_of(s.row, s.num_rows, whole.num_rows, num_groups), []).append(s)
+    return tuple(Wave(tuple(segments), whole.num_rows) for _, segments in sorted(groups.items()))
+
+
+def parts_of(plan: Plan, cohort: int, wave: int, rank: int) -> tuple[Part, ...]:
+    """The parts in which `rank` has a wave's rows, padding included, in the order of the rows."""
+    whole = plan.cohorts[cohort].waves[wave]
+    if plan.exchange(whole) == "padded":
+        block = whole.num_rows // plan.facts.num_ranks
+        pieces = [Part(r * block, (r + 1) * block, OWN if r == rank else 0) for r in range(plan.facts.num_ranks)]
+    else:
+        pieces = [
+            Part(s.row, s.row + s.num_rows, OWN if s.rank == rank else number)
+            for number, group in enumerate(groups_of(plan, cohort, wave))
+            for s in group.segments
+        ]
+    parts: list[Part] = []
+    for piece in pieces:
+        if parts and parts[-1].group == piece.group and parts[-1].stop == piece.start:
+            piece = parts.pop()._replace(stop=piece.stop)
+        parts.append(piece)
+    return tuple(parts)
