@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pipemoe.comm.world import World
     from pipemoe.plan.verify import Room
 
+# Of the speed of calls on whole waves: GEMMs that gather the rows of both, in tiles of 128 (one H100, kernels/NOTES.md, version A1: .52 to .65).
+GATHERING_PERMILLE = 600
+
 
 def arrivals_permille(world: World, experts: Any, config: Config) -> tuple[int, str | None]:
     """Thousandths of the experts' speed that waiting for rows leaves them, on the rank with the least; 0, and why, where some rank cannot.
@@ -50,8 +53,8 @@ def arrival_room(world: World, experts: Any) -> Room | None:
 
 
 def speed_permille(world: World, experts: Any) -> int:
-    """Thousandths of the multiprocessors on which these experts wait for rows."""
-    return max(1, 1000 * _num_blocks(world, experts) // experts.num_sms)
+    """Thousandths of their speed at which these experts take waves as they arrive, on fewer multiprocessors."""
+    return max(1, GATHERING_PERMILLE * _num_blocks(world, experts) // experts.num_sms)
 
 
 def arriving_experts(world: World, experts: Any) -> Any:

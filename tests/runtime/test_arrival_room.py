@@ -7,7 +7,7 @@ import pytest
 
 from pipemoe import Config
 from pipemoe.plan.verify import Room
-from pipemoe.runtime.arriving import arrival_room, refusal, speed_permille
+from pipemoe.runtime.arriving import GATHERING_PERMILLE, arrival_room, refusal, speed_permille
 
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
@@ -26,10 +26,10 @@ def world(**changes):
 
 def test_the_grid_leaves_one_slots_collectives_and_the_index():
     assert arrival_room(world(), experts()).arrival_blocks == 132 - 16 - 1 and refusal(world(), experts(), Config(num_slots=4)) is None
-    assert speed_permille(world(), experts()) == 1000 * 115 // 132
+    assert speed_permille(world(), experts()) == GATHERING_PERMILLE * 115 // 132
     alone = SimpleNamespace(size=1, block_room=None)
     assert arrival_room(alone, experts()) is None and refusal(alone, experts(), Config(num_slots=4)) is None
-    assert speed_permille(alone, experts()) == 1000 * 131 // 132
+    assert speed_permille(alone, experts()) == GATHERING_PERMILLE * 131 // 132
 
 
 @pytest.mark.parametrize(
