@@ -139,7 +139,7 @@ class World:
         self._comm = comm
         self.rank, self.size = (comm.Get_rank(), comm.Get_size()) if comm else (0, 1)
         self.num_slots, self.setup_seconds = num_slots, setup_seconds
-        self.sms_for_collectives = 0  # that a rank's persistent kernels leave to collectives beside them
+        self.ctas = 0  # thread blocks of a collective, each on a multiprocessor; none where ranks use no GPU, or there is one
         self._on_gpu = on_gpu
         self.device = torch.device("cpu")
         local_rank = 0
@@ -196,7 +196,7 @@ class World:
         from pipemoe.comm import nccl
 
         room, error = self.room(), None
-        self.sms_for_collectives = room.kept_for_collectives(self.num_slots)
+        self.ctas = room.ctas
         ids: list[bytes] = []
         try:
             room.check(self.num_slots)

@@ -4,7 +4,7 @@ Each candidate first gets lower bounds, from its cohorts' chains of operations a
 cannot win by them are not run.
 Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that run side
 by side finish in proportion to the number of layers. What then leads, and one cohort, are also looked at with blocks of columns, in the
-number that promises most by itself.
+number that promises most by itself, and then with experts that leave the collectives other numbers of multiprocessors than usual.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from pipemoe.errors import PlanError
 from pipemoe.plan.candidates import CANDIDATES, candidate_microbatches, candidate_name
 from pipemoe.plan.column_costs import cut_columns, gained_ns, issuing_ns
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.cost import CostModel, rates_of, speeds_of
-from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, merge_alike_ranks
+from pipemoe.plan.cost import USUAL, CostModel, rates_of, speeds_of
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, leaving_sms, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator import flat_boundaries
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
+from pipemoe.plan.sms import forced_sms_left, speeds_where_left, usual_sms_left
 
 _LAYERS = 16  # that are simulated at most, and half of them
 _EVENTS = 550  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
 _MOST_EVENTS = 2_400  # in all: candidates that would take more are not looked at
 _DOUBTFUL_EVENTS = 1_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
-_LAST_EVENTS = 2_700  # with those for other numbers of blocks
+_LAST_EVENTS = 2_700  # with those for other numbers of blocks, and of multiprocessors left
 _MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 _BLOCKS_MARGIN = 10  # the same for blocks of columns
+_SMS_MARGIN = 10  # the same for multiprocessors left
+AS_USUAL, NONE, TWICE = 0, 1, 2  # multiprocessors left: usual_sms_left, none, or twice as many as usual
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +45,24 @@ class Candidate:
     name: str
     assignment: list[list[Microbatch]]
     num_column_blocks: int
+    sms_left: int
     mean: int
     slowest: int
     p50: int
     chosen: bool
 
 
-def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> tuple[list[list[Microbatch]], int]:
-    """Cohorts and the number of blocks of columns, by cost."""
+def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> tuple[list[list[Microbatch]], int, int]:
+    """Cohorts, the number of blocks of columns, and multiprocessors that the experts leave, by cost."""
     found = _evaluate(facts, shape, config, cost, only_chosen=True)[0]
-    return (found[0].assignment, found[0].num_column_blocks) if found else ([], config.combine_blocks or 1)
+    if not found:
+        return [], config.combine_blocks or 1, forced_sms_left(config, cost.sms) or 0
+    return found[0].assignment, found[0].num_column_blocks, found[0].sms_left
 
 
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
     """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in other numbers of
-    blocks of columns."""
+    blocks of columns, and with other numbers of multiprocessors left."""
     return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
 
@@ -76,22 +82,25 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     else:
         goal[OBJECTIVES.index(config.objective)] = 1
     goal[3], goal[4] = round(config.makespan_budget * 1000), config.pipelined_ratio
-    limits = np.array([shape.num_layers, config.max_wave_rows(facts.num_ranks), config.num_slots, config.num_buffers, config.combine == "gather"])
+    sms_left = forced_sms_left(config, cost.sms)
+    limits = np.array(
+        [shape.num_layers, config.max_wave_rows(facts.num_ranks), config.num_slots, config.num_buffers, config.combine == "gather", -1 if sms_left is None else sms_left]
+    )
     choices = config.block_choices(shape.hidden) if facts.num_ranks > 1 else (config.combine_blocks or 1,)
-    problem = (tokens, starts, first, rates_of(cost), speeds_of(cost.contention), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
-    figures, best, best_choice, events = _search(CANDIDATES, np.array(choices), *problem, only_chosen)
-    if best < 0:
+    problem = (tokens, starts, first, rates_of(cost), speeds_of(cost), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
+    figures, lefts, best, events = _search(CANDIDATES, np.array(choices), *problem, only_chosen)
+    if best[0] < 0:
         raise PlanError("no candidate can be carried out")
     candidates = []
-    for index, choice in [(best, best_choice)] if only_chosen else np.argwhere(figures[:, :, 1] < NEVER).tolist():
-        mean, slowest, p50 = (figures[index, choice] + cost.start_ns).tolist()
-        chosen = (index, choice) == (best, best_choice)
+    for index, choice, left in [best] if only_chosen else np.argwhere(figures[..., 1] < NEVER).tolist():
+        mean, slowest, p50 = (figures[index, choice, left] + cost.start_ns).tolist()
+        chosen = (index, choice, left) == best
         kind, parts, unit = CANDIDATES[index]
         table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens, config.pipelined_ratio, config.num_slots)
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
-        candidates.append(Candidate(index, candidate_name(index), assignment, choices[choice], mean, slowest, p50, chosen))
+        candidates.append(Candidate(index, candidate_name(index), assignment, choices[choice], int(lefts[index, choice, left]), mean, slowest, p50, chosen))
     return candidates, events
 
 
@@ -113,14 +122,15 @@ def units_of(tokens, starts, first, by_sequence):
 
 @compiled
 def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
-    """Figures [N, B, 3] (mean, slowest, p50) of every candidate in each number of blocks of columns (NEVER: does not apply, is an earlier
-    one again, or was not run), the best of both, and the events that choosing it took.
+    """Figures [N, B, 3, 3] (mean, slowest, p50) of every candidate in each number of blocks of columns, AS_USUAL, NONE and TWICE (NEVER:
+    does not apply, is an earlier one again, or was not run); the multiprocessors left [N, B, 3]; the best of all; and the events that
+    choosing it took.
 
-    Cohorts are looked for with choices[0]; only the best ones, and one cohort, may be run with another. only_chosen: candidates that
+    Cohorts are looked for with choices[0] AS_USUAL; only the best ones, and one cohort, may be run with others. only_chosen: candidates that
     were passed over are not run for their figures afterwards.
     """
-    num_layers, limit, num_slots = limits[0], limits[1], limits[2]
-    figures = np.full((len(kinds), len(choices), 3), NEVER, np.int64)
+    num_layers, limit, num_slots, num_ranks, forced = limits[0], limits[1], limits[2], len(tokens), limits[5]
+    figures, lefts = np.full((len(kinds), len(choices), 3, 3), NEVER, np.int64), np.zeros((len(kinds), len(choices), 3), np.int64)
     bounds, price = np.empty((len(kinds), 3), np.int64), np.full(len(kinds), NEVER, np.int64)
     seen, margins = np.zeros(len(kinds), np.int64), np.full(len(kinds), 1000, np.int64)
     guess = np.empty(3, np.int64)
@@ -147,22 +157,25 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
         num_cohorts = microbatches[-1, 0] + 1
         segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, limit)
         waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
-        costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, 2)
+        left = usual_sms_left(rates, num_waves, choices[0], num_slots) if forced < 0 else forced
+        costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, limits[4] != 0, 2, left)
         margins[k] += _MARGIN * (num_cohorts - 1)
-        costs, weight = merge_alike_ranks(cut_columns(costs, rates, choices[0]), rates.cores_permille > 0)
-        _bound(costs, weight, rates, speeds, num_layers, num_slots, bounds[k], guess)
+        whole, weight = merge_alike_ranks(costs, rates.cores_permille > 0)
+        costs = cut_columns(whole, rates, choices[0])
+        lefts[k, 0, AS_USUAL] = left
+        _bound(costs, weight, rates, speeds[USUAL], num_layers, num_slots, bounds[k], guess)
         price[k] = _objective(guess, goal) * margins[k] // 1000
         place_of[k] = len(costs_of)
-        costs_of.append((costs, weight))
-    best, blocks, lowest, events, looked_at = -1, 0, NEVER, 0, place_of < 0
+        costs_of.append((whole, costs, weight, wave_rows))
+    best, lowest, events, looked_at = (-1, 0, AS_USUAL), NEVER, 0, place_of < 0
     late, dear = NEVER, NEVER  # thousandths: the least by which a slowest time was above its bound, and a price above its guess
     for turn in range(len(kinds)):
-        allowed = lowest + lowest // 1000 * goal[3] if best >= 0 else NEVER
+        allowed = lowest + lowest // 1000 * goal[3] if best[0] >= 0 else NEVER
         k, doubtful = 0, False  # one cohort, then what may end first, as both say how late others may be, then the most promising
         for j in range(len(kinds)):
             if not turn or looked_at[j]:
                 continue
-            doubt = turn > 1 and (bounds[j, 1] // 1000 * late > allowed or price[j] // 1000 * dear >= _price(figures, margins, goal, best, 0))
+            doubt = turn > 1 and (bounds[j, 1] // 1000 * late > allowed or price[j] // 1000 * dear >= _price(figures, margins, goal, best))
             sooner = bounds[j, 1] < bounds[k, 1] if turn == 1 else price[j] < price[k] if doubt == doubtful else doubtful
             if looked_at[k] or sooner:
                 k, doubtful = j, doubt
@@ -172,41 +185,72 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
         if bounds[k, 1] > allowed:
             continue
         least = _objective(bounds[k], goal) * margins[k] // 1000
-        if best >= 0 and bounds[k, 1] >= lowest and least >= _price(figures, margins, goal, best, 0):
+        if best[0] >= 0 and bounds[k, 1] >= lowest and least >= _price(figures, margins, goal, best):
             continue
-        costs, weight = costs_of[place_of[k]]
+        _, costs, weight, _ = costs_of[place_of[k]]
         needed = _layers_and_events(costs, num_layers)[1]
         if turn and (needed > _EVENTS + 100 or events + needed > (_DOUBTFUL_EVENTS if doubtful else _MOST_EVENTS)):
             continue
-        events += _predict(costs, weight, rates, speeds, limits, figures[k, 0])
-        late = min(late, figures[k, 0, 1] * 1000 // bounds[k, 1])
-        dear = min(dear, _price(figures, margins, goal, k, 0) * 1000 // price[k])
-        lowest = min(lowest, figures[k, 0, 1])
-        best, _ = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
-    leader = best
-    for turn in range(2):
-        k = 0 if turn else leader
-        if best < 0 or place_of[k] < 0 or (turn and leader == 0):
+        usual = k, 0, AS_USUAL
+        events += _predict(costs, weight, rates, speeds, limits, lefts, usual, figures)
+        late = min(late, figures[usual][1] * 1000 // bounds[k, 1])
+        dear = min(dear, _price(figures, margins, goal, usual) * 1000 // price[k])
+        lowest = min(lowest, figures[usual][1])
+        best = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+    leader = best[0]
+    for turn in range(4):  # blocks of columns, then multiprocessors left, of the leader and then of one cohort
+        k, of_sms = 0 if turn > 1 else leader, turn % 2
+        if leader < 0 or place_of[k] < 0 or (turn > 1 and leader == 0):
             continue
-        costs, weight = costs_of[place_of[k]]
-        most, n, cut = 0, 0, costs
+        whole, _, weight, wave_rows = costs_of[place_of[k]]
+        at = (k, 0, AS_USUAL)
         for m in range(1, len(choices)):
-            trial = cut_columns(costs, rates, choices[m])
-            gained = gained_ns(costs, trial) * num_layers
-            if gained > most:
-                most, n, cut = gained, m, trial
-        hoped = _objective(figures[k, 0] - most, goal) * (margins[k] + _BLOCKS_MARGIN) // 1000
-        if n == 0 or hoped >= _price(figures, margins, goal, best, blocks) or events + _layers_and_events(cut, num_layers)[1] > _LAST_EVENTS:
+            if of_sms and _price(figures, margins, goal, (k, m, AS_USUAL)) < _price(figures, margins, goal, at):
+                at = (k, m, AS_USUAL)
+        before = cut_columns(leaving_sms(whole, wave_rows, rates, num_experts, top_k, num_ranks, lefts[at]), rates, choices[at[1]])
+        most, other, cut = 0, at, before
+        for m in range(1, 3 if of_sms else len(choices)):
+            trial = (k, at[1], m) if of_sms else (k, m, AS_USUAL)
+            left = usual_sms_left(rates, whole.num_waves, choices[trial[1]], num_slots)
+            lefts[trial] = forced if forced >= 0 else left if not of_sms else 0 if m == NONE else 2 * left
+            costs = cut_columns(leaving_sms(whole, wave_rows, rates, num_experts, top_k, num_ranks, lefts[trial]), rates, choices[trial[1]])
+            if of_sms:
+                used = min(len(whole.num_waves), num_slots)
+                gained = _gained_by_sms(before, costs, speeds_where_left(rates, speeds, lefts[at], used), speeds_where_left(rates, speeds, lefts[trial], used))
+            else:
+                gained = gained_ns(before, costs)
+            if gained * num_layers > most:
+                most, other, cut = gained * num_layers, trial, costs
+        hoped = _objective(figures[at] - most, goal) * _margin(margins, other) // 1000
+        if other == at or hoped >= _price(figures, margins, goal, best) or events + _layers_and_events(cut, num_layers)[1] > _LAST_EVENTS:
             continue
-        events += _predict(cut, weight, rates, speeds, limits, figures[k, n])
-        lowest = min(lowest, figures[k, n, 1])
-        best, blocks = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+        events += _predict(cut, weight, rates, speeds, limits, lefts, other, figures)
+        lowest = min(lowest, figures[other][1])
+        best = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
     if not only_chosen:
         for k in range(len(kinds)):
-            if place_of[k] >= 0 and figures[k, 0, 1] == NEVER:
-                costs, weight = costs_of[place_of[k]]
-                _predict(costs, weight, rates, speeds, limits, figures[k, 0])
-    return figures, best, blocks, events
+            if place_of[k] >= 0 and figures[k, 0, AS_USUAL, 1] == NEVER:
+                _, costs, weight, _ = costs_of[place_of[k]]
+                _predict(costs, weight, rates, speeds, limits, lefts, (k, 0, AS_USUAL), figures)
+    return figures, lefts, best, events
+
+
+@compiled
+def _gained_by_sms(before, after, speeds_before, speeds_after):
+    """About what a layer of all cohorts gains by leaving other multiprocessors: experts that take another time, and go on at another speed
+    beside transfers, as these do beside them, if half of what can run side by side does."""
+    computed, moved, gained = 0, 0, 0
+    for c in range(len(after.num_waves)):
+        for block in range(after.num_waves[c] * after.num_blocks):
+            computed += after.compute[c, 0, 1 + block, ALONE]
+            gained += before.compute[c, 0, 1 + block, ALONE] - after.compute[c, 0, 1 + block, ALONE]
+            moved += after.exchange[c, COMBINE, block, ALONE]
+        for w in range(after.num_waves[c]):
+            moved += after.exchange[c, DISPATCH, w, ALONE]
+    beside = min(computed, moved) // 2
+    for one, other in ((1, 3), (3, 1)):  # experts beside a combine, and the other way round: a dispatch does as that does
+        gained += beside * 1000 // speeds_before[0, one, other] - beside * 1000 // speeds_after[0, one, other]
+    return gained
 
 
 @compiled
@@ -215,22 +259,29 @@ def _objective(figures, goal):
 
 
 @compiled
-def _price(figures, margins, goal, k, n):
-    """What counts of a candidate: dearer the more cohorts it has, and in another number of blocks than the usual one."""
-    return _objective(figures[k, n], goal) * (margins[k] + (_BLOCKS_MARGIN if n else 0)) // 1000
+def _margin(margins, at):
+    return margins[at[0]] + (_BLOCKS_MARGIN if at[1] else 0) + (_SMS_MARGIN if at[2] else 0)
+
+
+@compiled
+def _price(figures, margins, goal, at):
+    """What counts of a candidate `at` (k, blocks, multiprocessors left): dearer the more cohorts it has, and in other numbers than usual."""
+    return _objective(figures[at], goal) * _margin(margins, at) // 1000
 
 
 @compiled
 def _best(figures, margins, allowed, goal):
-    """Candidate and choice of blocks with the lowest price, among those that end in the time allowed."""
-    best, blocks = -1, 0
+    """Candidate and its choices with the lowest price, among those that end in the time allowed."""
+    best = (-1, 0, AS_USUAL)
     for n in range(figures.shape[1]):
-        for k in range(len(figures)):
-            if figures[k, n, 1] == NEVER or figures[k, n, 1] > allowed:
-                continue
-            if best < 0 or _price(figures, margins, goal, k, n) < _price(figures, margins, goal, best, blocks):
-                best, blocks = k, n
-    return best, blocks
+        for left in range(figures.shape[2]):
+            for k in range(len(figures)):
+                at = (k, n, left)
+                if figures[at][1] == NEVER or figures[at][1] > allowed:
+                    continue
+                if best[0] < 0 or _price(figures, margins, goal, at) < _price(figures, margins, goal, best):
+                    best = at
+    return best
 
 
 @compiled
@@ -285,24 +336,25 @@ def _layers_and_events(costs, num_layers):
 
 
 @compiled
-def _predict(costs, weight, rates, speeds, limits, figures):
-    """Fill in mean, largest and median ns to the first token, over sequences; returns the events that it took."""
+def _predict(costs, weight, rates, speeds, limits, lefts, at, figures):
+    """Fill in figures[at], mean, largest and median ns to the first token, over sequences; returns the events that it took."""
     num_layers, num_slots, num_buffers = limits[0], limits[2], limits[3]
     num_cohorts = len(costs.num_waves)
     slots = np.empty(num_cohorts, np.int64)
     for c in range(num_cohorts):
         slots[c] = c % num_slots
     nothing = np.empty((1, 1, 1, 1), np.int64)
+    table = speeds_where_left(rates, speeds, lefts[at], min(num_cohorts, num_slots))
     layers, _ = _layers_and_events(costs, num_layers)
     keys = order_keys(costs, rates, num_slots, layers)
-    finish, _, events = run_clock(costs, keys, slots, weight, layers, num_buffers, rates, speeds, nothing, nothing, False)
+    finish, _, events = run_clock(costs, keys, slots, weight, layers, num_buffers, rates, table, nothing, nothing, False)
     if layers < num_layers:
         few = layers // 2
         keys = order_keys(costs, rates, num_slots, few)
-        before, _, more = run_clock(costs, keys, slots, weight, few, num_buffers, rates, speeds, nothing, nothing, False)
+        before, _, more = run_clock(costs, keys, slots, weight, few, num_buffers, rates, table, nothing, nothing, False)
         finish += (finish - before) * (num_layers - layers) // (layers - few)
         events += more
-    _summarise(finish, costs.ends, figures)
+    _summarise(finish, costs.ends, figures[at])
     return events
 
 

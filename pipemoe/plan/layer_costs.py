@@ -59,9 +59,10 @@ def cut_waves(microbatches, num_cohorts, limit):
 
 
 @compiled
-def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered):
+def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left):
     """Price the operations of a layer. gather: peers send partial sums to the owner. gathered: one
-    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2)."""
+    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2). sms_left: that the
+    experts leave to collectives."""
     num_cohorts, most_waves = wave_rows.shape
     num_ranks = len(first) - 1
     compute = np.zeros((num_cohorts, num_ranks, 2 + most_waves, 2), np.int64)
@@ -97,7 +98,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                     ends[c, r] += 1
     for c in range(num_cohorts):
         for w in range(num_waves[c]):
-            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks)
+            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
             for r in range(num_ranks):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
             even = in_order[c, w] and calls[c, w] == num_ranks and owned[c, w].min() == owned[c, w].max()
@@ -131,6 +132,18 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                 finish = 1 + most_waves
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
     return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1)
+
+
+@compiled
+def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left):
+    """The same layer, not yet in blocks of columns, with experts of `num_ranks` ranks that leave `sms_left` multiprocessors."""
+    compute = costs.compute.copy()
+    for c in range(len(costs.num_waves)):
+        for w in range(costs.num_waves[c]):
+            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
+            for r in range(compute.shape[1]):
+                compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
+    return LayerCosts(costs.num_waves, compute, costs.exchange, costs.own, costs.ends, costs.waits, costs.issue, 1)
 
 
 @compiled

@@ -25,9 +25,9 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> str:
-    lines = [["candidate", "cohorts", "blocks", "mean ms", "p50 ms", "slowest ms", ""]]
+    lines = [["candidate", "cohorts", "blocks", "SMs left", "mean ms", "p50 ms", "slowest ms", ""]]
     for c in candidates:
-        lines.append([c.name, str(len(c.assignment)), str(c.num_column_blocks), *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
+        lines.append([c.name, str(len(c.assignment)), str(c.num_column_blocks), str(c.sms_left), *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
     return table(lines)
 
 
@@ -39,7 +39,7 @@ def ranks_table(plan: Plan, prediction: Prediction) -> str:
 
 
 def cohorts_lines(plan: Plan) -> str:
-    """One line per cohort: its microbatches and waves; and how its sums come."""
+    """One line per cohort: its microbatches and waves; how its sums come, and what the experts leave."""
     lines = []
     for c, cohort in enumerate(plan.cohorts):
         parts = [f"{m.rank}[{m.start}:{m.stop}]" for m in cohort.microbatches]
@@ -48,6 +48,8 @@ def cohorts_lines(plan: Plan) -> str:
         lines.append(f"cohort {c}: {rows} rows in {count} wave{'s' if count > 1 else ''}, rank[tokens] {' '.join(parts)}")
     if plan.num_column_blocks > 1:
         lines.append(f"sums in {plan.num_column_blocks} blocks of columns, each combined while the next is computed")
+    if plan.sms_left:
+        lines.append(f"experts leave {plan.sms_left} multiprocessors to collectives")
     return "\n".join(lines)
 
 

@@ -155,7 +155,8 @@ class PlanConfig:
     `objective` of the sequences' times to first token ("mean", "slowest", "p50", or "weighted": the three together, by
     `objective_weights` in this order) among those whose slowest is at most `makespan_budget` (a fraction) above the lowest possible.
     combine_blocks: blocks of columns in which a wave's sums are computed and combined, each combined while the next is computed; None:
-    one, or what mode "auto" chooses.
+    one, or what mode "auto" chooses. num_sms: multiprocessors that the experts' persistent kernels fill, in every plan; None: all but
+    those that the plan leaves to collectives beside them, where there are such; mode "auto" chooses how many.
     """
 
     mode: str = "auto"
@@ -168,6 +169,7 @@ class PlanConfig:
     objective_weights: tuple[int, int, int] = (1, 1, 0)
     makespan_budget: float = 0.10
     combine_blocks: int | None = None
+    num_sms: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -186,6 +188,8 @@ class PlanConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
         if self.combine_blocks is not None and (type(self.combine_blocks) is not int or not 1 <= self.combine_blocks <= MOST_BLOCKS):
             raise ConfigError(f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None")
+        if self.num_sms is not None and (type(self.num_sms) is not int or self.num_sms < 1):
+            raise ConfigError(f"num_sms is {self.num_sms!r}; it must be a whole number of at least 1, or None")
 
     @property
     def exchange(self) -> str:
@@ -235,6 +239,7 @@ class Plan:
     cohorts: tuple[Cohort, ...]
     order: np.ndarray  # int32 [num_ops, 4]: kind, cohort, layer, wave
     num_column_blocks: int = 1  # in which a wave's sums are computed and combined
+    sms_left: int = 0  # multiprocessors that the experts' persistent kernels leave to collectives
 
     def __len__(self) -> int:
         return len(self.order)
@@ -255,6 +260,10 @@ class Plan:
     def overlaps(self) -> bool:
         """May a collective be under way beside a rank's computation? With one wave in one block everything waits for everything."""
         return self.num_column_blocks > 1 or sum(len(cohort.waves) for cohort in self.cohorts) > 1
+
+    @cached_property
+    def num_slots_used(self) -> int:
+        return len({cohort.slot for cohort in self.cohorts})
 
     @cached_property
     def columns(self) -> tuple[range, ...]:
@@ -285,7 +294,7 @@ class Plan:
     def digest(self) -> bytes:
         """16 bytes that are equal on two ranks exactly when their plans are."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks)).encode())
+        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks, self.sms_left)).encode())
         for cohort in self.cohorts:
             flat = [cohort.slot, *(v for m in cohort.microbatches for v in m)]
             flat += [v for w in cohort.waves for v in (w.num_rows, *(x for s in w.segments for x in s))]

@@ -14,6 +14,7 @@ from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, 
 from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
+from pipemoe.plan.sms import speeds_where_left
 
 Interval = tuple[int, int]
 
@@ -54,7 +55,9 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
     computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + blocks) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
     moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if spans else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
-    finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), speeds_of(cost.contention), computed, moved, spans)
+    rates = rates_of(cost)
+    speeds = speeds_where_left(rates, speeds_of(cost), plan.sms_left, plan.num_slots_used)
+    finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates, speeds, computed, moved, spans)
     if (finish == NEVER).any():
         raise PlanError("simulation: the plan comes to a standstill")
     sequences = tuple(tuple(cost.start_ns + int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))
@@ -78,7 +81,7 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     table = np.array(segments, dtype=np.int64)
     gather, gathered = config.combine == "gather", config.gathered_waves
     rates = rates_of(cost)
-    costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered)
+    costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered, plan.sms_left)
     return cut_columns(costs, rates, plan.num_column_blocks)
 
 

@@ -57,7 +57,7 @@ from pipemoe.plan.simulator_rules import (
 @compiled
 def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds, computed, moved, keep):
     """Run `num_layers` layers. keys [C, >= n]: where a cohort's n-th operation stands in the plan's order; lowest first. slots [C].
-    speeds: of speeds_of. weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled
+    speeds: a table of speeds_of. weight [R]: ranks that each column of `costs` stands for. computed [C, R, n, 2], moved [C, 2, n, 2]: filled
     with begin and end of operations if `keep`. Returns finish [C, R] and exposed [R] (communication under way, no computation), in ns, and the
     number of events on the clock.
 

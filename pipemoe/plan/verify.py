@@ -33,11 +33,6 @@ class Room:
         """The most that may spin at once."""
         return self.num_sms // 2
 
-    def kept_for_collectives(self, num_slots: int) -> int:
-        """SMs that persistent kernels leave free while collectives run beside them: for all of this rank's blocks, but a tenth at most
-        (measured on quarters of an H200, NCCL_MAX_CTAS=1: 3 of 32 cost the kernels 1 to 7 %, and save them 25 % beside a transfer)."""
-        return min(2 * num_slots * self.ctas, self.num_sms // 10)
-
     def check(self, num_slots: int) -> None:
         """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave half the SMs free."""
         needed = self.ranks_on_device * (2 * num_slots * self.ctas + self.waiting_blocks)
@@ -61,6 +56,7 @@ def verify(plan: Plan, *, row_bytes: int = 128, sum_bytes: int = 4, room: Room |
     _buffers_have_one_user(plan)
     _workspace_is_bounded(plan)
     _chunks_in_causal_order(plan)
+    _kernels_have_room(plan, room)
     projected = [project(plan, rank, row_bytes, sum_bytes) for rank in range(plan.facts.num_ranks)]
     match(projected)
     if issues is not None:
@@ -223,6 +219,12 @@ def _chunks_in_causal_order(plan: Plan) -> None:
             for layer in range(1, plan.shape.num_layers):
                 if at[other, layer - 1] > at[cohort, layer]:
                     _fail("chunks in causal order", f"cohort {cohort} is to wait in layer {layer} for cohort {other}, which comes later")
+
+
+def _kernels_have_room(plan: Plan, room: Room | None) -> None:
+    """What the experts' kernels leave to collectives leaves them something."""
+    if plan.sms_left < 0 or (room is not None and plan.sms_left >= room.num_sms):
+        _fail("kernels have room", f"{plan.sms_left} multiprocessors are left to collectives, of {'how many ever' if room is None else room.num_sms}")
 
 
 def _issued_as_planned(projected: list[list[Issue]], issues: list[list[Issue]]) -> None:

@@ -35,6 +35,7 @@ def configs(draw, facts: Facts, modes: tuple[str, ...] = MODES) -> PlanConfig:
         num_slots=draw(st.integers(1, 8)),
         combine=draw(st.sampled_from(COMBINES)),
         combine_blocks=draw(st.sampled_from((None, 1, 2, 3, 8))),
+        num_sms=draw(st.sampled_from((None, None, 1, 100, 132))),
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, attend_busy, experts_busy, rates_of
+from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, attend_busy, experts_busy, rates_of
 from pipemoe.plan.fit import Samples, calibrate, fit_contention, fit_cost, least_squares
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
