@@ -294,3 +294,18 @@ def test_experts_that_leave_multiprocessors_share_their_weights():
     fewer = experts.leaving(5)
     assert fewer.num_sms == experts.num_sms - 5 and fewer.weights is experts.weights
     assert experts.leaving(10**6).num_sms == 1
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_bits_whatever_multiprocessors_are_left(deterministic):
+    """With one scratch, in blocks of columns and whole."""
+    weights = random_weights(10, 2048, 768, dtype=BF16)
+    rows = random_rows(1500, 2048, 10, 4, dtype=BF16, device="cuda")
+    experts, scratch = build(weights, 4, 1500, deterministic=deterministic)
+    wanted = run(rows, weights, deterministic=deterministic, out_dtype=experts.out_dtypes[0])
+    assert relative_error(wanted[:20], expected(rows[:20], weights)) < TOLERANCE[BF16]
+    for left in (0, 3, 13, 26, 131):
+        for count in (0, 1, 4):
+            out = torch.full_like(wanted, torch.nan)
+            experts.leaving(left)(0, rows, out, scratch, [torch.cuda.Event() for _ in range(count)])
+            assert torch.equal(out, wanted), (left, count)
