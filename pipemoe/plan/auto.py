@@ -290,7 +290,8 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
     rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed everything at full speed.
     guess: what they may be like, if earlier cohorts go first."""
     num_cohorts, num_ranks = costs.ends.shape
-    num_blocks = costs.num_blocks
+    num_blocks, num_waves, ends = costs.num_blocks, costs.num_waves, costs.ends
+    compute, exchange, own, issue = costs.compute, costs.exchange, costs.own, costs.issue
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     finish, likely = np.zeros((num_cohorts, num_ranks), np.int64), np.zeros((num_cohorts, num_ranks), np.int64)
     computed, issued = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
@@ -302,27 +303,27 @@ def _bound(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
         chain, most, total = 0, 0, 0
         for r in range(num_ranks):
             last = -1
-            computed[r] += costs.compute[c, r, 0, BUSY]
-            issued[r] += costs.issue[c, r] + costs.num_waves[c] * (rates.host_dispatch_ns + host_experts_ns + host_combine_ns)
-            for w in range(costs.num_waves[c]):
+            computed[r] += compute[c, r, 0, BUSY]
+            issued[r] += issue[c, r] + num_waves[c] * (rates.host_dispatch_ns + host_experts_ns + host_combine_ns)
+            for w in range(num_waves[c]):
                 for b in range(num_blocks):
-                    computed[r] += costs.compute[c, r, 1 + w * num_blocks + b, BUSY]
-                if costs.own[c, r, w]:
+                    computed[r] += compute[c, r, 1 + w * num_blocks + b, BUSY]
+                if own[c, r, w]:
                     last = w
                     issued[r] += rates.host_pack_ns
             if last >= 0:
-                alone = costs.compute[c, r, 0, ALONE] + costs.exchange[c, DISPATCH, last, ALONE]
+                alone = compute[c, r, 0, ALONE] + exchange[c, DISPATCH, last, ALONE]
                 for b in range(num_blocks):
-                    alone += costs.compute[c, r, 1 + last * num_blocks + b, ALONE]
-                chain = max(chain, alone + costs.exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE])
+                    alone += compute[c, r, 1 + last * num_blocks + b, ALONE]
+                chain = max(chain, alone + exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE])
             most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
         if rates.cores_permille:
             most = total * 1000 // rates.cores_permille
         before = finish[c - num_slots].max() if c >= num_slots else 0
         finish[c] = before + chain * num_layers
         likely[c] = max(before + chain * num_layers, most * num_layers)
-    _summarise(finish, costs.ends, bound)
-    _summarise(likely, costs.ends, guess)
+    _summarise(finish, ends, bound)
+    _summarise(likely, ends, guess)
     bound[1] = max(bound[1], guess[1])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -155,7 +155,7 @@ class SmsCost(_Whole):
     roomy_transfers_permille: int = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CostModel:
     """Everything that the planner and the simulator know about speed. The defaults: one H200 per rank, Qwen3-30B-A3B, bfloat16."""
 
@@ -170,6 +170,13 @@ class CostModel:
     gap_permille: int = 750  # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
     start_ns: int = 1_300_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # of some sixty numbers, which every planning would go through
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
 
 _SINGLE = ("gap_permille", "start_ns", "finish_ns")

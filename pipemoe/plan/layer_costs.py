@@ -168,24 +168,24 @@ def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
 
 
 @compiled
-def _alike(costs, a, b, parts):
-    for c in range(costs.compute.shape[0]):
-        if costs.own[c, a, 0] != costs.own[c, b, 0]:
+def _alike(compute, own, issue, num_waves, a, b, parts):
+    for c in range(compute.shape[0]):
+        if own[c, a, 0] != own[c, b, 0]:
             return False
-        x, y = max(costs.compute[c, a, 0, ALONE], costs.issue[c, a]), max(costs.compute[c, b, 0, ALONE], costs.issue[c, b])
+        x, y = max(compute[c, a, 0, ALONE], issue[c, a]), max(compute[c, b, 0, ALONE], issue[c, b])
         if abs(x - y) * parts > max(x, y):
             return False
-        for w in range(1, costs.num_waves[c]):
-            if costs.own[c, a, w] != costs.own[c, b, w]:
+        for w in range(1, num_waves[c]):
+            if own[c, a, w] != own[c, b, w]:
                 return False
     return True
 
 
 @compiled
-def _attention(costs, r):
+def _attention(compute, r):
     total = 0
-    for c in range(costs.compute.shape[0]):
-        total += costs.compute[c, r, 0, ALONE]
+    for c in range(compute.shape[0]):
+        total += compute[c, r, 0, ALONE]
     return total
 
 
@@ -194,36 +194,37 @@ def merge_alike_ranks(costs, on_cores):
     """The same costs with one rank for all that are alike, and how many it stands for: ranks of the same cohorts and waves, whose
     attention differs by less than a sixteenth. Where that leaves more than three, by whatever: the longest one holds up the others (but on cores
     that all share, every one counts)."""
-    num_cohorts, num_ranks, num_works = costs.compute.shape[0], costs.compute.shape[1], costs.compute.shape[2]
+    of_ranks, own_of, issue_of, ends_of = costs.compute, costs.own, costs.issue, costs.ends
+    num_cohorts, num_ranks, num_works = of_ranks.shape[0], of_ranks.shape[1], of_ranks.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
     for parts in (16, 1):
         count = 0
         for r in range(num_ranks):
             k = 0
-            while k < count and not _alike(costs, r, chosen[k], parts):
+            while k < count and not _alike(of_ranks, own_of, issue_of, costs.num_waves, r, chosen[k], parts):
                 k += 1
             class_of[r] = k
             if k == count:
                 chosen[count] = r
                 count += 1
-            elif _attention(costs, r) > _attention(costs, chosen[k]):
+            elif _attention(of_ranks, r) > _attention(of_ranks, chosen[k]):
                 chosen[k] = r
         if count <= 3 or on_cores:
             break
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
-    own = np.empty((num_cohorts, count, costs.own.shape[2]), np.bool_)
+    own = np.empty((num_cohorts, count, own_of.shape[2]), np.bool_)
     issue = np.empty((num_cohorts, count), np.int64)
     ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
     for c in range(num_cohorts):
         for k in range(count):
-            issue[c, k] = costs.issue[c, chosen[k]]
+            issue[c, k] = issue_of[c, chosen[k]]
             for w in range(num_works):
-                compute[c, k, w, 0], compute[c, k, w, 1] = costs.compute[c, chosen[k], w, 0], costs.compute[c, chosen[k], w, 1]
-            for w in range(costs.own.shape[2]):
-                own[c, k, w] = costs.own[c, chosen[k], w]
+                compute[c, k, w, 0], compute[c, k, w, 1] = of_ranks[c, chosen[k], w, 0], of_ranks[c, chosen[k], w, 1]
+            for w in range(own_of.shape[2]):
+                own[c, k, w] = own_of[c, chosen[k], w]
         for r in range(num_ranks):
-            ends[c, class_of[r]] += costs.ends[c, r]
+            ends[c, class_of[r]] += ends_of[c, r]
     for r in range(num_ranks):
         weight[class_of[r]] += 1
     return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue, costs.num_blocks), weight

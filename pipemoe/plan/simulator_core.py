@@ -63,7 +63,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
 
     finish holds NEVER where the plan can never get there.
     """
-    compute, exchange, own, waits = costs.compute, costs.exchange, costs.own, costs.waits
+    compute, exchange, own, waits, issue = costs.compute, costs.exchange, costs.own, costs.waits, costs.issue
     num_cohorts, num_ranks, num_blocks = compute.shape[0], compute.shape[1], costs.num_blocks
     cohorts = np.empty((4, num_cohorts), np.int64)
     state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
@@ -96,7 +96,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
         for r in range(num_ranks):
             if touched[r]:
                 if host[HOST_END, r] == NEVER:
-                    issue_next(state, host, transfers, cohorts, templates, waits, own, costs.issue, keys, rates, num_layers, num_blocks, r, now)
+                    issue_next(state, host, transfers, cohorts, templates, waits, own, issue, keys, rates, num_layers, num_blocks, r, now)
                 for c in range(num_cohorts):
                     if begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, c, r, now):
                         shared[r] = True
