@@ -21,7 +21,6 @@ from pipemoe.plan.cost import USUAL, CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, leaving_sms, merge_alike_ranks
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
-from pipemoe.plan.simulator import flat_boundaries
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
 from pipemoe.plan.sms import forced_sms_left, speeds_where_left, usual_sms_left
@@ -74,7 +73,7 @@ def auto_effort(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostM
 def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel, *, only_chosen: bool) -> tuple[list[Candidate], int]:
     if not any(facts.tokens):
         return [], 0
-    starts, first = flat_boundaries(facts)
+    starts, first = facts.flat_boundaries
     tokens = np.array(facts.tokens, dtype=np.int64)
     goal = np.zeros(5, np.int64)  # weights of mean, slowest, p50; the budget; cohorts of similar ranks
     if config.objective == "weighted":
@@ -95,8 +94,7 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     for index, choice, left in [best] if only_chosen else np.argwhere(figures[..., 1] < NEVER).tolist():
         mean, slowest, p50 = (figures[index, choice, left] + cost.start_ns).tolist()
         chosen = (index, choice, left) == best
-        kind, parts, unit = CANDIDATES[index]
-        table = candidate_microbatches(kind, parts, units_of(tokens, starts, first, unit), tokens, config.pipelined_ratio, config.num_slots)
+        table = _microbatches(CANDIDATES[index], tokens, starts, first, config.pipelined_ratio, config.num_slots)
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
@@ -121,6 +119,12 @@ def units_of(tokens, starts, first, by_sequence):
 
 
 @compiled
+def _microbatches(kind, tokens, starts, first, ratio, num_slots):
+    """Of a row of CANDIDATES: see candidate_microbatches."""
+    return candidate_microbatches(kind[0], kind[1], units_of(tokens, starts, first, kind[2]), tokens, ratio, num_slots)
+
+
+@compiled
 def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
     """Figures [N, B, 3, 3] (mean, slowest, p50) of every candidate in each number of blocks of columns, AS_USUAL, NONE and TWICE (NEVER:
     does not apply, is an earlier one again, or was not run); the multiprocessors left [N, B, 3]; the best of all; and the events that
@@ -141,8 +145,7 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
     for k in range(len(kinds)):
         if kinds[k, 2] and not many_sequences:
             continue
-        units = units_of(tokens, starts, first, kinds[k, 2])
-        microbatches = candidate_microbatches(kinds[k, 0], kinds[k, 1], units, tokens, goal[4], num_slots)
+        microbatches = _microbatches(kinds[k], tokens, starts, first, goal[4], num_slots)
         if len(microbatches) == 0:
             continue
         mark = np.int64(1)

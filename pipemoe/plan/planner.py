@@ -14,7 +14,6 @@ from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
 from pipemoe.plan.order import merge_orders, order_keys
 from pipemoe.plan.schedule import Cohort, Facts, ModelShape, Plan, PlanConfig, Segment, Wave
-from pipemoe.plan.simulator import flat_boundaries
 from pipemoe.plan.sms import forced_sms_left, usual_sms_left
 
 
@@ -42,7 +41,7 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     # The wave split fills waves in this order: a rank's chunks from front to back, short ranks first.
     assignment = [sorted(microbatches, key=lambda m: (facts.tokens[m.rank], m)) for microbatches in assignment]
     table = np.array([(c, *m) for c, microbatches in enumerate(assignment) for m in microbatches], dtype=np.int64)
-    starts, first = flat_boundaries(facts)
+    starts, first = facts.flat_boundaries
     padded_rows = max(facts.tokens) if config.exchange == "padded" else 0
     limits = (config.max_wave_rows(facts.num_ranks), config.num_slots, shape.num_layers, num_blocks, padded_rows, -1 if sms_left is None else sms_left)
     gather, gathered = config.combine == "gather", config.gathered_waves

@@ -125,6 +125,12 @@ class Facts:
         """Per rank: the token at which each sequence starts, and the end."""
         return tuple((0, *accumulate(lengths)) for lengths in self.lengths)
 
+    @cached_property
+    def flat_boundaries(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ranks' sequence boundaries in one array, and where each rank's begin; int64."""
+        first = np.array([0, *accumulate(map(len, self.boundaries))], dtype=np.int64)
+        return np.array([b for of_rank in self.boundaries for b in of_rank], dtype=np.int64), first
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:

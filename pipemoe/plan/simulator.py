@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from pipemoe.errors import PlanError
 from pipemoe.plan.column_costs import cut_columns
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
-from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
+from pipemoe.plan.schedule import Op, OpKind, Plan
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
 from pipemoe.plan.sms import speeds_where_left
@@ -76,20 +75,13 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
         rows[c, : num_waves[c]] = [wave.num_rows for wave in cohort.waves]
         waits[c, list(plan.causal_predecessors[c])] = LAYER_OF
         waits[c, list(plan.pacemakers[c])] = LAYER_BEFORE
-    starts, first = flat_boundaries(plan.facts)
+    starts, first = plan.facts.flat_boundaries
     config, shape = plan.config, plan.shape
     table = np.array(segments, dtype=np.int64)
     gather, gathered = config.combine == "gather", config.gathered_waves
     rates = rates_of(cost)
     costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered, plan.sms_left)
     return cut_columns(costs, rates, plan.num_column_blocks)
-
-
-def flat_boundaries(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
-    """All ranks' sequence boundaries in one array, and where each rank's begin."""
-    boundaries = facts.boundaries
-    first = np.array([0, *accumulate(map(len, boundaries))], dtype=np.int64)
-    return np.array([b for of_rank in boundaries for b in of_rank], dtype=np.int64), first
 
 
 def _last_cohorts(plan: Plan) -> list[list[int]]:
