@@ -1,11 +1,12 @@
 """Multiprocessors that plans leave to collectives: what a step computes with follows its plan; the result does not depend on it."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
-import pipemoe.runtime.runtime as runtime_module
+from pipemoe.runtime import runtime as runtime_module
 from pipemoe.errors import ConfigError
 from pipemoe.experts.host import HostExperts
 from pipemoe.plan.schedule import MODES
@@ -23,23 +24,20 @@ def left_by_calls(monkeypatch, world):
     calls = []
 
     def leaving(self, num_sms):
-        return _Leaving(self, num_sms, calls)
+        other = copy.copy(self)
+        other.left = num_sms
+        return other
 
+    def call(self, *arguments):
+        calls.append(getattr(self, "left", 0))
+        return compute(self, *arguments)
+
+    compute = HostExperts.__call__
     monkeypatch.setattr(HostExperts, "num_sms", NUM_SMS)
     monkeypatch.setattr(HostExperts, "leaving", leaving)
-    whole = HostExperts.__call__
-    monkeypatch.setattr(HostExperts, "__call__", lambda self, *arguments: (calls.append(0), whole(self, *arguments)))
+    monkeypatch.setattr(HostExperts, "__call__", call)
     monkeypatch.setattr(world, "ctas", CTAS)
     return calls
-
-
-class _Leaving:
-    def __init__(self, experts, num_sms, calls):
-        self._experts, self._num_sms, self._calls = experts, num_sms, calls
-
-    def __call__(self, *arguments):
-        self._experts(*arguments)
-        self._calls[-1] = self._num_sms
 
 
 def step(world, runtime):
@@ -83,7 +81,7 @@ def test_more_multiprocessors_than_there_are_is_an_error_on_all_ranks(world):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mode, deterministic):
     """On GPUs: none, room, twice as much, and nearly all, with the same cohorts."""
-    layers, found = make_layers(2, world.device, torch.bfloat16), []
+    layers, make_plan, found = make_layers(2, world.device, torch.bfloat16), runtime_module.make_plan, []
     for chosen in ("none", "room", "twice", "nearly all"):
         runtime = make_runtime(world, layers, mode=mode, deterministic=deterministic, moe_max_num_tokens=64)
         total = runtime.cost.sms.num_sms
@@ -92,7 +90,7 @@ def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mod
         room = room_for_collectives(total, max(1, world.ctas), 2)
         left = {"none": 0, "room": room, "twice": 2 * room, "nearly all": total - 1}[chosen]
         runtime.experts_leaving[left] = runtime.experts_leaving[0].leaving(left)
-        monkeypatch.setattr(runtime_module, "make_plan", lambda *arguments, left=left, make=make_plan: replace(make(*arguments), sms_left=left))
+        monkeypatch.setattr(runtime_module, "make_plan", lambda *arguments, left=left: replace(make_plan(*arguments), sms_left=left))
         source = step(world, runtime)
         monkeypatch.undo()
         assert source.plan.sms_left == left
@@ -102,5 +100,3 @@ def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mod
     for sums in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(sums, found[0], strict=True))
 
-
-make_plan = runtime_module.make_plan
