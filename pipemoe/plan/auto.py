@@ -82,9 +82,8 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
         goal[OBJECTIVES.index(config.objective)] = 1
     goal[3], goal[4] = round(config.makespan_budget * 1000), config.pipelined_ratio
     sms_left = forced_sms_left(config, cost.sms)
-    limits = np.array(
-        [shape.num_layers, config.max_wave_rows(facts.num_ranks), config.num_slots, config.num_buffers, config.combine == "gather", -1 if sms_left is None else sms_left]
-    )
+    most_rows, forced = config.max_wave_rows(facts.num_ranks), -1 if sms_left is None else sms_left
+    limits = np.array([shape.num_layers, most_rows, config.num_slots, config.num_buffers, config.combine == "gather", forced])
     choices = config.block_choices(shape.hidden) if facts.num_ranks > 1 else (config.combine_blocks or 1,)
     problem = (tokens, starts, first, rates_of(cost), speeds_of(cost), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
     figures, lefts, best, events = _search(CANDIDATES, np.array(choices), *problem, only_chosen)
@@ -98,7 +97,8 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
         assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
-        candidates.append(Candidate(index, candidate_name(index), assignment, choices[choice], int(lefts[index, choice, left]), mean, slowest, p50, chosen))
+        sms_left = int(lefts[index, choice, left])
+        candidates.append(Candidate(index, candidate_name(index), assignment, choices[choice], sms_left, mean, slowest, p50, chosen))
     return candidates, events
 
 
@@ -208,8 +208,9 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
         whole, _, weight, wave_rows = costs_of[place_of[k]]
         at = (k, 0, AS_USUAL)
         for m in range(1, len(choices)):
-            if of_sms and _price(figures, margins, goal, (k, m, AS_USUAL)) < _price(figures, margins, goal, at):
-                at = (k, m, AS_USUAL)
+            in_blocks = (k, m, AS_USUAL)
+            if of_sms and figures[in_blocks][1] < NEVER and _price(figures, margins, goal, in_blocks) < _price(figures, margins, goal, at):
+                at = in_blocks
         before = cut_columns(leaving_sms(whole, wave_rows, rates, num_experts, top_k, num_ranks, lefts[at]), rates, choices[at[1]])
         most, other, cut = 0, at, before
         for m in range(1, 3 if of_sms else len(choices)):
@@ -219,7 +220,8 @@ def _search(kinds, choices, tokens, starts, first, rates, speeds, num_experts, t
             costs = cut_columns(leaving_sms(whole, wave_rows, rates, num_experts, top_k, num_ranks, lefts[trial]), rates, choices[trial[1]])
             if of_sms:
                 used = min(len(whole.num_waves), num_slots)
-                gained = _gained_by_sms(before, costs, speeds_where_left(rates, speeds, lefts[at], used), speeds_where_left(rates, speeds, lefts[trial], used))
+                tables = speeds_where_left(rates, speeds, lefts[at], used), speeds_where_left(rates, speeds, lefts[trial], used)
+                gained = _gained_by_sms(before, costs, *tables)
             else:
                 gained = gained_ns(before, costs)
             if gained * num_layers > most:

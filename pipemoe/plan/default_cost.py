@@ -25,7 +25,15 @@ _ONE_GPU_LINK = 25 * 10**9  # bytes per second: 4 ranks on one H200, NCCL 2.30, 
 
 
 def default_cost(
-    device: Device, dimensions: Dimensions, num_ranks: int, *, value_bytes: int, sum_bytes: int, ranks_per_device: int = 1, row_bytes: int | None = None, ctas: int = 0
+    device: Device,
+    dimensions: Dimensions,
+    num_ranks: int,
+    *,
+    value_bytes: int,
+    sum_bytes: int,
+    ranks_per_device: int = 1,
+    row_bytes: int | None = None,
+    ctas: int = 0,
 ) -> CostModel:
     """value_bytes: of weights and dispatched values. sum_bytes: of combined ones. ranks_per_device: ranks share a GPU's rates.
     row_bytes: of a token in a dispatch; None: of one in the model's dtype. ctas: see SmsCost.

@@ -57,7 +57,8 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
 @compiled
 def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gather, gathered):
     """Segments, rows of the waves, waves of the cohorts, the total order, the multiprocessors left (-1 in `limits`: as usual); and a
-    cohort with a later one whose sequences it continues (-1: there is none). In one compiled call: passing all that costs would take longer than computing it."""
+    cohort with a later one whose sequences it continues (-1: there is none). In one compiled call: passing all that costs would take
+    longer than computing it."""
     most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left = limits
     num_cohorts = microbatches[-1, 0] + 1
     waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)

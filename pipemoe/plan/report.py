@@ -27,7 +27,8 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 def candidates_table(candidates: Sequence[Candidate]) -> str:
     lines = [["candidate", "cohorts", "blocks", "SMs left", "mean ms", "p50 ms", "slowest ms", ""]]
     for c in candidates:
-        lines.append([c.name, str(len(c.assignment)), str(c.num_column_blocks), str(c.sms_left), *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
+        counts, times = (len(c.assignment), c.num_column_blocks, c.sms_left), (c.mean, c.p50, c.slowest)
+        lines.append([c.name, *map(str, counts), *map(milliseconds, times), "<- chosen" if c.chosen else ""])
     return table(lines)
 
 

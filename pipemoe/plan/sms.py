@@ -40,7 +40,8 @@ def forced_sms_left(config: PlanConfig, sms: SmsCost) -> int | None:
     if config.num_sms is None:
         return None
     if config.num_sms > sms.num_sms:
-        raise ConfigError(f"num_sms is {config.num_sms}, but the experts' kernels can fill {sms.num_sms} multiprocessors here (0: they are not persistent)")
+        there_are = f"{sms.num_sms} multiprocessors here (0: they are not persistent)"
+        raise ConfigError(f"num_sms is {config.num_sms}, but the experts' kernels can fill {there_are}")
     return sms.num_sms - config.num_sms
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.cost import CROWDED, KINDS, ROOMY, USUAL, AttendCost, ContentionCost, CostModel, SmsCost, attend_busy, cost_from_dict, experts_busy, graph_rows, rates_of, speeds_of
+from pipemoe.plan.cost import CROWDED, KINDS, ROOMY, USUAL, AttendCost, ContentionCost, CostModel, SmsCost
+from pipemoe.plan.cost import attend_busy, cost_from_dict, experts_busy, graph_rows, rates_of, speeds_of
 from pipemoe.plan.cost_file import read_cost, write_cost
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import GPUS, UNKNOWN_GPU, cpu, gpu_named
