@@ -24,6 +24,7 @@ import results_schema
 from bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.contention import COMMUNICATION, PAIRS, Operations, PairTimes, Timer, measure_pair
 from pipemoe.errors import ConfigError
+from pipemoe.plan.sms import room_for_collectives
 from pipemoe.trace import overlap_percent
 from ttft_models import BenchModel
 
@@ -46,7 +47,7 @@ def operations(world: World, model: BenchModel, num_tokens: int, dtype: Any) -> 
         dtype=dtype,
         num_experts=decoder.shape.num_experts,
     )
-    return Operations(world, decoder, experts.leaving(world.sms_for_collectives), num_tokens)
+    return Operations(world, decoder, experts.leaving(room_for_collectives(experts.num_sms, world.ctas, world.num_slots)), num_tokens)
 
 
 def pair_row(names: tuple[str, str], times: PairTimes) -> dict[str, Any]:

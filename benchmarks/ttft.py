@@ -93,6 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--combine", choices=COMBINES, default="reduce")
     run.add_argument("--combine-blocks", type=positive(int), metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
     run.add_argument("--expert-arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: chosen in mode auto, else off)")
+    run.add_argument("--num-sms", type=positive(int), metavar="N", help="that the experts' kernels fill in every plan (default: as planned)")
     run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
     run.add_argument("--deterministic", action="store_true")
     run.add_argument("--cost", metavar="FILE", help="measured costs for mode auto (pipemoe tune)")
@@ -161,6 +162,7 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
             combine=options.combine,
             combine_blocks=options.combine_blocks,
             arrivals=None if options.expert_arrivals is None else options.expert_arrivals == "on",
+            num_sms=options.num_sms,
             combine_dtype=options.combine_dtype,
             deterministic=options.deterministic,
             experts=options.experts,

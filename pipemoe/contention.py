@@ -39,6 +39,7 @@ PAIRS = (
     ("combine", "combine"),
 )
 COMMUNICATION = ("dispatch", "combine")
+BESIDE_TRANSFERS = tuple(pair for pair in PAIRS if pair[0] == "experts" and pair[1] in COMMUNICATION)
 MAX_REPEATS = 200
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.config import DTYPES, Config
 from pipemoe.errors import InputError
 from pipemoe.plan.auto import auto_candidates
@@ -45,6 +46,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
     parser.add_argument("--combine", choices=COMBINES, default="reduce", help="default %(default)s")
     parser.add_argument("--combine-blocks", type=positive, metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
     parser.add_argument("--arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: off)")
+    parser.add_argument("--num-sms", type=positive, metavar="N", help="that the experts' kernels fill in every plan (default: chosen)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
     parser.add_argument("--ranks-per-gpu", type=positive, default=1, help="ranks that share a GPU (default %(default)s)")
     parser.add_argument("--pareto", action="store_true", help="also the best mean for slowest times of up to 20 %% above the best")
@@ -67,15 +69,16 @@ def run(options: argparse.Namespace) -> int:
         combine=options.combine,
         combine_blocks=options.combine_blocks,
         arrivals=None if options.arrivals is None else options.arrivals == "on",
+        num_sms=options.num_sms,
         objective=options.objective,
         makespan_budget=options.makespan_budget,
     )
     if options.cost:
         cost = read_cost(options.cost)
     else:
-        cost = default_cost(
-            GPUS[options.gpu], dimensions, facts.num_ranks, value_bytes=value_bytes, sum_bytes=value_bytes, ranks_per_device=options.ranks_per_gpu
-        )
+        gpu, sharing = GPUS[options.gpu], options.ranks_per_gpu
+        ctas = default_max_ctas(gpu.num_sms // sharing, options.slots, sharing) if facts.num_ranks > 1 else 0
+        cost = default_cost(gpu, dimensions, facts.num_ranks, value_bytes=value_bytes, sum_bytes=value_bytes, ranks_per_device=sharing, ctas=ctas)
     device = f"costs of {options.cost}" if options.cost else options.gpu
     print(f"{options.model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n")
     candidates = auto_candidates(facts, shape, config, cost)

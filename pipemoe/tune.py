@@ -4,7 +4,8 @@
 
 1. Single operations at a handful of sizes, timed in steps of one cohort: attention on one rank and on all, experts on all, dispatch
    and combine, and what issuing takes the engine's thread.
-2. On GPUs: pairs of operations side by side (pipemoe.contention).
+2. On GPUs: pairs of operations side by side (pipemoe.contention), those of experts and transfers also with experts that leave
+   them no multiprocessors, and twice as many as usual.
 3. Whole steps in several modes, to which everything is scaled (pipemoe.plan.fit).
 """
 
@@ -27,11 +28,12 @@ from pipemoe.errors import InputError
 from pipemoe.plan.cost import CostModel, graph_rows, rates_of
 from pipemoe.plan.cost_file import write_cost
 from pipemoe.plan.dimensions import dimensions_of
-from pipemoe.plan.fit import Samples, calibrate, fit_contention, fit_cost
+from pipemoe.plan.fit import Samples, Speeds, calibrate, fit_contention, fit_cost, fit_sms
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, OpKind
 from pipemoe.plan.simulator import simulate
+from pipemoe.plan.sms import room_for_collectives
 from pipemoe.runtime.costs import model_key
 from pipemoe.trace import Span, Timeline
 
@@ -76,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
     import torch
 
     import pipemoe
+    from pipemoe.contention import BESIDE_TRANSFERS, PAIRS
 
     if options.layers < 2:
         raise InputError("--layers is 1; the first layer is not timed, so at least 2 are needed")
@@ -92,7 +95,11 @@ def run(options: argparse.Namespace) -> int:
         samples = tuner.measure_operations()
         cost = fit_cost(samples, model.runtime.cost, model.runtime.shape, world.size)
         if world.device.type == "cuda" and min(world.size, world.num_slots) > 1:
-            cost = replace(cost, contention=fit_contention(tuner.measure_pairs()))
+            room = room_for_collectives(cost.sms.num_sms, cost.sms.ctas, 2)  # pairs are of two slots
+            usual = tuner.measure_pairs(PAIRS, room)
+            cost = replace(cost, contention=fit_contention(usual))
+            if room:
+                cost = replace(cost, sms=fit_sms(cost.sms, usual, *(tuner.measure_pairs(BESIDE_TRANSFERS, left) for left in (0, 2 * room))))
         steps = tuner.measure_steps(base)
         before = tuner.log_error(cost, steps)
         cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
@@ -160,14 +167,14 @@ class Tuner:
                 issued = [seconds for kind, layer, seconds in timed[0].issued if layer and kind == OpKind.ATTEND]
                 samples.host.setdefault("attend", []).extend(seconds * 1e9 for seconds in issued)
 
-    def measure_pairs(self) -> dict[tuple[str, str], tuple[float, float]]:
-        """How fast two operations go on side by side, as shares of their speeds alone."""
-        from pipemoe.contention import PAIRS, Operations, Timer, measure_pair
+    def measure_pairs(self, pairs: Sequence[tuple[str, str]], sms_left: int) -> Speeds:
+        """How fast two operations go on side by side, as shares of their speeds alone. sms_left: multiprocessors that the experts leave."""
+        from pipemoe.contention import Operations, Timer, measure_pair
 
-        operations = Operations(self._world, self._model.decoder, self._model.runtime.experts_beside_collectives, max(self._most // 2, 1))
+        operations = Operations(self._world, self._model.decoder, self._model.runtime.experts_leaving[0].leaving(sms_left), max(self._most // 2, 1))
         timer, found = Timer(self._world), {}
-        for a, b in PAIRS:
-            _say(self._world, f"side by side: {a} and {b}")
+        for a, b in pairs:
+            _say(self._world, f"side by side: {a} and {b}" + (f", {sms_left} multiprocessors left" if sms_left else ""))
             found[a, b] = measure_pair(timer, operations.pair(a, b), _PAIR_SECONDS, self._repeats).speeds()
         return found
 

@@ -42,6 +42,16 @@ def test_all_models_and_modes(capsys, model, mode):
     assert "mean TTFT" in capsys.readouterr().out
 
 
+def test_multiprocessors_left(capsys):
+    waves = ["plan", "--model", "small", "--ranks", "4", "--rank-tokens", "300", "--moe-max-num-tokens", "400", "--mode", "chunked"]
+    assert main(waves) == 0
+    assert "experts leave 13 multiprocessors to collectives" in capsys.readouterr().out
+    assert main([*waves, "--num-sms", "100"]) == 0
+    assert "experts leave 32 multiprocessors to collectives" in capsys.readouterr().out
+    assert main([*waves, "--num-sms", "133"]) != 0
+    assert "num_sms is 133, but the experts' kernels can fill 132" in capsys.readouterr().err
+
+
 def test_a_step_without_tokens(capsys):
     assert main(["plan", "--rank-tokens", "0,0", "--layers", "3"]) == 0
     assert "over 0 sequences" in capsys.readouterr().out

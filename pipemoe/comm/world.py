@@ -139,7 +139,6 @@ class World:
         self._comm = comm
         self.rank, self.size = (comm.Get_rank(), comm.Get_size()) if comm else (0, 1)
         self.num_slots, self.setup_seconds = num_slots, setup_seconds
-        self.sms_for_collectives = 0  # that a rank's persistent kernels leave to collectives beside them
         self.block_room: Room | None = None  # of the collectives on this rank's GPU, if there are any
         self._on_gpu = on_gpu
         self.device = torch.device("cpu")
@@ -198,7 +197,6 @@ class World:
 
         room, error = self.room(), None
         self.block_room = room
-        self.sms_for_collectives = room.kept_for_collectives(self.num_slots)
         ids: list[bytes] = []
         try:
             room.check(self.num_slots)
@@ -211,6 +209,11 @@ class World:
         texts = self._exchange(json.dumps([i.hex() for i in ids]).encode(), "exchange of NCCL ids")
         self.engine.note("making NCCL communicators", self.setup_seconds)
         return nccl.NcclTransport(self.rank, self.size, [bytes.fromhex(i) for i in json.loads(texts[0])])
+
+    @property
+    def ctas(self) -> int:
+        """Thread blocks of a collective, each on a multiprocessor; none where ranks use no GPU, or there is one rank."""
+        return 0 if self.block_room is None else self.block_room.ctas
 
     def room(self) -> Room:
         """SMs that this rank may use, and thread blocks of the communicators on its GPU."""

@@ -47,11 +47,13 @@ class DequantisingExperts:
         self.implementation = inner.implementation
         self.deterministic = inner.deterministic
         self.sliced_permille = inner.sliced_permille
+        self.num_sms = inner.num_sms
 
     def leaving(self, num_sms: int) -> DequantisingExperts:
         """See ExpertsShape.leaving."""
         other = copy.copy(self)
         other._inner = self._inner.leaving(num_sms)
+        other.num_sms = other._inner.num_sms
         return other
 
     def new_scratch(self, max_rows: int) -> DequantisingScratch:

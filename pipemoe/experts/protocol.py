@@ -40,6 +40,7 @@ class Experts(Protocol):
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
     sliced_permille: int  # about the part of a call's time, in thousandths, that goes block by block of columns where events ask for it
+    num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
     supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
     def leaving(self, num_sms: int) -> Experts:
@@ -72,6 +73,7 @@ class ExpertsShape:
     """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
 
     sliced_permille = 0
+    num_sms = 0
     supports_arrivals = False
 
     def __init__(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from pipemoe.plan.compiled import compiled
 # Rows that attention is captured for as CUDA graphs; a graph always computes all of its rows.
 GRAPH_ROWS = (16, 64, *range(128, 1025, 128), *range(1280, 4097, 256), *range(4608, 8193, 512))
 KINDS = ("attend", "experts", "dispatch", "combine")  # rows and columns of the table of contention
+CROWDED, USUAL, ROOMY = 0, 1, 2  # tables: the experts leave less than room for the plan's collectives, that much, twice as much
 
 
 class _Whole:
@@ -140,6 +141,25 @@ class ContentionCost(_Whole):
 
 
 @dataclass(frozen=True, slots=True)
+class SmsCost(_Whole):
+    """The multiprocessors of a rank, where the experts' kernels are persistent, and what leaving some to collectives does to both.
+
+    num_sms: that the experts' kernels can fill (0: they are not persistent, and leave none). ctas: thread blocks of a collective.
+    The arithmetic of experts that leave some takes longer in proportion, reading weights does not. ContentionCost holds where they leave
+    room for the collectives of all slots in use. crowded: in thousandths of those speeds, what experts beside a transfer and a transfer
+    beside experts have where less is left; roomy: where twice as much is. Defaults: on quarters of an H200, NCCL_MAX_CTAS=1, leaving 3
+    of 32 saved experts beside a transfer 25 %; nothing is known of the others.
+    """
+
+    num_sms: int = 132
+    ctas: int = 8
+    crowded_experts_permille: int = 750
+    crowded_transfers_permille: int = 1000
+    roomy_experts_permille: int = 1000
+    roomy_transfers_permille: int = 1000
+
+
+@dataclass(frozen=True)
 class CostModel:
     """Everything that the planner and the simulator know about speed. The defaults: one H200 per rank, Qwen3-30B-A3B, bfloat16."""
 
@@ -150,9 +170,17 @@ class CostModel:
     host: HostCost = field(default_factory=HostCost)
     cores: CoresCost = field(default_factory=CoresCost)
     contention: ContentionCost = field(default_factory=ContentionCost)
+    sms: SmsCost = field(default_factory=SmsCost)
     gap_permille: int = 750  # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
     start_ns: int = 1_300_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # of some sixty numbers, which every planning would go through
+        return hash(tuple(getattr(self, f.name) for f in fields(self)))
 
 
 _SINGLE = ("gap_permille", "start_ns", "finish_ns")
@@ -169,13 +197,22 @@ def rates_of(cost: CostModel) -> Rates:
 
 
 @lru_cache(maxsize=64)
-def speeds_of(contention: ContentionCost) -> np.ndarray:
-    """int64 [2, 4, 4], by KINDS: thousandths of its speed that an operation has beside another, and a computation under another."""
-    speeds = np.empty((2, len(KINDS), len(KINDS)), np.int64)
+def speeds_of(cost: CostModel) -> np.ndarray:
+    """int64 [3, 2, 4, 4], by CROWDED, USUAL, ROOMY, and by KINDS: thousandths of its speed that an operation has beside another, and a
+    computation under another."""
+    contention, sms = cost.contention, cost.sms
+    speeds = np.empty((3, 2, len(KINDS), len(KINDS)), np.int64)
     for i, one in enumerate(KINDS):
         for j, other in enumerate(KINDS):
             beside = getattr(contention, f"{one}_beside_{other}")
-            speeds[:, i, j] = beside, getattr(contention, f"{one}_under_{other}", beside)
+            speeds[:, 0, i, j], speeds[:, 1, i, j] = beside, getattr(contention, f"{one}_under_{other}", beside)
+    experts, transfers = KINDS.index("experts"), slice(KINDS.index("dispatch"), None)
+    for table, of_experts, of_transfers in (
+        (CROWDED, sms.crowded_experts_permille, sms.crowded_transfers_permille),
+        (ROOMY, sms.roomy_experts_permille, sms.roomy_transfers_permille),
+    ):
+        for row, column, permille in ((experts, transfers, of_experts), (transfers, experts, of_transfers)):
+            speeds[table, :, row, column] = np.clip(speeds[USUAL, :, row, column] * permille // 1000, 1, 1000)
     speeds.flags.writeable = False
     return speeds
 
@@ -210,13 +247,16 @@ def attend_busy(rates, rows, pairs):
 
 
 @compiled
-def experts_busy(rates, rows, num_experts, top_k, num_ranks):
-    """ns that a rank's experts are busy with a wave of `rows` rows, routed evenly over all experts."""
+def experts_busy(rates, rows, num_experts, top_k, num_ranks, sms_left=0):
+    """ns that a rank's experts are busy with a wave of `rows` rows, routed evenly over all experts. sms_left: see SmsCost."""
     local = -(-num_experts // num_ranks)
     hit = local * _share_hit(rows, num_experts, top_k) >> 10  # distinct experts x 2**20
     pairs = -(-rows * top_k * local // num_experts)
     padded = max(pairs + (hit * (rates.experts_tile_rows - 1) >> 21), hit * rates.experts_tile_rows >> 20)
-    return (hit * rates.experts_expert_ns >> 20) + (padded * rates.experts_pair_ps + rows * rates.experts_row_ps) // 1000
+    pairs_ps = padded * rates.experts_pair_ps
+    if sms_left:
+        pairs_ps = pairs_ps * rates.sms_num_sms // (rates.sms_num_sms - sms_left)
+    return (hit * rates.experts_expert_ns >> 20) + (pairs_ps + rows * rates.experts_row_ps) // 1000
 
 
 @compiled

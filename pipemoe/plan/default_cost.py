@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from pipemoe.plan.cost import KINDS, AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost
+from pipemoe.plan.cost import KINDS, AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.devices import Device
 from pipemoe.plan.dimensions import Dimensions
 
@@ -25,10 +25,18 @@ _ONE_GPU_LINK = 25 * 10**9  # bytes per second: 4 ranks on one H200, NCCL 2.30, 
 
 
 def default_cost(
-    device: Device, dimensions: Dimensions, num_ranks: int, *, value_bytes: int, sum_bytes: int, ranks_per_device: int = 1, row_bytes: int | None = None
+    device: Device,
+    dimensions: Dimensions,
+    num_ranks: int,
+    *,
+    value_bytes: int,
+    sum_bytes: int,
+    ranks_per_device: int = 1,
+    row_bytes: int | None = None,
+    ctas: int = 0,
 ) -> CostModel:
     """value_bytes: of weights and dispatched values. sum_bytes: of combined ones. ranks_per_device: ranks share a GPU's rates.
-    row_bytes: of a token in a dispatch; None: of one in the model's dtype.
+    row_bytes: of a token in a dispatch; None: of one in the model's dtype. ctas: see SmsCost.
 
     Units of the result: see CostModel. Good to tell plans apart; `pipemoe tune` measures better ones.
     """
@@ -75,6 +83,7 @@ def default_cost(
         host=_HOST_ON_CPU if device.cores else HostCost(),
         cores=CoresCost(1000 * device.cores, 200) if device.cores else CoresCost(),
         contention=ContentionCost(**_ON_CORES) if device.cores else ContentionCost(**_ONE_GPU) if ranks_per_device > 1 else ContentionCost(),
+        sms=SmsCost(device.num_sms // ranks_per_device, ctas),
         gap_permille=1000 if device.cores else 750,
         start_ns=500_000 * waiting if device.cores else 1_300_000,
         finish_ns=300_000 if device.cores else 200_000,

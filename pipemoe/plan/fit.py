@@ -8,10 +8,11 @@ from itertools import combinations
 
 import numpy as np
 
-from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, experts_busy, rates_of
+from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, experts_busy, rates_of
 from pipemoe.plan.schedule import ModelShape
 
 _LEAST_SPEED = 0.05  # nothing stops for good
+Speeds = Mapping[tuple[str, str], tuple[float, float]]  # of pairs of operations side by side, as shares of full speed
 
 
 @dataclass
@@ -45,7 +46,7 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
     )
 
 
-def fit_contention(speeds: Mapping[tuple[str, str], tuple[float, float]]) -> ContentionCost:
+def fit_contention(speeds: Speeds) -> ContentionCost:
     """From the measured speeds of pairs of operations (first and second, as shares of full speed) to the table."""
     found = {}
     for (a, b), (a_speed, b_speed) in speeds.items():
@@ -55,6 +56,22 @@ def fit_contention(speeds: Mapping[tuple[str, str], tuple[float, float]]) -> Con
             speed = mean if f"{a}_beside_{b}" == second else speed  # two transfers of a kind have no first
             found[name] = round(1000 * min(max(speed, _LEAST_SPEED), 1.0))
     return ContentionCost(**found)
+
+
+def fit_sms(start: SmsCost, usual: Speeds, crowded: Speeds, roomy: Speeds) -> SmsCost:
+    """From the measured speeds of experts and transfers side by side, by pairs of which the first is "experts", where the experts leave
+    room for the transfers, no room, and twice as much."""
+
+    def permille(other: Speeds, side: int) -> int:
+        return round(1000 * float(np.mean([max(speeds[side], _LEAST_SPEED) / max(usual[pair][side], _LEAST_SPEED) for pair, speeds in other.items()])))
+
+    return replace(
+        start,
+        crowded_experts_permille=permille(crowded, 0),
+        crowded_transfers_permille=permille(crowded, 1),
+        roomy_experts_permille=permille(roomy, 0),
+        roomy_transfers_permille=permille(roomy, 1),
+    )
 
 
 def least_squares(features: Sequence[Sequence[float]], values: Sequence[float]) -> np.ndarray:

@@ -64,9 +64,10 @@ def cut_waves(microbatches, num_cohorts, limit):
 
 
 @compiled
-def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered):
+def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left):
     """Price the operations of a layer. gather: peers send partial sums to the owner. gathered: one
-    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2)."""
+    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2). sms_left: that the
+    experts leave to collectives."""
     num_cohorts, most_waves = wave_rows.shape
     num_ranks = len(first) - 1
     compute = np.zeros((num_cohorts, num_ranks, 2 + most_waves, 2), np.int64)
@@ -103,7 +104,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                     ends[c, r] += 1
     for c in range(num_cohorts):
         for w in range(num_waves[c]):
-            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks)
+            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
             for r in range(num_ranks):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
             even = in_order[c, w] and calls[c, w] == num_ranks and owned[c, w].min() == owned[c, w].max()
@@ -142,6 +143,20 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
 
 
 @compiled
+def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left):
+    """The same layer, not yet in blocks of columns, with experts of `num_ranks` ranks that leave `sms_left` multiprocessors."""
+    compute = costs.compute.copy()
+    for c in range(len(costs.num_waves)):
+        for w in range(costs.num_waves[c]):
+            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
+            for r in range(compute.shape[1]):
+                compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
+    return LayerCosts(
+        costs.num_waves, compute, costs.exchange, costs.own, costs.ends, costs.waits, costs.issue, 1, costs.gathered, costs.groups, costs.heads, 0
+    )
+
+
+@compiled
 def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
     """[C, C]: which attention the row's cohort waits for. It reads keys and values of the earlier chunks of a sequence; and no chunk
     runs further ahead than a layer of what continues it, where both take the slots in the same turn (Plan.pacemakers)."""
@@ -163,24 +178,24 @@ def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
 
 
 @compiled
-def _alike(costs, a, b, parts):
-    for c in range(costs.compute.shape[0]):
-        if costs.own[c, a, 0] != costs.own[c, b, 0]:
+def _alike(compute, own, issue, num_waves, a, b, parts):
+    for c in range(compute.shape[0]):
+        if own[c, a, 0] != own[c, b, 0]:
             return False
-        x, y = max(costs.compute[c, a, 0, ALONE], costs.issue[c, a]), max(costs.compute[c, b, 0, ALONE], costs.issue[c, b])
+        x, y = max(compute[c, a, 0, ALONE], issue[c, a]), max(compute[c, b, 0, ALONE], issue[c, b])
         if abs(x - y) * parts > max(x, y):
             return False
-        for w in range(1, costs.num_waves[c]):
-            if costs.own[c, a, w] != costs.own[c, b, w]:
+        for w in range(1, num_waves[c]):
+            if own[c, a, w] != own[c, b, w]:
                 return False
     return True
 
 
 @compiled
-def _attention(costs, r):
+def _attention(compute, r):
     total = 0
-    for c in range(costs.compute.shape[0]):
-        total += costs.compute[c, r, 0, ALONE]
+    for c in range(compute.shape[0]):
+        total += compute[c, r, 0, ALONE]
     return total
 
 
@@ -189,38 +204,39 @@ def merge_alike_ranks(costs, on_cores):
     """The same costs with one rank for all that are alike, and how many it stands for: ranks of the same cohorts and waves, whose
     attention differs by less than a sixteenth. Where that leaves more than three, by whatever: the longest one holds up the others (but on cores
     that all share, every one counts)."""
-    num_cohorts, num_ranks, num_works = costs.compute.shape[0], costs.compute.shape[1], costs.compute.shape[2]
+    of_ranks, own_of, issue_of, ends_of, heads_of = costs.compute, costs.own, costs.issue, costs.ends, costs.heads
+    num_cohorts, num_ranks, num_works = of_ranks.shape[0], of_ranks.shape[1], of_ranks.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
     for parts in (16, 1):
         count = 0
         for r in range(num_ranks):
             k = 0
-            while k < count and not _alike(costs, r, chosen[k], parts):
+            while k < count and not _alike(of_ranks, own_of, issue_of, costs.num_waves, r, chosen[k], parts):
                 k += 1
             class_of[r] = k
             if k == count:
                 chosen[count] = r
                 count += 1
-            elif _attention(costs, r) > _attention(costs, chosen[k]):
+            elif _attention(of_ranks, r) > _attention(of_ranks, chosen[k]):
                 chosen[k] = r
         if count <= 3 or on_cores:
             break
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
-    own = np.empty((num_cohorts, count, costs.own.shape[2]), np.bool_)
-    issue, heads = np.empty((num_cohorts, count), np.int64), np.empty((num_cohorts, count, costs.own.shape[2]), np.int64)
+    own = np.empty((num_cohorts, count, own_of.shape[2]), np.bool_)
+    issue, heads = np.empty((num_cohorts, count), np.int64), np.empty((num_cohorts, count, own_of.shape[2]), np.int64)
     ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
     for c in range(num_cohorts):
         for k in range(count):
-            issue[c, k] = costs.issue[c, chosen[k]]
+            issue[c, k] = issue_of[c, chosen[k]]
             for w in range(num_works):
-                compute[c, k, w, 0], compute[c, k, w, 1] = costs.compute[c, chosen[k], w, 0], costs.compute[c, chosen[k], w, 1]
-            for w in range(costs.own.shape[2]):
-                own[c, k, w], heads[c, k, w] = costs.own[c, chosen[k], w], costs.heads[c, chosen[k], w]
+                compute[c, k, w, 0], compute[c, k, w, 1] = of_ranks[c, chosen[k], w, 0], of_ranks[c, chosen[k], w, 1]
+            for w in range(own_of.shape[2]):
+                own[c, k, w], heads[c, k, w] = own_of[c, chosen[k], w], heads_of[c, chosen[k], w]
         for r in range(num_ranks):
-            ends[c, class_of[r]] += costs.ends[c, r]
-            for w in range(costs.own.shape[2]):  # all wait for the one with the most left to compute
-                heads[c, class_of[r], w] = min(heads[c, class_of[r], w], costs.heads[c, r, w])
+            ends[c, class_of[r]] += ends_of[c, r]
+            for w in range(own_of.shape[2]):  # all wait for the one with the most left to compute
+                heads[c, class_of[r], w] = min(heads[c, class_of[r], w], heads_of[c, r, w])
     for r in range(num_ranks):
         weight[class_of[r]] += 1
     merged = LayerCosts(

@@ -14,6 +14,7 @@ from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FIN
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
     num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_heads + costs.num_blocks
+    compute, exchange, waits, issue = costs.compute, costs.exchange, costs.waits, costs.issue  # outside of loops: taking them out counts references
     num_cohorts, most_waves = len(num_waves), costs.own.shape[2]
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     keys = np.zeros((num_cohorts, num_layers * (1 + 3 * most_waves) + 1), np.int64)
@@ -24,15 +25,15 @@ def order_keys(costs, rates, num_slots, num_layers):
         for j in range(len(template)):
             kind, wave = template[j, 0], template[j, 1]
             if kind == ATTEND_OP:
-                for r in range(costs.compute.shape[1]):
-                    nanoseconds[c, j] = max(nanoseconds[c, j], costs.compute[c, r, 0, ALONE], costs.issue[c, r])
+                for r in range(compute.shape[1]):
+                    nanoseconds[c, j] = max(nanoseconds[c, j], compute[c, r, 0, ALONE], issue[c, r])
             elif kind == DISPATCH_OP:
-                nanoseconds[c, j] = max(costs.exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns * costs.groups[c])
+                nanoseconds[c, j] = max(exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns * costs.groups[c])
             elif kind == COMBINE_OP:  # of the last block of columns: the others go ahead beside the experts
-                nanoseconds[c, j] = max(costs.exchange[c, COMBINE, (wave + 1) * num_blocks - 1, ALONE], host_combine_ns)
+                nanoseconds[c, j] = max(exchange[c, COMBINE, (wave + 1) * num_blocks - 1, ALONE], host_combine_ns)
             else:
                 for work in range(1 + wave * works, 1 + (wave + 1) * works):
-                    nanoseconds[c, j] += costs.compute[c, 0, work, ALONE]
+                    nanoseconds[c, j] += compute[c, 0, work, ALONE]
                 nanoseconds[c, j] = max(nanoseconds[c, j], host_experts_ns)
     now = np.zeros(num_cohorts, np.int64)
     for turn in range(0, num_cohorts, num_slots):
@@ -42,9 +43,9 @@ def order_keys(costs, rates, num_slots, num_layers):
         for layer in range(num_layers):
             for c in in_turn:
                 for e in range(num_cohorts):
-                    if costs.waits[c, e] == LAYER_OF:
+                    if waits[c, e] == LAYER_OF:
                         now[c] = max(now[c], attended[e, layer])
-                    elif costs.waits[c, e] and layer:
+                    elif waits[c, e] and layer:
                         now[c] = max(now[c], attended[e, layer - 1])
                 at = layer * (1 + 3 * num_waves[c])
                 for j in range(1 + 3 * num_waves[c]):

@@ -14,7 +14,7 @@ from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
 from pipemoe.plan.order import merge_orders, order_keys
 from pipemoe.plan.schedule import Cohort, Facts, ModelShape, Plan, PlanConfig, Segment, Wave
-from pipemoe.plan.simulator import flat_boundaries
+from pipemoe.plan.sms import forced_sms_left, usual_sms_left
 
 
 def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = CostModel(), assignment: Assignment | None = None) -> Plan:
@@ -22,42 +22,46 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
 
     facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by default
     what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, ConfigError if
-    the assignment puts a later chunk of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs.
+    the assignment puts a later chunk of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs, or
+    fewer multiprocessors than `num_sms`.
     """
     num_blocks, most = config.combine_blocks or 1, most_blocks(shape.hidden)
     if num_blocks > most:
         raise ConfigError(f"combine_blocks is {num_blocks}, but {shape.hidden} columns can be cut into at most {most}")
+    sms_left = forced_sms_left(config, cost.sms)
     for rank, tokens in enumerate(facts.tokens):
         if tokens > config.max_tokens_per_rank:
             raise InputError(f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}")
     arrivals = bool(config.arrivals)
     if assignment is None and config.mode == "auto":
-        assignment, num_blocks, arrivals = auto_assignment(facts, shape, config, cost)
+        assignment, num_blocks, arrivals, sms_left = auto_assignment(facts, shape, config, cost)
     elif assignment is None:
         assignment = assign(facts, config)
     if not assignment:
-        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), num_blocks)
+        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), num_blocks, False, sms_left or 0)
     # The wave split fills waves in this order: a rank's chunks from front to back, short ranks first.
     assignment = [sorted(microbatches, key=lambda m: (facts.tokens[m.rank], m)) for microbatches in assignment]
     table = np.array([(c, *m) for c, microbatches in enumerate(assignment) for m in microbatches], dtype=np.int64)
-    starts, first = flat_boundaries(facts)
+    starts, first = facts.flat_boundaries
     padded_rows = max(facts.tokens) if config.exchange == "padded" else 0
-    limits = (config.max_wave_rows(facts.num_ranks), config.num_slots, shape.num_layers, num_blocks, padded_rows)
+    arrivals = arrivals and min(len(assignment), config.num_slots) == 1
+    limits = (config.max_wave_rows(facts.num_ranks), config.num_slots, shape.num_layers, num_blocks, padded_rows, -1 if sms_left is None else sms_left, arrivals)
     gather, gathered = config.combine == "gather", config.gathered_waves
-    segments, wave_rows, num_waves, order, wrong = _tables(
+    segments, wave_rows, num_waves, order, sms_left, wrong = _tables(
         table, starts, first, rates_of(cost), shape.num_experts, shape.top_k, limits, gather, gathered
     )
     if wrong[0] >= 0:
         raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
     cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows)
-    return Plan(facts, shape, config, cohorts, order, num_blocks, arrivals and min(len(cohorts), config.num_slots) == 1)
+    return Plan(facts, shape, config, cohorts, order, num_blocks, arrivals, sms_left)
 
 
 @compiled
 def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gather, gathered):
-    """Segments, rows of the waves, waves of the cohorts, the total order; and a cohort with a later one whose sequences it continues (-1:
-    there is none). In one compiled call: passing all that costs would take longer than computing it."""
-    most_rows, num_slots, num_layers, num_blocks, padded_rows = limits
+    """Segments, rows of the waves, waves of the cohorts, the total order, the multiprocessors left (-1 in `limits`: as usual); and a
+    cohort with a later one whose sequences it continues (-1: there is none). In one compiled call: passing all that costs would take
+    longer than computing it."""
+    most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
     num_cohorts = microbatches[-1, 0] + 1
     waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
     wrong = (-1, -1)
@@ -68,10 +72,12 @@ def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gath
     segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, most_rows)
     if padded_rows:
         wave_rows = np.full((1, 1), (len(first) - 1) * padded_rows)
-    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered)
+    if sms_left < 0:
+        sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
+    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left)
     costs = cut_columns(costs, rates, num_blocks)
     order = merge_orders(order_keys(costs, rates, num_slots, num_layers), num_waves, num_layers)
-    return segments, wave_rows, num_waves, order, wrong
+    return segments, wave_rows, num_waves, order, sms_left, wrong
 
 
 def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_rows: int) -> tuple[Cohort, ...]:

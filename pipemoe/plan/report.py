@@ -26,9 +26,11 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> str:
-    lines = [["candidate", "cohorts", "blocks", "arrivals", "mean ms", "p50 ms", "slowest ms", ""]]
+    lines = [["candidate", "cohorts", "blocks", "arrivals", "SMs left", "mean ms", "p50 ms", "slowest ms", ""]]
     for c in candidates:
-        lines.append([c.name, str(len(c.assignment)), str(c.num_column_blocks), "yes" if c.arrivals else "no", *map(milliseconds, (c.mean, c.p50, c.slowest)), "<- chosen" if c.chosen else ""])
+        counts, times = (len(c.assignment), c.num_column_blocks), (c.mean, c.p50, c.slowest)
+        form = ["yes" if c.arrivals else "no", str(c.sms_left)]
+        lines.append([c.name, *map(str, counts), *form, *map(milliseconds, times), "<- chosen" if c.chosen else ""])
     return table(lines)
 
 
@@ -40,7 +42,7 @@ def ranks_table(plan: Plan, prediction: Prediction) -> str:
 
 
 def cohorts_lines(plan: Plan) -> str:
-    """One line per cohort: its microbatches and waves; and how its sums come."""
+    """One line per cohort: its microbatches and waves; how its sums come, and what the experts leave."""
     lines = []
     for c, cohort in enumerate(plan.cohorts):
         parts = [f"{m.rank}[{m.start}:{m.stop}]" for m in cohort.microbatches]
@@ -52,6 +54,8 @@ def cohorts_lines(plan: Plan) -> str:
     if plan.arrivals:
         most = max(len(groups_of(plan, c, w)) for c, cohort in enumerate(plan.cohorts) for w in range(len(cohort.waves)))
         lines.append(f"waves computed as they arrive, dispatched in up to {most} group{'s' if most > 1 else ''}")
+    if plan.sms_left:
+        lines.append(f"experts leave {plan.sms_left} multiprocessors to collectives")
     return "\n".join(lines)
 
 

@@ -125,6 +125,12 @@ class Facts:
         """Per rank: the token at which each sequence starts, and the end."""
         return tuple((0, *accumulate(lengths)) for lengths in self.lengths)
 
+    @cached_property
+    def flat_boundaries(self) -> tuple[np.ndarray, np.ndarray]:
+        """All ranks' sequence boundaries in one array, and where each rank's begin; int64."""
+        first = np.array([0, *accumulate(map(len, self.boundaries))], dtype=np.int64)
+        return np.array([b for of_rank in self.boundaries for b in of_rank], dtype=np.int64), first
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -157,7 +163,8 @@ class PlanConfig:
     combine_blocks: blocks of columns in which a wave's sums are computed and combined, each combined while the next is computed; None:
     one, or what mode "auto" chooses.
     arrivals: whether experts take a wave's rows as they arrive, in one launch (see plan.arrivals), in every plan whose cohorts run in one
-    slot; None: not, or what mode "auto" chooses.
+    slot; None: not, or what mode "auto" chooses. num_sms: multiprocessors that the experts' persistent kernels fill, in every plan; None: all
+    but those that the plan leaves to collectives beside them, where there are such; mode "auto" chooses how many.
     """
 
     mode: str = "auto"
@@ -171,6 +178,7 @@ class PlanConfig:
     makespan_budget: float = 0.10
     combine_blocks: int | None = None
     arrivals: bool | None = None
+    num_sms: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -191,6 +199,8 @@ class PlanConfig:
             raise ConfigError(f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None")
         if self.arrivals is not None and type(self.arrivals) is not bool:
             raise ConfigError(f"arrivals is {self.arrivals!r}; it must be True, False, or None")
+        if self.num_sms is not None and (type(self.num_sms) is not int or self.num_sms < 1):
+            raise ConfigError(f"num_sms is {self.num_sms!r}; it must be a whole number of at least 1, or None")
 
     @property
     def exchange(self) -> str:
@@ -246,6 +256,7 @@ class Plan:
     order: np.ndarray  # int32 [num_ops, 4]: kind, cohort, layer, wave
     num_column_blocks: int = 1  # in which a wave's sums are computed and combined
     arrivals: bool = False  # whether experts take a wave's rows as they arrive
+    sms_left: int = 0  # multiprocessors that the experts' persistent kernels leave to collectives
 
     def __len__(self) -> int:
         return len(self.order)
@@ -267,6 +278,10 @@ class Plan:
         """May a collective be under way beside a rank's computation? With one wave in one block, taken whole,
         everything waits for everything."""
         return self.arrivals or self.num_column_blocks > 1 or sum(len(cohort.waves) for cohort in self.cohorts) > 1
+
+    @cached_property
+    def num_slots_used(self) -> int:
+        return len({cohort.slot for cohort in self.cohorts})
 
     @cached_property
     def columns(self) -> tuple[range, ...]:
@@ -297,7 +312,7 @@ class Plan:
     def digest(self) -> bytes:
         """16 bytes that are equal on two ranks exactly when their plans are."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks, self.arrivals)).encode())
+        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks, self.arrivals, self.sms_left)).encode())
         for cohort in self.cohorts:
             flat = [cohort.slot, *(v for m in cohort.microbatches for v in m)]
             flat += [v for w in cohort.waves for v in (w.num_rows, *(x for s in w.segments for x in s))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
@@ -12,9 +11,10 @@ from pipemoe.plan.arrival_costs import take_as_they_arrive
 from pipemoe.plan.column_costs import cut_columns
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
-from pipemoe.plan.schedule import Facts, Op, OpKind, Plan
+from pipemoe.plan.schedule import Op, OpKind, Plan
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
+from pipemoe.plan.sms import speeds_where_left
 
 Interval = tuple[int, int]
 
@@ -55,7 +55,9 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
     computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + works) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
     moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if spans else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
-    finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates_of(cost), speeds_of(cost.contention), computed, moved, spans)
+    rates = rates_of(cost)
+    speeds = speeds_where_left(rates, speeds_of(cost), plan.sms_left, plan.num_slots_used)
+    finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates, speeds, computed, moved, spans)
     if (finish == NEVER).any():
         raise PlanError("simulation: the plan comes to a standstill")
     sequences = tuple(tuple(cost.start_ns + int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))
@@ -74,22 +76,16 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
         rows[c, : num_waves[c]] = [wave.num_rows for wave in cohort.waves]
         waits[c, list(plan.causal_predecessors[c])] = LAYER_OF
         waits[c, list(plan.pacemakers[c])] = LAYER_BEFORE
-    starts, first = flat_boundaries(plan.facts)
+    starts, first = plan.facts.flat_boundaries
     config, shape = plan.config, plan.shape
     table = np.array(segments, dtype=np.int64)
     gather, gathered = config.combine == "gather", config.gathered_waves
     rates = rates_of(cost)
-    costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered)
+    sms_left = 0 if plan.arrivals else plan.sms_left  # what arrivals leave is in their own price
+    costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered, sms_left)
     if plan.arrivals:
         costs = take_as_they_arrive(costs, table, rows, rates, shape.num_experts, shape.top_k)
     return cut_columns(costs, rates, plan.num_column_blocks)
-
-
-def flat_boundaries(facts: Facts) -> tuple[np.ndarray, np.ndarray]:
-    """All ranks' sequence boundaries in one array, and where each rank's begin."""
-    boundaries = facts.boundaries
-    first = np.array([0, *accumulate(map(len, boundaries))], dtype=np.int64)
-    return np.array([b for of_rank in boundaries for b in of_rank], dtype=np.int64), first
 
 
 def _last_cohorts(plan: Plan) -> list[list[int]]:

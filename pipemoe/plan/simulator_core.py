@@ -68,7 +68,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
     compute, exchange, own, waits = costs.compute, costs.exchange, costs.own, costs.waits
     num_cohorts, num_ranks, num_blocks, num_heads = compute.shape[0], compute.shape[1], costs.num_blocks, costs.num_heads
     cohorts = np.empty((6, num_cohorts), np.int64)
-    state, host = np.zeros((18, num_cohorts, num_ranks), np.int64), np.zeros((3, num_ranks), np.int64)
+    state, host = np.zeros((num_ranks, num_cohorts, 18), np.int64), np.zeros((3, num_ranks), np.int64)
     transfers = np.zeros((2, 10, num_cohorts), np.int64)
     templates = np.zeros((num_cohorts, 1 + 3 * own.shape[2], 2), np.int64)
     for c in range(num_cohorts):
@@ -83,10 +83,10 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
             templates[c, j, 0], templates[c, j, 1] = template[j, 0], template[j, 1]
         transfers[DISPATCH, ARRIVAL, c] = transfers[COMBINE, ARRIVAL, c] = NEVER
         for r in range(num_ranks):
-            host[HOST_END, r], state[END, c, r], state[LAST_OWN, c, r] = NEVER, NEVER, -1
+            host[HOST_END, r], state[r, c, END], state[r, c, LAST_OWN] = NEVER, NEVER, -1
             for w in range(cohorts[WAVES, c]):
                 if own[c, r, w]:
-                    state[LAST_OWN, c, r] = (w + 1) * num_blocks - 1
+                    state[r, c, LAST_OWN] = (w + 1) * num_blocks - 1
     touched, shared = np.ones(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)  # looked at anew; speeds to be set anew
     next_end, exposed_since = np.full(num_ranks, NEVER, np.int64), np.full(num_ranks, NEVER, np.int64)
     finish, exposed = np.full((num_cohorts, num_ranks), NEVER, np.int64), np.zeros(num_ranks, np.int64)
@@ -104,11 +104,11 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     if begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, num_heads, c, r, now):
                         shared[r] = True
                         if keep:
-                            computed[c, r, state[DONE, c, r], 0] = now
+                            computed[c, r, state[r, c, DONE], 0] = now
                     for side in range(2):
-                        if not state[READY + side, c, r]:
-                            state[READY + side, c, r] = is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, num_heads, side, c, r)
-                            if state[READY + side, c, r]:
+                        if not state[r, c, READY + side]:
+                            state[r, c, READY + side] = is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, num_heads, side, c, r)
+                            if state[r, c, READY + side]:
                                 transfers[side, NUM_READY, c] += 1
                                 shared[r] = True
             any_shared = any_shared or shared[r]
@@ -131,7 +131,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                 for r in range(num_ranks):
                     shared[r] = True
                     for c in range(num_cohorts):
-                        total += weight[r] * state[DEMAND, c, r] if state[ACTIVE, c, r] else 0
+                        total += weight[r] * state[r, c, DEMAND] if state[r, c, ACTIVE] else 0
             for r in range(num_ranks):
                 if shared[r] and rates.cores_permille:
                     share_cores(state, rates, total, r, now)
@@ -147,9 +147,9 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                 next_end[r] = host[HOST_END, r]
                 computing, communicating = False, False
                 for c in range(num_cohorts):
-                    next_end[r] = min(next_end[r], state[END, c, r])
-                    computing = computing or state[ACTIVE, c, r]
-                    communicating = communicating or state[READY + 0, c, r] or state[READY + 1, c, r]
+                    next_end[r] = min(next_end[r], state[r, c, END])
+                    computing = computing or state[r, c, ACTIVE]
+                    communicating = communicating or state[r, c, READY + 0] or state[r, c, READY + 1]
                 if exposed_since[r] != NEVER:
                     exposed[r] += now - exposed_since[r]
                 exposed_since[r] = now if communicating and not computing else NEVER
@@ -169,22 +169,22 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
             if host[HOST_END, r] == now:
                 kind, c = host[HOST_KIND, r], host[HOST_COHORT, r]
                 if kind == DISPATCH_OP:
-                    state[POSTED + DISPATCH, c, r] += 1
+                    state[r, c, POSTED + DISPATCH] += 1
                 elif kind == COMBINE_OP:
-                    state[POSTED + COMBINE, c, r] += num_blocks
+                    state[r, c, POSTED + COMBINE] += num_blocks
                 host[HOST_END, r] = NEVER
             for c in range(num_cohorts):
-                if state[END, c, r] == now:
+                if state[r, c, END] == now:
                     if keep:
-                        computed[c, r, state[DONE, c, r], 1] = now
-                    state[DONE, c, r] += 1
-                    state[ACTIVE, c, r], state[END, c, r], shared[r] = False, NEVER, True
-                    state[WORK_PLACE, c, r] += 1
-                    if state[WORK_LAYER, c, r] == num_layers:
+                        computed[c, r, state[r, c, DONE], 1] = now
+                    state[r, c, DONE] += 1
+                    state[r, c, ACTIVE], state[r, c, END], shared[r] = False, NEVER, True
+                    state[r, c, WORK_PLACE] += 1
+                    if state[r, c, WORK_LAYER] == num_layers:
                         finish[c, r] = now
-                    if state[WORK_LAYER, c, r] == num_layers or state[WORK_PLACE, c, r] > cohorts[WORKS, c]:
-                        state[WORK_LAYER, c, r] += 1
-                        state[WORK_PLACE, c, r] = 0
+                    if state[r, c, WORK_LAYER] == num_layers or state[r, c, WORK_PLACE] > cohorts[WORKS, c]:
+                        state[r, c, WORK_LAYER] += 1
+                        state[r, c, WORK_PLACE] = 0
         for side in range(2):
             for c in range(num_cohorts):
                 if transfers[side, ARRIVAL, c] == now:
@@ -198,4 +198,4 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
                     transfers[side, SENDING, c], transfers[side, ARRIVAL, c], transfers[side, NUM_READY, c] = False, NEVER, 0
                     link_changed = True
                     for r in range(num_ranks):
-                        state[READY + side, c, r], touched[r], shared[r] = False, True, True
+                        state[r, c, READY + side], touched[r], shared[r] = False, True, True

@@ -82,26 +82,26 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
     """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
     best, best_key, best_kind = -1, NEVER, 0
     for c in range(cohorts.shape[1]):
-        layer, place = state[ISSUE_LAYER, c, r], state[ISSUE_PLACE, c, r]
-        if layer > num_layers or keys[c, state[ISSUED, c, r]] >= best_key:
+        layer, place = state[r, c, ISSUE_LAYER], state[r, c, ISSUE_PLACE]
+        if layer > num_layers or keys[c, state[r, c, ISSUED]] >= best_key:
             continue
         kind = FINISH_OP if layer == num_layers else templates[c, place, 0]
         may = True
         if kind == DISPATCH_OP:
-            may = state[POSTED + DISPATCH, c, r] - transfers[DISPATCH, ARRIVED, c] < MAX_GROUPS // cohorts[GROUPS, c]
+            may = state[r, c, POSTED + DISPATCH] - transfers[DISPATCH, ARRIVED, c] < MAX_GROUPS // cohorts[GROUPS, c]
         elif kind == ATTEND_OP:
             before = cohorts[BEFORE, c]
             if layer == 0 and before >= 0:
-                may = state[ISSUE_LAYER, before, r] > num_layers
+                may = state[r, before, ISSUE_LAYER] > num_layers
             for e in range(cohorts.shape[1]):
-                if waits[c, e] and not _attended(state[ISSUE_LAYER, e, r], state[ISSUE_PLACE, e, r], layer, waits[c, e]):
+                if waits[c, e] and not _attended(state[r, e, ISSUE_LAYER], state[r, e, ISSUE_PLACE], layer, waits[c, e]):
                     may = False
         if may:
-            best, best_key, best_kind = c, keys[c, state[ISSUED, c, r]], kind
+            best, best_key, best_kind = c, keys[c, state[r, c, ISSUED]], kind
     if best < 0:
         return
-    c, kind, wave = best, best_kind, templates[best, state[ISSUE_PLACE, best, r], 1]
-    owner = state[LAST_OWN, c, r] >= 0
+    c, kind, wave = best, best_kind, templates[best, state[r, best, ISSUE_PLACE], 1]
+    owner = state[r, c, LAST_OWN] >= 0
     if kind == ATTEND_OP:
         takes = issue[c, r]
     elif kind == DISPATCH_OP:
@@ -112,14 +112,14 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
         takes = issuing_ns(rates, num_blocks)[1]
     else:
         takes = rates.host_finish_ns if owner else rates.host_idle_ns
-    state[ISSUED, c, r] += 1
-    state[ISSUE_PLACE, c, r] += 1
-    if kind == FINISH_OP or state[ISSUE_PLACE, c, r] == 1 + 3 * cohorts[WAVES, c]:
-        state[ISSUE_LAYER, c, r] += 1
-        state[ISSUE_PLACE, c, r] = 0
+    state[r, c, ISSUED] += 1
+    state[r, c, ISSUE_PLACE] += 1
+    if kind == FINISH_OP or state[r, c, ISSUE_PLACE] == 1 + 3 * cohorts[WAVES, c]:
+        state[r, c, ISSUE_LAYER] += 1
+        state[r, c, ISSUE_PLACE] = 0
     host[HOST_END, r], host[HOST_KIND, r], host[HOST_COHORT, r] = now + takes, kind, c
     if kind != DISPATCH_OP and kind != COMBINE_OP:
-        state[QUEUED, c, r] += num_heads + num_blocks if kind == EXPERTS_OP else 1
+        state[r, c, QUEUED] += num_heads + num_blocks if kind == EXPERTS_OP else 1
 
 
 @compiled_rule
@@ -146,18 +146,18 @@ def demand_of(alone, busy, takes, rates):
 @compiled_rule
 def begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, num_heads, c, r, now):
     """Begin the next computation of cohort c on rank r if it may; returns whether. A head waits for no dispatch, what follows it does."""
-    op, before = state[DONE, c, r], cohorts[BEFORE, c]
-    if state[ACTIVE, c, r] or state[QUEUED, c, r] <= op or (op == 0 and before >= 0 and state[WORK_LAYER, before, r] <= num_layers):
+    op, before = state[r, c, DONE], cohorts[BEFORE, c]
+    if state[r, c, ACTIVE] or state[r, c, QUEUED] <= op or (op == 0 and before >= 0 and state[r, before, WORK_LAYER] <= num_layers):
         return False
-    layer, work = state[WORK_LAYER, c, r], state[WORK_PLACE, c, r]
+    layer, work = state[r, c, WORK_LAYER], state[r, c, WORK_PLACE]
     if work == 0:  # attend or finish
-        if layer and state[LAST_OWN, c, r] >= 0 and not _has_arrived(transfers, COMBINE, c, layer - 1, state[LAST_OWN, c, r]):
+        if layer and state[r, c, LAST_OWN] >= 0 and not _has_arrived(transfers, COMBINE, c, layer - 1, state[r, c, LAST_OWN]):
             return False
         if layer == num_layers:
             work = compute.shape[2] - 1
         else:
             for e in range(cohorts.shape[1]):
-                if waits[c, e] and not _attended(state[WORK_LAYER, e, r], state[WORK_PLACE, e, r], layer, waits[c, e]):
+                if waits[c, e] and not _attended(state[r, e, WORK_LAYER], state[r, e, WORK_PLACE], layer, waits[c, e]):
                     return False
     else:
         works = num_heads + num_blocks
@@ -171,11 +171,11 @@ def begin_computation(state, host, transfers, cohorts, waits, compute, rates, nu
     takes = compute[c, r, work, ALONE]
     being_issued = num_heads + num_blocks if host[HOST_KIND, r] == EXPERTS_OP else 1  # the last of those queued
     issuing = host[HOST_END, r] != NEVER and host[HOST_COHORT, r] == c and host[HOST_KIND, r] % 2 == 0
-    if issuing and state[QUEUED, c, r] - op <= being_issued:
+    if issuing and state[r, c, QUEUED] - op <= being_issued:
         takes = max(takes, host[HOST_END, r] - now)
-    state[ACTIVE, c, r], state[LEFT, c, r], state[SINCE, c, r] = True, takes, now
-    state[DEMAND, c, r] = demand_of(compute[c, r, work, ALONE], compute[c, r, work, BUSY], takes, rates)
-    state[SPEED, c, r] = 1000
+    state[r, c, ACTIVE], state[r, c, LEFT], state[r, c, SINCE] = True, takes, now
+    state[r, c, DEMAND] = demand_of(compute[c, r, work, ALONE], compute[c, r, work, BUSY], takes, rates)
+    state[r, c, SPEED] = 1000
     return True
 
 
@@ -184,11 +184,11 @@ def share_cores(state, rates, total, r, now):
     """Set the speeds of rank r's computations anew where all ranks compute on the same cores, of which `total` is demanded."""
     beside = 0
     for c in range(state.shape[1]):
-        beside += state[ACTIVE, c, r]
+        beside += state[r, c, ACTIVE]
     slowed = 1000 + rates.cores_slowdown_permille * (beside - 1)
     share = max(1, 1000 * rates.cores_permille // total) if total > rates.cores_permille else 1000
     for c in range(state.shape[1]):
-        if state[ACTIVE, c, r]:
+        if state[r, c, ACTIVE]:
             _go_on_at(state, max(1, share * 1000 // slowed), c, r, now)
 
 
@@ -197,17 +197,17 @@ def share_device(state, cohorts, speeds, r, now):
     """Set the speeds of rank r's computations anew by the table of contention. A collective takes its thread blocks as soon as this
     rank is ready for it, also while it waits for the others."""
     for c in range(state.shape[1]):
-        if not state[ACTIVE, c, r]:
+        if not state[r, c, ACTIVE]:
             continue
-        kind, speed = min(1, state[WORK_PLACE, c, r]), 1000
+        kind, speed = min(1, state[r, c, WORK_PLACE]), 1000
         for e in range(state.shape[1]):
-            if state[ACTIVE, e, r] and e != c:
+            if state[r, e, ACTIVE] and e != c:
                 under = 1 if cohorts[SLOT, e] < cohorts[SLOT, c] else 0
-                speed = speed * _beside(speeds[under, kind, min(1, state[WORK_PLACE, e, r])], state[DEMAND, e, r]) // 1000
+                speed = speed * _beside(speeds[under, kind, min(1, state[r, e, WORK_PLACE])], state[r, e, DEMAND]) // 1000
             for side in range(2):
-                if state[READY + side, e, r]:
+                if state[r, e, READY + side]:
                     speed = speed * speeds[0, kind, 2 + side] // 1000
-        _go_on_at(state, _stretched(speed, state[DEMAND, c, r]), c, r, now)
+        _go_on_at(state, _stretched(speed, state[r, c, DEMAND]), c, r, now)
 
 
 @compiled_rule
@@ -224,9 +224,9 @@ def _stretched(speed, demand):
 
 @compiled_rule
 def _go_on_at(state, speed, c, r, now):
-    state[LEFT, c, r] = max(0, state[LEFT, c, r] - (now - state[SINCE, c, r]) * state[SPEED, c, r] // 1000)
-    state[SINCE, c, r], state[SPEED, c, r] = now, speed
-    state[END, c, r] = now + (state[LEFT, c, r] * 1000 + speed - 1) // speed
+    state[r, c, LEFT] = max(0, state[r, c, LEFT] - (now - state[r, c, SINCE]) * state[r, c, SPEED] // 1000)
+    state[r, c, SINCE], state[r, c, SPEED] = now, speed
+    state[r, c, END] = now + (state[r, c, LEFT] * 1000 + speed - 1) // speed
 
 
 @compiled_rule
@@ -235,8 +235,8 @@ def slow_links(state, beside, speeds, r):
     for side in range(2):
         speed = 1000
         for e in range(state.shape[1]):
-            if state[ACTIVE, e, r]:
-                speed = speed * _beside(speeds[0, 2 + side, min(1, state[WORK_PLACE, e, r])], state[DEMAND, e, r]) // 1000
+            if state[r, e, ACTIVE]:
+                speed = speed * _beside(speeds[0, 2 + side, min(1, state[r, e, WORK_PLACE])], state[r, e, DEMAND]) // 1000
         beside[side, r] = speed
 
 
@@ -269,10 +269,10 @@ def share_links(transfers, beside, speeds, now):
 @compiled_rule
 def is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, num_heads, side, c, r):
     """Has rank r what its part of cohort c's next transfer needs?"""
-    if state[POSTED + side, c, r] <= transfers[side, ARRIVED, c]:
+    if state[r, c, POSTED + side] <= transfers[side, ARRIVED, c]:
         return False
     layer, wave = transfers[side, LAYER, c], transfers[side, WAVE, c]
-    work_layer, work_place = state[WORK_LAYER, c, r], state[WORK_PLACE, c, r]
+    work_layer, work_place = state[r, c, WORK_LAYER], state[r, c, WORK_PLACE]
     if side == COMBINE:
         work = 1 + wave + (num_heads * (1 + wave // num_blocks) if num_heads else 0)
         return work_layer > layer or (work_layer == layer and work_place > work)

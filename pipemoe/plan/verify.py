@@ -23,7 +23,7 @@ class Room:
 
     A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by kernels that
     need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave those no room, so
-    spinning blocks may fill half of the SMs.
+    spinning blocks may fill fewer than half of the SMs: wherever they lie, two neighbours are free somewhere.
 
     Experts that wait for rows may fill all others. What their rows come from needs no SM of this rank any more: in a plan of one slot a rank
     has attended to, and packed, all that it sends before it waits. Only what brings the rows needs room, one slot's collectives and the
@@ -39,20 +39,15 @@ class Room:
     @property
     def spinning_blocks(self) -> int:
         """The most that may spin at once."""
-        return self.num_sms // 2
-
-    def kept_for_collectives(self, num_slots: int) -> int:
-        """SMs that persistent kernels leave free while collectives run beside them: for all of this rank's blocks, but a tenth at most
-        (measured on quarters of an H200, NCCL_MAX_CTAS=1: 3 of 32 cost the kernels 1 to 7 %, and save them 25 % beside a transfer)."""
-        return min(2 * num_slots * self.ctas, self.num_sms // 10)
+        return (self.num_sms - 1) // 2
 
     def check(self, num_slots: int) -> None:
-        """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave half the SMs free."""
+        """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave more than half the SMs free."""
         needed = self.ranks_on_device * 2 * num_slots * self.ctas
         if needed > self.spinning_blocks:
             raise ConfigError(
                 f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x 2 x {num_slots} slots x NCCL_MAX_CTAS={self.ctas}"
-                f" = {needed} blocks, more than half of {self.num_sms} SMs;"
+                f" = {needed} blocks, not fewer than half of {self.num_sms} SMs;"
                 " lower NCCL_MAX_CTAS (an environment variable, the same on all ranks) or num_slots"
             )
 
@@ -89,6 +84,7 @@ def verify(plan: Plan, *, row_bytes: int = 128, sum_bytes: int = 4, room: Room |
     _chunks_in_causal_order(plan)
     _arrivals_in_one_slot(plan)
     _every_row_arrives_once(plan)
+    _kernels_have_room(plan, room)
     projected = [project(plan, rank, row_bytes, sum_bytes) for rank in range(plan.facts.num_ranks)]
     match(projected)
     if issues is not None:
@@ -294,6 +290,10 @@ def _rows_brought(plan: Plan, wave: Wave, groups: Sequence[Wave], group: int, ra
         return [(rank * block, (rank + 1) * block)] if group == OWN else [(0, wave.num_rows)]
     segments = [s for s in wave.segments if s.rank == rank] if group == OWN else groups[group].segments
     return [(s.row, s.row + s.num_rows) for s in segments]
+def _kernels_have_room(plan: Plan, room: Room | None) -> None:
+    """What the experts' kernels leave to collectives leaves them something."""
+    if plan.sms_left < 0 or (room is not None and plan.sms_left >= room.num_sms):
+        _fail("kernels have room", f"{plan.sms_left} multiprocessors are left to collectives, of {'how many ever' if room is None else room.num_sms}")
 
 
 def _issued_as_planned(projected: list[list[Issue]], issues: list[list[Issue]]) -> None:

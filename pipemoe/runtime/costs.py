@@ -36,9 +36,11 @@ def runtime_cost(
     graph_cuts: bool = False,
     sliced_permille: int = 0,
     arrivals_permille: int = 0,
+    num_sms: int | None = 0,
 ) -> tuple[CostModel, dict[str, Any]]:
     """The cost model and the subject of a file that holds it; every rank calls. graph_rows: most tokens whose attention is launched
-    as a graph, graph_cuts: also of cut sequences. sliced_permille, arrivals_permille: of the experts that run here.
+    as a graph, graph_cuts: also of cut sequences. sliced_permille, arrivals_permille, num_sms: of the experts that run here
+    (None: there are none, for want of something that is an error later).
 
     A file of another subject is refused with a warning. What ranks then plan by is compared like everything else that plans
     depend on, so a rank alone with another file is an error on all of them.
@@ -50,9 +52,17 @@ def runtime_cost(
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     cores = len(os.sched_getaffinity(0))
     place = f"{socket.gethostname()} {world.device if world.device.type == 'cuda' else ''}"
-    gathered = [json.loads(p) for p in world.all_gather(json.dumps([name, cores, place]).encode(), "exchange of device names")]
-    name, cores, _ = gathered[0]  # rank 0 speaks for all: ranks must plan alike
-    places = [where for *_, where in gathered]
+    gathered = [json.loads(p) for p in world.all_gather(json.dumps([name, cores, place, num_sms]).encode(), "exchange of device names")]
+    name, cores, *_ = gathered[0]  # rank 0 speaks for all: ranks must plan alike
+    places = [where for _, _, where, _ in gathered]
+    as_here = {
+        "graph_rows": graph_rows,
+        "graph_cuts": graph_cuts,
+        "sliced_permille": sliced_permille,
+        "arrivals_permille": arrivals_permille,
+        "num_sms": min((count for *_, count in gathered if count is not None), default=0),
+        "ctas": world.ctas,
+    }
     sharing = max(places.count(where) for where in places)
     device = gpu_named(name) if world.device.type == "cuda" else cpu(cores)
     subject = {
@@ -71,20 +81,22 @@ def runtime_cost(
     }
     if config.cost is not None:
         try:
-            return _as_here(read_cost(config.cost, subject), graph_rows, graph_cuts, sliced_permille, arrivals_permille), subject
+            return _as_here(read_cost(config.cost, subject), **as_here), subject
         except ConfigError as error:
             warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
     )
-    return _as_here(cost, graph_rows, graph_cuts, sliced_permille, arrivals_permille), subject
+    return _as_here(cost, **as_here), subject
 
 
-def _as_here(cost: CostModel, graph_rows: int, graph_cuts: bool, sliced_permille: int, arrivals_permille: int) -> CostModel:
+def _as_here(
+    cost: CostModel, graph_rows: int, graph_cuts: bool, sliced_permille: int, arrivals_permille: int, num_sms: int, ctas: int
+) -> CostModel:
     host = replace(cost.host, graph_rows=graph_rows, graph_cuts=int(graph_cuts))
     experts = replace(cost.experts, sliced_permille=sliced_permille, arrivals_permille=arrivals_permille)
-    return replace(cost, host=host, experts=experts)
+    return replace(cost, host=host, experts=experts, sms=replace(cost.sms, num_sms=num_sms, ctas=ctas))
 
 
 def model_key(dimensions: Dimensions) -> list[int]:

@@ -19,6 +19,7 @@ from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
+from pipemoe.plan.sms import possible_sms_left
 from pipemoe.plan.verify import verify
 from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_experts
 from pipemoe.runtime.costs import runtime_cost
@@ -89,14 +90,20 @@ class Runtime:
             graph_cuts=graph_cuts,
             sliced_permille=0 if experts is None else experts.sliced_permille,
             arrivals_permille=speed if self._has_arrivals else 0,
+            num_sms=None if experts is None else experts.num_sms,
         )
+        sms_left: tuple[int, ...] = ()
+        try:
+            sms_left = possible_sms_left(config, self.cost.sms)
+        except ConfigError as e:
+            error = error or e
         self._compile_planner()
         world.num_runtimes += 1
         facts = self._facts(facts)
         world.agree(error, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._experts = experts
-        self.experts_beside_collectives = experts.leaving(world.sms_for_collectives)
+        self.experts_leaving = {num_sms: experts.leaving(num_sms) if num_sms else experts for num_sms in sms_left}  # for every plan
         self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
         try:
             world.engine.call(self._set_up)
@@ -110,7 +117,7 @@ class Runtime:
         for turn in (self.world.rank == 0, self.world.rank != 0):
             if turn:
                 lengths = (1, 2) if self.config.max_tokens_per_rank > 2 else (1,)
-                config = replace(self.config, combine_blocks=None)  # what cannot be is refused later, on all ranks
+                config = replace(self.config, combine_blocks=None, num_sms=None)  # what cannot be is refused later, on all ranks
                 make_plan(Facts((lengths, *((1,),) * (self.world.size - 1))), self.shape, config, self.cost)
             self.world.all_gather(b"", "compiling the planner")
 
@@ -244,7 +251,7 @@ class Runtime:
             self.world.transport,
             self._workspace,
             self.wire,
-            self.experts_beside_collectives if plan.overlaps else self._experts,
+            self.experts_leaving[plan.sms_left],
             source,
             arriving=self._arriving if plan.arrivals else None,
             only=only,

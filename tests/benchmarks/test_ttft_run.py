@@ -169,3 +169,9 @@ def test_defaults_follow_the_device():
     assert (on_gpu.model, on_gpu.layers, on_gpu.dtype, on_gpu.parity_layers) == ("qwen3-30b-a3b", 8, "bfloat16", 4)
     named = ttft.resolve(ttft.parse(["--model", "mixtral-8x7b", "--scale", "2"]), "cuda")
     assert (named.layers, named.scale) == (None, 2.0)
+
+
+def test_what_a_user_demands_of_plans_is_demanded_in_every_mode():
+    options = ttft.resolve(ttft.parse(["--num-sms", "100", "--combine-blocks", "2", "--rank-tokens", "5,3"]), "cpu")
+    configs = ttft.configs_of(options, ttft.workloads_of(options, 2))
+    assert {(config.num_sms, config.combine_blocks) for config in configs} == {(100, 2)} and len(configs) == len(MODES)

@@ -312,3 +312,18 @@ def test_bits_do_not_depend_on_the_shape_of_tiles():
             outs.append(torch.full((num_rows, 304), torch.nan, device="cuda"))
             experts(0, rows, outs[-1], scratch)
         assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_bits_whatever_multiprocessors_are_left(deterministic):
+    """With one scratch, in blocks of columns and whole."""
+    weights = random_weights(10, 2048, 768, dtype=BF16)
+    rows = random_rows(1500, 2048, 10, 4, dtype=BF16, device="cuda")
+    experts, scratch = build(weights, 4, 1500, deterministic=deterministic)
+    wanted = run(rows, weights, deterministic=deterministic, out_dtype=experts.out_dtypes[0])
+    assert relative_error(wanted[:20], expected(rows[:20], weights)) < TOLERANCE[BF16]
+    for left in (0, 3, 13, 26, 131):
+        for count in (0, 1, 4):
+            out = torch.full_like(wanted, torch.nan)
+            experts.leaving(left)(0, rows, out, scratch, [torch.cuda.Event() for _ in range(count)])
+            assert torch.equal(out, wanted), (left, count)

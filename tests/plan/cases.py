@@ -36,6 +36,7 @@ def configs(draw, facts: Facts, modes: tuple[str, ...] = MODES) -> PlanConfig:
         combine=draw(st.sampled_from(COMBINES)),
         combine_blocks=draw(st.sampled_from((None, 1, 2, 3, 8))),
         arrivals=draw(st.sampled_from((None, False, True))),
+        num_sms=draw(st.sampled_from((None, None, 1, 100, 132))),
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError
 from pipemoe.plan.arrivals import MAX_PARTS, OWN, Part, groups_of, parts_of
 from pipemoe.plan.auto import auto_candidates, auto_effort
-from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost
+from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import MAX_GROUPS, MODES, Facts, ModelShape, PlanConfig
 from pipemoe.plan.simulator import costs_of, simulate
@@ -124,7 +124,8 @@ def test_a_dispatch_in_groups_costs_launches_and_links():
 @pytest.mark.parametrize("tokens", [(3000,) * 4, (4000, 2000, 2500, 1500, 100, 50)])
 def test_auto_takes_arrivals_where_that_hides_the_dispatch(tokens):
     host = HostCost(50_000, 10_000, 10_000, 10_000, 10_000, 10_000, 1_000)
-    cost = CostModel(host=host, contention=FREE, experts=ExpertsCost(arrivals_permille=950), dispatch=ExchangeCost(10_000, 2_000, 60_000))
+    experts, dispatch = ExpertsCost(arrivals_permille=950), ExchangeCost(10_000, 2_000, 60_000)
+    cost = CostModel(host=host, contention=FREE, experts=experts, dispatch=dispatch, sms=SmsCost(num_sms=0))
     facts, config = facts_of(*tokens), PlanConfig(moe_max_num_tokens=100_000, num_slots=1)
 
     def chosen(cost, **options):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError
 from pipemoe.plan.assignment import assign
 from pipemoe.plan.auto import auto_assignment, auto_candidates, auto_effort
-from pipemoe.plan.cost import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost
+from pipemoe.plan.cost import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import GPUS, cpu
 from pipemoe.plan.dimensions import dimensions_of
@@ -55,13 +55,15 @@ def wide_configs(draw):
 
 
 def plan_of(candidate, facts, shape, config, cost):
-    config = replace(config, combine_blocks=candidate.num_column_blocks, arrivals=candidate.arrivals)
+    num_sms = cost.sms.num_sms - candidate.sms_left if cost.sms.num_sms else None
+    config = replace(config, combine_blocks=candidate.num_column_blocks, arrivals=candidate.arrivals, num_sms=num_sms)
     return plan(facts, shape, config, cost, assignment=candidate.assignment)
 
 
 costs = st.sampled_from(
     [CostModel(), CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1)), ARRIVING]
-    + [default_cost(device, dimensions_of(MODEL_CONFIGS["small"]), 4, value_bytes=2, sum_bytes=4) for device in (*GPUS.values(), cpu(2))]
+    + [default_cost(device, dimensions_of(MODEL_CONFIGS["small"]), 4, value_bytes=2, sum_bytes=4, ctas=1) for device in (*GPUS.values(), cpu(2))]
+    + [CostModel(sms=SmsCost(132, 1, 900, 900, 1200, 1200))]
 )
 
 
@@ -80,7 +82,8 @@ def test_every_candidate_verifies_and_one_is_chosen(facts, config, cost):
         verify(plan_of(candidate, facts, SHAPE, config, cost))
     chosen = next((c for c in candidates if c.chosen), None)
     if chosen is not None:  # also by what skips all that cannot be chosen
-        assert (chosen.assignment, chosen.num_column_blocks, chosen.arrivals) == auto_assignment(facts, SHAPE, config, cost)
+        form = chosen.num_column_blocks, chosen.arrivals, chosen.sms_left
+        assert (chosen.assignment, *form) == auto_assignment(facts, SHAPE, config, cost)
 
 
 @settings(max_examples=100, deadline=None)
@@ -195,7 +198,7 @@ def test_objectives_and_budget_matter():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("objective", "median"), ("combine_blocks", 17), ("combine_blocks", 2.0), ("makespan_budget", -0.1), ("makespan_budget", float("nan")), ("makespan_budget", "a lot"), ("objective_weights", (0, 0, 0)), ("objective_weights", (1, 2)), ("objective_weights", (1, 0, 0.5))]
+    ("field", "value"), [("objective", "median"), ("combine_blocks", 17), ("combine_blocks", 2.0), ("num_sms", 0), ("num_sms", 2.0), ("makespan_budget", -0.1), ("makespan_budget", float("nan")), ("makespan_budget", "a lot"), ("objective_weights", (0, 0, 0)), ("objective_weights", (1, 2)), ("objective_weights", (1, 0, 0.5))]
 )
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):

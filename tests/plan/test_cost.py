@@ -3,12 +3,14 @@
 import json
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.cost import KINDS, AttendCost, ContentionCost, CostModel, attend_busy, cost_from_dict, experts_busy, graph_rows, rates_of, speeds_of
+from pipemoe.plan.cost import CROWDED, KINDS, ROOMY, USUAL, AttendCost, ContentionCost, CostModel, SmsCost
+from pipemoe.plan.cost import attend_busy, cost_from_dict, experts_busy, graph_rows, rates_of, speeds_of
 from pipemoe.plan.cost_file import read_cost, write_cost
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import GPUS, UNKNOWN_GPU, cpu, gpu_named
@@ -68,13 +70,37 @@ def test_costs_are_whole_numbers(value):
 
 def test_contention_by_kinds():
     contention = ContentionCost()
-    speeds = speeds_of(contention)
+    speeds = speeds_of(CostModel())[USUAL]
     at = KINDS.index
     assert speeds[0, at("attend"), at("experts")] == contention.attend_beside_experts
     assert speeds[1, at("attend"), at("experts")] == contention.attend_under_experts
     assert speeds[0, at("combine"), at("attend")] == speeds[1, at("combine"), at("attend")] == contention.combine_beside_attend
     with pytest.raises(ConfigError, match="attend_under_attend is 0"):
         ContentionCost(attend_under_attend=0)
+
+
+def test_contention_where_other_multiprocessors_are_left():
+    """Only what experts and transfers do to one another differs, and nothing is faster than alone."""
+    cost, at = CostModel(sms=SmsCost(132, 8, 750, 500, 1100, 2000)), KINDS.index
+    tables, experts, dispatch = speeds_of(cost), at("experts"), at("dispatch")
+    usual = tables[USUAL]
+    for table, of_experts, of_transfers in ((CROWDED, 750, 500), (ROOMY, 1100, 2000)):
+        wanted = usual.copy()
+        wanted[:, experts, dispatch:] = np.minimum(1000, usual[:, experts, dispatch:] * of_experts // 1000)
+        wanted[:, dispatch:, experts] = np.minimum(1000, usual[:, dispatch:, experts] * of_transfers // 1000)
+        assert (tables[table] == wanted).all()
+    assert (speeds_of(replace(cost, sms=SmsCost(132, 8, 1000, 1000, 1000, 1000))) == usual).all()
+
+
+@given(st.integers(1, 10**5), st.integers(0, 100))
+def test_arithmetic_is_slower_on_fewer_multiprocessors_and_reading_is_not(rows, left):
+    def busy(sms_left, **of_experts):
+        cost = replace(CostModel(), experts=replace(CostModel().experts, row_ps=0, **of_experts))
+        return experts_busy(rates_of(cost), rows, 128, 8, 4, sms_left)
+
+    assert busy(left, expert_ns=0) == pytest.approx(busy(0, expert_ns=0) * 132 / (132 - left), abs=2)
+    assert busy(left, pair_ps=0) == busy(0, pair_ps=0)
+    assert busy(0) <= busy(left)
 
 
 def test_graphs_compute_whole_buckets():
@@ -87,6 +113,16 @@ def test_a_file_is_read_back(tmp_path):
     write_cost(tmp_path / "cost.json", SUBJECT, cost)
     assert read_cost(tmp_path / "cost.json", SUBJECT) == read_cost(tmp_path / "cost.json") == cost
     assert cost_from_dict(asdict(cost)) == cost
+
+
+def test_a_file_from_before_multiprocessors_were_measured_is_read(tmp_path):
+    path = tmp_path / "cost.json"
+    write_cost(path, SUBJECT, replace(CostModel(), finish_ns=5))
+    document = json.loads(path.read_text())
+    document["schema"] = "pipemoe.cost/3"
+    del document["cost"]["sms"]
+    path.write_text(json.dumps(document))
+    assert read_cost(path, SUBJECT) == replace(CostModel(), finish_ns=5, sms=SmsCost(num_sms=0, ctas=0))
 
 
 @pytest.mark.parametrize(

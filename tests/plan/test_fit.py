@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, attend_busy, experts_busy, rates_of
-from pipemoe.plan.fit import Samples, calibrate, fit_contention, fit_cost, least_squares
+from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, attend_busy, experts_busy, rates_of
+from pipemoe.plan.fit import fit_sms, Samples, calibrate, fit_contention, fit_cost, least_squares
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
 from pipemoe.plan.simulator import simulate
@@ -69,6 +69,15 @@ def test_measured_speeds_become_the_table():
     assert (found.experts_beside_dispatch, found.dispatch_beside_experts) == (650, 1000)
     assert found.dispatch_beside_dispatch == 550 and found.experts_beside_combine == 50
     assert found.combine_beside_combine == ContentionCost().combine_beside_combine
+
+
+def test_measured_speeds_become_what_leaving_multiprocessors_does():
+    dispatch, combine = ("experts", "dispatch"), ("experts", "combine")
+    usual = {dispatch: (0.8, 0.5), combine: (0.5, 0.4), ("attend", "experts"): (0.1, 0.1)}
+    found = fit_sms(SmsCost(132, 8), usual, {dispatch: (0.6, 0.25), combine: (0.25, 0.4)}, {dispatch: (0.8, 1.0), combine: (0.5, 0.0)})
+    assert (found.num_sms, found.ctas) == (132, 8)
+    assert (found.crowded_experts_permille, found.crowded_transfers_permille) == (625, 750)
+    assert (found.roomy_experts_permille, found.roomy_transfers_permille) == (1000, 1062)  # nothing stops for good
 
 
 def test_calibration_finds_what_was_scaled():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipemoe.plan.cost import AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost
+from pipemoe.plan.cost import AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, OpKind, PlanConfig
 from pipemoe.plan.simulator import costs_of, simulate
@@ -32,6 +32,7 @@ def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
         host=HostCost(attend, ns(100, 0), ns(attend), *(ns() for _ in range(6))),
         cores=draw(cores),
         contention=draw(contention),
+        sms=SmsCost(crowded_experts_permille=1000),
         start_ns=0,
         finish_ns=ns(),
     )

@@ -292,9 +292,12 @@ def test_whether_rows_are_awaited_is_part_of_the_digest(arriving):
     assert replace(arriving, arrivals=False).digest != arriving.digest
 
 
-def test_persistent_kernels_leave_room_for_collectives_but_not_much():
-    assert Room(num_sms=32, ctas=1).kept_for_collectives(2) == 3 and Room(num_sms=132, ctas=1).kept_for_collectives(2) == 4
-    assert Room(num_sms=132, ctas=8).kept_for_collectives(4) == 13
+def test_kernels_that_leave_no_multiprocessor_to_themselves_are_found(sound):
+    verify(replace(sound, sms_left=131), room=Room(num_sms=132, ctas=2))
+    with pytest.raises(PlanError, match="kernels have room: 132 multiprocessors .* of 132"):
+        verify(replace(sound, sms_left=132), room=Room(num_sms=132, ctas=2))
+    with pytest.raises(PlanError, match="kernels have room: -1"):
+        verify(replace(sound, sms_left=-1))
 
 
 def test_a_chunk_ahead_of_what_paces_it_is_found():

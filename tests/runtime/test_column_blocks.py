@@ -37,8 +37,8 @@ def test_a_block_is_combined_before_the_next_one_is_computed(world, mode, monkey
     runtime = make_runtime(world, layers, mode=mode, combine_blocks=3)
     hold, combined = Hold(world.device), []
     if world.rank == 0:
-        for name in ("_experts", "experts_beside_collectives"):
-            monkeypatch.setattr(runtime, name, HeldExperts(getattr(runtime, name), hold))
+        for sms_left, experts in runtime.experts_leaving.items():
+            monkeypatch.setitem(runtime.experts_leaving, sms_left, HeldExperts(experts, hold))
     combine = world.transport.combine
 
     def watched(*arguments):
