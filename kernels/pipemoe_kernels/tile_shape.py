@@ -76,16 +76,17 @@ ROWS_256 = TileShape(consumers=2, consumer_registers=224, blocks=2)
 SHAPES = {shape.rows: shape for shape in (ROWS_128, ROWS_192, ROWS_256)}
 PAIRED_ROWS = 768
 PAIRED_OPERATIONS = 2e12  # some 3 ms
+PAIRED_SMS = 100  # in a share of a GPU, neighbours that no other rank's collectives hold are not certain
 
 
-def shape_for(expected_rows: float, operations: float) -> TileShape:
-    """Where an expert can expect that many rows, give or take their square root, of a call of so many operations.
+def shape_for(expected_rows: float, operations: float, num_sms: int) -> TileShape:
+    """Where an expert can expect that many rows, give or take their square root, of a call of so many operations on `num_sms` multiprocessors.
 
     192 rows where that is more than one tile of 128 and one of 192 holds it (measured at 128: 1.3 times as fast). 256 where there is
     so much to do that the GPU comes to its limit of power, which lets what moves fewer bytes run faster: 1.03 to 1.15 times, where
     pairs of blocks, which wait for each other, take 1.03 to 1.12 times as long otherwise. Else 128.
     """
-    if expected_rows >= PAIRED_ROWS and operations >= PAIRED_OPERATIONS:
+    if expected_rows >= PAIRED_ROWS and operations >= PAIRED_OPERATIONS and num_sms >= PAIRED_SMS:
         return ROWS_256
     likely = expected_rows + math.sqrt(expected_rows)
     return ROWS_192 if ROWS_128.rows < likely <= ROWS_192.rows else ROWS_128

@@ -149,7 +149,7 @@ class HopperExperts(ExpertsShape):
         if len(self.shapes) == 1:
             return self.shapes[0]
         rows, w = num_rows * self.top_k / self._num_experts, self.weights[layer]
-        return shape_for(rows, 6 * rows * w.num_local_experts * self.hidden * w.intermediate)
+        return shape_for(rows, 6 * rows * w.num_local_experts * self.hidden * w.intermediate, self.num_sms)
 
     def leaving(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps

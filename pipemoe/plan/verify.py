@@ -23,7 +23,8 @@ class Room:
 
     A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by kernels that
     need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave those no room, so
-    spinning blocks may fill fewer than half of the SMs: wherever they lie, two neighbours are free somewhere.
+    spinning blocks may fill half of the SMs; fewer on a GPU that a rank has for itself, where experts may run in pairs of blocks: wherever
+    the spinning ones lie, two neighbours are free somewhere.
 
     Experts that wait for rows may fill all others. What their rows come from needs no SM of this rank any more: in a plan of one slot a rank
     has attended to, and packed, all that it sends before it waits. Only what brings the rows needs room, one slot's collectives and the
@@ -39,15 +40,15 @@ class Room:
     @property
     def spinning_blocks(self) -> int:
         """The most that may spin at once."""
-        return (self.num_sms - 1) // 2
+        return (self.num_sms - (self.ranks_on_device == 1)) // 2
 
     def check(self, num_slots: int) -> None:
-        """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave more than half the SMs free."""
+        """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave half the SMs free."""
         needed = self.ranks_on_device * 2 * num_slots * self.ctas
         if needed > self.spinning_blocks:
             raise ConfigError(
                 f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x 2 x {num_slots} slots x NCCL_MAX_CTAS={self.ctas}"
-                f" = {needed} blocks, not fewer than half of {self.num_sms} SMs;"
+                f" = {needed} blocks, more than {self.spinning_blocks} of {self.num_sms} SMs;"
                 " lower NCCL_MAX_CTAS (an environment variable, the same on all ranks) or num_slots"
             )
 

@@ -47,9 +47,10 @@ def test_whole_tiles_of_128_rows_are_packed_as_before():
 
 
 def test_larger_tiles_where_one_of_them_likely_holds_what_two_smaller_ones_would():
-    assert [shape_for(rows, 1e12).rows for rows in (0, 1, 110, 118, 128, 175, 180, 192, 256, 10**6)] == [128, 128, 128, 192, 192, 192, 128, 128, 128, 128]
-    assert shape_for(128, 1e13) is ROWS_192
+    assert [shape_for(rows, 1e12, 132).rows for rows in (0, 1, 110, 118, 128, 175, 180, 192, 256, 10**6)] == [128, 128, 128, 192, 192, 192, 128, 128, 128, 128]
+    assert shape_for(128, 1e13, 132) is ROWS_192
 
 
 def test_pairs_of_blocks_where_there_is_much_to_do():
-    assert [shape_for(rows, operations).rows for rows, operations in ((4096, 1.4e12), (700, 3e12), (1024, 2.9e12))] == [128, 128, 256]
+    assert [shape_for(rows, operations, 119).rows for rows, operations in ((4096, 1.4e12), (700, 3e12), (1024, 2.9e12))] == [128, 128, 256]
+    assert shape_for(1024, 2.9e12, 33) is ROWS_128

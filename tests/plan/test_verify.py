@@ -217,7 +217,7 @@ def test_all_ranks_issue_the_same_wrong_thing(sound):
 
 def test_room_for_thread_blocks(sound):
     verify(sound, room=Room(num_sms=132, ctas=2, ranks_on_device=4))
-    with pytest.raises(PlanError, match="no room for thread blocks: 4 ranks .* = 96 blocks, more than half of 132 SMs"):
+    with pytest.raises(PlanError, match="no room for thread blocks: 4 ranks .* = 96 blocks, more than 66 of 132 SMs"):
         verify(sound, room=Room(num_sms=132, ctas=3, ranks_on_device=4))
     with pytest.raises(ConfigError, match="lower NCCL_MAX_CTAS"):
         Room(num_sms=132, ctas=9).check(4)
