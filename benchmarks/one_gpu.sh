@@ -3,7 +3,8 @@
 #
 #   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
 #
-#   PIPEMOE_BENCH_PARTS  which of these, in this order (default: all): ttft lockstep front draws memory overlap comm
+#   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): ttft lockstep front draws memory overlap comm
+#   PIPEMOE_BENCH_ROUNDS  timed passes per mode of ttft (default: 9)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 # shellcheck source=launch/environment.sh
@@ -30,7 +31,7 @@ for part in ${PIPEMOE_BENCH_PARTS:-ttft lockstep front draws memory overlap comm
     case $part in
     ttft)
         ttft ttft.json --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16 --rank-tokens 8192,1024,512,0 --rank-tokens 64,64,64,64 \
-            --rank-tokens 1,0,0,0 --trace benchmarks/traces/azure2023_conv.csv --num-requests 16 --rounds 9 --parity-layers 4
+            --rank-tokens 1,0,0,0 --trace benchmarks/traces/azure2023_conv.csv --num-requests 16 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4
         ;;
     lockstep)
         # The same lockstep with the slot that it does not need given to larger collectives.
