@@ -127,7 +127,8 @@ _SCALES = {  # in thousandths
     "latency": (300, 500, 700, 850, 1000, 1150, 1300, 1600, 2000),
     "volume": (600, 800, 900, 1000, 1100, 1200, 1400),
     "host": (400, 600, 800, 900, 1000, 1100, 1200),
-    "contention": (0, 250, 500, 750, 1000, 1250, 1500, 2000),
+    "contention": (0, 250, 500, 750, 1000, 1250, 1500, 2000),  # of computations side by side
+    "crossing": (0, 250, 500, 750, 1000, 1250, 1500),  # of a transfer and anything: one that repeats has no gaps to go on in
     "slowdown": (0, 500, 1000, 2000, 4000),
     "gaps": (0, 250, 500, 750, 1000),  # as such, not scaled
 }
@@ -149,7 +150,9 @@ def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostM
     return best
 
 
-def _scaled(cost: CostModel, compute: int, latency: int, volume: int, host: int, contention: int, slowdown: int, gaps: int) -> CostModel:
+def _scaled(
+    cost: CostModel, compute: int, latency: int, volume: int, host: int, contention: int, crossing: int, slowdown: int, gaps: int
+) -> CostModel:
     """Everything in thousandths of what it was; slowdown: of cores that ranks share."""
 
     def by(part, permille: int, *names: str):
@@ -159,7 +162,10 @@ def _scaled(cost: CostModel, compute: int, latency: int, volume: int, host: int,
         return by(by(part, latency, "fixed_ns", "segment_ns"), volume, "row_ps")
 
     least = round(1000 * _LEAST_SPEED)
-    speeds = {name: max(least, 1000 - (1000 - speed) * contention // 1000) for name, speed in asdict(cost.contention).items()}
+    speeds = {}
+    for name, speed in asdict(cost.contention).items():
+        lost = (1000 - speed) * (crossing if "dispatch" in name or "combine" in name else contention)
+        speeds[name] = max(least, 1000 - lost // 1000)
     return replace(
         cost,
         attend=by(cost.attend, compute, "fixed_ns", "weights_ns", "row_ps", "pair_fs"),
