@@ -91,7 +91,10 @@ class WireFormat:
         rows.write(zeros(self.hidden, dtype), zeros(self.top_k, torch.int32), zeros(self.top_k, torch.float32))
 
 
-@dataclass(frozen=True, slots=True)
+_layouts: dict[tuple[object, ...], int] = {}  # all that there have been, numbered
+
+
+@dataclass(frozen=True)
 class WireRows:
     """Views of n wire rows in one buffer."""
 
@@ -103,6 +106,16 @@ class WireRows:
 
     def __len__(self) -> int:
         return len(self.buffer)
+
+    @cached_property
+    def layout(self) -> int:
+        """A number for where everything lies in a row, dtypes and the device: equal for rows that differ in nothing but how many they are,
+        and their addresses. -1 where not all views have as many rows."""
+        views = self.hidden, self.ids, self.weights
+        if any(len(view) != len(self) for view in views):
+            return -1
+        found = tuple((view.get_device(), view.dtype, view.shape[1:], view.stride()) for view in views)
+        return _layouts.setdefault(found, len(_layouts))
 
     def __getitem__(self, rows: slice) -> WireRows:
         scales = None if self.scales is None else self.scales[rows]

@@ -122,6 +122,7 @@ class HopperExperts(ExpertsShape):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
         self._num_experts = num_experts
+        self._shape_of: dict[tuple[int, int], TileShape] = {}  # by layer and rows
         self.shapes = (SHAPES[tile_rows],) if tile_rows else tuple(SHAPES.values()) if num_experts else (ROWS_128,)
         self._prepare()
 
@@ -148,12 +149,18 @@ class HopperExperts(ExpertsShape):
         """Of the tiles of a call on so many rows."""
         if len(self.shapes) == 1:
             return self.shapes[0]
-        rows, w = num_rows * self.top_k / self._num_experts, self.weights[layer]
-        return shape_for(rows, 6 * rows * w.num_local_experts * self.hidden * w.intermediate, self.num_sms)
+        found = self._shape_of.get((layer, num_rows))
+        if found is None:
+            rows, w = num_rows * self.top_k / self._num_experts, self.weights[layer]
+            found = shape_for(rows, 6 * rows * w.num_local_experts * self.hidden * w.intermediate, self.num_sms)
+            if len(self._shape_of) >= MAX_LAYOUTS * len(self.weights):
+                self._shape_of.clear()
+            self._shape_of[layer, num_rows] = found
+        return found
 
     def leaving(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps
-        other.num_sms = max(1, self.num_sms - num_sms)
+        other.num_sms, other._shape_of = max(1, self.num_sms - num_sms), {}
         return other
 
     def new_scratch(self, max_rows: int) -> HopperScratch:
@@ -192,18 +199,12 @@ class HopperExperts(ExpertsShape):
     def __call__(
         self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: HopperScratch, events: Sequence[Recordable] = ()
     ) -> None:
-        hidden, ids, weights = rows.hidden, rows.ids, rows.weights
-        hidden_shape, ids_shape, weights_shape = hidden.shape, ids.shape, weights.shape
         num_rows, out_layout = _layout_of_out(out)
         # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor where.
         shape = self._shape(layer, num_rows)
-        layout = (
-            *(self, layer, shape.rows, len(events), hidden.get_device(), out_layout),
-            *(hidden.dtype, hidden_shape[1:], hidden.stride(), ids.dtype, ids_shape[1:], ids.stride()),
-            *(weights.dtype, weights_shape[1:], weights.stride()),
-        )
+        layout = self, layer, shape.rows, len(events), rows.layout, out_layout
         call = scratch.calls.get(layout)
-        if call is None or not (0 < num_rows == hidden_shape[0] == ids_shape[0] == weights_shape[0] <= scratch.max_rows):
+        if call is None or not (0 < num_rows == len(rows) <= scratch.max_rows):
             parts = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
             if num_rows == 0 or self.weights[layer].num_local_experts == 0:
                 self.nothing_local(parts, events)
