@@ -10,8 +10,9 @@
                             consumers  each multiplies 64 of the tile's rows with all its columns, and writes the results
 
 A tile never crosses from one expert into the next; a warpgroup whose 64 rows all lie after its expert's end multiplies
-nothing. Blocks take tiles `gridDim` apart in an order that keeps neighbours on the same weights (see next_tile). All sums run
-over ascending k in steps of 16, whatever the tile: a row's bits depend on the row alone.
+nothing. Blocks, or pairs of blocks with half of a tile's rows each (tile_shape.py), take tiles as far apart as there are of
+them, in an order that keeps neighbours on the same weights (raster.py). All sums run over ascending k in steps of 16, whatever
+the tile: a row's bits depend on the row alone.
 Ideas: warp specialisation and the ring from CUTLASS, the gather inside the GEMM from SonicMoE, the raster from Triton.
 """
 
@@ -185,7 +186,7 @@ def grouped_kernel(
                         )
                 slot = UINT32(slot + num_blocks)
         if is_pair:
-            ptx_cluster.sync_pair()  # until then the other block may write here
+            ptx_cluster.leave_pair()  # until then the other block may write here
 
     parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
     kernel = Kernel(

@@ -3,6 +3,8 @@
     rank()                                    of this block in its pair, 0 or 1
     sync_pair()                               until all threads of both blocks are here; of what they wrote, only barriers that
                                               barrier_fence has announced are sure to be seen after it
+    leave_pair()                              the same, behind all that they wrote and all their arrivals at the other block's barriers: a
+                                              block that has ended takes none any more
     barrier_arrive_at_other(bar)              one arrival at the other block's barrier of the same place, which waits for no write
                                               of this thread (a release for the cluster would wait for memory, at each stage)
     load_box_3d_to_both(shared, map, bar, x, y, z)   bulk copy of one box to the same place of both blocks, announced at bar in each
@@ -14,6 +16,7 @@ from pipemoe_kernels.ptx_hopper import U32, U64, instruction
 
 rank = instruction("mov.u32 $0, %cluster_ctarank;", U32, side_effect=False)
 sync_pair = instruction("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;", None)
+leave_pair = instruction("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;", None)
 barrier_arrive_at_other = instruction(
     """{
 .reg .b32 other, remote;
