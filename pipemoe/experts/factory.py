@@ -38,8 +38,9 @@ def make_experts(
     run, else "ampere" where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights, which no other
     one takes). deterministic: a row's result is the same bits whatever its neighbours and however experts are spread over ranks;
     `out` is float64 then. num_sms: multiprocessors that the GEMMs of "hopper", "hopper_fp8" and "ampere" may fill, None: all; the
-    others take no notice. num_experts: of all ranks together, by which "hopper" chooses its tiles. dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its
-    `wire_dtype`); torch.float8_e4m3fn: with scales, for any implementation.
+    others take no notice. num_experts: of all ranks together, by which "hopper" chooses its tiles; None: always the same ones.
+    dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its `wire_dtype`);
+    torch.float8_e4m3fn: with scales, for any implementation.
     Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
     """
     import torch

@@ -219,12 +219,12 @@ def _search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top
         if leader < 0 or place_of[k] < 0 or (turn > 1 and leader == 0):
             continue
         whole, costs, weight, wave_rows = costs_of[place_of[k]]
-        at = (k, 0, AS_USUAL)
+        at, one_slot = (k, 0, AS_USUAL), _in_one_slot(len(whole.num_waves), num_slots)
         for m in range(1, len(forms)):
             in_form = (k, m, AS_USUAL)
             if of_sms and figures[in_form][1] < NEVER and _price(figures, margins, goal, in_form) < _price(figures, margins, goal, at):
                 at = in_form
-        if of_sms and forms[at[1], 1]:
+        if of_sms and one_slot and forms[at[1], 1]:
             continue  # what arrivals leave is not for choosing
         before = costs
         if at[1]:
@@ -234,13 +234,13 @@ def _search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top
             trial = (k, at[1], m) if of_sms else (k, m, AS_USUAL)
             form = forms[trial[1]]
             if form[1] != arrivals:
-                if not _in_one_slot(len(whole.num_waves), num_slots):
+                if not one_slot:
                     break
                 arrivals, microbatches = form[1], _microbatches(kinds[k], tokens, starts, first, goal[4], num_slots)
                 uncut, _, _, _ = _costs_of(microbatches, form, starts, first, rates, num_experts, top_k, limits)
             left = usual_sms_left(rates, whole.num_waves, form[0], num_slots, form[1])
             lefts[trial] = forced if forced >= 0 else left if not of_sms else 0 if m == NONE else 2 * left
-            if form[1]:
+            if form[1] and one_slot:
                 costs = cut_columns(uncut, rates, form[0])
             else:
                 costs = cut_columns(leaving_sms(whole, wave_rows, rates, num_experts, top_k, num_ranks, lefts[trial]), rates, form[0])

@@ -164,7 +164,8 @@ class PlanConfig:
     one, or what mode "auto" chooses.
     arrivals: whether experts take a wave's rows as they arrive, in one launch (see plan.arrivals), in every plan whose cohorts run in one
     slot; None: not, or what mode "auto" chooses. num_sms: multiprocessors that the experts' persistent kernels fill, in every plan; None: all
-    but those that the plan leaves to collectives beside them, where there are such; mode "auto" chooses how many.
+    but those that the plan leaves to collectives beside them, where there are such; mode "auto" chooses how many. Experts that take rows as
+    they arrive leave what Room.kept_from_arrivals says, whatever num_sms is.
     """
 
     mode: str = "auto"

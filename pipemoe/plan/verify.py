@@ -291,10 +291,13 @@ def _rows_brought(plan: Plan, wave: Wave, groups: Sequence[Wave], group: int, ra
         return [(rank * block, (rank + 1) * block)] if group == OWN else [(0, wave.num_rows)]
     segments = [s for s in wave.segments if s.rank == rank] if group == OWN else groups[group].segments
     return [(s.row, s.row + s.num_rows) for s in segments]
+
+
 def _kernels_have_room(plan: Plan, room: Room | None) -> None:
     """What the experts' kernels leave to collectives leaves them something."""
     if plan.sms_left < 0 or (room is not None and plan.sms_left >= room.num_sms):
-        _fail("kernels have room", f"{plan.sms_left} multiprocessors are left to collectives, of {'how many ever' if room is None else room.num_sms}")
+        there_are = "any number" if room is None else room.num_sms
+        _fail("kernels have room", f"{plan.sms_left} multiprocessors are left to collectives, of {there_are}")
 
 
 def _issued_as_planned(projected: list[list[Issue]], issues: list[list[Issue]]) -> None:

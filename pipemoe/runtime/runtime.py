@@ -241,7 +241,7 @@ class Runtime:
         engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
-            verify(plan, row_bytes=self.wire.row_bytes, room=arrival_room(self.world, self._experts) if plan.arrivals else None)
+            verify(plan, row_bytes=self.wire.row_bytes, room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room)
             self.world.transport.log = []
         digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(

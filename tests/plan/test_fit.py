@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, attend_busy, experts_busy, rates_of
-from pipemoe.plan.fit import fit_sms, Samples, calibrate, fit_contention, fit_cost, least_squares
+from pipemoe.plan.fit import Samples, calibrate, fit_contention, fit_cost, fit_sms, least_squares
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
 from pipemoe.plan.simulator import simulate
@@ -101,3 +101,13 @@ def test_calibration_finds_what_was_scaled():
     found = calibrate(base, log_error)
     assert log_error(found) < log_error(base) / 2
     assert found.attend.row_ps > base.attend.row_ps and found.contention.experts_beside_dispatch < base.contention.experts_beside_dispatch
+
+
+def test_what_transfers_lose_is_calibrated_apart_from_what_computations_lose():
+    base = CostModel(contention=ContentionCost(attend_beside_experts=600, experts_beside_dispatch=600, combine_beside_attend=200))
+
+    def log_error(cost):
+        return abs(math.log(cost.contention.experts_beside_dispatch / 800)) + abs(math.log(cost.contention.attend_beside_experts / 600))
+
+    found = calibrate(base, log_error).contention
+    assert (found.experts_beside_dispatch, found.combine_beside_attend, found.attend_beside_experts) == (800, 600, 600)

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipemoe.runtime import runtime as runtime_module
 from pipemoe.errors import ConfigError
 from pipemoe.experts.host import HostExperts
 from pipemoe.plan.schedule import MODES
 from pipemoe.plan.sms import possible_sms_left, room_for_collectives
+from pipemoe.runtime import runtime as runtime_module
 from tests.moe_cases import make_layers, norm_ratio
 from tests.runtime.sources import RowsSource, make_runtime
 
@@ -99,4 +99,3 @@ def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mod
         found.append(source.sums)
     for sums in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(sums, found[0], strict=True))
-
