@@ -20,6 +20,7 @@ from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
 from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES, Facts, PlanConfig
 from pipemoe.plan.simulator import Prediction, simulate
+from pipemoe.runtime.arriving import GATHERING_PERMILLE
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -79,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
         gpu, sharing = GPUS[options.gpu], options.ranks_per_gpu
         ctas = default_max_ctas(gpu.num_sms // sharing, options.slots, sharing) if facts.num_ranks > 1 else 0
         cost = default_cost(gpu, dimensions, facts.num_ranks, value_bytes=value_bytes, sum_bytes=value_bytes, ranks_per_device=sharing, ctas=ctas)
+    if options.arrivals == "on" and not cost.experts.arrivals_permille:  # a file's, or default costs, are of experts that take whole waves
+        cost = replace(cost, experts=replace(cost.experts, arrivals_permille=GATHERING_PERMILLE))
     device = f"costs of {options.cost}" if options.cost else options.gpu
     print(f"{options.model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n")
     candidates = auto_candidates(facts, shape, config, cost)

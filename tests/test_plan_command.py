@@ -35,6 +35,15 @@ def test_waves_computed_as_they_arrive(capsys):
         assert ("waves computed as they arrive, dispatched in up to 3 groups" in capsys.readouterr().out) == wanted
 
 
+def test_waves_computed_as_they_arrive_are_priced_at_their_measured_speed(capsys):
+    """Experts that gather rows are slower than calls on whole waves, by more than a quick exchange could give them."""
+    mean = {}
+    for setting in ("on", "off"):
+        assert main(["plan", "--rank-tokens", "4000,4000", "--layers", "3", "--mode", "chunked", "--arrivals", setting]) == 0
+        mean[setting] = float(re.search(r"mean TTFT ([\d.]+) ms", capsys.readouterr().out).group(1))
+    assert mean["on"] > 1.05 * mean["off"]
+
+
 @pytest.mark.parametrize("model", MODEL_CONFIGS)
 @pytest.mark.parametrize("mode", ["auto", "padded", "per_rank"])
 def test_all_models_and_modes(capsys, model, mode):
