@@ -54,7 +54,7 @@ def cohorts_lines(plan: Plan) -> str:
     if plan.arrivals:
         most = max(len(groups_of(plan, c, w)) for c, cohort in enumerate(plan.cohorts) for w in range(len(cohort.waves)))
         lines.append(f"waves computed as they arrive, dispatched in up to {most} group{'s' if most > 1 else ''}")
-    if plan.sms_left:
+    if plan.sms_left and not plan.arrivals:
         lines.append(f"experts leave {plan.sms_left} multiprocessors to collectives")
     return "\n".join(lines)
 
