@@ -51,7 +51,8 @@ def load_model(path_or_config: Any, world: World, *, config: Config = Config(), 
     dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
     error, decoder, weights = None, None, None
     try:
-        decoder, weights = load_decoder(path_or_config, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype, seed=seed, quantised=config.experts == "hopper_fp8")
+        place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
+        decoder, weights = load_decoder(path_or_config, **place, dtype=dtype, seed=seed, quantised=config.experts == "hopper_fp8")
     except PipemoeError as e:
         error = e
     except Exception as e:  # noqa: BLE001  (transformers and torch raise what they like at an odd config.json)

@@ -68,8 +68,7 @@ def timeline_text(plan: Plan, prediction: Prediction, *, num_layers: int, width:
     chosen: dict[int, int] = {}
     for rank, tokens in enumerate(plan.facts.tokens):
         chosen.setdefault(tokens, rank)
-    ranks = sorted(sorted(chosen.values(), key=lambda rank: (-plan.facts.tokens[rank], rank))[:1] + sorted(chosen.values(), key=lambda rank: (plan.facts.tokens[rank], rank))[:1])
-    ranks = sorted(set(ranks))
+    ranks = sorted({chosen[max(chosen)], chosen[min(chosen)]})
     spans = {rank: [s for s in prediction.spans[rank] if s[0].layer in layers and s[1][0] < s[1][1]] for rank in ranks}
     end = max((stop for of_rank in spans.values() for _, (_, stop) in of_rank), default=1)
     lines = [f"first {len(layers)} layers, {milliseconds(end)} ms; a attend, E experts, f finish, > dispatch, < combine"]

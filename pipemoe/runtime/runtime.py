@@ -207,7 +207,9 @@ class Runtime:
 
         import pipemoe
 
-        facts = dict(facts, **{"number of this model or PipelinedMoE": str(self.world.num_runtimes)}, pipemoe=pipemoe.__version__, torch=torch.__version__, device=self.world.device.type, dtype=str(self.dtype), dispatch=str(self.wire.dtype))
+        facts = facts | {"number of this model or PipelinedMoE": str(self.world.num_runtimes)}
+        facts |= {"pipemoe": pipemoe.__version__, "torch": torch.__version__, "device": self.world.device.type}
+        facts |= {"dtype": str(self.dtype), "dispatch": str(self.wire.dtype)}
         facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items() if name != "cost"}
         facts |= {f"cost of {name}": str(value) for name, value in asdict(self.cost).items()}
         if self.world.device.type == "cuda" and self.world.size > 1:

@@ -134,7 +134,7 @@ def test_cupy_without_nccl_is_a_fault(monkeypatch):
 
 @pytest.mark.parametrize(
     "setting, slots, ranks_per_gpu, status",
-    [("2", 4, 4, "OK"), ("3", 4, 4, "FAIL"), ("8", 4, 1, "OK"), ("", 4, 1, "OK"), ("", 33, 1, "OK"), ("", 34, 1, "FAIL"), ("1", 17, 4, "FAIL")],
+    [("2", 4, 4, "OK"), ("3", 4, 4, "FAIL"), ("8", 4, 1, "OK"), ("", 4, 1, "OK"), ("", 32, 1, "OK"), ("", 33, 1, "FAIL"), ("1", 17, 4, "FAIL")],
 )
 def test_room_for_thread_blocks(monkeypatch, setting, slots, ranks_per_gpu, status):
     monkeypatch.setenv("NCCL_MAX_CTAS", setting)
