@@ -128,7 +128,7 @@ _SCALES = {  # in thousandths
     "volume": (600, 800, 900, 1000, 1100, 1200, 1400),
     "host": (400, 600, 800, 900, 1000, 1100, 1200),
     "contention": (0, 250, 500, 750, 1000, 1250, 1500, 2000),  # of computations side by side
-    "crossing": (0, 250, 500, 750, 1000, 1250, 1500),  # of a transfer and anything: one that repeats has no gaps to go on in
+    "crossing": (0, 250, 500, 750, 1000, 1250, 1500),  # of a transfer and anything, which may do better in steps than in repeated pairs
     "slowdown": (0, 500, 1000, 2000, 4000),
     "gaps": (0, 250, 500, 750, 1000),  # as such, not scaled
 }
