@@ -75,8 +75,8 @@ def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
 PEERS: dict[str, Callable[[ExpertWeights, WireRows, int], Call]] = {
     "pipemoe": lambda weights, rows, num_experts: experts_call("auto", weights, rows, num_experts),
     "pipemoe_128": lambda weights, rows, _: hopper_call(weights, rows, tile_rows=128),
-    "pipemoe_256": lambda weights, rows, _: hopper_call(weights, rows, tile_rows=256),
     "pipemoe_192": lambda weights, rows, _: hopper_call(weights, rows, tile_rows=192),
+    "pipemoe_256": lambda weights, rows, _: hopper_call(weights, rows, tile_rows=256),
     "pipemoe_fp8": lambda weights, rows, _: experts_call("hopper_fp8", weights, rows),
     "ampere": lambda weights, rows, _: experts_call("ampere", weights, rows),
     "grouped_mm": lambda weights, rows, _: experts_call("torch", weights, rows),

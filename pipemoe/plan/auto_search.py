@@ -22,7 +22,7 @@ from pipemoe.plan.sms import speeds_where_left, usual_sms_left
 
 _MOST_EVENTS = 2_400  # in all: candidates that would take more are not looked at
 _DOUBTFUL_EVENTS = 1_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
-_LAST_EVENTS = 2_700  # with those for other numbers of blocks, and of multiprocessors left
+_LAST_EVENTS = 2_700  # with those for other forms, and other numbers of multiprocessors left
 _MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 _FORM_MARGIN = 10  # the same for a form that is not the usual one
 _SMS_MARGIN = 10  # the same for multiprocessors left
@@ -58,7 +58,7 @@ def microbatches_of(kind, tokens, starts, first, ratio, num_slots):
 
 @compiled
 def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
-    """Figures [N, F, 3, 3] (mean, slowest, p50) of every candidate in each of forms [F, 2] (see _forms), AS_USUAL, NONE and TWICE (NEVER:
+    """Figures [N, F, 3, 3] (mean, slowest, p50) of every candidate in each of forms [F, 2] (see _forms in auto.py), AS_USUAL, NONE and TWICE (NEVER:
     does not apply, is an earlier one again, or was not run); the multiprocessors left [N, F, 3]; the best of all; and the events that
     choosing it took.
 
