@@ -23,7 +23,7 @@ run() {
 ttft() {
     local file=$1
     shift
-    [ -f "$results/cost.json" ] || run -m pipemoe.cli tune --model $model --out "$results/cost.json"
+    [ -f "$results/cost.json" ] || run -m pipemoe.cli tune --model $model --layers 16 --max-tokens 8192 --out "$results/cost.json"
     run benchmarks/ttft.py --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 

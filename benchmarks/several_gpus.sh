@@ -34,7 +34,7 @@ run() {
 
 # ttft MODEL LAYERS TUNED_LAYERS: what tune measured, then every mode on the same inputs.
 ttft() {
-    run -m pipemoe.cli tune --model "$1" --layers "$3" --out "$results/cost_$1.json"
+    run -m pipemoe.cli tune --model "$1" --layers "$3" --max-tokens 8192 --out "$results/cost_$1.json"
     run benchmarks/ttft.py --model "$1" --layers "$2" --moe-max-num-tokens 8192 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4 --cost "$results/cost_$1.json" \
         --rank-tokens "$(counts 4096 16)" --rank-tokens "$(counts 2048 2048)" --rank-tokens "$(counts 8192 8192)" \
         --trace benchmarks/traces/azure2023_conv.csv --num-requests $((4 * num_ranks)) --json "$results/ttft_$1.json"
@@ -43,7 +43,7 @@ ttft() {
 for part in ${PIPEMOE_BENCH_PARTS:-qwen3-30b-a3b faults comm deepseek-v3 overlap memory}; do
     case $part in
     comm | overlap | memory) run "benchmarks/$part.py" --json "$results/$part.json" ;;
-    qwen3-30b-a3b) ttft "$part" 48 4 ;;
+    qwen3-30b-a3b) ttft "$part" 48 16 ;;
     # Three dense layers, and MoE layers of about 23 / N GiB each in a third of the memory: the rest is for the workspaces of all modes.
     deepseek-v3)
         moe_layers=$((num_ranks * $(gpu_gib) / 3 / 23))

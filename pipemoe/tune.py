@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pipemoe.model import Model
 
 _PAIR_SECONDS = 10e-3  # that either side of a pair takes alone
-_WHOLE_STEP_MODES = ("broadcast", "two_batch", "pipelined", "per_rank")
+_WHOLE_STEP_MODES = ("broadcast", "chunked", "two_batch", "pipelined", "per_rank")
 _IN_LAYER = (OpKind.ATTEND, OpKind.DISPATCH, OpKind.EXPERTS, OpKind.COMBINE)  # in the order of a step of one cohort in one wave
 _Lengths = tuple[tuple[int, ...], ...]  # per rank
 
@@ -187,6 +187,8 @@ class Tuner:
         found = []
         for mode in _WHOLE_STEP_MODES if size > 1 else ("broadcast", "two_batch"):
             config = replace(base, mode=mode)
+            if mode == "chunked":  # several waves: a transfer of one beside the experts of another
+                config = replace(config, moe_max_num_tokens=max(1, n // 2))
             model = self._model.with_config(config)
             _say(self._world, f"whole steps: mode {mode}")
             for lengths in cases:

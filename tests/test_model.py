@@ -2,6 +2,7 @@
 
 import shutil
 from functools import cache
+from operator import itemgetter
 
 import pytest
 import torch
@@ -71,29 +72,54 @@ def test_same_first_tokens_in_float32(world, models, plain, mode, family, combin
             assert norm_ratio(f, w) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def roundings(models, plain):
+    """roundings(family): for each prompt of plain(family, bfloat16), logits [V] that are as right in bfloat16: the plain model's, and
+    those with its embeddings off by about one rounding, several times. They differ where a router is near a tie."""
+
+    @cache
+    def roundings(family):
+        reference = models(family, torch.bfloat16)[0]
+        right = [[[w] for w in wanted] for _, wanted in plain(family, torch.bfloat16)]
+        for seed in range(6):
+            noise = torch.Generator().manual_seed(seed)
+
+            def shake(module, inputs, rows, noise=noise):
+                return rows * (1 + 2**-8 * torch.randn(rows.shape, generator=noise).to(rows))
+
+            handle = reference.model.embed_tokens.register_forward_hook(shake)
+            for of_case, (prompts, _) in zip(right, plain(family, torch.bfloat16)):
+                for of_prompt, prompt in zip(of_case, prompts):
+                    of_prompt += plain_logits(reference, [prompt], reference.device)
+            handle.remove()
+        return right
+
+    return roundings
+
+
 # Of deterministic sums, the bits are the same in all modes (test_layer.py).
 @pytest.mark.parametrize(("deterministic", "modes"), [(False, MODES), (True, ("per_rank",))], ids=["any sums", "deterministic"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_stays_close(world, models, plain, family, deterministic, modes):
-    """Logits within 2e-2 by norm ratio, the same token wherever the margin exceeds twice the largest error.
+def test_bfloat16_stays_close(world, models, plain, roundings, family, deterministic, modes):
+    """Logits within 2e-2 by norm ratio of the nearest of `roundings`, and its token wherever its margin exceeds twice the largest error.
 
-    Left out are prompts on which the plain model's own bfloat16 forward is that far from its float32 forward: there a near-tie
-    of the router flips by rounding alone, and two right answers differ by more.
+    Left out are prompts on which the plain model's own bfloat16 forward is that far from its float32 forward.
     """
-    cases = plain(family, torch.bfloat16)
-    wide = plain(family, torch.float32)
-    decided = [[norm_ratio(w, v) < 1.5e-2 for w, v in zip(narrow[1], exact[1])] for narrow, exact in zip(cases, wide)]
-    assert sum(map(sum, decided)) >= sum(map(len, decided)) / 2
+    exact = plain(family, torch.float32)
+    sure = [[norm_ratio(r[0], v) < 1.5e-2 for r, v in zip(right, wide)] for right, (_, wide) in zip(roundings(family), exact)]
+    assert sum(map(sum, sure)) >= sum(map(len, sure)) / 2
+    wrong = []
     for mode in modes:
         model = models(family, torch.bfloat16)[1].with_config(Config(mode=mode, deterministic=deterministic, **SMALL))
-        for (prompts, wanted), sure in zip(cases, decided):
+        for case, (prompts, _) in enumerate(exact):
             found = model.prefill(prompts, keep_logits=True)
-            for i in (i for i, ok in enumerate(sure) if ok):
-                error = (found.logits[i] - wanted[i]).abs().max()
-                assert norm_ratio(found.logits[i], wanted[i]) < 2e-2
-                top = wanted[i].topk(2)
-                if top.values[0] - top.values[1] > 2 * error:
-                    assert found.first_tokens[i] == top.indices[0]
+            for i in (i for i, ok in enumerate(sure[case]) if ok):
+                off, wanted = min(((norm_ratio(found.logits[i], right), right) for right in roundings(family)[case][i]), key=itemgetter(0))
+                error, top = (found.logits[i] - wanted).abs().max(), wanted.topk(2)
+                same = top.values[0] - top.values[1] <= 2 * error or found.first_tokens[i] == top.indices[0]
+                if off >= 2e-2 or not same:
+                    wrong.append((mode, case, i, off, same))
+    assert not wrong  # only now: every rank takes part in every prefill
 
 
 def test_checkpoint_on_disk_gives_the_plain_models_tokens(world, tmp_path_factory):
