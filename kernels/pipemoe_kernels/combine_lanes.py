@@ -79,6 +79,7 @@ class PackedCombine:
         out: torch.Tensor,
         *,
         on_hopper: bool = True,
+        may_start_early: bool = True,
     ):
         hidden, top_k = out.shape[1], positions.shape[1]
         assert y.dtype == torch.bfloat16 and y.stride(1) == 1 and y.shape[1] == hidden, (y.dtype, y.shape)
@@ -90,7 +91,9 @@ class PackedCombine:
         assert bias is None or (bias.data_ptr() % 16 == 0 and (len(bias) == 1 or bias.stride(0) == y.stride(0)))
         kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden, y.stride(0), on_hopper)
         rows = (y, positions, ids, ids.stride(0), first_expert, weights, weights.stride(0))
-        self._launch = kernel.pack(device_index, *rows, y if bias is None else bias, out, out.stride(0))
+        self._launch = kernel.pack(
+            device_index, *rows, y if bias is None else bias, out, out.stride(0), may_start_early=may_start_early
+        )
         self._ids, self._weights, self._out = map(kernel.slot, ("ids", "weights", "out"))
 
     def __call__(self, stream: int, ids: int, weights: int, out: int, num_rows: int) -> None:

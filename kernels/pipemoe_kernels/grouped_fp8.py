@@ -219,6 +219,8 @@ class PackedDownFp8:
         offsets: torch.Tensor,
         y: torch.Tensor,
         num_sms: int,
+        *,
+        may_start_early: bool = True,
     ):
         hidden, steps = y.shape[1], down_scales.shape[2]
         assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0 and hidden % BLOCK == 0, y.shape
@@ -228,6 +230,7 @@ class PackedDownFp8:
             device_index,
             *(a_maps, 0, offsets, down_map, down_scales, offsets, len(offsets), hidden, steps),
             *(y, 2 * hidden, y, 0),
+            may_start_early=may_start_early,
         )
         self._sizes = len(offsets), -(-hidden // TILE_COLUMNS), num_sms
 

@@ -279,6 +279,8 @@ class PackedDown:
         y: torch.Tensor,
         num_sms: int,
         first_column: int = 0,
+        *,
+        may_start_early: bool = True,
     ):
         num_columns, num_local = y.shape[1], len(offsets)
         assert y.dtype == torch.bfloat16 and y.stride(1) == 1
@@ -289,6 +291,7 @@ class PackedDown:
             device_index,
             *(a_maps, first_column, offsets, down_maps, offsets, num_local, num_columns, intermediate, offsets),
             *(y, 2 * y.stride(0)),
+            may_start_early=may_start_early,
         )
         self._num_blocks = kernel.num_blocks(num_local, num_columns, num_sms)
 

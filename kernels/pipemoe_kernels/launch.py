@@ -135,14 +135,15 @@ class Kernel:
         entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
         return entry, linked(ObjectCode.from_ptx(ptx.encode()))
 
-    def pack(self, device_index: int, *arguments: torch.Tensor | int) -> PackedLaunch:
+    def pack(self, device_index: int, *arguments: torch.Tensor | int, may_start_early: bool = True) -> PackedLaunch:
         """A launch with these arguments to use again and again; tensors are passed as their first element's address.
 
-        The tensors are not kept: whoever keeps the launch keeps them. Compiles and loads the kernel.
+        The tensors are not kept: whoever keeps the launch keeps them. Compiles and loads the kernel. may_start_early: False has a
+        kernel that `starts_early` wait in the stream instead, where its blocks must not take multiprocessors meanwhile.
         """
         self.load(device_index)
         values = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
-        config = driver.launch_config(self.threads, self.shared_bytes, self.starts_early, self.cluster)
+        config = driver.launch_config(self.threads, self.shared_bytes, self.starts_early and may_start_early, self.cluster)
         return PackedLaunch(self._handles[device_index], config, values)
 
     def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:

@@ -121,6 +121,7 @@ class HopperExperts(ExpertsShape):
         if reason := unsupported(weights, hidden, device, dtype, self.implementation):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
+        self._leaves_sms = False  # to others: then the blocks of a later kernel must not sit there and wait for the one before
         self._num_experts = num_experts
         self._shape_of: dict[tuple[int, int], TileShape] = {}  # by layer and rows
         self.shapes = (SHAPES[tile_rows],) if tile_rows else tuple(SHAPES.values()) if num_experts else (ROWS_128,)
@@ -160,7 +161,7 @@ class HopperExperts(ExpertsShape):
 
     def leaving(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps
-        other.num_sms, other._shape_of = max(1, self.num_sms - num_sms), {}
+        other.num_sms, other._leaves_sms, other._shape_of = max(1, self.num_sms - num_sms), num_sms > 0, {}
         return other
 
     def new_scratch(self, max_rows: int) -> HopperScratch:
@@ -235,7 +236,7 @@ class HopperExperts(ExpertsShape):
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
             down = self._pack_down(layer, shape, scratch, a, offsets, scratch.y[:, part], columns.start)
             blocks.append(ColumnBlock(columns, down, scratch.y[:, part], bias))
-        return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, on_hopper=self.on_hopper)
+        return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, on_hopper=self.on_hopper, may_start_early=not self._leaves_sms)
 
     def _pack_gate_up(
         self, layer: int, shape: TileShape, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
@@ -251,7 +252,7 @@ class HopperExperts(ExpertsShape):
         """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them too."""
         kernel, maps = self._down_kernel(shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][1]
         a_maps, intermediate = scratch.a_maps[a.shape[1], shape], a.shape[1]
-        return grouped_wgmma.PackedDown(y.get_device(), kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column)
+        return grouped_wgmma.PackedDown(y.get_device(), kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column, may_start_early=not self._leaves_sms)
 
 
 def _layout_of_out(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[int, tuple[object, ...]]:

@@ -117,4 +117,7 @@ class HopperFp8Experts(HopperExperts):
         if first_column:
             return None
         weight_map, scales = self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1), self.weights[layer].down_scales
-        return PackedDownFp8(y.get_device(), scratch.a_maps[a.shape[1]], weight_map, scales, offsets, scratch.y, self.num_sms)
+        return PackedDownFp8(
+            *(y.get_device(), scratch.a_maps[a.shape[1]], weight_map, scales, offsets, scratch.y, self.num_sms),
+            may_start_early=not self._leaves_sms,
+        )

@@ -56,6 +56,7 @@ class PreparedCall:
         parts: Sequence[torch.Tensor],
         *,
         on_hopper: bool,
+        may_start_early: bool,
     ):
         self._device_index = rows.hidden.get_device()
         self._index, self._gate_up = index, gate_up
@@ -67,6 +68,7 @@ class PreparedCall:
                 combine = PackedCombine(
                     *(self._device_index, block.y, positions, rows.ids, weights.first_expert, rows.weights, block.bias, part),
                     on_hopper=on_hopper,
+                    may_start_early=may_start_early,
                 )
             self._blocks.append((block, block.down, combine, block.columns.start * part.element_size()))
 
