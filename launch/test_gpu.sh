@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests that need a GPU: those of one process, then those of an MPI job (a GPU per rank, or its ranks on one GPU).
+# All tests that need a GPU: those of one process, beside them those of faults, which run jobs of their own, and then those of an MPI
+# job (a GPU per rank, or its ranks on one GPU).
 #
 #   launch/test_gpu.sh [ranks ...]      (default: 4, or as many as there are GPUs if several)
 #
@@ -25,11 +26,19 @@ if "$python" -c "import xdist" 2>/dev/null; then
 fi
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
-trap 'rm -rf "$logs"' EXIT
+faults=$(mktemp "${TMPDIR:-/tmp}/pipemoe_faults.XXXXXX")
+trap 'rm -rf "$logs" "$faults"' EXIT
 failed=()
+
+"$python" -m pytest -q tests/faults >"$faults" 2>&1 &
+faults_pid=$!
 
 echo "== one process"
 "$python" -m pytest -q -m "gpu and not mpi" "${workers[@]}" || failed+=("one process")
+
+echo "== faults"
+wait "$faults_pid" || failed+=("faults")
+cat "$faults"
 
 for num_ranks in "$@"; do
     echo "== MPI on $num_ranks ranks"
@@ -40,9 +49,6 @@ for num_ranks in "$@"; do
         tail -n 60 "$logs"/rank*.log 2>/dev/null || true
     fi
 done
-
-echo "== faults"
-"$python" -m pytest -q tests/faults || failed+=("faults")
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED: %s\n' "${failed[@]}"
