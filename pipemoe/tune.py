@@ -107,6 +107,8 @@ def run(options: argparse.Namespace) -> int:
         if world.rank == 0:
             subject = {**model.runtime.cost_subject, "model": model_key(dimensions_of(config))}
             write_cost(options.out, subject, cost)
+            for line in tuner.compared(cost, steps):
+                _say(world, line)
             _say(world, f"error of predicted steps: {_percent(before)} as measured, {_percent(after)} scaled to them")
             print(f"costs: {options.out}")
         world.all_gather(b"", "end of tuning")
@@ -205,9 +207,21 @@ class Tuner:
         """Mean over steps and ranks of |log(predicted / measured)|."""
         errors = []
         for config, lengths, measured in steps:
-            predicted = simulate(plan(Facts(lengths), self._model.runtime.shape, config, cost), cost).ttft
+            predicted = self._predicted(cost, config, lengths)
             errors += [abs(math.log(p / m)) for p, m in zip(predicted, measured) if p and m]
         return statistics.fmean(errors)
+
+    def compared(self, cost: CostModel, steps: Sequence[tuple[Config, _Lengths, list[float]]]) -> list[str]:
+        """A line for each step: its ms to the first token per rank, as predicted and as measured."""
+        lines = []
+        for config, lengths, measured in steps:
+            predicted = self._predicted(cost, config, lengths)
+            pairs = ", ".join(f"{p / 1e6:.1f} ({m / 1e6:.1f})" for p, m in zip(predicted, measured) if p and m)
+            lines.append(f"{config.mode}, tokens {[sum(of_rank) for of_rank in lengths]}: predicted (measured) ms {pairs}")
+        return lines
+
+    def _predicted(self, cost: CostModel, config: Config, lengths: _Lengths) -> Sequence[int | None]:
+        return simulate(plan(Facts(lengths), self._model.runtime.shape, config, cost), cost).ttft
 
     def _sequences(self, lengths: _Lengths) -> list[list[int]]:
         vocabulary = self._model.decoder.vocab_size

@@ -102,19 +102,27 @@ def _fit_attend(samples: Samples, start: AttendCost, host_ns: int) -> AttendCost
 
 
 def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, host: HostCost) -> ExpertsCost:
-    """Two scales: of what grows with the experts hit, of what grows with the rows."""
-    hits = replace(start.experts, pair_ps=0, row_ps=0)
-    grows = replace(start.experts, expert_ns=0)
+    """Two scales: of what grows with the experts hit, of what grows with the rows; with the tile height that explains the samples best
+    (where weights are read meanwhile, rows that a tile lacks cost nothing)."""
+    measured = np.array([ns for _, ns in samples], float)
 
     def busy(cost: ExpertsCost, rows: int) -> int:
         return experts_busy(rates_of(replace(start, experts=cost)), rows, shape.num_experts, shape.top_k, num_ranks)
 
-    fixed, read, compute = least_squares([(1, busy(hits, rows), busy(grows, rows)) for rows, _ in samples], [ns for _, ns in samples])
-    old = start.experts
-    if fixed <= 1.2 * host.experts_ns and host.experts_ns > old.fixed_ns:
-        fixed = old.fixed_ns
-    measured = {"expert_ns": round(read * old.expert_ns), "pair_ps": round(compute * old.pair_ps), "row_ps": round(compute * old.row_ps)}
-    return replace(old, fixed_ns=round(fixed), **measured)
+    best, least = start.experts, np.inf
+    for tile_rows in sorted({1, 16, start.experts.tile_rows}, reverse=True):
+        old = replace(start.experts, tile_rows=tile_rows)
+        hits, grows = replace(old, pair_ps=0, row_ps=0), replace(old, expert_ns=0)
+        features = [(1, busy(hits, rows), busy(grows, rows)) for rows, _ in samples]
+        fixed, read, compute = scales = least_squares(features, measured)
+        error = float(np.sum((np.array(features) @ scales / measured - 1) ** 2))
+        if error < least * (1 - 1e-3):
+            least = error
+            if fixed <= 1.2 * host.experts_ns and host.experts_ns > old.fixed_ns:
+                fixed = old.fixed_ns
+            by_scale = {"expert_ns": round(read * old.expert_ns), "pair_ps": round(compute * old.pair_ps), "row_ps": round(compute * old.row_ps)}
+            best = replace(old, fixed_ns=round(fixed), **by_scale)
+    return best
 
 
 def _fit_exchange(samples) -> ExchangeCost:
@@ -123,7 +131,10 @@ def _fit_exchange(samples) -> ExchangeCost:
 
 
 _SCALES = {  # in thousandths
-    "compute": (600, 700, 800, 900, 1000, 1050, 1100, 1150, 1200, 1300, 1500, 2000),
+    "compute": (600, 700, 800, 900, 1000, 1050, 1100, 1150, 1200, 1300, 1500, 2000),  # attention and experts alike, before either
+    "attend": (700, 800, 900, 950, 1000, 1050, 1100, 1200, 1300),
+    "experts": (700, 800, 900, 950, 1000, 1050, 1100, 1200, 1300),
+    "crowd": (0, 500, 1000, 1500, 2000, 3000),
     "latency": (300, 500, 700, 850, 1000, 1150, 1300, 1600, 2000),
     "volume": (600, 800, 900, 1000, 1100, 1200, 1400),
     "host": (400, 600, 800, 900, 1000, 1100, 1200),
@@ -132,26 +143,44 @@ _SCALES = {  # in thousandths
     "slowdown": (0, 500, 1000, 2000, 4000),
     "gaps": (0, 250, 500, 750, 1000),  # as such, not scaled
 }
+_STARTS: tuple[dict[str, int], ...] = ({}, {"crossing": 0}, {"contention": 500})
+_PASSES, _WORTHWHILE = 10, 2e-3  # over all scales; of the error
 
 
 def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
     """Adjust what single operations do not show to whole steps. log_error: of predictions by a cost model, the smaller the better.
-    Everything is scaled, one after another as long as it helps; what is lost by contention as well."""
-    at = dict.fromkeys(_SCALES, 1000) | {"gaps": cost.gap_permille}
-    best, least, improved = cost, log_error(cost), True
-    while improved:
-        improved = False
-        for name, values in _SCALES.items():
-            for value in values:
-                trial = _scaled(cost, **{**at, name: value})
-                error = log_error(trial)
-                if error < least * (1 - 1e-3):
-                    best, least, at[name], improved = trial, error, value, True
+    Everything is scaled, one after another as long as it helps, from several starts; what is lost by contention as well."""
+    best, least = cost, log_error(cost)
+    for start in _STARTS:
+        at = dict.fromkeys(_SCALES, 1000) | {"gaps": cost.gap_permille} | start
+        lowest = log_error(_scaled(cost, **at))
+        for _ in range(_PASSES):
+            before = lowest
+            for name, values in _SCALES.items():
+                for value in values:
+                    error = log_error(_scaled(cost, **{**at, name: value}))
+                    if error < lowest * (1 - _WORTHWHILE):
+                        lowest, at[name] = error, value
+            if lowest == before:
+                break
+        if lowest < least * (1 - _WORTHWHILE):
+            best, least = _scaled(cost, **at), lowest
     return best
 
 
 def _scaled(
-    cost: CostModel, compute: int, latency: int, volume: int, host: int, contention: int, crossing: int, slowdown: int, gaps: int
+    cost: CostModel,
+    compute: int,
+    attend: int,
+    experts: int,
+    crowd: int,
+    latency: int,
+    volume: int,
+    host: int,
+    contention: int,
+    crossing: int,
+    slowdown: int,
+    gaps: int,
 ) -> CostModel:
     """Everything in thousandths of what it was; slowdown: of cores that ranks share."""
 
@@ -168,8 +197,8 @@ def _scaled(
         speeds[name] = max(least, 1000 - lost // 1000)
     return replace(
         cost,
-        attend=by(cost.attend, compute, "fixed_ns", "weights_ns", "row_ps", "pair_fs"),
-        experts=by(cost.experts, compute, "fixed_ns", "expert_ns", "pair_ps", "row_ps"),
+        attend=by(by(cost.attend, compute * attend // 1000, "fixed_ns", "weights_ns", "row_ps", "pair_fs"), crowd, "crowd_permille"),
+        experts=by(cost.experts, compute * experts // 1000, "fixed_ns", "expert_ns", "pair_ps", "row_ps"),
         dispatch=exchange(cost.dispatch),
         combine=exchange(cost.combine),
         host=by(cost.host, host, *(name for name in asdict(cost.host) if name.endswith("_ns"))),

@@ -88,7 +88,8 @@ def test_calibration_finds_what_was_scaled():
         experts=replace(base.experts, pair_ps=base.experts.pair_ps * 13 // 10, expert_ns=base.experts.expert_ns * 13 // 10),
         contention=replace(base.contention, attend_under_attend=100, experts_under_experts=50, experts_beside_dispatch=400),
     )
-    steps = [(mode, Facts(((n,),) * 4)) for mode in ("broadcast", "two_batch", "per_rank") for n in (256, 2048)]
+    counts = [((n,),) * 4 for n in (256, 2048)] + [((2048,), (32,), (32,), (32,))]
+    steps = [(mode, Facts(of_ranks)) for mode in ("broadcast", "two_batch", "per_rank") for of_ranks in counts]
 
     def makespan(cost, mode, facts):
         return simulate(plan(facts, SHAPE, PlanConfig(mode=mode), cost), cost).makespan
@@ -100,7 +101,10 @@ def test_calibration_finds_what_was_scaled():
 
     found = calibrate(base, log_error)
     assert log_error(found) < log_error(base) / 2
-    assert found.attend.row_ps > base.attend.row_ps and found.contention.experts_beside_dispatch < base.contention.experts_beside_dispatch
+
+    unseen = [(mode, Facts(((1024,), (1024,), (64,), (512,)))) for mode in ("broadcast", "two_batch", "per_rank", "pipelined")]
+    before, after = (sum(abs(math.log(makespan(cost, *step) / makespan(wanted, *step))) for step in unseen) for cost in (base, found))
+    assert after < before / 2
 
 
 def test_what_transfers_lose_is_calibrated_apart_from_what_computations_lose():
