@@ -248,7 +248,7 @@ class Tuner:
             samples.attend.append(attended)
             samples.finish.append(1e9 * next(s.end - s.begin for s in timed[0].timeline.spans if s.op.kind is OpKind.FINISH))
             first = next(s.end for s in timed[0].timeline.spans if s.op.kind is OpKind.ATTEND and not s.op.layer)
-            samples.start.append(max(0.0, 1e9 * (first - timed[0].begin) - took[OpKind.ATTEND]))
+            samples.start.append((*attended[:2], max(1e3, 1e9 * (first - timed[0].begin) - took[OpKind.ATTEND])))
         elif not self._model.runtime.cost.cores.permille:  # cores are shared out by the simulator
             samples.crowded.append(attended)
         samples.experts.append((rows, took[OpKind.EXPERTS]))

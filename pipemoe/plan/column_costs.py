@@ -24,13 +24,14 @@ def cut_columns(costs, rates, num_blocks):
         return costs
     num_cohorts, num_ranks, num_waves = costs.own.shape
     works = heads + num_blocks
-    compute = np.zeros((num_cohorts, num_ranks, 2 + num_waves * works, 2), np.int64)
+    compute = np.zeros((num_cohorts, num_ranks, 3 + num_waves * works, 2), np.int64)
     exchange = np.zeros((num_cohorts, 2, num_waves * num_blocks, 2), np.int64)
     for c in range(num_cohorts):
         for r in range(num_ranks):
             for kind in range(2):
                 compute[c, r, 0, kind] = costs.compute[c, r, 0, kind]
-                compute[c, r, 1 + num_waves * works, kind] = costs.compute[c, r, 1 + num_waves, kind]
+                for after in (1, 2):  # finish, and the first layer's attend
+                    compute[c, r, after + num_waves * works, kind] = costs.compute[c, r, after + num_waves, kind]
             for w in range(costs.num_waves[c]):
                 alone, busy = costs.compute[c, r, 1 + w, ALONE], costs.compute[c, r, 1 + w, BUSY]
                 sliced = busy * rates.experts_sliced_permille // 1000

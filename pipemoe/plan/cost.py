@@ -37,13 +37,16 @@ class _Whole:
 class AttendCost(_Whole):
     """Attention, router and what else a rank computes for its own tokens, per MoE layer: busy for the larger of `weights_ns`
     (reading them) and `row_ps` per token, and `pair_fs` per pair of a query and a key (causal, so a quadratic term).
-    crowd_permille: how much longer that takes while every other rank attends to as much (ranks that share a GPU)."""
+    crowd_permille: how much longer that takes while every other rank attends to as much (ranks that share a GPU).
+    dense_row_ps, dense_pair_fs: the same of all dense layers before the first MoE layer, which its attention begins with."""
 
     fixed_ns: int = 60_000
     weights_ns: int = 8_000
     row_ps: int = 80_000
     pair_fs: int = 35_000
     crowd_permille: int = 0
+    dense_row_ps: int = 0
+    dense_pair_fs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,13 +62,17 @@ def default_cost(
     row_bytes = row_bytes or -(-(shape.hidden * value_bytes + 8 * shape.top_k) // 128) * 128
     # The experts also read and write each local row a few times: gathered rows, activations, sums.
     glue_ps = (4 * shape.hidden + 3 * shape.intermediate) * value_bytes * 10**15 // (bandwidth * _MEMORY_PERMILLE)
+    passes_ps = read_ns(1000 * _PASSES * shape.hidden)
+    pair_fs = compute_ps(1000 * dimensions.pair_flops, _ATTENTION_PERMILLE)
     return CostModel(
         attend=AttendCost(
             fixed_ns=400_000 * waiting if device.cores else 100_000,
             weights_ns=read_ns(dimensions.dense_weights),
-            row_ps=compute_ps(2 * dimensions.dense_weights, _DENSE_PERMILLE) + read_ns(1000 * _PASSES * shape.hidden),
-            pair_fs=compute_ps(1000 * dimensions.pair_flops, _ATTENTION_PERMILLE),
+            row_ps=compute_ps(2 * dimensions.dense_weights, _DENSE_PERMILLE) + passes_ps,
+            pair_fs=pair_fs,
             crowd_permille=_CROWD_PERMILLE if ranks_per_device > 1 else 0,
+            dense_row_ps=dimensions.num_dense_layers * (compute_ps(2 * dimensions.dense_layer_weights, _DENSE_PERMILLE) + passes_ps),
+            dense_pair_fs=dimensions.num_dense_layers * pair_fs,
         ),
         experts=ExpertsCost(
             fixed_ns=200_000 * waiting if device.cores else 60_000,

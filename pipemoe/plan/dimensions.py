@@ -12,11 +12,13 @@ from pipemoe.plan.schedule import ModelShape
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """Per MoE layer, dense layers spread evenly over them; weights in numbers of values, whatever their type."""
+    """Per MoE layer, unless said otherwise; weights in numbers of values, whatever their type."""
 
     shape: ModelShape
-    dense_weights: int  # attention, router, shared experts and dense layers: multiplied with every token of the own rank
+    dense_weights: int  # attention, router and shared experts: multiplied with every token of the own rank
     pair_flops: int  # of attention, per pair of a query and a key it may see, all heads
+    num_dense_layers: int = 0  # before the first MoE layer
+    dense_layer_weights: int = 0  # of one of them
 
     @property
     def expert_weights(self) -> int:
@@ -74,9 +76,7 @@ def _latent(config: Mapping[str, Any]) -> Dimensions:
     attention = queries + keys + heads * values * hidden
     pair_flops = 2 * heads * (nope + rope + values)
     shared = 3 * hidden * intermediate * config["n_shared_experts"] + hidden * shape.num_experts
-    before = dense * (attention + 3 * hidden * config["intermediate_size"])
-    all_layers = num_layers + dense
-    return Dimensions(shape, attention + shared + before // num_layers, pair_flops * all_layers // num_layers)
+    return Dimensions(shape, attention + shared, pair_flops, dense, attention + 3 * hidden * config["intermediate_size"] if dense else 0)
 
 
 _BY_TYPE = {

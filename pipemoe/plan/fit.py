@@ -25,7 +25,7 @@ class Samples:
     dispatch: list[tuple[int, int, float]] = field(default_factory=list)  # segments, rows that the busiest link carries
     combine: list[tuple[int, int, float]] = field(default_factory=list)
     host: dict[str, list[float]] = field(default_factory=dict)
-    start: list[float] = field(default_factory=list)
+    start: list[tuple[int, int, float]] = field(default_factory=list)  # tokens and pairs: to the first MoE layer's attention
     finish: list[float] = field(default_factory=list)
 
 
@@ -34,14 +34,19 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
     # A thread that issues is held up now and then, by others or by full queues: what it takes shows in the quick ones.
     host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
+    attend = _fit_attend(samples, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns)
+    start_ns = start.start_ns
+    if samples.start:
+        begin, row, pair = least_squares([(1, rows, pairs) for rows, pairs, _ in samples.start], [ns for *_, ns in samples.start])
+        start_ns, attend = round(begin), replace(attend, dense_row_ps=round(row * 1e3), dense_pair_fs=round(pair * 1e6))
     return replace(
         start,
-        attend=_fit_attend(samples, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns),
+        attend=attend,
         experts=_fit_experts(samples.experts, start, shape, num_ranks, host_cost),
         dispatch=_fit_exchange(samples.dispatch),
         combine=_fit_exchange(samples.combine),
         host=host_cost,
-        start_ns=round(float(np.median(samples.start))) if samples.start else start.start_ns,
+        start_ns=start_ns,
         finish_ns=round(float(np.median(samples.finish))) if samples.finish else start.finish_ns,
     )
 
@@ -144,6 +149,7 @@ _SCALES = {  # in thousandths
     "gaps": (0, 250, 500, 750, 1000),  # as such, not scaled
 }
 _STARTS: tuple[dict[str, int], ...] = ({}, {"crossing": 0}, {"contention": 500})
+_ATTEND_TIMES = ("fixed_ns", "weights_ns", "row_ps", "pair_fs", "dense_row_ps", "dense_pair_fs")
 _PASSES, _WORTHWHILE = 10, 2e-3  # over all scales; of the error
 
 
@@ -197,7 +203,7 @@ def _scaled(
         speeds[name] = max(least, 1000 - lost // 1000)
     return replace(
         cost,
-        attend=by(by(cost.attend, compute * attend // 1000, "fixed_ns", "weights_ns", "row_ps", "pair_fs"), crowd, "crowd_permille"),
+        attend=by(by(cost.attend, compute * attend // 1000, *_ATTEND_TIMES), crowd, "crowd_permille"),
         experts=by(cost.experts, compute * experts // 1000, "fixed_ns", "expert_ns", "pair_ps", "row_ps"),
         dispatch=exchange(cost.dispatch),
         combine=exchange(cost.combine),

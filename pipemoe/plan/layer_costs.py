@@ -18,7 +18,7 @@ ALONE, BUSY = 0, 1
 DISPATCH, COMBINE = 0, 1
 LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 
-# num_waves [C]. compute [C, R, 2 + W, 2]: attend, experts of each wave, finish; ns alone and ns busy. exchange [C, 2, W, 2]:
+# num_waves [C]. compute [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns alone and ns busy. exchange [C, 2, W, 2]:
 # dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
 # cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not
 # at all. issue [C, R]: ns to issue an attend. num_blocks: of columns; with more than one see column_costs. gathered [C, W]: is the wave
@@ -70,7 +70,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
     experts leave to collectives."""
     num_cohorts, most_waves = wave_rows.shape
     num_ranks = len(first) - 1
-    compute = np.zeros((num_cohorts, num_ranks, 2 + most_waves, 2), np.int64)
+    compute = np.zeros((num_cohorts, num_ranks, 3 + most_waves, 2), np.int64)
     exchange = np.zeros((num_cohorts, 2, most_waves, 2), np.int64)
     own = np.zeros((num_cohorts, num_ranks, most_waves), np.bool_)
     ends = np.zeros((num_cohorts, num_ranks), np.int64)
@@ -137,6 +137,8 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                     busy += rates.attend_crowd_permille * min(busy, (total - busy) // (num_ranks - 1)) // 1000
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
                 finish = 1 + most_waves
+                busy += rows[c, r] * rates.attend_dense_row_ps // 1000 + pairs[c, r] * rates.attend_dense_pair_fs // 1_000_000
+                compute[c, r, finish + 1, ALONE], compute[c, r, finish + 1, BUSY] = rates.attend_fixed_ns + busy, busy
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
     groups, heads = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
     return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, heads, 0)

@@ -100,6 +100,7 @@ def _as_here(
 
 
 def model_key(dimensions: Dimensions) -> list[int]:
-    """What of a model decides its costs; not how many layers it has."""
+    """What of a model decides its costs; not how many MoE layers it has."""
     shape = dimensions.shape
-    return [shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dimensions.dense_weights, dimensions.pair_flops]
+    dense = [dimensions.num_dense_layers, dimensions.dense_layer_weights] if dimensions.num_dense_layers else []
+    return [shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dimensions.dense_weights, dimensions.pair_flops, *dense]

@@ -136,7 +136,7 @@ class NaiveSimulator:
         return (set() if ahead else {make(OpKind.DISPATCH, c, layer, wave)}) | of_earlier(OpKind.COMBINE)
 
     def compute_ns(self, r, op):
-        place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * (self.num_heads + self.num_blocks) + self.parts[r][op], OpKind.FINISH: -1}[op.kind]
+        place = {OpKind.ATTEND: 0 if op.layer else -1, OpKind.EXPERTS: 1 + op.wave * (self.num_heads + self.num_blocks) + self.parts[r][op], OpKind.FINISH: -2}[op.kind]
         return int(self.costs.compute[op.cohort, r, place, 0])
 
     def host_ns(self, r, op):
