@@ -143,8 +143,8 @@ _SCALES = {  # in thousandths
     "latency": (300, 500, 700, 850, 1000, 1150, 1300, 1600, 2000),
     "volume": (600, 800, 900, 1000, 1100, 1200, 1400),
     "host": (400, 600, 800, 900, 1000, 1100, 1200),
-    "contention": (0, 250, 500, 750, 1000, 1250, 1500, 2000),  # of computations side by side
-    "crossing": (0, 250, 500, 750, 1000, 1250, 1500),  # of a transfer and anything, which may do better in steps than in repeated pairs
+    "contention": (0, 250, 500, 750, 1000),  # of computations side by side: in steps no worse than in pairs without a gap
+    "crossing": (0, 250, 500, 750, 1000),  # of a transfer and anything, the same
     "slowdown": (0, 500, 1000, 2000, 4000),
     "gaps": (0, 250, 500, 750, 1000),  # as such, not scaled
 }

@@ -81,12 +81,13 @@ def test_measured_speeds_become_what_leaving_multiprocessors_does():
 
 
 def test_calibration_finds_what_was_scaled():
-    base = CostModel(host=HostCost(*(5000,) * 7))  # launches must not bind, or contention does not show
+    worse = ContentionCost(attend_under_attend=100, experts_under_experts=50, experts_beside_dispatch=400)
+    base = CostModel(host=HostCost(*(5000,) * 7), contention=worse)  # launches must not bind, or contention does not show
     wanted = replace(
         base,
         attend=replace(base.attend, row_ps=base.attend.row_ps * 13 // 10, pair_fs=base.attend.pair_fs * 13 // 10),
         experts=replace(base.experts, pair_ps=base.experts.pair_ps * 13 // 10, expert_ns=base.experts.expert_ns * 13 // 10),
-        contention=replace(base.contention, attend_under_attend=100, experts_under_experts=50, experts_beside_dispatch=400),
+        contention=ContentionCost(),
     )
     counts = [((n,),) * 4 for n in (256, 2048)] + [((2048,), (32,), (32,), (32,))]
     steps = [(mode, Facts(of_ranks)) for mode in ("broadcast", "two_batch", "per_rank") for of_ranks in counts]
