@@ -3,7 +3,7 @@
 #
 #   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
 #
-#   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): ttft lockstep front draws memory overlap comm
+#   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): ttft lockstep front memory overlap comm
 #   PIPEMOE_BENCH_ROUNDS  timed passes per mode of ttft (default: 9)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -27,11 +27,11 @@ ttft() {
     run benchmarks/ttft.py --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 
-for part in ${PIPEMOE_BENCH_PARTS:-ttft lockstep front draws memory overlap comm}; do
+for part in ${PIPEMOE_BENCH_PARTS:-ttft lockstep front memory overlap comm}; do
     case $part in
     ttft)
         ttft ttft.json --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16 --rank-tokens 8192,1024,512,0 --rank-tokens 64,64,64,64 \
-            --rank-tokens 1,0,0,0 --trace benchmarks/traces/azure2023_conv.csv --num-requests 16 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4
+            --rank-tokens 1,0,0,0 --trace benchmarks/traces/azure2023_conv.csv --num-requests 16 --draws 12 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4
         ;;
     lockstep)
         # The same lockstep with the slot that it does not need given to larger collectives.
@@ -39,7 +39,6 @@ for part in ${PIPEMOE_BENCH_PARTS:-ttft lockstep front draws memory overlap comm
             --modes padded,chunked,broadcast --rounds 5 --parity-layers 1
         ;;
     front) ttft ttft_front.json --rank-tokens 8192,1024,512,0 --modes broadcast,auto --budgets 0,5,20 --rounds 5 --parity-layers 1 ;;
-    draws) ttft ttft_draws.json --trace benchmarks/traces/azure2023_conv.csv --num-requests 4 --draws 12 --draw-rounds 4 --rounds 2 --parity-layers 1 ;;
     memory | overlap | comm) run "benchmarks/$part.py" --json "$results/$part.json" ;;
     *)
         echo "one_gpu.sh: no part $part" >&2

@@ -68,6 +68,7 @@ class Operations:
         begins = [0, *accumulate([num_tokens] * world.size)]
         wave = Wave(tuple(Segment(rank, 0, num_tokens, begins[rank]) for rank in range(world.size)), rows)
         self._sides: dict[tuple[str, int], Side] = {}
+        self._read_by_graphs: list[Any] = []  # a graph does not keep the tensors that it reads
         for slot, lanes in enumerate(world.lanes.slots[:2]):
             scratch = experts.new_scratch(rows)
             buffer = torch.zeros((rows, wire.row_bytes), dtype=torch.uint8, device=world.device)
@@ -90,9 +91,11 @@ class Operations:
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
         state = self._decoder.start(self._decoder.new_step(), torch.zeros(self._num_tokens, dtype=torch.long), pieces)
+        hidden = state.hidden
+        self._read_by_graphs.append((state, hidden))
 
         def work() -> None:
-            state.layer = -1  # as before the first layer
+            state.hidden, state.layer = hidden, -1  # as before the first layer
             self._decoder.attend(state, 0, None)
 
         if not self._decoder.can_be_captured:
