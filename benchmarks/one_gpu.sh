@@ -13,7 +13,7 @@ results=${1:-benchmarks/results/$(gpu_name)_one_gpu}
 mkdir -p "$results"
 status=0
 model=qwen3-30b-a3b
-layers=$(($(gpu_gib) >= 120 ? 48 : 28)) # all, or what fits beside the workspaces of all modes
+layers=$(($(gpu_gib) >= 120 ? 48 : 22)) # all, or what fits beside the workspaces of all modes
 
 run() {
     launch/one_gpu.sh 4 "$@" || status=1

@@ -53,6 +53,7 @@ _ON_ONE_GPU = ContentionCost(
     dispatch_beside_attend=890, dispatch_beside_experts=800, dispatch_beside_dispatch=980, dispatch_beside_combine=965,
     combine_beside_attend=825, combine_beside_experts=740, combine_beside_dispatch=965, combine_beside_combine=965,
 )  # fmt: skip
+_SMS_BETWEEN_GPUS, _SMS_ON_ONE_GPU = (750, 580, 1000, 1070), (690, 1000, 1000, 1110)  # what pipemoe tune found there, see SmsCost
 _ONE_GPU_LINK = 20 * 10**9  # bytes per second: 4 ranks, NCCL 2.30, one thread block per collective (with four about 100)
 
 
@@ -119,7 +120,7 @@ def default_cost(
         host=_HOST_ON_CPU if device.cores else _HOST_ON_GPU,
         cores=CoresCost(1000 * device.cores, 200) if device.cores else CoresCost(),
         contention=ContentionCost(**_ON_CORES) if device.cores else _ON_ONE_GPU if ranks_per_device > 1 else _BETWEEN_GPUS,
-        sms=SmsCost(device.num_sms // ranks_per_device, ctas),
+        sms=SmsCost(device.num_sms // ranks_per_device, ctas, *(_SMS_ON_ONE_GPU if ranks_per_device > 1 else _SMS_BETWEEN_GPUS)),
         gap_permille=1000 if device.cores else 500,
         start_ns=500_000 * waiting if device.cores else 2_000_000,
         finish_ns=300_000 if device.cores else 200_000,
