@@ -275,12 +275,6 @@ class Plan:
         return "padded" if even else self.config.exchange
 
     @cached_property
-    def overlaps(self) -> bool:
-        """May a collective be under way beside a rank's computation? With one wave in one block, taken whole,
-        everything waits for everything."""
-        return self.arrivals or self.num_column_blocks > 1 or sum(len(cohort.waves) for cohort in self.cohorts) > 1
-
-    @cached_property
     def num_slots_used(self) -> int:
         return len({cohort.slot for cohort in self.cohorts})
 

@@ -22,7 +22,8 @@ def room_for_collectives(num_sms, ctas, num_slots):
 
 @compiled
 def usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals):
-    """Room for the collectives of the slots that cohorts of `num_waves` [C] waves use; none where nothing overlaps (Plan.overlaps)."""
+    """Room for the collectives of the slots that cohorts of `num_waves` [C] waves use; none where no
+    collective can be under way beside experts: with one wave in one block, taken whole, everything waits for everything."""
     if num_blocks == 1 and num_waves.sum() <= 1 and not arrivals:
         return 0
     return room_for_collectives(rates.sms_num_sms, rates.sms_ctas, min(len(num_waves), num_slots))

@@ -102,12 +102,6 @@ def test_auto_gathers_what_needs_no_padding():
     assert exchanges("broadcast", (7, 7, 7)) == {"broadcast"} and exchanges("padded", (7, 6, 7)) == {"padded"}
 
 
-def test_only_several_waves_overlap():
-    facts = Facts(((9,), (9,)))
-    assert not plan(facts, SHAPE, PlanConfig(mode="broadcast")).overlaps and not plan(Facts(((), ())), SHAPE, PlanConfig()).overlaps
-    assert plan(facts, SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=10)).overlaps and plan(facts, SHAPE, PlanConfig(mode="two_batch")).overlaps
-
-
 def test_too_many_tokens_names_the_rank():
     with pytest.raises(InputError, match="rank 1: 9 tokens .* max_tokens_per_rank=8"):
         plan(Facts(((8,), (9,))), SHAPE, PlanConfig(max_tokens_per_rank=8))
