@@ -27,17 +27,28 @@ fi
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
 faults=$(mktemp "${TMPDIR:-/tmp}/pipemoe_faults.XXXXXX")
-trap 'rm -rf "$logs" "$faults"' EXIT
+faults_pid=
+# shellcheck disable=SC2317 # called by a trap
+clean_up() {
+    [ -z "$faults_pid" ] || kill -TERM -- "-$faults_pid" 2>/dev/null || true
+    rm -rf "$logs" "$faults"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' HUP TERM
 failed=()
 
-"$python" -m pytest -q tests/faults >"$faults" 2>&1 &
+set -m # a process group of its own, which can be ended, and does not ignore the interrupt as background jobs else do
+"$python" -m pytest -q tests/faults >"$faults" 2>&1 </dev/null &
 faults_pid=$!
+set +m
 
 echo "== one process"
 "$python" -m pytest -q -m "gpu and not mpi" "${workers[@]}" || failed+=("one process")
 
 echo "== faults"
 wait "$faults_pid" || failed+=("faults")
+faults_pid=
 cat "$faults"
 
 for num_ranks in "$@"; do

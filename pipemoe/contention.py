@@ -86,7 +86,8 @@ class Operations:
             torch.cuda.synchronize(world.device)  # all this was filled on another stream than the lanes'
 
     def _attend(self, world: World, lane: Lane) -> Callable[[], Any]:
-        """Attention of the first MoE layer, again and again on the same tokens; from a graph where steps can take it from one."""
+        """Attention of the first MoE layer and all before it, again and again on the same tokens; from a graph where steps can take it
+        from one."""
         import torch
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
@@ -109,6 +110,7 @@ class Operations:
                 work()
                 graph.capture_end()
 
+        torch.cuda.synchronize(world.device)  # the lane's stream does not wait for what `start` enqueued on another
         world.engine.call(lambda: run_all(world, [(Side(lane, capture), 1)]))
         return graph.replay
 

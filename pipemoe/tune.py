@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     from pipemoe.contention import BESIDE_TRANSFERS, PAIRS
 
     if options.layers < 2:
-        raise InputError("--layers is 1; the first layer is not timed, so at least 2 are needed")
+        raise InputError("--layers is 1; operations are timed in the layers after the first, so at least 2 are needed")
     config = _model_config(options.model)
     first_moe = int(config.get("first_k_dense_replace", 0))
     cut = {**config, "num_hidden_layers": min(config["num_hidden_layers"], first_moe + options.layers)}
@@ -248,7 +248,7 @@ class Tuner:
             samples.attend.append(attended)
             samples.finish.append(1e9 * next(s.end - s.begin for s in timed[0].timeline.spans if s.op.kind is OpKind.FINISH))
             first = next(s.end for s in timed[0].timeline.spans if s.op.kind is OpKind.ATTEND and not s.op.layer)
-            samples.start.append((*attended[:2], max(1e3, 1e9 * (first - timed[0].begin) - took[OpKind.ATTEND])))
+            samples.start.append((*attended[:2], 1e9 * (first - timed[0].begin) - took[OpKind.ATTEND]))
         elif not self._model.runtime.cost.cores.permille:  # cores are shared out by the simulator
             samples.crowded.append(attended)
         samples.experts.append((rows, took[OpKind.EXPERTS]))

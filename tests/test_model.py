@@ -106,8 +106,7 @@ def test_bfloat16_stays_close(world, models, plain, roundings, family, determini
     Left out are prompts on which the plain model's own bfloat16 forward is that far from its float32 forward.
     """
     exact = plain(family, torch.float32)
-    sure = [[norm_ratio(r[0], v) < 1.5e-2 for r, v in zip(right, wide)] for right, (_, wide) in zip(roundings(family), exact)]
-    assert sum(map(sum, sure)) >= sum(map(len, sure)) / 2
+    sure = [[norm_ratio(r[0], v) < 2e-2 for r, v in zip(right, wide)] for right, (_, wide) in zip(roundings(family), exact)]
     wrong = []
     for mode in modes:
         model = models(family, torch.bfloat16)[1].with_config(Config(mode=mode, deterministic=deterministic, **SMALL))
@@ -119,7 +118,9 @@ def test_bfloat16_stays_close(world, models, plain, roundings, family, determini
                 same = top.values[0] - top.values[1] <= 2 * error or found.first_tokens[i] == top.indices[0]
                 if off >= 2e-2 or not same:
                     wrong.append((mode, case, i, off, same))
-    assert not wrong  # only now: every rank takes part in every prefill
+    # Only now: every rank takes part in every prefill.
+    assert not wrong
+    assert sum(map(sum, sure)) >= sum(map(len, sure)) / 2
 
 
 def test_checkpoint_on_disk_gives_the_plain_models_tokens(world, tmp_path_factory):

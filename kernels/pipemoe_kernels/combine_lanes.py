@@ -114,7 +114,9 @@ def combine_lanes(
     out: torch.Tensor,
     *,
     on_hopper: bool = True,
+    may_start_early: bool = True,
 ) -> None:
     """As combine.combine_rows, for bfloat16 y with rows on 16-byte boundaries and an `out` that `fits`."""
-    combine = PackedCombine(stream.device_index, y, positions, ids, first_expert, weights, bias, out, on_hopper=on_hopper)
+    how = {"on_hopper": on_hopper, "may_start_early": may_start_early}
+    combine = PackedCombine(stream.device_index, y, positions, ids, first_expert, weights, bias, out, **how)
     combine(stream.handle, ids.data_ptr(), weights.data_ptr(), out.data_ptr(), len(out))

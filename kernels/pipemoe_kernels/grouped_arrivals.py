@@ -255,7 +255,8 @@ def down_arrived(
     num_sms: int,
     first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for the places of all segments, or some columns of it, from `first_column` on. All must have arrived.
+    """y[p] = down a[p] for the places of all segments, or some columns of it, from `first_column` on. All must have arrived. It does not start
+    early, as its blocks would take the multiprocessors that the kernel before leaves to collectives.
 
     a [K n, I] contiguous; down_maps: address of the tensor maps of [E_loc, H, I] with boxes of W_BOXES; y [K n, columns], rows strided.
     """
@@ -270,6 +271,7 @@ def down_arrived(
         (_num_blocks(kernel, num_pairs, num_local, columns, num_sms, 1), 1),
         *(a, intermediate * 2 // 16, *segments.arguments(), down_maps, first_column, num_local, columns, intermediate),
         *(a, y, 2 * y.stride(0)),
+        may_start_early=False,
     )
 
 

@@ -146,12 +146,12 @@ class Kernel:
         config = driver.launch_config(self.threads, self.shared_bytes, self.starts_early and may_start_early, self.cluster)
         return PackedLaunch(self._handles[device_index], config, values)
 
-    def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int) -> None:
-        """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here."""
+    def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int, may_start_early: bool = True) -> None:
+        """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here. may_start_early: as of pack."""
         if self._simulated is not None:
             self._simulated[grid, self.threads, 0, self.shared_bytes](*map(_simulator_argument, self.parameters, arguments))
             return
-        self.pack(stream.device_index, *arguments)(stream.handle, *grid)
+        self.pack(stream.device_index, *arguments, may_start_early=may_start_early)(stream.handle, *grid)
 
     def slot(self, name: str) -> int:
         """The place of the parameter `name` among the arguments."""

@@ -17,6 +17,7 @@ are written. The end of the process ends it too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -210,7 +211,7 @@ class ArrivingExperts:
             y, out_part = scratch.y[:num_pairs, part], blocks[block]
             down_arrived(stream, self._down_kernel, a, segments, down_maps, y, experts.num_sms, columns.start)
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            combine = combine_lanes if fits(len(columns), out_part) else combine_rows
+            combine = partial(combine_lanes, may_start_early=False) if fits(len(columns), out_part) else combine_rows
             combine(stream, y, positions, rows.ids, weights.first_expert, rows.weights, bias, out_part)
             if events:
                 events[block].record()

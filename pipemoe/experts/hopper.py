@@ -121,7 +121,7 @@ class HopperExperts(ExpertsShape):
         if reason := unsupported(weights, hidden, device, dtype, self.implementation):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
-        self._leaves_sms = False  # to others: then the blocks of a later kernel must not sit there and wait for the one before
+        self._leaves_sms = False  # to others: then blocks of the second GEMM and the sums must not sit there and wait for the kernel before
         self._num_experts = num_experts
         self._shape_of: dict[tuple[int, int], TileShape] = {}  # by layer and rows
         self.shapes = (SHAPES[tile_rows],) if tile_rows else tuple(SHAPES.values()) if num_experts else (ROWS_128,)
@@ -161,7 +161,8 @@ class HopperExperts(ExpertsShape):
 
     def leaving(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps
-        other.num_sms, other._leaves_sms, other._shape_of = max(1, self.num_sms - num_sms), num_sms > 0, {}
+        other.num_sms, other._shape_of = max(1, self.num_sms - num_sms), {}
+        other._leaves_sms = self._leaves_sms or num_sms > 0
         return other
 
     def new_scratch(self, max_rows: int) -> HopperScratch:

@@ -54,13 +54,14 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
                 alone = compute[c, r, 0, ALONE] + dispatched
                 for b in range(num_blocks):
                     alone += compute[c, r, 1 + last * works + heads + b, ALONE]
-                chain = max(chain, alone + exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE])
+                alone += exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE]
+                chain = max(chain, alone * num_layers + compute[c, r, -1, ALONE] - compute[c, r, 0, ALONE])
             most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
         if rates.cores_permille:
             most = total * 1000 // rates.cores_permille
         before = finish[c - num_slots].max() if c >= num_slots else 0
-        finish[c] = before + chain * num_layers
-        likely[c] = max(before + chain * num_layers, most * num_layers)
+        finish[c] = before + chain
+        likely[c] = max(before + chain, most * num_layers)
     _summarise(finish, ends, bound)
     _summarise(likely, ends, guess)
     bound[1] = max(bound[1], guess[1])

@@ -38,15 +38,17 @@ class AttendCost(_Whole):
     """Attention, router and what else a rank computes for its own tokens, per MoE layer: busy for the larger of `weights_ns`
     (reading them) and `row_ps` per token, and `pair_fs` per pair of a query and a key (causal, so a quadratic term).
     crowd_permille: how much longer that takes while every other rank attends to as much (ranks that share a GPU).
-    dense_row_ps, dense_pair_fs: the same of all dense layers before the first MoE layer, which its attention begins with."""
+    first_weights_ns, first_row_ps, first_pair_fs: the same of what the first MoE layer's attention takes on top, as dense layers and
+    embedding come before it."""
 
     fixed_ns: int = 60_000
     weights_ns: int = 8_000
     row_ps: int = 80_000
     pair_fs: int = 35_000
     crowd_permille: int = 0
-    dense_row_ps: int = 0
-    dense_pair_fs: int = 0
+    first_weights_ns: int = 0
+    first_row_ps: int = 0
+    first_pair_fs: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +225,9 @@ def speeds_of(cost: CostModel) -> np.ndarray:
 def cost_from_dict(document: dict) -> CostModel:
     """The inverse of dataclasses.asdict. Raises ConfigError for missing, unknown or bad fields."""
     try:
+        for name, kind in _PARTS.items():
+            if missing := {f.name for f in fields(kind)} - set(document[name]):
+                raise ConfigError(f"cost model: {name} lacks {', '.join(sorted(missing))}")
         parts = {name: kind(**document[name]) for name, kind in _PARTS.items()}
         single = {name: document[name] for name in _SINGLE}
         if set(document) != {*_PARTS, *_SINGLE} or any(type(value) is not int or value < 0 for value in single.values()):
@@ -247,6 +252,12 @@ def graph_rows(rates, rows):
 def attend_busy(rates, rows, pairs):
     """ns that attention of `rows` tokens with `pairs` pairs of query and key is busy."""
     return max(rates.attend_weights_ns, rows * rates.attend_row_ps // 1000) + pairs * rates.attend_pair_fs // 1_000_000
+
+
+@compiled
+def first_busy(rates, rows, pairs):
+    """ns that the first layer's is busy on top."""
+    return max(rates.attend_first_weights_ns, rows * rates.attend_first_row_ps // 1000) + pairs * rates.attend_first_pair_fs // 1_000_000
 
 
 @compiled

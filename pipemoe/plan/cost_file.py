@@ -1,9 +1,9 @@
 """The JSON file of a measured cost model: what `pipemoe tune` writes, and `Config.cost` names.
 
-    {"schema": "pipemoe.cost/5", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
+    {"schema": "pipemoe.cost/6", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
 
 The subject says what was measured; a file is used for exactly that and refused for all else. Files of version 3 lack what SmsCost says,
-those of version 4 and 3 what dense layers take, and are read with defaults for that.
+those of versions 4 and 3 what the first layer takes on top, and are read with defaults for that.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from pipemoe.errors import ConfigError
 from pipemoe.plan.cost import CostModel, SmsCost, cost_from_dict
 
-SCHEMA = "pipemoe.cost/5"
-_WITHOUT_DENSE, _WITHOUT_SMS = "pipemoe.cost/4", "pipemoe.cost/3"
+SCHEMA = "pipemoe.cost/6"
+_WITHOUT_FIRST, _WITHOUT_SMS = "pipemoe.cost/4", "pipemoe.cost/3"
 
 
 def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: CostModel) -> None:
@@ -37,10 +37,12 @@ def read_cost(path: str | os.PathLike[str], subject: Mapping[str, Any] | None = 
     try:
         document = json.loads(Path(path).read_text())
         schema, found = document["schema"], document["subject"]
+        if schema not in (SCHEMA, _WITHOUT_FIRST, _WITHOUT_SMS):
+            raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
         if schema == _WITHOUT_SMS:
             document["cost"]["sms"] = asdict(SmsCost(num_sms=0, ctas=0))
-        elif schema not in (SCHEMA, _WITHOUT_DENSE):
-            raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
+        if schema != SCHEMA:
+            document["cost"]["attend"] |= {"first_weights_ns": 0, "first_row_ps": 0, "first_pair_fs": 0}
         cost = cost_from_dict(document["cost"])
         for key in sorted({*found, *(subject or found)}):
             wanted = found.get(key) if subject is None else subject.get(key)

@@ -104,8 +104,9 @@ def default_cost(
             row_ps=compute_ps(2 * dimensions.dense_weights, reached.dense) + passes_ps,
             pair_fs=pair_fs,
             crowd_permille=_CROWD_PERMILLE if ranks_per_device > 1 else 0,
-            dense_row_ps=dimensions.num_dense_layers * (compute_ps(2 * dimensions.dense_layer_weights, reached.dense) + passes_ps),
-            dense_pair_fs=dimensions.num_dense_layers * pair_fs,
+            first_weights_ns=dimensions.num_dense_layers * read_ns(dimensions.dense_layer_weights),
+            first_row_ps=dimensions.num_dense_layers * (compute_ps(2 * dimensions.dense_layer_weights, reached.dense) + passes_ps),
+            first_pair_fs=dimensions.num_dense_layers * pair_fs,
         ),
         experts=ExpertsCost(
             fixed_ns=200_000 * waiting if device.cores else 30_000,

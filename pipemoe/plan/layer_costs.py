@@ -12,7 +12,7 @@ from collections import namedtuple
 import numpy as np
 
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.cost import attend_busy, experts_busy, graph_rows
+from pipemoe.plan.cost import attend_busy, experts_busy, first_busy, graph_rows
 
 ALONE, BUSY = 0, 1
 DISPATCH, COMBINE = 0, 1
@@ -79,7 +79,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
     pairs = np.zeros((num_cohorts, num_ranks), np.int64)
     begun = np.zeros((num_cohorts, num_ranks), np.int64)  # tokens of the sequences that begin in the cohort, and that end there
     ended = np.zeros((num_cohorts, num_ranks), np.int64)
-    busy_of = np.zeros(num_ranks, np.int64)
+    busy_of, first_of = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
     calls = np.zeros((num_cohorts, most_waves), np.int64)
     in_order = np.full((num_cohorts, most_waves), gathered == 2)  # rank after rank
@@ -129,16 +129,19 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                 graph = graph_rows(rates, rows[c, r]) if whole or rates.host_graph_cuts else 0
                 issue[c, r] = rates.host_graph_ns if graph else rates.host_attend_ns
                 busy_of[r] = attend_busy(rates, max(graph, rows[c, r]), pairs[c, r])
+                first_of[r] = first_busy(rates, max(graph, rows[c, r]), pairs[c, r])
                 total += busy_of[r]
         for r in range(num_ranks):
             if rows[c, r]:
                 busy = busy_of[r]
                 if num_ranks > 1:
-                    busy += rates.attend_crowd_permille * min(busy, (total - busy) // (num_ranks - 1)) // 1000
+                    crowd = rates.attend_crowd_permille * min(busy, (total - busy) // (num_ranks - 1)) // 1000
+                    first_of[r] += first_of[r] * crowd // max(1, busy)
+                    busy += crowd
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
                 finish = 1 + most_waves
-                busy += rows[c, r] * rates.attend_dense_row_ps // 1000 + pairs[c, r] * rates.attend_dense_pair_fs // 1_000_000
-                compute[c, r, finish + 1, ALONE], compute[c, r, finish + 1, BUSY] = rates.attend_fixed_ns + busy, busy
+                compute[c, r, finish + 1, ALONE] = rates.attend_fixed_ns + busy + first_of[r]
+                compute[c, r, finish + 1, BUSY] = busy + first_of[r]
                 compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
     groups, heads = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
     return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, heads, 0)
@@ -184,9 +187,10 @@ def _alike(compute, own, issue, num_waves, a, b, parts):
     for c in range(compute.shape[0]):
         if own[c, a, 0] != own[c, b, 0]:
             return False
-        x, y = max(compute[c, a, 0, ALONE], issue[c, a]), max(compute[c, b, 0, ALONE], issue[c, b])
-        if abs(x - y) * parts > max(x, y):
-            return False
+        for work in (0, -1):  # attend, and the first layer's
+            x, y = max(compute[c, a, work, ALONE], issue[c, a]), max(compute[c, b, work, ALONE], issue[c, b])
+            if abs(x - y) * parts > max(x, y):
+                return False
         for w in range(1, num_waves[c]):
             if own[c, a, w] != own[c, b, w]:
                 return False

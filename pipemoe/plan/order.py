@@ -19,7 +19,7 @@ def order_keys(costs, rates, num_slots, num_layers):
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     keys = np.zeros((num_cohorts, num_layers * (1 + 3 * most_waves) + 1), np.int64)
     attended = np.zeros((num_cohorts, num_layers), np.int64)
-    nanoseconds = np.zeros((num_cohorts, 1 + 3 * most_waves), np.int64)
+    nanoseconds, first = np.zeros((num_cohorts, 1 + 3 * most_waves), np.int64), np.zeros(num_cohorts, np.int64)
     for c in range(num_cohorts):
         template = layer_template(num_waves[c])
         for j in range(len(template)):
@@ -27,6 +27,7 @@ def order_keys(costs, rates, num_slots, num_layers):
             if kind == ATTEND_OP:
                 for r in range(compute.shape[1]):
                     nanoseconds[c, j] = max(nanoseconds[c, j], compute[c, r, 0, ALONE], issue[c, r])
+                    first[c] = max(first[c], compute[c, r, -1, ALONE], issue[c, r])
             elif kind == DISPATCH_OP:
                 nanoseconds[c, j] = max(exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns * costs.groups[c])
             elif kind == COMBINE_OP:  # of the last block of columns: the others go ahead beside the experts
@@ -50,7 +51,7 @@ def order_keys(costs, rates, num_slots, num_layers):
                 at = layer * (1 + 3 * num_waves[c])
                 for j in range(1 + 3 * num_waves[c]):
                     keys[c, at + j] = now[c]
-                    now[c] += nanoseconds[c, j]
+                    now[c] += first[c] if layer + j == 0 else nanoseconds[c, j]
                     if j == 0:
                         attended[c, layer] = now[c]
         for c in in_turn:

@@ -125,7 +125,10 @@ def test_experts_that_leave_multiprocessors_have_calls_of_their_own(launched):
     for wanted, those in ((132, experts), (100, experts.leaving(32)), (132, experts)):
         launched.clear()
         those(1, rows, out, scratch)
-        assert launched[1].grid == launched[2].grid == (wanted, 1)
+        index, gate_up, down, combine = launched
+        assert gate_up.grid == down.grid == (wanted, 1)
+        # What waits for gate_up or down must not wait on multiprocessors that are left to others.
+        assert gate_up.starts_early and down.starts_early == combine.starts_early == (wanted == 132)
 
 
 def test_calls_that_do_not_fit_are_refused_when_others_are_ready(launched):

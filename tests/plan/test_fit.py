@@ -26,14 +26,16 @@ def samples_of(cost: CostModel) -> Samples:
             for into, part in ((samples.dispatch, cost.dispatch), (samples.combine, cost.combine)):
                 into.append((segments, rows, part.fixed_ns + segments * part.segment_ns + rows * part.row_ps / 1000))
     samples.host = {"attend": [1000.0, 1000.0, 5000.0], "combine": [7.0]}
-    samples.start = [(rows, pairs, 1e6 + rows * cost.attend.dense_row_ps / 1e3 + pairs * cost.attend.dense_pair_fs / 1e6) for rows, pairs, _ in samples.attend]
+    samples.start = [(1024, 1024, -5.0)]  # measured beside something else: not possible, so left out
+    samples.start += [(rows, pairs, 1e6 + rows * cost.attend.first_row_ps / 1e3 + pairs * cost.attend.first_pair_fs / 1e6) for rows, pairs, _ in samples.attend]
     return samples
 
 
-def test_the_costs_that_made_the_samples_are_found():
+@pytest.mark.parametrize("tile_rows", [1, 16, 64])
+def test_the_costs_that_made_the_samples_are_found(tile_rows):
     wanted = CostModel(
-        attend=AttendCost(500_000, 0, 120_000, 60_000, 300, 360_000, 180_000),
-        experts=ExpertsCost(90_000, 4_000, 30_000, 8_571, 64),
+        attend=AttendCost(500_000, 0, 120_000, 60_000, 300, 0, 360_000, 180_000),
+        experts=ExpertsCost(90_000, 4_000, 30_000, 8_571, tile_rows),
         dispatch=ExchangeCost(80_000, 9_000, 20_000),
         combine=ExchangeCost(40_000, 0, 50_000),
     )
@@ -41,7 +43,8 @@ def test_the_costs_that_made_the_samples_are_found():
     for part in ("attend", "experts", "dispatch", "combine"):
         for name in getattr(wanted, part).__slots__:
             if name not in ("fixed_ns", "weights_ns", "crowd_permille"):
-                assert getattr(getattr(found, part), name) == pytest.approx(getattr(getattr(wanted, part), name), rel=0.05, abs=200)
+                least = 0 if name == "tile_rows" else 200
+                assert getattr(getattr(found, part), name) == pytest.approx(getattr(getattr(wanted, part), name), rel=0.05, abs=least)
     assert found.attend.fixed_ns + found.attend.weights_ns == pytest.approx(500_000, rel=0.05)
     assert 200 <= found.attend.crowd_permille <= 300 and found.start_ns == pytest.approx(1e6, rel=0.01)
     assert found.host.attend_ns == 1000 and found.host.combine_ns == 7 and found.host.dispatch_ns == CostModel().host.dispatch_ns

@@ -25,7 +25,7 @@ def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
 
     attend = ns()
     return CostModel(
-        attend=AttendCost(ns(), ns(), ns(2000), ns(2000), ns(500, 0), ns(4000, 0), ns(4000, 0)),
+        attend=AttendCost(ns(), ns(), ns(2000), ns(2000), ns(500, 0), ns(60, 0), ns(4000, 0), ns(4000, 0)),
         experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0), ns(1000, 0)),
         dispatch=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         combine=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
