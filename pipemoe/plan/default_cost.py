@@ -23,8 +23,8 @@ class _Reached(NamedTuple):
 
 
 # On GPUs: fitted to measured steps (benchmarks/results: Qwen3-30B-A3B and DeepSeek-V3 on two H100s, Qwen3-30B-A3B on quarters of one), and
-# 5 % off them, mean. On CPUs: fitted earlier, to other steps.
-_ON_GPU, _ON_CPU = _Reached(550, 800, 400, 900, 60), _Reached(500, 550, 300, 800, 70)
+# 5 % off them, mean. On CPUs: fitted to benchmarks/ttft.py's small model on 2 and 4 ranks of two cores, 12 % off.
+_ON_GPU, _ON_CPU = _Reached(550, 800, 400, 900, 60), _Reached(150, 700, 100, 800, 40)
 _LINK_PERMILLE = 700  # NCCL's rings between GPUs: about 330 of 450 GB/s
 _CROWD_PERMILLE = 150  # ranks that share a GPU share its memory as well
 _HOST_ON_GPU = HostCost(
@@ -89,7 +89,7 @@ def default_cost(
     def exchange(row_bytes: int) -> ExchangeCost:
         volume_ps = row_bytes * 10**12 // link if num_ranks > 1 else 0
         if device.cores:  # every peer copies every row, and MPI goes on only when polled
-            return ExchangeCost(300_000 * waiting, 50_000 * waiting, max(num_ranks - 1, 0) * volume_ps)
+            return ExchangeCost(150_000 * waiting, 10_000 * waiting, max(num_ranks - 1, 0) * volume_ps)
         return ExchangeCost(15_000 * ranks_per_device if num_ranks > 1 else 5_000, 4_000, volume_ps)
 
     row_bytes = row_bytes or -(-(shape.hidden * value_bytes + 8 * shape.top_k) // 128) * 128
@@ -109,7 +109,7 @@ def default_cost(
             first_pair_fs=dimensions.num_dense_layers * pair_fs,
         ),
         experts=ExpertsCost(
-            fixed_ns=200_000 * waiting if device.cores else 30_000,
+            fixed_ns=100_000 * waiting if device.cores else 30_000,
             expert_ns=read_ns(dimensions.expert_weights),
             pair_ps=compute_ps(2 * dimensions.expert_weights, reached.grouped) + glue_ps,
             row_ps=shape.top_k * 1000,
@@ -123,6 +123,6 @@ def default_cost(
         contention=ContentionCost(**_ON_CORES) if device.cores else _ON_ONE_GPU if ranks_per_device > 1 else _BETWEEN_GPUS,
         sms=SmsCost(device.num_sms // ranks_per_device, ctas, *(_SMS_ON_ONE_GPU if ranks_per_device > 1 else _SMS_BETWEEN_GPUS)),
         gap_permille=1000 if device.cores else 500,
-        start_ns=500_000 * waiting if device.cores else 2_000_000,
+        start_ns=1_500_000 * waiting if device.cores else 2_000_000,
         finish_ns=300_000 if device.cores else 200_000,
     )

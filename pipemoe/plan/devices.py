@@ -33,8 +33,8 @@ UNKNOWN_GPU = GPUS["a100"]
 
 
 def cpu(cores: int) -> Device:
-    """A host of `cores` cores, with the rates per core of a present server core in float32 through a BLAS library."""
-    return Device("cpu", 50 * 10**9, 10 * 10**9, 4 * 10**9, 0, cores)
+    """A host of `cores` cores, with the rates per core of a present server core: the peak in float32, memory, and copies between processes."""
+    return Device("cpu", 150 * 10**9, 20 * 10**9, 16 * 10**9, 0, cores)
 
 
 def gpu_named(name: str) -> Device:
