@@ -20,9 +20,9 @@ from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, attention_waits, 
 from pipemoe.plan.simulator_rules import NEVER
 from pipemoe.plan.sms import speeds_where_left, usual_sms_left
 
-_MOST_EVENTS = 2_400  # in all: candidates that would take more are not looked at
-_DOUBTFUL_EVENTS = 1_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
-_LAST_EVENTS = 2_700  # with those for other forms, and other numbers of multiprocessors left
+_MOST_EVENTS = 3_600  # in all: candidates that would take more are not looked at
+_DOUBTFUL_EVENTS = 2_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
+_LAST_EVENTS = 4_000  # with those for other forms, and other numbers of multiprocessors left
 _MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 _FORM_MARGIN = 10  # the same for a form that is not the usual one
 _SMS_MARGIN = 10  # the same for multiprocessors left

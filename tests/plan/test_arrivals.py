@@ -152,7 +152,7 @@ def test_auto_takes_arrivals_where_that_hides_the_dispatch(tokens):
 def test_choosing_takes_a_bounded_number_of_events(lengths, cap, slots):
     """As without arrivals (test_auto.py)."""
     shape, cost = ModelShape(7168, 2048, 256, 8, 61), CostModel(experts=ExpertsCost(arrivals_permille=900))
-    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap, num_slots=slots), cost) <= 2800
+    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap, num_slots=slots), cost) <= 4100
 
 
 @pytest.mark.parametrize("value", [1, 0, "on"])

@@ -141,7 +141,7 @@ def test_no_worse_than_a_fixed_mode_by_its_own_prediction(tokens, objective):
 def test_choosing_takes_a_bounded_number_of_events(lengths, cap):
     """8 ranks, 61 layers: some 4,000 events are a millisecond."""
     shape = ModelShape(7168, 2048, 256, 8, 61)
-    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap), CostModel()) <= 2800
+    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap), CostModel()) <= 4100
 
 
 def test_short_prompts_are_freed_from_a_long_one():
