@@ -27,6 +27,8 @@ class BenchModel:
             if path.suffix != ".json":
                 self._directory = path
             raw = self._read(path if self._directory is None else path / "config.json")
+            if self._directory is not None:
+                self._check(path)
         self._config = dict(raw)
         self.num_layers = int(raw.get("num_hidden_layers", 0))
         self._stored_layers = self.num_layers
@@ -45,6 +47,14 @@ class BenchModel:
         if not isinstance(raw, dict):
             raise CheckpointError(f"{file} holds a {type(raw).__name__}; an object is wanted")
         return raw
+
+    @staticmethod
+    def _check(directory: Path) -> None:
+        """Before rank 0 alone has transformers read the checkpoint: what that raises, the other ranks would not hear of."""
+        from pipemoe.models.checkpoint import Checkpoint
+
+        with Checkpoint(directory):
+            pass
 
     @property
     def first_moe_layer(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,13 @@ class Config(PlanConfig):
     "float8_e4m3fn" (a scale for each 128, half the bytes of bfloat16; H must be a multiple of 128), or None, what the experts
     multiply: the model's dtype, or float8_e4m3fn for experts="hopper_fp8". combine_dtype: what partial sums travel as, "float32", "bfloat16"
     or "float16"; None takes the model's on a GPU, float32 on the host. deterministic: bitwise equal MoE rows for equal rows in,
-    whatever the mode, cohorts, waves and ranks (selects combine="gather", with float64 sums on a fixed grid). experts: "auto", or
+    whatever the mode, cohorts, waves and ranks: float64 sums on a fixed grid, and combine="gather" whatever `combine` says. experts: "auto", or
     the implementation by name. graph_tokens: on a GPU, attention on about so many tokens of a cohort, or fewer, is launched as
     CUDA graphs, captured when the model is made: rounded up to one of pipemoe.plan.cost.GRAPH_ROWS, the largest at most (0: none).
     debug: verify every plan, log every collective really issued and compare all ranks' logs with the plan after each step. cost:
-    path of the file that `pipemoe tune` wrote on this machine for this model; None, or a file of another machine or model, means
-    costs derived from the device.
+    path (str or os.PathLike) of the file that `pipemoe tune` wrote on this machine for this model and configuration (tune has
+    --combine and --deterministic); None means costs derived from the device, and so does, with a warning, a file of another machine or
+    model. A file that cannot be read is a ConfigError on every rank.
     """
 
     num_slots: int | None = None
@@ -38,9 +40,12 @@ class Config(PlanConfig):
     experts: str = "auto"
     graph_tokens: int = 4096
     debug: bool = False
-    cost: str | None = field(default=None, repr=False)  # what it holds is compared, not where it lies
+    cost: str | os.PathLike[str] | None = field(default=None, repr=False)  # what it holds is compared, not where it lies
 
     def __post_init__(self) -> None:
+        for name in ("deterministic", "debug"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if self.deterministic:
             object.__setattr__(self, "combine", "gather")
         if not isinstance(self.graph_tokens, int) or self.graph_tokens < 0:
@@ -49,7 +54,7 @@ class Config(PlanConfig):
             replace(self, num_slots=1)  # everything else must be right already
             return
         PlanConfig.__post_init__(self)
-        if self.cost is not None and not isinstance(self.cost, str):
+        if self.cost is not None and not isinstance(self.cost, (str, os.PathLike)):
             raise ConfigError(f"cost is {self.cost!r}; it must be the path of a file, or None")
         if self.dispatch_dtype is not None and self.dispatch_dtype not in DISPATCH_DTYPES:
             raise ConfigError(f"dispatch_dtype is {self.dispatch_dtype!r}; it must be one of {', '.join(DISPATCH_DTYPES)}, or None")

@@ -64,7 +64,7 @@ class Operations:
         hidden = torch.randn(rows, shape.hidden, generator=generator)
         ids = torch.rand(rows, shape.num_experts, generator=generator).topk(shape.top_k).indices
         weights = torch.full((rows, shape.top_k), 1 / shape.top_k, device=world.device)
-        sums_dtype = dtype if world.device.type == "cuda" else torch.float32
+        sums_dtype = torch.float64 if experts.deterministic else dtype if world.device.type == "cuda" else torch.float32
         begins = [0, *accumulate([num_tokens] * world.size)]
         wave = Wave(tuple(Segment(rank, 0, num_tokens, begins[rank]) for rank in range(world.size)), rows)
         self._sides: dict[tuple[str, int], Side] = {}

@@ -87,6 +87,7 @@ class PipelinedMoE:
         """One forward pass through all MoE layers: `with moe.step(T_r, lengths) as step: y = step(layer, x, ids, weights)`.
 
         Every rank enters one; `num_tokens` may be 0. lengths: this rank's sequences in tokens (default: one sequence).
+        One step at a time: entering raises InputError while this thread is inside another step of the same world.
         """
         lengths = lengths if lengths is not None else ([num_tokens] if num_tokens else [])
         error = None
@@ -111,8 +112,10 @@ class PipelinedMoE:
             if tensor.device != world.device:
                 raise InputError(f"{rank}{name} is on {tensor.device}; it must be on {world.device}")
 
-        rows = x.shape[0] if isinstance(x, torch.Tensor) and x.ndim == 2 else -1
-        check("x", x, (max(rows, 0), shape.hidden), (self._dtype,))
+        if isinstance(x, torch.Tensor) and x.ndim != 2:
+            raise InputError(f"{rank}x has shape {tuple(x.shape)}; it must have 2 dimensions, [T, {shape.hidden}]")
+        rows = x.shape[0] if isinstance(x, torch.Tensor) else 0
+        check("x", x, (rows, shape.hidden), (self._dtype,))
         check("topk_ids", ids, (rows, shape.top_k), (torch.int32, torch.int64))
         check("topk_weights", weights, (rows, shape.top_k), (torch.float32, torch.bfloat16, torch.float16))
         if values and rows:
@@ -150,7 +153,13 @@ class Step:
     def __enter__(self) -> Step:
         self._source = _CallerSource(self._moe.runtime.shape.num_layers)
         self._future = self._moe.runtime.submit_step(self._lengths, self._source, error=self._error)
-        self._wait(self._source.begun)
+        inside = self._moe.runtime.world.threads_in_step
+        inside.add(threading.get_ident())
+        try:
+            self._wait(self._source.begun)
+        except BaseException:  # __exit__ is not called then
+            inside.discard(threading.get_ident())
+            raise
         return self
 
     def __call__(self, layer: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
@@ -162,8 +171,11 @@ class Step:
         import torch
 
         moe = self._moe
-        if layer != self._next_layer or layer >= moe.runtime.shape.num_layers:
-            raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called; next is {self._next_layer} of {moe.runtime.shape.num_layers}")
+        num_layers = moe.runtime.shape.num_layers
+        if self._next_layer == num_layers:
+            raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called, but all {num_layers} layers of this step are done")
+        if layer != self._next_layer:
+            raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called; next is {self._next_layer} of {num_layers}")
         moe._check(x, topk_ids, topk_weights, values=moe.runtime.world.device.type == "cpu" or moe.runtime.config.debug)
         if len(x) != self._num_tokens:
             raise InputError(f"rank {moe.runtime.world.rank}: x has {len(x)} rows; this step was entered with {self._num_tokens}")
@@ -178,6 +190,7 @@ class Step:
         return y.to(x.dtype)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self._moe.runtime.world.threads_in_step.discard(threading.get_ident())
         unfinished = self._next_layer < self._moe.runtime.shape.num_layers and self._num_tokens > 0
         if error is None and unfinished:
             error = InputError(f"rank {self._moe.runtime.world.rank}: step left after {self._next_layer} of {self._moe.runtime.shape.num_layers} layers")

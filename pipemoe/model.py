@@ -58,7 +58,7 @@ def load_model(path_or_config: Any, world: World, *, config: Config = Config(), 
     except Exception as e:  # noqa: BLE001  (transformers and torch raise what they like at an odd config.json)
         error = CheckpointError(f"rank {world.rank}: {path_or_config}: {type(e).__name__}: {e}")
         error.__cause__ = e
-    world.agree(error, {"model": decoder.fingerprint if decoder else ""}, "loading the model")
+    world.agree(error, decoder.facts if decoder else {}, "loading the model")
     return Model(world, decoder, weights, config)
 
 
@@ -138,7 +138,7 @@ class Model:
     ) -> Prefilled:
         """First tokens (greedy) of this rank's sequences; every rank calls, with any number of sequences, also none.
 
-        sequences: token ids, each sequence with at least one. Returns as soon as this rank's own sequences are done, whatever
+        sequences: token ids, each sequence with at least one and at most as many as the model has positions for. Returns as soon as this rank's own sequences are done, whatever
         the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements (without computation
         there are no tokens: submit a step with a source of your own instead).
         Raises InputError for bad token ids on any rank, ModelError if the model code of some rank raised, on every rank.
@@ -161,7 +161,9 @@ class Model:
     def _check(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         import torch
 
-        vocabulary = self.decoder.vocab_size
+        from pipemoe.models.config import num_positions
+
+        vocabulary, most = self.decoder.vocab_size, num_positions(self.decoder.config)
         tensors = []
         if not isinstance(sequences, Iterable):
             raise InputError(f"rank {self.world.rank}: sequences is a {type(sequences).__name__}; it must be a list of token-id lists")
@@ -171,11 +173,17 @@ class Model:
                 tokens = torch.as_tensor(sequence)
             except (TypeError, ValueError, RuntimeError, OverflowError) as error:
                 raise InputError(f"{where} is not a list of token ids: {error}") from None
-            if tokens.ndim != 1 or not len(tokens) or tokens.is_floating_point() or tokens.is_complex():
+            if not tokens.numel():
+                raise InputError(f"{where} is empty; it must be a list of at least one token id")
+            if tokens.dtype == torch.bool or (isinstance(sequence, (list, tuple)) and bool in map(type, sequence)):
+                raise InputError(f"{where} holds True or False; it must be a list of token ids")
+            if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex():
                 raise InputError(f"{where} has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; it must be a list of at least one token id")
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= vocabulary:
                 raise InputError(f"{where} holds token id {low if low < 0 else high}; ids go from 0 to {vocabulary - 1}")
+            if most is not None and len(tokens) > most:
+                raise InputError(f"{where} has {len(tokens)} tokens, but the model has positions for {most} (max_position_embeddings)")
             tensors.append(tokens.long().cpu())
         return tensors
 

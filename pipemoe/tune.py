@@ -70,6 +70,7 @@ def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
     parser.add_argument("--layers", type=positive, default=4, help="MoE layers to measure, at least 2 (default %(default)s)")
     parser.add_argument("--slots", type=positive, help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)")
     parser.add_argument("--combine", choices=("reduce", "gather"), default="reduce")
+    parser.add_argument("--deterministic", action="store_true", help="for Config(deterministic=True), which combines by gather")
     parser.add_argument("--repeats", type=positive, default=3, help="of each measurement (default %(default)s)")
 
 
@@ -89,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
     with pipemoe.init(options.device, num_slots=options.slots) as world:
         most = options.max_tokens or (512 if world.device.type == "cpu" else 4096)
         base = Config(mode="broadcast", max_tokens_per_rank=most, moe_max_num_tokens=most, num_slots=world.num_slots, combine=options.combine)
+        base = replace(base, deterministic=options.deterministic)
         _say(world, f"loading {options.layers} MoE layers of {options.model}")
         model = pipemoe.load_model(cut, world, config=base, dtype=dtype)
         tuner = Tuner(world, model, most, options.repeats)

@@ -123,6 +123,7 @@ def wrong_arguments(world):
     bad_id[1, 0], low_id[1, 0], nan[3, 2] = NUM_EXPERTS, -2, torch.nan
     return {
         "x has shape": (x[:, :-1], ids, weights),
+        rf"x has shape \(1, 4, {HIDDEN}\); it must have 2 dimensions": (x[None], ids, weights),
         "x is torch.float64": (x.double(), ids, weights),
         "x is a list": (x.tolist(), ids, weights),
         "topk_ids has shape": (x, ids[:3], weights),
@@ -224,23 +225,74 @@ def test_an_exception_in_the_callers_model_code_is_raised_on_every_rank_at_the_n
 
 
 def test_leaving_a_step_early_is_an_error_here_and_does_not_hang_the_others(world):
+    if world.size == 1:
+        pytest.skip("needs another rank")
     moe = make_moe(world, make_layers(2, world.device, torch.float32), debug=False)
     rows = make_rows(3, 0, world.device, torch.float32)
-    with pytest.raises(InputError, match="step left after 1 of 2 layers"):
+
+    def forward(first, second):
         with moe.step(3) as step:
-            step(0, *rows)
-    with pytest.raises(ModelError, match="rank 0: model code raised InputError"):
-        with moe.step(3) as step:
-            pass
-    with pytest.raises(InputError, match="layer 1 called; next is 0"):
-        with moe.step(3) as step:
-            step(1, *rows)
-    with pytest.raises(ModelError, match="rank 0: model code raised InputError: .*layer 1 called"):
-        with moe.step(3) as step:
-            pass
+            for layer in (first, second) if world.rank == 0 else (0, 1):
+                if layer is not None:
+                    step(layer, *rows)
+
+    for wrong, message in (((0, None), "step left after 1 of 2 layers"), ((1, 0), "layer 1 called; next is 0 of 2")):
+        with pytest.raises(InputError, match=message) if world.rank == 0 else contextlib.nullcontext():
+            forward(*wrong)
+        with pytest.raises(ModelError, match=f"rank 0: model code raised InputError: .*{message}"):
+            forward(0, 1)
+        forward(0, 1)
     with moe.step(0) as step:
         pass
     assert world.all_gather(b"still here") == [b"still here"] * world.size
+
+
+@pytest.mark.parametrize(
+    ("called", "message"),
+    [((0,), "step left after 1 of 2 layers"), ((1, 0), "layer 1 called; next is 0 of 2"), ((0, 1, 2), "layer 2 called, but all 2 layers of this step are done")],
+)
+def test_misuse_that_raised_on_every_rank_is_over_with_that(world, called, message):
+    layers = make_layers(2, world.device, torch.float32)
+    moe = make_moe(world, layers, debug=False)
+    rows = make_rows(3 + world.rank, world.rank, world.device, torch.float32)
+
+    def forward(called):
+        with moe.step(len(rows[0])) as step:
+            return [step(layer, *rows) for layer in called]
+
+    with pytest.raises(InputError, match=f"rank {world.rank}: {message}"):
+        forward(called)
+    for layer, y in enumerate(forward((0, 1))):
+        assert norm_ratio(y, layers.oracle(layer, *rows)) < 1e-5
+    # Where some rank has something to say besides, all of them hear of both.
+    with pytest.raises(InputError, match=message):
+        forward(called)
+    with pytest.raises(ModelError, match=f"rank 0: model code raised InputError: rank 0: {message}"):
+        with moe.step(3, [2] if world.rank == world.size - 1 else None):
+            pass
+    forward((0, 1))
+
+
+def test_a_step_inside_a_step_is_refused_at_once(world):
+    layers = make_layers(1, world.device, torch.float32)
+    moe, other = make_moe(world, layers, debug=False), make_moe(world, layers, debug=False)
+    rows = make_rows(3, world.rank, world.device, torch.float32)
+
+    def nested():
+        with other.step(3) as step:
+            return step(0, *rows)
+
+    for tokens in (3, 0):
+        for inner in (nested, lambda: moe(*rows)):
+            with pytest.raises(InputError, match=f"rank {world.rank}: a step is open"):
+                with moe.step(tokens):
+                    inner()
+            assert norm_ratio(other(*rows), layers.oracle(0, *rows)) < 1e-5
+    with moe.step(3) as step:  # the outer step goes on where the caller catches the error
+        with pytest.raises(InputError, match="a step is open"):
+            nested()
+        assert norm_ratio(step(0, *rows), layers.oracle(0, *rows)) < 1e-5
+    assert norm_ratio(moe(*rows), layers.oracle(0, *rows)) < 1e-5
 
 
 def test_out_of_memory_on_one_rank_is_an_error_on_every_rank(world, monkeypatch):

@@ -150,7 +150,7 @@ def test_a_bad_checkpoint_on_one_rank_is_the_same_error_on_all(world, tmp_path_f
                 shutil.rmtree(folder)
                 reference_model(config, device=world.device, dtype=torch.float32, seed=6).save_pretrained(folder)
             if world.size > 1:
-                with pytest.raises(MismatchError, match=f"rank {culprit}: model is"):
+                with pytest.raises(MismatchError, match=f"rank {culprit}: the model's checkpoint is"):
                     load_model(folder, world, dtype=torch.float32, config=Config(**SMALL))
             return
         with pytest.raises(CheckpointError, match=f"rank {culprit}: .*({message})"):
@@ -170,7 +170,7 @@ def test_nan_weights_are_refused_at_load(world, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [([[1, 2], []], "sequence 1 has shape"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype torch.float32"), ([[1, None]], "sequence 0 is not a list of token ids")],
+    [([[1, 2], []], "sequence 1 is empty"), ([[True]], "holds True or False"), ([[2, True]], "holds True or False"), ([[1] * 513], "sequence 0 has 513 tokens, but the model has positions for 512"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype torch.float32"), ([[1, None]], "sequence 0 is not a list of token ids")],
 )
 def test_bad_token_ids_on_one_rank_are_the_same_error_on_all(world, models, bad, message):
     _, model = models("mixtral", torch.float32)
@@ -229,6 +229,15 @@ def test_an_odd_config_on_one_rank_is_the_same_error_on_all(world):
         config["num_key_value_heads"] = 0
     with pytest.raises(CheckpointError, match=f"rank {culprit}: "):
         load_model(config, world)
+
+
+def test_another_model_on_one_rank_is_an_error_on_all_that_names_the_field(world):
+    if world.size == 1:
+        pytest.skip("needs two ranks to differ")
+    culprit = world.size - 1
+    config = tiny_config("qwen3_moe", rope_parameters={"rope_type": "default", "rope_theta": 1e6 if world.rank == culprit else 1e4})
+    with pytest.raises(MismatchError, match=f"rank {culprit}: the model's rope_parameters is .*1000000.0.*, but rank 0 has .*10000.0"):
+        load_model(config, world, config=Config(**SMALL))
 
 
 @pytest.mark.parametrize("bad", [None, 7, [torch.ones(2, dtype=torch.complex64)]])

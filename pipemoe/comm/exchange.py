@@ -10,7 +10,7 @@ from pipemoe import errors
 from pipemoe.errors import InputError, MismatchError, PipemoeError
 from pipemoe.plan.schedule import Facts
 
-_HEADER = struct.Struct("<16sq")  # fingerprint, bytes of the error text
+_HEADER = struct.Struct("<16sq?")  # fingerprint, bytes of the error text, whether this rank's caller has been told of it
 _SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError")
 
 
@@ -27,24 +27,29 @@ def raise_first(texts: list[bytes]) -> None:
             raise cls(message if message.startswith("rank ") else f"rank {rank}: {message}")
 
 
-def encode_step(fingerprint: bytes, lengths: tuple[int, ...], error: PipemoeError | None) -> bytes:
-    """One rank's message of a step: fingerprint (16 bytes), sequence lengths, or what went wrong on this rank."""
+def encode_step(fingerprint: bytes, lengths: tuple[int, ...], error: PipemoeError | None, *, is_known: bool = False) -> bytes:
+    """One rank's message of a step: fingerprint (16 bytes), sequence lengths, or what went wrong on this rank.
+
+    is_known: the error was raised here in the last step, by misuse; should that be so on all ranks, nobody needs to hear of it.
+    """
     text = encode_error(error)
-    return _HEADER.pack(fingerprint, len(text)) + text + struct.pack(f"<{len(lengths)}q", *lengths)
+    return _HEADER.pack(fingerprint, len(text), is_known) + text + struct.pack(f"<{len(lengths)}q", *lengths)
 
 
 def decode_step(payloads: list[bytes]) -> Facts:
-    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, or MismatchError for different fingerprints."""
+    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, unless all ranks know theirs, or
+    MismatchError for different fingerprints."""
     headers = [_HEADER.unpack_from(p) for p in payloads]
-    raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, n) in zip(payloads, headers)])
-    values = [fingerprint.hex()[:8] for fingerprint, _ in headers]
+    if not all(is_known for *_, is_known in headers):
+        raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, n, _) in zip(payloads, headers)])
+    values = [fingerprint.hex()[:8] for fingerprint, *_ in headers]
     if len(set(values)) > 1:
         found = ", ".join(f"rank {r} has {v}" for r, v in enumerate(values))
         raise MismatchError(f"the ranks differ in configuration, model or checkpoint: {found}")
     lengths = []
-    for payload in payloads:
-        count = (len(payload) - _HEADER.size) // 8
-        lengths.append(struct.unpack_from(f"<{count}q", payload, _HEADER.size))
+    for payload, (_, num_bytes, _) in zip(payloads, headers):
+        begin = _HEADER.size + num_bytes
+        lengths.append(struct.unpack_from(f"<{(len(payload) - begin) // 8}q", payload, begin))
     return Facts(tuple(lengths))
 
 

@@ -156,6 +156,8 @@ class World:
         self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
         self.num_runtimes = 0  # made so far; the ranks make the same ones in the same order
         self.announced: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
+        self.threads_in_step: set[int] = set()  # of callers who give a step its rows; until they leave it, no other step begins
+        self.warned: set[str] = set()  # what was said once needs no second time
         self._closed = False
         self.engine.call(self._meet)
         atexit.register(self.close)

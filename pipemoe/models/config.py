@@ -51,8 +51,26 @@ def read_config(source: str | Path | dict | PreTrainedConfig, where: str = "") -
         raise CheckpointError(f"{where}{name} is not a valid {model_type} config: {error}") from error
 
 
-def fingerprint_of(config: PreTrainedConfig, identity: str, dtype: torch.dtype) -> str:
-    """A hex digest that is equal on two ranks only if config, checkpoint (or seed) and dtype are."""
+def facts_of(config: PreTrainedConfig, identity: str, dtype: torch.dtype) -> dict[str, str]:
+    """What must be equal on all ranks, by the names that an error is to use: config, checkpoint (or seed) and dtype."""
     described = {k: v for k, v in config.to_dict().items() if k not in _PROVENANCE}
-    text = json.dumps([described, identity, str(dtype)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    facts = {f"the model's {key}": json.dumps(described[key], sort_keys=True, default=str) for key in sorted(described)}
+    return facts | {"the model's dtype": str(dtype), "the model's checkpoint": identity}
+
+
+def fingerprint_of(facts: dict[str, str]) -> str:
+    """A hex digest that is equal on two ranks only if `facts` are."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def num_positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens a sequence may have; None if the config does not say.
+
+    Configs with scaled rotary embeddings may give max_position_embeddings as it was before scaling (Qwen3's yarn) or after (DeepSeek-V3's);
+    the larger holds.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if most is None or rope.get("rope_type", "default") in ("default", "llama3", "longrope"):  # the last two give it after scaling
+        return most
+    return max(most, int((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)))

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from pipemoe.errors import InputError
 from pipemoe.models.attention import can_use_flash
 from pipemoe.models.cache import MicrobatchCache, StepCache
+from pipemoe.models.config import fingerprint_of
 from pipemoe.models.packing import Packing, Piece
 from pipemoe.models.routing import route
 from pipemoe.plan.schedule import ModelShape
@@ -61,14 +62,15 @@ class Decoder:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        fingerprint: str,
+        facts: dict[str, str],
     ) -> None:
+        """facts: what of the model must be equal on all ranks, by name."""
         config = model.config
         self.config: PreTrainedConfig = config
         self.family: str = family.model_type
         self.device = device
         self.dtype = dtype
-        self.fingerprint = fingerprint
+        self.facts, self.fingerprint = facts, fingerprint_of(facts)
         self.vocab_size: int = config.vocab_size
         self.routing = family.routing(config)
         self._moe_layers = family.moe_layers(config)  # decoder layer of each MoE layer

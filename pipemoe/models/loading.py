@@ -12,7 +12,7 @@ from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights, check_finite, local_range
 from pipemoe.models.attention import PACKED, register_packed_attention
 from pipemoe.models.checkpoint import Checkpoint
-from pipemoe.models.config import fingerprint_of, read_config
+from pipemoe.models.config import facts_of, read_config
 from pipemoe.models.decoder import Decoder
 from pipemoe.models.families import Family, check_config
 from pipemoe.models.random_weights import fill_random, random_experts
@@ -68,8 +68,7 @@ def load_decoder(
         _check_finite(model, weights, where)
     if device.type == "cuda" and family.plain_rms_norm:
         fuse_norms(model)
-    fingerprint = fingerprint_of(config, identity, dtype)
-    return Decoder(model, family, device=device, dtype=dtype, fingerprint=fingerprint), weights
+    return Decoder(model, family, device=device, dtype=dtype, facts=facts_of(config, identity, dtype)), weights
 
 
 def _fill_from(

@@ -32,10 +32,23 @@ def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: C
 
 
 def read_cost(path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:
-    """The cost model in a file. Raises ConfigError, naming the first difference, if it is of another `subject` (None: any will
-    do), of another version, or no such file at all."""
+    """The cost model in a file. Raises what `read_cost_bytes` and `cost_of_bytes` raise."""
+    return cost_of_bytes(read_cost_bytes(path), path, subject)
+
+
+def read_cost_bytes(path: str | os.PathLike[str]) -> bytes:
+    """What a file holds. Raises ConfigError if there is no such file, or it cannot be read."""
     try:
-        document = json.loads(Path(path).read_text())
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; pipemoe tune writes such a file") from None
+
+
+def cost_of_bytes(raw: bytes, path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:
+    """The cost model in `raw`, read from `path`. Raises ConfigError, naming the first difference, if it is of another `subject` (None:
+    any will do) or another version."""
+    try:
+        document = json.loads(raw)
         schema, found = document["schema"], document["subject"]
         if schema not in (SCHEMA, _WITHOUT_FIRST, _WITHOUT_SMS):
             raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
@@ -50,8 +63,6 @@ def read_cost(path: str | os.PathLike[str], subject: Mapping[str, Any] | None = 
                 raise ConfigError(f"{path}: measured with {key} {found.get(key)!r}, but here it is {wanted!r}; run pipemoe tune again")
     except ConfigError as error:
         raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; pipemoe tune writes such a file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no cost file: {type(error).__name__}: {error}") from None
     return cost

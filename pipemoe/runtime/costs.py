@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
+import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipemoe.comm.exchange import encode_error, raise_first
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError
 from pipemoe.plan.cost import CostModel
-from pipemoe.plan.cost_file import read_cost
+from pipemoe.plan.cost_file import cost_of_bytes, read_cost_bytes
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import cpu, gpu_named
 from pipemoe.plan.dimensions import Dimensions
@@ -42,7 +46,8 @@ def runtime_cost(
     as a graph, graph_cuts: also of cut sequences. sliced_permille, arrivals_permille, num_sms: of the experts that run here
     (None: there are none, for want of something that is an error later).
 
-    A file of another subject is refused with a warning. What ranks then plan by is compared like everything else that plans
+    A file that cannot be read on some rank is a ConfigError on all of them. One of another subject or version is refused with a warning, by
+    the ranks whose file is not rank 0's and by rank 0. What ranks then plan by is compared like everything else that plans
     depend on, so a rank alone with another file is an error on all of them.
     """
     import torch
@@ -52,7 +57,15 @@ def runtime_cost(
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     cores = len(os.sched_getaffinity(0))
     place = f"{socket.gethostname()} {world.device if world.device.type == 'cuda' else ''}"
-    gathered = [json.loads(p) for p in world.all_gather(json.dumps([name, cores, place, num_sms]).encode(), "exchange of device names")]
+    file, error = b"", None
+    try:
+        file = b"" if config.cost is None else read_cost_bytes(config.cost)
+    except ConfigError as e:
+        error = ConfigError(f"rank {world.rank}: cost file {e}")
+    own = [name, cores, place, num_sms, hashlib.sha256(file).hexdigest(), encode_error(error).decode()]
+    everywhere = [json.loads(p) for p in world.all_gather(json.dumps(own).encode(), "exchange of device names")]
+    raise_first([text.encode() for *_, text in everywhere])
+    gathered, files = [row[:4] for row in everywhere], [row[4] for row in everywhere]
     name, cores, *_ = gathered[0]  # rank 0 speaks for all: ranks must plan alike
     places = [where for _, _, where, _ in gathered]
     as_here = {
@@ -81,14 +94,26 @@ def runtime_cost(
     }
     if config.cost is not None:
         try:
-            return _as_here(read_cost(config.cost, subject), **as_here), subject
-        except ConfigError as error:
-            warnings.warn(f"cost file refused, defaults used: {error}", stacklevel=2)
+            return _as_here(cost_of_bytes(file, config.cost, subject), **as_here), subject
+        except ConfigError as refusal:
+            if world.rank == 0 or files[world.rank] != files[0]:
+                _warn_once(world, f"cost file refused, defaults used: {refusal}")
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
     )
     return _as_here(cost, **as_here), subject
+
+
+def _warn_once(world: World, text: str) -> None:
+    """Once in this world, with the line that called the library."""
+    if text in world.warned:
+        return
+    world.warned.add(text)
+    library, frame, depth = str(Path(__file__).resolve().parents[1]) + os.sep, sys._getframe(1), 2
+    while frame.f_back is not None and os.path.realpath(frame.f_code.co_filename).startswith(library):
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(text, stacklevel=depth)
 
 
 def _as_here(

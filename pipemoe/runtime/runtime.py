@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.exchange import check_lengths, decode_step, encode_step
 from pipemoe.config import Config
-from pipemoe.errors import ConfigError, FatalError, MismatchError, ModelError, PipemoeError
+from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import plan as make_plan
@@ -232,8 +233,11 @@ class Runtime:
 
         lengths: this rank's sequences, in tokens. error: a reason why this rank cannot take part; raised on every rank before any
         row moves. The future is resolved as soon as this rank's own cohorts have finished, and the engine goes on with the rest; with
-        `timeline` or debug, when the whole plan has.
+        `timeline` or debug, when the whole plan has. Raises InputError on a thread that is inside a PipelinedMoE's step: this one would
+        wait for that one, which waits for the thread.
         """
+        if threading.get_ident() in self.world.threads_in_step:
+            raise InputError(f"rank {self.world.rank}: a step is open; leave its `with` block before the next step, call or prefill")
         future: Future = Future()
         return self.world.engine.submit(lambda: self._step(tuple(lengths), source, error, only, timeline, on_done, future), future)
 
@@ -309,9 +313,13 @@ class Runtime:
             check_lengths(world.rank, lengths, self.config.max_tokens_per_rank)
         except PipemoeError as e:
             error = error or e
-        error, world.announced = world.announced or error, None
+        announced, world.announced = world.announced, None
+        # Misuse that every rank's own caller has been told of is no news to any of them, so the step goes on.
+        is_known = error is None and announced is not None and isinstance(announced.__cause__, InputError)
+        error = announced or error
         doing = f"exchange of step {world.engine.step + 1}"
-        gathering = world.start_gathering(encode_step(self.fingerprint, lengths if error is None else (), error), doing)
+        message = encode_step(self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known)
+        gathering = world.start_gathering(message, doing)
         world.engine.wait(gathering.done, doing, needs_all=True)
         return decode_step(gathering.payloads)
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.plan.model_configs import MODEL_CONFIGS
@@ -83,13 +84,13 @@ def test_presets_are_configs_that_can_be_cut(name):
 
 def test_a_checkpoint_is_cut_by_links(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**MODEL_CONFIGS["small"], "layer_types": ["full_attention"] * 8}))
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    save_file({"weights": torch.ones(3)}, tmp_path / "model.safetensors")
     model = BenchModel(str(tmp_path), layers=6)
     assert model.num_layers == 6 and model.name == tmp_path.name
     with model.source(2) as source:
         config = json.loads((source / "config.json").read_text())
         assert config["num_hidden_layers"] == 2 and len(config["layer_types"]) == 2
-        assert (source / "model.safetensors").read_bytes() == b"weights"
+        assert (source / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
     assert not source.exists()
     with model.source(8) as source:
         assert source == tmp_path
@@ -100,6 +101,9 @@ def test_wrong_models_are_refused(tmp_path):
         BenchModel("no-such-model")
     with pytest.raises(ConfigError, match="--layers is 9; small has 8"):
         BenchModel("small", 9)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIGS["small"]))
+    with pytest.raises(CheckpointError, match="holds neither model.safetensors nor"):
+        BenchModel(str(tmp_path))
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(CheckpointError, match="holds a list"):
         BenchModel(str(tmp_path / "list.json"))

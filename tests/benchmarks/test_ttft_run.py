@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 import results_schema
 import ttft
 import ttft_judge
-from pipemoe.errors import ConfigError, InputError
+from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import MODES
 
@@ -124,9 +125,14 @@ def test_a_mode_that_is_wrong_is_reported_and_fails_the_job(world, arguments, mo
 
 
 @pytest.mark.mpi
-def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments):
+def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments, tmp_path):
+    bare = Path(world.all_gather(str(tmp_path).encode())[0].decode())  # rank 0's, for all
+    (tmp_path / "config.json").write_text(json.dumps({**MODEL_CONFIGS["small"], **TINY}))
+    world.all_gather(b"", "written")
     for more, error, message in (
         (("--trace", "no_such_trace.csv"), InputError, "no_such_trace.csv: cannot be read"),
+        (("--model", str(bare)), CheckpointError, f"rank 0: {bare}: holds neither model.safetensors nor"),
+        (("--cost", str(bare / "cost.json"), "--modes", "chunked"), ConfigError, f"rank 0: cost file {bare}/cost.json: No such file"),
         (("--layers", "3"), ConfigError, "--layers is 3; tiny has 2"),
         (("--rank-tokens", "1," * world.size + "1"), InputError, f"numbers for {world.size} ranks"),
         (("--max-tokens-per-rank", "1"), ConfigError, "--max-tokens-per-rank is 1, but a step gives one rank"),

@@ -22,6 +22,13 @@ def test_the_lowest_ranks_error_is_raised():
         decode_step(payloads)
 
 
+def test_errors_that_every_rank_knows_are_raised_on_none():
+    known, unknown = ([encode_step(SAME, (r + 1,), InputError(f"rank {r}: x"), is_known=is_known or r == 0) for r in range(2)] for is_known in (True, False))
+    assert decode_step(known).lengths == ((1,), (2,))
+    with pytest.raises(InputError, match="^rank 0: x$"):
+        decode_step(unknown)
+
+
 def test_an_error_without_a_rank_gets_one_and_a_foreign_class_becomes_a_model_error():
     with pytest.raises(ModelError, match="^rank 1: boom$"):
         raise_first([b"", encode_error(FatalError("boom"))])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipemoe.errors import CheckpointError, ConfigError
-from pipemoe.models.config import read_config
+from pipemoe.models.config import num_positions, read_config
 from pipemoe.models.loading import load_decoder
 from pipemoe.plan.schedule import ModelShape
 from tests.models.tiny import FAMILIES, tiny_config
@@ -54,6 +54,19 @@ def test_configs_in_the_older_style_are_understood():
     config, directory = read_config(raw)
     assert directory is None
     assert config.rope_parameters["rope_theta"] == 1234.0 and config.rope_parameters["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),  # as in Qwen3's instructions
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),  # as in DeepSeek-V3's config
+        ({"rope_type": "linear", "factor": 2.0}, 1024),
+    ],
+)
+def test_scaled_rotary_embeddings_have_more_positions(rope, positions):
+    assert num_positions(tiny_config("qwen3_moe", rope_parameters={"rope_theta": 1e4, **rope})) == positions
 
 
 def test_fingerprint_differs_with_config_seed_and_dtype():

@@ -1,0 +1,23 @@
+"""What a Config refuses, and what it takes."""
+
+from pathlib import Path
+
+import pytest
+
+from pipemoe import Config
+from pipemoe.errors import ConfigError
+
+
+@pytest.mark.parametrize("num_slots", [None, 2])
+@pytest.mark.parametrize(("name", "value"), [("deterministic", "yes"), ("deterministic", 1), ("debug", None), ("cost", 7), ("cost", b"cost.json")])
+def test_values_of_another_kind_are_refused(name, value, num_slots):
+    with pytest.raises(ConfigError, match=f"^{name} is {value!r}; it must be "):
+        Config(num_slots=num_slots, **{name: value})
+
+
+def test_a_cost_file_may_be_a_path():
+    assert Config(cost=Path("cost.json")).in_world(2).cost == Path("cost.json")
+
+
+def test_deterministic_sums_are_gathered_whatever_combine_says():
+    assert Config(deterministic=True, combine="reduce").combine == "gather"
