@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import results_schema
 from bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.output_path import check_output_file, check_output_folder
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import COMBINES, MODES
 from ttft_inputs import Step, Workload, drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
@@ -185,6 +186,10 @@ def run(world: World, options: argparse.Namespace) -> int:
     options = resolve(options, world.device.type)
     error, inputs = None, None
     try:
+        if world.rank == 0:  # who writes
+            check_output_folder("--out", options.out)
+            if options.json:
+                check_output_file("--json", options.json, may_make_folder=True)
         model = BenchModel(options.model, options.layers)
         workloads = workloads_of(options, world.size)
         inputs = model, workloads, configs_of(options, workloads)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
+from pipemoe import __version__
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.tune import add_tune_parser
@@ -14,6 +19,7 @@ from pipemoe.tune import add_tune_parser
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status of the process."""
     parser = argparse.ArgumentParser(prog="pipemoe", description="Mixture-of-experts prefill without a barrier.")
+    parser.add_argument("--version", action="version", version=f"pipemoe {__version__}")
     subcommands = parser.add_subparsers(dest="subcommand", required=True)
 
     doctor = subcommands.add_parser(
@@ -29,14 +35,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan_parser(subcommands, _positive)
     add_tune_parser(subcommands, _positive)
 
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_negative_values_joined(sys.argv[1:] if arguments is None else arguments))
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
     except FatalError:
         raise
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        return 128 + signal.SIGPIPE  # as other commands that a pipe ends
     except PipemoeError as error:
         print(f"pipemoe {options.subcommand}: {error}", file=sys.stderr)
         return 2
+
+
+def _negative_values_joined(arguments: Sequence[str]) -> list[str]:
+    """"--rank-tokens", "-5,3" as "--rank-tokens=-5,3": argparse takes the second for an option, and would say that a value is missing."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and re.match(r"-\d", argument) and re.fullmatch(r"--[\w-]+", joined[-1]):
+            joined[-1] += "=" + argument
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _reader_has_gone() -> bool:
+    """Is nobody left who reads standard output, as in `pipemoe plan ... | head`?"""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.config import DTYPES, Config
-from pipemoe.errors import InputError
-from pipemoe.plan.auto import auto_candidates
-from pipemoe.plan.cost_file import read_cost
+from pipemoe.errors import ConfigError, InputError
+from pipemoe.output_path import check_output_file
+from pipemoe.plan.auto import Candidate, auto_candidates
+from pipemoe.plan.auto_search import COHORT_MARGIN
+from pipemoe.plan.compiled import on_first_compilation
+from pipemoe.plan.cost import CostModel
+from pipemoe.plan.cost_file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.default_cost import default_cost
-from pipemoe.plan.devices import GPUS
+from pipemoe.plan.devices import GPUS, is_hopper
 from pipemoe.plan.dimensions import Dimensions, dimensions_of
-from pipemoe.plan.model_configs import MODEL_CONFIGS
+from pipemoe.plan.model_configs import MODEL_CONFIGS, model_config
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
-from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES, Facts, PlanConfig
+from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES, Facts, Plan, PlanConfig
 from pipemoe.plan.simulator import Prediction, simulate
 from pipemoe.runtime.arriving import GATHERING_PERMILLE
+from pipemoe.runtime.costs import model_key
 
+_DEFAULT_MODEL = "deepseek-v3"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_MOST_TOKENS = 10_000_000  # of a rank: planning more would take minutes, or for ever
 
 
 def add_plan_parser(subcommands: argparse._SubParsersAction, positive: type) -> None:
@@ -32,9 +42,9 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
         description="Prints the candidates of mode auto, the plan, and the predicted times to first token of one step.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", default="deepseek-v3", help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json (default %(default)s)")
+    parser.add_argument("--model", help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory (default {_DEFAULT_MODEL})")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="default %(default)s")
-    parser.add_argument("--cost", metavar="FILE", help="measured costs (pipemoe tune) in place of those derived from --model and --gpu")
+    parser.add_argument("--cost", metavar="FILE", help="measured costs (pipemoe tune) of --model, in place of those derived from --gpu")
     parser.add_argument("--ranks", type=positive, help="number of ranks (default: as many as --rank-tokens names)")
     parser.add_argument("--rank-tokens", required=True, metavar="T,T,...", help="tokens per rank; one number is every rank's; 512+16 are two sequences")
     parser.add_argument("--layers", type=positive, help="MoE layers (default: the model's)")
@@ -57,8 +67,13 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
 
 def run(options: argparse.Namespace) -> int:
     """Print the report. Raises InputError and ConfigError for what cannot be."""
+    if options.trace:
+        check_output_file("--trace", options.trace)
+    if options.cost and not options.model:
+        raise InputError(f"--cost {options.cost} is of one model: say which with --model")
     facts = parse_facts(options.rank_tokens, options.ranks)
-    dimensions = _dimensions(options.model)
+    model = options.model or _DEFAULT_MODEL
+    dimensions = dimensions_of(model_config(model))
     if options.layers:
         dimensions = replace(dimensions, shape=replace(dimensions.shape, num_layers=options.layers))
     shape, value_bytes = dimensions.shape, _BYTES[options.dtype]
@@ -74,29 +89,29 @@ def run(options: argparse.Namespace) -> int:
         objective=options.objective,
         makespan_budget=options.makespan_budget,
     )
-    if options.cost:
-        cost = read_cost(options.cost)
-    else:
-        gpu, sharing = GPUS[options.gpu], options.ranks_per_gpu
-        ctas = default_max_ctas(gpu.num_sms // sharing, options.slots, sharing) if facts.num_ranks > 1 else 0
-        cost = default_cost(gpu, dimensions, facts.num_ranks, value_bytes=value_bytes, sum_bytes=value_bytes, ranks_per_device=sharing, ctas=ctas)
-    if options.arrivals == "on" and not cost.experts.arrivals_permille:  # a file's, or default costs, are of experts that take whole waves
-        cost = replace(cost, experts=replace(cost.experts, arrivals_permille=GATHERING_PERMILLE))
+    cost = _cost(options, dimensions, facts.num_ranks)
+    if not any(facts.tokens):
+        print("nothing to plan: no rank has a token")
+        return 0
+    with on_first_compilation(_say_that_it_compiles):
+        chosen = plan(facts, shape, config, cost)  # first: it finds what is wrong with the step
+        candidates = auto_candidates(facts, shape, config, cost) if options.mode == "auto" else []
+        prediction = simulate(chosen, cost, spans=True)
+        front = _pareto(facts, dimensions, config, cost) if options.pareto else ""
     device = f"costs of {options.cost}" if options.cost else options.gpu
-    print(f"{options.model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n")
-    candidates = auto_candidates(facts, shape, config, cost)
-    if options.mode == "auto" and candidates:
-        print(candidates_table(candidates) + "\n")
-    chosen = plan(facts, shape, config, cost)
-    prediction = simulate(chosen, cost, spans=True)
-    print(cohorts_lines(chosen) + "\n")
-    print(ranks_table(chosen, prediction) + "\n")
+    print(f"{model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n")
+    if candidates:
+        print(candidates_table(candidates))
+        print(_rule(config, f"{100 * config.makespan_budget:g} %") + _differing(candidates, prediction) + "\n")
+    print(cohorts_lines(chosen))
+    if config.arrivals and not chosen.arrivals:
+        print(_no_arrivals(chosen))
+    print("\n" + ranks_table(chosen, prediction) + "\n")
     print(f"mean TTFT {milliseconds(prediction.mean)} ms, slowest {milliseconds(prediction.makespan)} ms, over {sum(map(len, facts.lengths))} sequences")
     print(f"exchange buffers {exchange_bytes(config, dimensions, facts.num_ranks, value_bytes) / 2**20:.1f} MiB per rank (plus the experts' scratch)\n")
-    if options.pareto:
-        print(_pareto(facts, dimensions, config, cost) + "\n")
-    if chosen.cohorts:
-        print(timeline_text(chosen, prediction, num_layers=3, width=options.width))
+    if front:
+        print(front + "\n" + _rule(config, "the line's budget") + _differing(candidates, prediction) + "\n")
+    print(timeline_text(chosen, prediction, num_layers=3, width=options.width))
     if options.trace:
         options.trace.write_text(json.dumps(_trace(prediction)))
         print(f"timeline: {options.trace}")
@@ -113,7 +128,11 @@ def parse_facts(text: str, num_ranks: int | None = None) -> Facts:
         lengths *= num_ranks
     if num_ranks is not None and len(lengths) != num_ranks:
         raise InputError(f"--rank-tokens {text!r} is for {len(lengths)} ranks, but --ranks is {num_ranks}")
-    return Facts(tuple(lengths))
+    facts = Facts(tuple(lengths))
+    for rank, tokens in enumerate(facts.tokens):
+        if tokens > _MOST_TOKENS:
+            raise InputError(f"--rank-tokens: rank {rank} has {tokens} tokens; at most {_MOST_TOKENS} can be planned for")
+    return facts
 
 
 def exchange_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, value_bytes: int) -> int:
@@ -124,16 +143,60 @@ def exchange_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, v
     return config.max_slots * config.num_buffers * (rows * (row_bytes + hidden * value_bytes) + staging)
 
 
-def _dimensions(model: str) -> Dimensions:
-    if model in MODEL_CONFIGS:
-        return dimensions_of(MODEL_CONFIGS[model])
-    try:
-        return dimensions_of(json.loads(Path(model).read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"--model {model}: {error}; give one of {', '.join(MODEL_CONFIGS)}, or the path of a config.json") from None
+def _cost(options: argparse.Namespace, dimensions: Dimensions, num_ranks: int) -> CostModel:
+    """The file's costs, or those derived from the GPU. Raises ConfigError if the file is of something else, or arrivals cannot be."""
+    if options.cost:
+        subject, cost = subject_and_cost(read_cost_bytes(options.cost), options.cost)
+        device = str(subject.get("device"))
+        _check_subject(options, subject, dimensions, num_ranks)
+    else:
+        gpu, sharing, value_bytes, device = GPUS[options.gpu], options.ranks_per_gpu, _BYTES[options.dtype], options.gpu
+        ctas = default_max_ctas(gpu.num_sms // sharing, options.slots, sharing) if num_ranks > 1 else 0
+        cost = default_cost(gpu, dimensions, num_ranks, value_bytes=value_bytes, sum_bytes=value_bytes, ranks_per_device=sharing, ctas=ctas)
+    if options.arrivals == "on":
+        if not is_hopper(device):
+            raise ConfigError(f"--arrivals on needs Hopper GPUs (h100, h200), and these are {device}: their experts take whole waves only")
+        if not cost.experts.arrivals_permille:  # a file's, or default costs, are of experts that take whole waves
+            cost = replace(cost, experts=replace(cost.experts, arrivals_permille=GATHERING_PERMILLE))
+    return cost
 
 
-def _pareto(facts: Facts, dimensions: Dimensions, config: PlanConfig, cost) -> str:
+def _check_subject(options: argparse.Namespace, subject: dict[str, Any], dimensions: Dimensions, num_ranks: int) -> None:
+    """Raises ConfigError if a cost file's subject is another model, or another number of ranks."""
+    key, found = model_key(dimensions), subject.get("model")
+    if found != key:
+        names = [name for name, config in MODEL_CONFIGS.items() if model_key(dimensions_of(config)) == found]
+        measured = f"measured with model {names[0]}, {found}" if names else f"measured with model {found}"
+        raise ConfigError(f"{options.cost}: {measured}, but --model {options.model} is {key}; name that model, or run pipemoe tune for this one")
+    if subject.get("num_ranks") != num_ranks:
+        wanted = f"measured with num_ranks {subject.get('num_ranks')}, but --ranks and --rank-tokens say {num_ranks}"
+        raise ConfigError(f"{options.cost}: {wanted}; name as many, or run pipemoe tune with that many")
+
+
+def _say_that_it_compiles() -> None:
+    print("pipemoe plan: compiling the planner, once on this machine: about a minute", file=sys.stderr, flush=True)
+
+
+def _rule(config: PlanConfig, budget: str) -> str:
+    """How one candidate is chosen, in a line."""
+    objective = "weighted objective" if config.objective == "weighted" else f"{config.objective} TTFT"
+    margin = f"it must be {COHORT_MARGIN / 10:g} % better for each further cohort, as predictions are not exact"
+    return f"chosen: the lowest {objective} of those whose slowest is at most {budget} above the least; {margin}"
+
+
+def _differing(candidates: Sequence[Candidate], prediction: Prediction) -> str:
+    """Why the chosen candidate's figures come again a little differently, where they do."""
+    of_table = [(milliseconds(c.mean), milliseconds(c.slowest)) for c in candidates if c.chosen]
+    if not candidates or of_table == [(milliseconds(prediction.mean), milliseconds(prediction.makespan))]:
+        return ""
+    return "\nfigures in this table: few layers, carried on in a straight line; by rank, and over all sequences: all layers, so they differ a little"
+
+
+def _no_arrivals(chosen: Plan) -> str:
+    return f"--arrivals on has no effect here: it takes cohorts one after another, and this plan has {len(chosen.cohorts)} side by side"
+
+
+def _pareto(facts: Facts, dimensions: Dimensions, config: PlanConfig, cost: CostModel) -> str:
     lines = [["makespan budget", "mean ms", "slowest ms", "candidate"]]
     for percent in (0, 2, 5, 10, 15, 20):
         candidates = auto_candidates(facts, dimensions.shape, replace(config, makespan_budget=percent / 100), cost)

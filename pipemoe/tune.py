@@ -25,12 +25,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipemoe.config import Config
 from pipemoe.errors import InputError
+from pipemoe.output_path import check_output_file
 from pipemoe.plan.cost import CostModel, graph_rows, rates_of
 from pipemoe.plan.cost_file import write_cost
 from pipemoe.plan.dimensions import dimensions_of
 from pipemoe.plan.fit import Samples, Speeds, calibrate, fit_contention, fit_cost, fit_sms
-from pipemoe.plan.model_configs import MODEL_CONFIGS
+from pipemoe.plan.model_configs import MODEL_CONFIGS, model_config
 from pipemoe.plan.planner import plan
+from pipemoe.plan.report import table
 from pipemoe.plan.schedule import Facts, OpKind
 from pipemoe.plan.simulator import simulate
 from pipemoe.plan.sms import room_for_collectives
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from pipemoe.comm.world import World
     from pipemoe.model import Model
 
+_LEAST_TOKENS = 16  # of --max-tokens: costs per token cannot be told from fixed ones over fewer
+_POOR_PERCENT = 20  # error of predictions after calibration, above which a file is not to be trusted
 _PAIR_SECONDS = 10e-3  # that either side of a pair takes alone
 _WHOLE_STEP_MODES = ("broadcast", "chunked", "two_batch", "pipelined", "per_rank")
 _IN_LAYER = (OpKind.ATTEND, OpKind.DISPATCH, OpKind.EXPERTS, OpKind.COMBINE)  # in the order of a step of one cohort in one wave
@@ -62,11 +66,11 @@ def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
         description="Run it under the launcher with as many ranks as will be used: launch/mpirun.sh -n N -m pipemoe.cli tune ...",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", required=True, help=f"{', '.join(MODEL_CONFIGS)}, or the path of a checkpoint's config.json")
+    parser.add_argument("--model", required=True, help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the costs; Config(cost=FILE) uses them")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--max-tokens", type=positive, help="most tokens of a rank that are tried (default: 512 on a CPU, else 4096)")
+    parser.add_argument("--max-tokens", type=positive, help="most tokens of a rank that are tried, at least 16 (default: 512 on a CPU, else 4096)")
     parser.add_argument("--layers", type=positive, default=4, help="MoE layers to measure, at least 2 (default %(default)s)")
     parser.add_argument("--slots", type=positive, help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)")
     parser.add_argument("--combine", choices=("reduce", "gather"), default="reduce")
@@ -83,11 +87,15 @@ def run(options: argparse.Namespace) -> int:
 
     if options.layers < 2:
         raise InputError("--layers is 1; operations are timed in the layers after the first, so at least 2 are needed")
-    config = _model_config(options.model)
+    if options.max_tokens is not None and options.max_tokens < _LEAST_TOKENS:
+        raise InputError(f"--max-tokens is {options.max_tokens}; sizes are tried up to that, so at least {_LEAST_TOKENS} are needed")
+    config = model_config(options.model)
+    dimensions = dimensions_of(config)
     first_moe = int(config.get("first_k_dense_replace", 0))
     cut = {**config, "num_hidden_layers": min(config["num_hidden_layers"], first_moe + options.layers)}
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with pipemoe.init(options.device, num_slots=options.slots) as world:
+        world.agree(_refused(options.out) if world.rank == 0 else None, {}, "looking at --out")
         most = options.max_tokens or (512 if world.device.type == "cpu" else 4096)
         base = Config(mode="broadcast", max_tokens_per_rank=most, moe_max_num_tokens=most, num_slots=world.num_slots, combine=options.combine)
         base = replace(base, deterministic=options.deterministic)
@@ -107,23 +115,24 @@ def run(options: argparse.Namespace) -> int:
         cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
         after = tuner.log_error(cost, steps)
         if world.rank == 0:
-            subject = {**model.runtime.cost_subject, "model": model_key(dimensions_of(config))}
+            subject = {**model.runtime.cost_subject, "model": model_key(dimensions)}
             write_cost(options.out, subject, cost)
             for line in tuner.compared(cost, steps):
                 _say(world, line)
-            _say(world, f"error of predicted steps: {_percent(before)} as measured, {_percent(after)} scaled to them")
+            for line in accuracy(before, after):
+                _say(world, line)
             print(f"costs: {options.out}")
         world.all_gather(b"", "end of tuning")
     return 0
 
 
-def _model_config(name: str) -> dict[str, Any]:
-    if name in MODEL_CONFIGS:
-        return dict(MODEL_CONFIGS[name])
+def _refused(out: Path) -> InputError | None:
+    """Why the file cannot be written, before minutes of measuring. Only rank 0 writes, perhaps where other hosts have no such folder."""
     try:
-        return dict(json.loads(Path(name).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"--model {name}: {error}; give one of {', '.join(MODEL_CONFIGS)}, or the path of a config.json") from None
+        check_output_file("--out", out)
+    except InputError as error:
+        return error
+    return None
 
 
 def _say(world: World, text: str) -> None:
@@ -131,8 +140,18 @@ def _say(world: World, text: str) -> None:
         print(f"pipemoe tune: {text}", file=sys.stderr, flush=True)
 
 
-def _percent(log_error: float) -> str:
-    return f"{100 * math.expm1(log_error):.0f} %"
+def accuracy(before: float, after: float) -> list[str]:
+    """How near predictions came to measured steps, in words. before, after calibration: Tuner.log_error of the costs."""
+    unfitted, fitted = (100 * math.expm1(error) for error in (before, after))
+    lines = [f"predicted times of the whole steps were off by {unfitted:.0f} % on average; after calibration to the measured times, {fitted:.0f} %"]
+    if fitted > _POOR_PERCENT:
+        lines.append(f"over {_POOR_PERCENT} %: this file is poor; perhaps the machine was busy. Run pipemoe tune again when it is idle")
+    return lines
+
+
+def sequences_text(lengths: _Lengths) -> str:
+    """Per rank, "64", "16 x 4" for 16 sequences of 4 tokens, or "0"."""
+    return ", ".join(f"{len(of_rank)} x {of_rank[0]}" if len(of_rank) > 1 else str(sum(of_rank)) for of_rank in lengths)
 
 
 class Tuner:
@@ -152,7 +171,7 @@ class Tuner:
             if n >= 64:
                 cases.append(((n // 16,) * 16, *((),) * (size - 1)))
         for done, lengths in enumerate(cases):
-            _say(self._world, f"operations: {done + 1} of {len(cases)}, tokens per rank {[sum(of_rank) for of_rank in lengths]}")
+            _say(self._world, f"operations: {done + 1} of {len(cases)}, tokens per rank [{sequences_text(lengths)}]")
             for repeat in range(self._repeats + 1):
                 timelines = self._timed(lengths)
                 if repeat:  # the first is the warm-up
@@ -214,13 +233,13 @@ class Tuner:
         return statistics.fmean(errors)
 
     def compared(self, cost: CostModel, steps: Sequence[tuple[Config, _Lengths, list[float]]]) -> list[str]:
-        """A line for each step: its ms to the first token per rank, as predicted and as measured."""
-        lines = []
+        """Each step's ms to the first token per rank, as predicted and as measured: a table's lines."""
+        lines = [["mode", "tokens per rank", *(f"rank {rank}" for rank in range(self._world.size))]]
         for config, lengths, measured in steps:
             predicted = self._predicted(cost, config, lengths)
-            pairs = ", ".join(f"{p / 1e6:.1f} ({m / 1e6:.1f})" for p, m in zip(predicted, measured) if p and m)
-            lines.append(f"{config.mode}, tokens {[sum(of_rank) for of_rank in lengths]}: predicted (measured) ms {pairs}")
-        return lines
+            pairs = [f"{p / 1e6:.1f} ({m / 1e6:6.1f})" if p and m else "-" for p, m in zip(predicted, measured)]
+            lines.append([config.mode, sequences_text(lengths), *pairs])
+        return ["whole steps, ms predicted (measured):", *table(lines).splitlines()]
 
     def _predicted(self, cost: CostModel, config: Config, lengths: _Lengths) -> Sequence[int | None]:
         return simulate(plan(Facts(lengths), self._model.runtime.shape, config, cost), cost).ttft

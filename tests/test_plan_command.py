@@ -7,12 +7,15 @@ import sys
 
 import pytest
 
+from pipemoe import __version__
 from pipemoe.cli import main
 from pipemoe.errors import InputError
 from pipemoe.plan.cost import CostModel
 from pipemoe.plan.cost_file import write_cost
+from pipemoe.plan.dimensions import dimensions_of
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan_command import parse_facts
+from pipemoe.runtime.costs import model_key
 
 SKEWED = ["--ranks", "8", "--rank-tokens", "4096,16,16,16,16,16,16,16", "--layers", "6"]
 
@@ -63,14 +66,71 @@ def test_multiprocessors_left(capsys):
 
 def test_a_step_without_tokens(capsys):
     assert main(["plan", "--rank-tokens", "0,0", "--layers", "3"]) == 0
-    assert "over 0 sequences" in capsys.readouterr().out
+    assert capsys.readouterr().out == "nothing to plan: no rank has a token\n"
 
 
-def test_measured_costs_are_used(capsys, tmp_path):
+@pytest.fixture
+def small_cost(tmp_path):
+    """Path of a cost file of the small model on 8 ranks of a CPU."""
     path = tmp_path / "cost.json"
-    write_cost(path, {"device": "any"}, CostModel())
-    assert main(["plan", "--cost", str(path), *SKEWED]) == 0
-    assert str(path) in capsys.readouterr().out
+    write_cost(path, {"device": "cpu", "num_ranks": 8, "model": model_key(dimensions_of(MODEL_CONFIGS["small"]))}, CostModel())
+    return str(path)
+
+
+def test_measured_costs_are_used(capsys, small_cost):
+    assert main(["plan", "--model", "small", "--cost", small_cost, *SKEWED]) == 0
+    assert small_cost in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (SKEWED, "say which with --model"),
+        (["--model", "mixtral-8x7b", *SKEWED], "measured with model small, "),
+        (["--model", "small", "--rank-tokens", "5,3"], "measured with num_ranks 8, but --ranks and --rank-tokens say 2"),
+        (["--model", "small", *SKEWED, "--arrivals", "on"], "these are cpu"),
+    ],
+)
+def test_costs_of_something_else_are_refused(capsys, small_cost, arguments, message):
+    assert main(["plan", "--cost", small_cost, *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert message in error and error.count("\n") == 1 and not out
+
+
+def test_a_folder_with_a_config_is_a_model(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_CONFIGS["small"]))
+    assert main(["plan", "--model", str(tmp_path), "--rank-tokens", "5,3"]) == 0
+    (tmp_path / "config.json").write_text("{")
+    assert main(["plan", "--model", str(tmp_path), "--rank-tokens", "5,3"]) == 2
+    assert "config.json is no JSON" in capsys.readouterr().err
+
+
+def test_the_rule_is_said_and_why_figures_differ(capsys):
+    rule = "at most 10 % above the least; it must be 3 % better for each further cohort"
+    differ = "so they differ a little"
+    assert main(["plan", "--model", "small", "--rank-tokens", "512,64", "--layers", "3"]) == 0
+    text = capsys.readouterr().out
+    assert rule in text and differ not in text
+    assert main(["plan", "--model", "qwen3-30b-a3b", "--rank-tokens", "4096,16,16,16,16,16,16,16", "--makespan-budget", "1", "--pareto"]) == 0
+    text = capsys.readouterr().out
+    assert text.count(differ) == 2 and "at most 100 % above the least" in text and "at most the line's budget above the least" in text
+
+
+def test_arrivals_without_effect_are_said(capsys):
+    assert main(["plan", "--rank-tokens", "64,64", "--mode", "per_rank", "--layers", "3", "--arrivals", "on"]) == 0
+    assert "--arrivals on has no effect here" in capsys.readouterr().out
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -m pipemoe.cli plan --model small --rank-tokens 5,3 --layers 3 --width 100000 | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert result.stdout.startswith("small on 2 ranks") and not result.stderr
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"pipemoe {__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -79,16 +139,22 @@ def test_measured_costs_are_used(capsys, tmp_path):
         (["--rank-tokens", "1,2", "--ranks", "3"], "for 2 ranks, but --ranks is 3"),
         (["--rank-tokens", "1,x"], "whole numbers"),
         (["--rank-tokens", "1,-2"], "positive"),
+        (["--rank-tokens", "-5,3"], "must all be positive"),
+        (["--rank-tokens", "100000000000,20"], "at most 10000000"),
+        (["--rank-tokens", "5,3", "--arrivals", "on", "--gpu", "a100"], "needs Hopper GPUs"),
+        (["--rank-tokens", "5", "--trace", "/missing/trace.json"], "/missing does not exist"),
+        (["--rank-tokens", "5", "--trace", "."], "is a directory"),
+        (["--rank-tokens", "5", "--model", "."], "config.json: No such file"),
         (["--rank-tokens", "9", "--max-tokens-per-rank", "8"], "max_tokens_per_rank=8"),
         (["--rank-tokens", "1", "--model", "missing.json"], "missing.json"),
-        (["--rank-tokens", "1", "--cost", "missing.json"], "missing.json"),
+        (["--rank-tokens", "1", "--model", "small", "--cost", "missing.json"], "missing.json"),
         (["--rank-tokens", "1", "--makespan-budget", "-1"], "makespan_budget"),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, message):
     assert main(["plan", *arguments]) == 2
-    error = capsys.readouterr().err
-    assert message in error and error.startswith("pipemoe plan: ") and error.count("\n") == 1
+    out, error = capsys.readouterr()
+    assert message in error and error.startswith("pipemoe plan: ") and error.count("\n") == 1 and not out
 
 
 def test_rank_tokens():

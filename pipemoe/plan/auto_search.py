@@ -23,7 +23,7 @@ from pipemoe.plan.sms import speeds_where_left, usual_sms_left
 _MOST_EVENTS = 3_600  # in all: candidates that would take more are not looked at
 _DOUBTFUL_EVENTS = 2_600  # the same for candidates that would be the best only if their bounds were nearer than others' were
 _LAST_EVENTS = 4_000  # with those for other forms, and other numbers of multiprocessors left
-_MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
+COHORT_MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 _FORM_MARGIN = 10  # the same for a form that is not the usual one
 _SMS_MARGIN = 10  # the same for multiprocessors left
 AS_USUAL, NONE, TWICE = 0, 1, 2  # multiprocessors left: usual_sms_left, none, or twice as many as usual
@@ -89,7 +89,7 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
             again = again or seen[j] == mark
         if again:
             continue
-        margins[k] += _MARGIN * microbatches[-1, 0]
+        margins[k] += COHORT_MARGIN * microbatches[-1, 0]
         whole, weight, wave_rows, left = _costs_of(microbatches, forms[0], starts, first, rates, num_experts, top_k, limits)
         costs = cut_columns(whole, rates, forms[0, 0])
         lefts[k, 0, AS_USUAL] = left

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
 
 
 def _stamp() -> tuple[tuple[str, float, int], ...]:
@@ -31,3 +33,23 @@ def compiled(function: Callable, **options: Any) -> Callable:
 def compiled_rule(function: Callable) -> Callable:
     """For small functions that make no arrays, only look at them: without counting references, which would take most of the time."""
     return compiled(function, _nrt=False, forceinline=True)
+
+
+class _FirstCompilation(event.Listener):
+    def __init__(self, say: Callable[[], None]) -> None:
+        self._say, self._said = say, False
+
+    def on_start(self, event: Any) -> None:
+        if not self._said:
+            self._said = True
+            self._say()
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+@contextmanager
+def on_first_compilation(say: Callable[[], None]) -> Iterator[None]:
+    """Inside, `say` is called once, before the first function that is compiled; never where all of them are kept on disk."""
+    with event.install_listener("numba:compile", _FirstCompilation(say)):
+        yield

@@ -47,22 +47,29 @@ def read_cost_bytes(path: str | os.PathLike[str]) -> bytes:
 def cost_of_bytes(raw: bytes, path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:
     """The cost model in `raw`, read from `path`. Raises ConfigError, naming the first difference, if it is of another `subject` (None:
     any will do) or another version."""
+    found, cost = subject_and_cost(raw, path)
+    for key in sorted({*found, *(subject or found)}):
+        wanted = found.get(key) if subject is None else subject.get(key)
+        if found.get(key) != wanted:
+            raise ConfigError(f"{path}: measured with {key} {found.get(key)!r}, but here it is {wanted!r}; run pipemoe tune again")
+    return cost
+
+
+def subject_and_cost(raw: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, Any], CostModel]:
+    """What was measured, and the cost model, in `raw`, read from `path`. Raises ConfigError if that is of another version, or no such file."""
     try:
         document = json.loads(raw)
-        schema, found = document["schema"], document["subject"]
+        schema, found = document["schema"], dict(document["subject"])
         if schema not in (SCHEMA, _WITHOUT_FIRST, _WITHOUT_SMS):
             raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
         if schema == _WITHOUT_SMS:
             document["cost"]["sms"] = asdict(SmsCost(num_sms=0, ctas=0))
         if schema != SCHEMA:
             document["cost"]["attend"] |= {"first_weights_ns": 0, "first_row_ps": 0, "first_pair_fs": 0}
-        cost = cost_from_dict(document["cost"])
-        for key in sorted({*found, *(subject or found)}):
-            wanted = found.get(key) if subject is None else subject.get(key)
-            if found.get(key) != wanted:
-                raise ConfigError(f"{path}: measured with {key} {found.get(key)!r}, but here it is {wanted!r}; run pipemoe tune again")
+        return found, cost_from_dict(document["cost"])
     except ConfigError as error:
         raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None
+    except json.JSONDecodeError:
+        raise ConfigError(f"{path} is no cost file: it is no JSON; pipemoe tune writes such a file") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no cost file: {type(error).__name__}: {error}") from None
-    return cost

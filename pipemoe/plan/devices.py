@@ -30,6 +30,12 @@ GPUS: dict[str, Device] = {
     "b200": Device("b200", 2250 * 10**12, 8000 * 10**9, 900 * 10**9, 148),
 }
 UNKNOWN_GPU = GPUS["a100"]
+_HOPPER = ("h100", "h200", "h800", "h20")  # in a name: gh200 is one as well
+
+
+def is_hopper(name: str) -> bool:
+    """Is a GPU (a preset's name, or as a driver says it) of the architecture that "hopper" experts need?"""
+    return any(key in name.lower() for key in _HOPPER)
 
 
 def cpu(cores: int) -> Device:

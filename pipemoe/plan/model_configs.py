@@ -1,11 +1,15 @@
-"""The models known by name, as transformers configs: for sizing without a checkpoint, and for random weights.
+"""The models known by name, as transformers configs: for sizing without a checkpoint, and for random weights; and those in files.
 
 Dimensions are the published ones (config.json of the Hugging Face repositories); `small` is ours, for machines without a GPU.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from pipemoe.errors import InputError
 
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     "small": {
@@ -113,3 +117,22 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """The config of `model`: a name above, the path of a config.json, or of a checkpoint's directory that holds one. Raises InputError."""
+    if model in MODEL_CONFIGS:
+        return dict(MODEL_CONFIGS[model])
+    path = Path(model)
+    if path.is_dir():
+        path /= "config.json"
+    try:
+        config = json.loads(path.read_text())
+        wrong = None if isinstance(config, dict) else f"{path} holds no JSON object"
+    except OSError as error:
+        wrong = f"{path}: {error.strerror}"
+    except ValueError:  # of decoding as well
+        wrong = f"{path} is no JSON"
+    if wrong:
+        raise InputError(f"--model {model}: {wrong}; give one of {', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory")
+    return config

@@ -134,6 +134,8 @@ def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments, tmp_path)
         (("--model", str(bare)), CheckpointError, f"rank 0: {bare}: holds neither model.safetensors nor"),
         (("--cost", str(bare / "cost.json"), "--modes", "chunked"), ConfigError, f"rank 0: cost file {bare}/cost.json: No such file"),
         (("--layers", "3"), ConfigError, "--layers is 3; tiny has 2"),
+        (("--out", __file__), InputError, "--out .* is no directory"),
+        (("--json", "."), InputError, "--json . is a directory"),
         (("--rank-tokens", "1," * world.size + "1"), InputError, f"numbers for {world.size} ranks"),
         (("--max-tokens-per-rank", "1"), ConfigError, "--max-tokens-per-rank is 1, but a step gives one rank"),
     ):

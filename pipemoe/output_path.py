@@ -1,0 +1,32 @@
+"""Where results are to be written: looked at before the work that makes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipemoe.errors import InputError
+
+
+def check_output_file(option: str, path: Path, *, may_make_folder: bool = False) -> None:
+    """Raises InputError, naming `option`, if no file can be written at `path`. Its folder must exist, so that a slip in it makes none
+    elsewhere, unless it may_make_folder."""
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a directory; give the path of a file")
+    if not may_make_folder and not folder.exists():
+        raise InputError(f"{option} {path}: {folder} does not exist; make it first")
+    check_output_folder(option, folder)  # files are also written beside their final place, and then moved
+    if path.exists() and not os.access(path, os.W_OK):
+        raise InputError(f"{option} {path} may not be written to by this user")
+
+
+def check_output_folder(option: str, path: Path) -> None:
+    """Raises InputError, naming `option`, if the folder `path`, which need not exist yet, cannot be made or written to."""
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise InputError(f"{option} {path}: {there} is no directory")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{option} {path}: {there} may not be written to by this user")
