@@ -10,7 +10,6 @@ from pipemoe.plan.devices import Device
 from pipemoe.plan.dimensions import Dimensions
 
 
-
 class _Reached(NamedTuple):
     """What whole steps reach, in thousandths of the peak rates; and how often a model's own modules pass over each row in elementwise
     kernels."""

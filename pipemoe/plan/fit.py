@@ -38,7 +38,7 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
     start_ns = start.start_ns
     # A rank that was held up in its other layers looks as if it had begun before the call.
     begun = [(rows, pairs, ns) for rows, pairs, ns in samples.start if ns > 0]
-    typical = {size: float(np.median([ns for *of_size, ns in begun if tuple(of_size) == size])) for size in {sample[:2] for sample in begun}}
+    typical = {size: float(np.median([ns for *of_size, ns in begun if tuple(of_size) == size])) for size in sorted({sample[:2] for sample in begun})}
     if typical:
         begin, row, pair = least_squares([(1, rows, pairs) for rows, pairs in typical], list(typical.values()))
         start_ns = round(begin)
