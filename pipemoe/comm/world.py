@@ -151,6 +151,7 @@ class World:
             self.device = torch.device("cuda", local_rank % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.engine = Engine(self.rank, watchdog_seconds=watchdog_seconds, grace_seconds=grace_seconds, set_up_thread=self._set_up_thread)
+        self.engine.moves_transfers = not on_gpu
         self.lanes: Lanes = stream_lanes(self.device, num_slots) if on_gpu else host_lanes(num_slots, self.engine.wake.set)
         self.transport: Transport = LocalTransport()
         self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved

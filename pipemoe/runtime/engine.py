@@ -29,7 +29,9 @@ _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
 _OUTPUT_SECONDS = 1.0
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 50e-6  # seconds between polls: every stage of an MPI collective waits for one
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
+# MPI goes on only when it is polled, every stage of a collective at each rank in turn; but nobody polls like that for long in vain.
+_LONGEST_PAUSE_OF_MPI, _OFTEN_SECONDS = 50e-6, 0.05
 
 
 class Engine:
@@ -42,6 +44,7 @@ class Engine:
         self.wake = threading.Event()  # set by whoever has news for the engine's thread
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
+        self.moves_transfers = False  # polling moves the steps' collectives along (MPI's)
         self.failure: FatalError | None = None
         self._closed = False
         self.step = 0
@@ -83,13 +86,14 @@ class Engine:
     def wait(self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False) -> None:
         """Poll `ready` until it is true, at most `seconds` (watchdog_seconds) without progress.
 
-        needs_all: every peer must take part, so one that has closed its world is an error. Between polls the thread rests: the
-        longer nothing happened the longer, so that ranks that share a core leave it to those that compute, and until `wake`.
+        needs_all: every peer must take part, in a collective of MPI, so one that has closed its world is an error. Between polls the thread
+        rests: the longer nothing happened the longer, so that ranks that share a core leave it to those that compute, and until `wake`.
         """
         limit = seconds or self.watchdog_seconds
         self.note(doing, limit)
         seen, since, checked, pause = self.ops_done, time.monotonic(), 0.0, _SHORTEST_PAUSE
         patience = _LEFT_SECONDS if needs_all else math.inf
+        often = _OFTEN_SECONDS if needs_all or self.moves_transfers else 0.0
         while not ready():
             now = self._alive = time.monotonic()
             if now - checked > _PEER_CHECK_SECONDS:
@@ -101,7 +105,7 @@ class Engine:
                 raise WatchdogTimeout(f"rank {self.rank}: no progress for {now - since:.1f} s in {self.doing}{self._who_is_behind()}")
             if self.wake.wait(pause):
                 self.wake.clear()
-            pause = min(1.5 * pause, _LONGEST_PAUSE)
+            pause = min(1.5 * pause, _LONGEST_PAUSE_OF_MPI if now - since < often else _LONGEST_PAUSE)
 
     def _check_peers(self, needs_all: bool) -> None:
         """Raise if a peer is lost, or, with `needs_all`, has closed its world."""
