@@ -18,6 +18,5 @@ elif [ "$num_gpus" = 1 ]; then
     echo "quickstart.sh: no nvidia-cuda-mps-control, so only one rank on the one GPU" >&2
     exec launch/mpirun.sh -n 1 benchmarks/ttft.py "$@"
 else
-    # A quick look; benchmarks/ttft.py by itself takes more requests and rounds.
-    exec launch/mpirun.sh -n 4 benchmarks/ttft.py --num-requests 12 --rounds 2 "$@"
+    exec launch/mpirun.sh -n 4 benchmarks/ttft.py "$@"
 fi
