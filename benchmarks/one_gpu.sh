@@ -3,7 +3,7 @@
 #
 #   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
 #
-#   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): ttft lockstep front memory overlap comm
+#   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): tune ttft lockstep front memory overlap comm
 #   PIPEMOE_BENCH_ROUNDS  timed passes per mode of ttft (default: 9)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -19,16 +19,16 @@ run() {
     launch/one_gpu.sh 4 "$@" || status=1
 }
 
-# ttft FILE ARGUMENTS: the model's modes on the same inputs, by the costs that were measured.
+# ttft FILE ARGUMENTS: the model's modes on the same inputs, by the costs that part tune has measured.
 ttft() {
     local file=$1
     shift
-    [ -f "$results/cost.json" ] || run -m pipemoe.cli tune --model $model --layers 16 --max-tokens 8192 --out "$results/cost.json"
     run benchmarks/ttft.py --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 
-for part in ${PIPEMOE_BENCH_PARTS:-ttft lockstep front memory overlap comm}; do
+for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm}; do
     case $part in
+    tune) run -m pipemoe.cli tune --model $model --layers 16 --max-tokens 8192 --out "$results/cost.json" ;;
     ttft)
         ttft ttft.json --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16 --rank-tokens 8192,1024,512,0 --rank-tokens 64,64,64,64 \
             --rank-tokens 1,0,0,0 --trace benchmarks/traces/azure2023_conv.csv --num-requests 16 --draws 12 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4
