@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(_negative_values_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         status = options.run(options)
-        sys.stdout.flush()
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
         return status
     except FatalError:
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.config import Config
@@ -149,16 +149,21 @@ class Step:
         # The drop-in call knows no sequences and needs no causality: any cut will do.
         self._lengths = lengths if lengths is not None else ([num_tokens] if num_tokens else [])
         self._next_layer = 0
+        self._source: _CallerSource | None = None
 
     def __enter__(self) -> Step:
-        self._source = _CallerSource(self._moe.runtime.shape.num_layers)
-        self._future = self._moe.runtime.submit_step(self._lengths, self._source, error=self._error)
-        inside = self._moe.runtime.world.threads_in_step
-        inside.add(threading.get_ident())
+        runtime = self._moe.runtime
+        if self._source is not None:
+            raise InputError(f"rank {runtime.world.rank}: this step has been entered before; make another one with step()")
+        source = _CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
+        self._future = runtime.submit_step(self._lengths, source, error=self._error)
+        self._source, self._thread, inside = source, threading.get_ident(), runtime.world.threads_in_step
+        inside.add(self._thread)
         try:
-            self._wait(self._source.begun)
-        except BaseException:  # __exit__ is not called then
-            inside.discard(threading.get_ident())
+            self._wait(source.begun)
+        except BaseException as error:  # __exit__ is not called then
+            inside.discard(self._thread)
+            source.abandon(error)
             raise
         return self
 
@@ -172,6 +177,8 @@ class Step:
 
         moe = self._moe
         num_layers = moe.runtime.shape.num_layers
+        if self._source is None:
+            raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called outside of the step: enter it by `with` first")
         if self._next_layer == num_layers:
             raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called, but all {num_layers} layers of this step are done")
         if layer != self._next_layer:
@@ -190,7 +197,7 @@ class Step:
         return y.to(x.dtype)
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._moe.runtime.world.threads_in_step.discard(threading.get_ident())
+        self._moe.runtime.world.threads_in_step.discard(self._thread)
         unfinished = self._next_layer < self._moe.runtime.shape.num_layers and self._num_tokens > 0
         if error is None and unfinished:
             error = InputError(f"rank {self._moe.runtime.world.rank}: step left after {self._next_layer} of {self._moe.runtime.shape.num_layers} layers")
@@ -229,7 +236,9 @@ class _CallerSource:
 
     has_side_work = False
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, wake: Callable[[], None]) -> None:
+        """wake: tells the engine that there is something new for it."""
+        self._wake = wake
         self.begun = threading.Event()
         self.issued = [threading.Event() for _ in range(num_layers)]
         self.events: list[list[Event]] = [[] for _ in range(num_layers)]
@@ -246,9 +255,11 @@ class _CallerSource:
             event = torch.cuda.Event()
             event.record()
         self._inputs[layer] = (x, ids, weights, y, event)  # kept until the step is over: other streams read and write them
+        self._wake()
 
     def abandon(self, error: BaseException) -> None:
         self._error = error
+        self._wake()
 
     def begin(self, plan: Plan, rank: int) -> None:
         self._due = sum(any(s.rank == rank for s in wave.segments) for cohort in plan.cohorts for wave in cohort.waves)

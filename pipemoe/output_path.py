@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipemoe.errors import InputError
@@ -12,21 +14,34 @@ def check_output_file(option: str, path: Path, *, may_make_folder: bool = False)
     """Raises InputError, naming `option`, if no file can be written at `path`. Its folder must exist, so that a slip in it makes none
     elsewhere, unless it may_make_folder."""
     folder = path.parent
-    if path.is_dir():
-        raise InputError(f"{option} {path} is a directory; give the path of a file")
-    if not may_make_folder and not folder.exists():
-        raise InputError(f"{option} {path}: {folder} does not exist; make it first")
-    check_output_folder(option, folder)  # files are also written beside their final place, and then moved
-    if path.exists() and not os.access(path, os.W_OK):
-        raise InputError(f"{option} {path} may not be written to by this user")
+    with _in_words(option, path):
+        if path.is_dir():
+            raise InputError(f"{option} {path} is a directory; give the path of a file")
+        if path.exists() and not path.is_file():  # files are moved to their final place, which would take the place of a device
+            raise InputError(f"{option} {path} is no file; give the path of one")
+        if not may_make_folder and not folder.exists():
+            raise InputError(f"{option} {path}: {folder} does not exist; make it first")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise InputError(f"{option} {path} may not be written to by this user")
+    check_output_folder(option, folder)
 
 
 def check_output_folder(option: str, path: Path) -> None:
     """Raises InputError, naming `option`, if the folder `path`, which need not exist yet, cannot be made or written to."""
     there = path
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise InputError(f"{option} {path}: {there} is no directory")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"{option} {path}: {there} may not be written to by this user")
+    with _in_words(option, path):
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise InputError(f"{option} {path}: {there} is no directory")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise InputError(f"{option} {path}: {there} may not be written to by this user")
+
+
+@contextmanager
+def _in_words(option: str, path: Path) -> Iterator[None]:
+    """What looking at a path raises (too long a name, a folder that may not be searched) as InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{option} {path}: {error.strerror}") from None

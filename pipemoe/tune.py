@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
     import pipemoe
     from pipemoe.contention import BESIDE_TRANSFERS, PAIRS
+    from pipemoe.models.config import num_positions
 
     if options.layers < 2:
         raise InputError("--layers is 1; operations are timed in the layers after the first, so at least 2 are needed")
@@ -101,6 +102,9 @@ def run(options: argparse.Namespace) -> int:
         base = replace(base, deterministic=options.deterministic)
         _say(world, f"loading {options.layers} MoE layers of {options.model}")
         model = pipemoe.load_model(cut, world, config=base, dtype=dtype)
+        positions = num_positions(model.decoder.config)
+        if positions is not None and most > positions:
+            raise InputError(f"--max-tokens is {most}, but {options.model} has positions for {positions}; give at most as many")
         tuner = Tuner(world, model, most, options.repeats)
         samples = tuner.measure_operations()
         cost = fit_cost(samples, model.runtime.cost, model.runtime.shape, world.size)

@@ -1,6 +1,7 @@
 """PipelinedMoE over the ranks of a world: the right sums, the same bits, the same errors everywhere."""
 
 import contextlib
+import threading
 from functools import cache
 
 import pytest
@@ -289,9 +290,39 @@ def test_a_step_inside_a_step_is_refused_at_once(world):
                     inner()
             assert norm_ratio(other(*rows), layers.oracle(0, *rows)) < 1e-5
     with moe.step(3) as step:  # the outer step goes on where the caller catches the error
-        with pytest.raises(InputError, match="a step is open"):
-            nested()
+        for inside in (nested, lambda: world.all_gather(b"")):
+            with pytest.raises(InputError, match="a step is open"):
+                inside()
+        with pytest.raises(InputError, match="has been entered before"):
+            step.__enter__()
         assert norm_ratio(step(0, *rows), layers.oracle(0, *rows)) < 1e-5
+    assert norm_ratio(moe(*rows), layers.oracle(0, *rows)) < 1e-5
+
+
+def test_a_step_serves_once_and_only_inside_its_with_block(world):
+    layers = make_layers(1, world.device, torch.float32)
+    moe = make_moe(world, layers, debug=False)
+    rows = make_rows(3, world.rank, world.device, torch.float32)
+    step = moe.step(3)
+    with pytest.raises(InputError, match=f"rank {world.rank}: layer 0 called outside of the step"):
+        step(0, *rows)
+    with step:
+        step(0, *rows)
+    with pytest.raises(InputError, match=f"rank {world.rank}: this step has been entered before"), step:
+        pass
+    assert norm_ratio(moe(*rows), layers.oracle(0, *rows)) < 1e-5
+
+
+def test_a_step_may_be_left_on_another_thread(world):
+    layers = make_layers(1, world.device, torch.float32)
+    moe = make_moe(world, layers, debug=False)
+    rows = make_rows(3, world.rank, world.device, torch.float32)
+    step = moe.step(3)
+    step.__enter__()
+    step(0, *rows)
+    leaver = threading.Thread(target=step.__exit__, args=(None, None, None))
+    leaver.start()
+    leaver.join()
     assert norm_ratio(moe(*rows), layers.oracle(0, *rows)) < 1e-5
 
 

@@ -1,5 +1,7 @@
 """Paths for results, refused before any work."""
 
+from pathlib import Path
+
 import pytest
 
 from pipemoe.errors import InputError
@@ -30,3 +32,10 @@ def test_paths_that_may_not_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr("pipemoe.output_path.os.access", lambda *_: False)  # root may write everywhere
     with pytest.raises(InputError, match="may not be written to"):
         check_output_file("--out", tmp_path / "new.json")
+
+
+def test_what_the_system_says_of_a_path_is_said_in_words(tmp_path):
+    with pytest.raises(InputError, match="--out .*(?i:name too long)"):
+        check_output_file("--out", tmp_path / ("n" * 300))
+    with pytest.raises(InputError, match="is no file"):
+        check_output_file("--out", Path("/dev/null"))

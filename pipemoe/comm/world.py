@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from pipemoe.comm.exchange import check_equal, encode_error, raise_first
 from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
 from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport, WaveSums
-from pipemoe.errors import ConfigError, ModelError, PipemoeError
+from pipemoe.errors import ConfigError, InputError, ModelError, PipemoeError
 from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.plan.verify import Room
 from pipemoe.runtime.engine import Engine
@@ -295,6 +296,7 @@ class World:
 
         Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something else.
         """
+        self.check_no_step_is_open()
         return self.engine.call(lambda: self._exchange(payload, doing))
 
     def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
@@ -303,7 +305,13 @@ class World:
             self._raise_on_all(error, doing)
             check_equal([json.loads(p) for p in self._exchange(json.dumps(facts).encode(), doing)])
 
+        self.check_no_step_is_open()
         self.engine.call(task)
+
+    def check_no_step_is_open(self) -> None:
+        """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before that has ended."""
+        if threading.get_ident() in self.threads_in_step:
+            raise InputError(f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill or exchange")
 
     def close(self) -> None:
         """Finish what is under way, leave the others in peace. Called again, does nothing."""

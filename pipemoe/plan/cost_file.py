@@ -40,6 +40,8 @@ def read_cost_bytes(path: str | os.PathLike[str]) -> bytes:
     """What a file holds. Raises ConfigError if there is no such file, or it cannot be read."""
     try:
         return Path(path).read_bytes()
+    except ValueError as error:  # such as a NUL in it
+        raise ConfigError(f"{path!r} is no path: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; pipemoe tune writes such a file") from None
 
@@ -71,5 +73,5 @@ def subject_and_cost(raw: bytes, path: str | os.PathLike[str]) -> tuple[dict[str
         raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None
     except json.JSONDecodeError:
         raise ConfigError(f"{path} is no cost file: it is no JSON; pipemoe tune writes such a file") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is no cost file: {type(error).__name__}: {error}") from None

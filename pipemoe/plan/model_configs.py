@@ -124,14 +124,14 @@ def model_config(model: str) -> dict[str, Any]:
     if model in MODEL_CONFIGS:
         return dict(MODEL_CONFIGS[model])
     path = Path(model)
-    if path.is_dir():
-        path /= "config.json"
     try:
+        if path.is_dir():
+            path /= "config.json"
         config = json.loads(path.read_text())
         wrong = None if isinstance(config, dict) else f"{path} holds no JSON object"
     except OSError as error:
         wrong = f"{path}: {error.strerror}"
-    except ValueError:  # of decoding as well
+    except (ValueError, RecursionError):  # of decoding as well
         wrong = f"{path} is no JSON"
     if wrong:
         raise InputError(f"--model {model}: {wrong}; give one of {', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory")

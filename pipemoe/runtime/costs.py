@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,8 +97,7 @@ def runtime_cost(
         try:
             return _as_here(cost_of_bytes(file, config.cost, subject), **as_here), subject
         except ConfigError as refusal:
-            if world.rank == 0 or files[world.rank] != files[0]:
-                _warn_once(world, f"cost file refused, defaults used: {refusal}")
+            _warn_once(world, f"cost file refused, defaults used: {refusal}", aloud=world.rank == 0 or files[world.rank] != files[0])
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
@@ -105,15 +105,16 @@ def runtime_cost(
     return _as_here(cost, **as_here), subject
 
 
-def _warn_once(world: World, text: str) -> None:
-    """Once in this world, with the line that called the library."""
+def _warn_once(world: World, text: str, *, aloud: bool) -> None:
+    """Once in this world, with the line that called the library. Not aloud: only where a filter makes it an error, as on other ranks."""
     if text in world.warned:
         return
     world.warned.add(text)
     library, frame, depth = str(Path(__file__).resolve().parents[1]) + os.sep, sys._getframe(1), 2
     while frame.f_back is not None and os.path.realpath(frame.f_code.co_filename).startswith(library):
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(text, stacklevel=depth)
+    with nullcontext() if aloud else warnings.catch_warnings(record=True):
+        warnings.warn(text, stacklevel=depth)
 
 
 def _as_here(

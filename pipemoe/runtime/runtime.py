@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -236,8 +235,7 @@ class Runtime:
         `timeline` or debug, when the whole plan has. Raises InputError on a thread that is inside a PipelinedMoE's step: this one would
         wait for that one, which waits for the thread.
         """
-        if threading.get_ident() in self.world.threads_in_step:
-            raise InputError(f"rank {self.world.rank}: a step is open; leave its `with` block before the next step, call or prefill")
+        self.world.check_no_step_is_open()
         future: Future = Future()
         return self.world.engine.submit(lambda: self._step(tuple(lengths), source, error, only, timeline, on_done, future), future)
 
