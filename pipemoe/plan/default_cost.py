@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipemoe.plan.cost import KINDS, AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
@@ -32,26 +32,26 @@ _HOST_ON_GPU = HostCost(
 _HOST_ON_CPU = HostCost(
     attend_ns=30_000, graph_rows=0, pack_ns=30_000, dispatch_ns=60_000, experts_ns=30_000, combine_ns=60_000, finish_ns=30_000, idle_ns=15_000
 )
+
+
+def _contention(beside: Sequence[Sequence[int]], under: Sequence[Sequence[int]]) -> ContentionCost:
+    """From thousandths of its speed alone that an operation of each of KINDS (line) has beside another (column), and a computation under
+    another."""
+    speeds = {f"{a}_beside_{b}": speed for a, of_a in zip(KINDS, beside) for b, speed in zip(KINDS, of_a)}
+    speeds |= {f"{a}_under_{b}": speed for a, of_a in zip(KINDS, under) for b, speed in zip(KINDS, of_a)}
+    return ContentionCost(**speeds)
+
+
 # On cores, computation shares them, and the threads that move transfers along compete with one another.
-_ON_CORES = {f.name: 1000 for f in fields(ContentionCost)} | {f"{a}_beside_{b}": 667 for a in KINDS[2:] for b in KINDS[2:]}
+_ON_CORES = _contention([[1000] * 4] * 2 + [[1000, 1000, 667, 667]] * 2, [[1000] * 2] * 2)
 # Pairs side by side as benchmarks/overlap.py measured them, with 2048 tokens per rank, on two H100s and on quarters of one; but where a
 # transfer takes part half of what is lost there, as steps show.
-_BETWEEN_GPUS = ContentionCost(
-    attend_beside_attend=680, attend_beside_experts=325, attend_beside_dispatch=870, attend_beside_combine=900,
-    attend_under_attend=420, attend_under_experts=280,
-    experts_beside_attend=870, experts_beside_experts=670, experts_beside_dispatch=980, experts_beside_combine=980,
-    experts_under_attend=820, experts_under_experts=520,
-    dispatch_beside_attend=910, dispatch_beside_experts=815, dispatch_beside_dispatch=970, dispatch_beside_combine=970,
-    combine_beside_attend=845, combine_beside_experts=780, combine_beside_dispatch=970, combine_beside_combine=970,
-)  # fmt: skip
-_ON_ONE_GPU = ContentionCost(
-    attend_beside_attend=775, attend_beside_experts=390, attend_beside_dispatch=835, attend_beside_combine=835,
-    attend_under_attend=245, attend_under_experts=130,
-    experts_beside_attend=910, experts_beside_experts=570, experts_beside_dispatch=950, experts_beside_combine=960,
-    experts_under_attend=630, experts_under_experts=520,
-    dispatch_beside_attend=890, dispatch_beside_experts=800, dispatch_beside_dispatch=980, dispatch_beside_combine=965,
-    combine_beside_attend=825, combine_beside_experts=740, combine_beside_dispatch=965, combine_beside_combine=965,
-)  # fmt: skip
+_BETWEEN_GPUS = _contention(
+    [[680, 325, 870, 900], [870, 670, 980, 980], [910, 815, 970, 970], [845, 780, 970, 970]], [[420, 280], [820, 520]]
+)
+_ON_ONE_GPU = _contention(
+    [[775, 390, 835, 835], [910, 570, 950, 960], [890, 800, 980, 965], [825, 740, 965, 965]], [[245, 130], [630, 520]]
+)
 _SMS_BETWEEN_GPUS, _SMS_ON_ONE_GPU = (750, 580, 1000, 1070), (690, 1000, 1000, 1110)  # what pipemoe tune found there, see SmsCost
 _ONE_GPU_LINK = 20 * 10**9  # bytes per second: 4 ranks, NCCL 2.30, one thread block per collective (with four about 100)
 
@@ -119,7 +119,7 @@ def default_cost(
         combine=exchange(shape.hidden * sum_bytes),
         host=_HOST_ON_CPU if device.cores else _HOST_ON_GPU,
         cores=CoresCost(1000 * device.cores, 200) if device.cores else CoresCost(),
-        contention=ContentionCost(**_ON_CORES) if device.cores else _ON_ONE_GPU if ranks_per_device > 1 else _BETWEEN_GPUS,
+        contention=_ON_CORES if device.cores else _ON_ONE_GPU if ranks_per_device > 1 else _BETWEEN_GPUS,
         sms=SmsCost(device.num_sms // ranks_per_device, ctas, *(_SMS_ON_ONE_GPU if ranks_per_device > 1 else _SMS_BETWEEN_GPUS)),
         gap_permille=1000 if device.cores else 500,
         start_ns=1_500_000 * waiting if device.cores else 2_000_000,
