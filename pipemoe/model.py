@@ -138,8 +138,8 @@ class Model:
     ) -> Prefilled:
         """First tokens (greedy) of this rank's sequences; every rank calls, with any number of sequences, also none.
 
-        sequences: token ids, each sequence with at least one and at most as many as the model has positions for. Returns as soon as this rank's own sequences are done, whatever
-        the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements (without computation
+        sequences: token ids, each sequence with at least one and at most as many as the model has positions for. Returns as soon as this
+        rank's own sequences are done, whatever the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements (without computation
         there are no tokens: submit a step with a source of your own instead).
         Raises InputError for bad token ids on any rank, ModelError if the model code of some rank raised, on every rank.
         """

@@ -274,10 +274,15 @@ def test_misuse_that_raised_on_every_rank_is_over_with_that(world, called, messa
     forward((0, 1))
 
 
-def test_a_step_inside_a_step_is_refused_at_once(world):
+def one_layer(world):
+    """Its weights, an object of them, and three rows of this rank."""
     layers = make_layers(1, world.device, torch.float32)
-    moe, other = make_moe(world, layers, debug=False), make_moe(world, layers, debug=False)
-    rows = make_rows(3, world.rank, world.device, torch.float32)
+    return layers, make_moe(world, layers, debug=False), make_rows(3, world.rank, world.device, torch.float32)
+
+
+def test_a_step_inside_a_step_is_refused_at_once(world):
+    layers, moe, rows = one_layer(world)
+    other = make_moe(world, layers, debug=False)
 
     def nested():
         with other.step(3) as step:
@@ -300,9 +305,7 @@ def test_a_step_inside_a_step_is_refused_at_once(world):
 
 
 def test_a_step_serves_once_and_only_inside_its_with_block(world):
-    layers = make_layers(1, world.device, torch.float32)
-    moe = make_moe(world, layers, debug=False)
-    rows = make_rows(3, world.rank, world.device, torch.float32)
+    layers, moe, rows = one_layer(world)
     step = moe.step(3)
     with pytest.raises(InputError, match=f"rank {world.rank}: layer 0 called outside of the step"):
         step(0, *rows)
@@ -314,9 +317,7 @@ def test_a_step_serves_once_and_only_inside_its_with_block(world):
 
 
 def test_a_step_may_be_left_on_another_thread(world):
-    layers = make_layers(1, world.device, torch.float32)
-    moe = make_moe(world, layers, debug=False)
-    rows = make_rows(3, world.rank, world.device, torch.float32)
+    layers, moe, rows = one_layer(world)
     step = moe.step(3)
     step.__enter__()
     step(0, *rows)

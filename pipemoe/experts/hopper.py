@@ -237,7 +237,8 @@ class HopperExperts(ExpertsShape):
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
             down = self._pack_down(layer, shape, scratch, a, offsets, scratch.y[:, part], columns.start)
             blocks.append(ColumnBlock(columns, down, scratch.y[:, part], bias))
-        return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, on_hopper=self.on_hopper, may_start_early=not self._leaves_sms)
+        how = {"on_hopper": self.on_hopper, "may_start_early": not self._leaves_sms}
+        return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, **how)
 
     def _pack_gate_up(
         self, layer: int, shape: TileShape, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
@@ -253,7 +254,10 @@ class HopperExperts(ExpertsShape):
         """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them too."""
         kernel, maps = self._down_kernel(shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][1]
         a_maps, intermediate = scratch.a_maps[a.shape[1], shape], a.shape[1]
-        return grouped_wgmma.PackedDown(y.get_device(), kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column, may_start_early=not self._leaves_sms)
+        return grouped_wgmma.PackedDown(
+            *(y.get_device(), kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column),
+            may_start_early=not self._leaves_sms,
+        )
 
 
 def _layout_of_out(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[int, tuple[object, ...]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipemoe.plan.column_costs import issuing_ns
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FIRST_ATTEND
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.sms import speeds_where_left
@@ -55,7 +55,7 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
                 for b in range(num_blocks):
                     alone += compute[c, r, 1 + last * works + heads + b, ALONE]
                 alone += exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE]
-                chain = max(chain, alone * num_layers + compute[c, r, -1, ALONE] - compute[c, r, 0, ALONE])
+                chain = max(chain, alone * num_layers + compute[c, r, FIRST_ATTEND, ALONE] - compute[c, r, 0, ALONE])
             most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
         if rates.cores_permille:
             most = total * 1000 // rates.cores_permille

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, LayerCosts
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LayerCosts
 
 
 @compiled
@@ -30,8 +30,8 @@ def cut_columns(costs, rates, num_blocks):
         for r in range(num_ranks):
             for kind in range(2):
                 compute[c, r, 0, kind] = costs.compute[c, r, 0, kind]
-                for after in (1, 2):  # finish, and the first layer's attend
-                    compute[c, r, after + num_waves * works, kind] = costs.compute[c, r, after + num_waves, kind]
+                for work in (FINISH, FIRST_ATTEND):
+                    compute[c, r, work, kind] = costs.compute[c, r, work, kind]
             for w in range(costs.num_waves[c]):
                 alone, busy = costs.compute[c, r, 1 + w, ALONE], costs.compute[c, r, 1 + w, BUSY]
                 sliced = busy * rates.experts_sliced_permille // 1000

@@ -58,7 +58,7 @@ def cost_of_bytes(raw: bytes, path: str | os.PathLike[str], subject: Mapping[str
 
 
 def subject_and_cost(raw: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, Any], CostModel]:
-    """What was measured, and the cost model, in `raw`, read from `path`. Raises ConfigError if that is of another version, or no such file."""
+    """What was measured, and the cost model, in `raw`, read from `path`. Raises ConfigError if that is of another version, or no cost file."""
     try:
         document = json.loads(raw)
         schema, found = document["schema"], dict(document["subject"])

@@ -15,11 +15,12 @@ from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import attend_busy, experts_busy, first_busy, graph_rows
 
 ALONE, BUSY = 0, 1
+FINISH, FIRST_ATTEND = -2, -1  # the last works in `compute`
 DISPATCH, COMBINE = 0, 1
 LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 
-# num_waves [C]. compute [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns alone and ns busy. exchange [C, 2, W, 2]:
-# dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
+# num_waves [C]. compute [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns alone and ns busy.
+# exchange [C, 2, W, 2]: dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
 # cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not
 # at all. issue [C, R]: ns to issue an attend. num_blocks: of columns; with more than one see column_costs. gathered [C, W]: is the wave
 # dispatched by one all-gather? groups [C]: of a dispatch, at most. heads [C, R, W]: ns that experts are busy ahead of the last group,
@@ -139,10 +140,9 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                     first_of[r] += first_of[r] * crowd // max(1, busy)
                     busy += crowd
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
-                finish = 1 + most_waves
-                compute[c, r, finish + 1, ALONE] = rates.attend_fixed_ns + busy + first_of[r]
-                compute[c, r, finish + 1, BUSY] = busy + first_of[r]
-                compute[c, r, finish, ALONE] = compute[c, r, finish, BUSY] = rates.finish_ns
+                first_busy_ns = busy + first_of[r]
+                compute[c, r, FIRST_ATTEND, ALONE], compute[c, r, FIRST_ATTEND, BUSY] = rates.attend_fixed_ns + first_busy_ns, first_busy_ns
+                compute[c, r, FINISH, ALONE] = compute[c, r, FINISH, BUSY] = rates.finish_ns
     groups, heads = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
     return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, heads, 0)
 
@@ -187,7 +187,7 @@ def _alike(compute, own, issue, num_waves, a, b, parts):
     for c in range(compute.shape[0]):
         if own[c, a, 0] != own[c, b, 0]:
             return False
-        for work in (0, -1):  # attend, and the first layer's
+        for work in (0, FIRST_ATTEND):
             x, y = max(compute[c, a, work, ALONE], issue[c, a]), max(compute[c, b, work, ALONE], issue[c, b])
             if abs(x - y) * parts > max(x, y):
                 return False

@@ -6,7 +6,7 @@ import numpy as np
 
 from pipemoe.plan.column_costs import issuing_ns
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, LAYER_OF
+from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, FIRST_ATTEND, LAYER_OF
 from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 
 
@@ -27,7 +27,7 @@ def order_keys(costs, rates, num_slots, num_layers):
             if kind == ATTEND_OP:
                 for r in range(compute.shape[1]):
                     nanoseconds[c, j] = max(nanoseconds[c, j], compute[c, r, 0, ALONE], issue[c, r])
-                    first[c] = max(first[c], compute[c, r, -1, ALONE], issue[c, r])
+                    first[c] = max(first[c], compute[c, r, FIRST_ATTEND, ALONE], issue[c, r])
             elif kind == DISPATCH_OP:
                 nanoseconds[c, j] = max(exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns * costs.groups[c])
             elif kind == COMBINE_OP:  # of the last block of columns: the others go ahead beside the experts

@@ -9,7 +9,7 @@ import numpy as np
 
 from pipemoe.plan.column_costs import issuing_ns
 from pipemoe.plan.compiled import compiled, compiled_rule
-from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, LAYER_OF
+from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LAYER_OF
 from pipemoe.plan.schedule import MAX_GROUPS
 
 NEVER = 1 << 60
@@ -154,13 +154,13 @@ def begin_computation(state, host, transfers, cohorts, waits, compute, rates, nu
         if layer and state[r, c, LAST_OWN] >= 0 and not _has_arrived(transfers, COMBINE, c, layer - 1, state[r, c, LAST_OWN]):
             return False
         if layer == num_layers:
-            work = compute.shape[2] - 2
+            work = compute.shape[2] + FINISH
         else:
             for e in range(cohorts.shape[1]):
                 if waits[c, e] and not _attended(state[r, e, WORK_LAYER], state[r, e, WORK_PLACE], layer, waits[c, e]):
                     return False
             if layer == 0:
-                work = compute.shape[2] - 1
+                work = compute.shape[2] + FIRST_ATTEND
     else:
         works = num_heads + num_blocks
         wave, part = (work - 1, 0) if works == 1 else ((work - 1) // works, (work - 1) % works)

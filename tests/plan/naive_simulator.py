@@ -2,6 +2,7 @@
 
 from pipemoe.plan.arrivals import groups_of
 from pipemoe.plan.cost import rates_of
+from pipemoe.plan.layer_costs import FINISH, FIRST_ATTEND
 from pipemoe.plan.schedule import MAX_GROUPS, OpKind
 from pipemoe.plan.simulator import costs_of
 
@@ -136,7 +137,8 @@ class NaiveSimulator:
         return (set() if ahead else {make(OpKind.DISPATCH, c, layer, wave)}) | of_earlier(OpKind.COMBINE)
 
     def compute_ns(self, r, op):
-        place = {OpKind.ATTEND: 0 if op.layer else -1, OpKind.EXPERTS: 1 + op.wave * (self.num_heads + self.num_blocks) + self.parts[r][op], OpKind.FINISH: -2}[op.kind]
+        experts = 1 + op.wave * (self.num_heads + self.num_blocks) + self.parts[r][op]
+        place = {OpKind.ATTEND: 0 if op.layer else FIRST_ATTEND, OpKind.EXPERTS: experts, OpKind.FINISH: FINISH}[op.kind]
         return int(self.costs.compute[op.cohort, r, place, 0])
 
     def host_ns(self, r, op):
