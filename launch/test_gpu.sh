@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All tests that need a GPU: those of one process, beside them those of faults, which run jobs of their own, and then those of an MPI
-# job (a GPU per rank, or its ranks on one GPU).
+# All tests that need a GPU: those of one process, those of faults, which run jobs of their own, and those of an MPI job (a GPU per
+# rank, or its ranks on one GPU).
 #
 #   launch/test_gpu.sh [ranks ...]      (default: 4, or as many as there are GPUs if several)
 #
@@ -18,38 +18,25 @@ if [ "$gpus" = 0 ]; then
 fi
 [ $# -gt 0 ] || set -- "$((gpus > 1 ? gpus : 4))"
 
-# Tests of one process side by side, where pytest-xdist is installed: most of their time goes to compiling and to the oracles.
-workers=()
-if "$python" -c "import xdist" 2>/dev/null; then
-    cores=$(nproc)
-    workers=(-n "$((cores < 16 ? (cores + 1) / 2 : 12))")
-fi
-
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
-faults=$(mktemp "${TMPDIR:-/tmp}/pipemoe_faults.XXXXXX")
-faults_pid=
-# shellcheck disable=SC2317 # called by a trap
-clean_up() {
-    [ -z "$faults_pid" ] || kill -TERM -- "-$faults_pid" 2>/dev/null || true
-    rm -rf "$logs" "$faults"
-}
-trap clean_up EXIT
-trap 'exit 130' INT
-trap 'exit 143' HUP TERM
+trap 'rm -rf "$logs"' EXIT
 failed=()
 
-set -m # a process group of its own, which can be ended, and does not ignore the interrupt as background jobs else do
-"$python" -m pytest -q tests/faults >"$faults" 2>&1 </dev/null &
-faults_pid=$!
-set +m
+# part NAME WORKERS ARGUMENTS...: pytest, side by side where pytest-xdist is installed
+part() {
+    local name=$1 workers=$2
+    shift 2
+    "$python" -c "import xdist" 2>/dev/null || workers=0
+    echo "== $name"
+    if [ "$workers" -gt 0 ]; then set -- -n "$workers" "$@"; fi
+    "$python" -m pytest -q "$@" || failed+=("$name")
+}
 
-echo "== one process"
-"$python" -m pytest -q -m "gpu and not mpi" "${workers[@]}" || failed+=("one process")
-
-echo "== faults"
-wait "$faults_pid" || failed+=("faults")
-faults_pid=
-cat "$faults"
+# Most of their time goes to compiling and to the oracles.
+cores=$(nproc)
+part "one process" "$((cores < 16 ? (cores + 1) / 2 : 12))" -m "gpu and not mpi"
+# Jobs of 2 and 3 ranks, whose watchdogs must not bite because they are too many: not beside other tests either.
+part "faults" "$((cores / 4))" tests/faults
 
 for num_ranks in "$@"; do
     echo "== MPI on $num_ranks ranks"
