@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All tests that need a GPU: those of one process, those of faults, which run jobs of their own, and those of an MPI job (a GPU per
-# rank, or its ranks on one GPU).
+# All tests that need a GPU: those of one process, then those of an MPI job (a GPU per rank, or its ranks on one GPU), and beside them
+# those of faults, which run jobs of their own.
 #
 #   launch/test_gpu.sh [ranks ...]      (default: 4, or as many as there are GPUs if several)
 #
@@ -18,25 +18,33 @@ if [ "$gpus" = 0 ]; then
 fi
 [ $# -gt 0 ] || set -- "$((gpus > 1 ? gpus : 4))"
 
+# Side by side, where pytest-xdist is installed: most of their time goes to compiling, to the oracles, and to starting.
+cores=$(nproc)
+many=() few=()
+if "$python" -c "import xdist" 2>/dev/null; then
+    many=(-n "$((cores < 16 ? (cores + 1) / 2 : 12))") few=(-n 2)
+fi
+
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
-trap 'rm -rf "$logs"' EXIT
+faults=$(mktemp "${TMPDIR:-/tmp}/pipemoe_faults.XXXXXX")
+faults_pid=
+# shellcheck disable=SC2317 # called by a trap
+clean_up() {
+    [ -z "$faults_pid" ] || kill -TERM -- "-$faults_pid" 2>/dev/null || true
+    rm -rf "$logs" "$faults"
+}
+trap clean_up EXIT
+trap 'exit 130' INT
+trap 'exit 143' HUP TERM
 failed=()
 
-# part NAME WORKERS ARGUMENTS...: pytest, side by side where pytest-xdist is installed
-part() {
-    local name=$1 workers=$2
-    shift 2
-    "$python" -c "import xdist" 2>/dev/null || workers=0
-    echo "== $name"
-    if [ "$workers" -gt 0 ]; then set -- -n "$workers" "$@"; fi
-    "$python" -m pytest -q "$@" || failed+=("$name")
-}
+echo "== one process"
+"$python" -m pytest -q -m "gpu and not mpi" "${many[@]}" || failed+=("one process")
 
-# Most of their time goes to compiling and to the oracles.
-cores=$(nproc)
-part "one process" "$((cores < 16 ? (cores + 1) / 2 : 12))" -m "gpu and not mpi"
-# Jobs of 2 and 3 ranks, whose watchdogs must not bite because they are too many: not beside other tests either.
-part "faults" "$((cores / 4))" tests/faults
+set -m # a process group of its own, which can be ended, and does not ignore the interrupt as background jobs else do
+"$python" -m pytest -q "${few[@]}" tests/faults >"$faults" 2>&1 </dev/null &
+faults_pid=$!
+set +m
 
 for num_ranks in "$@"; do
     echo "== MPI on $num_ranks ranks"
@@ -47,6 +55,11 @@ for num_ranks in "$@"; do
         tail -n 60 "$logs"/rank*.log 2>/dev/null || true
     fi
 done
+
+echo "== faults"
+wait "$faults_pid" || failed+=("faults")
+faults_pid=
+cat "$faults"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED: %s\n' "${failed[@]}"

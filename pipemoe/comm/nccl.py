@@ -140,9 +140,8 @@ class NcclTransport:
             comm.abort()
 
     def close(self) -> None:
-        """Give the communicators back; no operation may be under way."""
-        for comm in self._comms:
-            comm.destroy()
+        """Give the communicators back, by NCCL's abort: its destroy is a collective call, and would wait for ranks that go on."""
+        self.abort()
 
 
 def _current_stream() -> int:

@@ -80,10 +80,17 @@ class SideChannel:
         """Tell every peer that this rank is ending, and why."""
         self._send({"failure": text})
 
-    def close(self) -> None:
-        """Say good-bye, so that the peers do not take the closed socket for a failure."""
-        self._closing = True
+    def say_good_bye(self) -> None:
+        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed socket for a failure."""
         self._send({"left": True})
+
+    def all_have_left(self) -> bool:
+        """Has every peer said good-bye, or ended?"""
+        return all(peer.left or peer.gone for peer in self.peers.values())
+
+    def close(self) -> None:
+        """Say nothing more."""
+        self._closing = True
 
     def failed(self) -> tuple[int, str] | None:
         """The first peer known to be lost, and why."""

@@ -158,12 +158,20 @@ class Engine:
             _exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
     def close(self, last: Callable[[], None] = lambda: None) -> None:
-        """Finish the tasks handed in, then `last`, which may take watchdog_seconds, and end the thread."""
+        """Finish the tasks handed in, say good-bye, then `last`, which may take watchdog_seconds, and end the thread.
+
+        `last` runs once the peers have said good-bye too, unless they go on for long: until then their last operations may be under way.
+        """
         with self._lock:
             self._closed = True
 
         def leave() -> None:
-            self.note("leaving the other ranks")
+            self.note("leaving the other ranks", self.watchdog_seconds + _LEFT_SECONDS)
+            if self.side_channel is not None:
+                self.side_channel.say_good_bye()
+                deadline = time.monotonic() + _LEFT_SECONDS
+                while not self.side_channel.all_have_left() and time.monotonic() < deadline:
+                    time.sleep(_LONGEST_PAUSE)
             last()
 
         self._tasks.put((leave, Future()))

@@ -54,13 +54,16 @@ def test_a_failure_is_heard_with_its_reason(channels):
 
 
 def test_a_closed_socket_is_a_lost_peer_unless_it_said_good_bye(channels):
-    channels[1].close()
+    channels[1].say_good_bye()
     until(lambda: channels[0].peers[1].left)
-    assert channels[0].failed() is None
+    for connection in channels[1]._sockets.values():
+        connection.shutdown(socket.SHUT_RDWR)
+    until(lambda: channels[0].peers[1].gone)
+    assert channels[0].failed() is None and not channels[0].all_have_left()
     for connection in channels[2]._sockets.values():
         connection.shutdown(socket.SHUT_RDWR)
     until(lambda: channels[0].failed() is not None)
-    assert channels[0].failed() == (2, "its process ended (connection closed)")
+    assert channels[0].failed() == (2, "its process ended (connection closed)") and channels[0].all_have_left()
 
 
 def test_what_is_no_message_is_ignored(channels):
