@@ -5,6 +5,8 @@ The page marks where a table goes and from which results; what stands between th
     <!-- results: benchmarks/results/h200_one_gpu/ttft.json -->
     <!-- end of results -->
 
+Or `verdicts:` in place of `results:`, with results of ttft.py: who is ahead of whom, as ttft_judge.py says.
+
 python benchmarks/readme_table.py README.md            # rewrite the page
 python benchmarks/readme_table.py --check README.md    # exit status 1 when the page is not what its results say
 """
@@ -22,10 +24,11 @@ from kernels_table import kernels_cells, kernels_context
 from overlap import overlap_cells
 from pipemoe.errors import InputError
 from results_schema import read_results
+from ttft_judge import verdict_cells
 from ttft_table import ttft_cells, ttft_context
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-_MARKED = re.compile(r"(<!-- results: (?P<results>\S+) -->\n)(?P<table>.*?)(<!-- end of results -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- (?P<kind>results|verdicts): (?P<results>\S+) -->\n)(?P<table>.*?)(?P<end><!-- end of results -->)", re.DOTALL)
 
 
 def _plain_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -50,9 +53,14 @@ def _memory_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [heading, *lines]
 
 
+def _ttft_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """All but the steps drawn from traces, of which the verdicts speak."""
+    return ttft_cells([row for row in rows if row.get("trace") is None])
+
+
 # How a benchmark's rows become cells; the others are written as they are.
 _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {
-    "ttft": ttft_cells,
+    "ttft": _ttft_cells,
     "memory": _memory_cells,
     "overlap": overlap_cells,
     "kernels": kernels_cells,
@@ -61,13 +69,14 @@ _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] =
 _CONTEXT: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {"ttft": ttft_context, "kernels": kernels_context}
 
 
-def markdown_table(document: Mapping[str, Any]) -> str:
-    """The document's rows as a Markdown table, and below it machine, commit and the exact command."""
+def markdown_table(document: Mapping[str, Any], kind: str = "results") -> str:
+    """The document's rows, or verdicts on them, as a Markdown table, and below it machine, commit and the exact command."""
     rows = document["rows"]
     if not rows:
         raise InputError("the results have no rows")
-    heading, *lines = _CELLS.get(document["benchmark"], _plain_cells)(rows)
-    numeric = [all(re.fullmatch(r"-|[\d.]+", line[column]) for line in lines) for column in range(len(heading))]
+    cells = verdict_cells if kind == "verdicts" else _CELLS.get(document["benchmark"], _plain_cells)
+    heading, *lines = cells(rows)
+    numeric = [all(re.fullmatch(r"|-|[-+]?[\d.]+( %)?", line[column]) for line in lines) for column in range(len(heading))]
     separator = ["---:" if is_numeric else "---" for is_numeric in numeric]
     table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (heading, separator, *lines)]
     context = _CONTEXT[document["benchmark"]](rows) if document["benchmark"] in _CONTEXT else ""
@@ -85,7 +94,7 @@ def fill_page(page: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         document = read_results(_CHECKOUT / match["results"])
-        return f"{match[1]}{markdown_table(document)}{match[4]}"
+        return match[1] + markdown_table(document, match["kind"]) + match["end"]
 
     return _MARKED.sub(fill, page)
 

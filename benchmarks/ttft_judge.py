@@ -18,6 +18,7 @@ from results_schema import read_results
 from ttft_table import aligned, tokens_text
 
 Row = Mapping[str, Any]
+_PREDICTIONS = (("predicted_ttft_ms", "ttft_ms_slowest_rank"), ("predicted_median_rank_ms", "ttft_ms_median_rank"))  # field, and its measured one
 
 
 def by_workload(rows: Sequence[Row]) -> list[dict[str, Row]]:
@@ -41,11 +42,15 @@ def best_fixed(modes: Mapping[str, Row]) -> str | None:
 
 
 def verdict(modes: Mapping[str, Row]) -> dict[str, Any]:
-    """Auto's figures on the even rounds over others'; null where a mode was not run. Below 1 auto is ahead."""
+    """Auto's figures on the even rounds over others', below 1 where auto is ahead, and by how much its predictions were too long (0.1: by a
+    tenth); null where a mode was not run, or nothing predicted."""
     auto, name = modes.get("auto"), best_fixed(modes)
 
     def over(mode: str | None, figure: str) -> float | None:
         return None if auto is None or mode not in modes else auto[figure] / modes[mode][figure]
+
+    def error(predicted: str, measured: str) -> float | None:
+        return None if auto is None or not auto.get(predicted) else auto[predicted] / auto[measured] - 1
 
     row = next(iter(modes.values()))
     return {
@@ -57,13 +62,14 @@ def verdict(modes: Mapping[str, Row]) -> dict[str, Any]:
         "mean_over_lockstep": over("broadcast", "even_mean_ttft_ms"),
         "median_rank_over_lockstep": over("broadcast", "ttft_ms_median_rank"),
         "slowest_rank_over_lockstep": over("broadcast", "even_slowest_rank_ms"),
+        "median_rank_predicted": error(*_PREDICTIONS[1]),
+        "slowest_rank_predicted": error(*_PREDICTIONS[0]),
     }
 
 
 def prediction_errors(rows: Sequence[Row]) -> list[float]:
     """|predicted / measured - 1| of the slowest and the median rank of every row."""
-    pairs = (("predicted_ttft_ms", "ttft_ms_slowest_rank"), ("predicted_median_rank_ms", "ttft_ms_median_rank"))
-    return [abs(row[predicted] / row[measured] - 1) for row in rows for predicted, measured in pairs if row.get(predicted)]
+    return [abs(row[predicted] / row[measured] - 1) for row in rows for predicted, measured in _PREDICTIONS if row.get(predicted)]
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
@@ -77,22 +83,29 @@ def front(rows: Sequence[Row]) -> list[Row]:
     return sorted((row for row in auto if not beaten(row)), key=lambda row: row["ttft_ms_slowest_rank"])
 
 
-def judgement(rows: Sequence[Row]) -> str:
-    """All of it as text."""
-    workloads = by_workload(rows)
-    verdicts = [verdict(modes) for modes in workloads]
-    names = [name for name in verdicts[0] if "_over_" in name]
-    lines = [["tokens per rank", "best fixed mode", *(name.replace("_", " ") for name in names)]]
+def verdict_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Heading and one line per workload, and one of the geometric means over the drawn ones."""
+    verdicts = [verdict(modes) for modes in by_workload(rows)]
+    ratios = [name for name in verdicts[0] if "_over_" in name]
+    errors = [name for name in verdicts[0] if name.endswith("_predicted")]
+    lines = [["tokens per rank", "best fixed mode", *(name.replace("_", " ") for name in (*ratios, *errors))]]
     for v in verdicts:
-        lines.append([tokens_text(v["rank_tokens"]), str(v["best_fixed"]), *("-" if v[name] is None else f"{v[name]:.3f}" for name in names)])
+        cells = ["-" if v[name] is None else f"{v[name]:.3f}" for name in ratios]
+        cells += ["-" if v[name] is None else f"{100 * v[name]:+.0f} %" for name in errors]
+        lines.append([tokens_text(v["rank_tokens"]), str(v["best_fixed"]), *cells])
     drawn = [v for v in verdicts if v["trace"] is not None]
     if drawn:
-        means = [[v[name] for v in drawn if v[name] is not None] for name in names]
-        lines.append(["geometric mean of draws", "", *(f"{geometric_mean(m):.3f}" if m else "-" for m in means)])
-    text = [aligned(lines, num_words=2)]
+        means = [[v[name] for v in drawn if v[name] is not None] for name in ratios]
+        lines.append(["geometric mean of draws", "", *(f"{geometric_mean(m):.3f}" if m else "-" for m in means), *("" for _ in errors)])
+    return lines
+
+
+def judgement(rows: Sequence[Row]) -> str:
+    """All of it as text."""
+    text = [aligned(verdict_cells(rows), num_words=2)]
     if errors := prediction_errors(rows):
         text.append(f"predicted TTFT of slowest and median rank: median error {100 * median(errors):.1f} %, largest {100 * max(errors):.1f} %")
-    for modes in workloads:
+    for modes in by_workload(rows):
         if sum(mode.split()[0] == "auto" for mode in modes) > 1:
             lines = [["makespan budget", "mean ms", "slowest ms"]]
             lines += [[f"{row['makespan_budget']:.0%}", f"{row['mean_ttft_ms']:.1f}", f"{row['ttft_ms_slowest_rank']:.1f}"] for row in front(list(modes.values()))]

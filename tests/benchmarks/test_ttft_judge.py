@@ -50,6 +50,6 @@ def test_judgement_as_text():
     rows += [row("broadcast", 8.0, 10.0, tokens=(1, 2), trace="t"), row("auto", 6.0, 9.0, tokens=(1, 2), trace="t")]
     text = ttft_judge.judgement(rows)
     assert "0.500" in text and "geometric mean of draws" in text and "0.750" in text
-    assert "median error 5.0 %, largest 10.0 %" in text
+    assert "median error 5.0 %, largest 10.0 %" in text and "+10 %" in text and "+0 %" in text
     with pytest.raises(InputError, match="row 0: no even rounds"):
         ttft_judge.judgement([{"mode": "auto", "rank_tokens": [1]}])

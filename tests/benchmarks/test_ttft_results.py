@@ -110,6 +110,17 @@ def test_page_gets_the_table_once_and_for_all(page):
     assert page.read_text() == text
 
 
+def test_page_gets_verdicts_and_leaves_drawn_steps_to_them(page):
+    rounds = {f"{odd}_{name}": 4.0 for odd in ("odd", "even") for name in ("mean_ttft_ms", "slowest_rank_ms")}
+    rows = [{**row(mode), **rounds, "makespan_budget": 0.1} for mode in ("broadcast", "auto")]
+    rows += [{**r, "rank_tokens": [1, 2, 3], "trace": "t"} for r in rows]
+    results_schema.write_results(results_schema.results_document("ttft", rows), page.parent / "results" / "ttft.json")
+    page.write_text(page.read_text() + page.read_text().replace("results:", "verdicts:"))
+    assert readme_table.main([str(page)]) == 0
+    results, verdicts = page.read_text().split("<!-- verdicts:")
+    assert "1, 2, 3" not in results and "| 1, 2, 3 | broadcast | 1.000 | - | 1.000 |" in verdicts and "geometric mean of draws" in verdicts
+
+
 def test_page_without_marks_is_refused(page):
     page.write_text("nothing here\n")
     with pytest.raises(InputError, match="has no line <!-- results"):
