@@ -8,7 +8,7 @@ among the modes whose slowest rank is within the makespan budget of the earliest
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Mapping, Sequence
 from statistics import geometric_mean, median
 from typing import Any
@@ -113,5 +113,18 @@ def judgement(rows: Sequence[Row]) -> str:
     return "\n\n".join(text)
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Say who is ahead of whom in results of ttft.py.")
+    parser.add_argument("results", help="a JSON file that ttft.py wrote")
+    options = parser.parse_args()
+    try:
+        document = read_results(options.results)
+        if document["benchmark"] != "ttft":
+            raise InputError(f"{options.results} holds results of {document['benchmark']}, not of ttft")
+        print(judgement(document["rows"]))
+    except InputError as error:
+        parser.exit(1, f"ttft_judge.py: {error}\n")
+
+
 if __name__ == "__main__":
-    print(judgement(read_results(sys.argv[1])["rows"]))
+    main()
