@@ -38,13 +38,11 @@ def look(rank: int, what: str, looking: Callable[[], T], wrong: type[PipemoeErro
 def whole_number(name: str, value: Any, least: int, wrong: type[PipemoeError] = InputError) -> int:
     """`value` as an int: an int of Python or numpy, or a 0-d tensor of integers. Raises `wrong` for others, booleans, and less than `least`."""
     message = f"{name} is {shown(value)}; it must be a whole number of at least {least}"
-    if "bool" in str(getattr(value, "dtype", type(value).__name__)):
-        raise wrong(message)
     try:
-        number = operator.index(value)
-    except TypeError:
-        raise wrong(message) from None
-    if number < least:
+        number = None if "bool" in str(getattr(value, "dtype", type(value).__name__)) else operator.index(value)
+    except BaseException as error:  # noqa: BLE001
+        raise wrong(message) from error
+    if number is None or number < least:
         raise wrong(message)
     return number
 

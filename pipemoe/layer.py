@@ -151,7 +151,8 @@ def _look_at_model(world: World, weights: Any, num_experts: Any, top_k: Any, con
     if not layers:
         raise ConfigError(f"{rank}no weights; pass one ExpertWeights per MoE layer")
     check_finite(layers)
-    return layers, ModelShape(layers[0].hidden, layers[0].intermediate, num_experts, top_k, len(layers))
+    ModelShape(layers[0].hidden, layers[0].intermediate, num_experts, top_k, len(layers))  # raises for what is no number
+    return layers, ModelShape(layers[0].hidden, layers[0].intermediate, int(num_experts), int(top_k), len(layers))
 
 
 def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipemoe.arguments import whole_number
 from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import ConfigError, InputError
 
@@ -98,6 +99,7 @@ class ExpertWeights:
         """Raise InputError, naming the layer and the tensor, unless shapes, dtypes and devices agree."""
         if self.activation not in ACTIVATIONS:
             raise InputError(f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted")
+        whole_number(f"layer {layer}: first_expert", self.first_expert, 0)
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
             raise InputError(
                 f"layer {layer}: gate_up and down have {self.gate_up.dim()} and {self.down.dim()} dimensions; "
