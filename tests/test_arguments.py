@@ -9,18 +9,7 @@ import torch
 from pipemoe.arguments import look, shown, step_lengths, whole_number
 from pipemoe.comm.exchange import encode_error, raise_first
 from pipemoe.errors import CheckpointError, ConfigError, InputError, PeerLost, describe
-
-
-class Speechless(Exception):
-    """Its words raise."""
-
-    def __init__(self, *said):
-        self.said = said
-
-    def __str__(self):
-        raise KeyboardInterrupt
-
-    __repr__ = __str__
+from tests.hostile import Speechless
 
 
 def raising(error):

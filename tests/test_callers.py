@@ -11,31 +11,13 @@ from pipemoe.comm import world as world_module
 from pipemoe.errors import CheckpointError, ConfigError, InputError, MismatchError
 from pipemoe.model import token_ids
 from pipemoe.runtime.run import Only
+from tests.hostile import Hostile, broken_off
 from tests.models.tiny import VOCAB, tiny_config
 from tests.moe_cases import NUM_EXPERTS, TOP_K, make_layers, make_rows, norm_ratio
 from tests.runtime.sources import RowsSource, make_runtime
 
 SMALL = {"moe_max_num_tokens": 24, "max_tokens_per_rank": 40}
 PROMPT = [[1, 2, 3]]
-
-
-class Hostile:
-    """Raises whatever is asked of it: its length, items, words, truth, attributes."""
-
-    def __init__(self, error=ValueError):
-        object.__setattr__(self, "_error", error)
-
-    def _refuse(self, *args, **named):
-        raise object.__getattribute__(self, "_error")("planted")
-
-    __len__ = __iter__ = __getitem__ = __repr__ = __str__ = __bool__ = __eq__ = __ne__ = __hash__ = __index__ = __int__ = __float__ = _refuse
-    __array__ = __call__ = __fspath__ = __lt__ = __gt__ = __add__ = __radd__ = __contains__ = __getattr__ = _refuse
-
-
-def broken_off(error=KeyError):
-    """One item, and then an exception."""
-    yield 1
-    raise error("planted")
 
 
 @pytest.fixture(scope="module")
