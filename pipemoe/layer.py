@@ -38,10 +38,8 @@ class PipelinedMoE:
         with undisturbed():
             found, wrong = look(world.rank, "arguments of PipelinedMoE", lambda: _look_at_model(world, weights, num_experts, top_k, config))
             world.agree(error or wrong, {} if found is None else {"num_experts": str(found[1].num_experts)}, "looking at the weights")
-            weights, shape = found
-            ranges = [[int(w.first_expert), w.num_local_experts] for w in weights]
+            weights, shape, self._dtype, ranges = found
             _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], shape.num_experts)
-            self._dtype = weights[0].row_dtype
             experts, error = look(
                 world.rank,
                 "making the experts",
@@ -131,8 +129,11 @@ class PipelinedMoE:
                 raise InputError(f"{rank}topk_weights holds NaN or infinity; router weights must be finite")
 
 
-def _look_at_model(world: World, weights: Any, num_experts: Any, top_k: Any, config: Any) -> tuple[list[ExpertWeights], ModelShape]:
-    """This rank's weights, one per MoE layer, and the model's shape. Raises what is wrong with them, or with the configuration."""
+def _look_at_model(
+    world: World, weights: Any, num_experts: Any, top_k: Any, config: Any
+) -> tuple[list[ExpertWeights], ModelShape, torch.dtype, list[list[int]]]:
+    """This rank's weights, one per MoE layer, the model's shape, the rows' dtype, and first expert and number of experts of each layer.
+    Raises what is wrong with them, or with the configuration."""
     from pipemoe.experts import ExpertWeights
 
     rank = f"rank {world.rank}: "
@@ -152,7 +153,8 @@ def _look_at_model(world: World, weights: Any, num_experts: Any, top_k: Any, con
         raise ConfigError(f"{rank}no weights; pass one ExpertWeights per MoE layer")
     check_finite(layers)
     ModelShape(layers[0].hidden, layers[0].intermediate, num_experts, top_k, len(layers))  # raises for what is no number
-    return layers, ModelShape(layers[0].hidden, layers[0].intermediate, int(num_experts), int(top_k), len(layers))
+    shape = ModelShape(layers[0].hidden, layers[0].intermediate, int(num_experts), int(top_k), len(layers))
+    return layers, shape, layers[0].row_dtype, [[int(w.first_expert), int(w.num_local_experts)] for w in layers]
 
 
 def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None:
