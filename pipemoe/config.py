@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pipemoe.errors import ConfigError
+from pipemoe.arguments import shown
+from pipemoe.errors import ConfigError, PipemoeError, describe
 from pipemoe.plan.schedule import PlanConfig
 
 if TYPE_CHECKING:
     import torch
 
+_LARGEST = 2**31 - 1  # rows are counted in 32 bits here and there
 DTYPES = ("float32", "bfloat16", "float16")
 DISPATCH_DTYPES = ("float8_e4m3fn",)
 
@@ -43,19 +45,32 @@ class Config(PlanConfig):
     cost: str | os.PathLike[str] | None = field(default=None, repr=False)  # what it holds is compared, not where it lies
 
     def __post_init__(self) -> None:
+        try:
+            self._check()
+        except PipemoeError:
+            raise
+        except Exception as error:  # a value may be anything, and raise anything when it is compared
+            raise ConfigError(f"a setting cannot be looked at: {describe(error)}") from error
+
+    def _check(self) -> None:
         for name in ("deterministic", "debug"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if self.deterministic:
             object.__setattr__(self, "combine", "gather")
-        if not isinstance(self.graph_tokens, int) or self.graph_tokens < 0:
+        if type(self.graph_tokens) is not int or self.graph_tokens < 0:
             raise ConfigError(f"graph_tokens is {self.graph_tokens!r}; it must be a whole number of at least 0")
         if self.num_slots is None:
             replace(self, num_slots=1)  # everything else must be right already
             return
         PlanConfig.__post_init__(self)
+        for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio", "graph_tokens"):
+            if getattr(self, name) > _LARGEST:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at most {_LARGEST}")
+        if not isinstance(self.experts, str):
+            raise ConfigError(f"experts is a {type(self.experts).__name__}; it must be 'auto', or the implementation by name")
         if self.cost is not None and not isinstance(self.cost, (str, os.PathLike)):
-            raise ConfigError(f"cost is {self.cost!r}; it must be the path of a file, or None")
+            raise ConfigError(f"cost is {shown(self.cost)}; it must be the path of a file, or None")
         if self.dispatch_dtype is not None and self.dispatch_dtype not in DISPATCH_DTYPES:
             raise ConfigError(f"dispatch_dtype is {self.dispatch_dtype!r}; it must be one of {', '.join(DISPATCH_DTYPES)}, or None")
         if self.combine_dtype is not None and self.combine_dtype not in DTYPES:
@@ -75,3 +90,9 @@ class Config(PlanConfig):
         import torch
 
         return None if self.dispatch_dtype is None else getattr(torch, self.dispatch_dtype)
+
+
+def check_config(config: Any, rank: str) -> None:
+    """Raise ConfigError unless `config` is one. rank: "rank 0: ", for the message."""
+    if not isinstance(config, Config):
+        raise ConfigError(f"{rank}config is a {type(config).__name__}; it must be a pipemoe.Config")

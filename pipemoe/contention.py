@@ -60,10 +60,11 @@ class Operations:
         shape, rows, dtype = decoder.shape, num_tokens * world.size, decoder.dtype
         self._decoder, self._experts, self._num_tokens = decoder, experts, num_tokens
         wire = WireFormat(shape.hidden, shape.top_k, experts.wire_dtype)
-        generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(rows, shape.hidden, generator=generator)
-        ids = torch.rand(rows, shape.num_experts, generator=generator).topk(shape.top_k).indices
-        weights = torch.full((rows, shape.top_k), 1 / shape.top_k, device=world.device)
+        generator = torch.Generator("cpu").manual_seed(0)
+        on_host = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        hidden = torch.randn(rows, shape.hidden, **on_host)
+        ids = torch.rand(rows, shape.num_experts, **on_host).topk(shape.top_k).indices
+        weights = torch.full((rows, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=world.device)
         sums_dtype = torch.float64 if experts.deterministic else dtype if world.device.type == "cuda" else torch.float32
         begins = [0, *accumulate([num_tokens] * world.size)]
         wave = Wave(tuple(Segment(rank, 0, num_tokens, begins[rank]) for rank in range(world.size)), rows)
@@ -91,7 +92,7 @@ class Operations:
         import torch
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
-        state = self._decoder.start(self._decoder.new_step(), torch.zeros(self._num_tokens, dtype=torch.long), pieces)
+        state = self._decoder.start(self._decoder.new_step(), torch.zeros(self._num_tokens, dtype=torch.long, device="cpu"), pieces)
         hidden = state.hidden
         self._read_by_graphs.append((state, hidden))
 

@@ -41,3 +41,18 @@ class WatchdogTimeout(FatalError):
 
 class PeerLost(FatalError):
     """Another rank died, or said that it is ending."""
+
+
+_MOST_WORDS = 4000  # characters of somebody else's message that travel in ours
+
+
+def describe(error: BaseException) -> str:
+    """An exception's type and words, whatever its own `__str__` does, and however long they are."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except BaseException as second:  # noqa: BLE001
+        return f"{name} (its own words cannot be had: __str__ raises {type(second).__name__})"
+    if len(text) > _MOST_WORDS:
+        text = f"{text[:_MOST_WORDS]} ... ({len(text)} characters)"
+    return f"{name}: {text}" if text else name

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.config import Config
+from pipemoe.arguments import look, shown, step_lengths, whole_number
+from pipemoe.comm.world import world_of
+from pipemoe.config import Config, check_config
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
 from pipemoe.plan.schedule import ModelShape, Plan
 from pipemoe.runtime.runtime import Runtime
+from pipemoe.torch_state import plain_tensors, undisturbed
 
 if TYPE_CHECKING:
     import torch
@@ -31,41 +34,29 @@ class PipelinedMoE:
     """
 
     def __init__(self, world: World, weights: Sequence[ExpertWeights], *, num_experts: int, top_k: int, config: Config = Config()) -> None:
-        error, experts, ranges = None, None, []
-        try:
-            for layer, layer_weights in enumerate(weights):
-                layer_weights.validate(layer)
-            check_finite(weights)
-            ranges = [[w.first_expert, w.num_local_experts] for w in weights]
-            if not weights:
-                error = ConfigError(f"rank {world.rank}: no weights; pass one ExpertWeights per MoE layer")
-        except PipemoeError as e:
-            error = e
-        except (AttributeError, TypeError) as e:
-            error = InputError(f"rank {world.rank}: weights must be a sequence of ExpertWeights, one per MoE layer: {e}")
-        world.agree(error, {}, "looking at the weights")
-        _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], num_experts)
-        hidden, self._dtype = weights[0].hidden, weights[0].row_dtype
-        try:
-            shape = ModelShape(hidden, weights[0].intermediate, num_experts, top_k, len(weights))
-        except ConfigError as e:
-            shape, error = None, e
-        world.agree(error, {}, "looking at the model's shape")
-        try:
-            experts = make_experts(
-                weights,
-                top_k=top_k,
-                hidden=hidden,
-                device=world.device,
-                dtype=self._dtype,
-                implementation=config.experts,
-                deterministic=config.deterministic,
-                num_experts=num_experts,
-                dispatch_dtype=config.torch_dispatch_dtype,
+        world, error = world_of(world)
+        with undisturbed():
+            found, wrong = look(world.rank, "arguments of PipelinedMoE", lambda: _look_at_model(world, weights, num_experts, top_k, config))
+            world.agree(error or wrong, {} if found is None else {"num_experts": str(found[1].num_experts)}, "looking at the weights")
+            weights, shape, self._dtype, ranges = found
+            _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], shape.num_experts)
+            experts, error = look(
+                world.rank,
+                "making the experts",
+                lambda: make_experts(
+                    weights,
+                    top_k=shape.top_k,
+                    hidden=shape.hidden,
+                    device=world.device,
+                    dtype=self._dtype,
+                    implementation=config.experts,
+                    deterministic=config.deterministic,
+                    num_experts=shape.num_experts,
+                    dispatch_dtype=config.torch_dispatch_dtype,
+                ),
+                ConfigError,
             )
-        except PipemoeError as e:
-            error = e
-        self.runtime = Runtime(world, shape, config, experts, self._dtype, {}, error=error)
+            self.runtime = Runtime(world, shape, config, experts, self._dtype, {}, hands_out_results=True, error=error)
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of a one-layer model on this rank's tokens; every rank calls, also with no tokens.
@@ -73,27 +64,37 @@ class PipelinedMoE:
         x: [T_r, H] in the weights' dtype, any T_r >= 0. topk_ids: [T_r, K] int32 or int64, 0 to E - 1. topk_weights: [T_r, K]
         floating, finite. Returns [T_r, H] in x's dtype. A wrong argument on one rank raises the same InputError on all of them.
         """
-        if self.runtime.shape.num_layers != 1:
-            raise ConfigError(f"a call is for one MoE layer, but this PipelinedMoE has {self.runtime.shape.num_layers}; use step()")
-        error = None
-        try:
+        rank = self.runtime.world.rank
+
+        def look_at() -> int:
+            if self.runtime.shape.num_layers != 1:
+                raise ConfigError(f"rank {rank}: a call is for one MoE layer, but this PipelinedMoE has {self.runtime.shape.num_layers}; use step()")
             self._check(x, topk_ids, topk_weights, values=True)
-        except InputError as e:
-            error = e
-        with Step(self, 0 if error else len(x), None, error) as step:
+            return len(x)
+
+        num_tokens, error = look(rank, "arguments of a call", look_at)
+        # The drop-in call knows no sequences and needs no causality: any cut will do.
+        with Step(self, num_tokens or 0, (num_tokens,) if num_tokens else (), error) as step:
             return step(0, x, topk_ids, topk_weights)
 
     def step(self, num_tokens: int, lengths: Sequence[int] | None = None) -> Step:
         """One forward pass through all MoE layers: `with moe.step(T_r, lengths) as step: y = step(layer, x, ids, weights)`.
 
         Every rank enters one; `num_tokens` may be 0. lengths: this rank's sequences in tokens (default: one sequence).
+        Wrong arguments on one rank raise the same InputError on all of them, when the step is entered.
         One step at a time: entering raises InputError while this thread is inside another step of the same world.
         """
-        lengths = lengths if lengths is not None else ([num_tokens] if num_tokens else [])
-        error = None
-        if sum(lengths) != num_tokens:
-            error = InputError(f"rank {self.runtime.world.rank}: lengths sum to {sum(lengths)}, but num_tokens is {num_tokens}")
-        return Step(self, num_tokens, lengths, error)
+        rank, most = self.runtime.world.rank, self.runtime.config.max_tokens_per_rank
+
+        def look_at() -> tuple[int, tuple[int, ...]]:
+            tokens = whole_number(f"rank {rank}: num_tokens", num_tokens, 0)
+            found = step_lengths(rank, ([tokens] if tokens else []) if lengths is None else lengths, most)
+            if sum(found) != tokens:
+                raise InputError(f"rank {rank}: lengths sum to {sum(found)}, but num_tokens is {tokens}")
+            return tokens, found
+
+        found, error = look(rank, "arguments of step", look_at)
+        return Step(self, *(found or (0, ())), error)
 
     def _check(self, x: Any, ids: Any, weights: Any, values: bool) -> None:
         """Raise InputError unless the arguments of a call are usable; `values` also looks into ids and weights."""
@@ -111,6 +112,8 @@ class PipelinedMoE:
                 raise InputError(f"{rank}{name} is {tensor.dtype}; it must be {' or '.join(str(d) for d in dtypes)}")
             if tensor.device != world.device:
                 raise InputError(f"{rank}{name} is on {tensor.device}; it must be on {world.device}")
+            if tensor.layout is not torch.strided:
+                raise InputError(f"{rank}{name} has layout {tensor.layout}; it must be a dense tensor (torch.strided)")
 
         if isinstance(x, torch.Tensor) and x.ndim != 2:
             raise InputError(f"{rank}x has shape {tuple(x.shape)}; it must have 2 dimensions, [T, {shape.hidden}]")
@@ -126,6 +129,34 @@ class PipelinedMoE:
                 raise InputError(f"{rank}topk_weights holds NaN or infinity; router weights must be finite")
 
 
+def _look_at_model(
+    world: World, weights: Any, num_experts: Any, top_k: Any, config: Any
+) -> tuple[list[ExpertWeights], ModelShape, torch.dtype, list[list[int]]]:
+    """This rank's weights, one per MoE layer, the model's shape, the rows' dtype, and first expert and number of experts of each layer.
+    Raises what is wrong with them, or with the configuration."""
+    from pipemoe.experts import ExpertWeights
+
+    rank = f"rank {world.rank}: "
+    check_config(config, rank)
+    wanted = f"{rank}weights must be a sequence of ExpertWeights, one per MoE layer"
+    if not isinstance(weights, Iterable):
+        raise InputError(f"{wanted}, but is a {type(weights).__name__}")
+    layers = []
+    for layer, of_layer in enumerate(weights):
+        if not isinstance(of_layer, ExpertWeights):
+            raise InputError(f"{wanted}, but layer {layer} is a {type(of_layer).__name__}")
+        of_layer.validate(layer)
+        if of_layer.gate_up.device.type != world.device.type:
+            raise InputError(f"{rank}layer {layer}: the weights are on {of_layer.gate_up.device}; move them to {world.device}")
+        layers.append(of_layer)
+    if not layers:
+        raise ConfigError(f"{rank}no weights; pass one ExpertWeights per MoE layer")
+    check_finite(layers)
+    ModelShape(layers[0].hidden, layers[0].intermediate, num_experts, top_k, len(layers))  # raises for what is no number
+    shape = ModelShape(layers[0].hidden, layers[0].intermediate, int(num_experts), int(top_k), len(layers))
+    return layers, shape, layers[0].row_dtype, [[int(w.first_expert), int(w.num_local_experts)] for w in layers]
+
+
 def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None:
     """Raise InputError, the same on every rank, unless in each layer the ranks' experts are 0 to E - 1, each once.
 
@@ -136,7 +167,7 @@ def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None
             raise InputError(f"rank {rank}: weights of {len(ranges)} MoE layers, but rank 0 has {len(ranges_of[0])}")
     for layer in range(len(ranges_of[0])):
         held = sorted(expert for ranges in ranges_of for expert in range(ranges[layer][0], sum(ranges[layer])))
-        if held != list(range(num_experts)):
+        if len(held) != num_experts or held != list(range(num_experts)):
             found = ", ".join(f"rank {r} holds {of[layer][1]} from {of[layer][0]}" for r, of in enumerate(ranges_of))
             raise InputError(f"layer {layer}: the ranks must hold experts 0 to {num_experts - 1}, each once, but {found}")
 
@@ -144,12 +175,11 @@ def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None
 class Step:
     """One forward pass of a PipelinedMoE; see `PipelinedMoE.step`."""
 
-    def __init__(self, moe: PipelinedMoE, num_tokens: int, lengths: Sequence[int] | None, error: PipemoeError | None) -> None:
-        self._moe, self._num_tokens, self._error = moe, num_tokens, error
-        # The drop-in call knows no sequences and needs no causality: any cut will do.
-        self._lengths = lengths if lengths is not None else ([num_tokens] if num_tokens else [])
-        self._next_layer = 0
+    def __init__(self, moe: PipelinedMoE, num_tokens: int, lengths: tuple[int, ...], error: PipemoeError | None) -> None:
+        self._moe, self._num_tokens, self._lengths, self._error = moe, num_tokens, lengths, error
+        self._given = self._done = 0  # layers
         self._source: _CallerSource | None = None
+        self._left = False
 
     def __enter__(self) -> Step:
         runtime = self._moe.runtime
@@ -175,49 +205,76 @@ class Step:
         """
         import torch
 
-        moe = self._moe
-        num_layers = moe.runtime.shape.num_layers
-        if self._source is None:
-            raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called outside of the step: enter it by `with` first")
-        if self._next_layer == num_layers:
-            raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called, but all {num_layers} layers of this step are done")
-        if layer != self._next_layer:
-            raise InputError(f"rank {moe.runtime.world.rank}: layer {layer} called; next is {self._next_layer} of {num_layers}")
-        moe._check(x, topk_ids, topk_weights, values=moe.runtime.world.device.type == "cpu" or moe.runtime.config.debug)
-        if len(x) != self._num_tokens:
-            raise InputError(f"rank {moe.runtime.world.rank}: x has {len(x)} rows; this step was entered with {self._num_tokens}")
-        self._next_layer += 1
+        runtime = self._moe.runtime
+        _, error = look(runtime.world.rank, "arguments of a layer's call", lambda: self._check(layer, x, topk_ids, topk_weights))
+        if error is not None:
+            raise error
         if not self._num_tokens:
-            return torch.empty_like(x)
-        y = torch.empty(x.shape, dtype=moe.runtime.results_dtype, device=x.device)
-        self._source.give(layer, x.contiguous(), topk_ids.int(), topk_weights.float(), y)
-        self._wait(self._source.issued[layer])
-        for event in self._source.events[layer]:
-            self._after(event)
-        return y.to(x.dtype)
+            self._done += 1
+            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        with plain_tensors():
+            # All that a call takes, before it is given to the engine: what fails here leaves the layer as if it had not been called.
+            sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
+            y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            self._source.give(self._done, x.detach().contiguous(), topk_ids.detach().int(), topk_weights.detach().float(), sums)
+            self._given += 1
+            self._wait(self._source.issued[self._done])
+            for event in self._source.events[self._done]:
+                self._after(event)
+            self._source.forget(self._done)
+            if y is not sums:
+                y.copy_(sums)
+        self._done += 1
+        return y
+
+    def _check(self, layer: Any, x: Any, topk_ids: Any, topk_weights: Any) -> None:
+        """Raise InputError unless this is the next layer's call, with usable arguments."""
+        moe, num_layers = self._moe, self._moe.runtime.shape.num_layers
+        world = moe.runtime.world
+        rank = f"rank {world.rank}: "
+        if self._source is None:
+            raise InputError(f"{rank}layer {shown(layer)} called outside of the step: enter it by `with` first")
+        if self._left:
+            raise InputError(f"{rank}layer {shown(layer)} called, but this step has been left; make another one with step()")
+        if self._done == num_layers:
+            raise InputError(f"{rank}layer {shown(layer)} called, but all {num_layers} layers of this step are done")
+        if whole_number(f"{rank}layer", layer, 0) != self._done:
+            raise InputError(f"{rank}layer {layer} called; next is {self._done} of {num_layers}")
+        if self._given > self._done:
+            raise InputError(f"{rank}layer {layer} called again, but its first call was broken off under way; leave the step")
+        moe._check(x, topk_ids, topk_weights, values=world.device.type == "cpu" or moe.runtime.config.debug)
+        if len(x) != self._num_tokens:
+            raise InputError(f"{rank}x has {len(x)} rows; this step was entered with {self._num_tokens}")
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self._moe.runtime.world.threads_in_step.discard(self._thread)
-        unfinished = self._next_layer < self._moe.runtime.shape.num_layers and self._num_tokens > 0
-        if error is None and unfinished:
-            error = InputError(f"rank {self._moe.runtime.world.rank}: step left after {self._next_layer} of {self._moe.runtime.shape.num_layers} layers")
-            self._source.abandon(error)
-            self._future.exception()
-            raise error
-        if unfinished:
+        runtime = self._moe.runtime
+        runtime.world.threads_in_step.discard(self._thread)
+        self._left = True
+        num_layers, left_early = runtime.shape.num_layers, None
+        if error is None and self._done < num_layers and self._num_tokens:
+            error = left_early = InputError(f"rank {runtime.world.rank}: step left after {self._done} of {num_layers} layers")
+        if error is not None:
             self._source.abandon(error)  # the others still get this rank's part of the plan
-            self._future.exception()
-            return
-        if error is not None and self._future.exception() is None:  # the engine has not seen it: tell the others at the next step
-            self._moe.runtime.announce(error)
-            return
-        self._future.result()
+        _, seen = self._end()
+        self._source.forget_all()
+        if error is None and seen is not None:
+            raise seen
+        if error is not None and seen is None:  # the engine has not met it: tell the others at the next step
+            runtime.announce(error)
+        if left_early is not None:
+            raise left_early
+
+    def _end(self) -> tuple[Any, BaseException | None]:
+        """Wait for the end of this rank's part: when it was, or what ended it."""
+        try:
+            return self._moe.runtime.result_of(self._future), None
+        except PipemoeError as error:
+            return None, error
 
     def _wait(self, flag: threading.Event) -> None:
         """Wait for the engine; raise what ended the step if it did."""
         while not flag.wait(_CHECK_SECONDS):
-            if self._future.done() and not flag.is_set():
-                self._future.result()
+            self._check_that_it_goes_on(flag.is_set)
 
     def _after(self, event: Event) -> None:
         """Let the caller's next work see what comes before `event`: its stream waits, or on the host its thread."""
@@ -227,8 +284,15 @@ class Step:
             torch.cuda.current_stream().wait_event(event.event)
             return
         while not event.wait(_CHECK_SECONDS):
-            if self._future.done() and not event.done():
-                self._future.result()
+            self._check_that_it_goes_on(event.done)
+
+    def _check_that_it_goes_on(self, come: Callable[[], bool]) -> None:
+        """Raise if the step has ended, so that what is waited for will never come; and see that the engine is not stuck."""
+        world = self._moe.runtime.world
+        world.engine.watch()
+        if self._future.done() and not come():
+            self._future.result()
+            raise InputError(f"rank {world.rank}: the step has ended while layer {self._done} was under way: it was left on another thread")
 
 
 class _CallerSource:
@@ -247,15 +311,26 @@ class _CallerSource:
         self._error: BaseException | None = None
         self._due = 0
 
-    def give(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, y: torch.Tensor) -> None:
+    def give(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> None:
+        """A layer's rows, and where its sums go; kept until `forget`: other streams read and write them."""
         import torch
 
         event = None
         if x.is_cuda:
             event = torch.cuda.Event()
             event.record()
-        self._inputs[layer] = (x, ids, weights, y, event)  # kept until the step is over: other streams read and write them
+        self._inputs[layer] = (x, ids, weights, sums, event)
         self._wake()
+
+    def forget(self, layer: int) -> None:
+        """All of a layer's events lie before the caller's next work: nobody reads or writes its tensors any more."""
+        self._inputs[layer] = None
+        self.events[layer].clear()
+
+    def forget_all(self) -> None:
+        """The same of the whole step, once it has ended."""
+        self._inputs = [None] * len(self._inputs)
+        self.events = [[] for _ in self.events]
 
     def abandon(self, error: BaseException) -> None:
         self._error = error

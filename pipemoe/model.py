@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.config import Config
-from pipemoe.errors import CheckpointError, InputError, PipemoeError
+from pipemoe.arguments import look, shown, whole_number
+from pipemoe.comm.world import world_of
+from pipemoe.config import Config, check_config
+from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts import make_experts
 from pipemoe.plan.dimensions import dimensions_of_decoder
 from pipemoe.plan.schedule import Op, Plan
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
+from pipemoe.torch_state import plain_tensors, undisturbed
 from pipemoe.trace import Timeline
+from pipemoe.warn_once import warn_once
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +39,7 @@ class Prefilled:
     first_tokens: list[int]
     ttft_seconds: list[float]  # from the call of prefill to the sequence's first token
     logits: torch.Tensor | None  # [sequences, V] float32, if asked for
+    finite: list[bool]  # False: the sequence's logits hold NaN or infinity, so that its first token says nothing
 
 
 def load_model(path_or_config: Any, world: World, *, config: Config = Config(), dtype: torch.dtype | None = None, seed: int = 0) -> Model:
@@ -48,18 +53,29 @@ def load_model(path_or_config: Any, world: World, *, config: Config = Config(), 
 
     from pipemoe.models.loading import load_decoder
 
-    dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
-    error, decoder, weights = None, None, None
-    try:
-        place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
-        decoder, weights = load_decoder(path_or_config, **place, dtype=dtype, seed=seed, quantised=config.experts == "hopper_fp8")
-    except PipemoeError as e:
-        error = e
-    except Exception as e:  # noqa: BLE001  (transformers and torch raise what they like at an odd config.json)
-        error = CheckpointError(f"rank {world.rank}: {path_or_config}: {type(e).__name__}: {e}")
-        error.__cause__ = e
-    world.agree(error, decoder.facts if decoder else {}, "loading the model")
-    return Model(world, decoder, weights, config)
+    world, error = world_of(world)
+    rank = f"rank {world.rank}: "
+    place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
+
+    def settings() -> tuple[torch.dtype, int, bool]:
+        check_config(config, rank)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"{rank}dtype is a {type(dtype).__name__}; it must be a torch.dtype, or None")
+        usual = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+        return dtype or usual, whole_number(f"{rank}seed", seed, -(2**63), ConfigError), config.experts == "hopper_fp8"
+
+    def load() -> tuple[Decoder, list]:
+        wanted, number, quantised = found
+        return load_decoder(path_or_config, **place, dtype=wanted, seed=number, quantised=quantised)
+
+    with undisturbed():
+        loaded = None
+        found, wrong = look(world.rank, "settings of load_model", settings, ConfigError)
+        error = error or wrong
+        if error is None:  # transformers and torch raise what they like at an odd config.json
+            loaded, error = look(world.rank, shown(path_or_config), load, CheckpointError)
+        world.agree(error, loaded[0].facts if loaded else {}, "loading the model")
+        return Model(world, *loaded, config)
 
 
 class Model:
@@ -72,39 +88,46 @@ class Model:
         self.world, self.decoder, self.config = world, decoder, config
         self._weights = weights
         self._graphs = graphs or GraphStore(decoder)
-        error, experts = None, None
-        try:
-            experts = make_experts(
-                weights,
-                top_k=decoder.shape.top_k,
-                hidden=decoder.shape.hidden,
-                device=world.device,
-                dtype=decoder.dtype,
-                implementation=config.experts,
-                deterministic=config.deterministic,
-                num_experts=decoder.shape.num_experts,
-                dispatch_dtype=config.torch_dispatch_dtype,
+        in_places = False  # keys and values have places of their own
+
+        def look_at_config() -> dict[str, Any]:
+            nonlocal in_places
+            check_config(config, f"rank {world.rank}: ")
+            in_places = self._graphs.serves_cuts(config)
+            kept = config.cuts_sequences and not in_places
+            return {
+                "dimensions": dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
+                "kept_bytes": config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
+                "graph_rows": self._graphs.most_rows(config),
+                "experts": make_experts(
+                    weights,
+                    top_k=decoder.shape.top_k,
+                    hidden=decoder.shape.hidden,
+                    device=world.device,
+                    dtype=decoder.dtype,
+                    implementation=config.experts,
+                    deterministic=config.deterministic,
+                    num_experts=decoder.shape.num_experts,
+                    dispatch_dtype=config.torch_dispatch_dtype,
+                ),
+            }
+
+        with undisturbed():
+            found, error = look(world.rank, "the model's configuration", look_at_config, ConfigError)
+            found = found or {"experts": None}
+            self.runtime = Runtime(
+                world,
+                decoder.shape,
+                config,
+                found.pop("experts"),
+                decoder.dtype,
+                {"model": decoder.fingerprint},
+                trial=self._trial,
+                prepare=self._capture,
+                graph_cuts=in_places,
+                error=error,
+                **found,
             )
-        except PipemoeError as e:
-            error = e
-        facts = {"model": decoder.fingerprint}
-        in_places = self._graphs.serves_cuts(config)  # keys and values have places of their own
-        kept_bytes = config.max_tokens_per_rank * decoder.kept_bytes_per_token() if config.cuts_sequences and not in_places else 0
-        self.runtime = Runtime(
-            world,
-            decoder.shape,
-            config,
-            experts,
-            decoder.dtype,
-            facts,
-            dimensions=dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
-            trial=self._trial,
-            kept_bytes=kept_bytes,
-            prepare=self._capture,
-            graph_rows=self._graphs.most_rows(config),
-            graph_cuts=in_places,
-            error=error,
-        )
 
     def _trial(self) -> None:
         """Attend to one sequence of the most tokens that a step may bring, in the first layers."""
@@ -113,7 +136,7 @@ class Model:
         from pipemoe.models.decoder import Piece
 
         count, decoder = self.config.max_tokens_per_rank, self.decoder
-        state = decoder.start(decoder.new_step(), torch.zeros(count, dtype=torch.long), [Piece(0, 0, count, count)])
+        state = decoder.start(decoder.new_step(), torch.zeros(count, dtype=torch.long, device="cpu"), [Piece(0, 0, count, count)])
         y = None
         for layer in range(min(2, decoder.shape.num_layers)):
             decoder.attend(state, layer, y)
@@ -140,52 +163,85 @@ class Model:
 
         sequences: token ids, each sequence with at least one and at most as many as the model has positions for. Returns as soon as this
         rank's own sequences are done, whatever the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements (without computation
-        there are no tokens: submit a step with a source of your own instead).
+        there are no tokens: submit a step with a source of your own instead). A sequence whose logits overflow or are NaN has its flag in
+        Prefilled.finite, and a warning, once.
         Raises InputError for bad token ids on any rank, ModelError if the model code of some rank raised, on every rank.
         """
         begin = time.perf_counter()
-        error = None
-        try:
-            tokens = self._check(sequences)
-            if not only.computation:
+
+        def look_at() -> list[torch.Tensor]:
+            if type(keep_logits) is not bool:
+                raise InputError(f"rank {self.world.rank}: keep_logits is {shown(keep_logits)}; it must be True or False")
+            if isinstance(only, Only) and not only.computation:
                 raise InputError(f"rank {self.world.rank}: prefill without computation gives no tokens; use runtime.submit_step")
-        except InputError as e:
-            error, tokens = e, []
+            return self._check(sequences)
+
+        with plain_tensors():
+            tokens, error = look(self.world.rank, "sequences", look_at)
+        tokens = tokens or []
         dtype = self.runtime.results_dtype
         graphs = [self._graphs.graphs(self.config, slot, dtype) for slot in range(self.world.num_slots)]
         new_step = partial(self._graphs.new_step, self.config)
         source = _ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
-        self.runtime.submit_step([len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done).result()
-        return source.prefilled(begin)
+        step = self.runtime.submit_step([len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done)
+        self.runtime.result_of(step)
+        found = source.prefilled(begin)
+        if not all(found.finite):
+            words = f"rank {self.world.rank}: logits of sequence {found.finite.index(False)} hold NaN or infinity, so that its first token says nothing"
+            warn_once(self.world, f"{words}; perhaps {self.decoder.dtype} is too narrow for this model", about="logits")
+        return found
 
-    def _check(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def _check(self, sequences: Any) -> list[torch.Tensor]:
+        """Each sequence's ids: [T] int64 on the host. Raises InputError for what is no list of token ids."""
         import torch
 
         from pipemoe.models.config import num_positions
 
+        rank, most_tokens = f"rank {self.world.rank}: ", self.config.max_tokens_per_rank
         vocabulary, most = self.decoder.vocab_size, num_positions(self.decoder.config)
         tensors = []
         if not isinstance(sequences, Iterable):
-            raise InputError(f"rank {self.world.rank}: sequences is a {type(sequences).__name__}; it must be a list of token-id lists")
+            raise InputError(f"{rank}sequences is a {type(sequences).__name__}; it must be a list of token-id lists")
         for i, sequence in enumerate(sequences):
-            where = f"rank {self.world.rank}: sequence {i}"
-            try:
-                tokens = torch.as_tensor(sequence)
-            except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-                raise InputError(f"{where} is not a list of token ids: {error}") from None
-            if not tokens.numel():
-                raise InputError(f"{where} is empty; it must be a list of at least one token id")
-            if tokens.dtype == torch.bool or (isinstance(sequence, (list, tuple)) and bool in map(type, sequence)):
-                raise InputError(f"{where} holds True or False; it must be a list of token ids")
-            if tokens.ndim != 1 or tokens.is_floating_point() or tokens.is_complex():
-                raise InputError(f"{where} has shape {tuple(tokens.shape)} and dtype {tokens.dtype}; it must be a list of at least one token id")
+            if i == most_tokens:  # an iterator may have no end
+                raise InputError(f"{rank}more than {most_tokens} sequences, so more than max_tokens_per_rank={most_tokens} tokens")
+            where = f"{rank}sequence {i}"
+            tokens, error = look(self.world.rank, f"sequence {i} is not a list of token ids", partial(token_ids, where, sequence))
+            if error is not None:
+                raise error
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= vocabulary:
                 raise InputError(f"{where} holds token id {low if low < 0 else high}; ids go from 0 to {vocabulary - 1}")
             if most is not None and len(tokens) > most:
                 raise InputError(f"{where} has {len(tokens)} tokens, but the model has positions for {most} (max_position_embeddings)")
-            tensors.append(tokens.long().cpu())
+            tensors.append(tokens)
         return tensors
+
+
+def token_ids(where: str, sequence: Any) -> torch.Tensor:
+    """A sequence of ids of any integer type, signed or not (files of tokens are often uint16): [T] int64 on the host, a copy.
+
+    Raises InputError, which begins with `where`, if it is none.
+    """
+    import numpy as np
+    import torch
+
+    if isinstance(sequence, torch.Tensor):
+        is_whole = sequence.layout is torch.strided and not (sequence.is_floating_point() or sequence.is_complex() or sequence.is_quantized)
+        is_bool, ids = sequence.dtype == torch.bool, sequence
+    else:
+        ids = np.asarray(sequence)
+        is_whole, is_bool = ids.dtype.kind in "iub", ids.dtype.kind == "b" or (isinstance(sequence, (list, tuple)) and bool in map(type, sequence))
+    if ids.ndim == 1 and not len(ids):
+        raise InputError(f"{where} is empty; it must be a list of at least one token id")
+    if is_bool:
+        raise InputError(f"{where} holds True or False; it must be a list of token ids")
+    if not is_whole or ids.ndim != 1:
+        raise InputError(f"{where} is not a list of token ids: it has shape {tuple(ids.shape)} and dtype {ids.dtype}")
+    wide = ids.to("cpu", torch.int64, copy=True) if isinstance(ids, torch.Tensor) else torch.from_numpy(ids.astype(np.int64))
+    if "uint64" in str(ids.dtype) and bool((wide < 0).any()):
+        raise InputError(f"{where} holds token id {int(wide.min()) + 2**64}; ids are smaller")
+    return wide
 
 
 class _ModelSource:
@@ -208,7 +264,7 @@ class _ModelSource:
         self._rows: dict[int, tuple] = {}
         self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
         self._ended: dict[int, list[int]] = {}  # per cohort: sequences whose last token it holds
-        self._first: dict[int, tuple] = {}  # per cohort: first tokens (host), logits
+        self._first: dict[int, tuple] = {}  # per cohort: first tokens and whether logits are finite (host), logits
         self._seconds: dict[int, float] = {}
 
     def begin(self, plan: Plan, rank: int) -> None:
@@ -272,9 +328,10 @@ class _ModelSource:
         import torch
 
         logits = self._microbatches[cohort].finish()
-        first = logits.argmax(-1)
+        low, high = torch.aminmax(logits, dim=-1)  # NaN if any logit is
+        first = torch.stack((logits.argmax(-1), (torch.isfinite(low) & torch.isfinite(high)).long()))  # [2, sequences]
         if first.is_cuda:
-            host = torch.empty(first.shape, dtype=first.dtype, pin_memory=True)
+            host = torch.empty(first.shape, dtype=first.dtype, device="cpu", pin_memory=True)
             first = host.copy_(first, non_blocking=True)
         self._first[cohort] = (first, logits if self._keep_logits else None)
 
@@ -286,13 +343,13 @@ class _ModelSource:
         import torch
 
         count = len(self._tokens)
-        first, seconds, logits = [0] * count, [0.0] * count, [None] * count
+        first, finite, seconds, logits = [0] * count, [True] * count, [0.0] * count, [None] * count
         for cohort, (tokens, scores) in self._first.items():
             if scores is not None and scores.is_cuda:
                 scores.record_stream(torch.cuda.current_stream())  # made on a lane's stream, read on the caller's
             for i, sequence in enumerate(self._ended[cohort]):
-                first[sequence] = int(tokens[i])
+                first[sequence], finite[sequence] = int(tokens[0, i]), bool(tokens[1, i])
                 seconds[sequence] = self._seconds[cohort] - begin
                 logits[sequence] = scores[i] if scores is not None else None
         kept = torch.stack(logits) if self._keep_logits and count else None
-        return Prefilled(first, seconds, kept)
+        return Prefilled(first, seconds, kept, finite)

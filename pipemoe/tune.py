@@ -23,8 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipemoe.arguments import look
 from pipemoe.config import Config
-from pipemoe.errors import InputError
+from pipemoe.errors import InputError, ModelError
 from pipemoe.output_path import check_output_file
 from pipemoe.plan.cost import CostModel, graph_rows, rates_of
 from pipemoe.plan.cost_file import write_cost
@@ -41,7 +42,7 @@ from pipemoe.trace import Span, Timeline
 
 if TYPE_CHECKING:
     from pipemoe.comm.world import World
-    from pipemoe.model import Model
+    from pipemoe.model import Model, Prefilled
 
 _LEAST_TOKENS = 16  # of --max-tokens: costs per token cannot be told from fixed ones over fewer
 _POOR_PERCENT = 20  # error of predictions after calibration, above which a file is not to be trusted
@@ -118,9 +119,12 @@ def run(options: argparse.Namespace) -> int:
         before = tuner.log_error(cost, steps)
         cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
         after = tuner.log_error(cost, steps)
+        error = None
         if world.rank == 0:
             subject = {**model.runtime.cost_subject, "model": model_key(dimensions)}
-            write_cost(options.out, subject, cost)
+            _, error = look(world.rank, f"--out {options.out}", lambda: write_cost(options.out, subject, cost))
+        world.agree(error, {}, "writing the costs")
+        if world.rank == 0:
             for line in tuner.compared(cost, steps):
                 _say(world, line)
             for line in accuracy(before, after):
@@ -222,7 +226,7 @@ class Tuner:
                 times = []
                 for repeat in range(self._repeats + 1):
                     self._world.all_gather(b"", "start of a step")
-                    seconds = model.prefill(self._sequences(lengths)).ttft_seconds
+                    seconds = self._prefill(model, lengths).ttft_seconds
                     times += [seconds] if repeat else []
                 own = statistics.median(max(t, default=0.0) for t in times) * 1e9
                 found.append((config, lengths, [json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "times")]))
@@ -252,12 +256,19 @@ class Tuner:
         vocabulary = self._model.decoder.vocab_size
         return [[(i * 31 + 7) % vocabulary for i in range(n)] for n in lengths[self._world.rank]]
 
+    def _prefill(self, model: Model, lengths: _Lengths, **options: Any) -> Prefilled:
+        """A step. What fails in one rank's model code is raised on all of them now: after it the ranks compare times, not steps."""
+        rank = self._world.rank
+        found, error = look(rank, "a step", lambda: model.prefill(self._sequences(lengths), **options), ModelError)
+        self._world.agree(error, {}, "seeing that a step went well")
+        return found
+
     def _timed(self, lengths: _Lengths) -> list[_TimedStep]:
         """All ranks' spans and issue times of one step."""
         timeline = Timeline()
         self._world.all_gather(b"", "start of a step")
         begin = time.perf_counter()
-        self._model.prefill(self._sequences(lengths), timeline=timeline)
+        self._prefill(self._model, lengths, timeline=timeline)
         own = json.dumps([begin, timeline.as_rows(), [[int(op.kind), op.layer, seconds] for op, seconds in timeline.issue_seconds]])
         everywhere = [json.loads(p) for p in self._world.all_gather(own.encode(), "timelines")]
         return [_TimedStep(begin, Timeline.from_rows(rows), issued) for begin, rows, issued in everywhere]

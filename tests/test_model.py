@@ -170,7 +170,7 @@ def test_nan_weights_are_refused_at_load(world, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [([[1, 2], []], "sequence 1 is empty"), ([[True]], "holds True or False"), ([[2, True]], "holds True or False"), ([[1] * 513], "sequence 0 has 513 tokens, but the model has positions for 512"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype torch.float32"), ([[1, None]], "sequence 0 is not a list of token ids")],
+    [([[1, 2], []], "sequence 1 is empty"), ([[True]], "holds True or False"), ([[2, True]], "holds True or False"), ([[1] * 513], "sequence 0 has 513 tokens, but the model has positions for 512"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype float64"), ([[1, None]], "sequence 0 is not a list of token ids")],
 )
 def test_bad_token_ids_on_one_rank_are_the_same_error_on_all(world, models, bad, message):
     _, model = models("mixtral", torch.float32)

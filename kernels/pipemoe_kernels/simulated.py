@@ -44,4 +44,4 @@ def load_e4m3(pointer, index):
 
 
 def to_e4m3(value):
-    return torch.tensor([float(value)]).to(torch.float8_e4m3fn).view(torch.uint8).numpy()[0]
+    return torch.tensor([float(value)], dtype=torch.float32).to(torch.float8_e4m3fn).view(torch.uint8).numpy()[0]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import numbers
 import struct
 
 from pipemoe import errors
-from pipemoe.errors import InputError, MismatchError, PipemoeError
+from pipemoe.errors import MismatchError, PipemoeError, describe
 from pipemoe.plan.schedule import Facts
 
-_HEADER = struct.Struct("<16sq?")  # fingerprint, bytes of the error text, whether this rank's caller has been told of it
+# Fingerprint, bytes of the error text, whether this rank's caller has been told of it, which sides of the run are left out.
+_HEADER = struct.Struct("<16sq?B")
+_SIDES = ("nothing", "computation", "communication", "computation and communication")
 _SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError")
 
 
 def encode_error(error: PipemoeError | None) -> bytes:
-    return b"" if error is None else json.dumps([type(error).__name__, str(error)]).encode()
+    if error is None:
+        return b""
+    name = type(error).__name__
+    return json.dumps([name, describe(error).removeprefix(f"{name}: ")]).encode()
 
 
 def raise_first(texts: list[bytes]) -> None:
@@ -27,27 +31,42 @@ def raise_first(texts: list[bytes]) -> None:
             raise cls(message if message.startswith("rank ") else f"rank {rank}: {message}")
 
 
-def encode_step(fingerprint: bytes, lengths: tuple[int, ...], error: PipemoeError | None, *, is_known: bool = False) -> bytes:
+def pack_shared(payload: bytes, error: PipemoeError | None) -> bytes:
+    """What a rank shares, or why it cannot."""
+    return b"\0" + payload if error is None else b"\1" + encode_error(error)
+
+
+def unpack_shared(texts: list[bytes]) -> list[bytes]:
+    """All ranks' payloads. Raises the error of the first rank that has one."""
+    raise_first([text[1:] if text[:1] == b"\1" else b"" for text in texts])
+    return [text[1:] for text in texts]
+
+
+def encode_step(
+    fingerprint: bytes, lengths: tuple[int, ...], error: PipemoeError | None, *, is_known: bool = False, left_out: int = 0
+) -> bytes:
     """One rank's message of a step: fingerprint (16 bytes), sequence lengths, or what went wrong on this rank.
 
     is_known: the error was raised here in the last step, by misuse; should that be so on all ranks, nobody needs to hear of it.
+    left_out: which sides of the run do no work (0: none), the same on all ranks.
     """
     text = encode_error(error)
-    return _HEADER.pack(fingerprint, len(text), is_known) + text + struct.pack(f"<{len(lengths)}q", *lengths)
+    return _HEADER.pack(fingerprint, len(text), is_known, left_out) + text + struct.pack(f"<{len(lengths)}q", *lengths)
 
 
 def decode_step(payloads: list[bytes]) -> Facts:
     """All ranks' messages to facts. Raises on every rank alike: the first rank's error, unless all ranks know theirs, or
-    MismatchError for different fingerprints."""
+    MismatchError for different fingerprints, or where not all leave out the same."""
     headers = [_HEADER.unpack_from(p) for p in payloads]
-    if not all(is_known for *_, is_known in headers):
-        raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, n, _) in zip(payloads, headers)])
+    if not all(is_known for _, _, is_known, _ in headers):
+        raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, n, *_) in zip(payloads, headers)])
     values = [fingerprint.hex()[:8] for fingerprint, *_ in headers]
     if len(set(values)) > 1:
         found = ", ".join(f"rank {r} has {v}" for r, v in enumerate(values))
         raise MismatchError(f"the ranks differ in configuration, model or checkpoint: {found}")
+    check_equal([{"what a step leaves out (only)": _SIDES[left_out]} for *_, left_out in headers])
     lengths = []
-    for payload, (_, num_bytes, _) in zip(payloads, headers):
+    for payload, (_, num_bytes, *_) in zip(payloads, headers):
         begin = _HEADER.size + num_bytes
         lengths.append(struct.unpack_from(f"<{(len(payload) - begin) // 8}q", payload, begin))
     return Facts(tuple(lengths))
@@ -60,12 +79,3 @@ def check_equal(facts_of: list[dict[str, str]]) -> None:
         if len(set(values)) > 1:
             odd = next(r for r, v in enumerate(values) if v != values[0])
             raise MismatchError(f"rank {odd}: {key} is {values[odd]}, but rank 0 has {values[0]}; it must be the same on all ranks")
-
-
-def check_lengths(rank: int, lengths: tuple[int, ...], max_tokens: int) -> None:
-    """Raise InputError, naming the rank, for lengths that cannot be a step's."""
-    bad = [n for n in lengths if not isinstance(n, numbers.Integral) or n <= 0]
-    if bad:
-        raise InputError(f"rank {rank}: sequence length {bad[0]!r}; each must be a whole number of at least 1")
-    if sum(lengths) > max_tokens:
-        raise InputError(f"rank {rank}: {sum(lengths)} tokens in one step, more than max_tokens_per_rank={max_tokens}")

@@ -15,7 +15,8 @@ import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.comm.exchange import check_equal, encode_error, raise_first
+from pipemoe.arguments import look
+from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, unpack_shared
 from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
 from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport, WaveSums
@@ -24,6 +25,7 @@ from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.plan.verify import Room
 from pipemoe.runtime.engine import Engine
 from pipemoe.runtime.lanes import Lanes, host_lanes, stream_lanes
+from pipemoe.torch_state import no_grad_on_this_thread
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +133,16 @@ def _mpi(launched: int) -> Any:
     return MPI.COMM_WORLD.Dup()
 
 
+def world_of(world: Any) -> tuple[World, InputError | None]:
+    """`world`; or the one that is open in this process, whose other ranks are to hear of the error, if that is none."""
+    if isinstance(world, World):
+        return world, None
+    error = InputError(f"world is a {type(world).__name__}; it must be what pipemoe.init() has returned")
+    if _open_world is None:
+        raise error
+    return _open_world, error
+
+
 class World:
     """`rank` of `size`, on `device`; made by `init`. At most one is open in a process: two engines must not use MPI at once."""
 
@@ -156,17 +168,19 @@ class World:
         self.lanes: Lanes = stream_lanes(self.device, num_slots) if on_gpu else host_lanes(num_slots, self.engine.wake.set)
         self.transport: Transport = LocalTransport()
         self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
+        self.reserved_callers: dict[torch.cuda.Stream, int] = {}  # the same, by stream of a caller
         self.num_runtimes = 0  # made so far; the ranks make the same ones in the same order
         self.announced: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
         self.threads_in_step: set[int] = set()  # of callers who give a step its rows; until they leave it, no other step begins
         self.warned: set[str] = set()  # what was said once needs no second time
         self._closed = False
         self.engine.call(self._meet)
-        atexit.register(self.close)
+        atexit.register(self._close)
 
     def _set_up_thread(self) -> None:
         import torch
 
+        no_grad_on_this_thread()
         if self._on_gpu:
             torch.cuda.set_device(self.device)
 
@@ -297,7 +311,10 @@ class World:
         Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something else.
         """
         self.check_no_step_is_open()
-        return self.engine.call(lambda: self._exchange(payload, doing))
+        looked, error = look(self.rank, "payload of all_gather", lambda: (bytes(memoryview(payload)), str(doing)))
+        content, doing = looked or (b"", doing if isinstance(doing, str) else "all_gather")
+        texts = self.engine.call(lambda: self._exchange(pack_shared(content, error), doing))
+        return unpack_shared(texts)
 
     def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
         """Every rank calls: raises the first rank's error on all of them, or MismatchError if `facts` are not the same."""
@@ -311,10 +328,19 @@ class World:
     def check_no_step_is_open(self) -> None:
         """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before that has ended."""
         if threading.get_ident() in self.threads_in_step:
-            raise InputError(f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill or exchange")
+            raise InputError(f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, exchange or close()")
 
     def close(self) -> None:
-        """Finish what is under way, leave the others in peace. Called again, does nothing."""
+        """Finish what is under way, leave the others in peace. Called again, does nothing.
+
+        Raises InputError on a thread that is inside a PipelinedMoE's step, which it would wait for.
+        """
+        if not self._closed:
+            self.check_no_step_is_open()
+        self._close()
+
+    def _close(self) -> None:
+        """At the end of the process also inside a step: nobody goes on with that."""
         global _open_world
         if self._closed or self.engine.failure is not None:
             return

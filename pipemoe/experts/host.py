@@ -39,18 +39,22 @@ class HostScratch:
         out_dtype = torch.float64 if shape.deterministic else torch.float32
         widened = 0 if shape.dtype == torch.float32 else intermediate * hidden
         self.max_rows = max_rows
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+
         self.positions = np.empty((max_rows, shape.top_k), np.int32)
         self.sorted_tokens = np.empty(max_pairs, np.int32)
         self.offsets = np.empty(shape.max_local_experts + 1, np.int64)
-        self.y = torch.empty(max_pairs, hidden).zero_()  # touched: no page is first used inside a step
-        self.x_tile = torch.empty(tile_rows, hidden)
-        self.x_tile_narrow = torch.empty(tile_rows if widened else 0, hidden, dtype=shape.dtype)
-        self.h_tile = torch.empty(tile_rows * 2 * intermediate)
-        self.a_tile = torch.empty(tile_rows * intermediate)
-        self.y_tile = torch.empty(tile_rows if shape.deterministic else 0, hidden)
-        self.out_tile = torch.empty(COMBINE_ROWS, hidden, dtype=out_dtype)
-        self.gate_up = torch.empty(2 * widened)
-        self.down = torch.empty(widened)
+        self.y = empty(max_pairs, hidden).zero_()  # touched: no page is first used inside a step
+        self.x_tile = empty(tile_rows, hidden)
+        self.x_tile_narrow = empty(tile_rows if widened else 0, hidden, dtype=shape.dtype)
+        self.h_tile = empty(tile_rows * 2 * intermediate)
+        self.a_tile = empty(tile_rows * intermediate)
+        self.y_tile = empty(tile_rows if shape.deterministic else 0, hidden)
+        self.out_tile = empty(COMBINE_ROWS, hidden, dtype=out_dtype)
+        self.gate_up = empty(2 * widened)
+        self.down = empty(widened)
         arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray | torch.Tensor)]
         self.num_bytes = sum(array.nbytes for array in arrays)
         self.transient_bytes = 0
@@ -96,11 +100,11 @@ class HostExperts(ExpertsShape):
     def warm_up(self, scratch: HostScratch, column_blocks: Sequence[int] = (1,)) -> None:
         num_rows = min(2, scratch.max_rows)
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
-        rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8))
+        rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device="cpu"))
         for layer in range(min(1, len(self.weights))):
             rows.ids.fill_(self.weights[layer].first_expert)
             for dtype in self.out_dtypes:
-                self(layer, rows, torch.empty((num_rows, self.hidden), dtype=dtype), scratch)
+                self(layer, rows, torch.empty((num_rows, self.hidden), dtype=dtype, device="cpu"), scratch)
 
     @torch.no_grad()
     def __call__(
@@ -190,13 +194,13 @@ class HostExperts(ExpertsShape):
         weights = next((w for w in self.weights if w.num_local_experts), None)
         if weights is None:
             return True
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for matrix in (weights.gate_up[0], weights.down[0]):
             matrix = matrix.float()
-            row = torch.randn(1, matrix.shape[1], generator=generator)
+            row = torch.randn(1, matrix.shape[1], generator=generator, dtype=torch.float32, device="cpu")
             results = []
             for place in range(DETERMINISTIC_TILE_ROWS):
-                tile = torch.zeros(DETERMINISTIC_TILE_ROWS, matrix.shape[1])
+                tile = torch.zeros(DETERMINISTIC_TILE_ROWS, matrix.shape[1], dtype=torch.float32, device="cpu")
                 tile[place] = row
                 results.append(torch.mm(tile, matrix.t())[place])
             if not all(torch.equal(result, results[0]) for result in results):

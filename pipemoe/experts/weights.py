@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipemoe.arguments import whole_number
 from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import ConfigError, InputError
 
@@ -21,8 +22,8 @@ ACTIVATIONS = ("silu", "gelu", "relu")
 
 def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
     """Global ids of the experts that `rank` of `num_ranks` holds: contiguous, counts differ by at most one."""
-    if num_experts < 0:
-        raise ConfigError(f"rank {rank}: num_experts is {num_experts}; it must be 0 or more")
+    num_experts = whole_number("num_experts", num_experts, 0, ConfigError)
+    num_ranks, rank = whole_number("num_ranks", num_ranks, 1, ConfigError), whole_number("rank", rank, 0, ConfigError)
     if not 0 <= rank < num_ranks:
         raise ConfigError(f"rank {rank}: a rank must be in [0, {num_ranks}), the number of ranks")
     return range(num_experts * rank // num_ranks, num_experts * (rank + 1) // num_ranks)
@@ -98,6 +99,7 @@ class ExpertWeights:
         """Raise InputError, naming the layer and the tensor, unless shapes, dtypes and devices agree."""
         if self.activation not in ACTIVATIONS:
             raise InputError(f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted")
+        whole_number(f"layer {layer}: first_expert", self.first_expert, 0)
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
             raise InputError(
                 f"layer {layer}: gate_up and down have {self.gate_up.dim()} and {self.down.dim()} dimensions; "

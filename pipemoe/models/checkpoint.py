@@ -185,7 +185,7 @@ class Checkpoint:
     ) -> ExpertWeights:
         def empty(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
             values = torch.empty(len(experts), rows, columns, dtype=torch.float8_e4m3fn, device=device)
-            return values, torch.empty(len(experts), num_blocks(rows), num_blocks(columns), device=device)
+            return values, torch.empty(len(experts), num_blocks(rows), num_blocks(columns), dtype=torch.float32, device=device)
 
         gate_up, gate_up_scales = empty(2 * width, hidden)
         down, down_scales = empty(hidden, width)

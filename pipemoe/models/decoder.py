@@ -123,7 +123,7 @@ class Decoder:
     def key_sizes(self) -> list[tuple[int, int]]:
         """Heads and their size, of what a layer caches as keys and of what it caches as values."""
         step = self.new_step()
-        self.attend(self.start(step, torch.zeros(1, dtype=torch.long), [Piece(0, 0, 1, 2)]), 0, None)
+        self.attend(self.start(step, torch.zeros(1, dtype=torch.long, device="cpu"), [Piece(0, 0, 1, 2)]), 0, None)
         ((key, value),) = step.earlier(self._moe_layers[0], 0, 1)
         return [(kept.shape[1], kept.shape[3]) for kept in (key, value)]
 

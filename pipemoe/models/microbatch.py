@@ -79,7 +79,7 @@ class AttendGraphs:
         self._query_offsets = zeros(MAX_PIECES + 1, dtype=torch.int32)
         if keys is not None:
             self._key_offsets, self._key_lengths = zeros(MAX_PIECES + 1, dtype=torch.int32), zeros(MAX_PIECES, dtype=torch.int32)
-            self._key_rows = torch.full((num_rows,), keys.padding_row, device=decoder.device)
+            self._key_rows = torch.full((num_rows,), keys.padding_row, dtype=torch.long, device=decoder.device)
         top_k = num_rows, shape.top_k
         self._routed = zeros(num_rows, shape.hidden), zeros(*top_k, dtype=torch.int32), zeros(*top_k, dtype=torch.float32)
         self._shared = zeros(1, num_rows, shape.hidden) if decoder.has_shared_experts else None
@@ -88,7 +88,7 @@ class AttendGraphs:
         torch.cuda.current_stream().synchronize()
 
     def _padding(self, num_rows: int) -> MicrobatchState:
-        tokens = torch.zeros(num_rows, dtype=torch.long)
+        tokens = torch.zeros(num_rows, dtype=torch.long, device="cpu")
         return self._decoder.start(self._decoder.new_step(), tokens, [Piece(0, 0, num_rows, num_rows)])
 
     def _place_keys(self, state: MicrobatchState, num_rows: int) -> None:

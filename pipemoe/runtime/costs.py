@@ -6,21 +6,19 @@ import hashlib
 import json
 import os
 import socket
-import sys
-import warnings
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipemoe.arguments import look
 from pipemoe.comm.exchange import encode_error, raise_first
 from pipemoe.config import Config
-from pipemoe.errors import ConfigError
+from pipemoe.errors import ConfigError, PipemoeError
 from pipemoe.plan.cost import CostModel
 from pipemoe.plan.cost_file import cost_of_bytes, read_cost_bytes
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import cpu, gpu_named
 from pipemoe.plan.dimensions import Dimensions
+from pipemoe.warn_once import warn_once
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +40,8 @@ def runtime_cost(
     sliced_permille: int = 0,
     arrivals_permille: int = 0,
     num_sms: int | None = 0,
-) -> tuple[CostModel, dict[str, Any]]:
-    """The cost model and the subject of a file that holds it; every rank calls. graph_rows: most tokens whose attention is launched
+) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
+    """The cost model, the subject of a file that holds it, and what went wrong on this rank alone; every rank calls. graph_rows: most tokens whose attention is launched
     as a graph, graph_cuts: also of cut sequences. sliced_permille, arrivals_permille, num_sms: of the experts that run here
     (None: there are none, for want of something that is an error later).
 
@@ -58,11 +56,9 @@ def runtime_cost(
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     cores = len(os.sched_getaffinity(0))
     place = f"{socket.gethostname()} {world.device if world.device.type == 'cuda' else ''}"
-    file, error = b"", None
-    try:
-        file = b"" if config.cost is None else read_cost_bytes(config.cost)
-    except ConfigError as e:
-        error = ConfigError(f"rank {world.rank}: cost file {e}")
+    file, error = look(world.rank, "cost file", lambda: b"" if config.cost is None else read_cost_bytes(config.cost), ConfigError)
+    if error is not None:
+        file, error = b"", error if str(error).startswith("rank ") else ConfigError(f"rank {world.rank}: cost file {error}")
     own = [name, cores, place, num_sms, hashlib.sha256(file).hexdigest(), encode_error(error).decode()]
     everywhere = [json.loads(p) for p in world.all_gather(json.dumps(own).encode(), "exchange of device names")]
     raise_first([text.encode() for *_, text in everywhere])
@@ -95,26 +91,15 @@ def runtime_cost(
     }
     if config.cost is not None:
         try:
-            return _as_here(cost_of_bytes(file, config.cost, subject), **as_here), subject
+            return _as_here(cost_of_bytes(file, config.cost, subject), **as_here), subject, None
         except ConfigError as refusal:
-            _warn_once(world, f"cost file refused, defaults used: {refusal}", aloud=world.rank == 0 or files[world.rank] != files[0])
+            text, aloud = f"cost file refused, defaults used: {refusal}", world.rank == 0 or files[world.rank] != files[0]
+            _, error = look(world.rank, "a warning made an error", lambda: warn_once(world, text, aloud=aloud), ConfigError)
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
         device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
     )
-    return _as_here(cost, **as_here), subject
-
-
-def _warn_once(world: World, text: str, *, aloud: bool) -> None:
-    """Once in this world, with the line that called the library. Not aloud: only where a filter makes it an error, as on other ranks."""
-    if text in world.warned:
-        return
-    world.warned.add(text)
-    library, frame, depth = str(Path(__file__).resolve().parents[1]) + os.sep, sys._getframe(1), 2
-    while frame.f_back is not None and os.path.realpath(frame.f_code.co_filename).startswith(library):
-        frame, depth = frame.f_back, depth + 1
-    with nullcontext() if aloud else warnings.catch_warnings(record=True):
-        warnings.warn(text, stacklevel=depth)
+    return _as_here(cost, **as_here), subject, error
 
 
 def _as_here(

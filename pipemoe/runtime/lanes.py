@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipemoe.errors import FatalError
+from pipemoe.torch_state import no_grad_on_this_thread
 
 
 class Event(Protocol):
@@ -114,6 +115,7 @@ class WorkerLane:
         return event
 
     def _run(self) -> None:
+        no_grad_on_this_thread()
         while True:
             self._filled.acquire()
             item = self._queue.popleft()

@@ -30,5 +30,5 @@ def reserve_pinned(num_tensors: int) -> None:
     """Let torch hold `num_tensors` pieces of pinned memory of every size up to 8 MiB."""
     import torch
 
-    held = [torch.empty(1 << power, dtype=torch.uint8, pin_memory=True) for power in range(_LARGEST_PINNED + 1) for _ in range(num_tensors)]
+    held = [torch.empty(1 << power, dtype=torch.uint8, device="cpu", pin_memory=True) for power in range(_LARGEST_PINNED + 1) for _ in range(num_tensors)]
     del held

@@ -91,14 +91,16 @@ class Run:
         only: Only = Only(),
         timed: bool = False,
         on_progress: Callable[[Op], None] = lambda op: None,
+        on_progress_made: Callable[[], None] = lambda: None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> None:
-        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an operation is issued.
-        on_done: called when one has completed."""
+        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an operation is issued,
+        on_progress_made when one has completed. on_done: the caller's, called then too; what it raises fails as model code does."""
         self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
         self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
         self._arriving = arriving if only.computation else None
-        self._only, self._on_progress, self._on_done = only, on_progress, on_done
+        self._only, self._on_progress, self._on_progress_made, self._on_done = only, on_progress, on_progress_made, on_done
+        self._failure: BaseException | None = None  # of the caller's functions
         self._ops = plan.ops
         self._cohorts = [_CohortState(bool(c.tokens_of(rank))) for c in plan.cohorts]
         self._buffer_states = [[_BufferState() for _ in range(plan.config.num_buffers)] for _ in workspace.slots]
@@ -117,12 +119,22 @@ class Run:
         self._num_groups = [max(len(groups_of(plan, c, w)) for w in range(len(cohort.waves))) for c, cohort in enumerate(plan.cohorts)]
         self._awaited = {other for cohorts in (*plan.causal_predecessors, *plan.pacemakers) for other in cohorts}
         lanes.clock.start(timed)
-        source.begin(plan, rank)
+        self.of_caller(lambda: source.begin(plan, rank))
+        for state in self._cohorts:
+            state.failure = self._failure
 
     @property
     def failure(self) -> BaseException | None:
         """The first exception of this rank's model code, if any; the run went on without that cohort's rows."""
-        return next((c.failure for c in self._cohorts if c.failure is not None), None)
+        return next((c.failure for c in self._cohorts if c.failure is not None), self._failure)
+
+    def of_caller(self, work: Callable[[], None]) -> None:
+        """Call what the caller has given; what it raises is the step's failure, and from then on nothing of the kind is called."""
+        if self._failure is None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001
+                self._failure = error
 
     def advance(self) -> bool:
         """Issue what may be issued, see what has completed; True when the whole plan has."""
@@ -154,9 +166,10 @@ class Run:
                 if op.kind is OpKind.DISPATCH:
                     state.groups -= self._num_groups[op.cohort]
                 elif op.kind is OpKind.FINISH and state.has_tokens:
-                    self._source.finished(op.cohort, event.end())
+                    self._of_source(state, lambda op=op, event=event: self._source.finished(op.cohort, event.end()))
                     self.own_finished += 1
-                self._on_done(op)
+                self._on_progress_made()
+                self.of_caller(lambda op=op: self._on_done(op))
 
     def _next(self) -> Op | None:
         """The first operation in the plan's order that may be issued."""
@@ -180,7 +193,7 @@ class Run:
                 return False
         if any(attend not in self._attended for attend in self._attends_before(op)):
             return False
-        return not state.has_tokens or self._source.ready(c, op.layer)
+        return not state.has_tokens or self._of_source(state, lambda: self._source.ready(c, op.layer), True)
 
     def _issue(self, op: Op) -> Event:
         lanes = self._lanes.slots[self._plan.cohorts[op.cohort].slot]
@@ -249,10 +262,8 @@ class Run:
         if views.exchange == "padded":
             views.own_block_ids.fill_(-1)
         for segment, part in views.own:
-            if state.failure is None:
-                hidden, ids, weights = self._source.rows(op.cohort, segment.start, segment.stop)
-                part.write(hidden, ids, weights)
-            else:  # model code failed: the others still expect rows, so send some that no expert takes
+            self._of_source(state, lambda segment=segment, part=part: part.write(*self._source.rows(op.cohort, segment.start, segment.stop)))
+            if state.failure is not None:  # the others still expect rows, so send some that no expert takes
                 part.ids.fill_(-1)
         self._announce(views, OWN)
 
@@ -292,14 +303,13 @@ class Run:
             self.completed += [(op, event) for event in events[:-1]]
         if views.own:
             state.results.append(used.sent)
-            self._source.combined(op.cohort, op.layer, used.sent)
+            self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, used.sent), always=True)
         return used.sent
 
     def _results(self, cohort: int, state: _CohortState, segment: Segment) -> Any:
         """Where a segment's sums go; if this rank's model code failed, somewhere nobody looks."""
-        if state.failure is None:
-            return self._source.results(cohort, segment.start, segment.stop)
-        return self._workspace.new_results(segment.num_rows)
+        results = self._of_source(state, lambda: self._source.results(cohort, segment.start, segment.stop))
+        return self._workspace.new_results(segment.num_rows) if results is None else results
 
     def _finish(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         # Dense layers after the last MoE layer attend too: they read the keys and values of earlier chunks.
@@ -318,17 +328,23 @@ class Run:
         return views, self._buffer_states[views.slot][buffer]
 
     def _model_work(self, state: _CohortState, work: Callable[[], None]) -> Callable[[], None]:
-        """Model code: what it raises fails its cohort's rows on this rank, not the step."""
+        """Model code as work of a lane."""
 
         def guarded() -> None:
-            if not state.has_tokens or state.failure is not None or not self._only.computation:
-                return
-            try:
-                work()
-            except Exception as error:  # noqa: BLE001
-                state.failure = error
+            if state.has_tokens and self._only.computation:
+                self._of_source(state, work)
 
         return guarded
+
+    def _of_source(self, state: _CohortState, ask: Callable[[], Any], otherwise: Any = None, *, always: bool = False) -> Any:
+        """What the source says, or `otherwise`: what it raises, of whatever kind, fails its cohort's rows on this rank, not the step.
+        It is asked nothing more about a cohort that has failed, unless `always`."""
+        if state.failure is None or always:
+            try:
+                return ask()
+            except BaseException as error:  # noqa: BLE001
+                state.failure = state.failure or error
+        return otherwise
 
     def _transport_work(self, work: Callable[[], Any]) -> Callable[[], Any]:
         return work if self._only.communication else _nothing

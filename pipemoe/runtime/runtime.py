@@ -8,12 +8,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.comm.exchange import check_lengths, decode_step, encode_step
+from pipemoe.arguments import look, step_lengths
+from pipemoe.comm.exchange import decode_step, encode_step
 from pipemoe.config import Config
-from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError
+from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError, describe
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import plan as make_plan
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from pipemoe.comm.world import World
 
 _CACHED_PLANS = 64
+_WATCH_SECONDS = 0.25  # how often a waiting caller looks after the engine
 _RESERVE_FACTOR = 1.5  # of a trial's activations: steps cut memory differently, and run ahead of what they free
 
 
@@ -59,6 +62,7 @@ class Runtime:
         prepare: Callable[[int, torch.dtype], None] | None = None,
         graph_rows: int = 0,
         graph_cuts: bool = False,
+        hands_out_results: bool = False,
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. facts: whatever else must
@@ -66,60 +70,60 @@ class Runtime:
         code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
         `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
         and the results' dtype. graph_rows: most tokens whose attention the model launches as a graph, graph_cuts: also
-        where sequences are cut. error: what went wrong on this rank before it got here; raised on every rank."""
-        self.world, self.shape = world, shape
-        try:
-            config = config.in_world(world.num_slots)
-            if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
-                raise ConfigError(f"combine_blocks is {config.combine_blocks}; {shape.hidden} columns make at most {most_blocks(shape.hidden)}")
-        except ConfigError as e:
-            error = error or e
-        self.config = config
-        self.dtype = dtype
-        self.wire = WireFormat(shape.hidden, shape.top_k, dtype if experts is None else experts.wire_dtype)
-        self.combine_dtype = self._combine_dtype(dtype)
-        if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
-            error = error or ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
-        speed, refused = arrivals_permille(world, experts, config)
-        self._has_arrivals = speed > 0 and config.may_arrive and (world.size > 1 or bool(config.arrivals))
-        if config.arrivals and refused:
-            error = error or ConfigError(refused)
-        self.cost, self.cost_subject = runtime_cost(
-            *(world, dimensions or dimensions_of_shape(shape), config, dtype, self.combine_dtype, self.wire),
+        where sequences are cut. hands_out_results: calls inside a step take memory for a layer's results on the caller's
+        stream, the current one; on a GPU it is reserved as well. error: what went wrong on this rank before it got here; raised on every rank."""
+        import torch
+
+        self.world, self.shape, self.config, self.dtype = world, shape, config, dtype
+        self._experts, self._callers_stream = experts, None
+        _, found = look(world.rank, "looking at the configuration", self._settle, ConfigError)
+        world.agree(error or found, {}, "looking at the configuration")  # from here on every rank has what it needs
+        speed, refused = arrivals_permille(world, experts, self.config)
+        self._has_arrivals = speed > 0 and self.config.may_arrive and (world.size > 1 or bool(self.config.arrivals))
+        self.cost, self.cost_subject, error = runtime_cost(
+            *(world, dimensions or dimensions_of_shape(shape), self.config, dtype, self.combine_dtype, self.wire),
             graph_rows=graph_rows,
             graph_cuts=graph_cuts,
-            sliced_permille=0 if experts is None else experts.sliced_permille,
+            sliced_permille=experts.sliced_permille,
             arrivals_permille=speed if self._has_arrivals else 0,
-            num_sms=None if experts is None else experts.num_sms,
+            num_sms=experts.num_sms,
         )
-        sms_left: tuple[int, ...] = ()
-        try:
-            sms_left = possible_sms_left(config, self.cost.sms)
-        except ConfigError as e:
-            error = error or e
-        self._compile_planner()
+        if self.config.arrivals and refused:
+            error = error or ConfigError(refused)
         world.num_runtimes += 1
-        facts = self._facts(facts)
-        world.agree(error, facts, "comparing configurations")
+        compared, found = look(world.rank, "looking at the costs", lambda: (possible_sms_left(self.config, self.cost.sms), self._facts(facts)), ConfigError)
+        sms_left, facts = compared or ((), {})
+        world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
-        self._experts = experts
-        self.experts_leaving = {num_sms: experts.leaving(num_sms) if num_sms else experts for num_sms in sms_left}  # for every plan
+        self._compile_planner()
         self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
-        try:
-            world.engine.call(self._set_up)
-        except ConfigError as e:
-            error = e
+        if hands_out_results and world.device.type == "cuda":
+            self._callers_stream = torch.cuda.current_stream(world.device)
+        _, error = world.engine.call(lambda: look(world.rank, "setting up", lambda: self._set_up(sms_left), ConfigError))
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
+
+    def _settle(self) -> None:
+        """Every value of the configuration, or a ConfigError."""
+        world, shape = self.world, self.shape
+        self.config = config = self.config.in_world(world.num_slots)
+        if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
+            raise ConfigError(f"combine_blocks is {config.combine_blocks}; {shape.hidden} columns make at most {most_blocks(shape.hidden)}")
+        self.wire = WireFormat(shape.hidden, shape.top_k, self._experts.wire_dtype)
+        self.combine_dtype = self._combine_dtype(self.dtype)
+        if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
+            raise ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
 
     def _compile_planner(self) -> None:
         """Plan something on rank 0 first: what it compiles (half a minute, once per machine) the others find in the cache."""
         for turn in (self.world.rank == 0, self.world.rank != 0):
+            error = None
             if turn:
                 lengths = (1, 2) if self.config.max_tokens_per_rank > 2 else (1,)
-                config = replace(self.config, combine_blocks=None, num_sms=None)  # what cannot be is refused later, on all ranks
-                make_plan(Facts((lengths, *((1,),) * (self.world.size - 1))), self.shape, config, self.cost)
-            self.world.all_gather(b"", "compiling the planner")
+                config = replace(self.config, combine_blocks=None, num_sms=None)
+                facts = Facts((lengths, *((1,),) * (self.world.size - 1)))
+                _, error = look(self.world.rank, "planning", lambda: make_plan(facts, self.shape, config, self.cost), ConfigError)
+            self.world.agree(error, {}, "compiling the planner")
 
     @property
     def workspace_bytes(self) -> int:
@@ -131,15 +135,16 @@ class Runtime:
         """What a source's results must be."""
         return self._workspace.results_dtype
 
-    def _set_up(self) -> None:
+    def _set_up(self, sms_left: Sequence[int]) -> None:
         """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does.
 
-        On the engine's thread. Raises ConfigError when memory does not suffice.
+        sms_left: all that plans may leave to collectives. On the engine's thread. Raises ConfigError when memory does not suffice.
         """
         import torch
 
-        world = self.world
+        world, experts = self.world, self._experts
         try:
+            self.experts_leaving = {num_sms: experts.leaving(num_sms) if num_sms else experts for num_sms in sms_left}  # for every plan
             self._arriving = arriving_experts(world, self._experts) if self._has_arrivals else None
             self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving)
             lanes = world.lanes.slots[: len(self._workspace.slots)]
@@ -150,7 +155,9 @@ class Runtime:
                     self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
             warm_ups = [lambda s=slot: self._warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank or num_slots"
             ) from error
@@ -181,7 +188,20 @@ class Runtime:
             if num_bytes
         ]
         self._in_lanes(work, "reserving memory")
+        callers = self.world.reserved_callers
+        if self._callers_stream is not None:
+            callers[self._callers_stream] = max(callers.get(self._callers_stream, 0), self._results_bytes())
+        for stream, num_bytes in callers.items():
+            with torch.cuda.stream(stream):
+                reserve(device, num_bytes)
         reserve_pinned(len(lanes) + 1)
+
+    def _results_bytes(self) -> int:
+        """What a call takes of the caller's stream, twice: a caller holds a layer's results while the next are computed."""
+        of_row = self.shape.hidden * self.results_dtype.itemsize + 8 * self.shape.top_k  # ids and weights as rows have them
+        if self.results_dtype != self.dtype:
+            of_row += self.shape.hidden * self.dtype.itemsize
+        return 2 * self.config.max_tokens_per_rank * of_row
 
     def _in_lanes(self, work: list[tuple[Lane, Callable[[], None]]], doing: str) -> None:
         """Run set-up work in lanes and wait for it; engine's thread only."""
@@ -237,11 +257,33 @@ class Runtime:
         """
         self.world.check_no_step_is_open()
         future: Future = Future()
-        return self.world.engine.submit(lambda: self._step(tuple(lengths), source, error, only, timeline, on_done, future), future)
+        looked, wrong = look(self.world.rank, "arguments of a step", lambda: self._look_at(lengths, only, timeline, on_done))
+        if looked is None:
+            looked, error = ((), Only(), None, on_done), error or wrong
+        return self.world.engine.submit(lambda: self._step(*looked, source, error, future), future)
 
-    def _step(self, lengths, source, error, only, timeline, on_done, future) -> None:
+    def result_of(self, future: Future) -> Any:
+        """What a step's future gives; who waits here looks after the engine meanwhile, as nobody else does in a world of one rank."""
+        while not wait_for([future], _WATCH_SECONDS).done:
+            self.world.engine.watch()
+        return future.result()
+
+    def _look_at(self, lengths: Any, only: Any, timeline: Any, on_done: Any) -> tuple[tuple[int, ...], Only, Timeline | None, Callable]:
+        rank = f"rank {self.world.rank}: "
+        if not isinstance(only, Only):
+            raise InputError(f"{rank}only is a {type(only).__name__}; it must be a pipemoe.runtime.run.Only")
+        for name in ("computation", "communication"):
+            if type(getattr(only, name)) is not bool:
+                raise InputError(f"{rank}only.{name} is a {type(getattr(only, name)).__name__}; it must be True or False")
+        if timeline is not None and not isinstance(timeline, Timeline):
+            raise InputError(f"{rank}timeline is a {type(timeline).__name__}; it must be a pipemoe.trace.Timeline, or None")
+        if not callable(on_done):
+            raise InputError(f"{rank}on_done is a {type(on_done).__name__}; it must be a function of one operation")
+        return step_lengths(self.world.rank, lengths, self.config.max_tokens_per_rank), only, timeline, on_done
+
+    def _step(self, lengths, only, timeline, on_done, source, error, future) -> None:
         engine = self.world.engine
-        facts = self._exchange(lengths, error)
+        facts = self._exchange(lengths, only, error)
         engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
@@ -261,19 +303,20 @@ class Runtime:
             only=only,
             timed=timeline is not None,
             on_progress=engine.note,
-            on_done=lambda op: (self._count(), on_done(op)),
+            on_progress_made=self._count,
+            on_done=on_done,
         )
-        compared = False
+        compared, told = False, None
 
         def ready() -> bool:
-            nonlocal compared
+            nonlocal compared, told
             if not compared and digests.done():
                 self._compare(digests.payloads)
                 compared = True
             done = run.advance()
             engine.doing = run.oldest() or engine.doing  # what an error or a peer will name
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
-                self._resolve(run, future)
+                told = self._resolve(run, future)
             return done and compared
 
         try:
@@ -283,40 +326,42 @@ class Runtime:
         except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
             raise FatalError(f"rank {self.world.rank}: {e} (in {engine.doing})") from e
         if timeline is not None:
-            timeline.take(run.completed, run.issue_seconds)
+            run.of_caller(lambda: timeline.take(run.completed, run.issue_seconds))
         if self.config.debug:
             self._check_issued(plan, only)
         if not future.done():
             self._resolve(run, future)
+        elif run.failure is not told:  # a caller's function raised after this rank's part was done
+            self.announce(run.failure)
 
     def _count(self) -> None:
         self.world.engine.ops_done += 1
 
-    def _resolve(self, run: Run, future: Future) -> None:
-        if run.failure is None:
+    def _resolve(self, run: Run, future: Future) -> BaseException | None:
+        """Tell the caller how the step went; returns what failed in it."""
+        failure = run.failure
+        if failure is None:
             settle(future, time.perf_counter())
-            return
-        settle(future, error=self.announce(run.failure))
+        else:
+            settle(future, error=self.announce(failure))
+        return failure
 
     def announce(self, failure: BaseException) -> ModelError:
         """Have every rank hear of model code that failed on this one, at the next step of any runtime."""
-        error = ModelError(f"rank {self.world.rank}: model code raised {type(failure).__name__}: {failure}")
+        error = ModelError(f"rank {self.world.rank}: model code raised {describe(failure)}")
         error.__cause__ = failure
         self.world.announced = error
         return error
 
-    def _exchange(self, lengths: tuple[int, ...], error: PipemoeError | None) -> Facts:
+    def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None) -> Facts:
         world = self.world
-        try:
-            check_lengths(world.rank, lengths, self.config.max_tokens_per_rank)
-        except PipemoeError as e:
-            error = error or e
         announced, world.announced = world.announced, None
         # Misuse that every rank's own caller has been told of is no news to any of them, so the step goes on.
         is_known = error is None and announced is not None and isinstance(announced.__cause__, InputError)
         error = announced or error
         doing = f"exchange of step {world.engine.step + 1}"
-        message = encode_step(self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known)
+        left_out = (not only.computation) + 2 * (not only.communication)
+        message = encode_step(self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known, left_out=left_out)
         gathering = world.start_gathering(message, doing)
         world.engine.wait(gathering.done, doing, needs_all=True)
         return decode_step(gathering.payloads)
@@ -348,3 +393,10 @@ class Runtime:
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
             verify(plan, row_bytes=self.wire.row_bytes, sum_bytes=self.combine_dtype.itemsize, issues=issues)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """On the host torch raises a plain RuntimeError, with the system's words."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

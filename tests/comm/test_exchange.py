@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipemoe.comm.exchange import check_equal, check_lengths, decode_step, encode_error, encode_step, raise_first
+from pipemoe.comm.exchange import check_equal, decode_step, encode_error, encode_step, pack_shared, raise_first, unpack_shared
 from pipemoe.errors import FatalError, InputError, MismatchError, ModelError
 
 SAME = b"f" * 16
@@ -46,10 +46,12 @@ def test_the_differing_setting_is_named():
         check_equal([{"mode": "padded"}, {}])
 
 
-def test_impossible_lengths_name_the_rank():
-    check_lengths(3, (1, 2), 3)
-    for lengths in ((0,), (-1,), (2.0,)):
-        with pytest.raises(InputError, match="rank 3: sequence length"):
-            check_lengths(3, lengths, 10)
-    with pytest.raises(InputError, match="rank 3: 11 tokens"):
-        check_lengths(3, (5, 6), 10)
+def test_what_a_step_leaves_out_must_be_the_same():
+    with pytest.raises(MismatchError, match=r"rank 1: what a step leaves out \(only\) is communication, but rank 0 has nothing"):
+        decode_step([encode_step(SAME, (1,), None), encode_step(SAME, (1,), None, left_out=2)])
+
+
+def test_what_is_shared_comes_through_or_the_error():
+    assert unpack_shared([pack_shared(payload, None) for payload in (b"", b"\1x")]) == [b"", b"\1x"]
+    with pytest.raises(InputError, match="^rank 1: odd$"):
+        unpack_shared([pack_shared(b"x", None), pack_shared(b"", InputError("odd"))])

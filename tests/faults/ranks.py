@@ -68,15 +68,19 @@ def main(fault: str, folder: str) -> None:
     def on_done(op) -> None:
         if fault == "barrier" and op.kind is OpKind.FINISH:
             hold.release()  # never reached: in lockstep nothing finishes before rank 0 attends
-        if fault == "engine" and culprit and op.layer == 2:
-            raise ValueError("planted in the engine")
 
     def broken(*args) -> None:
         raise OSError("planted in the transport")
 
+    def broken_note(doing, seconds=None) -> None:
+        if getattr(doing, "layer", 0) == 2:
+            raise ValueError("planted in the engine")
+
     run()
     if fault == "transport" and culprit:
         world.transport.dispatch = broken
+    elif fault == "engine" and culprit:
+        world.engine.note = broken_note
     elif fault == "plan" and culprit:
         # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run ahead.
         runtime.cost = CostModel(attend=AttendCost(row_ps=10**12), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
