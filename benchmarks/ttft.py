@@ -206,7 +206,14 @@ def run(world: World, options: argparse.Namespace) -> int:
             world, sources.enter_context(model.source(layers)), layers, configs, parity_steps(workloads), dtype=dtype, seed=options.seed, progress=progress
         )
         progress.say("parity " + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items()) + f"; loading {model.num_layers} layers")
-        base = pipemoe.load_model(sources.enter_context(model.source(model.num_layers)), world, config=configs[0], dtype=dtype, seed=options.seed)
+        base = pipemoe.load_model(
+            sources.enter_context(model.source(model.num_layers)),
+            world,
+            random_weights=model.random_weights,
+            config=configs[0],
+            dtype=dtype,
+            seed=options.seed,
+        )
     models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
     for percent in options.budgets:  # of the same model, at the same parity
         models[f"auto {percent} %"] = base.with_config(replace(models["auto"].config, makespan_budget=percent / 100))

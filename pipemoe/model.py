@@ -37,29 +37,49 @@ class Prefilled:
     logits: torch.Tensor | None  # [sequences, V] float32, if asked for
 
 
-def load_model(path_or_config: Any, world: World, *, config: Config = Config(), dtype: torch.dtype | None = None, seed: int = 0) -> Model:
+def load_model(
+    path_or_config: Any,
+    world: World,
+    *,
+    random_weights: bool = False,
+    config: Config = Config(),
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Model:
     """Load a Mixture-of-Experts decoder: attention everywhere, of the routed experts only this rank's; every rank calls.
 
     path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers config for
-    random weights drawn from `seed`. dtype: of weights and activations (default: bfloat16 on a GPU, float32 on the host).
-    Raises CheckpointError on every rank if any of them cannot load, MismatchError if their checkpoints differ.
+    random weights drawn from `seed`. random_weights: draw them also for a dict like config.json, for the path of one, or of a
+    directory that holds one. dtype: of weights and activations (default: bfloat16 on a GPU, float32 on the host).
+    Raises CheckpointError on every rank if any of them cannot load, ConfigError if the weights are more than the memory there (see
+    models.memory), MismatchError if their checkpoints differ.
     """
     import torch
 
-    from pipemoe.models.loading import load_decoder
+    from pipemoe.models.loading import PreparedDecoder
+    from pipemoe.models.memory import shortage
 
     dtype = dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32)
-    error, decoder, weights = None, None, None
+    place = {"rank": world.rank, "num_ranks": world.size, "device": world.device, "random_weights": random_weights}
+    prepare = partial(PreparedDecoder, path_or_config, **place, dtype=dtype, seed=seed, quantised=config.experts == "hopper_fp8")
+    prepared, error = _attempt(prepare, f"rank {world.rank}: {path_or_config}")
+    world.agree(error, {}, "looking at the model's files")
+    world.agree(shortage(world, prepared.num_bytes), {}, "looking for memory for the model")
+    loaded, error = _attempt(prepared.load, f"rank {world.rank}: {path_or_config}")
+    world.agree(error, loaded[0].facts if loaded else {}, "loading the model")
+    return Model(world, *loaded, config)
+
+
+def _attempt(call: Callable[[], Any], where: str) -> tuple[Any, PipemoeError | None]:
+    """What `call` returns, and what it raises, as an error that can be told to all ranks."""
     try:
-        place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
-        decoder, weights = load_decoder(path_or_config, **place, dtype=dtype, seed=seed, quantised=config.experts == "hopper_fp8")
-    except PipemoeError as e:
-        error = e
+        return call(), None
+    except PipemoeError as error:
+        return None, error
     except Exception as e:  # noqa: BLE001  (transformers and torch raise what they like at an odd config.json)
-        error = CheckpointError(f"rank {world.rank}: {path_or_config}: {type(e).__name__}: {e}")
+        error = CheckpointError(f"{where}: {type(e).__name__}: {e}")
         error.__cause__ = e
-    world.agree(error, decoder.facts if decoder else {}, "loading the model")
-    return Model(world, decoder, weights, config)
+        return None, error
 
 
 class Model:
