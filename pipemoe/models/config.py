@@ -37,7 +37,7 @@ def read_config(
     if type(random_weights) is not bool:
         raise ConfigError(f"{where}random_weights is {random_weights!r}; it must be True or False")
     if isinstance(source, PreTrainedConfig):
-        return copy.deepcopy(source), None  # building a model writes its attention's name into the config
+        return _with_head_dim(copy.deepcopy(source)), None  # building a model writes its attention's name into the config
     directory = None
     if isinstance(source, dict):
         raw, name = copy.deepcopy(source), "the config given"
@@ -60,9 +60,16 @@ def read_config(
     raw = with_defaults_for_nulls(raw)
     del raw["model_type"]
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw), directory
+        return _with_head_dim(CONFIG_MAPPING[model_type].from_dict(raw)), directory
     except Exception as error:  # transformers validates by many exception types
         raise CheckpointError(f"{where}{name} is not a valid {model_type} config: {error}") from error
+
+
+def _with_head_dim(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A head_dim of None stands for the usual one, which transformers' scaled rotary embeddings do not know."""
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
 
 
 def _read_json(file: Path, where: str) -> dict:

@@ -190,11 +190,13 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     if len(found) == 2 and any(found["rope_parameters"].get(key) != value for key, value in found["rope_scaling"].items()):
         raise ConfigError(f"rope_parameters is {found['rope_parameters']} and rope_scaling {found['rope_scaling']}; give one of them")
     rope = next(iter(found.values()), {})
-    kinds = {rope[name] for name in ("rope_type", "type") if isinstance(rope.get(name), str)}
-    if len(kinds) > 1:
+    kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
+    for kind in kinds:
+        if not isinstance(kind, str):
+            raise ConfigError(f"rope_type is {kind!r}; it must be a name")
+    if len(set(kinds)) > 1:
         raise ConfigError(f"rope_type is {rope['rope_type']!r}, but type is {rope['type']!r}; give one of them")
-    rope["rope_type"] = kinds.pop() if kinds else rope.get("rope_type", rope.get("type")) or "default"
-    return rope
+    return rope | {"rope_type": kinds[0] if kinds else "default"}
 
 
 def positions_of(most: int, rope: Mapping[str, Any]) -> int:
