@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import results_schema
 from bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError
-from pipemoe.output_path import check_output_file, check_output_folder
+from pipemoe.output_path import check_output_file, check_output_folder, write_whole
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import COMBINES, MODES
 from ttft_inputs import Step, Workload, drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
@@ -316,7 +316,7 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], measured: Se
         plot_ttft([row for row in rows if row["rank_tokens"] == workload.rank_tokens], options.out / f"ttft_{workload.name}.png")
         for mode, figures in found.items():
             if figures.timelines:
-                (options.out / f"timeline_{workload.name}_{mode}.json").write_text(json.dumps(chrome_trace(figures.timelines)))
+                write_whole(options.out / f"timeline_{workload.name}_{mode}.json", json.dumps(chrome_trace(figures.timelines)))
     print(ttft_table(rows))
     print(f"results, pictures and timelines: {options.out}\n")
     results_schema.print_results(document)

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.output_path import write_whole
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.model_facts import cut_config, read_facts
 
@@ -76,5 +77,5 @@ class BenchModel:
                 for file in self._directory.iterdir():
                     if file.is_file() and file.name != "config.json":
                         (Path(folder) / file.name).symlink_to(file.resolve())
-                (Path(folder) / "config.json").write_text(json.dumps(config))
+                write_whole(Path(folder) / "config.json", json.dumps(config))
                 yield Path(folder)

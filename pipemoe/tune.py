@@ -118,9 +118,14 @@ def run(options: argparse.Namespace) -> int:
         before = tuner.log_error(cost, steps)
         cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
         after = tuner.log_error(cost, steps)
+        subject, unwritten = {**model.runtime.cost_subject, "model": model_key(dimensions)}, None
         if world.rank == 0:
-            subject = {**model.runtime.cost_subject, "model": model_key(dimensions)}
-            write_cost(options.out, subject, cost)
+            try:
+                write_cost(options.out, subject, cost)
+            except InputError as error:
+                unwritten = error
+        world.agree(unwritten, {}, "writing --out")
+        if world.rank == 0:
             for line in tuner.compared(cost, steps):
                 _say(world, line)
             for line in accuracy(before, after):
