@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pipemoe.e4m3 import dequantise_weight, num_blocks
+from pipemoe.e4m3 import BLOCK, dequantise_weight, num_blocks
 from pipemoe.errors import CheckpointError
 from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights
@@ -172,7 +172,9 @@ class Checkpoint:
         hidden, width, total = config.hidden_size, family.intermediate(config), family.num_experts(config)
         result = []
         for layer in family.moe_layers(config):
-            if quantised and experts and self._holds_quantised([n for e in experts for n in family.expert_names(layer, e)]):
+            # Where a projection ends within a block, its scales are not those of gate and up together.
+            whole = experts and width % BLOCK == 0
+            if quantised and whole and self._holds_quantised([n for e in experts for n in family.expert_names(layer, e)]):
                 result.append(self._read_quantised_experts(family, layer, experts, hidden, width, device))
                 continue
             gate_up = torch.empty(len(experts), 2 * width, hidden, dtype=dtype, device=device)

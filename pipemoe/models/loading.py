@@ -90,14 +90,23 @@ class PreparedDecoder:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weights of this rank, and of the largest one once more, which is converted or drawn in float32."""
-        shared = {name: meta.numel() for name, meta in self._model.state_dict().items() if name != tied_name(self._model)}
+        """Bytes of all weights of this rank, and of the largest one once more."""
         hidden, width = self._config.hidden_size, self._family.intermediate(self._config)
         of_expert = 3 * hidden * width * self._dtype.itemsize
         if self._quantised:
-            of_expert = 3 * hidden * width + 4 * (2 * num_blocks(width) * num_blocks(hidden) + num_blocks(hidden) * num_blocks(width))
-        largest = max([*shared.values(), 2 * hidden * width]) * torch.float32.itemsize
-        return sum(shared.values()) * self._dtype.itemsize + len(self._moe_layers) * len(self._experts) * of_expert + largest
+            of_expert = 3 * hidden * width + 4 * (num_blocks(2 * width) * num_blocks(hidden) + num_blocks(hidden) * num_blocks(width))
+        of_experts = len(self._moe_layers) * len(self._experts) * of_expert
+        return sum(self._shared_values()) * self._dtype.itemsize + of_experts + self.largest_bytes
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest tensor while it is converted, or drawn, in float32."""
+        hidden, width = self._config.hidden_size, self._family.intermediate(self._config)
+        return max([*self._shared_values(), 2 * hidden * width]) * torch.float32.itemsize
+
+    def _shared_values(self) -> list[int]:
+        """Values of each tensor that every rank holds."""
+        return [meta.numel() for name, meta in self._model.state_dict().items() if name != tied_name(self._model)]
 
     def load(self) -> tuple[Decoder, list[ExpertWeights]]:
         """Put the weights in place."""

@@ -115,6 +115,20 @@ def test_experts_of_which_only_some_are_quantised(directories, tmp_path):
         assert torch.allclose(a, b, rtol=0.1, atol=1e-3)
 
 
+def test_experts_that_end_within_a_block(tmp_path):
+    """Gate and up have scales of their own, the two together have fewer: they are made anew."""
+    wide = tmp_path / "wide"
+    config = tiny_config("deepseek_v3", num_layers=2, hidden_size=256, moe_intermediate_size=48)
+    reference_model(config, "cpu", torch.float32, seed=3).save_pretrained(wide, save_original_format=True)
+    stored = load_file(wide / SHARD)
+    for name in [name for name in stored if "mlp.experts." in name]:
+        stored[name], stored[f"{name}_scale_inv"] = quantise_weight(stored[name])
+    save_file(stored, tmp_path / SHARD, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((wide / "config.json").read_text())
+    found, wanted = (dequantise_experts(load(folder, quantised=True)[1][0], torch.float32) for folder in (tmp_path, wide))
+    assert torch.allclose(found.gate_up, wanted.gate_up, rtol=0.15, atol=1e-3)
+
+
 def test_scales_that_are_not_finite(directories, tmp_path):
     stored = load_file(directories[0] / SHARD)
     stored["model.layers.1.mlp.experts.6.down_proj.weight_scale_inv"][0, 0] = float("nan")
