@@ -38,7 +38,8 @@ def operations(world: World, model: BenchModel, num_tokens: int, dtype: Any) -> 
     from pipemoe.models.loading import load_decoder
 
     with model.source(model.first_moe_layer + 1) as source:
-        decoder, weights = load_decoder(source, rank=world.rank, num_ranks=world.size, device=world.device, dtype=dtype)
+        place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
+        decoder, weights = load_decoder(source, **place, dtype=dtype, random_weights=model.random_weights)
     experts = make_experts(
         weights,
         top_k=decoder.shape.top_k,

@@ -23,6 +23,7 @@ from typing import Any
 from kernels_table import kernels_cells, kernels_context
 from overlap import overlap_cells
 from pipemoe.errors import InputError
+from pipemoe.output_path import write_whole
 from results_schema import read_results
 from ttft_judge import verdict_cells
 from ttft_table import ttft_cells, ttft_context
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.page}: its tables are not those of its results: run benchmarks/readme_table.py {options.page}")
         return 1
     if not options.check:
-        options.page.write_text(filled)
+        write_whole(options.page, filled)
     return 0
 
 

@@ -1,8 +1,11 @@
 """Request traces: when requests came and how long they were. Reads them, scales them and deals them out to ranks.
 
 Two formats, told apart by the first character:
-- CSV with a header that has at least `timestamp_ms,input_tokens,output_tokens`
+- CSV with a header that has at least `timestamp_ms` or `timestamp_s`, `input_tokens` and `output_tokens`
 - JSON lines as Mooncake publishes them: {"timestamp": ms, "input_length": ..., "output_length": ..., ...}
+
+Others write JSON lines under the same names with times in seconds. Read as milliseconds they would be a thousand times too dense, so a
+trace of more than a thousand requests a second is refused until its unit is said.
 """
 
 from __future__ import annotations
@@ -11,15 +14,20 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipemoe.errors import InputError
 
-_CSV_FIELDS = ("timestamp_ms", "input_tokens", "output_tokens")
+_CSV_TIMES = {"timestamp_ms": "ms", "timestamp_s": "s"}  # columns of the time, and its unit
+_CSV_FIELDS = ("input_tokens", "output_tokens")
 _JSONL_FIELDS = ("timestamp", "input_length", "output_length")
+UNITS = {"ms": 1.0, "s": 1000.0}  # in ms
+_DENSE_MS = 1.0  # between requests, on average: denser times are doubted
+_ENOUGH = 100  # requests of a CSV trace, whose column says its unit, before they are
+_MOST_TOKENS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +39,13 @@ class Request:
     output_tokens: int  # at least 0
 
 
-def read_trace(path: str | os.PathLike[str]) -> list[Request]:
-    """All requests of the trace at `path`, in file order; InputError names file, line and value of the first bad one."""
+def read_trace(path: str | os.PathLike[str], unit: str | None = None) -> list[Request]:
+    """All requests of the trace at `path`, in order of time; InputError names file, line and value of the first bad one.
+
+    unit: of its times, "ms" or "s"; None: what the format says, if the times are not too dense for that.
+    """
+    if unit is not None and unit not in UNITS:
+        raise InputError(f"the unit of a trace's times is {unit!r}; it must be one of {', '.join(UNITS)}")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -40,10 +53,27 @@ def read_trace(path: str | os.PathLike[str]) -> list[Request]:
     if not text.strip():
         raise InputError(f"{path}: the file is empty; a trace has a header and at least one request")
     is_jsonl = text.lstrip().startswith("{")
-    fields, rows = (_JSONL_FIELDS, _jsonl_rows(path, text)) if is_jsonl else (_CSV_FIELDS, _csv_rows(path, text))
-    requests = [_request(f"{path}, line {line}", row, fields) for line, row in rows]
+    if is_jsonl:
+        fields, written, rows = _JSONL_FIELDS, "ms", _jsonl_rows(path, text)
+    else:
+        time, rows = _csv_rows(path, text)
+        fields, written = (time, *_CSV_FIELDS), _CSV_TIMES[time]
+        if unit not in (None, written):
+            raise InputError(f"{path}, line 1: the column {time} says its unit, which is not {unit}; name the column timestamp_{unit}, or leave the unit out")
+    requests: list[Request] = []
+    for line, row in rows:
+        request = _request(f"{path}, line {line}", row, fields, UNITS[unit or written])
+        if requests and request.timestamp_ms < requests[-1].timestamp_ms:
+            raise InputError(f"{path}, line {line}: {fields[0]} is {row[fields[0]]}, which is before that of the request before; sort the trace by time")
+        requests.append(request)
     if not requests:
         raise InputError(f"{path}: a header, but no request")
+    span_ms = requests[-1].timestamp_ms - requests[0].timestamp_ms
+    if unit is None and len(requests) >= (2 if is_jsonl else _ENOUGH) and 0 < span_ms < _DENSE_MS * len(requests):
+        raise InputError(
+            f"{path}: {len(requests)} requests within {span_ms:g} ms, if {fields[0]} is in {written}. If it is in seconds, say so with "
+            f"--trace-unit s (in CSV: a column timestamp_s); if they do come as fast as that, with --trace-unit {written}"
+        )
     return requests
 
 
@@ -93,15 +123,31 @@ def rank_token_requests(rank_tokens: Sequence[int]) -> list[list[Request]]:
     return [[Request(0.0, tokens, 1)] if tokens else [] for tokens in rank_tokens]
 
 
-def _csv_rows(path: str | os.PathLike[str], text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def _csv_rows(path: str | os.PathLike[str], text: str) -> tuple[str, Iterator[tuple[int, Mapping[str, Any]]]]:
+    """The time's column, and the rows with their lines."""
     reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    header = [name.strip() for name in reader.fieldnames or ()]
-    missing = [name for name in _CSV_FIELDS if name not in header]
+    header = [name.strip() for name in _read_csv(path, reader, lambda: reader.fieldnames) or ()]
+    times = [name for name in _CSV_TIMES if name in header]
+    missing = [name for name in (*(() if times else ("timestamp_ms",)), *_CSV_FIELDS) if name not in header]
     if missing:
-        raise InputError(f"{path}, line 1: no column {', '.join(missing)} in the header {','.join(header)!r}")
+        raise InputError(f"{path}, line 1: no column {', '.join(missing)} in the header {','.join(header)[:200]!r}")
+    twice = [name for name in (*_CSV_TIMES, *_CSV_FIELDS) if header.count(name) > 1]
+    if twice or len(times) > 1:
+        raise InputError(f"{path}, line 1: the header {','.join(header)[:200]!r} has {' and '.join(times) if not twice else twice[0] + ' twice'}; one is wanted")
     reader.fieldnames = header
-    for row in reader:
-        yield reader.line_num, row
+
+    def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
+        while (row := _read_csv(path, reader, lambda: next(reader, None))) is not None:
+            yield reader.line_num, row
+
+    return times[0], rows()
+
+
+def _read_csv(path: str | os.PathLike[str], reader: csv.DictReader, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except csv.Error as error:  # such as a field without an end
+        raise InputError(f"{path}, line {reader.line_num + 1}: not CSV: {error}") from error
 
 
 def _jsonl_rows(path: str | os.PathLike[str], text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -110,20 +156,20 @@ def _jsonl_rows(path: str | os.PathLike[str], text: str) -> Iterator[tuple[int, 
             continue
         try:
             row = json.loads(row_text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {line}: not JSON ({error}): {row_text[:80]!r}") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {line}: not an object: {row_text[:80]!r}")
         yield line, row
 
 
-def _request(where: str, row: Mapping[str, Any], fields: tuple[str, str, str]) -> Request:
+def _request(where: str, row: Mapping[str, Any], fields: tuple[str, str, str], unit_ms: float) -> Request:
     timestamp, inputs, outputs = fields
-    return Request(
-        timestamp_ms=_number(where, row, timestamp, float, 0),
-        input_tokens=int(_number(where, row, inputs, int, 1)),
-        output_tokens=int(_number(where, row, outputs, int, 0)),
-    )
+    tokens = [int(_number(where, row, name, int, least)) for name, least in ((inputs, 1), (outputs, 0))]
+    for name, count in zip((inputs, outputs), tokens):
+        if count > _MOST_TOKENS:
+            raise InputError(f"{where}: {name} is {row[name]!r}; no request has more than {_MOST_TOKENS} tokens")
+    return Request(_number(where, row, timestamp, float, 0) * unit_ms, *tokens)
 
 
 def _number(where: str, row: Mapping[str, Any], name: str, kind: type[int] | type[float], least: int) -> float:
@@ -133,7 +179,7 @@ def _number(where: str, row: Mapping[str, Any], name: str, kind: type[int] | typ
         raise InputError(f"{where}: no {name}; it must be {wanted}")
     try:
         # int() and float() would take True, and int() would cut 1.5
-        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        if isinstance(value, bool) or (kind is int and isinstance(value, float)) or (isinstance(value, str) and "_" in value):
             raise ValueError
         number = kind(value)
         if not (math.isfinite(number) and number >= least):

@@ -22,6 +22,7 @@ from typing import Any
 
 from pipemoe.doctor import installed_gpus, installed_version
 from pipemoe.errors import InputError
+from pipemoe.output_path import write_whole
 
 SCHEMA = "pipemoe.bench/1"
 
@@ -119,13 +120,9 @@ def validate(document: Any) -> None:
 
 
 def write_results(document: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Validate and write; readers see the old file or the whole new one."""
+    """Validate and write; readers see the old file or the whole new one. Raises InputError."""
     validate(document)
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-    partial.replace(target)
+    write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:

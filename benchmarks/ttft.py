@@ -31,9 +31,10 @@ from typing import TYPE_CHECKING, Any
 import results_schema
 from bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError
-from pipemoe.output_path import check_output_file, check_output_folder
+from pipemoe.output_path import check_output_file, check_output_folder, write_whole
 from pipemoe.plan.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import COMBINES, MODES
+from request_trace import UNITS
 from ttft_inputs import Step, Workload, drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
 from ttft_models import BenchModel
 from ttft_table import ttft_table
@@ -75,6 +76,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument("--trace", action="append", default=[], help="CSV or Mooncake JSON lines (default: azure2023_conv)")
     inputs.add_argument("--rank-tokens", action="append", default=[], metavar="T,T,...", help="instead: one prompt per rank, of these lengths")
+    inputs.add_argument("--trace-unit", choices=tuple(UNITS), help="of the times in --trace (default: what its format says, unless far too dense)")
     inputs.add_argument("--scale", type=positive(float), help="factor on the trace's lengths (default: 0.1 on a CPU, else 1)")
     inputs.add_argument("--num-requests", type=positive(int), help="of the trace (default: 16 on a CPU, else 32)")
     inputs.add_argument("--first-request", type=int, default=0, help="number of the trace's request to begin with")
@@ -108,6 +110,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [mode for mode in options.modes if mode not in MODES]
     if unknown or len(set(options.modes)) != len(options.modes):
         parser.error(f"--modes {','.join(options.modes)}: give each once, of {', '.join(MODES)}")
+    if options.trace_unit and not options.trace:
+        parser.error("--trace-unit is of the times in --trace, which is not given")
     if options.arrivals == "trace" and (options.rank_tokens or options.draws):
         parser.error("--arrivals trace needs a trace; --rank-tokens and --draws have no arrival times")
     try:
@@ -136,12 +140,12 @@ def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:
 def workloads_of(options: argparse.Namespace, num_ranks: int) -> list[Workload]:
     """What the options ask for; InputError for what cannot be."""
     shape = dict(
-        first=options.first_request, num_requests=options.num_requests, scale=options.scale, prompts_per_step=options.requests_per_rank
+        first=options.first_request, num_requests=options.num_requests, scale=options.scale, prompts_per_step=options.requests_per_rank, unit=options.trace_unit
     )
     traces = options.trace or ([] if options.rank_tokens else [str(TRACE)])
     found = [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [trace_workload(p, num_ranks, **shape) for p in traces]
     for path in options.trace or ([str(TRACE)] if options.draws else []):
-        found += drawn_workloads(path, num_ranks, options.draws, scale=options.scale, most=options.moe_max_num_tokens)
+        found += drawn_workloads(path, num_ranks, options.draws, scale=options.scale, most=options.moe_max_num_tokens, unit=options.trace_unit)
     return found
 
 
@@ -206,7 +210,14 @@ def run(world: World, options: argparse.Namespace) -> int:
             world, sources.enter_context(model.source(layers)), layers, configs, parity_steps(workloads), dtype=dtype, seed=options.seed, progress=progress
         )
         progress.say("parity " + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items()) + f"; loading {model.num_layers} layers")
-        base = pipemoe.load_model(sources.enter_context(model.source(model.num_layers)), world, config=configs[0], dtype=dtype, seed=options.seed)
+        base = pipemoe.load_model(
+            sources.enter_context(model.source(model.num_layers)),
+            world,
+            random_weights=model.random_weights,
+            config=configs[0],
+            dtype=dtype,
+            seed=options.seed,
+        )
     models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
     for percent in options.budgets:  # of the same model, at the same parity
         models[f"auto {percent} %"] = base.with_config(replace(models["auto"].config, makespan_budget=percent / 100))
@@ -309,7 +320,7 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], measured: Se
         plot_ttft([row for row in rows if row["rank_tokens"] == workload.rank_tokens], options.out / f"ttft_{workload.name}.png")
         for mode, figures in found.items():
             if figures.timelines:
-                (options.out / f"timeline_{workload.name}_{mode}.json").write_text(json.dumps(chrome_trace(figures.timelines)))
+                write_whole(options.out / f"timeline_{workload.name}_{mode}.json", json.dumps(chrome_trace(figures.timelines)))
     print(ttft_table(rows))
     print(f"results, pictures and timelines: {options.out}\n")
     results_schema.print_results(document)

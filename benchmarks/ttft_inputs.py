@@ -62,20 +62,22 @@ class Workload:
         return max(p.num_tokens for prompts in self.prompts for p in prompts)
 
 
-def trace_workload(path: str, num_ranks: int, *, first: int, num_requests: int, scale: float, prompts_per_step: int) -> Workload:
+def trace_workload(
+    path: str, num_ranks: int, *, first: int, num_requests: int, scale: float, prompts_per_step: int, unit: str | None = None
+) -> Workload:
     """Requests number `first` to `first + num_requests` of the trace, their lengths times `scale`; a step gives every rank its
-    next `prompts_per_step`. Raises InputError for a bad trace."""
-    requests = scale_lengths(cut(read_trace(path), num_requests, first), scale)
+    next `prompts_per_step`. unit: of its times, see read_trace. Raises InputError for a bad trace."""
+    requests = scale_lengths(cut(read_trace(path, unit), num_requests, first), scale)
     return _workload(Path(path).stem, round_robin(requests, num_ranks), prompts_per_step)
 
 
-def drawn_workloads(path: str, num_ranks: int, count: int, *, scale: float, most: int) -> list[Workload]:
+def drawn_workloads(path: str, num_ranks: int, count: int, *, scale: float, most: int, unit: str | None = None) -> list[Workload]:
     """`count` workloads of one step, each with one request per rank, drawn from the trace's requests of at most `most` tokens. Which
     ones follows from the trace's name alone. Raises InputError for a bad trace, or one without such requests."""
     from pipemoe.errors import InputError
 
     name = Path(path).stem
-    lengths = [r.input_tokens for r in scale_lengths(read_trace(path), scale) if r.input_tokens <= most]
+    lengths = [r.input_tokens for r in scale_lengths(read_trace(path, unit), scale) if r.input_tokens <= most]
     if count and not lengths:
         raise InputError(f"{path}: every request has more than {most} tokens")
     draw = random.Random(name)

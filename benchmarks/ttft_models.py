@@ -10,7 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.output_path import write_whole
 from pipemoe.plan.model_configs import MODEL_CONFIGS
+from pipemoe.plan.model_facts import cut_config, read_facts
 
 
 class BenchModel:
@@ -29,8 +31,8 @@ class BenchModel:
             raw = self._read(path if self._directory is None else path / "config.json")
             if self._directory is not None:
                 self._check(path)
-        self._config = dict(raw)
-        self.num_layers = int(raw.get("num_hidden_layers", 0))
+        self._config, facts = dict(raw), read_facts(raw)
+        self.num_layers, self.first_moe_layer = facts.num_layers, facts.num_dense_layers_first
         self._stored_layers = self.num_layers
         if layers is not None:
             if not 1 <= layers <= self.num_layers:
@@ -57,16 +59,15 @@ class BenchModel:
             pass
 
     @property
-    def first_moe_layer(self) -> int:
-        return int(self._config.get("first_k_dense_replace", 0))
+    def random_weights(self) -> bool:
+        """Has it no checkpoint?"""
+        return self._directory is None
 
     @contextmanager
     def source(self, layers: int) -> Iterator[Any]:
-        """What pipemoe.load_model takes, for the first `layers` layers: a config, or a checkpoint directory (a cut one is a
-        folder of links, which lasts as long as the context)."""
-        config = {**self._config, "num_hidden_layers": layers}
-        if isinstance(config.get("layer_types"), list):
-            config["layer_types"] = config["layer_types"][:layers]
+        """What pipemoe.load_model takes, with `random_weights`, for the first `layers` layers: a config, or a checkpoint directory (a
+        cut one is a folder of links, which lasts as long as the context)."""
+        config = cut_config(self._config, layers)
         if self._directory is None:
             yield config
         elif layers == self._stored_layers:
@@ -76,5 +77,5 @@ class BenchModel:
                 for file in self._directory.iterdir():
                     if file.is_file() and file.name != "config.json":
                         (Path(folder) / file.name).symlink_to(file.resolve())
-                (Path(folder) / "config.json").write_text(json.dumps(config))
+                write_whole(Path(folder) / "config.json", json.dumps(config))
                 yield Path(folder)

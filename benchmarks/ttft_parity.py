@@ -48,7 +48,7 @@ def check_parity(
     reference = _reference_logits(source, steps, world, dtype, seed) if world.rank == 0 else []
     free_memory(world)
     progress.say("reference done; loading the same layers on all ranks")
-    base = pipemoe.load_model(source, world, config=configs[0], dtype=dtype, seed=seed)
+    base = pipemoe.load_model(source, world, random_weights=isinstance(source, dict), config=configs[0], dtype=dtype, seed=seed)
     found = {}
     for config in configs:
         model = base if config is configs[0] else base.with_config(config)
@@ -99,7 +99,7 @@ def _reference_logits(source: Any, steps: Sequence[Step], world: World, dtype: t
 
     from pipemoe.models.random_weights import reference_model
 
-    model = reference_model(source, world.device, dtype, seed)
+    model = reference_model(source, world.device, dtype, seed, random_weights=isinstance(source, dict))
     logits = []
     with torch.inference_mode():
         for prompt in (p for step in steps for of_rank in step for p in of_rank):

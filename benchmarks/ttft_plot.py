@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 
 from pipemoe.errors import InputError
+from pipemoe.output_path import write_whole
 from results_schema import read_results
 from ttft_table import ttft_context
 
@@ -41,8 +42,9 @@ def plot_ttft(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
     axes.set_title(ttft_context(rows), fontsize=10)
     axes.grid(which="both", alpha=0.3)
     axes.legend()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(path, picture.getvalue())
 
 
 if __name__ == "__main__":

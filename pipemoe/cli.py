@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import select
@@ -14,6 +15,8 @@ from pipemoe import __version__
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.tune import add_tune_parser
+
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,8 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if not _reader_has_gone():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        _drop_output()
         return 128 + signal.SIGPIPE  # as other commands that a pipe ends
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        print(f"pipemoe {options.subcommand}: {error.filename or 'output'}: {error.strerror}; what was printed is not complete", file=sys.stderr)
+        _drop_output()
+        return 2
     except PipemoeError as error:
         print(f"pipemoe {options.subcommand}: {error}", file=sys.stderr)
         return 2
@@ -62,6 +71,11 @@ def _negative_values_joined(arguments: Sequence[str]) -> list[str]:
         else:
             joined.append(argument)
     return joined
+
+
+def _drop_output() -> None:
+    """Nothing more can be written: also not what Python flushes when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _reader_has_gone() -> bool:

@@ -42,38 +42,55 @@ class Prefilled:
     finite: list[bool]  # False: the sequence's logits hold NaN or infinity, so that its first token says nothing
 
 
-def load_model(path_or_config: Any, world: World, *, config: Config = Config(), dtype: torch.dtype | None = None, seed: int = 0) -> Model:
+def load_model(
+    path_or_config: Any,
+    world: World,
+    *,
+    random_weights: bool = False,
+    config: Config = Config(),
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Model:
     """Load a Mixture-of-Experts decoder: attention everywhere, of the routed experts only this rank's; every rank calls.
 
     path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers config for
-    random weights drawn from `seed`. dtype: of weights and activations (default: bfloat16 on a GPU, float32 on the host).
-    Raises CheckpointError on every rank if any of them cannot load, MismatchError if their checkpoints differ.
+    random weights drawn from `seed`. random_weights: draw them also for a dict like config.json, for the path of one, or of a
+    directory that holds one. dtype: of weights and activations (default: bfloat16 on a GPU, float32 on the host).
+    Raises CheckpointError on every rank if any of them cannot load, ConfigError if the weights are more than the memory there (see
+    models.memory), MismatchError if their checkpoints differ.
     """
     import torch
 
-    from pipemoe.models.loading import load_decoder
+    from pipemoe.models.loading import PreparedDecoder
+    from pipemoe.models.memory import shortage
 
     world, error = world_of(world)
     rank = f"rank {world.rank}: "
+    where = shown(path_or_config)
     place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
 
-    def settings() -> tuple[torch.dtype, int, bool]:
+    def settings() -> dict[str, Any]:
         check_config(config, rank)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise ConfigError(f"{rank}dtype is a {type(dtype).__name__}; it must be a torch.dtype, or None")
-        usual = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-        return dtype or usual, whole_number(f"{rank}seed", seed, -(2**63), ConfigError), config.experts == "hopper_fp8"
-
-    def load() -> tuple[Decoder, list]:
-        wanted, number, quantised = found
-        return load_decoder(path_or_config, **place, dtype=wanted, seed=number, quantised=quantised)
+        if type(random_weights) is not bool:
+            raise ConfigError(f"{rank}random_weights is {shown(random_weights)}; it must be True or False")
+        return {
+            "dtype": dtype or (torch.bfloat16 if world.device.type == "cuda" else torch.float32),
+            "seed": whole_number(f"{rank}seed", seed, -(2**63), ConfigError),
+            "quantised": config.experts == "hopper_fp8",
+            "random_weights": random_weights,
+        }
 
     with undisturbed():
-        loaded = None
+        prepared = None
         found, wrong = look(world.rank, "settings of load_model", settings, ConfigError)
         error = error or wrong
         if error is None:  # transformers and torch raise what they like at an odd config.json
-            loaded, error = look(world.rank, shown(path_or_config), load, CheckpointError)
+            prepared, error = look(world.rank, where, lambda: PreparedDecoder(path_or_config, **place, **found), CheckpointError)
+        world.agree(error, {}, "looking at the model's files")
+        world.agree(shortage(world, prepared.num_bytes), {}, "looking for memory for the model")
+        loaded, error = look(world.rank, where, prepared.load, CheckpointError)
         world.agree(error, loaded[0].facts if loaded else {}, "loading the model")
         return Model(world, *loaded, config)
 

@@ -1,10 +1,11 @@
-"""Where results are to be written: looked at before the work that makes them."""
+"""Results in files: where they are to be written is looked at before the work that makes them, and they are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipemoe.errors import InputError
@@ -36,6 +37,31 @@ def check_output_folder(option: str, path: Path) -> None:
             raise InputError(f"{option} {path}: {there} is no directory")
         if not os.access(there, os.W_OK | os.X_OK):
             raise InputError(f"{option} {path}: {there} may not be written to by this user")
+
+
+def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Readers see the old file or the whole new one, also after a loss of power; its folder is made if need be.
+
+    Raises InputError if it cannot be written: then the old file is as it was, and nothing is left beside it.
+    """
+    try:
+        target = Path(os.path.realpath(path))  # a link stays one
+    except ValueError as error:  # such as a NUL in it
+        raise InputError(f"{path!r} is no path: {error}") from None
+    aside = target.with_name(f".pipemoe-{secrets.token_hex(8)}")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(target)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; it was not written, and what was there before is as it was") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink()
 
 
 @contextmanager

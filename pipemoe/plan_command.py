@@ -13,7 +13,7 @@ from typing import Any
 from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.config import DTYPES, Config
 from pipemoe.errors import ConfigError, InputError
-from pipemoe.output_path import check_output_file
+from pipemoe.output_path import check_output_file, write_whole
 from pipemoe.plan.auto import Candidate, auto_candidates
 from pipemoe.plan.auto_search import COHORT_MARGIN
 from pipemoe.plan.compiled import on_first_compilation
@@ -21,8 +21,9 @@ from pipemoe.plan.cost import CostModel
 from pipemoe.plan.cost_file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.default_cost import default_cost
 from pipemoe.plan.devices import GPUS, is_hopper
-from pipemoe.plan.dimensions import Dimensions, dimensions_of
+from pipemoe.plan.dimensions import Dimensions, dimensions_of, dimensions_of_facts
 from pipemoe.plan.model_configs import MODEL_CONFIGS, model_config
+from pipemoe.plan.model_limits import supported_facts
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
 from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES, Facts, Plan, PlanConfig
@@ -73,7 +74,9 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--cost {options.cost} is of one model: say which with --model")
     facts = parse_facts(options.rank_tokens, options.ranks)
     model = options.model or _DEFAULT_MODEL
-    dimensions = dimensions_of(model_config(model))
+    model_facts = supported_facts(model_config(model))
+    dimensions = dimensions_of_facts(model_facts)
+    _check_positions(facts, model_facts.positions, model)
     if options.layers:
         dimensions = replace(dimensions, shape=replace(dimensions.shape, num_layers=options.layers))
     shape, value_bytes = dimensions.shape, _BYTES[options.dtype]
@@ -113,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         print(front + "\n" + _rule(config, "the line's budget") + _differing(candidates, prediction) + "\n")
     print(timeline_text(chosen, prediction, num_layers=3, width=options.width))
     if options.trace:
-        options.trace.write_text(json.dumps(_trace(prediction)))
+        write_whole(options.trace, json.dumps(_trace(prediction)))
         print(f"timeline: {options.trace}")
     return 0
 
@@ -133,6 +136,14 @@ def parse_facts(text: str, num_ranks: int | None = None) -> Facts:
         if tokens > _MOST_TOKENS:
             raise InputError(f"--rank-tokens: rank {rank} has {tokens} tokens; at most {_MOST_TOKENS} can be planned for")
     return facts
+
+
+def _check_positions(facts: Facts, positions: int, model: str) -> None:
+    """Raises InputError if a sequence is longer than the model takes."""
+    for rank, lengths in enumerate(facts.lengths):
+        if max(lengths, default=0) > positions:
+            longest = f"rank {rank} has a sequence of {max(lengths)} tokens, but {model} has positions for {positions}"
+            raise InputError(f"--rank-tokens: {longest} (max_position_embeddings); sequences of one rank are added up as in 512+16")
 
 
 def exchange_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, value_bytes: int) -> int:

@@ -32,6 +32,7 @@ from pipemoe.plan.cost_file import write_cost
 from pipemoe.plan.dimensions import dimensions_of
 from pipemoe.plan.fit import Samples, Speeds, calibrate, fit_contention, fit_cost, fit_sms
 from pipemoe.plan.model_configs import MODEL_CONFIGS, model_config
+from pipemoe.plan.model_facts import cut_config, read_facts
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import table
 from pipemoe.plan.schedule import Facts, OpKind
@@ -93,8 +94,7 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--max-tokens is {options.max_tokens}; sizes are tried up to that, so at least {_LEAST_TOKENS} are needed")
     config = model_config(options.model)
     dimensions = dimensions_of(config)
-    first_moe = int(config.get("first_k_dense_replace", 0))
-    cut = {**config, "num_hidden_layers": min(config["num_hidden_layers"], first_moe + options.layers)}
+    cut = cut_config(config, read_facts(config).layers_for(options.layers))
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with pipemoe.init(options.device, num_slots=options.slots) as world:
         world.agree(_refused(options.out) if world.rank == 0 else None, {}, "looking at --out")
@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         base = Config(mode="broadcast", max_tokens_per_rank=most, moe_max_num_tokens=most, num_slots=world.num_slots, combine=options.combine)
         base = replace(base, deterministic=options.deterministic)
         _say(world, f"loading {options.layers} MoE layers of {options.model}")
-        model = pipemoe.load_model(cut, world, config=base, dtype=dtype)
+        model = pipemoe.load_model(cut, world, random_weights=True, config=base, dtype=dtype)
         positions = num_positions(model.decoder.config)
         if positions is not None and most > positions:
             raise InputError(f"--max-tokens is {most}, but {options.model} has positions for {positions}; give at most as many")

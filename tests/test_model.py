@@ -227,8 +227,21 @@ def test_an_odd_config_on_one_rank_is_the_same_error_on_all(world):
     culprit = world.size - 1
     if world.rank == culprit:
         config["num_key_value_heads"] = 0
-    with pytest.raises(CheckpointError, match=f"rank {culprit}: "):
-        load_model(config, world)
+    with pytest.raises(CheckpointError, match=f"rank {culprit}: the config given: num_key_value_heads is 0"):
+        load_model(config, world, random_weights=True)
+
+
+def test_a_config_without_weights_on_one_rank_is_the_same_error_on_all(world, tmp_path_factory):
+    """Random weights are made where they are asked for by name, or for a config object."""
+    config, culprit = tiny_config("qwen3_moe", num_layers=2), world.size - 1
+    folder = tmp_path_factory.mktemp(f"config{world.rank}")
+    config.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=f"rank {culprit}: .*config.json is a file, which has no weights: .*random_weights=True"):
+        load_model(folder / "config.json", world, random_weights=world.rank != culprit)
+    model = load_model(folder, world, random_weights=True, dtype=torch.float32, seed=3, config=Config(**SMALL))
+    same = load_model(config, world, dtype=torch.float32, seed=3, config=Config(**SMALL))
+    prompts = sequences(0, world.rank)
+    assert model.decoder.fingerprint == same.decoder.fingerprint and model.prefill(prompts).first_tokens == same.prefill(prompts).first_tokens
 
 
 def test_another_model_on_one_rank_is_an_error_on_all_that_names_the_field(world):

@@ -1,15 +1,20 @@
 """What `pipemoe tune` measures of experts that leave multiprocessors to transfers, on any device; what it refuses, and says."""
 
+import argparse
+import errno
 import math
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from pipemoe import Config, load_model
+import pipemoe
+from pipemoe import Config, load_model, tune
 from pipemoe.cli import main
 from pipemoe.contention import BESIDE_TRANSFERS
-from pipemoe.plan.cost import SmsCost
+from pipemoe.errors import InputError
+from pipemoe.plan.cost import CostModel, SmsCost
 from pipemoe.plan.fit import fit_sms
 from pipemoe.tune import Tuner, accuracy, sequences_text
 from tests.models.tiny import tiny_config
@@ -47,6 +52,51 @@ def test_what_cannot_be_measured_is_refused_at_once(capsys, tmp_path, arguments,
     assert main(["tune", "--model", "small", "--out", str(tmp_path / "cost.json"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("pipemoe tune: ") and error.count("\n") == 1
+
+
+@pytest.fixture
+def quick_tune(world, monkeypatch):
+    """tune.run(...) in this world, on every rank, that measures nothing: quick_tune(path)."""
+
+    class NoTuner:
+        def __init__(self, *_):
+            pass
+
+        def __getattr__(self, name):
+            return lambda *_: 0.1 if name == "log_error" else []
+
+    def run(path):
+        for name, stand_in in (("Tuner", NoTuner), ("fit_cost", lambda *_: CostModel()), ("calibrate", lambda cost, _: cost)):
+            monkeypatch.setattr(tune, name, stand_in)
+        monkeypatch.setattr(pipemoe, "init", lambda *_, **__: nullcontext(world))
+        parser = argparse.ArgumentParser()
+        tune.add_tune_parser(parser.add_subparsers(), int)
+        arguments = ["tune", "--model", "small", "--layers", "2", "--max-tokens", "16", "--dtype", "float32", "--out", str(path)]
+        return tune.run(parser.parse_args(arguments))
+
+    return run
+
+
+@pytest.mark.mpi
+def test_the_file_is_written_by_rank_0(world, quick_tune, tmp_path_factory):
+    path = tmp_path_factory.mktemp(f"costs{world.rank}") / "cost.json"
+    assert quick_tune(path) == 0
+    assert path.exists() == (world.rank == 0)
+
+
+@pytest.mark.mpi
+def test_a_full_disk_is_an_error_on_every_rank(world, quick_tune, monkeypatch, tmp_path_factory):
+    """Minutes of measuring are lost, but no rank waits for one that has ended, and half a file is not left."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path_factory.mktemp(f"costs{world.rank}")
+    monkeypatch.setattr("pipemoe.output_path.os.fsync", full)
+    with pytest.raises(InputError, match="rank 0: .*cost.json: No space left on device; it was not written"):
+        quick_tune(folder / "cost.json")
+    assert list(folder.iterdir()) == []
+    world.all_gather(b"", "still here")
 
 
 def test_sequences_are_named_where_a_rank_has_several():

@@ -1,14 +1,21 @@
 """Compiled kernels on disk, so that only the first process compiles them; the large ones take seconds.
 
-One file per kernel: the entry's name, a line end, the cubin. Its name is a hash of all that the code depends on: this package's
-sources, the kernel's key (the constants in it), its signature and launch bounds, the architecture, and the compilers' versions.
-Folder: $PIPEMOE_CACHE, else pipemoe in $XDG_CACHE_HOME or ~/.cache. Where it cannot be written, nothing is kept.
+One file per kernel: the entry's name, a digest of entry and cubin, and the cubin, with line ends between. The file's name is a hash of
+all that the code depends on: this package's sources, the kernel's key (the constants in it), its signature and launch bounds, the
+architecture, and the compilers' versions. As in DeepGEMM's cache a file is written aside under a name that no other process has, flushed
+to the disk and renamed: homes are shared between hosts, and hosts lose power. What fails its digest is compiled anew.
+
+Folder: $PIPEMOE_CACHE, else pipemoe in $XDG_CACHE_HOME or ~/.cache, made for its user alone. What lies there is run on the GPU, so a
+folder or file that others own or may write to is not used; that is said once, and nothing is kept, as where it cannot be written.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+import stat
+import tempfile
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -16,36 +23,71 @@ from pathlib import Path
 
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm")
 COMPILERS += ("nvidia-nvjitlink-cu12", "nvidia-nvjitlink")
+_log = logging.getLogger("pipemoe")
 
 
 def load(key: tuple[object, ...]) -> tuple[str, bytes] | None:
     """Entry name and cubin, or None."""
     try:
-        entry, _, cubin = _path(key).read_bytes().partition(b"\n")
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        folder = _folder()
+        if _refused(folder):
+            return None
+        with open(folder / _name(key), "rb") as file:
+            if _is_others(os.fstat(file.fileno())):
+                return None
+            entry, digest, cubin = file.read().split(b"\n", 2)
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: a user without a home; ValueError: a file cut short
         return None
-    return (entry.decode(), cubin) if cubin.startswith(b"\x7fELF") else None
+    return (entry.decode(), cubin) if digest == _digest(entry, cubin) else None
 
 
 def store(key: tuple[object, ...], entry: str, cubin: bytes) -> None:
     """Keep a cubin; readers see all of it or nothing."""
+    aside = None
     try:
-        path = _path(key)
-    except RuntimeError:
-        return
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(entry.encode() + b"\n" + cubin)
-        partial.replace(path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if _refused(folder):
+            return
+        handle, aside = tempfile.mkstemp(prefix=".kernel-", dir=folder)
+        with os.fdopen(handle, "wb") as file:
+            file.write(entry.encode() + b"\n" + _digest(entry.encode(), cubin) + b"\n" + cubin)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, folder / _name(key))
+    except (OSError, RuntimeError):
+        if aside:
+            with suppress(OSError):
+                os.unlink(aside)
 
 
-def _path(key: tuple[object, ...]) -> Path:
-    name = hashlib.sha256(f"{_environment()} {key!r}".encode()).hexdigest()[:32]
-    return _folder() / f"{name}.cubin"
+def _digest(entry: bytes, cubin: bytes) -> bytes:
+    return hashlib.sha256(entry + b"\n" + cubin).hexdigest().encode()
+
+
+def _refused(folder: Path) -> bool:
+    """Is the folder one that others may have put something into? Says so once. Raises FileNotFoundError if there is none."""
+    if not _is_others(folder.stat()):
+        return False
+    _say_refused(folder)
+    return True
+
+
+@cache
+def _say_refused(folder: Path) -> None:
+    _log.warning(
+        "kernels are compiled anew by every process: %s is not this user's alone (owned by it, and written to by nobody else). "
+        "chmod 700 it, or name another folder in PIPEMOE_CACHE",
+        folder,
+    )
+
+
+def _is_others(status: os.stat_result) -> bool:
+    return status.st_uid != os.geteuid() or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _name(key: tuple[object, ...]) -> str:
+    return hashlib.sha256(f"{_environment()} {key!r}".encode()).hexdigest()[:32] + ".cubin"
 
 
 def _folder() -> Path:

@@ -6,6 +6,8 @@ many launches). In the simulator the same call runs the function on NumPy views 
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import re
 import warnings
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from pipemoe_kernels import cubin_cache, driver
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 from pipemoe_kernels.packed_launch import PackedLaunch
 
+_log = logging.getLogger("pipemoe")
 INT32 = types.int32
 UINT32 = types.uint32
 ADDRESS = types.uint64
@@ -106,13 +109,26 @@ class Kernel:
         cc = torch.cuda.get_device_capability(device_index)
         arch = "sm_90a" if self.hopper_only else f"sm_{cc[0]}{cc[1]}"
         key = self.key and (self.name, *self.key, self.parameters, self.threads, self.blocks_per_sm, arch)
-        found = cubin_cache.load(key) if key else None
-        if not found:
-            found = self.build(cc, arch)
-            if key:
-                cubin_cache.store(key, *found)
-        entry, cubin = found
-        self._handles[device_index] = driver.load_function(cubin, entry, device_index, self.shared_bytes)
+        kept = cubin_cache.load(key) if key else None
+        if kept and self._load(kept, device_index):
+            return
+        built = self.build(cc, arch)
+        if key:
+            cubin_cache.store(key, *built)
+        self._handles[device_index] = self._function(built, device_index)
+
+    def _load(self, kept: tuple[str, bytes], device_index: int) -> bool:
+        """Load what was kept on disk; False if the driver does not take it, so that it has to be built."""
+        try:
+            self._handles[device_index] = self._function(kept, device_index)
+        except Exception as error:  # noqa: BLE001: whatever it is, a new build shows whether it is the kept file's fault
+            _log.warning("%s as kept on disk cannot be loaded (%s); it is compiled anew", self.name, error)
+            return False
+        return True
+
+    def _function(self, code: tuple[str, bytes], device_index: int) -> ctypes.c_void_p:
+        entry, cubin = code
+        return driver.load_function(cubin, entry, device_index, self.shared_bytes)
 
     def build(self, cc: tuple[int, int], arch: str) -> tuple[str, bytes]:
         """Entry name and cubin; needs no GPU.

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from pipemoe.e4m3 import dequantise_weight, num_blocks
+from pipemoe.e4m3 import BLOCK, dequantise_weight, num_blocks
 from pipemoe.errors import CheckpointError
 from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights
@@ -59,10 +59,10 @@ class Checkpoint:
         self.bytes_read = 0  # of tensor data, for tests and progress
         self._open: dict[Path, object] = {}
         self._hash = hashlib.sha256()
-        shards = self._shards()
+        shards, place_of = self._shards()
         self.num_shards = len(shards)
         for shard in shards:
-            self._read_header(shard)
+            self._read_header(shard, place_of)
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -91,15 +91,30 @@ class Checkpoint:
                 stored.file,
                 f"tensor {name} has shape {stored.shape}; the config wants {shape}. Check that config.json belongs to it",
             )
-        if stored.dtype == QUANTISED and name + SCALES_SUFFIX in self.tensors and len(shape) == 2:
-            self.locate([name + SCALES_SUFFIX], (num_blocks(shape[0]), num_blocks(shape[1])))
+        if stored.dtype == QUANTISED and self.scales_of(name) and len(shape) == 2:
+            self._check_scales(name, (num_blocks(shape[0]), num_blocks(shape[1])))
         elif stored.dtype not in READABLE:
+            missing = f", and {name}{SCALES_SUFFIX} is missing" if stored.dtype == QUANTISED else ""
             raise self._error(
                 stored.file,
-                f"tensor {name} is stored as {stored.dtype}; {', '.join(READABLE)} can be read, and {QUANTISED} matrices with their "
+                f"tensor {name} is stored as {stored.dtype}{missing}; {', '.join(READABLE)} can be read, and {QUANTISED} matrices with their "
                 f"{SCALES_SUFFIX}. Is the checkpoint quantised in another way? Convert it to bfloat16 first",
             )
         return name
+
+    def scales_of(self, name: str) -> str | None:
+        """The stored scales of a quantised matrix, if it is one and has them."""
+        stored, scales = self.tensors.get(name), name + SCALES_SUFFIX
+        return scales if stored and stored.dtype == QUANTISED and scales in self.tensors else None
+
+    def _check_scales(self, name: str, shape: tuple[int, int]) -> None:
+        scales = self.tensors[name + SCALES_SUFFIX]
+        if scales.shape != shape or scales.dtype not in READABLE:
+            raise self._error(
+                scales.file,
+                f"tensor {name}{SCALES_SUFFIX} has shape {scales.shape} and is stored as {scales.dtype}; one of {', '.join(READABLE)} for each "
+                f"128 x 128 values of {name} is wanted, shape {shape}. Fetch the checkpoint again",
+            )
 
     def read(self, names: Sequence[str], shape: tuple[int, ...], rows: range | None = None) -> torch.Tensor:
         """Read the first of `names` that is stored, on the host in its stored dtype; with `rows`, those of its first axis.
@@ -157,7 +172,9 @@ class Checkpoint:
         hidden, width, total = config.hidden_size, family.intermediate(config), family.num_experts(config)
         result = []
         for layer in family.moe_layers(config):
-            if quantised and self._holds_quantised(family.expert_names(layer, experts.start)):
+            # Where a projection ends within a block, its scales are not those of gate and up together.
+            whole = experts and width % BLOCK == 0
+            if quantised and whole and self._holds_quantised([n for e in experts for n in family.expert_names(layer, e)]):
                 result.append(self._read_quantised_experts(family, layer, experts, hidden, width, device))
                 continue
             gate_up = torch.empty(len(experts), 2 * width, hidden, dtype=dtype, device=device)
@@ -206,15 +223,20 @@ class Checkpoint:
             self._open[file] = safe_open(file, framework="pt", device="cpu").__enter__()
         return self._open[file]
 
-    def _shards(self) -> list[Path]:
+    def _shards(self) -> tuple[list[Path], dict[str, str]]:
+        """All shards, and by the index the shard of each tensor."""
+        place_of: dict[str, str] = {}
         if not self.directory.is_dir():
-            raise self._error(self.directory, "is not a directory; give a checkpoint directory, or a config for random weights")
+            raise self._error(self.directory, "is not a directory; give a checkpoint directory")
         index = self.directory / INDEX
         if index.exists():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                place_of = dict(json.loads(index.read_text())["weight_map"])
+                names = sorted(set(place_of.values()))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise self._error(index, f"is not a shard index ({error!r}); fetch it again") from error
+            for name in names:
+                self._check_shard_name(index, name)
             shards = [self.directory / name for name in names]
         else:
             shards = [self.directory / SINGLE]
@@ -223,7 +245,13 @@ class Checkpoint:
         for shard in shards:
             if not shard.is_file():
                 raise self._error(shard, f"shard is missing, but {index.name} lists it; fetch it again")
-        return shards
+        return shards, place_of
+
+    def _check_shard_name(self, index: Path, name: object) -> None:
+        """An index comes from elsewhere: it must not lead out of the directory. (Links may: downloads are kept as links to one store.)"""
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
+            raise self._error(index, f"lists the shard {name!r}; a shard is a .safetensors file inside of {self.directory}. Fetch the index again")
 
     def _why_nothing(self) -> str:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(pattern))
@@ -234,8 +262,8 @@ class Checkpoint:
             )
         return f"holds neither {SINGLE} nor {INDEX}; fetch the checkpoint's safetensors files"
 
-    def _read_header(self, shard: Path) -> None:
-        """Index one shard; the layout is 8 bytes little-endian header size, JSON header, data."""
+    def _read_header(self, shard: Path, place_of: Mapping[str, str]) -> None:
+        """Index one shard; the layout is 8 bytes little-endian header size, JSON header, data. place_of: see _shards."""
         size = shard.stat().st_size
         with shard.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
@@ -255,7 +283,12 @@ class Checkpoint:
             for sample in range(_SAMPLES):
                 file.seek(8 + header_size + (end - 8 - header_size) * sample // _SAMPLES)
                 self._hash.update(file.read(_SAMPLE_BYTES))
-        self.tensors.update(stored)
+        for name, tensor in stored.items():
+            if name in place_of and self.directory / place_of[name] != shard:
+                continue  # the index says that it is another shard's
+            if name in self.tensors:
+                raise self._error(shard, f"tensor {name} is in {self.tensors[name].file.name} as well, and no index says which one holds")
+            self.tensors[name] = tensor
 
     def _error(self, file: Path, what: str) -> CheckpointError:
         return CheckpointError(f"{self.where}{file}: {what}")

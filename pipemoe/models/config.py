@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from pipemoe.errors import CheckpointError
-from pipemoe.models.families import find_family
+from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.models.families import check_fields, find_family
+from pipemoe.plan.model_facts import positions_of, with_defaults_for_nulls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -20,35 +22,68 @@ if TYPE_CHECKING:
 _PROVENANCE = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "name_or_path")
 
 
-def read_config(source: str | Path | dict | PreTrainedConfig, where: str = "") -> tuple[PreTrainedConfig, Path | None]:
-    """The config and, when `source` is a checkpoint directory, that directory."""
+_NO_WEIGHTS = "has no weights: give a checkpoint directory, or random_weights=True for random ones"
+
+
+def read_config(
+    source: str | Path | dict | PreTrainedConfig, where: str = "", *, random_weights: bool = False
+) -> tuple[PreTrainedConfig, Path | None]:
+    """The config, and the checkpoint directory that holds its weights: None for random ones.
+
+    Those are made for a transformers config, and for anything else only if random_weights. Raises CheckpointError.
+    """
     from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+    if type(random_weights) is not bool:
+        raise ConfigError(f"{where}random_weights is {random_weights!r}; it must be True or False")
     if isinstance(source, PreTrainedConfig):
-        return copy.deepcopy(source), None  # building a model writes its attention's name into the config
+        return _with_head_dim(copy.deepcopy(source)), None  # building a model writes its attention's name into the config
+    directory = None
     if isinstance(source, dict):
-        raw, directory, name = copy.deepcopy(source), None, "the config given"
-    else:
+        raw, name = copy.deepcopy(source), "the config given"
+        if not random_weights:
+            raise CheckpointError(f"{where}a dict {_NO_WEIGHTS}")
+    elif isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        directory = None if path.suffix == ".json" else path
-        file = path if directory is None else path / "config.json"
-        name = str(file)
-        try:
-            raw = json.loads(file.read_text())
-        except OSError as error:
-            raise CheckpointError(
-                f"{where}cannot read {file}: {error.strerror}; a checkpoint directory holds config.json and safetensors"
-            ) from error
-        except ValueError as error:
-            raise CheckpointError(f"{where}{file} is not JSON: {error}; fetch it again") from error
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{where}{file} holds a {type(raw).__name__}; an object is wanted")
-    model_type = raw.pop("model_type", None)
-    find_family(model_type, f"{where}{name}: ")
+        is_file = path.is_file() or path.suffix == ".json"
+        if is_file and not random_weights:
+            raise CheckpointError(f"{where}{path} is a file, which {_NO_WEIGHTS}")
+        directory = None if random_weights else path
+        file = path if is_file else path / "config.json"
+        raw, name = _read_json(file, where), str(file)
+    else:
+        wanted = "a checkpoint directory, a transformers config, or with random_weights=True a dict"
+        raise CheckpointError(f"{where}a model cannot be loaded from a {type(source).__name__}; give {wanted}")
+    family = find_family(raw.get("model_type"), f"{where}{name}: ")
+    model_type = family.model_type
+    check_fields(raw, f"{where}{name}: ")
+    raw = with_defaults_for_nulls(raw)
+    del raw["model_type"]
     try:
-        return CONFIG_MAPPING[model_type].from_dict(raw), directory
+        return _with_head_dim(CONFIG_MAPPING[model_type].from_dict(raw)), directory
     except Exception as error:  # transformers validates by many exception types
         raise CheckpointError(f"{where}{name} is not a valid {model_type} config: {error}") from error
+
+
+def _with_head_dim(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A head_dim of None stands for the usual one, which transformers' scaled rotary embeddings do not know."""
+    if getattr(config, "head_dim", 0) is None:
+        config.head_dim = config.hidden_size // config.num_attention_heads
+    return config
+
+
+def _read_json(file: Path, where: str) -> dict:
+    try:
+        raw = json.loads(file.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{where}cannot read {file}: {error.strerror}; a checkpoint directory holds config.json and safetensors"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}{file} is not JSON: {error}; fetch it again") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{where}{file} holds a {type(raw).__name__}; an object is wanted")
+    return raw
 
 
 def facts_of(config: PreTrainedConfig, identity: str, dtype: torch.dtype) -> dict[str, str]:
@@ -64,13 +99,7 @@ def fingerprint_of(facts: dict[str, str]) -> str:
 
 
 def num_positions(config: PreTrainedConfig) -> int | None:
-    """How many tokens a sequence may have; None if the config does not say.
-
-    Configs with scaled rotary embeddings may give max_position_embeddings as it was before scaling (Qwen3's yarn) or after (DeepSeek-V3's);
-    the larger holds.
-    """
+    """How many tokens a sequence may have, see positions_of; None if the config does not say."""
     most = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if most is None or rope.get("rope_type", "default") in ("default", "llama3", "longrope"):  # the last two give it after scaling
-        return most
-    return max(most, int((rope.get("original_max_position_embeddings") or most) * (rope.get("factor") or 1)))
+    return None if most is None else positions_of(most, rope)

@@ -91,13 +91,18 @@ def fill_random(model: PreTrainedModel, *, seed: int, device: torch.device, dtyp
 
 
 def reference_model(
-    path_or_config: str | Path | dict | PreTrainedConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+    path_or_config: str | Path | dict | PreTrainedConfig,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    *,
+    random_weights: bool = False,
 ) -> PreTrainedModel:
     """The plain transformers model, all experts on one device, with the weights that load_decoder gives the ranks."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device(device)
-    config, directory = read_config(path_or_config)
+    config, directory = read_config(path_or_config, random_weights=random_weights)
     family = check_config(config)
     if directory is not None:
         model = AutoModelForCausalLM.from_pretrained(

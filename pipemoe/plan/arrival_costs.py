@@ -8,6 +8,7 @@ from pipemoe.plan.arrivals import group_of, groups_for, most_groups
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import experts_busy
 from pipemoe.plan.layer_costs import ALONE, BUSY, DISPATCH, LayerCosts
+from pipemoe.plan.products import scaled
 
 
 @compiled
@@ -46,7 +47,7 @@ def take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k):
         last, used, alone, busy = 0, 0, 0, 0
         for group in range(count):
             if calls_of[group]:
-                moved = (rows_of[group].sum() - rows_of[group].min()) * rates.dispatch_row_ps // 1000
+                moved = scaled(rows_of[group].sum() - rows_of[group].min(), rates.dispatch_row_ps, 1000)
                 alone += rates.dispatch_fixed_ns + calls_of[group] * rates.dispatch_segment_ns + moved
                 last, used, busy = group, used + 1, busy + moved
         if not gathered:
@@ -56,10 +57,10 @@ def take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k):
             late = rows_of[last].sum() - rows_of[last, r]
             if gathered:
                 late = wave_rows[c, w] - wave_rows[c, w] // num_ranks
-            busy = costs.compute[c, r, 1 + w, BUSY] * 1000 // speed
-            of_late = experts_busy(rates, late, num_experts, top_k, num_ranks) * 1000 // speed
+            busy = scaled(costs.compute[c, r, 1 + w, BUSY], 1000, speed)
+            of_late = scaled(experts_busy(rates, late, num_experts, top_k, num_ranks), 1000, speed)
             ahead = 1000 - rates.experts_sliced_permille
-            heads[c, r, w] = max(0, busy - of_late) * ahead // 1000
+            heads[c, r, w] = scaled(max(0, busy - of_late), ahead, 1000)
             compute[c, r, 1 + w, ALONE] += busy - compute[c, r, 1 + w, BUSY]
             compute[c, r, 1 + w, BUSY] = busy
     return LayerCosts(costs.num_waves, compute, exchange, costs.own, costs.ends, costs.waits, costs.issue, costs.num_blocks, costs.gathered, groups, heads, 1)

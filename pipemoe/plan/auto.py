@@ -10,6 +10,7 @@ from pipemoe.errors import PlanError
 from pipemoe.plan.auto_search import in_one_slot, microbatches_of, search
 from pipemoe.plan.candidates import CANDIDATES, candidate_name
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
+from pipemoe.plan.magnitude import check_magnitude
 from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
 from pipemoe.plan.simulator_rules import NEVER
 from pipemoe.plan.sms import forced_sms_left
@@ -43,6 +44,7 @@ def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: C
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
     """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in another
     form, and with other numbers of multiprocessors left."""
+    check_magnitude(facts, shape, config, cost)
     return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
 

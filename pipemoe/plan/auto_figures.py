@@ -103,12 +103,13 @@ def predict(costs, weight, rates, speeds, limits, lefts, at, figures):
 def _summarise(finish, ends, figures):
     """Mean, largest and median of `finish` [C, R], each as often as `ends` says."""
     num_cohorts, num_ranks = ends.shape
-    total, count, slowest = 0, 0, 0
+    count, slowest = ends.sum(), 0
+    mean, rest = 0, 0  # the sum of all, in turns of `count`: as one number it would not always fit int64
     for c in range(num_cohorts):
         for r in range(num_ranks):
             if ends[c, r]:
-                total += ends[c, r] * finish[c, r]
-                count += ends[c, r]
+                mean += ends[c, r] * (finish[c, r] // count)
+                rest += ends[c, r] * (finish[c, r] % count)
                 slowest = max(slowest, finish[c, r])
     median = slowest
     for c in range(num_cohorts):
@@ -122,4 +123,4 @@ def _summarise(finish, ends, figures):
                         no_later += ends[d, q]
             if 2 * no_later >= count:
                 median = finish[c, r]
-    figures[0], figures[1], figures[2] = total // count, slowest, median
+    figures[0], figures[1], figures[2] = mean + rest // count, slowest, median

@@ -17,6 +17,7 @@ from pipemoe.plan.column_costs import cut_columns, gained_ns
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import USUAL
 from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, leaving_sms, merge_alike_ranks
+from pipemoe.plan.products import scaled
 from pipemoe.plan.simulator_rules import NEVER
 from pipemoe.plan.sms import speeds_where_left, usual_sms_left
 
@@ -26,6 +27,7 @@ _LAST_EVENTS = 4_000  # with those for other forms, and other numbers of multipr
 COHORT_MARGIN = 30  # thousandths by which a candidate must be better for each cohort that it has more: predictions are not exact
 _FORM_MARGIN = 10  # the same for a form that is not the usual one
 _SMS_MARGIN = 10  # the same for multiprocessors left
+_LONGEST = 1 << 53  # ns: longer times count as that, so that a thousand of one fit int64
 AS_USUAL, NONE, TWICE = 0, 1, 2  # multiprocessors left: usual_sms_left, none, or twice as many as usual
 
 
@@ -94,13 +96,13 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
         costs = cut_columns(whole, rates, forms[0, 0])
         lefts[k, 0, AS_USUAL] = left
         set_bounds(costs, weight, rates, speeds[USUAL], num_layers, num_slots, bounds[k], guess)
-        price[k] = _objective(guess, goal) * margins[k] // 1000
+        price[k] = scaled(_objective(guess, goal), margins[k], 1000)
         place_of[k] = len(costs_of)
         costs_of.append((whole, costs, weight, wave_rows))
     best, lowest, events, looked_at = _place(-1, 0, AS_USUAL), NEVER, 0, place_of < 0
     late, dear = NEVER, NEVER  # thousandths: the least by which a slowest time was above its bound, and a price above its guess
     for turn in range(len(kinds)):
-        allowed = lowest + lowest // 1000 * goal[3] if best[0] >= 0 else NEVER
+        allowed = _allowed(lowest, goal) if best[0] >= 0 else NEVER
         k, doubtful = 0, False  # one cohort, then what may end first, as both say how late others may be, then the most promising
         for j in range(len(kinds)):
             if not turn or looked_at[j]:
@@ -114,7 +116,7 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
         looked_at[k] = True
         if bounds[k, 1] > allowed:
             continue
-        least = _objective(bounds[k], goal) * margins[k] // 1000
+        least = scaled(_objective(bounds[k], goal), margins[k], 1000)
         if best[0] >= 0 and bounds[k, 1] >= lowest and least >= _price(figures, margins, goal, best):
             continue
         _, costs, weight, _ = costs_of[place_of[k]]
@@ -123,10 +125,10 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
             continue
         usual = _place(k, 0, AS_USUAL)
         events += predict(costs, weight, rates, speeds, limits, lefts, usual, figures)
-        late = min(late, figures[usual][1] * 1000 // bounds[k, 1])
-        dear = min(dear, _price(figures, margins, goal, usual) * 1000 // price[k])
+        late = min(late, min(figures[usual][1], _LONGEST) * 1000 // bounds[k, 1])
+        dear = min(dear, min(_price(figures, margins, goal, usual), _LONGEST) * 1000 // price[k])
         lowest = min(lowest, figures[usual][1])
-        best = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+        best = _best(figures, margins, _allowed(lowest, goal), goal)
     leader = best[0]
     for turn in range(4):  # forms, then multiprocessors left, of the leader and then of one cohort
         k, of_sms = 0 if turn > 1 else leader, turn % 2
@@ -166,12 +168,12 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
                 gained = gained_ns(before, costs)
             if gained * num_layers > most:
                 most, other, cut = gained * num_layers, trial, costs
-        hoped = _objective(figures[at] - most, goal) * _margin(margins, other) // 1000
+        hoped = scaled(_objective(figures[at] - most, goal), _margin(margins, other), 1000)
         if other == at or hoped >= _price(figures, margins, goal, best) or events + layers_and_events(cut, num_layers)[1] > _LAST_EVENTS:
             continue
         events += predict(cut, weight, rates, speeds, limits, lefts, other, figures)
         lowest = min(lowest, figures[other][1])
-        best = _best(figures, margins, lowest + lowest // 1000 * goal[3], goal)
+        best = _best(figures, margins, _allowed(lowest, goal), goal)
     if not only_chosen:
         for k in range(len(kinds)):
             if place_of[k] >= 0 and figures[k, 0, AS_USUAL, 1] == NEVER:
@@ -223,7 +225,13 @@ def _place(k, form, left):
 
 @compiled
 def _objective(figures, goal):
-    return figures[0] * goal[0] + figures[1] * goal[1] + figures[2] * goal[2]
+    return min(figures[0], _LONGEST) * goal[0] + min(figures[1], _LONGEST) * goal[1] + min(figures[2], _LONGEST) * goal[2]
+
+
+@compiled
+def _allowed(lowest, goal):
+    """The latest that the slowest may be."""
+    return lowest + min(lowest, _LONGEST) // 1000 * goal[3]
 
 
 @compiled
@@ -234,7 +242,7 @@ def _margin(margins, at):
 @compiled
 def _price(figures, margins, goal, at):
     """What counts of a candidate `at` (k, form, multiprocessors left): dearer the more cohorts it has, and where not all is as usual."""
-    return _objective(figures[at], goal) * _margin(margins, at) // 1000
+    return scaled(_objective(figures[at], goal), _margin(margins, at), 1000)
 
 
 @compiled

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LayerCosts
+from pipemoe.plan.products import scaled
 
 
 @compiled
@@ -34,7 +35,7 @@ def cut_columns(costs, rates, num_blocks):
                     compute[c, r, work, kind] = costs.compute[c, r, work, kind]
             for w in range(costs.num_waves[c]):
                 alone, busy = costs.compute[c, r, 1 + w, ALONE], costs.compute[c, r, 1 + w, BUSY]
-                sliced = busy * rates.experts_sliced_permille // 1000
+                sliced = scaled(busy, rates.experts_sliced_permille, 1000)
                 again = (alone - busy) // 3 if sliced else 0
                 head = costs.heads[c, r, w]
                 if heads:

@@ -16,10 +16,12 @@ import numpy as np
 
 from pipemoe.errors import ConfigError
 from pipemoe.plan.compiled import compiled
+from pipemoe.plan.products import scaled
 
 # Rows that attention is captured for as CUDA graphs; a graph always computes all of its rows.
 GRAPH_ROWS = (16, 64, *range(128, 1025, 128), *range(1280, 4097, 256), *range(4608, 8193, 512))
 KINDS = ("attend", "experts", "dispatch", "combine")  # rows and columns of the table of contention
+_MOST_OF_A_KIND, _MOST_SPEED = 1 << 20, 10_000  # more is a mistake, and the planner's products would not fit int64
 CROWDED, USUAL, ROOMY = 0, 1, 2  # tables: the experts leave less than room for the plan's collectives, that much, twice as much
 
 
@@ -72,6 +74,8 @@ class ExpertsCost(_Whole):
         for name in ("sliced_permille", "arrivals_permille"):
             if getattr(self, name) > 1000:
                 raise ConfigError(f"ExpertsCost.{name} is {getattr(self, name)}; it must be at most 1000")
+        if self.tile_rows > _MOST_OF_A_KIND:
+            raise ConfigError(f"ExpertsCost.tile_rows is {self.tile_rows}; it must be at most {_MOST_OF_A_KIND}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,8 @@ class ContentionCost(_Whole):
         for f in fields(self):
             if getattr(self, f.name) == 0:
                 raise ConfigError(f"ContentionCost.{f.name} is 0; nothing would ever end")
+            if getattr(self, f.name) > _MOST_SPEED:
+                raise ConfigError(f"ContentionCost.{f.name} is {getattr(self, f.name)} thousandths; it must be at most {_MOST_SPEED}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +169,12 @@ class SmsCost(_Whole):
     roomy_experts_permille: int = 1000
     roomy_transfers_permille: int = 1000
 
+    def __post_init__(self) -> None:
+        _Whole.__post_init__(self)
+        for name in ("num_sms", "ctas"):
+            if getattr(self, name) > _MOST_OF_A_KIND:
+                raise ConfigError(f"SmsCost.{name} is {getattr(self, name)}; it must be at most {_MOST_OF_A_KIND}")
+
 
 @dataclass(frozen=True)
 class CostModel:
@@ -179,6 +191,11 @@ class CostModel:
     gap_permille: int = 750  # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
     start_ns: int = 1_300_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
+
+    def __post_init__(self) -> None:
+        for name, most in (("gap_permille", 1000), ("start_ns", 1 << 53), ("finish_ns", 1 << 53)):
+            if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"CostModel.{name} is {getattr(self, name)!r}; it must be a whole number from 0 to {most}")
 
     def __hash__(self) -> int:
         return self._hash
@@ -251,13 +268,13 @@ def graph_rows(rates, rows):
 @compiled
 def attend_busy(rates, rows, pairs):
     """ns that attention of `rows` tokens with `pairs` pairs of query and key is busy."""
-    return max(rates.attend_weights_ns, rows * rates.attend_row_ps // 1000) + pairs * rates.attend_pair_fs // 1_000_000
+    return max(rates.attend_weights_ns, scaled(rows, rates.attend_row_ps, 1000)) + scaled(pairs, rates.attend_pair_fs, 1_000_000)
 
 
 @compiled
 def first_busy(rates, rows, pairs):
     """ns that the first layer's is busy on top."""
-    return max(rates.attend_first_weights_ns, rows * rates.attend_first_row_ps // 1000) + pairs * rates.attend_first_pair_fs // 1_000_000
+    return max(rates.attend_first_weights_ns, scaled(rows, rates.attend_first_row_ps, 1000)) + scaled(pairs, rates.attend_first_pair_fs, 1_000_000)
 
 
 @compiled
@@ -266,11 +283,11 @@ def experts_busy(rates, rows, num_experts, top_k, num_ranks, sms_left=0):
     local = -(-num_experts // num_ranks)
     hit = local * _share_hit(rows, num_experts, top_k) >> 10  # distinct experts x 2**20
     pairs = -(-rows * top_k * local // num_experts)
-    padded = max(pairs + (hit * (rates.experts_tile_rows - 1) >> 21), hit * rates.experts_tile_rows >> 20)
+    padded = max(pairs + scaled(hit, rates.experts_tile_rows - 1, 1 << 21), scaled(hit, rates.experts_tile_rows, 1 << 20))
     pairs_ps = padded * rates.experts_pair_ps
     if sms_left:
-        pairs_ps = pairs_ps * rates.sms_num_sms // (rates.sms_num_sms - sms_left)
-    return (hit * rates.experts_expert_ns >> 20) + (pairs_ps + rows * rates.experts_row_ps) // 1000
+        pairs_ps = scaled(pairs_ps, rates.sms_num_sms, rates.sms_num_sms - sms_left)
+    return scaled(hit, rates.experts_expert_ns, 1 << 20) + (pairs_ps + rows * rates.experts_row_ps) // 1000
 
 
 @compiled

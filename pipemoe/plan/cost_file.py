@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipemoe.errors import ConfigError
+from pipemoe.output_path import write_whole
 from pipemoe.plan.cost import CostModel, SmsCost, cost_from_dict
 
 SCHEMA = "pipemoe.cost/6"
@@ -23,12 +24,8 @@ _WITHOUT_FIRST, _WITHOUT_SMS = "pipemoe.cost/4", "pipemoe.cost/3"
 
 
 def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: CostModel) -> None:
-    """Readers see the old file or the whole new one."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"schema": SCHEMA, "subject": dict(subject), "cost": asdict(cost)}, indent=1) + "\n")
-    partial.replace(target)
+    """Readers see the old file or the whole new one. Raises InputError if it cannot be written."""
+    write_whole(path, json.dumps({"schema": SCHEMA, "subject": dict(subject), "cost": asdict(cost)}, indent=1) + "\n")
 
 
 def read_cost(path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:

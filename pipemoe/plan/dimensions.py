@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipemoe.errors import ConfigError
+from pipemoe.plan.model_facts import Latent, ModelFacts
+from pipemoe.plan.model_limits import supported_facts
 from pipemoe.plan.schedule import ModelShape
 
 
@@ -27,11 +29,8 @@ class Dimensions:
 
 
 def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
-    """From a transformers config as a mapping: Qwen3-MoE, Mixtral or DeepSeek-V3. Raises ConfigError for others."""
-    try:
-        return _BY_TYPE[config["model_type"]](config)
-    except KeyError as error:
-        raise ConfigError(f"config of {config.get('model_type')!r}: no {error}; known types: {', '.join(_BY_TYPE)}") from None
+    """From a config.json's content: Qwen3-MoE, Mixtral or DeepSeek-V3. Raises ConfigError for others, and for what these do not do."""
+    return dimensions_of_facts(supported_facts(config))
 
 
 def dimensions_of_decoder(config: Mapping[str, Any], shape: ModelShape) -> Dimensions:
@@ -47,40 +46,27 @@ def dimensions_of_shape(shape: ModelShape) -> Dimensions:
     return Dimensions(shape, 4 * shape.hidden**2 + shape.hidden * shape.num_experts, 4 * shape.hidden)
 
 
-def _num_experts(config: Mapping[str, Any]) -> int:
-    """Configs on disk name it by family; transformers writes the last for all."""
-    names = ("num_experts", "n_routed_experts", "num_local_experts")
-    found = [config[name] for name in names if config.get(name)]
-    if not found:
-        raise KeyError(names[-1])
-    return found[0]
+def dimensions_of_facts(facts: ModelFacts) -> Dimensions:
+    """Dense layers behind the first MoE layer count to the MoE layers, in equal parts: a layer is attended to once they are through."""
+    hidden, num_moe = facts.hidden, len(facts.moe_layers)
+    shape = ModelShape(hidden, facts.intermediate, facts.num_experts, facts.top_k, num_moe)
+    if facts.latent:
+        attention, pair_flops = _latent(facts, facts.latent)
+    else:
+        attention = 2 * hidden * facts.head_dim * (facts.num_heads + facts.num_key_value_heads)
+        pair_flops = 4 * facts.num_heads * facts.head_dim
+    in_layer = attention + 3 * hidden * facts.shared_intermediate + hidden * facts.num_experts
+    first = facts.num_dense_layers_first
+    between = facts.num_layers - num_moe - first
+    of_dense = attention + 3 * hidden * facts.dense_intermediate
+    in_layer += between * of_dense // num_moe
+    pair_flops_all = pair_flops + between * pair_flops // num_moe
+    return Dimensions(shape, in_layer, pair_flops_all, first, of_dense if first else 0)
 
 
-def _grouped_query(config: Mapping[str, Any], intermediate: str) -> Dimensions:
-    hidden, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    width = config.get("head_dim") or hidden // heads
-    shape = ModelShape(hidden, config[intermediate], _num_experts(config), config["num_experts_per_tok"], config["num_hidden_layers"])
-    attention = 2 * hidden * width * (heads + groups)
-    return Dimensions(shape, attention + hidden * shape.num_experts, 4 * heads * width)
-
-
-def _latent(config: Mapping[str, Any]) -> Dimensions:
-    """DeepSeek's latent attention, computed with keys and values written out (prefill); dense layers first."""
-    hidden, heads, intermediate = config["hidden_size"], config["num_attention_heads"], config["moe_intermediate_size"]
-    rope, nope, values = config["qk_rope_head_dim"], config["qk_nope_head_dim"], config["v_head_dim"]
-    dense = config["first_k_dense_replace"]
-    num_layers = config["num_hidden_layers"] - dense
-    shape = ModelShape(hidden, intermediate, _num_experts(config), config["num_experts_per_tok"], num_layers)
-    queries = config["q_lora_rank"] * (hidden + heads * (nope + rope)) if config["q_lora_rank"] else hidden * heads * (nope + rope)
-    keys = hidden * (config["kv_lora_rank"] + rope) + config["kv_lora_rank"] * heads * (nope + values)
-    attention = queries + keys + heads * values * hidden
-    pair_flops = 2 * heads * (nope + rope + values)
-    shared = 3 * hidden * intermediate * config["n_shared_experts"] + hidden * shape.num_experts
-    return Dimensions(shape, attention + shared, pair_flops, dense, attention + 3 * hidden * config["intermediate_size"] if dense else 0)
-
-
-_BY_TYPE = {
-    "qwen3_moe": lambda config: _grouped_query(config, "moe_intermediate_size"),
-    "mixtral": lambda config: _grouped_query(config, "intermediate_size"),
-    "deepseek_v3": _latent,
-}
+def _latent(facts: ModelFacts, latent: Latent) -> tuple[int, int]:
+    """Weights, and flops for a pair of tokens, of DeepSeek's latent attention, computed with keys and values written out (prefill)."""
+    hidden, heads, keys = facts.hidden, facts.num_heads, latent.nope + latent.rope
+    queries = latent.query_rank * (hidden + heads * keys) if latent.query_rank else hidden * heads * keys
+    key_values = hidden * (latent.key_rank + latent.rope) + latent.key_rank * heads * (latent.nope + latent.values)
+    return queries + key_values + heads * latent.values * hidden, 2 * heads * (keys + latent.values)

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import attend_busy, experts_busy, first_busy, graph_rows
+from pipemoe.plan.products import in_proportion, scaled
 
 ALONE, BUSY = 0, 1
 FINISH, FIRST_ATTEND = -2, -1  # the last works in `compute`
@@ -113,13 +114,13 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
             in_one_call[c, w] = one_call
             least = wave_rows[c, w] // num_ranks if one_call else owned[c, w].min()
             num_calls = 1 if one_call else calls[c, w]
-            busy = (wave_rows[c, w] - least) * rates.dispatch_row_ps // 1000
+            busy = scaled(wave_rows[c, w] - least, rates.dispatch_row_ps, 1000)
             exchange[c, DISPATCH, w, ALONE] = rates.dispatch_fixed_ns + num_calls * rates.dispatch_segment_ns + busy
             exchange[c, DISPATCH, w, BUSY] = busy
             moved = wave_rows[c, w] - (least if one_call else 0)
             if gather:
                 moved, num_calls = (num_ranks - 1) * owned[c, w].max(), calls[c, w]
-            busy = moved * rates.combine_row_ps // 1000
+            busy = scaled(moved, rates.combine_row_ps, 1000)
             exchange[c, COMBINE, w, ALONE] = rates.combine_fixed_ns + num_calls * rates.combine_segment_ns + busy
             exchange[c, COMBINE, w, BUSY] = busy
         total = 0
@@ -136,8 +137,8 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
             if rows[c, r]:
                 busy = busy_of[r]
                 if num_ranks > 1:
-                    crowd = rates.attend_crowd_permille * min(busy, (total - busy) // (num_ranks - 1)) // 1000
-                    first_of[r] += first_of[r] * crowd // max(1, busy)
+                    crowd = scaled(min(busy, (total - busy) // (num_ranks - 1)), rates.attend_crowd_permille, 1000)
+                    first_of[r] += in_proportion(first_of[r], crowd, max(1, busy))
                     busy += crowd
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
                 first_busy_ns = busy + first_of[r]

@@ -12,6 +12,7 @@ from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
+from pipemoe.plan.magnitude import check_magnitude
 from pipemoe.plan.order import merge_orders, order_keys
 from pipemoe.plan.schedule import Cohort, Facts, ModelShape, Plan, PlanConfig, Segment, Wave
 from pipemoe.plan.sms import forced_sms_left, usual_sms_left
@@ -21,8 +22,8 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     """Plan one forward pass.
 
     facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by default
-    what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, ConfigError if
-    the assignment puts a later chunk of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs, or
+    what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, or the step is too long for
+    the planner's arithmetic (see magnitude), ConfigError if the assignment puts a later chunk of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs, or
     fewer multiprocessors than `num_sms`.
     """
     num_blocks, most = config.combine_blocks or 1, most_blocks(shape.hidden)
@@ -32,6 +33,7 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     for rank, tokens in enumerate(facts.tokens):
         if tokens > config.max_tokens_per_rank:
             raise InputError(f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}")
+    check_magnitude(facts, shape, config, cost)
     arrivals = bool(config.arrivals)
     if assignment is None and config.mode == "auto":
         assignment, num_blocks, arrivals, sms_left = auto_assignment(facts, shape, config, cost)

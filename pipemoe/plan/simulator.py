@@ -11,6 +11,7 @@ from pipemoe.plan.arrival_costs import take_as_they_arrive
 from pipemoe.plan.column_costs import cut_columns
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
+from pipemoe.plan.magnitude import check_magnitude
 from pipemoe.plan.schedule import Op, OpKind, Plan
 from pipemoe.plan.simulator_core import run_clock
 from pipemoe.plan.simulator_rules import NEVER
@@ -40,10 +41,12 @@ class Prediction:
 
 
 def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
-    """Predict `plan`. spans: also when each operation runs. Raises PlanError if it can never end (no sound plan does)."""
+    """Predict `plan`. spans: also when each operation runs. Raises PlanError if it can never end (no sound plan does), InputError if it
+    takes longer than can be reckoned with."""
     num_ranks, num_cohorts, num_layers = plan.facts.num_ranks, len(plan.cohorts), plan.shape.num_layers
     if not plan.cohorts:
         return Prediction((None,) * num_ranks, ((),) * num_ranks, (0,) * num_ranks, ((),) * num_ranks)
+    check_magnitude(plan.facts, plan.shape, plan.config, cost)
     costs = costs_of(plan, cost)
     waves = int(costs.num_waves.max())
     keys = np.full((num_cohorts, num_layers * (1 + 3 * waves) + 1), NEVER, np.int64)

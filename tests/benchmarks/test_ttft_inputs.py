@@ -76,7 +76,7 @@ def test_presets_are_configs_that_can_be_cut(name):
     model = BenchModel(name)
     layers = model.first_moe_layer + 1
     with model.source(layers) as source:
-        config, directory = read_config(source)
+        config, directory = read_config(source, random_weights=model.random_weights)
         assert directory is None and config.num_hidden_layers == layers
         assert len(check_config(config).moe_layers(config)) == 1
     assert MODEL_CONFIGS[name]["num_hidden_layers"] == model.num_layers  # cutting left the preset as it was

@@ -77,16 +77,71 @@ def test_others_are_quantised_while_loading(directories):
     assert all(layer_weights.is_quantised for layer_weights in random)
 
 
-@pytest.mark.parametrize("change", ["missing", "shape"])
-def test_scales_that_do_not_fit(directories, tmp_path, change):
+@pytest.mark.parametrize("part", ["mlp.experts.6.down_proj", "self_attn.o_proj"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda scales: None, " is stored as F8_E4M3, and {name}_scale_inv is missing"),
+        (lambda scales: scales[:1].clone(), r"_scale_inv has shape \(1, \d\) .* wanted, shape \(2, \d\)"),
+        (lambda scales: scales[None].clone(), r"_scale_inv has shape \(1, 2, \d\)"),
+        (lambda scales: scales.reshape(-1)[0].clone(), r"_scale_inv has shape \(\)"),
+        (lambda scales: scales.to(torch.int8), "_scale_inv has shape .* and is stored as I8"),
+    ],
+    ids=["missing", "short", "three_axes", "one", "whole_numbers"],
+)
+def test_scales_that_do_not_fit(directories, tmp_path, part, change, message):
     stored = load_file(directories[0] / SHARD)
-    name = "model.layers.1.mlp.experts.6.down_proj.weight"
-    scales = stored.pop(f"{name}_scale_inv")
-    if change == "shape":
-        stored[f"{name}_scale_inv"] = scales[:1].clone()
+    name = f"model.layers.1.{part}.weight"
+    scales = change(stored.pop(f"{name}_scale_inv"))
+    if scales is not None:
+        stored[f"{name}_scale_inv"] = scales
     save_file(stored, tmp_path / SHARD, metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((directories[0] / "config.json").read_text())
-    message = "is stored as F8_E4M3" if change == "missing" else "_scale_inv has shape"
     for quantised in (False, True):
-        with pytest.raises(CheckpointError, match=f"^rank 1: .*{name}.*{message}" if change == "missing" else f"{name}{message}"):
+        with pytest.raises(CheckpointError, match=f"^rank 1: .*{name}{message.format(name=name)}"):
             load(tmp_path, quantised=quantised)
+
+
+def test_experts_of_which_only_some_are_quantised(directories, tmp_path):
+    """The first expert's names once stood for all of them: another's wide weights were then taken for scaled ones."""
+    stored, name = load_file(directories[0] / SHARD), "model.layers.1.mlp.experts.6.down_proj.weight"
+    stored[name] = dequantise_weight(stored[name], stored.pop(f"{name}_scale_inv"), torch.float32)
+    save_file(stored, tmp_path / SHARD, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((directories[0] / "config.json").read_text())
+    mixed, wanted = load(tmp_path, quantised=True)[1][0], load(directories[0], quantised=True)[1][0]
+    assert mixed.is_quantised
+    for field in ("gate_up", "down"):
+        a, b = (getattr(dequantise_experts(weights, torch.float32), field) for weights in (mixed, wanted))
+        assert torch.allclose(a, b, rtol=0.1, atol=1e-3)
+
+
+def test_experts_that_end_within_a_block(tmp_path):
+    """Gate and up have scales of their own, the two together have fewer: they are made anew."""
+    wide = tmp_path / "wide"
+    config = tiny_config("deepseek_v3", num_layers=2, hidden_size=256, moe_intermediate_size=48)
+    reference_model(config, "cpu", torch.float32, seed=3).save_pretrained(wide, save_original_format=True)
+    stored = load_file(wide / SHARD)
+    for name in [name for name in stored if "mlp.experts." in name]:
+        stored[name], stored[f"{name}_scale_inv"] = quantise_weight(stored[name])
+    save_file(stored, tmp_path / SHARD, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((wide / "config.json").read_text())
+    found, wanted = (dequantise_experts(load(folder, quantised=True)[1][0], torch.float32) for folder in (tmp_path, wide))
+    assert torch.allclose(found.gate_up, wanted.gate_up, rtol=0.15, atol=1e-3)
+
+
+def test_scales_that_are_not_finite(directories, tmp_path):
+    stored = load_file(directories[0] / SHARD)
+    stored["model.layers.1.mlp.experts.6.down_proj.weight_scale_inv"][0, 0] = float("nan")
+    save_file(stored, tmp_path / SHARD, metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((directories[0] / "config.json").read_text())
+    for quantised in (False, True):
+        with pytest.raises(CheckpointError, match="^rank 1: .*NaN"):
+            load(tmp_path, quantised=quantised)
+
+
+@pytest.mark.parametrize(("field", "value"), [("activation_scheme", "static"), ("fmt", "e5m2"), ("weight_block_size", [64, 64])])
+def test_other_ways_of_fp8_are_refused_by_name(directories, tmp_path, field, value):
+    config = json.loads((directories[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": FORMAT | {field: value}}))
+    with pytest.raises(CheckpointError, match=f"^rank 1: .*quantization_config: .*{field}.*bfloat16 first"):
+        load(tmp_path)

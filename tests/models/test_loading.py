@@ -14,8 +14,8 @@ from pipemoe.plan.schedule import ModelShape
 from tests.models.tiny import FAMILIES, tiny_config
 
 
-def load(source, rank=0, num_ranks=2, dtype=torch.float32, seed=0):
-    return load_decoder(source, rank=rank, num_ranks=num_ranks, device="cpu", dtype=dtype, seed=seed)
+def load(source, rank=0, num_ranks=2, dtype=torch.float32, seed=0, random_weights=False):
+    return load_decoder(source, rank=rank, num_ranks=num_ranks, device="cpu", dtype=dtype, seed=seed, random_weights=random_weights)
 
 
 @pytest.mark.parametrize(
@@ -33,13 +33,31 @@ def test_shape(family, shape):
     assert weights[0].gate_up.shape == (4, 2 * shape.intermediate, shape.hidden)
 
 
-def test_a_config_may_be_an_object_a_dict_or_a_json_file(tmp_path):
+def test_random_weights_for_an_object_and_where_asked_for(tmp_path):
     config = tiny_config("qwen3_moe")
     raw = json.loads(config.to_json_string(use_diff=False))
-    file = tmp_path / "my_model.json"
-    file.write_text(json.dumps(raw))
-    fingerprints = {load(source)[0].fingerprint for source in (config, raw, file, str(file))}
-    assert len(fingerprints) == 1
+    for name in ("my_model.json", "config.json"):
+        (tmp_path / name).write_text(json.dumps(raw))
+    sources = raw, tmp_path / "my_model.json", str(tmp_path / "config.json"), tmp_path, str(tmp_path)
+    fingerprints = {load(source, random_weights=True)[0].fingerprint for source in (config, *sources)}
+    assert fingerprints == {load(config)[0].fingerprint}
+
+
+def test_random_weights_are_never_a_surprise(tmp_path):
+    """A dict, the path of a config.json, or a file of any other name, once gave a model of random weights without a word."""
+    raw = json.loads(tiny_config("qwen3_moe").to_json_string(use_diff=False))
+    for name in ("config.json", "config"):
+        (tmp_path / name).write_text(json.dumps(raw))
+    for source, what in ((raw, "a dict"), (tmp_path / "config.json", "config.json is a file"), (str(tmp_path / "config"), "config is a file")):
+        with pytest.raises(CheckpointError, match=f"^rank 1: .*{what}.* has no weights: give a checkpoint directory, or random_weights=True"):
+            load(source, rank=1)
+    with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
+        load(tmp_path)
+    for source in (None, 7, ["a"]):
+        with pytest.raises(CheckpointError, match="cannot be loaded from a (NoneType|int|list); give a checkpoint directory"):
+            load(source)
+    with pytest.raises(ConfigError, match="random_weights is 'yes'"):
+        load(raw, random_weights="yes")
 
 
 def test_loading_leaves_the_callers_config_alone():
@@ -51,7 +69,7 @@ def test_loading_leaves_the_callers_config_alone():
 
 def test_configs_in_the_older_style_are_understood():
     raw = dict(model_type="deepseek_v3", rope_theta=1234.0, rope_scaling=dict(type="yarn", factor=4.0, mscale_all_dim=1.0))
-    config, directory = read_config(raw)
+    config, directory = read_config(raw, random_weights=True)
     assert directory is None
     assert config.rope_parameters["rope_theta"] == 1234.0 and config.rope_parameters["rope_type"] == "yarn"
 
@@ -91,13 +109,13 @@ def test_fingerprint_differs_with_config_seed_and_dtype():
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(mlp_only_layers=[0, 1, 2]), "none of the 3 decoder layers"),
         (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type is 'dynamic'"),
-        (dict(hidden_size="many"), "is not a valid qwen3_moe config"),
+        (dict(hidden_size="many"), "hidden_size is 'many'; it must be a whole number"),
     ],
 )
 def test_a_config_that_cannot_work_names_rank_and_reason(changes, message):
     raw = json.loads(tiny_config("qwen3_moe").to_json_string(use_diff=False)) | changes
     with pytest.raises(CheckpointError, match=f"^rank 1: (.*){message}"):
-        load(raw, rank=1)
+        load(raw, rank=1, random_weights=True)
 
 
 def test_no_config(tmp_path):

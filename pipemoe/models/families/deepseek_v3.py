@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SIGMOID, RoutingSpec
+from pipemoe.plan.model_facts import read_facts
 
 
 class DeepseekV3(Family):
@@ -17,7 +18,7 @@ class DeepseekV3(Family):
         return config.n_routed_experts
 
     def moe_layers(self, config) -> list[int]:
-        return list(range(config.first_k_dense_replace, config.num_hidden_layers))
+        return list(read_facts(config.to_dict()).moe_layers)
 
     def routing(self, config) -> RoutingSpec:
         return RoutingSpec(
@@ -26,8 +27,8 @@ class DeepseekV3(Family):
             scoring=SIGMOID,
             renormalise=config.norm_topk_prob,
             logits_in_float32=True,
-            num_groups=config.n_group or 1,
-            top_groups=config.topk_group or 1,
+            num_groups=config.n_group,
+            top_groups=config.topk_group,
             scale=config.routed_scaling_factor,
         )
 

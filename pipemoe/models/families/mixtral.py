@@ -24,7 +24,7 @@ class Mixtral(Family):
         )
 
     def checkpoint_names(self, name: str) -> list[str]:
-        return [name.replace(".mlp.", ".block_sparse_moe."), name]
+        return list(dict.fromkeys((name.replace(".mlp.", ".block_sparse_moe."), name)))
 
 
 FAMILY = Mixtral()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SOFTMAX, RoutingSpec
+from pipemoe.plan.model_facts import read_facts
 
 
 class Qwen3Moe(Family):
@@ -11,11 +12,7 @@ class Qwen3Moe(Family):
     plain_rms_norm = True
 
     def moe_layers(self, config) -> list[int]:
-        return [
-            layer
-            for layer in range(config.num_hidden_layers)
-            if layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
-        ]
+        return list(read_facts(config.to_dict()).moe_layers)
 
     def routing(self, config) -> RoutingSpec:
         return RoutingSpec(
