@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.exchange import check_lengths, decode_step, encode_step
@@ -111,6 +112,7 @@ class Runtime:
             error = e
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
+        self._is_first_step = True  # the callers' own code may compile in it
 
     def _compile_planner(self) -> None:
         """Plan something on rank 0 first: what it compiles (half a minute, once per machine) the others find in the cache."""
@@ -215,7 +217,7 @@ class Runtime:
         if self.world.device.type == "cuda" and self.world.size > 1:
             from pipemoe.comm import nccl
 
-            facts |= {"NCCL": str(nccl.library().get_version()), "NCCL_MAX_CTAS": str(nccl.max_ctas())}
+            facts |= {"NCCL": str(nccl.version()), "NCCL_MAX_CTAS": str(nccl.max_ctas())}
         return facts
 
     def submit_step(
@@ -241,7 +243,9 @@ class Runtime:
 
     def _step(self, lengths, source, error, only, timeline, on_done, future) -> None:
         engine = self.world.engine
-        facts = self._exchange(lengths, error)
+        seconds = max(engine.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
+        facts = self._exchange(lengths, error, seconds)
+        self._is_first_step = False
         engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
@@ -260,7 +264,7 @@ class Runtime:
             arriving=self._arriving if plan.arrivals else None,
             only=only,
             timed=timeline is not None,
-            on_progress=engine.note,
+            on_progress=partial(engine.note, seconds=seconds),
             on_done=lambda op: (self._count(), on_done(op)),
         )
         compared = False
@@ -270,14 +274,17 @@ class Runtime:
             if not compared and digests.done():
                 self._compare(digests.payloads)
                 compared = True
-            done = run.advance()
-            engine.doing = run.oldest() or engine.doing  # what an error or a peer will name
+            try:
+                done = run.advance()
+            finally:
+                engine.doing = run.failed_op or run.waited_for() or engine.doing  # what an error or a peer will name
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 self._resolve(run, future)
             return done and compared
 
         try:
-            engine.wait(ready, f"step {engine.step}")
+            engine.step_seconds = seconds
+            engine.wait(ready, f"step {engine.step}", seconds=seconds)
         except FatalError:
             raise
         except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
@@ -285,7 +292,8 @@ class Runtime:
         if timeline is not None:
             timeline.take(run.completed, run.issue_seconds)
         if self.config.debug:
-            self._check_issued(plan, only)
+            self._check_issued(plan, only, seconds)
+        engine.step_seconds = 0.0
         if not future.done():
             self._resolve(run, future)
 
@@ -305,7 +313,7 @@ class Runtime:
         self.world.announced = error
         return error
 
-    def _exchange(self, lengths: tuple[int, ...], error: PipemoeError | None) -> Facts:
+    def _exchange(self, lengths: tuple[int, ...], error: PipemoeError | None, seconds: float) -> Facts:
         world = self.world
         try:
             check_lengths(world.rank, lengths, self.config.max_tokens_per_rank)
@@ -318,7 +326,7 @@ class Runtime:
         doing = f"exchange of step {world.engine.step + 1}"
         message = encode_step(self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known)
         gathering = world.start_gathering(message, doing)
-        world.engine.wait(gathering.done, doing, needs_all=True)
+        world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         return decode_step(gathering.payloads)
 
     def plan(self, facts: Facts) -> Plan:
@@ -337,14 +345,15 @@ class Runtime:
         """Different plans would hang or corrupt the collectives: too late for a mild error."""
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
-            raise FatalError(f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)") from MismatchError("plan digests")
+            text = f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)"
+            raise FatalError(text, culprit=odd[0]) from MismatchError("plan digests")
 
-    def _check_issued(self, plan: Plan, only: Only) -> None:
+    def _check_issued(self, plan: Plan, only: Only, seconds: float) -> None:
         """Compare what every rank really issued with the plan (debug)."""
         log, self.world.transport.log = self.world.transport.log, None
         doing = "comparison of the ranks' logs"
         gathering = self.world.start_gathering(json.dumps(log).encode(), doing)
-        self.world.engine.wait(gathering.done, doing, needs_all=True)
+        self.world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
             verify(plan, row_bytes=self.wire.row_bytes, sum_bytes=self.combine_dtype.itemsize, issues=issues)
