@@ -29,11 +29,12 @@ from pipemoe.comm.lines import MAX_LINE, decode_line, encode_line
 from pipemoe.errors import PeerLost
 
 GREETING_SECONDS = 5.0  # for all of one connection's greeting. A rank that is late for that connects again
-MOST_GUESTS = 64  # connections that have been accepted and have not yet said who they are; one more, and the oldest goes
+MOST_GUESTS = 64  # connections that have not yet said who they are, beside one for each rank; one more, and the oldest goes
 _REFUSED_SECONDS = 5.0  # how long to try again where nobody listens, or somebody else
 _SILENT_SECONDS = 30.0  # for an answer from a host: its kernel gives it, however busy the rank is
 _PAUSE_SECONDS = 0.2  # between attempts
 _POLL_SECONDS = 0.05
+_FULL_SECONDS = 0.01
 _MAGIC, _NONCE_BYTES = b"pipemoe2", 32
 _HELLO = struct.Struct(f"<8s{_NONCE_BYTES}s")
 _ANSWER = struct.Struct(f"<8sq{_NONCE_BYTES}s32s")
@@ -164,8 +165,10 @@ class _Meeting:
         except OSError:  # who was there has gone, or there is no descriptor left for it
             if self._guests:
                 self._show_out(next(iter(self._guests)))
+            else:
+                time.sleep(_FULL_SECONDS)
             return
-        if len(self._guests) >= MOST_GUESTS:
+        if len(self._guests) >= MOST_GUESTS + len(self._addresses):
             self._show_out(next(iter(self._guests)))
         connection.setblocking(False)
         guest = self._guests[connection] = _Greeting(connection, secrets.token_bytes(_NONCE_BYTES), time.monotonic())

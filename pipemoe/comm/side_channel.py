@@ -8,10 +8,12 @@ message about it can name who is behind. Messages are JSON lines (lines.py), not
 from __future__ import annotations
 
 import math
+import os
 import selectors
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,9 +24,11 @@ from pipemoe.comm.lines import MAX_LINE, LineReader, Outbox, decode_line, encode
 HEARTBEAT_SECONDS = 0.25
 FLUSH_SECONDS = 1.0  # for last words to leave this host
 SILENT_SECONDS = 2.0  # a rank that was not heard for so long has stopped, or its host has gone
-_PROGRESS = {"step": int, "ops": int, "doing": str, "patience": float}  # what a heartbeat says
+_PROGRESS = {"step": int, "ops": int, "doing": str, "patience": (int, float)}  # what a heartbeat says
 _FLUSH_POLL_SECONDS = 0.005
 _BACKLOG = 128  # connections that the kernel keeps until the ranks meet
+
+_open_channels: weakref.WeakSet[SideChannel] | None = None  # once there is one: their sockets are closed in a child of this process
 
 
 @dataclass
@@ -85,6 +89,7 @@ class SideChannel:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.peers[peer].heard = time.monotonic()
                 self._links[peer] = _Link(connection)
+        _close_in_children(self)
         self._thread.start()
 
     def announce_failure(self, text: str, culprit: int | None = None) -> None:
@@ -135,15 +140,17 @@ class SideChannel:
             return peer.failure
         return f"its process ended, connection closed; last heard {time.monotonic() - peer.heard:.1f} s ago"
 
-    def silent(self) -> int | None:
-        """The rank that was not heard for longest, if that is so long that it must have stopped."""
-        rank = min((r for r in self.peers if not self.peers[r].left), key=lambda r: self.peers[r].heard, default=None)
-        return rank if rank is not None and time.monotonic() - self.peers[rank].heard > SILENT_SECONDS else None
+    def silent(self) -> tuple[int, float] | None:
+        """The rank that was not heard for longest, and for how many seconds, if that is so long that it must have stopped."""
+        heard, rank = min(((peer.heard, rank) for rank, peer in self.peers.items() if not peer.left), default=(math.inf, -1))
+        seconds = time.monotonic() - heard
+        return (rank, seconds) if seconds > SILENT_SECONDS else None
 
     def patience(self) -> float:
         """Seconds that the peers, of those that are there, want to be waited for."""
         now = time.monotonic()
-        return max((p.progress.get("patience", 0.0) for p in self.peers.values() if now - p.heard < SILENT_SECONDS), default=0.0)
+        asked = [p.progress.get("patience", 0.0) for p in self.peers.values() if now - p.heard < SILENT_SECONDS]
+        return max((seconds for seconds in asked if math.isfinite(seconds)), default=0.0)
 
     def describe(self) -> str:
         """One line per peer: how far it is and when it was last heard."""
@@ -236,3 +243,18 @@ class SideChannel:
             peer.left = True
         elif message:
             peer.progress = {key: message[key] for key, kind in _PROGRESS.items() if isinstance(message.get(key), kind)}
+
+
+def _close_in_children(channel: SideChannel) -> None:
+    """A forked child must not hold the connections open: the peers would not see this process end while the child lives."""
+    global _open_channels
+    if _open_channels is None:
+        _open_channels = weakref.WeakSet()
+        os.register_at_fork(after_in_child=_close_all)
+    _open_channels.add(channel)
+
+
+def _close_all() -> None:
+    for channel in list(_open_channels or ()):
+        for link in channel._links.values():  # without the lock: a thread that is not here may have held it
+            link.connection.close()

@@ -154,7 +154,11 @@ class Engine:
         if not self.side_channel or not self.side_channel.peers:
             return WatchdogTimeout(f"rank {self.rank}: {what} in {self.doing}")
         text = f"rank {self.rank}: {what} in {self.doing}; peers: {self.side_channel.describe()}"
-        return WatchdogTimeout(text, culprit=self.side_channel.silent())
+        silent = self.side_channel.silent()
+        if silent is None:
+            return WatchdogTimeout(text)
+        text += f"; rank {silent[0]} says nothing, heard {silent[1]:.1f} s ago: it has stopped, or its host cannot be reached"
+        return WatchdogTimeout(text, culprit=silent[0])
 
     def _named(self, error: BaseException) -> FatalError:
         """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and not which."""

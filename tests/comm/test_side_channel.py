@@ -1,6 +1,8 @@
 """The side channel: progress and failures between ranks (threads here) without MPI."""
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
@@ -198,7 +200,7 @@ def test_a_silent_peer_is_told_from_a_slow_one(channels, monkeypatch):
     monkeypatch.setattr(side_channel, "SILENT_SECONDS", 0.0)  # all but those heard this instant
     channels[2]._closing = True
     channels[2]._thread.join()
-    until(lambda: channels[0].silent() == 2)
+    until(lambda: (channels[0].silent() or (None,))[0] == 2)
     assert "rank 2: step 2, 20 operations done, x, heard" in channels[0].describe()
 
 
@@ -219,3 +221,30 @@ def test_across_hosts_it_listens_on_the_address_that_it_tells(monkeypatch):
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     channel.close()
+
+
+@pytest.mark.parametrize(("told", "wanted"), [(600, 600), (600.5, 600.5), (None, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), ("9", 0.0)])
+def test_peers_may_ask_for_patience_within_reason(told, wanted):
+    made = opened(2, lambda rank: {"step": 1, "patience": told if rank else 0.0})
+    try:
+        until(lambda: made[0].peers[1].progress.get("step") == 1)
+        assert made[0].patience() == wanted
+    finally:
+        for c in made:
+            c.close()
+
+
+def test_a_child_of_a_rank_does_not_keep_its_connections_open(channels):
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read, 1)  # until it is killed
+        os._exit(1)
+    try:
+        channels[1].close()
+        until(lambda: channels[0].peers[1].gone)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(read)
+        os.close(write)
