@@ -8,18 +8,16 @@ message about it can name who is behind. Messages are JSON lines (lines.py), not
 from __future__ import annotations
 
 import math
-import os
 import selectors
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from pipemoe.comm.address import own_address
 from pipemoe.comm.greeting import meet
-from pipemoe.comm.lines import MAX_LINE, LineReader, Outbox, decode_line, encode_line
+from pipemoe.comm.lines import MAX_LINE, LineReader, Outbox, cut, decode_line, encode_line
 
 HEARTBEAT_SECONDS = 0.25
 FLUSH_SECONDS = 1.0  # for last words to leave this host
@@ -27,8 +25,6 @@ SILENT_SECONDS = 2.0  # a rank that was not heard for so long has stopped, or it
 _PROGRESS = {"step": int, "ops": int, "doing": str, "patience": (int, float)}  # what a heartbeat says
 _FLUSH_POLL_SECONDS = 0.005
 _BACKLOG = 128  # connections that the kernel keeps until the ranks meet
-
-_open_channels: weakref.WeakSet[SideChannel] | None = None  # once there is one: their sockets are closed in a child of this process
 
 
 @dataclass
@@ -42,6 +38,7 @@ class Peer:
     gone: bool = False  # its socket closed
     left: bool = False  # it said good-bye: a socket that closes afterwards is no failure
     reason: str = ""  # why it left, if it said so
+    news: dict = field(default_factory=dict)  # what else it told
     lost_at: float = math.inf  # when its failure or its end was first seen
 
     @property
@@ -89,7 +86,6 @@ class SideChannel:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.peers[peer].heard = time.monotonic()
                 self._links[peer] = _Link(connection)
-        _close_in_children(self)
         self._thread.start()
 
     def announce_failure(self, text: str, culprit: int | None = None) -> None:
@@ -104,6 +100,10 @@ class SideChannel:
         """
         self._say_last({"left": True, "reason": reason})
 
+    def tell(self, **news: str | bool) -> None:
+        """Tell every peer something that is no step's matter, and outlives the world: it adds to what its `Peer.news` holds."""
+        self._send(encode_line({"news": {name: cut(value) if isinstance(value, str) else value for name, value in news.items()}}), keep=True)
+
     def all_have_left(self) -> bool:
         """Has every peer said good-bye, or ended?"""
         return all(peer.left or peer.gone for peer in self.peers.values())
@@ -113,10 +113,14 @@ class SideChannel:
         self._closing = True
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(FLUSH_SECONDS)
+        self.disown()
+
+    def disown(self) -> None:
+        """Let go of the sockets. So must a process forked from this one: its copies would keep them open when this one ends."""
+        self._closing = True
         self._listener.close()
-        with self._lock:
-            for link in self._links.values():
-                link.connection.close()
+        for link in self._links.values():  # without the lock, which somebody may have held at the fork
+            link.connection.close()
 
     def failed(self) -> tuple[int, str] | None:
         """The rank behind it all, as far as is known here, and why it is lost; None if none is.
@@ -233,7 +237,7 @@ class SideChannel:
     def _hear(self, peer: Peer, line: bytes) -> None:
         peer.heard = time.monotonic()
         message = decode_line(line) or {}
-        failure, culprit, reason = (message.get(key) for key in ("failure", "culprit", "reason"))
+        failure, culprit, reason, news = (message.get(key) for key in ("failure", "culprit", "reason", "news"))
         if isinstance(failure, str):
             peer.culprit = culprit if type(culprit) is int and culprit in self.peers else None
             peer.lost_at = min(peer.lost_at, peer.heard)
@@ -241,20 +245,7 @@ class SideChannel:
         elif message.get("left") is True:
             peer.reason = reason if isinstance(reason, str) else ""
             peer.left = True
+        elif isinstance(news, dict):
+            peer.news |= {name: value for name, value in news.items() if isinstance(value, (str, int, float))}
         elif message:
             peer.progress = {key: message[key] for key, kind in _PROGRESS.items() if isinstance(message.get(key), kind)}
-
-
-def _close_in_children(channel: SideChannel) -> None:
-    """A forked child must not hold the connections open: the peers would not see this process end while the child lives."""
-    global _open_channels
-    if _open_channels is None:
-        _open_channels = weakref.WeakSet()
-        os.register_at_fork(after_in_child=_close_all)
-    _open_channels.add(channel)
-
-
-def _close_all() -> None:
-    for channel in list(_open_channels or ()):
-        for link in channel._links.values():  # without the lock: a thread that is not here may have held it
-            link.connection.close()

@@ -62,6 +62,13 @@ def test_a_failure_is_heard_with_its_reason(channels):
         assert c.failed() == (2, "rank 2: out of luck")
 
 
+def test_news_add_up(channels):
+    channels[1].tell(exiting=True)
+    channels[1].tell(finalised=True, why="x")
+    until(lambda: len(channels[0].peers[1].news) == 3)
+    assert channels[0].peers[1].news == {"exiting": True, "finalised": True, "why": "x"} and channels[0].failed() is None
+
+
 @pytest.mark.parametrize("unit", ["x", "\U0001f4a9", "\ud800"])
 def test_a_failure_of_any_length_is_heard(channels, unit):
     channels[2].announce_failure("rank 2: why" + 10**6 * unit)
@@ -238,6 +245,8 @@ def test_a_child_of_a_rank_does_not_keep_its_connections_open(channels):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        for c in channels:
+            c.disown()
         os.read(read, 1)  # until it is killed
         os._exit(1)
     try:
