@@ -32,7 +32,14 @@ class ModelError(PipemoeError):
 
 
 class FatalError(PipemoeError):
-    """The ranks can no longer work together; the process ends after this one."""
+    """The ranks can no longer work together; the process ends after this one.
+
+    culprit: the rank behind it, if that is known and is not the one that raises.
+    """
+
+    def __init__(self, *args: object, culprit: int | None = None) -> None:
+        super().__init__(*args)
+        self.culprit = culprit
 
 
 class WatchdogTimeout(FatalError):
@@ -40,7 +47,7 @@ class WatchdogTimeout(FatalError):
 
 
 class PeerLost(FatalError):
-    """Another rank died, or said that it is ending."""
+    """Another rank died, cannot be reached, or said that it is ending."""
 
 
 _MOST_WORDS = 4000  # characters of somebody else's message that travel in ours

@@ -15,6 +15,7 @@ BLOCK = 512  # bytes that travel in the first collective; longer messages need a
 _LENGTH = struct.Struct("<q")
 _ROOM = BLOCK - _LENGTH.size
 _DOING_LENGTH = struct.Struct("<H")
+_LONGEST_DOING = 1000  # characters
 
 
 class Gathering(Protocol):
@@ -77,7 +78,7 @@ class MpiGathering:
 
 def pack_message(payload: bytes, doing: str) -> bytes:
     """What one rank sends: `payload`, and what it is for."""
-    text = doing.encode()
+    text = doing[:_LONGEST_DOING].encode(errors="backslashreplace")
     return _DOING_LENGTH.pack(len(text)) + text + payload
 
 

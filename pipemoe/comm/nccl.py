@@ -6,16 +6,55 @@ never share any. A group of broadcasts is one operation to NCCL (since 2.29 one 
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from pipemoe.comm.transport import WaveSums, gather_transfers, sum_in_rank_order
-from pipemoe.errors import ConfigError
+from pipemoe.errors import ConfigError, FatalError
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
 from pipemoe.plan.verify import Room
 
+# Results that cupy has no name for: it raises a KeyError of the number.
+_RESULTS = {6: "a peer has failed, or the network to it", 7: "in progress", 8: "timed out"}
+_IN_PROGRESS = 7
 _MOST_CTAS = 8  # thread blocks per communicator, unless NCCL_MAX_CTAS says otherwise
+
+
+class NcclFailed(FatalError):
+    """NCCL gave a result that cupy has no name for; a lost peer may be behind it."""
+
+
+@contextlib.contextmanager
+def _named(doing: str) -> Iterator[None]:
+    """Raise such a result as NcclFailed."""
+    try:
+        yield
+    except KeyError as error:
+        raise _failed(error, doing) from None
+
+
+def _failed(error: KeyError, doing: str) -> Exception:
+    """What a KeyError that cupy raised means; any other KeyError as it is."""
+    number = error.args[0] if error.args else None
+    if type(number) is not int:
+        return error
+    cure = "; communicators must be blocking: unset NCCL_COMM_BLOCKING" if number == _IN_PROGRESS else ""
+    return NcclFailed(f"NCCL: {_RESULTS.get(number, 'unknown result')} (result {number}) in {doing}{cure}")
+
+
+def unique_ids(num_ids: int) -> list[bytes]:
+    """As many new ids of communicators."""
+    with _named("making ids of communicators"):
+        return [library().get_unique_id() for _ in range(num_ids)]
+
+
+def version() -> int:
+    """NCCL's, as it writes it itself: 22703 is 2.27.3."""
+    with _named("asking for its version"):
+        return library().get_version()
 
 
 def library() -> Any:
@@ -60,10 +99,17 @@ class NcclTransport:
             torch.float16: self._nccl.NCCL_FLOAT16,
             torch.bfloat16: self._nccl.NCCL_BFLOAT16,
         }
-        self._comms = [self._nccl.NcclCommunicator(size, unique_id, rank) for unique_id in ids]
+        with _named(f"making communicators of rank {rank}"):
+            self._comms = [self._nccl.NcclCommunicator(size, unique_id, rank) for unique_id in ids]
         self._dispatch, self._combine = self._comms[0::2], self._comms[1::2]
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: Any) -> None:
+        try:
+            self._send(slot, buffer, wave, exchange, rows)
+        except KeyError as error:
+            raise _failed(error, f"dispatch of rank {self.rank}") from None
+
+    def _send(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: Any) -> None:
         comm, stream, row_bytes = self._dispatch[slot], _current_stream(), rows.shape[1]
         base, kind = rows.data_ptr(), self._nccl.NCCL_UINT8
         if exchange == "padded":
@@ -78,12 +124,15 @@ class NcclTransport:
         self._nccl.groupEnd()
 
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> None:
-        if combine == "gather":
-            self._gather(slot, buffer, wave, sums)
-        elif exchange == "padded":
-            self._reduce_scatter(slot, buffer, wave, sums)
-        else:
-            self._reduce(slot, buffer, wave, sums)
+        try:
+            if combine == "gather":
+                self._gather(slot, buffer, wave, sums)
+            elif exchange == "padded":
+                self._reduce_scatter(slot, buffer, wave, sums)
+            else:
+                self._reduce(slot, buffer, wave, sums)
+        except KeyError as error:
+            raise _failed(error, f"combine of rank {self.rank}") from None
 
     def _reduce(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
         comm, stream, results, aside = self._combine[slot], _current_stream(), iter(sums.results), []
@@ -132,12 +181,17 @@ class NcclTransport:
     def check(self) -> None:
         """Raise what NCCL noticed by itself (network errors; not a peer killed on NVLink)."""
         for comm in self._comms:
-            comm.check_async_error()
+            try:
+                comm.check_async_error()
+            except KeyError as error:
+                if error.args != (_IN_PROGRESS,):
+                    raise _failed(error, f"the communicators of rank {self.rank}") from None
 
     def abort(self) -> None:
         """End the kernels of all communicators; may block, and must come before the communicators are dropped."""
-        for comm in self._comms:
-            comm.abort()
+        with _named(f"aborting communicators of rank {self.rank}"):
+            for comm in self._comms:
+                comm.abort()
 
     def close(self) -> None:
         """Give the communicators back, by NCCL's abort: its destroy is a collective call, and would wait for ranks that go on."""

@@ -2,23 +2,29 @@
 
 MPI and NCCL say nothing when a peer dies on NVLink or stops; a socket does: end of file at once when the process is gone, and
 silence when it hangs. Each rank tells its peers every quarter of a second how far it is; when something goes wrong the
-message about it can name who is behind. Messages are JSON lines, nothing is ever unpickled.
+message about it can name who is behind. Messages are JSON lines (lines.py), nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import math
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from pipemoe.comm.address import own_address
+from pipemoe.comm.greeting import meet
+from pipemoe.comm.lines import MAX_LINE, LineReader, Outbox, cut, decode_line, encode_line
+
 HEARTBEAT_SECONDS = 0.25
-GREETING_SECONDS = 2.0
-MAX_LINE = 1 << 16
+FLUSH_SECONDS = 1.0  # for last words to leave this host
+SILENT_SECONDS = 2.0  # a rank that was not heard for so long has stopped, or its host has gone
+_PROGRESS = {"step": int, "ops": int, "doing": str, "patience": (int, float)}  # what a heartbeat says
+_FLUSH_POLL_SECONDS = 0.005
+_BACKLOG = 128  # connections that the kernel keeps until the ranks meet
 
 
 @dataclass
@@ -28,79 +34,127 @@ class Peer:
     heard: float = field(default_factory=time.monotonic)  # when it last said something
     progress: dict = field(default_factory=dict)  # its last heartbeat: step, ops, doing
     failure: str | None = None  # why it is ending, in its own words
+    culprit: int | None = None  # the rank that it ends for, if not for itself
     gone: bool = False  # its socket closed
     left: bool = False  # it said good-bye: a socket that closes afterwards is no failure
+    reason: str = ""  # why it left, if it said so
+    news: dict = field(default_factory=dict)  # what else it told
+    lost_at: float = math.inf  # when its failure or its end was first seen
+
+    @property
+    def is_lost(self) -> bool:
+        return self.failure is not None or (self.gone and not self.left)
+
+
+@dataclass
+class _Link:
+    """The connection to a peer."""
+
+    connection: socket.socket
+    reader: LineReader = field(default_factory=LineReader)
+    outbox: Outbox = field(default_factory=Outbox)
 
 
 class SideChannel:
     """Full mesh of TCP connections, served by one daemon thread per rank."""
 
     def __init__(self, rank: int, size: int, one_host: bool, progress: Callable[[], dict], tick: Callable[[], None]) -> None:
-        """one_host: all ranks are on this host, so listen on loopback only. progress: what to tell the peers. tick: called about
-        every quarter of a second on the channel's own thread, so that an engine thread stuck in a library call is noticed too."""
+        """one_host: all ranks are on this host, so listen on loopback; else on the one address that the others are told. progress: what
+        to tell the peers. tick: called about every quarter of a second on the channel's own thread, so that an engine thread stuck in a
+        library call is noticed too. Raises ConfigError if PIPEMOE_INTERFACE names no interface."""
         self.rank, self.size = rank, size
         self.peers = {r: Peer() for r in range(size) if r != rank}
+        self.error: BaseException | None = None  # what went wrong on its own thread: the watch over the engine may have ended with it
         self._progress, self._tick = progress, tick
-        self._sockets: dict[int, socket.socket] = {}
-        self._buffers: dict[int, bytes] = {}
-        self._lock = threading.Lock()
+        self._links: dict[int, _Link] = {}
+        self._lock = threading.Lock()  # of what is sent: failures come from any thread
         self._closing = False
-        self._host = "127.0.0.1" if one_host else _own_address()
-        self._listener = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=max(size, 8))
+        self._thread = threading.Thread(target=self._run, name="pipemoe side channel", daemon=True)
+        self._listener = socket.create_server(("127.0.0.1" if one_host else own_address(), 0), backlog=_BACKLOG + size)
 
     def address(self) -> tuple[str, int]:
         """Where peers reach this rank."""
-        return self._host, self._listener.getsockname()[1]
+        return self._listener.getsockname()[:2]
 
-    def connect(self, addresses: list[tuple[str, int]], token: str, timeout: float) -> None:
-        """Connect to every lower rank and accept every higher one; `token` (the same on all ranks) keeps strangers out."""
-        deadline = time.monotonic() + timeout
-        for peer in range(self.rank):
-            connection = socket.create_connection(addresses[peer], timeout=timeout)
-            connection.sendall(json.dumps({"token": token, "rank": self.rank}).encode() + b"\n")
-            self._add(peer, connection)
-        while len(self._sockets) < self.size - 1:
-            self._listener.settimeout(max(0.01, deadline - time.monotonic()))
-            connection, _ = self._listener.accept()
-            connection.settimeout(GREETING_SECONDS)  # a stranger that says nothing must not keep the ranks waiting
-            peer = _greeting(connection, token)
-            if peer in self.peers and peer not in self._sockets:
-                self._add(peer, connection)
-            else:
-                connection.close()
-        self._listener.close()
-        threading.Thread(target=self._serve, name="pipemoe side channel", daemon=True).start()
+    def connect(self, addresses: Sequence[tuple[str, int]], token: str, timeout: float) -> None:
+        """Meet every other rank, in `timeout` seconds at most; `token` (the same on all ranks) keeps strangers out, and does not travel.
 
-    def _add(self, peer: int, connection: socket.socket) -> None:
-        connection.settimeout(1.0)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._sockets[peer], self._buffers[peer] = connection, b""
+        Raises PeerLost, which names the rank that is not there and its address.
+        """
+        with self._listener:
+            for peer, connection in meet(self.rank, self._listener, addresses, token, timeout).items():
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.peers[peer].heard = time.monotonic()
+                self._links[peer] = _Link(connection)
+        self._thread.start()
 
-    def announce_failure(self, text: str) -> None:
-        """Tell every peer that this rank is ending, and why."""
-        self._send({"failure": text})
+    def announce_failure(self, text: str, culprit: int | None = None) -> None:
+        """Tell every peer that this rank is ending, and why: for itself, or for rank `culprit`. Returns when that has left, or after a
+        second."""
+        self._say_last({"failure": text, "culprit": culprit})
 
-    def say_good_bye(self) -> None:
-        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed socket for a failure."""
-        self._send({"left": True})
+    def say_good_bye(self, reason: str = "") -> None:
+        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed socket for a failure.
+
+        reason: why, where it is not that all is done. Returns when that has left, or after a second.
+        """
+        self._say_last({"left": True, "reason": reason})
+
+    def tell(self, **news: str | bool) -> None:
+        """Tell every peer something that is no step's matter, and outlives the world: it adds to what its `Peer.news` holds."""
+        self._send(encode_line({"news": {name: cut(value) if isinstance(value, str) else value for name, value in news.items()}}), keep=True)
 
     def all_have_left(self) -> bool:
         """Has every peer said good-bye, or ended?"""
         return all(peer.left or peer.gone for peer in self.peers.values())
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Say nothing more, and give everything back."""
         self._closing = True
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(FLUSH_SECONDS)
+        self.disown()
+
+    def disown(self) -> None:
+        """Let go of the sockets. So must a process forked from this one: its copies would keep them open when this one ends."""
+        self._closing = True
+        self._listener.close()
+        for link in self._links.values():  # without the lock, which somebody may have held at the fork
+            link.connection.close()
 
     def failed(self) -> tuple[int, str] | None:
-        """The first peer known to be lost, and why."""
-        for rank, peer in self.peers.items():
-            if peer.failure is not None:
-                return rank, peer.failure
-        for rank, peer in self.peers.items():
-            if peer.gone and not peer.left:
-                return rank, "its process ended (connection closed)"
-        return None
+        """The rank behind it all, as far as is known here, and why it is lost; None if none is.
+
+        That is whoever was lost first. A rank that says that it ends for another is believed, and the other is named.
+        """
+        lost = [rank for rank, peer in self.peers.items() if peer.is_lost]
+        if not lost:
+            return None
+        rank = min(lost, key=lambda r: self.peers[r].lost_at)
+        why, seen = self._why(rank), {rank}
+        while (culprit := self.peers[rank].culprit) in self.peers and culprit not in seen:
+            rank = culprit
+            seen.add(rank)
+            why = self._why(rank) if self.peers[rank].is_lost else why
+        return rank, why
+
+    def _why(self, rank: int) -> str:
+        peer = self.peers[rank]
+        if peer.failure is not None:
+            return peer.failure
+        return f"its process ended, connection closed; last heard {time.monotonic() - peer.heard:.1f} s ago"
+
+    def silent(self) -> tuple[int, float] | None:
+        """The rank that was not heard for longest, and for how many seconds, if that is so long that it must have stopped."""
+        heard, rank = min(((peer.heard, rank) for rank, peer in self.peers.items() if not peer.left), default=(math.inf, -1))
+        seconds = time.monotonic() - heard
+        return (rank, seconds) if seconds > SILENT_SECONDS else None
+
+    def patience(self) -> float:
+        """Seconds that the peers, of those that are there, want to be waited for."""
+        now = time.monotonic()
+        asked = [p.progress.get("patience", 0.0) for p in self.peers.values() if now - p.heard < SILENT_SECONDS]
+        return max((seconds for seconds in asked if math.isfinite(seconds)), default=0.0)
 
     def describe(self) -> str:
         """One line per peer: how far it is and when it was last heard."""
@@ -111,86 +165,87 @@ class SideChannel:
             lines.append(f"rank {rank}: step {p.get('step', '?')}, {p.get('ops', '?')} operations done, {p.get('doing', '?')}, heard {now - peer.heard:.1f} s ago")
         return "; ".join(lines)
 
-    def _send(self, message: dict) -> None:
-        line = json.dumps(message).encode()[: MAX_LINE - 1] + b"\n"
-        with self._lock:
-            for rank, connection in list(self._sockets.items()):
-                try:
-                    connection.sendall(line)
-                except TimeoutError:
-                    continue  # it does not read: stopped, not gone
-                except OSError:
-                    self._drop(rank)
+    # Sending, from any thread; a connection takes what it can, and the rest waits in its outbox.
 
-    def _drop(self, rank: int) -> None:
-        self.peers[rank].gone = True
+    def _say_last(self, message: dict) -> None:
+        """Hand in a message that must arrive, and see it off."""
+        self._send(encode_line(message), keep=True)
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while any(link.outbox for link in self._links.values()) and time.monotonic() < deadline:
+            time.sleep(_FLUSH_POLL_SECONDS)
+            self._send()
+
+    def _send(self, line: bytes = b"", *, keep: bool = False) -> None:
+        """Send every peer what waits for it, and `line`."""
+        with self._lock:
+            for link in self._links.values():
+                if line:
+                    link.outbox.put(line, keep=keep)
+                try:
+                    link.outbox.send(link.connection)
+                except (OSError, ValueError):  # it has ended, which its last words, yet to be read, explain
+                    link.outbox.clear()
+
+    # Hearing, on the channel's own thread.
+
+    def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:  # noqa: BLE001  (the engine says so: a rank that hears nothing is broken)
+            self.error = error
 
     def _serve(self) -> None:
-        selector = selectors.DefaultSelector()
-        for rank, connection in self._sockets.items():
-            selector.register(connection, selectors.EVENT_READ, rank)
-        beat = 0.0
-        while not self._closing:
-            if time.monotonic() >= beat:
-                self._send(self._progress())
-                self._tick()
-                beat = time.monotonic() + HEARTBEAT_SECONDS
-            for key, _ in selector.select(timeout=HEARTBEAT_SECONDS / 5):
-                rank = key.data
-                try:
-                    data = key.fileobj.recv(MAX_LINE)
-                except TimeoutError:
-                    continue
-                except OSError:
-                    data = b""
-                if not data:
-                    selector.unregister(key.fileobj)
-                    self._drop(rank)
-                    continue
-                *lines, self._buffers[rank] = (self._buffers[rank] + data).split(b"\n")
-                for line in lines:
-                    self._hear(rank, line)
+        with selectors.DefaultSelector() as selector:
+            for rank, link in self._links.items():
+                selector.register(link.connection, selectors.EVENT_READ, rank)
+            beat = 0.0
+            while not self._closing:
+                if time.monotonic() >= beat:
+                    self._beat()
+                    beat = time.monotonic() + HEARTBEAT_SECONDS
+                for key, _ in selector.select(HEARTBEAT_SECONDS / 5):
+                    if not self._listen(key.data):
+                        selector.unregister(key.fileobj)
 
-    def _hear(self, rank: int, line: bytes) -> None:
-        peer = self.peers[rank]
-        peer.heard = time.monotonic()
+    def _beat(self) -> None:
         try:
-            message = json.loads(line)
-        except ValueError:
-            return
-        if not isinstance(message, dict):
-            return
-        if "failure" in message:
-            peer.failure = str(message["failure"])
-        elif message.get("left"):
+            line = encode_line(self._progress())
+        except Exception as error:  # noqa: BLE001  (what cannot be told must not end the telling)
+            line = encode_line({"doing": f"unknown ({type(error).__name__})"})
+        self._send(line)
+        try:
+            self._tick()
+        except Exception as error:  # noqa: BLE001  (the peers go on hearing from this rank)
+            self.error = error
+
+    def _listen(self, rank: int) -> bool:
+        """Take what has come from a peer; False once there will be nothing more."""
+        link, peer = self._links[rank], self.peers[rank]
+        try:
+            data = link.connection.recv(MAX_LINE)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except (OSError, ValueError):
+            data = b""
+        for line in link.reader.feed(data):
+            self._hear(peer, line)
+        if not data:
+            peer.lost_at = min(peer.lost_at, time.monotonic())
+            peer.gone = True
+        return bool(data)
+
+    def _hear(self, peer: Peer, line: bytes) -> None:
+        peer.heard = time.monotonic()
+        message = decode_line(line) or {}
+        failure, culprit, reason, news = (message.get(key) for key in ("failure", "culprit", "reason", "news"))
+        if isinstance(failure, str):
+            peer.culprit = culprit if type(culprit) is int and culprit in self.peers else None
+            peer.lost_at = min(peer.lost_at, peer.heard)
+            peer.failure = failure
+        elif message.get("left") is True:
+            peer.reason = reason if isinstance(reason, str) else ""
             peer.left = True
-        else:
-            peer.progress = message
-
-
-def _greeting(connection: socket.socket, token: str) -> int | None:
-    """The rank that a new connection says it is, or None for a stranger."""
-    data = b""
-    try:
-        while not data.endswith(b"\n") and len(data) < 512:
-            more = connection.recv(1)
-            if not more:
-                return None
-            data += more
-        hello = json.loads(data)
-        return hello["rank"] if hello.get("token") == token else None
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-
-
-def _own_address() -> str:
-    """The address under which other hosts reach this one: that of its own name, unless it resolves to loopback, as on Debian; then
-    that of the interface of the default route."""
-    with contextlib.suppress(OSError):
-        address = socket.gethostbyname(socket.gethostname())
-        if not address.startswith("127."):
-            return address
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: it only chooses a route
-        return probe.getsockname()[0]
-    return "127.0.0.1"
+        elif isinstance(news, dict):
+            peer.news |= {name: value for name, value in news.items() if isinstance(value, (str, int, float))}
+        elif message:
+            peer.progress = {key: message[key] for key, kind in _PROGRESS.items() if isinstance(message.get(key), kind)}

@@ -196,9 +196,16 @@ class World:
             self._warm_up()
 
     def _open_side_channel(self) -> None:
-        engine = self.engine
+        from mpi4py import MPI
+
+        engine, error = self.engine, None
+        engine.library_errors = (MPI.Exception,)
         hosts = self._exchange(socket.gethostname().encode(), "meeting the other ranks")
-        channel = SideChannel(self.rank, self.size, len(set(hosts)) == 1, engine.progress, engine.watch)
+        try:
+            channel = SideChannel(self.rank, self.size, len(set(hosts)) == 1, engine.progress, engine.watch)
+        except (OSError, ConfigError) as e:
+            error = e if isinstance(e, ConfigError) else ConfigError(f"no socket to hear the other ranks at: {e}")
+        self._raise_on_all(error, "opening the side channel")
         host, port = channel.address()
         met = [p.decode().split() for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")]
         channel.connect([(h, int(p)) for h, p, _ in met], met[0][2], self.setup_seconds)
@@ -219,8 +226,9 @@ class World:
         try:
             room.check(self.num_slots)
             library = nccl.library()
+            self.engine.library_errors += (library.NcclError, nccl.NcclFailed)
             if self.rank == 0:
-                ids = [library.get_unique_id() for _ in range(2 * self.num_slots)]
+                ids = nccl.unique_ids(2 * self.num_slots)
         except PipemoeError as e:
             error = e
         self._raise_on_all(error, "checking room for thread blocks")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 EXIT_CODE = 70  # of a process that ended because the ranks could no longer work together (EX_SOFTWARE)
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
+_NAMED_SECONDS = 0.5  # for the side channel to say which rank is behind an error of MPI or NCCL, which may be there first
+_IN_CALL_SECONDS = 3.0  # in a library's call; from then on, a peer that is lost ends it
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
 _OUTPUT_SECONDS = 1.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
@@ -44,16 +46,19 @@ class Engine:
         self.wake = threading.Event()  # set by whoever has news for the engine's thread
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
+        self.library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL: a lost peer may be behind one
         self.moves_transfers = False  # polling moves the steps' collectives along (MPI's)
         self.failure: FatalError | None = None
         self._closed = False
         self.step = 0
+        self.step_seconds = 0.0  # that the step under way may take without progress; peers that wait for it wait as long
         self.ops_done = 0
         self.doing: object = "idle"  # anything whose str() names it
         self._alive: float | None = None  # when the thread last looked around; None while idle
         self._patience = watchdog_seconds  # how long it may be in one call
         self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = queue.SimpleQueue()
         self._open: set[Future] = set()
+        self._told = threading.Event()  # the peers have been told why this rank ends
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, args=(set_up_thread,), name="pipemoe engine", daemon=True)
         self._thread.start()
@@ -76,7 +81,7 @@ class Engine:
 
     def progress(self) -> dict:
         """What the peers are told about this rank."""
-        return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing)}
+        return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
 
     def note(self, doing: object, seconds: float | None = None) -> None:
         """Record what the engine is about to do: named in errors, and a sign of life. It may take `seconds` (watchdog_seconds)."""
@@ -97,40 +102,91 @@ class Engine:
         while not ready():
             now = self._alive = time.monotonic()
             if now - checked > _PEER_CHECK_SECONDS:
-                self._check_peers(now - since > patience)
+                self._check_peers(now - since, needs_all=now - since > patience)
                 checked = now
             if self.ops_done != seen:
                 seen, since, pause = self.ops_done, now, _SHORTEST_PAUSE
-            elif now - since > limit:
-                raise WatchdogTimeout(f"rank {self.rank}: no progress for {now - since:.1f} s in {self.doing}{self._who_is_behind()}")
+            elif now - since > limit and now - since > self._patience_of_peers():
+                raise self._timeout(f"no progress for {now - since:.1f} s")
             if self.wake.wait(pause):
                 self.wake.clear()
             pause = min(1.5 * pause, _LONGEST_PAUSE_OF_MPI if now - since < often else _LONGEST_PAUSE)
 
-    def _check_peers(self, needs_all: bool) -> None:
-        """Raise if a peer is lost, or, with `needs_all`, has closed its world."""
+    def _check_peers(self, waited: float, needs_all: bool) -> None:
+        """Raise if a peer is lost, or, with `needs_all`, has closed its world. waited: seconds without progress so far."""
         if self.failure is not None:
             raise self.failure
         for check in self.health:
             check()
         if self.side_channel is None:
             return
-        lost = self.side_channel.failed()
+        lost = self._lost_peer(f"after {waited:.1f} s of waiting")
         if lost is not None:
-            raise PeerLost(f"rank {self.rank}: lost rank {lost[0]} ({lost[1]}) during {self.doing}")
+            raise lost
+        broken = self.side_channel.error
+        if broken is not None:
+            raise FatalError(f"rank {self.rank}: {type(broken).__name__} on the side channel's thread: {broken}") from broken
         if needs_all:
-            left = [rank for rank, peer in self.side_channel.peers.items() if peer.left]
-            if left:
-                raise PeerLost(f"rank {self.rank}: rank {left[0]} has closed its world, but {self.doing} needs every rank")
+            left = self._left_peer(f"waited {waited:.1f} s")
+            if left is not None:
+                raise left
 
-    def _who_is_behind(self) -> str:
-        return f"; peers: {self.side_channel.describe()}" if self.side_channel and self.side_channel.peers else ""
+    def _patience_of_peers(self) -> float:
+        return 0.0 if self.side_channel is None else self.side_channel.patience()
+
+    def _lost_peer(self, when: str) -> PeerLost | None:
+        """The error of the peer that is behind what goes wrong, if one is lost."""
+        lost = self.side_channel.failed() if self.side_channel is not None else None
+        if lost is None:
+            return None
+        return PeerLost(f"rank {self.rank}: lost rank {lost[0]} ({lost[1]}) during {self.doing}, {when}", culprit=lost[0])
+
+    def _left_peer(self, when: str) -> PeerLost | None:
+        """The error of a peer that has closed its world, if there is one."""
+        for rank, peer in self.side_channel.peers.items() if self.side_channel is not None else ():
+            if peer.left:
+                why = f" ({peer.reason})" if peer.reason else ""
+                text = f"rank {self.rank}: rank {rank} has closed its world{why}, but {self.doing} needs every rank; {when}"
+                return PeerLost(text, culprit=rank)
+        return None
+
+    def _timeout(self, what: str) -> WatchdogTimeout:
+        if not self.side_channel or not self.side_channel.peers:
+            return WatchdogTimeout(f"rank {self.rank}: {what} in {self.doing}")
+        text = f"rank {self.rank}: {what} in {self.doing}; peers: {self.side_channel.describe()}"
+        silent = self.side_channel.silent()
+        if silent is None:
+            return WatchdogTimeout(text)
+        text += f"; rank {silent[0]} says nothing, heard {silent[1]:.1f} s ago: it has stopped, or its host cannot be reached"
+        return WatchdogTimeout(text, culprit=silent[0])
+
+    def _named(self, error: BaseException) -> FatalError:
+        """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and not which."""
+        if isinstance(error, self.library_errors):
+            begin, when = time.monotonic(), f"where the library says: {_text(error)}"
+            while (lost := self._lost_peer(when)) is None and self.side_channel is not None and time.monotonic() - begin < _NAMED_SECONDS:
+                time.sleep(_PEER_CHECK_SECONDS)
+            lost = lost or self._left_peer(when)
+            if lost is not None:
+                lost.__cause__ = error
+                return lost
+        elif isinstance(error, FatalError):
+            return error
+        fatal = FatalError(f"rank {self.rank}: {type(error).__name__} in {self.doing}: {_text(error)}")
+        fatal.__cause__ = error
+        return fatal
 
     def watch(self) -> None:
-        """Called from another thread now and then: notices that the engine's own thread is stuck in a call."""
+        """Called from another thread now and then: notices that the engine's own thread is stuck in a call, perhaps for a lost peer."""
         alive = self._alive
-        if alive is not None and self.failure is None and time.monotonic() - alive > self._patience + 1.0:
-            self.fail(WatchdogTimeout(f"rank {self.rank}: stuck for {time.monotonic() - alive:.1f} s in {self.doing}{self._who_is_behind()}"))
+        if alive is None or self.failure is not None:
+            return
+        seconds = time.monotonic() - alive
+        error = self._lost_peer(f"in one call for {seconds:.1f} s") if seconds > _IN_CALL_SECONDS else None
+        if error is None and seconds > self._patience + 1.0:
+            error = self._timeout(f"stuck for {seconds:.1f} s")
+        if error is not None:
+            self.fail(error)
 
     def fail(self, error: FatalError) -> None:
         """Give up for good; see the module's text."""
@@ -141,7 +197,8 @@ class Engine:
             waiting, self._open = list(self._open), set()
         threading.Thread(target=self._end_process, name="pipemoe end", daemon=True).start()
         if self.side_channel is not None:
-            self.side_channel.announce_failure(str(error))
+            self.side_channel.announce_failure(str(error), error.culprit)
+        self._told.set()
         for abort in self.on_failure:
             threading.Thread(target=abort, name="pipemoe abort", daemon=True).start()
         _say(f"pipemoe: {type(error).__name__}: {error}")
@@ -150,10 +207,12 @@ class Engine:
 
     def _end_process(self) -> None:
         time.sleep(self.grace_seconds)
+        self._told.wait(_OUTPUT_SECONDS)
         _exit_now()
 
     def _at_exit(self) -> None:
         if self.failure is not None:
+            self._told.wait(_OUTPUT_SECONDS)
             _say(f"pipemoe: rank {self.rank} ends with exit status {EXIT_CODE}: {self.failure}")
             _exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
@@ -187,13 +246,11 @@ class Engine:
             try:
                 settle(future, task())
             except FatalError as error:
-                self.fail(error)
+                self.fail(self._named(error))
             except PipemoeError as error:
                 settle(future, error=error)
             except BaseException as error:  # noqa: BLE001  (anything else that gets this far is a broken rank)
-                fatal = FatalError(f"rank {self.rank}: {type(error).__name__} in {self.doing}: {error}")
-                fatal.__cause__ = error
-                self.fail(fatal)
+                self.fail(self._named(error))
             finally:
                 self._alive = None
                 self.doing = "idle"
@@ -211,6 +268,13 @@ def settle(future: Future, result: Any = None, error: BaseException | None = Non
             future.set_result(result)
     except InvalidStateError:
         pass
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001  (it is somebody else's code)
+        return "(its text cannot be made)"
 
 
 def _in_time(work: Callable[[], None]) -> None:

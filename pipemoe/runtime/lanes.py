@@ -51,11 +51,11 @@ class Lane(Protocol):
 class HostEvent:
     """An event of the host lanes."""
 
-    __slots__ = ("_begin", "_end", "_error", "_flag")
+    __slots__ = ("_begin", "_end", "_flag", "error")
 
     def __init__(self) -> None:
         self._flag = threading.Event()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None  # what the work raised
         self._begin = self._end = 0.0
 
     def begin(self) -> None:
@@ -63,7 +63,7 @@ class HostEvent:
 
     def set(self, error: BaseException | None = None) -> None:
         self._end = time.perf_counter()
-        self._error = error
+        self.error = error
         self._flag.set()
 
     def wait(self, seconds: float | None = None) -> bool:
@@ -72,8 +72,8 @@ class HostEvent:
     def done(self) -> bool:
         if not self._flag.is_set():
             return False
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         return True
 
     def span(self) -> tuple[float, float]:
@@ -165,9 +165,21 @@ class PolledLane:
         while self._waiting and len(self._posted) < self.MAX_POSTED and all(w.done() for w in self._waiting[0][1]):
             work, _, event = self._waiting.popleft()
             event.begin()
-            self._posted.append((work() or _at_once, event))
-        while self._posted and self._posted[0][0]():
-            self._posted.popleft()[1].set()
+            try:
+                self._posted.append((work() or _at_once, event))
+            except BaseException as error:
+                event.set(error)
+                raise
+        while self._posted:
+            test, event = self._posted[0]
+            try:
+                if not test():
+                    break
+            except BaseException as error:
+                event.set(error)
+                raise
+            self._posted.popleft()
+            event.set()
 
     def close(self) -> None:
         pass

@@ -111,6 +111,7 @@ class Run:
         self._attended: dict[tuple[int, int], Event] = {}
         self._finished: dict[int, Event] = {}  # per cohort
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
+        self.failed_op: Op | None = None  # of which `advance` has raised
         self.completed: list[tuple[Op, Event]] = []
         self.issue_seconds: list[tuple[Op, float]] = []  # what the engine's thread took, if timed
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
@@ -137,17 +138,22 @@ class Run:
                 self._failure = error
 
     def advance(self) -> bool:
-        """Issue what may be issued, see what has completed; True when the whole plan has."""
-        self._poll()
-        while (op := self._next()) is not None:
-            self._on_progress(op)
-            self._cohorts[op.cohort].positions.popleft()
-            begin = time.perf_counter()
-            event = self._issue(op)
-            if self._timed:
-                self.issue_seconds.append((op, time.perf_counter() - begin))
-            self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append((op, event))
-            self._lanes.poll()
+        """Issue what may be issued, see what has completed; True when the whole plan has. Sets `failed_op` if it raises."""
+        op = None
+        try:
+            self._poll()
+            while (op := self._next()) is not None:
+                self._on_progress(op)
+                self._cohorts[op.cohort].positions.popleft()
+                begin = time.perf_counter()
+                event = self._issue(op)
+                if self._timed:
+                    self.issue_seconds.append((op, time.perf_counter() - begin))
+                self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append((op, event))
+                self._lanes.poll()
+        except BaseException as error:
+            self.failed_op = self._op_of(error) or self.failed_op or op or self.oldest()
+            raise
         return not any(self._under_way.values()) and not any(c.positions for c in self._cohorts)
 
     def oldest(self) -> Op | None:
@@ -155,21 +161,39 @@ class Run:
         heads = [queue[0][0] for queue in self._under_way.values() if queue]
         return min(heads, key=self._position.__getitem__, default=None)
 
+    def waited_for(self) -> object:
+        """What an error or a peer will name: the oldest operation, or, while none is under way, the one that waits for the caller."""
+        oldest = self.oldest()
+        positions = [state.positions[0] for state in self._cohorts if state.positions] if oldest is None else ()
+        return f"{self._ops[min(positions)]}, for which the caller has given no rows yet" if positions else oldest
+
+    def _op_of(self, error: BaseException) -> Op | None:
+        """The operation under way that has raised this, as far as events on the host say."""
+        return next((op for queue in self._under_way.values() for op, event in queue if getattr(event, "error", None) is error), None)
+
     def _poll(self) -> None:
-        self._lanes.poll()
-        for queue in self._under_way.values():
-            while queue and queue[0][1].done():
-                op, event = queue.popleft()
-                state = self._cohorts[op.cohort]
-                if self._timed:
-                    self.completed.append((op, event))
-                if op.kind is OpKind.DISPATCH:
-                    state.groups -= self._num_groups[op.cohort]
-                elif op.kind is OpKind.FINISH and state.has_tokens:
-                    self._of_source(state, lambda op=op, event=event: self._source.finished(op.cohort, event.end()))
-                    self.own_finished += 1
-                self._on_progress_made()
-                self.of_caller(lambda op=op: self._on_done(op))
+        op = None
+        try:
+            self._lanes.poll()
+            for queue in self._under_way.values():
+                while queue:
+                    op, event = queue[0]
+                    if not event.done():
+                        break
+                    queue.popleft()
+                    state = self._cohorts[op.cohort]
+                    if self._timed:
+                        self.completed.append((op, event))
+                    if op.kind is OpKind.DISPATCH:
+                        state.groups -= self._num_groups[op.cohort]
+                    elif op.kind is OpKind.FINISH and state.has_tokens:
+                        self._of_source(state, lambda op=op, event=event: self._source.finished(op.cohort, event.end()))
+                        self.own_finished += 1
+                    self._on_progress_made()
+                    self.of_caller(lambda op=op: self._on_done(op))
+        except BaseException:
+            self.failed_op = op
+            raise
 
     def _next(self) -> Op | None:
         """The first operation in the plan's order that may be issued."""

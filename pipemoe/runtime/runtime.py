@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, step_lengths
@@ -102,6 +103,7 @@ class Runtime:
         _, error = world.engine.call(lambda: look(world.rank, "setting up", lambda: self._set_up(sms_left), ConfigError))
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
+        self._is_first_step = True  # the callers' own code may compile in it
 
     def _settle(self) -> None:
         """Every value of the configuration, or a ConfigError."""
@@ -235,7 +237,7 @@ class Runtime:
         if self.world.device.type == "cuda" and self.world.size > 1:
             from pipemoe.comm import nccl
 
-            facts |= {"NCCL": str(nccl.library().get_version()), "NCCL_MAX_CTAS": str(nccl.max_ctas())}
+            facts |= {"NCCL": str(nccl.version()), "NCCL_MAX_CTAS": str(nccl.max_ctas())}
         return facts
 
     def submit_step(
@@ -283,7 +285,9 @@ class Runtime:
 
     def _step(self, lengths, only, timeline, on_done, source, error, future) -> None:
         engine = self.world.engine
-        facts = self._exchange(lengths, only, error)
+        seconds = max(engine.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
+        facts = self._exchange(lengths, only, error, seconds)
+        self._is_first_step = False
         engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
@@ -302,7 +306,7 @@ class Runtime:
             arriving=self._arriving if plan.arrivals else None,
             only=only,
             timed=timeline is not None,
-            on_progress=engine.note,
+            on_progress=partial(engine.note, seconds=seconds),
             on_progress_made=self._count,
             on_done=on_done,
         )
@@ -313,14 +317,17 @@ class Runtime:
             if not compared and digests.done():
                 self._compare(digests.payloads)
                 compared = True
-            done = run.advance()
-            engine.doing = run.oldest() or engine.doing  # what an error or a peer will name
+            try:
+                done = run.advance()
+            finally:
+                engine.doing = run.failed_op or run.waited_for() or engine.doing  # what an error or a peer will name
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 told = self._resolve(run, future)
             return done and compared
 
         try:
-            engine.wait(ready, f"step {engine.step}")
+            engine.step_seconds = seconds
+            engine.wait(ready, f"step {engine.step}", seconds=seconds)
         except FatalError:
             raise
         except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
@@ -328,7 +335,8 @@ class Runtime:
         if timeline is not None:
             run.of_caller(lambda: timeline.take(run.completed, run.issue_seconds))
         if self.config.debug:
-            self._check_issued(plan, only)
+            self._check_issued(plan, only, seconds)
+        engine.step_seconds = 0.0
         if not future.done():
             self._resolve(run, future)
         elif run.failure is not told:  # a caller's function raised after this rank's part was done
@@ -353,7 +361,7 @@ class Runtime:
         self.world.announced = error
         return error
 
-    def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None) -> Facts:
+    def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None, seconds: float) -> Facts:
         world = self.world
         announced, world.announced = world.announced, None
         # Misuse that every rank's own caller has been told of is no news to any of them, so the step goes on.
@@ -363,7 +371,7 @@ class Runtime:
         left_out = (not only.computation) + 2 * (not only.communication)
         message = encode_step(self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known, left_out=left_out)
         gathering = world.start_gathering(message, doing)
-        world.engine.wait(gathering.done, doing, needs_all=True)
+        world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         return decode_step(gathering.payloads)
 
     def plan(self, facts: Facts) -> Plan:
@@ -382,14 +390,15 @@ class Runtime:
         """Different plans would hang or corrupt the collectives: too late for a mild error."""
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
-            raise FatalError(f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)") from MismatchError("plan digests")
+            text = f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)"
+            raise FatalError(text, culprit=odd[0]) from MismatchError("plan digests")
 
-    def _check_issued(self, plan: Plan, only: Only) -> None:
+    def _check_issued(self, plan: Plan, only: Only, seconds: float) -> None:
         """Compare what every rank really issued with the plan (debug)."""
         log, self.world.transport.log = self.world.transport.log, None
         doing = "comparison of the ranks' logs"
         gathering = self.world.start_gathering(json.dumps(log).encode(), doing)
-        self.world.engine.wait(gathering.done, doing, needs_all=True)
+        self.world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
             verify(plan, row_bytes=self.wire.row_bytes, sum_bytes=self.combine_dtype.itemsize, issues=issues)

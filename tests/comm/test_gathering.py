@@ -8,7 +8,10 @@ from pipemoe.comm.gathering import pack_message, unpack_messages
 from pipemoe.errors import MismatchError
 
 
-@given(st.lists(st.binary(max_size=20), min_size=1, max_size=5), st.text(max_size=20))
+@given(
+    st.lists(st.binary(max_size=20), min_size=1, max_size=5),
+    st.one_of(st.text(st.characters(), max_size=20), st.text(st.characters(), min_size=1, max_size=3).map(lambda unit: 100_000 * unit)),
+)
 def test_payloads_come_through(payloads, doing):
     assert unpack_messages([pack_message(payload, doing) for payload in payloads]) == payloads
 

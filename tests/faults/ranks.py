@@ -25,6 +25,23 @@ WATCHDOG_SECONDS = 4.0
 NUM_LAYERS = 6
 CULPRIT = 1
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+# Where else a rank is killed: inside a call of the experts, behind its part of a collective that it has posted, or between steps.
+KILLED_IN = ("experts", "dispatch", "combine", "exchange", "idle")
+
+
+class DyingExperts:
+    """Experts whose calls for one layer do not return."""
+
+    def __init__(self, inner, layer: int, die) -> None:
+        self._inner, self._layer, self._die = inner, layer, die
+
+    def __getattr__(self, name: str):
+        return getattr(self._inner, name)
+
+    def __call__(self, layer: int, *arguments) -> None:
+        if layer == self._layer:
+            self._die()
+        self._inner(layer, *arguments)
 
 
 def detach() -> None:
@@ -38,7 +55,7 @@ def detach() -> None:
 
 
 def main(fault: str, folder: str) -> None:
-    if fault == "kill":
+    if fault.startswith("kill"):
         detach()
     torch.set_num_threads(1)
     world = pipemoe.init(watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1.0)
@@ -56,12 +73,22 @@ def main(fault: str, folder: str) -> None:
         runtime.submit_step([5 + world.rank], source, on_done=on_done).result()
         world.all_gather(b"")
 
+    def meet_signal() -> None:
+        (Path(folder) / "fault").write_text(str(time.time()))
+        os.kill(os.getpid(), SIGNALS[fault.split()[0]])
+
+    def then_die(call):
+        def dying(*arguments):
+            call(*arguments)
+            meet_signal()
+
+        return dying
+
     def before_attend(cohort: int, layer: int) -> None:
         if not culprit or layer != (0 if fault == "barrier" else 2):
             return
         if fault in SIGNALS:
-            (Path(folder) / "fault").write_text(str(time.time()))
-            os.kill(os.getpid(), SIGNALS[fault])
+            meet_signal()
         elif fault == "barrier":
             hold.wait()
 
@@ -87,6 +114,14 @@ def main(fault: str, folder: str) -> None:
         runtime._plans.clear()
     elif fault == "absent" and culprit:
         signal.pause()
+    elif fault == "kill experts" and culprit:
+        runtime.experts_leaving = {n: DyingExperts(e, 2, meet_signal) for n, e in runtime.experts_leaving.items()}
+    elif fault in ("kill dispatch", "kill combine") and culprit:
+        setattr(world.transport, fault.split()[1], then_die(getattr(world.transport, fault.split()[1])))
+    elif fault == "kill exchange" and culprit:
+        world.start_gathering = then_die(world.start_gathering)
+    elif fault == "kill idle" and culprit:
+        meet_signal()
     elif fault == "exit" and culprit:
         sys.exit(0)
     run(before_attend, on_done)

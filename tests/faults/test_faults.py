@@ -7,10 +7,12 @@ import re
 import pytest
 
 from tests.faults.job import FaultJob
+from tests.faults.ranks import KILLED_IN
 
 # fault: what survivors say (a launcher may end one before it has; not those of "kill", which are out of its reach)
 FAULTS = {
     "kill": r"lost rank 1 \(",
+    **{f"kill {place}": r"lost rank 1 \(" for place in KILLED_IN},
     "stop": r"no progress for \d+\.\d s in .*rank 1: step \d+, .* heard [1-9]",
     "barrier": r"no progress for \d+\.\d s in .*",
     "transport": r"rank 1: OSError in .*planted in the transport",
@@ -22,7 +24,7 @@ FAULTS = {
 
 
 # Ranks take seconds to start, and one survivor is enough, but where the launcher does not end the others for it.
-NUM_RANKS = dict.fromkeys(FAULTS, 2) | {"kill": 3, "stop": 3}
+NUM_RANKS = dict.fromkeys(FAULTS, 2) | {fault: 3 for fault in FAULTS if fault.startswith("kill")} | {"kill experts": 4, "stop": 3}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -35,5 +37,8 @@ def test_survivors_end_with_the_reason(fault, tmp_path):
     assert not left, f"processes left behind: {left}"
     said = job.said()
     assert any(re.search(FAULTS[fault], line) for line in job.reasons()), said
-    if fault == "kill":  # out of the launcher's reach: the survivors ended by themselves, each with a reason
-        assert "pipemoe: " in said["rank0"] and "pipemoe: " in said["rank2"], said
+    if fault.startswith("kill"):  # out of the launcher's reach: the survivors ended by themselves, and each named the one that was killed
+        for rank in range(NUM_RANKS[fault]):
+            named = re.findall(rf"^pipemoe: PeerLost: rank {rank}: lost rank (\d+) .* during (.*), (?:after|where|in one call)", said[f"rank{rank}"], re.M)
+            assert [name for name, _ in named] == ([] if rank == 1 else ["1"]), said
+            assert not named or "idle" not in named[0][1]
