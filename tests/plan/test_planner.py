@@ -12,18 +12,18 @@ from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_every_mode_verifies(data):
     facts = data.draw(all_facts())
-    verify(plan(facts, SHAPE, data.draw(configs(facts))))
+    verify(plan(facts, SHAPE, data.draw(configs(facts, most_waves=20))))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_any_assignment_verifies(data):
     facts = data.draw(all_facts(max_ranks=6))
-    config = data.draw(configs(facts, modes=("pipelined", "per_rank")))
+    config = data.draw(configs(facts, modes=("pipelined", "per_rank"), most_waves=20))
     verify(plan(facts, SHAPE, config, assignment=data.draw(assignments(facts))))
 
 
@@ -46,6 +46,28 @@ def test_waves_stay_below_the_cap_and_are_even(data):
         assert max(rows) <= config.moe_max_num_tokens
         assert len(rows) == -(-sum(rows) // config.moe_max_num_tokens)
         assert all(n == max(rows) for n in rows[:-1]) and rows[-1] > max(rows) - len(rows)  # the last one has what is left
+
+
+@pytest.mark.parametrize("cap", [1, 7, 16])
+@pytest.mark.parametrize("whole", [1, 2, 5])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_as_many_waves_as_the_cap_needs(cap, whole, more):
+    """At exact multiples of the cap as many as that, full ones; one row more needs one more wave."""
+    rows = whole * cap + more
+    if not rows:
+        return
+    first = rows // 3
+    for mode, lengths in (("chunked", ((first,) if first else (), (rows - first,))), ("per_rank", ((), (rows,)))):
+        (cohort,) = plan(Facts(lengths), SHAPE, PlanConfig(mode=mode, moe_max_num_tokens=cap)).cohorts
+        sizes = [wave.num_rows for wave in cohort.waves]
+        assert len(sizes) == (whole + 1 if more == 1 else whole if more == 0 or cap > 1 else whole - 1)
+        assert sum(sizes) == rows and max(sizes) <= cap and (more or sizes == [cap] * whole)
+
+
+@pytest.mark.parametrize(("rows", "cap", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (11, 5, [4, 4, 3]), (4, 4, [4]), (5, 4, [3, 2])])
+def test_waves_are_as_even_as_whole_rows_allow(rows, cap, sizes):
+    (cohort,) = plan(Facts(((rows,),)), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=cap)).cohorts
+    assert [wave.num_rows for wave in cohort.waves] == sizes
 
 
 def test_digest_tells_plans_apart():

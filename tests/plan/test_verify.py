@@ -125,6 +125,23 @@ def test_wave_beyond_the_cap(sound):
         verify(replace(sound, config=replace(sound.config, moe_max_num_tokens=19)))
 
 
+@pytest.mark.parametrize("num_waves", [4, 5])
+def test_more_rows_live_than_all_buffers_hold(monkeypatch, num_waves):
+    """A slot's two buffers hold a wave that is received, and sums of one that wait, each: four waves. (A plan that goes wrong here uses
+    some buffer twice at once, which is found first: so without that.)"""
+    monkeypatch.setattr("pipemoe.plan.verify._buffers_have_one_user", lambda p: None)
+    p = plan(Facts(((20 * (num_waves - 1),), (20,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=20))
+    assert [wave.num_rows for wave in p.cohorts[0].waves] == [20] * num_waves
+    verify(p)
+    layers = p.order[:, 2] * 10 + p.order[:, 0]  # kind by kind: all waves dispatched before any is combined
+    all_at_once = replace(p, order=p.order[np.argsort(layers, kind="stable")])
+    if num_waves == 4:
+        verify(all_at_once)
+    else:
+        with pytest.raises(PlanError, match="workspace is bounded: 100 rows are live at once, more than 80"):
+            verify(all_at_once)
+
+
 def test_slot_that_does_not_exist(sound):
     cohorts = (sound.cohorts[0], replace(sound.cohorts[1], slot=7))
     with pytest.raises(PlanError, match="workspace is bounded: cohort 1 uses slot 7"):
