@@ -56,6 +56,20 @@ def test_missing_tokens(sound):
         verify(with_wave(sound, 1, 0, Wave((shorter,), sound.cohorts[1].waves[0].num_rows)))
 
 
+def test_missing_tokens_at_the_end(sound):
+    last = sound.cohorts[1].waves[-1]
+    *others, s = last.segments
+    shorter = Wave((*others, s._replace(stop=s.stop - 1)), last.num_rows)
+    with pytest.raises(PlanError, match="every token once: rank 0: segments end at token 48 of 49"):
+        verify(with_wave(sound, 1, len(sound.cohorts[1].waves) - 1, shorter))
+
+
+def test_segment_beyond_its_wave(sound):
+    whole = sound.cohorts[0].waves[0]
+    with pytest.raises(PlanError, match=f"leaves its wave of {whole.num_rows - 1} rows"):
+        verify(with_wave(sound, 0, 0, whole._replace(num_rows=whole.num_rows - 1)))
+
+
 def test_tokens_twice(sound):
     with pytest.raises(PlanError, match="every token once: rank 0: .* there twice"):
         verify(with_wave(sound, 1, 1, sound.cohorts[1].waves[0]))
