@@ -102,6 +102,20 @@ def test_modes_assign_cohorts():
     assert cohort_ranks("pipelined", [1, 10, 100, 1000], num_slots=2) == [[0], [1, 2, 3]]
 
 
+def test_short_ranks_fill_the_first_waves_and_a_ranks_chunks_stay_in_order():
+    (cohort,) = plan(Facts(((30,), (5,), (), (7,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=14)).cohorts
+    assert [[s[:3] for s in wave.segments] for wave in cohort.waves] == [[(1, 0, 5), (3, 0, 7), (0, 0, 2)], [(0, 2, 16)], [(0, 16, 30)]]
+    chunks = [[Microbatch(0, 3, 9), Microbatch(1, 0, 4), Microbatch(0, 0, 3)]]
+    (cohort,) = plan(Facts(((9,), (4,))), SHAPE, PlanConfig(mode="per_rank"), assignment=chunks).cohorts
+    assert cohort.microbatches == (Microbatch(1, 0, 4), Microbatch(0, 0, 3), Microbatch(0, 3, 9))
+
+
+def test_cohorts_take_the_slots_in_turn():
+    for num_slots in (1, 3, 5):
+        cohorts = plan(Facts(((1,), (2,), (3,), (4,))), SHAPE, PlanConfig(mode="per_rank", num_slots=num_slots)).cohorts
+        assert [cohort.slot for cohort in cohorts] == [c % num_slots for c in range(4)]
+
+
 def test_short_cohort_is_ordered_ahead_of_a_long_one():
     p = plan(Facts(((4096,), (16,), (16,), (16,))), SHAPE, PlanConfig(mode="pipelined"))
     finished = [op.cohort for op in p.ops if op.kind is OpKind.FINISH]

@@ -156,9 +156,10 @@ def test_more_rows_live_than_all_buffers_hold(monkeypatch, num_waves):
             verify(all_at_once)
 
 
-def test_slot_that_does_not_exist(sound):
-    cohorts = (sound.cohorts[0], replace(sound.cohorts[1], slot=7))
-    with pytest.raises(PlanError, match="workspace is bounded: cohort 1 uses slot 7"):
+@pytest.mark.parametrize("slot", [7, 4, -1])
+def test_slot_that_does_not_exist(sound, slot):
+    cohorts = (sound.cohorts[0], replace(sound.cohorts[1], slot=slot))
+    with pytest.raises(PlanError, match=f"workspace is bounded: cohort 1 uses slot {slot} of 4"):
         verify(replace(sound, cohorts=cohorts))
 
 
@@ -196,8 +197,18 @@ def test_ranks_that_issue_something_else(combine, fault):
         mine[same[0]], mine[same[-1]] = mine[same[-1]], mine[same[0]]
     else:
         del mine[-1]
-    with pytest.raises(PlanError, match="rank 2|rank 0"):
+    with pytest.raises(PlanError, match="communicator (dispatch|combine) of slot [0-2]: .*rank 2"):
         verify(p, issues=issues)
+
+
+def test_a_plan_that_makes_ranks_issue_different_things(sound, monkeypatch):
+    def faulty(p, rank, *sizes):
+        issues = project(p, rank, *sizes)
+        return issues[1:] if rank == 2 else issues
+
+    monkeypatch.setattr("pipemoe.plan.verify.project", faulty)
+    with pytest.raises(PlanError, match="communicator dispatch of slot 0: collective 0 is .* on rank 2"):
+        verify(sound)
 
 
 def test_a_block_of_columns_of_another_size():
