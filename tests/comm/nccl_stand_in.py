@@ -1,8 +1,8 @@
 """A stand-in for NCCL: the ranks are threads of one process, and memory is the host's.
 
-It moves and sums what it is told to once all ranks have called, and fails on what NCCL forbids or would answer with a wrong result, a crash
-or a standstill: ranks whose collectives differ, sends that no receive meets, groups that are open or nested, memory of nobody, and writes
-of one group that overlap.
+Once all ranks have called, it moves and sums what it is told to. It fails on what NCCL forbids, or would answer with a
+wrong result, a crash or a standstill: collectives that differ between ranks, sends that no receive meets, groups that
+are open or nested, memory of nobody, and writes of one group that overlap.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ class StandIn:
         assert all(of_rank == alike[0] for of_rank in alike), f"the ranks call different collectives: {alike}"
         for calls in zip(*collectives):
             name, _, _, _, count, kind, root = calls[0]
-            sent = [self._memory(rank, c.send, count * (self.num_ranks if name == "reduceScatter" else 1), kind) for rank, c in enumerate(calls)]
+            sent = [
+                self._memory(rank, c.send, count * (self.num_ranks if name == "reduceScatter" else 1), kind)
+                for rank, c in enumerate(calls)
+            ]
             if name == "bcast":
                 for rank, call in enumerate(calls):
                     if rank != root:
@@ -101,12 +104,18 @@ class StandIn:
                 writes[root].append((self._memory(root, calls[root].receive, count, kind), _sum(sent)))
             elif name == "allGather":
                 for rank, call in enumerate(calls):
-                    assert call.send == call.receive + rank * sent[rank].nbytes, f"rank {rank}: allGather neither in place nor apart"
-                    writes[rank].append((self._memory(rank, call.receive, count * self.num_ranks, kind), torch.cat(sent)))
+                    assert call.send == call.receive + rank * sent[rank].nbytes, (
+                        f"rank {rank}: allGather neither in place nor apart"
+                    )
+                    writes[rank].append(
+                        (self._memory(rank, call.receive, count * self.num_ranks, kind), torch.cat(sent))
+                    )
             else:
                 for rank, call in enumerate(calls):
                     received = self._memory(rank, call.receive, count, kind)
-                    assert call.receive == call.send + rank * received.nbytes, f"rank {rank}: reduceScatter neither in place nor apart"
+                    assert call.receive == call.send + rank * received.nbytes, (
+                        f"rank {rank}: reduceScatter neither in place nor apart"
+                    )
                     writes[rank].append((received, _sum(sent)[rank * count : (rank + 1) * count].clone()))
 
     def _do_transfers(self, writes: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> None:
@@ -115,7 +124,9 @@ class StandIn:
                 sends = [c for c in self._calls[source] if c.name == "send" and c.peer == target]
                 receives = [c for c in self._calls[target] if c.name == "recv" and c.peer == source]
                 alike = [[c[1:2] + c[4:6] for c in calls] for calls in (sends, receives)]
-                assert alike[0] == alike[1], f"rank {source} sends {alike[0]} to rank {target}, which receives {alike[1]}"
+                assert alike[0] == alike[1], (
+                    f"rank {source} sends {alike[0]} to rank {target}, which receives {alike[1]}"
+                )
                 for send, receive in zip(sends, receives):
                     values = self._memory(source, send.send, send.count, send.kind).clone()
                     writes[target].append((self._memory(target, receive.receive, receive.count, receive.kind), values))

@@ -1,4 +1,4 @@
-"""The NCCL transport without a GPU, against a stand-in library that does what it is told: every form, every rank as root, on each slot."""
+"""The NCCL transport without a GPU, against a stand-in that does what it is told: every form, root and slot."""
 
 import pytest
 import torch
@@ -15,7 +15,9 @@ from tests.comm.wave_cases import broadcast_waves, padded_wave
 
 WIDTH, NUM_RANKS = 48, 4
 COMMUNICATORS = [b"dispatch 0", b"combine 0", b"dispatch 1", b"combine 1"]
-WAVES = {("broadcast", name): wave for name, wave in broadcast_waves(NUM_RANKS).items()} | {("padded", "a block each"): padded_wave(NUM_RANKS)}
+WAVES = {("broadcast", name): wave for name, wave in broadcast_waves(NUM_RANKS).items()} | {
+    ("padded", "a block each"): padded_wave(NUM_RANKS)
+}
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def rows_of(rank, start, stop):
 
 
 def calls_of(stand_in):
-    """The name and the communicator of each call of rank 0, group by group; the same on all ranks but for sends and receives."""
+    """Name and communicator of each call of rank 0, group by group; other ranks differ in sends and receives alone."""
     return [[(c.name, c.communicator) for c in group] for group in stand_in.libraries[0].groups]
 
 
@@ -92,9 +94,13 @@ def test_combine_sums_every_ranks_part_at_the_owner(stand_in, transports, exchan
             for s, result in zip(segments, of_rank, strict=True):
                 assert torch.equal(result.float(), values[s.row : s.row + s.num_rows] * 10), (s, dtype)  # 1 + 2 + 3 + 4
         for rank, (now, then) in enumerate(zip(memory, before)):  # sums may be left in the place of own rows alone
-            for block, old in zip(column_blocks(now, (wave.num_rows,), columns), column_blocks(then, (wave.num_rows,), columns)):
+            for block, old in zip(
+                column_blocks(now, (wave.num_rows,), columns), column_blocks(then, (wave.num_rows,), columns)
+            ):
                 others = torch.ones(wave.num_rows, dtype=torch.bool)
-                blocks_of = [(rank * wave.num_rows // NUM_RANKS, wave.num_rows // NUM_RANKS)] if exchange == "padded" else []
+                blocks_of = (
+                    [(rank * wave.num_rows // NUM_RANKS, wave.num_rows // NUM_RANKS)] if exchange == "padded" else []
+                )
                 for row, num_rows in [(s.row, s.num_rows) for s in own[rank]] + blocks_of:
                     others[row : row + num_rows] = False
                 assert torch.equal(block[others], old[others])
@@ -105,10 +111,16 @@ def test_combine_sums_every_ranks_part_at_the_owner(stand_in, transports, exchan
         assert [[name for name, _ in group] for group in groups] == [names] * len(groups)
 
 
-@pytest.mark.parametrize(("mode", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce"), ("padded", "gather")])
+@pytest.mark.parametrize(
+    ("mode", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce"), ("padded", "gather")]
+)
 def test_the_log_is_what_the_plan_projects(stand_in, transports, mode, combine):
     tokens = (3, 0, 2, 4)
-    p = plan(Facts(tuple((n,) if n else () for n in tokens)), ModelShape(WIDTH, 16, 4, 2, 1), PlanConfig(mode=mode, combine=combine, max_tokens_per_rank=100))
+    p = plan(
+        Facts(tuple((n,) if n else () for n in tokens)),
+        ModelShape(WIDTH, 16, 4, 2, 1),
+        PlanConfig(mode=mode, combine=combine, max_tokens_per_rank=100),
+    )
     wave = p.cohorts[0].waves[0]
 
     def work(rank):

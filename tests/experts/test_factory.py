@@ -1,4 +1,4 @@
-"""Which implementation is built, of which arguments; on a machine without a GPU, with stand-ins for those that need one."""
+"""Which implementation is built, from which arguments. Stand-ins take the place of those that need a GPU."""
 
 import importlib.util
 
@@ -13,13 +13,18 @@ from pipemoe.experts.host import HostExperts
 from tests.experts.oracle import random_weights
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
-CLASSES = {"torch": "torch_cuda.TorchExperts", "hopper": "hopper.HopperExperts", "hopper_fp8": "hopper_fp8.HopperFp8Experts", "ampere": "ampere.AmpereExperts"}
+CLASSES = {
+    "torch": "torch_cuda.TorchExperts",
+    "hopper": "hopper.HopperExperts",
+    "hopper_fp8": "hopper_fp8.HopperFp8Experts",
+    "ampere": "ampere.AmpereExperts",
+}
 SETTINGS = {"top_k": 2, "hidden": 128, "dtype": BF16}
 
 
 @pytest.fixture
 def built(monkeypatch):
-    """Takes the place of all that need a GPU; a list of (implementation, weights, settings). `capability` sets the GPU's."""
+    """Takes the place of all that need a GPU (a Hopper one); a list of (implementation, weights, settings)."""
     if importlib.util.find_spec("numba_cuda") is None:
         pytest.skip("numba-cuda is not installed")
     made = []
@@ -32,7 +37,9 @@ def built(monkeypatch):
 
     for name, place in CLASSES.items():
         wire_dtype = E4M3 if name == "hopper_fp8" else BF16
-        monkeypatch.setattr(f"pipemoe.experts.{place}", type(name, (StandIn,), {"implementation": name, "wire_dtype": wire_dtype}))
+        monkeypatch.setattr(
+            f"pipemoe.experts.{place}", type(name, (StandIn,), {"implementation": name, "wire_dtype": wire_dtype})
+        )
     set_capability(monkeypatch, (9, 0))
     return made
 
@@ -62,7 +69,11 @@ def test_auto_goes_by_the_device_the_dtype_and_the_sizes(built, monkeypatch, cap
     experts = make_experts(weights, top_k=2, hidden=hidden, device="cuda:1", dtype=dtype)
     assert experts.implementation == chosen and built[-1][:2] == (chosen, weights)
     settings = built[-1][2]
-    assert settings["device"] == torch.device("cuda:1") and (settings["dtype"], settings["hidden"], settings["top_k"]) == (dtype, hidden, 2)
+    assert settings["device"] == torch.device("cuda:1") and (
+        settings["dtype"],
+        settings["hidden"],
+        settings["top_k"],
+    ) == (dtype, hidden, 2)
 
 
 def test_auto_takes_quantised_weights_to_the_one_that_has_them(built):
@@ -78,7 +89,9 @@ def test_auto_on_the_host():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_gets_what_it_takes(built, name):
-    make_experts([weights_of()], **SETTINGS, device="cuda", implementation=name, deterministic=True, num_sms=100, num_experts=64)
+    make_experts(
+        [weights_of()], **SETTINGS, device="cuda", implementation=name, deterministic=True, num_sms=100, num_experts=64
+    )
     implementation, _, settings = built[-1]
     wanted = {"top_k": 2, "hidden": 128, "device": torch.device("cuda"), "dtype": BF16, "deterministic": True}
     wanted |= {} if name == "torch" else {"num_sms": 100}
@@ -91,7 +104,9 @@ def test_e4m3_rows_are_dequantised_for_all_that_do_not_multiply_them(built, name
     experts = make_experts([weights_of()], **SETTINGS, device="cuda", implementation=name, dispatch_dtype=E4M3)
     assert isinstance(experts, DequantisingExperts) == (name != "hopper_fp8") and experts.wire_dtype == E4M3
     assert experts.implementation == name
-    assert make_experts([weights_of()], **SETTINGS, device="cuda", implementation=name).wire_dtype == (E4M3 if name == "hopper_fp8" else BF16)
+    assert make_experts([weights_of()], **SETTINGS, device="cuda", implementation=name).wire_dtype == (
+        E4M3 if name == "hopper_fp8" else BF16
+    )
 
 
 def test_e4m3_rows_on_the_host():
@@ -109,8 +124,8 @@ def test_e4m3_rows_need_a_gpu_that_can_make_them(built, monkeypatch):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"device": "meta"}, r"device is meta; experts run on one of \['cpu', 'cuda'\]"),
-    ({"device": "cpu", "implementation": "fast"}, r"implementation is 'fast'; it must be one of \['auto', 'host', .*'ampere'\]"),
-    ({"device": "cpu", "dispatch_dtype": torch.float16}, "dispatch_dtype is torch.float16; it must be torch.float8_e4m3fn or None"),
+    ({"device": "cpu", "implementation": "fast"}, r"is 'fast'; it must be one of \['auto', 'host', .*'ampere'\]"),
+    ({"device": "cpu", "dispatch_dtype": torch.float16}, "is torch.float16; it must be torch.float8_e4m3fn or None"),
     ({"device": "cpu", "dispatch_dtype": BF16}, "dispatch_dtype is torch.bfloat16"),
 ])  # fmt: skip
 def test_what_there_is_not_is_refused(options, message):
@@ -121,7 +136,9 @@ def test_what_there_is_not_is_refused(options, message):
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_an_implementation_on_the_wrong_device_is_refused(name):
     other = "cuda" if IMPLEMENTATIONS[name] == "cpu" else "cpu"
-    with pytest.raises(ConfigError, match=f"implementation '{name}' runs on {IMPLEMENTATIONS[name]}, but device is {other}"):
+    with pytest.raises(
+        ConfigError, match=f"implementation '{name}' runs on {IMPLEMENTATIONS[name]}, but device is {other}"
+    ):
         make_experts([weights_of()], **SETTINGS, device=other, implementation=name)
 
 

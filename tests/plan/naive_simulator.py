@@ -25,7 +25,7 @@ class NaiveSimulator:
         self.running = [{} for _ in self.ranks]  # computation -> end
         self.transfers = {}  # collective -> end
         self.begun = {}  # (rank, operation) under way: when it, or the block of columns of a combine, began
-        self.spans = [[] for _ in self.ranks]  # per rank: (operation, (begin, end)), of a combine for each block of columns
+        self.spans = [[] for _ in self.ranks]  # (operation, (begin, end)); of a combine, each block of columns
 
     def run(self):
         """Finish [C][R] in ns; then `spans` are those of a Prediction."""

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.plan.cost import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, rates_of
-from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, attention_waits, layer_costs, leaving_sms, merge_alike_ranks
+from pipemoe.plan.layer_costs import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF
+from pipemoe.plan.layer_costs import attention_waits, layer_costs, leaving_sms, merge_alike_ranks
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch, PlanConfig
 from pipemoe.plan.simulator import costs_of
@@ -20,7 +21,9 @@ ROWS = CostModel(dispatch=ExchangeCost(0, 0, 1_000), combine=ExchangeCost(0, 0, 
 
 
 def planned(lengths, mode="broadcast", assignment=None, cost=PAIRS, **options):
-    return plan(Facts(lengths), SHAPE, PlanConfig(mode=mode, max_tokens_per_rank=1000, **options), cost, assignment=assignment)
+    return plan(
+        Facts(lengths), SHAPE, PlanConfig(mode=mode, max_tokens_per_rank=1000, **options), cost, assignment=assignment
+    )
 
 
 def attends(p, cost=PAIRS):
@@ -45,7 +48,11 @@ def test_attention_waits_for_what_the_plan_says(data):
 
 def test_attention_reads_all_earlier_tokens_of_the_sequence():
     assert attends(planned(((10,), (3, 4), ()))) == [[55, 6 + 10, 0]]
-    thirds = [[Microbatch(0, 0, 4), Microbatch(1, 0, 5)], [Microbatch(0, 4, 9)], [Microbatch(0, 9, 10), Microbatch(1, 5, 7)]]
+    thirds = [
+        [Microbatch(0, 0, 4), Microbatch(1, 0, 5)],
+        [Microbatch(0, 4, 9)],
+        [Microbatch(0, 9, 10), Microbatch(1, 5, 7)],
+    ]
     p = planned(((10,), (3, 4)), "per_rank", thirds)
     assert attends(p) == [[10, 6 + 3], [45 - 10, 0], [10, 10 - 3]]
     assert costs_of(p, PAIRS).ends.tolist() == [[0, 1], [0, 0], [1, 1]]
@@ -66,7 +73,10 @@ def test_a_crowd_slows_attention_by_what_the_others_do():
 
 def exchanges(p, cost=ROWS):
     """Per wave of the first cohort: ns of dispatch and combine."""
-    return [tuple(costs_of(p, cost).exchange[0, side, w, 0].tolist() for side in (DISPATCH, COMBINE)) for w in range(len(p.cohorts[0].waves))]
+    return [
+        tuple(costs_of(p, cost).exchange[0, side, w, 0].tolist() for side in (DISPATCH, COMBINE))
+        for w in range(len(p.cohorts[0].waves))
+    ]
 
 
 def test_rows_moved_by_every_form():
@@ -76,7 +86,9 @@ def test_rows_moved_by_every_form():
     assert exchanges(planned(lengths, combine="gather")) == [(23 - 6, 2 * 10)]  # the longest owner has two peers'
     assert exchanges(planned(lengths, "padded", combine="gather")) == [(30 - 10, 2 * 10)]
     assert exchanges(planned(((10,), (), (7,)))) == [(17, 17)]  # nobody's are left out where a rank has none
-    assert exchanges(planned(lengths, "chunked", moe_max_num_tokens=8)) == [(8, 8)] * 2 + [(7, 7)]  # a wave of two ranks, and no third
+    assert exchanges(planned(lengths, "chunked", moe_max_num_tokens=8)) == [(8, 8)] * 2 + [
+        (7, 7)
+    ]  # a wave of two ranks, and no third
 
 
 def test_calls_are_counted():
@@ -92,7 +104,10 @@ def test_experts_that_leave_multiprocessors_are_priced_anew():
     p = planned(((100,), (60,)), cost=cost)
     whole = costs_of(p, cost)
     left = leaving_sms(whole, np.array([[160]]), rates_of(cost), SHAPE.num_experts, SHAPE.top_k, 2, 33)
-    assert left.compute[0, 0, 1, 0] == pytest.approx(whole.compute[0, 0, 1, 0] * 132 / 99, abs=1) and left.compute[0, 0, 0, 0] == whole.compute[0, 0, 0, 0]
+    assert (
+        left.compute[0, 0, 1, 0] == pytest.approx(whole.compute[0, 0, 1, 0] * 132 / 99, abs=1)
+        and left.compute[0, 0, 0, 0] == whole.compute[0, 0, 0, 0]
+    )
     assert np.array_equal(left.compute, costs_of(replace(p, sms_left=33), cost).compute)
 
 
@@ -124,5 +139,10 @@ def test_pricing_takes_segments_in_any_number_of_waves():
     segments = np.array([(0, 0, 1, 0, 3), (0, 1, 1, 3, 4), (0, 1, 0, 0, 2)], dtype=np.int64)
     starts, first = Facts(((2,), (4,))).flat_boundaries
     zero = np.zeros((1, 1), np.int64)
-    costs = layer_costs(segments, np.array([[3, 3]]), np.array([2]), zero, starts, first, rates_of(ROWS), 8, 2, False, 0, 0)
-    assert costs.own[0].tolist() == [[False, True], [True, True]] and costs.exchange[0, DISPATCH, :, 1].tolist() == [3, 2]
+    costs = layer_costs(
+        segments, np.array([[3, 3]]), np.array([2]), zero, starts, first, rates_of(ROWS), 8, 2, False, 0, 0
+    )
+    assert costs.own[0].tolist() == [[False, True], [True, True]] and costs.exchange[0, DISPATCH, :, 1].tolist() == [
+        3,
+        2,
+    ]

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, rates_of
+from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
+from pipemoe.plan.cost import rates_of
 from pipemoe.plan.order import merge_orders, order_keys
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind, PlanConfig
@@ -19,7 +20,7 @@ ATTEND, DISPATCH, EXPERTS, COMBINE, FINISH = OpKind
 
 
 def cost_of(host_ns=0, **changes):
-    """Whole ns a row, nothing for launches: attention 2, experts 12, dispatch 3, combine 5; finish 40. host_ns: to issue anything."""
+    """ns a row: attention 2, experts 12, dispatch 3, combine 5; finish 40 in all, launches 0. host_ns: to issue anything."""
     every = {
         "attend": AttendCost(0, 0, 2_000, 0),
         "experts": ExpertsCost(0, 0, 0, 12_000, 1, 0),
@@ -66,7 +67,8 @@ def test_the_first_attention_takes_what_comes_before_it_along():
     cost = cost_of(attend=AttendCost(0, 0, 2_000, 0, 0, 0, 1_000))
     (of_cohort,) = planned(((10,), (30,)), cost=cost)
     (plain,) = planned(((10,), (30,)))
-    assert nanoseconds(of_cohort)[0] == nanoseconds(plain)[0] + 30 and nanoseconds(of_cohort)[1:] == nanoseconds(plain)[1:]
+    first, *others = nanoseconds(plain)
+    assert nanoseconds(of_cohort) == [first + 30, *others]
 
 
 def test_the_dispatch_of_a_wave_goes_ahead_of_the_experts_of_the_one_before():
@@ -92,7 +94,9 @@ def test_a_later_chunk_attends_behind_the_earlier_one_which_keeps_its_pace():
     """Halves of one sequence side by side; the first one would be far ahead, its chunk being a tenth."""
     halves = [[Microbatch(0, 0, 10)], [Microbatch(0, 10, 100)]]
     earlier, later = planned(((100,), ()), "per_rank", assignment=halves, num_slots=2)
-    attends = [[(at, after) for (op, at), (_, after) in zip(of, of[1:]) if op.kind is ATTEND] for of in (earlier, later)]
+    attends = [
+        [(at, after) for (op, at), (_, after) in zip(of, of[1:]) if op.kind is ATTEND] for of in (earlier, later)
+    ]
     for layer in range(3):
         assert attends[1][layer][0] >= attends[0][layer][1]
         assert layer == 0 or attends[0][layer][0] >= attends[1][layer - 1][1]

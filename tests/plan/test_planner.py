@@ -64,7 +64,10 @@ def test_as_many_waves_as_the_cap_needs(cap, whole, more):
         assert sum(sizes) == rows and max(sizes) <= cap and (more or sizes == [cap] * whole)
 
 
-@pytest.mark.parametrize(("rows", "cap", "sizes"), [(10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (11, 5, [4, 4, 3]), (4, 4, [4]), (5, 4, [3, 2])])
+@pytest.mark.parametrize(
+    ("rows", "cap", "sizes"),
+    [(10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (11, 5, [4, 4, 3]), (4, 4, [4]), (5, 4, [3, 2])],
+)
 def test_waves_are_as_even_as_whole_rows_allow(rows, cap, sizes):
     (cohort,) = plan(Facts(((rows,),)), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=cap)).cohorts
     assert [wave.num_rows for wave in cohort.waves] == sizes
@@ -104,7 +107,8 @@ def test_modes_assign_cohorts():
 
 def test_short_ranks_fill_the_first_waves_and_a_ranks_chunks_stay_in_order():
     (cohort,) = plan(Facts(((30,), (5,), (), (7,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=14)).cohorts
-    assert [[s[:3] for s in wave.segments] for wave in cohort.waves] == [[(1, 0, 5), (3, 0, 7), (0, 0, 2)], [(0, 2, 16)], [(0, 16, 30)]]
+    segments = [[s[:3] for s in wave.segments] for wave in cohort.waves]
+    assert segments == [[(1, 0, 5), (3, 0, 7), (0, 0, 2)], [(0, 2, 16)], [(0, 16, 30)]]
     chunks = [[Microbatch(0, 3, 9), Microbatch(1, 0, 4), Microbatch(0, 0, 3)]]
     (cohort,) = plan(Facts(((9,), (4,))), SHAPE, PlanConfig(mode="per_rank"), assignment=chunks).cohorts
     assert cohort.microbatches == (Microbatch(1, 0, 4), Microbatch(0, 0, 3), Microbatch(0, 3, 9))

@@ -27,7 +27,10 @@ def test_broadcasts_and_reduces_of_every_segment():
 
 
 def test_one_collective_of_padded_blocks():
-    issues = [Issue("dispatch", 0, 0, "all_gather", -1, 21 * ROW), Issue("combine", 0, 0, "reduce_scatter", -1, 21 * 64 * VALUE)]
+    issues = [
+        Issue("dispatch", 0, 0, "all_gather", -1, 21 * ROW),
+        Issue("combine", 0, 0, "reduce_scatter", -1, 21 * 64 * VALUE),
+    ]
     assert all(project(planned("padded"), rank, ROW, VALUE) == issues * 2 for rank in range(3))
 
 
@@ -46,7 +49,13 @@ def test_a_gather_sends_to_the_owner_and_receives_for_oneself():
 def test_several_segments_of_one_rank_are_called_for_one_after_another():
     a, b, c = Segment(1, 0, 4, 0), Segment(0, 0, 2, 4), Segment(1, 4, 5, 6)
     wave = Wave((a, b, c), 7)
-    assert list(gather_calls(wave, 1, 3)) == [("recv", 0, a), ("recv", 2, a), ("send", 0, b), ("recv", 0, c), ("recv", 2, c)]
+    assert list(gather_calls(wave, 1, 3)) == [
+        ("recv", 0, a),
+        ("recv", 2, a),
+        ("send", 0, b),
+        ("recv", 0, c),
+        ("recv", 2, c),
+    ]
     assert list(gather_calls(wave, 2, 3)) == [("send", 1, a), ("send", 0, b), ("send", 1, c)]
 
 
@@ -54,11 +63,16 @@ def test_slots_buffers_and_waves():
     """Waves alternate between the buffers of their cohort's slot, over the layers too."""
     p = planned("per_rank", moe_max_num_tokens=3)  # the short rank in two waves, the long one in three
     issues = project(p, 1, ROW, VALUE)
-    assert [(i.buffer, i.peer, i.num_bytes // ROW) for i in issues if i[:2] == ("dispatch", 0)] == [(0, 0, 3), (1, 0, 2)] * 2
+    assert [(i.buffer, i.peer, i.num_bytes // ROW) for i in issues if i[:2] == ("dispatch", 0)] == [
+        (0, 0, 3),
+        (1, 0, 2),
+    ] * 2
     of_long = [(i.buffer, i.peer, i.num_bytes // ROW) for i in issues if i[:2] == ("dispatch", 1)]
     assert of_long == [(0, 2, 3), (1, 2, 3), (0, 2, 1), (1, 2, 3), (0, 2, 3), (1, 2, 1)]
     assert [i.buffer for i in issues if i[:2] == ("combine", 1)] == [0, 1, 0, 1, 0, 1]
-    order = [(o.kind.name.lower(), p.cohorts[o.cohort].slot) for o in p.ops if o.kind in (OpKind.DISPATCH, OpKind.COMBINE)]
+    order = [
+        (o.kind.name.lower(), p.cohorts[o.cohort].slot) for o in p.ops if o.kind in (OpKind.DISPATCH, OpKind.COMBINE)
+    ]
     assert [i[:2] for i in issues] == order
 
 
@@ -79,7 +93,9 @@ def issues_of(request):
 @pytest.mark.parametrize("rank", range(3))
 def test_a_collective_that_differs_is_named(issues_of, rank, changes):
     issues_of[rank][1] = issues_of[rank][1]._replace(**changes)
-    with pytest.raises(PlanError, match=rf"communicator dispatch of slot 0: collective 1 is .* on rank {rank or 1}, .* on rank 0"):
+    with pytest.raises(
+        PlanError, match=rf"communicator dispatch of slot 0: collective 1 is .* on rank {rank or 1}, .* on rank 0"
+    ):
         match(issues_of)
 
 
@@ -100,7 +116,9 @@ def test_a_send_that_no_receive_meets_is_named(fault):
     else:
         change = {"num_bytes": 4} if fault == "bytes" else {"peer": 0}
         issues_of[1][at] = issues_of[1][at]._replace(**change)
-    with pytest.raises(PlanError, match=r"communicator combine of slot 0: rank 1 sends \[.*\] bytes to rank (0|2), which receives"):
+    with pytest.raises(
+        PlanError, match=r"communicator combine of slot 0: rank 1 sends \[.*\] bytes to rank (0|2), which receives"
+    ):
         match(issues_of)
 
 

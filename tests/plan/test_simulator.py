@@ -46,7 +46,8 @@ all_cores = st.builds(CoresCost, permille=st.sampled_from((0, 500, 2000)), slowd
 @given(st.data())
 def test_same_as_the_naive_simulator(data):
     facts = data.draw(all_facts(max_ranks=4))
-    config = data.draw(configs(facts, modes=("pipelined", "per_rank", "two_batch", "chunked", "broadcast", "padded"), most_waves=6))
+    modes = ("pipelined", "per_rank", "two_batch", "chunked", "broadcast", "padded")
+    config = data.draw(configs(facts, modes, most_waves=6))
     free = config.mode in ("pipelined", "per_rank")
     cost = data.draw(small_costs())
     p = plan(facts, SHAPE, config, cost, assignment=data.draw(assignments(facts)) if free else None)

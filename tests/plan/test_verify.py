@@ -141,8 +141,10 @@ def test_wave_beyond_the_cap(sound):
 
 @pytest.mark.parametrize("num_waves", [4, 5])
 def test_more_rows_live_than_all_buffers_hold(monkeypatch, num_waves):
-    """A slot's two buffers hold a wave that is received, and sums of one that wait, each: four waves. (A plan that goes wrong here uses
-    some buffer twice at once, which is found first: so without that.)"""
+    """A slot's two buffers hold a wave that is received, and sums of one that wait, each: four waves.
+
+    A plan that has more uses some buffer twice at once, which is found first: so without that check.
+    """
     monkeypatch.setattr("pipemoe.plan.verify._buffers_have_one_user", lambda p: None)
     p = plan(Facts(((20 * (num_waves - 1),), (20,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=20))
     assert [wave.num_rows for wave in p.cohorts[0].waves] == [20] * num_waves

@@ -34,7 +34,9 @@ class Lane:
         work()
         inside = self._log[begin + 1 :]
         del self._log[begin:]
-        event = SimpleNamespace(name=f"{self._name} {len(self._log)}", done=lambda: self._name not in self._hold, end=lambda: 0.0)
+        event = SimpleNamespace(
+            name=f"{self._name} {len(self._log)}", done=lambda: self._name not in self._hold, end=lambda: 0.0
+        )
         self._log.append((event.name, inside, names))
         return event
 
@@ -119,10 +121,14 @@ class NotedRun:
     source: Source
 
 
-def noted_run(rank, hold=frozenset(), num_layers=1, facts=FACTS, on_progress=lambda log, op: None, **options) -> NotedRun:
+def noted_run(
+    rank, hold=frozenset(), num_layers=1, facts=FACTS, on_progress=lambda log, op: None, **options
+) -> NotedRun:
     """hold: lanes whose work is never done; those of slot n > 0 are called "compute of n" and so on."""
     log = []
-    config = Config(**{"mode": "chunked", "moe_max_num_tokens": 200, "max_tokens_per_rank": 100, "num_slots": 1, **options})
+    config = Config(
+        **{"mode": "chunked", "moe_max_num_tokens": 200, "max_tokens_per_rank": 100, "num_slots": 1, **options}
+    )
     p = plan(facts, ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, num_layers), config)
     wire, device = WireFormat(HIDDEN, TOP_K, torch.float32), torch.device("cpu")
     weights = make_layers(num_layers, device, torch.float32).local(facts.num_ranks, rank)
@@ -132,7 +138,10 @@ def noted_run(rank, hold=frozenset(), num_layers=1, facts=FACTS, on_progress=lam
         dispatch=lambda slot, buffer, group, exchange, rows: log.append(f"send {[s.rank for s in group.segments]}"),
         combine=lambda *arguments: log.append("combine"),
     )
-    names = [[kind if not slot else f"{kind} of {slot}" for kind in ("compute", "dispatch", "combine")] for slot in range(config.max_slots)]
+    names = [
+        [kind if not slot else f"{kind} of {slot}" for kind in ("compute", "dispatch", "combine")]
+        for slot in range(config.max_slots)
+    ]
     lanes = SimpleNamespace(
         slots=[SlotLanes(*(Lane(name, log, hold) for name in of_slot)) for of_slot in names],
         clock=SimpleNamespace(start=lambda timed: None),

@@ -1,5 +1,7 @@
-"""The engine by itself: what its futures get, what a failure sets going, and what ends a wait. No process ends here: see tests/faults and
-test_broken_output.py for that."""
+"""The engine by itself: what its futures get, what a failure sets going, and what ends a wait.
+
+No process ends here: see tests/faults and test_broken_output.py for that.
+"""
 
 import threading
 from concurrent.futures import Future
@@ -11,7 +13,7 @@ from pipemoe.errors import FatalError, InputError, PeerLost, WatchdogTimeout
 from pipemoe.runtime import engine as engine_module
 from pipemoe.runtime.engine import Engine
 
-PATIENCE = 60  # seconds for a thread that is to do something: only a fault takes so long
+PATIENCE = 30  # seconds for a thread that is to do something: only a fault takes so long
 WATCHDOG_SECONDS = 5.0
 
 
@@ -63,11 +65,16 @@ def clock(monkeypatch):
     return clock
 
 
+def call(engine, task):
+    """As engine.call, but not for ever."""
+    return engine.submit(task).result(PATIENCE)
+
+
 def test_tasks_run_one_after_another_on_the_thread_that_was_set_up(make_engine):
     threads, order = [], []
     engine = make_engine(set_up_thread=lambda: threads.append(threading.get_ident()))
     futures = [engine.submit(lambda n=n: order.append((n, threading.get_ident())) or n) for n in range(5)]
-    assert [f.result(PATIENCE) for f in futures] == list(range(5))
+    assert [f.result(PATIENCE) for f in futures] == list(range(5)) and engine.call(threading.get_ident) == threads[0]
     assert order == [(n, threads[0]) for n in range(5)] and threads[0] != threading.get_ident()
 
 
@@ -81,7 +88,7 @@ def test_a_task_may_resolve_its_future_early(make_engine):
 
     assert engine.submit(task, future).result(PATIENCE) == "early"
     go_on.set()
-    assert engine.call(lambda: "next") == "next" and future.result() == "early"
+    assert call(engine, lambda: "next") == "next" and future.result() == "early"
 
 
 def test_errors_of_the_library_are_the_callers_alone(make_engine):
@@ -91,8 +98,8 @@ def test_errors_of_the_library_are_the_callers_alone(make_engine):
         raise InputError("rank 3: bad x")
 
     with pytest.raises(InputError, match="bad x"):
-        engine.call(task)
-    assert engine.failure is None and engine.call(lambda: 1) == 1
+        call(engine, task)
+    assert engine.failure is None and call(engine, lambda: 1) == 1
 
 
 @pytest.mark.parametrize("how", ["fail", "task", "other error"])
@@ -100,7 +107,11 @@ def test_a_failure_aborts_tells_the_peers_and_settles_every_future(make_engine, 
     channel, aborted, begun, go_on = SideChannel(), threading.Semaphore(0), threading.Event(), threading.Event()
     engine = make_engine(channel)
     hangs = threading.Event()
-    engine.on_failure += [lambda: hangs.wait(PATIENCE), aborted.release, aborted.release]  # the first one may block: the others run all the same
+    engine.on_failure += [
+        lambda: hangs.wait(PATIENCE),
+        aborted.release,
+        aborted.release,
+    ]  # the first one may block: the others run all the same
     error = ValueError("planted") if how == "other error" else FatalError("rank 3: planted")
 
     def task():
@@ -144,7 +155,7 @@ def test_watch_ends_a_call_that_is_stuck(make_engine, clock):
     assert engine.failure is None
     go_on.set()
     patient.result(PATIENCE)
-    engine.call(lambda: None)  # the engine's thread has left the patient call
+    call(engine, lambda: None)  # the engine's thread has left the patient call
     doing.clear()
     go_on.clear()
     stuck = engine.submit(lambda: task(None))
@@ -162,11 +173,11 @@ def test_watch_ends_a_call_that_is_stuck(make_engine, clock):
 
 def test_watch_lets_an_idle_engine_be(make_engine, clock):
     engine = make_engine(SideChannel())
-    engine.call(lambda: engine.note("work"))
-    engine.call(lambda: None)
+    call(engine, lambda: engine.note("work"))
+    call(engine, lambda: None)
     clock.now += 1e6
     engine.watch()
-    assert engine.failure is None and engine.call(lambda: 1) == 1 and engine.progress()["doing"] == "idle"
+    assert engine.failure is None and call(engine, lambda: 1) == 1 and engine.progress()["doing"] == "idle"
 
 
 def test_a_wait_ends_without_progress_but_not_with_it(make_engine, clock):
@@ -178,14 +189,14 @@ def test_a_wait_ends_without_progress_but_not_with_it(make_engine, clock):
         engine.ops_done += 1
         return next(steps, None) is None
 
-    engine.call(lambda: engine.wait(goes_on, "going on"))
+    call(engine, lambda: engine.wait(goes_on, "going on"))
 
     def stands_still():
         clock.now += 1.0
         return False
 
     with pytest.raises(WatchdogTimeout, match=r"rank 3: no progress for 6\.0 s in standing; peers: rank 1: step 3"):
-        engine.call(lambda: engine.wait(stands_still, "standing"))
+        call(engine, lambda: engine.wait(stands_still, "standing"))
     assert isinstance(engine.failure, WatchdogTimeout)
 
 
@@ -196,17 +207,17 @@ def test_a_wait_has_the_seconds_it_asks_for(make_engine, clock):
         clock.now += WATCHDOG_SECONDS
         return next(polls, None) is None
 
-    engine.call(lambda: engine.wait(ready, "set-up", seconds=9 * WATCHDOG_SECONDS))
+    call(engine, lambda: engine.wait(ready, "set-up", seconds=9 * WATCHDOG_SECONDS))
     with pytest.raises(WatchdogTimeout, match="set-up"):
         polls = iter(range(8))
-        engine.call(lambda: engine.wait(ready, "set-up", seconds=6 * WATCHDOG_SECONDS))
+        call(engine, lambda: engine.wait(ready, "set-up", seconds=6 * WATCHDOG_SECONDS))
 
 
 def test_wake_ends_a_pause(make_engine):
     engine = make_engine()
     engine.wake.set()
     news = iter((False, True))
-    engine.call(lambda: engine.wait(lambda: next(news), "news"))
+    call(engine, lambda: engine.wait(lambda: next(news), "news"))
     assert not engine.wake.is_set()
 
 
@@ -217,7 +228,7 @@ def never():
 def test_a_lost_peer_ends_a_wait(make_engine):
     engine = make_engine(SideChannel(lost=(2, "its process ended")))
     with pytest.raises(PeerLost, match=r"rank 3: lost rank 2 \(its process ended\) during a step"):
-        engine.call(lambda: engine.wait(never, "a step"))
+        call(engine, lambda: engine.wait(never, "a step"))
 
 
 def test_a_peer_that_has_left_ends_a_wait_that_needs_all(make_engine, clock):
@@ -227,10 +238,10 @@ def test_a_peer_that_has_left_ends_a_wait_that_needs_all(make_engine, clock):
         clock.now += 1.0
         return next(polls, None) is None
 
-    engine.call(lambda: engine.wait(ready, "own work"))
+    call(engine, lambda: engine.wait(ready, "own work"))
     polls = iter(range(4))
     with pytest.raises(PeerLost, match="rank 2 has closed its world, but exchange needs every rank"):
-        engine.call(lambda: engine.wait(ready, "exchange", needs_all=True))
+        call(engine, lambda: engine.wait(ready, "exchange", needs_all=True))
 
 
 def test_what_a_library_noticed_ends_a_wait(make_engine):
@@ -241,7 +252,7 @@ def test_what_a_library_noticed_ends_a_wait(make_engine):
 
     engine.health.append(broken)
     with pytest.raises(FatalError, match="rank 3: OSError in a step: network"):
-        engine.call(lambda: engine.wait(never, "a step"))
+        call(engine, lambda: engine.wait(never, "a step"))
 
 
 def test_closing_finishes_what_was_handed_in_then_leaves_then_refuses(make_engine):

@@ -1,4 +1,7 @@
-"""Lanes and events: what runs in which order, what waits for what, and where an error comes out. Streams by a stand-in for torch's."""
+"""Lanes and events: what runs in which order, what waits for what, and where an error comes out.
+
+Streams by a stand-in for torch's.
+"""
 
 import ctypes
 import threading
@@ -9,7 +12,8 @@ import torch
 
 from pipemoe.errors import FatalError
 from pipemoe.runtime import lanes as lanes_module
-from pipemoe.runtime.lanes import HostEvent, HostMark, PolledLane, StreamClock, StreamEvent, StreamLane, WorkerLane, host_lanes, stream_lanes
+from pipemoe.runtime.lanes import HostEvent, HostMark, PolledLane, StreamClock, StreamEvent, StreamLane, WorkerLane
+from pipemoe.runtime.lanes import host_lanes, stream_lanes
 
 PATIENCE = 60  # seconds for a thread that is to do something: only a fault takes so long
 
@@ -109,7 +113,9 @@ def test_a_polled_lane_posts_in_order_and_a_few_at_once():
     assert order == list(range(PolledLane.MAX_POSTED)) and not any(event.done() for event in events)
     posted[1].complete = True
     lane.poll()
-    assert not events[1].done() and order == list(range(PolledLane.MAX_POSTED))  # in order: the first one is not complete
+    assert not events[1].done() and order == list(
+        range(PolledLane.MAX_POSTED)
+    )  # in order: the first one is not complete
     posted[0].complete = True
     lane.poll()
     assert [event.done() for event in events] == [True, True] + 5 * [False]
@@ -233,7 +239,7 @@ def test_times_are_seconds_of_the_hosts_clock(cuda, monkeypatch, all_timed, this
 
 
 class Driver:
-    """libcuda with three priorities, of which 0 is the lowest and -2 the highest; it notes the streams that are made."""
+    """libcuda with the priorities 0 (the lowest) to -2; it notes the streams that are made."""
 
     def __init__(self, status=0):
         self.made, self._status = [], status
@@ -249,13 +255,21 @@ class Driver:
 
 
 def test_streams_by_priority(cuda, monkeypatch):
-    """Communication before all computation, cohorts of lower slots before those of higher ones, as far as there are priorities."""
+    """Communication before all computation, lower slots before higher ones, as far as there are priorities."""
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda value, device: SimpleNamespace(number=value, device=device, name=str(value)))
+    monkeypatch.setattr(
+        torch.cuda,
+        "ExternalStream",
+        lambda value, device: SimpleNamespace(number=value, device=device, name=str(value)),
+    )
     lanes = stream_lanes("cuda:0", 3)
-    assert driver.made == [(1, 0)] + [(1, p) for compute in (-1, 0, 0) for p in (compute, -2, -2)]  # the clock's, then the slots'
-    assert [lane.stream.number for s in lanes.slots for lane in (s.compute, s.dispatch, s.combine)] == list(range(2, 11))
+    assert driver.made == [(1, 0)] + [
+        (1, p) for compute in (-1, 0, 0) for p in (compute, -2, -2)
+    ]  # the clock's, then the slots'
+    assert [lane.stream.number for s in lanes.slots for lane in (s.compute, s.dispatch, s.combine)] == list(
+        range(2, 11)
+    )
     cuda.current = cuda.stream("current")
     lanes.new_mark().record()
     assert cuda.log == ["event 1 on current"]

@@ -1,4 +1,4 @@
-"""What each operation of a run waits for, whatever the plan; rows that are sent in place of failed ones; what only the caller holds up.
+"""What each operation of a run waits for, in any plan; what is sent in place of failed rows; what a caller holds up.
 
 Lanes run work at once and write it down, so that a missing wait shows, where on real ones it would only be a race.
 """
@@ -12,7 +12,7 @@ CHUNKS = Facts(((30,), (), (24, 9)))
 
 
 def issued(rank, **options):
-    """The run, and its pieces of work by operation, in the order of issue: [(operation, [(name, what it did, waits)])]."""
+    """The run, and the pieces of work of each operation as issued: [(operation, [(name, what it did, waits)])]."""
     made = noted_run(rank, on_progress=lambda log, op: log.append(op), **options)
     while not made.run.advance():
         pass
@@ -33,8 +33,20 @@ CASES = {
     "padded": {"num_layers": 3, "mode": "padded"},
     "a slot each": {"num_layers": 2, "mode": "per_rank", "num_slots": 5, "moe_max_num_tokens": 15},
     "cohorts one after another": {"num_layers": 2, "mode": "per_rank", "num_slots": 2, "moe_max_num_tokens": 15},
-    "chunks side by side": {"num_layers": 3, "mode": "two_batch", "num_slots": 2, "facts": CHUNKS, "moe_max_num_tokens": 12},
-    "chunks one after another": {"num_layers": 3, "mode": "two_batch", "num_slots": 1, "facts": CHUNKS, "moe_max_num_tokens": 12},
+    "chunks side by side": {
+        "num_layers": 3,
+        "mode": "two_batch",
+        "num_slots": 2,
+        "facts": CHUNKS,
+        "moe_max_num_tokens": 12,
+    },
+    "chunks one after another": {
+        "num_layers": 3,
+        "mode": "two_batch",
+        "num_slots": 1,
+        "facts": CHUNKS,
+        "moe_max_num_tokens": 12,
+    },
 }
 
 
@@ -45,7 +57,10 @@ def test_everything_waits_for_what_it_needs_and_for_nothing_else(name, rank):
     p, ends = made.plan, {}  # by operation: the name of its last piece of work
     last = {}  # by kind, slot and buffer: the last operation that used it
     for op, entries in found:
-        slot, own = p.cohorts[op.cohort].slot, [w for w, wave in enumerate(p.cohorts[op.cohort].waves) if rank in wave.ranks()]
+        slot, own = (
+            p.cohorts[op.cohort].slot,
+            [w for w, wave in enumerate(p.cohorts[op.cohort].waves) if rank in wave.ranks()],
+        )
         place = slot, p.buffer(op.cohort, op.layer, op.wave)
 
         def users(*kinds):
@@ -54,9 +69,11 @@ def test_everything_waits_for_what_it_needs_and_for_nothing_else(name, rank):
         def own_sums(layer):
             return [ends[Op(OpKind.COMBINE, op.cohort, layer, w)] for w in own if layer >= 0]
 
-        packed = [entry for entry in entries[:-1]]
+        packed = entries[:-1]
         if op.kind is OpKind.ATTEND:
-            wanted = own_sums(op.layer - 1) + [ends[Op(OpKind.ATTEND, e, op.layer, 0)] for e in p.causal_predecessors[op.cohort]]
+            wanted = own_sums(op.layer - 1) + [
+                ends[Op(OpKind.ATTEND, e, op.layer, 0)] for e in p.causal_predecessors[op.cohort]
+            ]
             wanted += [ends[Op(OpKind.ATTEND, e, op.layer - 1, 0)] for e in p.pacemakers[op.cohort] if op.layer]
         elif op.kind is OpKind.DISPATCH and (op.wave in own or p.config.mode == "padded"):
             (pack,) = packed
@@ -70,7 +87,9 @@ def test_everything_waits_for_what_it_needs_and_for_nothing_else(name, rank):
         elif op.kind is OpKind.COMBINE:
             wanted = [ends[op._replace(kind=OpKind.EXPERTS)]]
         else:
-            wanted = own_sums(op.layer) + [ends[Op(OpKind.FINISH, e, op.layer, 0)] for e in p.causal_predecessors[op.cohort]]
+            wanted = own_sums(op.layer) + [
+                ends[Op(OpKind.FINISH, e, op.layer, 0)] for e in p.causal_predecessors[op.cohort]
+            ]
         name, _, waits = entries[-1]
         lane = {OpKind.DISPATCH: "dispatch", OpKind.COMBINE: "combine"}.get(op.kind, "compute")
         assert name.rsplit(" ", 1)[0] == (lane if not slot else f"{lane} of {slot}")
@@ -86,7 +105,11 @@ def test_blocks_of_columns_wait_for_their_marks():
             (entry,) = entries
             assert entry[1] == ["experts", "mark", "mark", "mark"]
         elif op.kind is OpKind.COMBINE:  # the last one waits for the work itself, which says what went wrong
-            assert [waits for _, _, waits in entries] == [["mark"], ["mark"], [experts[op._replace(kind=OpKind.EXPERTS)][-1][0]]]
+            assert [waits for _, _, waits in entries] == [
+                ["mark"],
+                ["mark"],
+                [experts[op._replace(kind=OpKind.EXPERTS)][-1][0]],
+            ]
             assert [work for _, work, _ in entries] == [["combine"]] * 3
 
 
@@ -101,7 +124,11 @@ def test_rows_of_failed_model_code_are_for_no_expert(mode):
     seen = []
     (wave,) = made.plan.cohorts[0].waves
     (own,) = [s for s in wave.segments if s.rank == 1]
-    block = range(wave.num_rows // 5, 2 * wave.num_rows // 5) if mode == "padded" else range(own.row, own.row + own.num_rows)
+    block = (
+        range(wave.num_rows // 5, 2 * wave.num_rows // 5)
+        if mode == "padded"
+        else range(own.row, own.row + own.num_rows)
+    )
     send = made.run._transport.dispatch
 
     def dispatch(slot, buffer, group, exchange, rows):

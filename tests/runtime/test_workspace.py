@@ -1,4 +1,4 @@
-"""The workspace: every buffer of the size that the configuration says, and no other; all are there from the beginning."""
+"""The workspace: every buffer of the size that the configuration says, and no other; all are there at once."""
 
 from types import SimpleNamespace
 
@@ -28,12 +28,30 @@ def workspace(num_ranks, arriving=None, combine_dtype=torch.bfloat16, **options)
     return Workspace(Config(**options), WIRE, combine_dtype, num_ranks, Experts(), CPU, arriving)
 
 
-# What the configuration says: rows of a wave, slots, double buffers; and rows of its own that a rank may have in a wave.
+# Options: rows of a wave, slots, double buffers, and own rows that a rank may have in a wave.
 CASES = {
     "capped": ({"mode": "per_rank", "moe_max_num_tokens": 50, "max_tokens_per_rank": 40, "num_slots": 3}, 50, 3, 2, 40),
-    "ranks bring less than the cap": ({"mode": "auto", "moe_max_num_tokens": 500, "max_tokens_per_rank": 40, "num_slots": 2}, 160, 2, 2, 40),
-    "a cap below a rank's": ({"mode": "chunked", "moe_max_num_tokens": 30, "max_tokens_per_rank": 40, "num_slots": 4}, 30, 1, 2, 30),
-    "two batches": ({"mode": "two_batch", "moe_max_num_tokens": 30, "max_tokens_per_rank": 40, "num_slots": 4}, 30, 2, 2, 30),
+    "ranks bring less than the cap": (
+        {"mode": "auto", "moe_max_num_tokens": 500, "max_tokens_per_rank": 40, "num_slots": 2},
+        160,
+        2,
+        2,
+        40,
+    ),
+    "a cap below a rank's": (
+        {"mode": "chunked", "moe_max_num_tokens": 30, "max_tokens_per_rank": 40, "num_slots": 4},
+        30,
+        1,
+        2,
+        30,
+    ),
+    "two batches": (
+        {"mode": "two_batch", "moe_max_num_tokens": 30, "max_tokens_per_rank": 40, "num_slots": 4},
+        30,
+        2,
+        2,
+        30,
+    ),
     "uncapped": ({"mode": "padded", "moe_max_num_tokens": 30, "max_tokens_per_rank": 40}, 160, 1, 1, 40),
 }
 
@@ -55,12 +73,16 @@ def test_every_buffer_is_of_the_size_that_the_configuration_says(name, combine):
     tensors = [t for s in made.slots for t in (*s.receive, *s.partial, *s.staging) if t is not None]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
     of_staging = 3 * own_rows * HIDDEN * 2 if combine == "gather" else 0
-    assert made.num_bytes == num_slots * (num_buffers * (rows * WIRE.row_bytes + rows * HIDDEN * 2 + of_staging) + 1000 * rows)
+    assert made.num_bytes == num_slots * (
+        num_buffers * (rows * WIRE.row_bytes + rows * HIDDEN * 2 + of_staging) + 1000 * rows
+    )
     assert made.sum_bytes == (2 * own_rows * HIDDEN * 4 if combine == "gather" else 0)
 
 
 def test_sums_in_float64_take_more():
-    made = workspace(2, combine="gather", combine_dtype=torch.float64, mode="chunked", moe_max_num_tokens=30, max_tokens_per_rank=40)
+    made = workspace(
+        2, combine="gather", combine_dtype=torch.float64, mode="chunked", moe_max_num_tokens=30, max_tokens_per_rank=40
+    )
     assert made.sum_bytes == 2 * 30 * HIDDEN * 8 and made.slots[0].partial[0].dtype is torch.float64
 
 
@@ -84,6 +106,8 @@ def test_arrivals_are_of_the_first_slot():
     ("gather", torch.float64, torch.float32),
 ])  # fmt: skip
 def test_results_are_what_the_combine_writes(combine, combine_dtype, dtype):
-    made = workspace(2, combine=combine, combine_dtype=combine_dtype, mode="chunked", moe_max_num_tokens=30, max_tokens_per_rank=40)
+    made = workspace(
+        2, combine=combine, combine_dtype=combine_dtype, mode="chunked", moe_max_num_tokens=30, max_tokens_per_rank=40
+    )
     results = made.new_results(7)
     assert results.shape == (7, HIDDEN) and results.dtype is dtype is made.results_dtype and results.device == CPU
