@@ -20,7 +20,7 @@ ATTEND, DISPATCH, EXPERTS, COMBINE, FINISH = OpKind
 
 
 def cost_of(host_ns=0, **changes):
-    """ns a row: attention 2, experts 12, dispatch 3, combine 5; finish 40 in all, launches 0. host_ns: to issue anything."""
+    """ns a row: attention 2, experts 12, dispatch 3, combine 5; finish 40, launches 0. host_ns: to issue anything."""
     every = {
         "attend": AttendCost(0, 0, 2_000, 0),
         "experts": ExpertsCost(0, 0, 0, 12_000, 1, 0),

@@ -182,12 +182,13 @@ def test_watch_lets_an_idle_engine_be(make_engine, clock):
 
 def test_a_wait_ends_without_progress_but_not_with_it(make_engine, clock):
     engine = make_engine(SideChannel())
-    steps = iter(range(8))
+    polls = iter(range(16))
 
     def goes_on():
-        clock.now += WATCHDOG_SECONDS - 1
-        engine.ops_done += 1
-        return next(steps, None) is None
+        clock.now += WATCHDOG_SECONDS / 2
+        poll = next(polls, None)
+        engine.ops_done += poll in range(0, 16, 2)  # nothing at every second poll, but never for long
+        return poll is None
 
     call(engine, lambda: engine.wait(goes_on, "going on"))
 

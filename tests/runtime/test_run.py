@@ -169,3 +169,20 @@ def test_the_oldest_operation_is_the_first_that_is_not_done():
     assert made.run.oldest() == Op(OpKind.ATTEND, 0, 0, 0)
     made.run.advance()
     assert made.run.oldest() == Op(OpKind.DISPATCH, 0, 0, 0)
+
+
+def test_a_cohort_finishes_behind_those_whose_keys_it_reads():
+    """Cohort 0 has the first half of each sequence. The bound on groups holds it up; cohort 1 could go on to its end."""
+    hold = {"dispatch"}
+    made = noted_run(0, hold, facts=CHUNKS, mode="two_batch", num_slots=2, moe_max_num_tokens=6, combine_blocks=1)
+    assert made.plan.causal_predecessors == ((), (0,)) and len(made.plan.cohorts[0].waves) == 6
+    for _ in range(10):
+        assert not made.run.advance()
+    assert sum(entry[1] == ["experts"] for entry in made.log if entry[0].startswith("compute of 1")) == 6
+    assert not any("finish" in entry[1] for entry in made.log)
+    hold.clear()
+    while not made.run.advance():
+        pass
+    finishes = [entry for entry in made.log if "finish" in entry[1]]
+    assert [entry[0].rsplit(" ", 1)[0] for entry in finishes] == ["compute", "compute of 1"]
+    assert finishes[0][0] in finishes[1][2]
