@@ -1,5 +1,7 @@
 """The wire format: aligned rows whose parts do not overlap."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -55,3 +57,20 @@ def test_e4m3_rows_need_whole_blocks():
 )
 def test_row_sizes_of_real_models(hidden, top_k, dtype, row_bytes):
     assert WireFormat(hidden, top_k, dtype).row_bytes == row_bytes
+
+
+def test_a_layout_has_one_number_whatever_the_rows():
+    """Launches are kept ready by it: rows that lie otherwise must not share a number."""
+    wire, others = WireFormat(96, 3, torch.bfloat16), [WireFormat(97, 3, torch.bfloat16), WireFormat(96, 2, torch.bfloat16)]
+    others += [WireFormat(96, 3, torch.float16), WireFormat(96, 3, torch.float32)]
+
+    def rows(wire, n):
+        return wire.rows(torch.zeros((n, wire.row_bytes), dtype=torch.uint8))
+
+    whole = rows(wire, 8)
+    same = [rows(wire, 5), whole[2:4], rows(WireFormat(96, 3, torch.bfloat16), 1), whole[:0]]
+    assert whole.layout >= 0 and {r.layout for r in same} == {whole.layout}
+    numbers = [whole.layout, whole[::2].layout, *(rows(other, 8).layout for other in others)]
+    assert len(set(numbers)) == len(numbers) and -1 not in numbers
+    for name in ("hidden", "ids", "weights"):
+        assert replace(whole, **{name: getattr(whole, name)[:7]}).layout == -1

@@ -99,7 +99,7 @@ def _folder() -> Path:
 def _environment() -> str:
     """The sources and compilers of this process."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     versions = []
     for name in COMPILERS:

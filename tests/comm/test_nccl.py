@@ -1,148 +1,180 @@
-"""The NCCL transport's calls against a stand-in library, without a GPU: what the plan projects, on the right memory."""
-
-from types import SimpleNamespace
+"""The NCCL transport without a GPU, against a stand-in that does what it is told: every form, root and slot."""
 
 import pytest
 import torch
 
 from pipemoe.comm import nccl
 from pipemoe.comm.nccl import NcclTransport
-from pipemoe.comm.transport import WaveSums
-from pipemoe.errors import FatalError
+from pipemoe.comm.transport import WaveSums, column_blocks
+from pipemoe.plan.columns import column_ranges
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig, Segment, Wave
+from tests.comm.nccl_stand_in import STREAM, Communicator, StandIn
+from tests.comm.wave_cases import broadcast_waves, padded_wave
 
-WIDTH, TOKENS = 8, (3, 0, 2)
-
-
-class Communicator:
-    """Keeps (name of the call, its arguments). Calls named in `results` give that result of NCCL."""
-
-    results = {}
-
-    def __init__(self, size, unique_id, rank):
-        self.calls = []
-        result(self.results.get("init", 0))
-
-    def __getattr__(self, name):
-        def call(*arguments):
-            self.calls.append((name, *arguments))
-            result(self.results.get(name, 0))
-
-        return call
-
-
-class NcclError(RuntimeError):
-    pass
-
-
-def result(number):
-    """As cupy does: a table of names that ends at 5 or 6."""
-    if number > 6:
-        raise KeyError(number)
-    if number:
-        raise NcclError(f"NCCL_ERROR: {number}")
-
-
-@pytest.fixture
-def transports(monkeypatch):
-    """One per rank."""
-    names = ("UINT8", "FLOAT32", "FLOAT64", "FLOAT16", "BFLOAT16", "SUM")
-    monkeypatch.setattr(Communicator, "results", {})
-    library = SimpleNamespace(
-        NcclCommunicator=Communicator,
-        NcclError=NcclError,
-        groupStart=lambda: result(Communicator.results.get("groupStart", 0)),
-        groupEnd=lambda: result(Communicator.results.get("groupEnd", 0)),
-        get_unique_id=lambda: result(Communicator.results.get("get_unique_id", 0)),
-        get_version=lambda: result(Communicator.results.get("get_version", 0)),
-        **{f"NCCL_{name}": name for name in names},
-    )
-    monkeypatch.setattr(nccl, "library", lambda: library)
-    monkeypatch.setattr(nccl, "_current_stream", lambda: "stream")
-    return [NcclTransport(rank, len(TOKENS), [b"dispatch", b"combine"]) for rank in range(len(TOKENS))]
-
-
-@pytest.mark.parametrize(("mode", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce"), ("padded", "gather")])
-def test_the_log_is_what_the_plan_projects(transports, mode, combine):
-    p = plan(Facts(tuple((n,) if n else () for n in TOKENS)), ModelShape(WIDTH, 16, 4, 2, 1), PlanConfig(mode=mode, combine=combine))
-    wave = p.cohorts[0].waves[0]
-    for rank, transport in enumerate(transports):
-        transport.log = []
-        results = [torch.zeros(s.num_rows, WIDTH) for s in wave.segments if s.rank == rank]
-        sums = WaveSums(torch.zeros(wave.num_rows, WIDTH), results, torch.zeros(len(TOKENS) - 1, wave.num_rows, WIDTH))
-        transport.dispatch(0, 0, wave, p.exchange(wave), torch.zeros(wave.num_rows, WIDTH, dtype=torch.uint8))
-        transport.combine(0, 0, wave, p.exchange(wave), combine, sums)
-        assert transport.log == project(p, rank, WIDTH, 4)
-
-
-def test_a_gather_reads_own_sums_and_fills_the_staging(transports):
-    """Rank 2 owns two segments; what is staged for each peer are the rows of both, in that order."""
-    wave = Wave((Segment(0, 0, 4, 0), Segment(2, 0, 2, 4), Segment(2, 2, 3, 6)), 7)
-    partial, staging = torch.ones(7, WIDTH), torch.ones(2, 5, WIDTH)
-    results = [torch.zeros(2, WIDTH), torch.zeros(1, WIDTH)]
-    transports[2].combine(0, 0, wave, "broadcast", "gather", WaveSums(partial, results, staging))
-    row_bytes = 4 * WIDTH
-    assert transports[2]._combine[0].calls == [
-        ("send", partial[0].data_ptr(), 4 * row_bytes, "UINT8", 0, "stream"),
-        ("recv", staging[0, 0].data_ptr(), 2 * row_bytes, "UINT8", 0, "stream"),
-        ("recv", staging[1, 0].data_ptr(), 2 * row_bytes, "UINT8", 1, "stream"),
-        ("recv", staging[0, 2].data_ptr(), row_bytes, "UINT8", 0, "stream"),
-        ("recv", staging[1, 2].data_ptr(), row_bytes, "UINT8", 1, "stream"),
-    ]
-    assert all(bool((result == 3).all()) for result in results)  # own and two peers'
-
-
-def sums_of(wave, dtype=torch.float32):
-    results = [torch.zeros(s.num_rows, WIDTH, dtype=dtype) for s in wave.segments if s.rank == 0]
-    return WaveSums(torch.zeros(wave.num_rows, WIDTH, dtype=dtype), results, torch.zeros(2, wave.num_rows, WIDTH, dtype=dtype))
-
-
-WAVE = Wave((Segment(0, 0, 3, 0), Segment(1, 0, 3, 3), Segment(2, 0, 3, 6)), 9)
-ROWS = torch.zeros(9, WIDTH, dtype=torch.uint8)
-CALLS = {
-    "check_async_error": lambda t: t.check(),
-    "abort": lambda t: t.abort(),
-    "init": lambda t: NcclTransport(0, 3, [b"dispatch", b"combine"]),
-    "get_unique_id": lambda t: nccl.unique_ids(2),
-    "get_version": lambda t: nccl.version(),
-    "allGather": lambda t: t.dispatch(0, 0, WAVE, "padded", ROWS),
-    "bcast": lambda t: t.dispatch(0, 0, WAVE, "broadcast", ROWS),
-    "groupStart": lambda t: t.dispatch(0, 0, WAVE, "broadcast", ROWS),
-    "groupEnd": lambda t: t.combine(0, 0, WAVE, "broadcast", "gather", sums_of(WAVE)),
-    "send": lambda t: t.combine(0, 0, WAVE, "broadcast", "gather", sums_of(WAVE)),
-    "recv": lambda t: t.combine(0, 0, WAVE, "broadcast", "gather", sums_of(WAVE)),
-    "reduce": lambda t: t.combine(0, 0, WAVE, "broadcast", "reduce", sums_of(WAVE)),
-    "reduceScatter": lambda t: t.combine(0, 0, WAVE, "padded", "reduce", sums_of(WAVE)),
+WIDTH, NUM_RANKS = 48, 4
+COMMUNICATORS = [b"dispatch 0", b"combine 0", b"dispatch 1", b"combine 1"]
+WAVES = {("broadcast", name): wave for name, wave in broadcast_waves(NUM_RANKS).items()} | {
+    ("padded", "a block each"): padded_wave(NUM_RANKS)
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize(("number", "words"), [(7, "in progress"), (8, "timed out"), (99, "unknown result")])
-def test_results_that_cupy_has_no_name_for_are_named(transports, name, number, words):
-    Communicator.results[name] = number
-    if (name, number) == ("check_async_error", 7):
-        transports[0].check()  # no error
-        return
-    with pytest.raises(nccl.NcclFailed, match=rf"^NCCL: {words} \(result {number}\) in ") as caught:
-        CALLS[name](transports[0])
-    assert isinstance(caught.value, FatalError)
-    assert ("NCCL_COMM_BLOCKING" in str(caught.value)) == (number == 7)
+@pytest.fixture
+def stand_in():
+    return StandIn(NUM_RANKS)
 
 
-def test_all_communicators_are_looked_at_though_one_is_in_progress(transports):
-    Communicator.results["check_async_error"] = 7
-    transports[0].check()
-    assert all(("check_async_error",) in comm.calls for comm in transports[0]._comms)
-    transports[0]._comms[1].results = {"check_async_error": 8}
-    with pytest.raises(nccl.NcclFailed, match="timed out"):
+@pytest.fixture
+def transports(stand_in, monkeypatch):
+    """One per rank."""
+    monkeypatch.setattr(nccl, "_current_stream", lambda: STREAM)
+    made = []
+    for rank, library in enumerate(stand_in.libraries):
+        monkeypatch.setattr(nccl, "library", lambda library=library: library)
+        made.append(NcclTransport(rank, NUM_RANKS, COMMUNICATORS))
+    return made
+
+
+def rows_of(rank, start, stop):
+    """What rank `rank` sends of its tokens: bytes that name rank, token and column."""
+    at = torch.arange(start, stop).unsqueeze(1) * 7 + torch.arange(WIDTH) * 3 + rank * 31
+    return (at % 251).to(torch.uint8)
+
+
+def calls_of(stand_in):
+    """Name and communicator of each call of rank 0, group by group; other ranks differ in sends and receives alone."""
+    return [[(c.name, c.communicator) for c in group] for group in stand_in.libraries[0].groups]
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize(("exchange", "name"), WAVES, ids=str)
+def test_dispatch_brings_every_row_to_every_rank(stand_in, transports, exchange, name, slot):
+    wave = WAVES[exchange, name]
+    wanted = torch.full((wave.num_rows, WIDTH), 255, dtype=torch.uint8)
+    buffers = [wanted.clone() for _ in range(NUM_RANKS)]
+    for s in wave.segments:
+        wanted[s.row : s.row + s.num_rows] = buffers[s.rank][s.row : s.row + s.num_rows] = rows_of(*s[:3])
+    stand_in.memory = [[buffer] for buffer in buffers]
+    stand_in.on_every_rank(lambda rank: transports[rank].dispatch(slot, 0, wave, exchange, buffers[rank]))
+    assert all(torch.equal(buffer, wanted) for buffer in buffers)
+    call = ("allGather" if exchange == "padded" else "bcast", b"dispatch %d" % slot)
+    assert calls_of(stand_in) == [[call] * (1 if exchange == "padded" else len(wave.segments))]  # one group
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3], ids=["whole", "blocks of columns"])
+@pytest.mark.parametrize("combine", ["reduce", "gather"])
+@pytest.mark.parametrize(("exchange", "name"), WAVES, ids=str)
+def test_combine_sums_every_ranks_part_at_the_owner(stand_in, transports, exchange, name, combine, num_blocks):
+    wave, slot = WAVES[exchange, name], 1
+    columns = column_ranges(WIDTH, num_blocks)
+    own = [[s for s in wave.segments if s.rank == rank] for rank in range(NUM_RANKS)]
+    values = (torch.arange(wave.num_rows).unsqueeze(1) * 5 + torch.arange(WIDTH)).remainder(31).float() + 1
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        memory = [torch.empty((wave.num_rows, WIDTH), dtype=dtype) for _ in own]
+        partial = [column_blocks(m, (wave.num_rows,), columns) for m in memory]
+        for rank, blocks in enumerate(partial):
+            for block, part in zip(blocks, columns):
+                block.copy_(values[:, part.start : part.stop] * (rank + 1))
+        before = [m.clone() for m in memory]
+        staged = [torch.full((NUM_RANKS - 1, wave.num_rows, WIDTH), torch.nan, dtype=dtype) for _ in own]
+        staging = [column_blocks(m, (NUM_RANKS - 1, sum(s.num_rows for s in o)), columns) for m, o in zip(staged, own)]
+        kind = torch.float32 if combine == "gather" else dtype
+        results = [[torch.full((s.num_rows, WIDTH), torch.nan, dtype=kind) for s in o] for o in own]
+        stand_in.memory = [[m, g, *r] for m, g, r in zip(memory, staged, results)]
+
+        def work(rank):
+            for block, part in enumerate(columns):
+                into = [r[:, part.start : part.stop] for r in results[rank]] if num_blocks > 1 else results[rank]
+                sums = WaveSums(partial[rank][block], into, staging[rank][block])
+                transports[rank].combine(slot, 0, wave, exchange, combine, sums)
+
+        stand_in.on_every_rank(work)
+        for segments, of_rank in zip(own, results):
+            for s, result in zip(segments, of_rank, strict=True):
+                assert torch.equal(result.float(), values[s.row : s.row + s.num_rows] * 10), (s, dtype)  # 1 + 2 + 3 + 4
+        for rank, (now, then) in enumerate(zip(memory, before)):  # sums may be left in the place of own rows alone
+            for block, old in zip(
+                column_blocks(now, (wave.num_rows,), columns), column_blocks(then, (wave.num_rows,), columns)
+            ):
+                others = torch.ones(wave.num_rows, dtype=torch.bool)
+                blocks_of = (
+                    [(rank * wave.num_rows // NUM_RANKS, wave.num_rows // NUM_RANKS)] if exchange == "padded" else []
+                )
+                for row, num_rows in [(s.row, s.num_rows) for s in own[rank]] + blocks_of:
+                    others[row : row + num_rows] = False
+                assert torch.equal(block[others], old[others])
+    groups = calls_of(stand_in)
+    assert len(groups) == 4 * num_blocks and {c for group in groups for _, c in group} == {b"combine 1"}
+    if combine == "reduce":
+        names = ["reduceScatter"] if exchange == "padded" else ["reduce"] * len(wave.segments)
+        assert [[name for name, _ in group] for group in groups] == [names] * len(groups)
+
+
+@pytest.mark.parametrize(
+    ("mode", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce"), ("padded", "gather")]
+)
+def test_the_log_is_what_the_plan_projects(stand_in, transports, mode, combine):
+    tokens = (3, 0, 2, 4)
+    p = plan(
+        Facts(tuple((n,) if n else () for n in tokens)),
+        ModelShape(WIDTH, 16, 4, 2, 1),
+        PlanConfig(mode=mode, combine=combine, max_tokens_per_rank=100),
+    )
+    wave = p.cohorts[0].waves[0]
+
+    def work(rank):
+        transports[rank].log = []
+        rows = torch.zeros(wave.num_rows, WIDTH, dtype=torch.uint8)
+        results = [torch.zeros(s.num_rows, WIDTH) for s in wave.segments if s.rank == rank]
+        sums = WaveSums(torch.zeros(wave.num_rows, WIDTH), results, torch.zeros(NUM_RANKS - 1, wave.num_rows, WIDTH))
+        stand_in.memory[rank] = [rows, sums.partial, sums.staging, *results]
+        transports[rank].dispatch(0, 0, wave, p.exchange(wave), rows)
+        transports[rank].combine(0, 0, wave, p.exchange(wave), combine, sums)
+        return transports[rank].log
+
+    assert stand_in.on_every_rank(work) == [project(p, rank, WIDTH, 4) for rank in range(NUM_RANKS)]
+
+
+def test_a_gather_reads_own_sums_and_fills_the_staging(stand_in, transports):
+    """Rank 2 owns two segments; what is staged for each peer are the rows of both, in that order."""
+    wave = Wave((Segment(0, 0, 4, 0), Segment(2, 0, 2, 4), Segment(2, 2, 3, 6)), 7)
+    sums = []
+    for rank in range(NUM_RANKS):
+        results = [torch.zeros(s.num_rows, WIDTH) for s in wave.segments if s.rank == rank]
+        sums.append(WaveSums(torch.ones(7, WIDTH), results, torch.zeros(3, 5, WIDTH)))
+        stand_in.memory[rank] = [sums[rank].partial, sums[rank].staging, *results]
+    stand_in.on_every_rank(lambda rank: transports[rank].combine(0, 0, wave, "broadcast", "gather", sums[rank]))
+    partial, staging, row_bytes = sums[2].partial, sums[2].staging, 4 * WIDTH
+    (group,) = stand_in.libraries[2].groups
+    assert [(c.name, c.send or c.receive, c.count, c.kind, c.peer) for c in group] == [
+        ("send", partial[0].data_ptr(), 4 * row_bytes, "UINT8", 0),
+        ("recv", staging[0, 0].data_ptr(), 2 * row_bytes, "UINT8", 0),
+        ("recv", staging[1, 0].data_ptr(), 2 * row_bytes, "UINT8", 1),
+        ("recv", staging[2, 0].data_ptr(), 2 * row_bytes, "UINT8", 3),
+        ("recv", staging[0, 2].data_ptr(), row_bytes, "UINT8", 0),
+        ("recv", staging[1, 2].data_ptr(), row_bytes, "UINT8", 1),
+        ("recv", staging[2, 2].data_ptr(), row_bytes, "UINT8", 3),
+    ]
+    assert all(bool((result == 4).all()) for result in sums[2].results)  # own and three peers'
+
+
+@pytest.mark.parametrize("end", ["abort", "close"])
+def test_every_communicator_is_aborted(stand_in, transports, end):
+    """close as well: NCCL's destroy is collective."""
+    getattr(transports[1], end)()
+    assert stand_in.aborted == [(1, name) for name in COMMUNICATORS]
+
+
+def test_every_communicator_is_asked_for_errors(stand_in, transports):
+    transports[2].check()
+    assert stand_in.checked == [(2, name) for name in COMMUNICATORS] and not stand_in.aborted
+
+
+def test_what_the_library_noticed_is_raised(stand_in, transports, monkeypatch):
+    def broken(communicator):
+        raise OSError("network")
+
+    monkeypatch.setattr(Communicator, "check_async_error", broken)
+    with pytest.raises(OSError, match="network"):
         transports[0].check()
-
-
-def test_other_errors_stay_what_they_are(transports):
-    Communicator.results["check_async_error"] = 2
-    with pytest.raises(NcclError):
-        transports[0].check()
-    with pytest.raises(KeyError, match="torch.int64"):
-        transports[0].combine(0, 0, WAVE, "broadcast", "reduce", sums_of(WAVE, torch.int64))

@@ -8,6 +8,7 @@ from pipemoe.plan.columns import column_ranges
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
 from pipemoe.plan.schedule import Facts, ModelShape, OpKind, PlanConfig
+from tests.comm.wave_cases import broadcast_waves, padded_wave
 
 pytestmark = pytest.mark.mpi
 WIDTH = 128
@@ -131,6 +132,38 @@ def test_the_log_is_what_the_plan_projects(world, exchange, combine):
     log, world.transport.log = world.transport.log, None
     assert log == project(p, world.rank, WIDTH, 4)
     assert {i.communicator for i in log} <= {OpKind.DISPATCH.name.lower(), OpKind.COMBINE.name.lower()}
+
+
+@pytest.mark.parametrize("exchange", ["broadcast", "padded"])
+def test_every_rank_is_root_in_any_order_and_several_times(world, exchange):
+    """Waves as no planner makes them: dispatched, then combined in blocks of columns, on every slot."""
+    waves = broadcast_waves(world.size) if exchange == "broadcast" else {"a block each": padded_wave(world.size)}
+    columns, total = column_ranges(WIDTH, 2), sum(range(1, world.size + 1))
+    for name, wave in waves.items():
+        wanted = torch.full((wave.num_rows, WIDTH), 255, dtype=torch.uint8, device=world.device)
+        own = [s for s in wave.segments if s.rank == world.rank]
+        values = (torch.arange(wave.num_rows * WIDTH, device=world.device).view(-1, WIDTH) % 30 + 1).float()
+        for slot, lanes in enumerate(world.lanes.slots):
+            buffer = torch.full_like(wanted, 255)
+            for s in wave.segments:
+                wanted[s.row : s.row + s.num_rows] = rows_of(s.rank, s.stop, world.device)[s.start :]
+            for s in own:
+                buffer[s.row : s.row + s.num_rows] = wanted[s.row : s.row + s.num_rows]
+            on_lane(world, lanes.dispatch, lambda: world.transport.dispatch(slot, 0, wave, exchange, buffer))
+            assert torch.equal(buffer, wanted), name
+            for combine in ("reduce", "gather"):
+                memory = torch.empty((wave.num_rows, WIDTH), device=world.device)
+                partial = column_blocks(memory, (wave.num_rows,), columns)
+                staged = torch.full((world.size - 1, wave.num_rows, WIDTH), torch.nan, device=world.device)
+                staging = column_blocks(staged, (world.size - 1, sum(s.num_rows for s in own)), columns)
+                results = [torch.full((s.num_rows, WIDTH), torch.nan, device=world.device) for s in own]
+                for block, into, part in zip(partial, staging, columns):
+                    block.copy_(values[:, part.start : part.stop] * (world.rank + 1))
+                    sums = WaveSums(block, [r[:, part.start : part.stop] for r in results], into)
+                    work = lambda: world.transport.combine(slot, 0, wave, exchange, combine, sums)  # noqa: B023, E731
+                    on_lane(world, lanes.combine, work)
+                for s, result in zip(own, results):
+                    assert torch.equal(result, values[s.row : s.row + s.num_rows] * total), (name, combine)
 
 
 def test_the_padded_combine_on_the_host_allocates_nothing(world, monkeypatch):

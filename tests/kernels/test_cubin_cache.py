@@ -3,6 +3,9 @@
 import errno
 import importlib.util
 import os
+import shutil
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
 
 import torch
 
+import pipemoe_kernels
 from pipemoe_kernels import cubin_cache, driver
 from pipemoe_kernels.index_hopper import index_kernels
 
@@ -29,6 +33,46 @@ def test_an_equal_key_finds_it():
     cubin_cache.store(("a", 1), "entry", CUBIN)
     assert cubin_cache.load(("a", 1)) == ("entry", CUBIN)
     assert cubin_cache.load(("a", 2)) is None
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the kernels' sources; `cache_of` is its cache as another process would have it."""
+    copy = tmp_path / "pipemoe_kernels"
+    shutil.copytree(Path(pipemoe_kernels.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    return copy
+
+
+def cache_of(package):
+    place = Path(cubin_cache.__file__).relative_to(Path(pipemoe_kernels.__file__).parent)
+    spec = importlib.util.spec_from_file_location("cubin_cache_of_a_copy", package / place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("change", ["changed", "added", "in a sub-folder"])
+def test_other_sources_do_not_find_it(package, change):
+    (package / "deeper").mkdir()
+    (package / "deeper" / "gemm.py").write_text("ROWS = 1\n")
+    cache_of(package).store(("a", 1), "entry", CUBIN)
+    assert cache_of(package).load(("a", 1)) == ("entry", CUBIN)
+    if change == "changed":
+        source = next(iter(sorted(package.rglob("*combine.py"))))
+        source.write_text(source.read_text() + "# changed\n")
+    elif change == "added":
+        (package / "one_more.py").write_text("ROWS = 2\n")
+    else:
+        (package / "deeper" / "gemm.py").write_text("ROWS = 2\n")
+    assert cache_of(package).load(("a", 1)) is None
+
+
+@pytest.mark.parametrize("compiler", ["numba-cuda", "llvmlite", "nvidia-nvjitlink"])
+def test_other_compilers_do_not_find_it(package, monkeypatch, compiler):
+    cache_of(package).store(("a", 1), "entry", CUBIN)
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0.0" if name == compiler else version(name))
+    assert cache_of(package).load(("a", 1)) is None
 
 
 @pytest.mark.parametrize("cut", [0, 3, 6, 40, 71, 72, 75, -1])

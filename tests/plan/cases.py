@@ -25,12 +25,13 @@ def all_facts(draw, max_ranks: int = 16) -> Facts:
 
 
 @st.composite
-def configs(draw, facts: Facts, modes: tuple[str, ...] = MODES) -> PlanConfig:
-    """A configuration under which no cohort needs more than about 60 waves."""
-    smallest = max(1, sum(facts.tokens) // 60)
+def configs(draw, facts: Facts, modes: tuple[str, ...] = MODES, most_waves: int = 60) -> PlanConfig:
+    """A configuration under which all tokens are in about `most_waves` waves or fewer, if in one cohort."""
+    smallest = max(1, sum(facts.tokens) // most_waves)
+    exact = st.integers(1, most_waves).map(lambda waves: max(1, -(-sum(facts.tokens) // waves)))
     return PlanConfig(
         mode=draw(st.sampled_from(modes)),
-        moe_max_num_tokens=draw(st.integers(smallest, max(smallest, 2 * MOST_TOKENS))),
+        moe_max_num_tokens=draw(st.one_of(exact, st.integers(smallest, max(smallest, 2 * MOST_TOKENS)))),
         max_tokens_per_rank=MOST_TOKENS * 5,
         num_slots=draw(st.integers(1, 8)),
         combine=draw(st.sampled_from(COMBINES)),

@@ -24,14 +24,17 @@ class NaiveSimulator:
         self.host = [None for _ in self.ranks]  # (end, op)
         self.running = [{} for _ in self.ranks]  # computation -> end
         self.transfers = {}  # collective -> end
+        self.begun = {}  # (rank, operation) under way: when it, or the block of columns of a combine, began
+        self.spans = [[] for _ in self.ranks]  # (operation, (begin, end)); of a combine, each block of columns
 
     def run(self):
-        """Finish [C][R] in ns."""
+        """Finish [C][R] in ns; then `spans` are those of a Prediction."""
         now, finish = 0, {}
         while True:
             self.start(now)
             ends = [h[0] for h in self.host if h] + [e for r in self.running for e in r.values()] + list(self.transfers.values())
             if not ends:
+                self.spans = tuple(tuple(sorted(spans, key=lambda span: (span[1], span[0]))) for spans in self.spans)
                 return [[finish[c, r] for r in self.ranks] for c in range(self.num_cohorts)]
             now = min(ends)
             for r in self.ranks:
@@ -40,18 +43,20 @@ class NaiveSimulator:
                     self.host[r] = None
                 for op in [op for op, end in self.running[r].items() if end == now]:
                     del self.running[r][op]
-                    self.end_part(r, op)
+                    self.end_part(r, op, now)
                     if op.kind is OpKind.FINISH:
                         finish[op.cohort, r] = now
             for op in [op for op, end in self.transfers.items() if end == now]:
                 del self.transfers[op]
                 for r in self.ranks:
-                    self.end_part(r, op)
+                    self.end_part(r, op, now)
 
-    def end_part(self, r, op):
+    def end_part(self, r, op, now):
         self.parts[r][op] += 1
         if self.parts[r][op] == self.num_parts(op):
             self.done[r].add(op)
+        if op in self.done[r] or op.kind is OpKind.COMBINE:
+            self.spans[r].append((op, (self.begun.pop((r, op)), now)))
 
     def num_parts(self, op):
         return self.num_blocks + (self.num_heads if op.kind is OpKind.EXPERTS else 0) if op.kind in IN_BLOCKS else 1
@@ -70,6 +75,7 @@ class NaiveSimulator:
                 if op and op in self.issued[r] and op not in self.running[r] and self.slot_is_free(r, op) and self.needs(r, op) <= self.done[r]:
                     issue_end = self.host[r][0] if self.host[r] and self.host[r][1] == op else now
                     self.running[r][op] = max(now + self.compute_ns(r, op), issue_end)
+                    self.begun.setdefault((r, op), now)
         for c in range(self.num_cohorts):
             for kind in (OpKind.DISPATCH, OpKind.COMBINE):
                 op = next((op for op in self.ops_of[c] if op.kind is kind and op not in self.done[0]), None)
@@ -77,6 +83,7 @@ class NaiveSimulator:
                     continue
                 if all(op in self.posted[r] and self.slot_is_free(r, op) and self.may_transfer(r, op) for r in self.ranks):
                     item = op.wave if kind is OpKind.DISPATCH else op.wave * self.num_blocks + self.parts[0][op]
+                    self.begun.update({(r, op): now for r in self.ranks})
                     self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), item, 0])
 
     def num_groups(self, cohort):

@@ -12,18 +12,18 @@ from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_every_mode_verifies(data):
     facts = data.draw(all_facts())
-    verify(plan(facts, SHAPE, data.draw(configs(facts))))
+    verify(plan(facts, SHAPE, data.draw(configs(facts, most_waves=20))))
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.data())
 def test_any_assignment_verifies(data):
     facts = data.draw(all_facts(max_ranks=6))
-    config = data.draw(configs(facts, modes=("pipelined", "per_rank")))
+    config = data.draw(configs(facts, modes=("pipelined", "per_rank"), most_waves=20))
     verify(plan(facts, SHAPE, config, assignment=data.draw(assignments(facts))))
 
 
@@ -46,6 +46,31 @@ def test_waves_stay_below_the_cap_and_are_even(data):
         assert max(rows) <= config.moe_max_num_tokens
         assert len(rows) == -(-sum(rows) // config.moe_max_num_tokens)
         assert all(n == max(rows) for n in rows[:-1]) and rows[-1] > max(rows) - len(rows)  # the last one has what is left
+
+
+@pytest.mark.parametrize("cap", [1, 7, 16])
+@pytest.mark.parametrize("whole", [1, 2, 5])
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_as_many_waves_as_the_cap_needs(cap, whole, more):
+    """At exact multiples of the cap as many as that, full ones; one row more needs one more wave."""
+    rows = whole * cap + more
+    if not rows:
+        return
+    first = rows // 3
+    for mode, lengths in (("chunked", ((first,) if first else (), (rows - first,))), ("per_rank", ((), (rows,)))):
+        (cohort,) = plan(Facts(lengths), SHAPE, PlanConfig(mode=mode, moe_max_num_tokens=cap)).cohorts
+        sizes = [wave.num_rows for wave in cohort.waves]
+        assert len(sizes) == (whole + 1 if more == 1 else whole if more == 0 or cap > 1 else whole - 1)
+        assert sum(sizes) == rows and max(sizes) <= cap and (more or sizes == [cap] * whole)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cap", "sizes"),
+    [(10, 4, [4, 4, 2]), (9, 4, [3, 3, 3]), (11, 5, [4, 4, 3]), (4, 4, [4]), (5, 4, [3, 2])],
+)
+def test_waves_are_as_even_as_whole_rows_allow(rows, cap, sizes):
+    (cohort,) = plan(Facts(((rows,),)), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=cap)).cohorts
+    assert [wave.num_rows for wave in cohort.waves] == sizes
 
 
 def test_digest_tells_plans_apart():
@@ -78,6 +103,21 @@ def test_modes_assign_cohorts():
     assert cohort_ranks("pipelined", [4096, 16, 16, 16]) == [[1, 2, 3], [0]]
     assert cohort_ranks("pipelined", [2048] * 4) == [[0, 1, 2, 3]]
     assert cohort_ranks("pipelined", [1, 10, 100, 1000], num_slots=2) == [[0], [1, 2, 3]]
+
+
+def test_short_ranks_fill_the_first_waves_and_a_ranks_chunks_stay_in_order():
+    (cohort,) = plan(Facts(((30,), (5,), (), (7,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=14)).cohorts
+    segments = [[s[:3] for s in wave.segments] for wave in cohort.waves]
+    assert segments == [[(1, 0, 5), (3, 0, 7), (0, 0, 2)], [(0, 2, 16)], [(0, 16, 30)]]
+    chunks = [[Microbatch(0, 3, 9), Microbatch(1, 0, 4), Microbatch(0, 0, 3)]]
+    (cohort,) = plan(Facts(((9,), (4,))), SHAPE, PlanConfig(mode="per_rank"), assignment=chunks).cohorts
+    assert cohort.microbatches == (Microbatch(1, 0, 4), Microbatch(0, 0, 3), Microbatch(0, 3, 9))
+
+
+def test_cohorts_take_the_slots_in_turn():
+    for num_slots in (1, 3, 5):
+        cohorts = plan(Facts(((1,), (2,), (3,), (4,))), SHAPE, PlanConfig(mode="per_rank", num_slots=num_slots)).cohorts
+        assert [cohort.slot for cohort in cohorts] == [c % num_slots for c in range(4)]
 
 
 def test_short_cohort_is_ordered_ahead_of_a_long_one():

@@ -46,7 +46,8 @@ all_cores = st.builds(CoresCost, permille=st.sampled_from((0, 500, 2000)), slowd
 @given(st.data())
 def test_same_as_the_naive_simulator(data):
     facts = data.draw(all_facts(max_ranks=4))
-    config = data.draw(configs(facts, modes=("pipelined", "per_rank", "two_batch", "broadcast", "padded")))
+    modes = ("pipelined", "per_rank", "two_batch", "chunked", "broadcast", "padded")
+    config = data.draw(configs(facts, modes, most_waves=6))
     free = config.mode in ("pipelined", "per_rank")
     cost = data.draw(small_costs())
     p = plan(facts, SHAPE, config, cost, assignment=data.draw(assignments(facts)) if free else None)
@@ -69,26 +70,34 @@ def test_same_as_the_naive_simulator_with_arrivals(data):
 
 
 def check_against_the_naive_simulator(p, cost):
+    """All that every rank does, from when to when."""
     facts = p.facts
-    if len(p) > 400:
-        return
-    found = simulate(p, cost)
+    found = simulate(p, cost, spans=True)
     if not p.cohorts:
         assert found.ttft == (None,) * facts.num_ranks
         return
-    finish = NaiveSimulator(p, cost).run()
+    naive = NaiveSimulator(p, cost)
+    finish = naive.run()
+    assert found.spans == naive.spans
     last = {(m.rank, m.stop): c for c, cohort in enumerate(p.cohorts) for m in cohort.microbatches}
     for rank, tokens in enumerate(facts.tokens):
         if tokens:
             assert found.sequence_ttft[rank][-1] == finish[last[rank, tokens]][rank]
 
 
-@settings(max_examples=200, deadline=None)
+def buffer_before(p, op):
+    """The operation of the wave that had this one's buffer, or None."""
+    waves = len(p.cohorts[op.cohort].waves)
+    layer, wave = divmod(op.layer * waves + op.wave - p.config.num_buffers, waves)
+    return op._replace(layer=layer, wave=wave) if layer >= 0 else None
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
     facts = data.draw(all_facts(max_ranks=5))
     cost = data.draw(small_costs(contentions, all_cores))
-    p = plan(facts, SHAPE, data.draw(configs(facts)), cost)
+    p = plan(facts, SHAPE, data.draw(configs(facts, most_waves=8)), cost)
     found = simulate(p, cost, spans=True)
     for spans in found.spans:
         lanes: dict = {}
@@ -104,6 +113,10 @@ def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
                 dispatched = at[op._replace(kind=OpKind.DISPATCH)][1]
                 assert end >= dispatched and (begin >= dispatched or p.arrivals)
                 assert at[op._replace(kind=OpKind.COMBINE)][0] >= at[op][1]
+                if (earlier := buffer_before(p, op)) is not None:
+                    assert end >= at[earlier._replace(kind=OpKind.COMBINE)][1]
+            elif op.kind is OpKind.DISPATCH and (earlier := buffer_before(p, op)) is not None:
+                assert begin >= at[earlier._replace(kind=OpKind.EXPERTS)][1]
         combines = [op for op, _ in spans if op.kind is OpKind.COMBINE]
         assert len(combines) == p.num_column_blocks * len(set(combines))
 
@@ -113,7 +126,7 @@ def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
 def test_no_faster_than_the_work_of_the_busiest_rank(data):
     facts = data.draw(all_facts(max_ranks=4))
     cost = data.draw(small_costs(contentions))
-    p = plan(facts, SHAPE, data.draw(configs(facts)), cost)
+    p = plan(facts, SHAPE, data.draw(configs(facts, most_waves=8)), cost)
     if not p.cohorts:
         return
     found = simulate(p, cost, spans=True)

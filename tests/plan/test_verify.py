@@ -56,6 +56,20 @@ def test_missing_tokens(sound):
         verify(with_wave(sound, 1, 0, Wave((shorter,), sound.cohorts[1].waves[0].num_rows)))
 
 
+def test_missing_tokens_at_the_end(sound):
+    last = sound.cohorts[1].waves[-1]
+    *others, s = last.segments
+    shorter = Wave((*others, s._replace(stop=s.stop - 1)), last.num_rows)
+    with pytest.raises(PlanError, match="every token once: rank 0: segments end at token 48 of 49"):
+        verify(with_wave(sound, 1, len(sound.cohorts[1].waves) - 1, shorter))
+
+
+def test_segment_beyond_its_wave(sound):
+    whole = sound.cohorts[0].waves[0]
+    with pytest.raises(PlanError, match=f"leaves its wave of {whole.num_rows - 1} rows"):
+        verify(with_wave(sound, 0, 0, whole._replace(num_rows=whole.num_rows - 1)))
+
+
 def test_tokens_twice(sound):
     with pytest.raises(PlanError, match="every token once: rank 0: .* there twice"):
         verify(with_wave(sound, 1, 1, sound.cohorts[1].waves[0]))
@@ -125,9 +139,29 @@ def test_wave_beyond_the_cap(sound):
         verify(replace(sound, config=replace(sound.config, moe_max_num_tokens=19)))
 
 
-def test_slot_that_does_not_exist(sound):
-    cohorts = (sound.cohorts[0], replace(sound.cohorts[1], slot=7))
-    with pytest.raises(PlanError, match="workspace is bounded: cohort 1 uses slot 7"):
+@pytest.mark.parametrize("num_waves", [4, 5])
+def test_more_rows_live_than_all_buffers_hold(monkeypatch, num_waves):
+    """A slot's two buffers hold a wave that is received, and sums of one that wait, each: four waves.
+
+    A plan that has more uses some buffer twice at once, which is found first: so without that check.
+    """
+    monkeypatch.setattr("pipemoe.plan.verify._buffers_have_one_user", lambda p: None)
+    p = plan(Facts(((20 * (num_waves - 1),), (20,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=20))
+    assert [wave.num_rows for wave in p.cohorts[0].waves] == [20] * num_waves
+    verify(p)
+    layers = p.order[:, 2] * 10 + p.order[:, 0]  # kind by kind: all waves dispatched before any is combined
+    all_at_once = replace(p, order=p.order[np.argsort(layers, kind="stable")])
+    if num_waves == 4:
+        verify(all_at_once)
+    else:
+        with pytest.raises(PlanError, match="workspace is bounded: 100 rows are live at once, more than 80"):
+            verify(all_at_once)
+
+
+@pytest.mark.parametrize("slot", [7, 4, -1])
+def test_slot_that_does_not_exist(sound, slot):
+    cohorts = (sound.cohorts[0], replace(sound.cohorts[1], slot=slot))
+    with pytest.raises(PlanError, match=f"workspace is bounded: cohort 1 uses slot {slot} of 4"):
         verify(replace(sound, cohorts=cohorts))
 
 
@@ -165,8 +199,18 @@ def test_ranks_that_issue_something_else(combine, fault):
         mine[same[0]], mine[same[-1]] = mine[same[-1]], mine[same[0]]
     else:
         del mine[-1]
-    with pytest.raises(PlanError, match="rank 2|rank 0"):
+    with pytest.raises(PlanError, match="communicator (dispatch|combine) of slot [0-2]: .*rank 2"):
         verify(p, issues=issues)
+
+
+def test_a_plan_that_makes_ranks_issue_different_things(sound, monkeypatch):
+    def faulty(p, rank, *sizes):
+        issues = project(p, rank, *sizes)
+        return issues[1:] if rank == 2 else issues
+
+    monkeypatch.setattr("pipemoe.plan.verify.project", faulty)
+    with pytest.raises(PlanError, match="communicator dispatch of slot 0: collective 0 is .* on rank 2"):
+        verify(sound)
 
 
 def test_a_block_of_columns_of_another_size():

@@ -1,209 +1,266 @@
-"""Which fault gets which name: what the engine makes of errors, of peers, and of time. Peers are stand-ins."""
+"""The engine by itself: what its futures get, what a failure sets going, and what ends a wait.
 
-import subprocess
-import sys
+No process ends here: see tests/faults and test_broken_output.py for that.
+"""
+
 import threading
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 
-from pipemoe.errors import FatalError, PeerLost, WatchdogTimeout
+from pipemoe.errors import FatalError, InputError, PeerLost, WatchdogTimeout
 from pipemoe.runtime import engine as engine_module
-from pipemoe.runtime.engine import EXIT_CODE, Engine
+from pipemoe.runtime.engine import Engine
 
-WAIT_SECONDS = 60
-
-
-class LibraryError(Exception):
-    """As MPI's and NCCL's."""
+PATIENCE = 30  # seconds for a thread that is to do something: only a fault takes so long
+WATCHDOG_SECONDS = 5.0
 
 
-class Unspeakable(Exception):
-    def __str__(self):
-        raise RuntimeError("no words")
+class SideChannel:
+    """What an engine asks of its side channel; `peers` says who has left."""
 
+    def __init__(self, lost=None, left=()):
+        self.announced, self._lost = [], lost
+        self.peers = {1: SimpleNamespace(left=1 in left), 2: SimpleNamespace(left=2 in left)}
+        self.said_good_bye = threading.Event()
 
-class Peer:
-    left, reason = False, ""
-
-
-class Channel:
-    """`failures`: what `failed` answers, one after another; the last one stays."""
-
-    def __init__(self, *failures):
-        self.failures, self.peers, self.error = list(failures) or [None], {1: Peer(), 2: Peer()}, None
-        self.silent_peer, self.patiences, self.announced, self.asked = None, [0.0], [], 0
+    def announce_failure(self, text):
+        self.announced.append(text)
 
     def failed(self):
-        self.asked += 1
-        return self.failures.pop(0) if len(self.failures) > 1 else self.failures[0]
-
-    def patience(self):
-        return self.patiences.pop(0) if len(self.patiences) > 1 else self.patiences[0]
-
-    def silent(self):
-        return self.silent_peer
+        return self._lost
 
     def describe(self):
-        return "the peers"
+        return "rank 1: step 3"
 
-    def announce_failure(self, text, culprit=None):
-        self.announced.append((text, culprit))
+    def say_good_bye(self):
+        self.said_good_bye.set()
 
-
-class LivingEngine(Engine):
-    """Does not end the process of the tests."""
-
-    def _end_process(self):
-        pass
-
-    def _at_exit(self):
-        pass
+    def all_have_left(self):
+        return True
 
 
 @pytest.fixture
-def engine():
-    made = LivingEngine(0, watchdog_seconds=WAIT_SECONDS, grace_seconds=0.0)
-    made.library_errors = (LibraryError,)
-    made.side_channel = Channel()
-    yield made
-    made._tasks.put(None)
+def make_engine(monkeypatch):
+    """Engines of which none ends this process: not after its grace, and not at exit."""
+    monkeypatch.setattr("atexit.register", lambda *arguments: None)
+    made = []
+
+    def make(side_channel=None, **options):
+        made.append(Engine(3, watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1e6, **options))
+        made[-1].side_channel = side_channel
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
 
 
-def error_of(engine, task):
-    return engine.submit(task).exception(WAIT_SECONDS)
+@pytest.fixture
+def clock(monkeypatch):
+    """The engine's clock; it stands still until a test moves it."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(engine_module.time, "monotonic", lambda: clock.now)
+    return clock
 
 
-def fails(engine, error):
-    def task():
-        engine.note("dispatch 7")
-        raise error
-
-    return task
+def call(engine, task):
+    """As engine.call, but not for ever."""
+    return engine.submit(task).result(PATIENCE)
 
 
-def test_a_library_that_fails_before_the_channel_knows_is_put_down_to_the_peer(engine):
-    engine.side_channel = Channel(None, None, None, (2, "its process ended"))
-    error = error_of(engine, fails(engine, LibraryError("MPI_ERR_OTHER")))
-    assert isinstance(error, PeerLost) and error.culprit == 2
-    assert str(error) == "rank 0: lost rank 2 (its process ended) during dispatch 7, where the library says: MPI_ERR_OTHER"
-    assert isinstance(error.__cause__, LibraryError)
-    assert engine.side_channel.announced == [(str(error), 2)]
+def test_tasks_run_one_after_another_on_the_thread_that_was_set_up(make_engine):
+    threads, order = [], []
+    engine = make_engine(set_up_thread=lambda: threads.append(threading.get_ident()))
+    futures = [engine.submit(lambda n=n: order.append((n, threading.get_ident())) or n) for n in range(5)]
+    assert [f.result(PATIENCE) for f in futures] == list(range(5)) and engine.call(threading.get_ident) == threads[0]
+    assert order == [(n, threads[0]) for n in range(5)] and threads[0] != threading.get_ident()
 
 
-def test_a_library_that_fails_for_a_rank_that_left(engine):
-    engine.side_channel.peers[1].left, engine.side_channel.peers[1].reason = True, "ValueError: why"
-    error = error_of(engine, fails(engine, LibraryError("MPI_ERR_OTHER")))
-    assert str(error).startswith("rank 0: rank 1 has closed its world (ValueError: why), but dispatch 7 needs every rank; where the library")
-    assert error.culprit == 1
-
-
-@pytest.mark.parametrize("has_channel", [True, False])
-def test_a_library_that_fails_by_itself(engine, has_channel):
-    if not has_channel:
-        engine.side_channel = None
-    error = error_of(engine, fails(engine, LibraryError("MPI_ERR_COUNT")))
-    assert type(error) is FatalError and str(error) == "rank 0: LibraryError in dispatch 7: MPI_ERR_COUNT"
-    assert error.culprit is None
-
-
-@pytest.mark.parametrize(("raised", "text"), [(ValueError("own"), "own"), (Unspeakable(), "(its text cannot be made)")])
-def test_other_errors_are_this_ranks_own(engine, raised, text):
-    error = error_of(engine, fails(engine, raised))
-    assert str(error) == f"rank 0: {type(raised).__name__} in dispatch 7: {text}" and engine.side_channel.asked == 0
-
-
-def test_a_lost_peer_is_named_with_what_is_waited_for_and_for_how_long(engine):
-    engine.side_channel = Channel(None, (1, "why"))
-    error = error_of(engine, lambda: engine.wait(lambda: False, "exchange of step 2"))
-    assert isinstance(error, PeerLost) and error.culprit == 1
-    assert str(error).startswith("rank 0: lost rank 1 (why) during exchange of step 2, after 0.") and str(error).endswith(" s of waiting")
-
-
-def test_a_rank_that_left_is_named_with_its_reason(engine, monkeypatch):
-    monkeypatch.setattr(engine_module, "_LEFT_SECONDS", 0.0)
-    engine.side_channel.peers[2].left, engine.side_channel.peers[2].reason = True, "disk full"
-    error = error_of(engine, lambda: engine.wait(lambda: False, "exchange of step 2", needs_all=True))
-    assert str(error).startswith("rank 0: rank 2 has closed its world (disk full), but exchange of step 2 needs every rank; waited 0.")
-    assert error.culprit == 2
-
-
-@pytest.mark.parametrize(("silent", "culprit", "text"), [(None, None, "the peers"), ((2, 7.0), 2, "rank 2 says nothing, heard 7.0 s ago")])
-def test_a_timeout_is_put_down_to_a_silent_peer(engine, silent, culprit, text):
-    engine.side_channel.silent_peer = silent
-    error = error_of(engine, lambda: engine.wait(lambda: False, "step 3", seconds=0.05))
-    assert isinstance(error, WatchdogTimeout) and error.culprit == culprit
-    assert str(error).startswith("rank 0: no progress for 0.") and " s in step 3; peers: the peers" in str(error) and text in str(error)
-    assert engine.side_channel.announced == [(str(error), culprit)]
-
-
-def test_peers_in_their_first_step_are_waited_for_and_then_no_longer(engine):
-    engine.side_channel.patiences = [WAIT_SECONDS] * 5 + [0.0]
-    error = error_of(engine, lambda: engine.wait(lambda: False, "step 3", seconds=0.05))
-    assert isinstance(error, WatchdogTimeout) and engine.side_channel.patiences == [0.0]
-
-
-def test_what_went_wrong_on_the_channels_thread_is_named(engine):
-    engine.side_channel.error = KeyError("planted")
-    error = error_of(engine, lambda: engine.wait(lambda: False, "step 3"))
-    assert str(error) == "rank 0: KeyError on the side channel's thread: 'planted'" and error.__cause__ is engine.side_channel.error
-
-
-@pytest.mark.parametrize(
-    ("lost", "kind", "text"),
-    [((1, "why"), PeerLost, "lost rank 1 (why) during Dup, in one call for"), (None, WatchdogTimeout, "stuck for")],
-)
-def test_a_call_that_does_not_return_is_ended(engine, monkeypatch, lost, kind, text):
-    monkeypatch.setattr(engine_module, "_IN_CALL_SECONDS", 0.0)
-    engine.side_channel = Channel(lost)
-    begun, release = threading.Event(), threading.Event()
+def test_a_task_may_resolve_its_future_early(make_engine):
+    engine, future, go_on = make_engine(), Future(), threading.Event()
 
     def task():
-        engine.note("Dup", 1e-9 if lost is None else None)
+        future.set_result("early")
+        go_on.wait(PATIENCE)
+        return "late"
+
+    assert engine.submit(task, future).result(PATIENCE) == "early"
+    go_on.set()
+    assert call(engine, lambda: "next") == "next" and future.result() == "early"
+
+
+def test_errors_of_the_library_are_the_callers_alone(make_engine):
+    engine = make_engine()
+
+    def task():
+        raise InputError("rank 3: bad x")
+
+    with pytest.raises(InputError, match="bad x"):
+        call(engine, task)
+    assert engine.failure is None and call(engine, lambda: 1) == 1
+
+
+@pytest.mark.parametrize("how", ["fail", "task", "other error"])
+def test_a_failure_aborts_tells_the_peers_and_settles_every_future(make_engine, how, capfd):
+    channel, aborted, begun, go_on = SideChannel(), threading.Semaphore(0), threading.Event(), threading.Event()
+    engine = make_engine(channel)
+    hangs = threading.Event()
+    engine.on_failure += [
+        lambda: hangs.wait(PATIENCE),
+        aborted.release,
+        aborted.release,
+    ]  # the first one may block: the others run all the same
+    error = ValueError("planted") if how == "other error" else FatalError("rank 3: planted")
+
+    def task():
         begun.set()
-        release.wait(WAIT_SECONDS)
+        go_on.wait(PATIENCE)
+        engine.note("something")
+        if how != "fail":
+            raise error
 
-    future = engine.submit(task)
-    assert begun.wait(WAIT_SECONDS)
-    while not future.done():  # as the channel's thread does
-        engine.watch()
-    release.set()
-    assert isinstance(future.exception(), kind) and text in str(future.exception())
+    futures = [engine.submit(task), engine.submit(lambda: None)]
+    assert begun.wait(PATIENCE)
+    if how == "fail":
+        engine.fail(error)  # of another thread, while the engine's own is in a call
+        assert all(f.exception(0) is error for f in futures)
+    go_on.set()
+    for future in futures:
+        assert "planted" in str(future.exception(PATIENCE)) and isinstance(future.exception(), FatalError)
+    assert all(aborted.acquire(timeout=PATIENCE) for _ in range(2))
+    hangs.set()
+    assert channel.announced == [str(engine.failure)] and f"FatalError: {engine.failure}" in capfd.readouterr().err
+    assert (str(engine.failure) == "rank 3: ValueError in something: planted") == (how == "other error")
+    assert engine.submit(lambda: None).exception(0) is engine.failure  # handed in later
+    engine.fail(FatalError("a second one"))
+    assert "planted" in str(engine.failure) and len(channel.announced) == 1
 
 
-def test_an_idle_engine_is_not_ended(engine):
-    engine.side_channel = Channel((1, "why"))
-    assert isinstance(engine.submit(lambda: None), Future)
-    while engine._alive is not None:
-        pass
+def test_watch_ends_a_call_that_is_stuck(make_engine, clock):
+    """The error is there while the call still hangs; a call that has said it may take longer has longer."""
+    engine, aborted, doing, go_on = make_engine(SideChannel()), threading.Event(), threading.Event(), threading.Event()
+    engine.on_failure.append(aborted.set)
+
+    def task(seconds):
+        engine.note("a long call", seconds)
+        doing.set()
+        go_on.wait(PATIENCE)
+
+    patient = engine.submit(lambda: task(100.0))
+    assert doing.wait(PATIENCE)
+    clock.now += 100.5
     engine.watch()
     assert engine.failure is None
+    go_on.set()
+    patient.result(PATIENCE)
+    call(engine, lambda: None)  # the engine's thread has left the patient call
+    doing.clear()
+    go_on.clear()
+    stuck = engine.submit(lambda: task(None))
+    assert doing.wait(PATIENCE)
+    clock.now += WATCHDOG_SECONDS
+    engine.watch()
+    assert engine.failure is None
+    clock.now += 1.5
+    engine.watch()
+    with pytest.raises(WatchdogTimeout, match=r"rank 3: stuck for 6\.5 s in a long call; peers: rank 1: step 3"):
+        stuck.result(0)
+    assert aborted.wait(PATIENCE)
+    go_on.set()
 
 
-PROGRAM = """
-import os, sys, time
-from pipemoe.errors import FatalError
-from pipemoe.runtime.engine import Engine
-
-class Channel:
-    def announce_failure(self, text, culprit):
-        time.sleep(0.3)  # a peer that is slow to take it
-        os.write(said, text.encode())
-
-said = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
-engine = Engine(0, watchdog_seconds=5.0, grace_seconds=0.0)
-engine.side_channel = Channel()
-engine.submit(lambda: engine.fail(FatalError("planted")))
-if sys.argv[2] == "ends":
-    while engine.failure is None:
-        pass
-    sys.exit(1)
-time.sleep(60)
-"""
+def test_watch_lets_an_idle_engine_be(make_engine, clock):
+    engine = make_engine(SideChannel())
+    call(engine, lambda: engine.note("work"))
+    call(engine, lambda: None)
+    clock.now += 1e6
+    engine.watch()
+    assert engine.failure is None and call(engine, lambda: 1) == 1 and engine.progress()["doing"] == "idle"
 
 
-@pytest.mark.parametrize("main_thread", ["sleeps", "ends"])
-def test_the_peers_are_told_before_the_process_ends(tmp_path, main_thread):
-    process = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "said"), main_thread], timeout=WAIT_SECONDS, capture_output=True)
-    assert process.returncode == EXIT_CODE
-    assert (tmp_path / "said").read_text() == "planted"
+def test_a_wait_ends_without_progress_but_not_with_it(make_engine, clock):
+    engine = make_engine(SideChannel())
+    polls = iter(range(16))
+
+    def goes_on():
+        clock.now += WATCHDOG_SECONDS / 2
+        poll = next(polls, None)
+        engine.ops_done += poll in range(0, 16, 2)  # nothing at every second poll, but never for long
+        return poll is None
+
+    call(engine, lambda: engine.wait(goes_on, "going on"))
+
+    def stands_still():
+        clock.now += 1.0
+        return False
+
+    with pytest.raises(WatchdogTimeout, match=r"rank 3: no progress for 6\.0 s in standing; peers: rank 1: step 3"):
+        call(engine, lambda: engine.wait(stands_still, "standing"))
+    assert isinstance(engine.failure, WatchdogTimeout)
+
+
+def test_a_wait_has_the_seconds_it_asks_for(make_engine, clock):
+    engine, polls = make_engine(), iter(range(8))
+
+    def ready():
+        clock.now += WATCHDOG_SECONDS
+        return next(polls, None) is None
+
+    call(engine, lambda: engine.wait(ready, "set-up", seconds=9 * WATCHDOG_SECONDS))
+    with pytest.raises(WatchdogTimeout, match="set-up"):
+        polls = iter(range(8))
+        call(engine, lambda: engine.wait(ready, "set-up", seconds=6 * WATCHDOG_SECONDS))
+
+
+def test_wake_ends_a_pause(make_engine):
+    engine = make_engine()
+    engine.wake.set()
+    news = iter((False, True))
+    call(engine, lambda: engine.wait(lambda: next(news), "news"))
+    assert not engine.wake.is_set()
+
+
+def never():
+    return False
+
+
+def test_a_lost_peer_ends_a_wait(make_engine):
+    engine = make_engine(SideChannel(lost=(2, "its process ended")))
+    with pytest.raises(PeerLost, match=r"rank 3: lost rank 2 \(its process ended\) during a step"):
+        call(engine, lambda: engine.wait(never, "a step"))
+
+
+def test_a_peer_that_has_left_ends_a_wait_that_needs_all(make_engine, clock):
+    engine, polls = make_engine(SideChannel(left=(2,))), iter(range(4))
+
+    def ready():
+        clock.now += 1.0
+        return next(polls, None) is None
+
+    call(engine, lambda: engine.wait(ready, "own work"))
+    polls = iter(range(4))
+    with pytest.raises(PeerLost, match="rank 2 has closed its world, but exchange needs every rank"):
+        call(engine, lambda: engine.wait(ready, "exchange", needs_all=True))
+
+
+def test_what_a_library_noticed_ends_a_wait(make_engine):
+    engine = make_engine()
+
+    def broken():
+        raise OSError("network")
+
+    engine.health.append(broken)
+    with pytest.raises(FatalError, match="rank 3: OSError in a step: network"):
+        call(engine, lambda: engine.wait(never, "a step"))
+
+
+def test_closing_finishes_what_was_handed_in_then_leaves_then_refuses(make_engine):
+    channel, done = SideChannel(), []
+    engine = make_engine(channel)
+    future = engine.submit(lambda: done.append("task"))
+    engine.close(lambda: done.append(("last", channel.said_good_bye.is_set())))
+    assert future.done() and done == ["task", ("last", True)]
+    with pytest.raises(FatalError, match="rank 3: the world is closed"):
+        engine.submit(lambda: None).result(0)

@@ -1,0 +1,281 @@
+"""Lanes and events: what runs in which order, what waits for what, and where an error comes out.
+
+Streams by a stand-in for torch's.
+"""
+
+import ctypes
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pipemoe.errors import FatalError
+from pipemoe.runtime import lanes as lanes_module
+from pipemoe.runtime.lanes import HostEvent, HostMark, PolledLane, StreamClock, StreamEvent, StreamLane, WorkerLane
+from pipemoe.runtime.lanes import host_lanes, stream_lanes
+
+PATIENCE = 60  # seconds for a thread that is to do something: only a fault takes so long
+
+
+@pytest.fixture
+def worker():
+    """A lane, and how often it said that it was done with something."""
+    said = threading.Semaphore(0)
+    lane = WorkerLane("test lane", said.release)
+    yield lane, said
+    lane.close()
+
+
+def test_a_worker_runs_in_order_on_a_thread_of_its_own(worker):
+    lane, said = worker
+    order = []
+    events = [lane.submit(lambda n=n: order.append((n, threading.current_thread().name))) for n in range(5)]
+    assert events[-1].wait(PATIENCE) and all(event.done() for event in events)
+    assert order == [(n, "test lane") for n in range(5)]
+    assert all(said.acquire(timeout=PATIENCE) for _ in range(5)) and not said.acquire(blocking=False)
+    spans = [event.span() for event in events]
+    assert all(begin <= end for begin, end in spans) and all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
+    assert [event.end() for event in events] == [end for _, end in spans]
+
+
+def test_a_worker_waits_for_events_of_others(worker):
+    lane, _ = worker
+    first, second, order = HostEvent(), HostEvent(), []
+    event = lane.submit(lambda: order.append("work"), [first, None, second])
+    behind = lane.submit(lambda: order.append("behind"))
+    first.set()
+    order.append("first")
+    assert not event.done() and not behind.done()
+    order.append("second")
+    second.set()
+    assert behind.wait(PATIENCE) and order == ["first", "second", "work", "behind"]
+
+
+def test_what_work_raised_is_raised_by_its_event_and_those_that_wait_for_it(worker):
+    lane, said = worker
+    ran = []
+
+    def broken():
+        raise ValueError("planted")
+
+    events = [lane.submit(broken), lane.submit(lambda: ran.append("independent"))]
+    events.append(lane.submit(lambda: ran.append("dependent"), [events[0]]))
+    assert all(said.acquire(timeout=PATIENCE) for _ in range(3))
+    for event in (events[0], events[2]):
+        with pytest.raises(ValueError, match="planted"):
+            event.done()
+    assert events[1].done() and ran == ["independent"]
+
+
+def test_a_closed_worker_finishes_what_it_has():
+    order = []
+    lane = WorkerLane("closing lane", lambda: None)
+    lane.submit(lambda: order.append(1))
+    last = lane.submit(lambda: order.append(2))
+    thread = next(t for t in threading.enumerate() if t.name == "closing lane")
+    lane.close()
+    thread.join(PATIENCE)
+    assert not thread.is_alive() and last.done() and order == [1, 2]
+
+
+def test_an_event_is_done_when_it_is_set():
+    event = HostEvent()
+    assert not event.done() and not event.wait(0)
+    event.begin()
+    event.set()
+    assert event.done() and event.wait(0) and event.span()[0] <= event.span()[1] == event.end()
+
+
+def test_a_mark_is_recorded_in_the_middle_of_work():
+    said = []
+    mark = HostMark(lambda: said.append(1))
+    assert not mark.done()
+    mark.record()
+    assert mark.done() and said == [1]
+
+
+class Posted:
+    """An operation of a polled lane: under way until `complete`."""
+
+    def __init__(self, order, name):
+        self.order, self.name, self.complete = order, name, False
+
+    def __call__(self):
+        self.order.append(self.name)
+        return lambda: self.complete
+
+
+def test_a_polled_lane_posts_in_order_and_a_few_at_once():
+    lane, order = PolledLane(), []
+    posted = [Posted(order, n) for n in range(7)]
+    events = [lane.submit(p) for p in posted]
+    assert order == list(range(PolledLane.MAX_POSTED)) and not any(event.done() for event in events)
+    posted[1].complete = True
+    lane.poll()
+    assert not events[1].done() and order == list(
+        range(PolledLane.MAX_POSTED)
+    )  # in order: the first one is not complete
+    posted[0].complete = True
+    lane.poll()
+    assert [event.done() for event in events] == [True, True] + 5 * [False]
+    lane.poll()
+    assert order == list(range(PolledLane.MAX_POSTED + 2))
+    for p in posted:
+        p.complete = True
+    for _ in posted:
+        lane.poll()
+    assert order == list(range(7)) and all(event.done() for event in events)
+
+
+def test_a_polled_lane_holds_all_behind_what_waits():
+    lane, order, gate = PolledLane(), [], HostEvent()
+    held = lane.submit(lambda: order.append("held"), [None, gate])
+    behind = lane.submit(lambda: order.append("behind"))
+    lane.poll()
+    assert not order and not held.done() and not behind.done()
+    gate.set()
+    lane.poll()
+    assert order == ["held", "behind"] and held.done() and behind.done()  # complete at once: they returned no test
+
+
+def test_a_polled_lane_raises_what_it_waited_for():
+    lane, gate = PolledLane(), HostEvent()
+    lane.submit(lambda: None, [gate])
+    gate.set(ValueError("planted"))
+    with pytest.raises(ValueError, match="planted"):
+        lane.poll()
+
+
+def test_host_lanes_are_three_per_slot_and_poll_the_communication():
+    said = threading.Semaphore(0)
+    lanes = host_lanes(2, said.release)
+    try:
+        assert len({id(lane) for s in lanes.slots for lane in (s.compute, s.dispatch, s.combine)}) == 6
+        gate, order = HostEvent(), []
+        for s in lanes.slots:
+            s.dispatch.submit(lambda: order.append("dispatch"), [gate])
+            s.combine.submit(lambda: order.append("combine"), [gate])
+        gate.set()
+        lanes.poll()
+        assert order == ["dispatch", "combine"] * 2
+        events = [s.compute.submit(lambda: order.append("compute")) for s in lanes.slots]
+        assert all(event.wait(PATIENCE) for event in events)
+        lanes.new_mark().record()
+        assert all(said.acquire(timeout=PATIENCE) for _ in range(3))  # two pieces of work and a mark
+    finally:
+        lanes.close()
+
+
+class Cuda:
+    """Streams and events that note what they are told, in `log`."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.current = [], "default"
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "set_stream", self.set_stream)
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "default")
+        self.num_events = 0
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    def stream(self, name):
+        wait = lambda event: self.log.append(f"{name} waits for {event.name}")  # noqa: E731
+        return SimpleNamespace(device="cuda:0", name=name, wait_event=wait)
+
+    def event(self, enable_timing=False):
+        self.num_events += 1
+        event = SimpleNamespace(name=f"event {self.num_events}", timed=enable_timing, passed=False, at=None)
+        event.record = lambda stream=None: self.log.append(f"{event.name} on {(stream or self.current).name}")
+        event.query = lambda: event.passed
+        event.synchronize = lambda: self.log.append(f"{event.name} synchronised")
+        event.elapsed_time = lambda later: later.at - event.at
+        return event
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    return Cuda(monkeypatch)
+
+
+def test_a_stream_waits_works_and_records(cuda):
+    clock = StreamClock(cuda.stream("clock"))
+    a, b = (StreamLane(cuda.stream(name), clock) for name in "ab")
+    first = a.submit(lambda: cuda.log.append(f"work on {cuda.current.name}"))
+    b.submit(lambda: cuda.log.append(f"more on {cuda.current.name}"), [None, first])
+    assert cuda.log == ["work on a", "event 1 on a", "b waits for event 1", "more on b", "event 2 on b"]
+    assert cuda.current == "default" and not first.event.timed
+    assert not first.done()
+    first.event.passed = True
+    assert first.done()
+    first.event.passed = False
+    assert first.done()  # what has passed is not asked again
+
+
+def test_work_that_raises_leaves_the_default_stream(cuda):
+    def broken():
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        StreamLane(cuda.stream("a"), StreamClock(cuda.stream("clock"))).submit(broken)
+    assert cuda.current == "default"
+
+
+@pytest.mark.parametrize(("all_timed", "this_one"), [(False, False), (False, True), (True, False)])
+def test_times_are_seconds_of_the_hosts_clock(cuda, monkeypatch, all_timed, this_one):
+    monkeypatch.setattr(lanes_module.time, "perf_counter", lambda: 50.0)
+    clock = StreamClock(cuda.stream("clock"))
+    clock.start(all_timed)
+    assert cuda.log == ["event 1 on clock", "event 1 synchronised"] and clock.origin[0].timed
+    event = StreamLane(cuda.stream("a"), clock).submit(lambda: cuda.log.append("work"), timed=this_one)
+    assert event.event.timed == (all_timed or this_one)
+    assert cuda.log[2:] == (["event 2 on a", "work", "event 3 on a"] if all_timed else ["work", "event 2 on a"])
+    clock.origin[0].at, event.event.at = 1000.0, 3500.0  # milliseconds of the device
+    assert event.end() == 52.5
+    if all_timed:
+        begin = SimpleNamespace(at=2000.0)
+        assert StreamEvent(event.event, begin, clock.origin).span() == (51.0, 52.5)
+
+
+class Driver:
+    """libcuda with the priorities 0 (the lowest) to -2; it notes the streams that are made."""
+
+    def __init__(self, status=0):
+        self.made, self._status = [], status
+
+    def cuCtxGetStreamPriorityRange(self, lowest, highest):  # noqa: N802
+        lowest._obj.value, highest._obj.value = 0, -2
+        return self._status
+
+    def cuStreamCreateWithPriority(self, stream, flags, priority):  # noqa: N802
+        self.made.append((flags.value, priority.value))
+        stream._obj.value = len(self.made)
+        return self._status
+
+
+def test_streams_by_priority(cuda, monkeypatch):
+    """Communication before all computation, lower slots before higher ones, as far as there are priorities."""
+    driver = Driver()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(
+        torch.cuda,
+        "ExternalStream",
+        lambda value, device: SimpleNamespace(number=value, device=device, name=str(value)),
+    )
+    lanes = stream_lanes("cuda:0", 3)
+    assert driver.made == [(1, 0)] + [
+        (1, p) for compute in (-1, 0, 0) for p in (compute, -2, -2)
+    ]  # the clock's, then the slots'
+    assert [lane.stream.number for s in lanes.slots for lane in (s.compute, s.dispatch, s.combine)] == list(
+        range(2, 11)
+    )
+    cuda.current = cuda.stream("current")
+    lanes.new_mark().record()
+    assert cuda.log == ["event 1 on current"]
+
+
+def test_errors_of_the_driver_are_named(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(status=100))
+    with pytest.raises(FatalError, match="cuCtxGetStreamPriorityRange failed: CUDA driver error 100"):
+        stream_lanes("cuda:0", 1)
