@@ -14,7 +14,7 @@ from pipemoe.plan.arrival_costs import take_as_they_arrive
 from pipemoe.plan.auto_figures import EVENTS, layers_and_events, predict, set_bounds
 from pipemoe.plan.candidates import candidate_microbatches
 from pipemoe.plan.column_costs import cut_columns, gained_ns
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled, compiled_part
 from pipemoe.plan.cost import USUAL
 from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, leaving_sms, merge_alike_ranks
 from pipemoe.plan.simulator_rules import NEVER
@@ -29,12 +29,12 @@ _SMS_MARGIN = 10  # the same for multiprocessors left
 AS_USUAL, NONE, TWICE = 0, 1, 2  # multiprocessors left: usual_sms_left, none, or twice as many as usual
 
 
-@compiled
+@compiled_part
 def in_one_slot(num_cohorts, num_slots):
     return num_cohorts == 1 or num_slots == 1
 
 
-@compiled
+@compiled_part
 def units_of(tokens, starts, first, by_sequence):
     """Whole ranks, or sequences: [U, 3] = rank, start, stop."""
     units = np.empty((len(starts), 3), np.int64)
@@ -56,7 +56,7 @@ def microbatches_of(kind, tokens, starts, first, ratio, num_slots):
     return candidate_microbatches(kind[0], kind[1], units_of(tokens, starts, first, kind[2]), tokens, ratio, num_slots)
 
 
-@compiled
+@compiled(seconds=20)
 def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
     """Figures [N, F, 3, 3] (mean, slowest, p50) of every candidate in each of forms [F, 2] (see _forms in auto.py), AS_USUAL, NONE and TWICE (NEVER:
     does not apply, is an earlier one again, or was not run); the multiprocessors left [N, F, 3]; the best of all; and the events that
@@ -180,7 +180,7 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
     return figures, lefts, best, events
 
 
-@compiled
+@compiled_part
 def _costs_of(microbatches, form, starts, first, rates, num_experts, top_k, limits):
     """A layer of these cohorts in a form, but not yet in blocks of columns, how many ranks each of its columns stands for, the rows of the
     waves, and how many multiprocessors are left as usual."""
@@ -197,7 +197,7 @@ def _costs_of(microbatches, form, starts, first, rates, num_experts, top_k, limi
     return whole, weight, wave_rows, left
 
 
-@compiled
+@compiled_part
 def _gained_by_sms(before, after, speeds_before, speeds_after):
     """About what a layer of all cohorts gains by leaving other multiprocessors: experts that take another time, and go on at another speed
     beside transfers, as these do beside them, if half of what can run side by side does."""
@@ -215,29 +215,29 @@ def _gained_by_sms(before, after, speeds_before, speeds_after):
     return gained
 
 
-@compiled
+@compiled_part
 def _place(k, form, left):
     """Of a candidate in `figures`: always three int64, as numba compiles functions anew for every literal in a tuple."""
     return np.int64(k), np.int64(form), np.int64(left)
 
 
-@compiled
+@compiled_part
 def _objective(figures, goal):
     return figures[0] * goal[0] + figures[1] * goal[1] + figures[2] * goal[2]
 
 
-@compiled
+@compiled_part
 def _margin(margins, at):
     return margins[at[0]] + (_FORM_MARGIN if at[1] else 0) + (_SMS_MARGIN if at[2] else 0)
 
 
-@compiled
+@compiled_part
 def _price(figures, margins, goal, at):
     """What counts of a candidate `at` (k, form, multiprocessors left): dearer the more cohorts it has, and where not all is as usual."""
     return _objective(figures[at], goal) * _margin(margins, at) // 1000
 
 
-@compiled
+@compiled_part
 def _best(figures, margins, allowed, goal):
     """Candidate and its choices with the lowest price, among those that end in the time allowed."""
     best = _place(-1, 0, AS_USUAL)

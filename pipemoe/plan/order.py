@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.column_costs import issuing_ns
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, FIRST_ATTEND, LAYER_OF
 from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 
 
-@compiled
+@compiled_part
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
     num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_heads + costs.num_blocks
@@ -59,7 +59,7 @@ def order_keys(costs, rates, num_slots, num_layers):
     return keys
 
 
-@compiled
+@compiled_part
 def merge_orders(keys, num_waves, num_layers):
     """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower cohort."""
     num_cohorts = len(num_waves)
