@@ -49,6 +49,14 @@ class KeptCode(FunctionCache):
             tell_nothing_is_kept(f"{type(error).__name__}: {error}")
 
 
+def folder_for(function: Callable) -> Path | None:
+    """Where machine code of functions beside `function` is kept; None: no folder can be written."""
+    try:
+        return Path(FunctionCache(function).cache_path)
+    except (RuntimeError, OSError):
+        return None
+
+
 def tell_nothing_is_kept(why: str) -> None:
     advice = "set NUMBA_CACHE_DIR to a folder that can be written, and has room"
     tell(f"compiled code cannot be kept on disk, so every start compiles again ({why}); {advice}", once="nothing is kept")
