@@ -7,6 +7,7 @@ is told (notices).
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +76,7 @@ class Compiled:
         """Compile for all `signatures` now, unless this is done."""
         if self._make_signatures is None or self._call != self._first_call:
             return
-        with self._lock, _telling(self._what, self._seconds):
+        with self._lock, _compiling(self._what, self._seconds):
             if self._call == self._first_call:
                 for signature in self._make_signatures():
                     self.dispatcher.compile(signature)
@@ -84,17 +85,17 @@ class Compiled:
 
     def _first_call(self, *arguments: Any) -> Any:
         self.compile()
-        with _telling(self._what, self._seconds):
+        with _compiling(self._what, self._seconds):
             result = self.dispatcher(*arguments)
         self._call = self.dispatcher
         return result
 
 
 @contextmanager
-def _telling(what: str, seconds: int) -> Iterator[None]:
-    """Tell that `what` is being compiled if this takes longer than a moment, and then when it is done."""
+def _compiling(what: str, seconds: int) -> Iterator[None]:
+    """Spare the compiler what can be. Tell that `what` is being compiled if this takes longer than a moment, and then when it is done."""
     expected = f"; about {seconds} s on an idle core, and only where nothing is kept from an earlier start" if seconds else ""
-    told = threading.Event()
+    told, collects = threading.Event(), gc.isenabled()
 
     def say() -> None:
         if tell(f"compiling {what}{expected}", once=f"compiling {what}"):
@@ -103,9 +104,12 @@ def _telling(what: str, seconds: int) -> Iterator[None]:
     begun, timer = time.perf_counter(), threading.Timer(PATIENCE_SECONDS, say)
     timer.daemon = True
     timer.start()
+    gc.disable()  # a compiler makes millions of objects; looking through them again and again takes an eighth of its time
     try:
         yield
     finally:
         timer.cancel()
+        if collects:
+            gc.enable()
     if told.is_set():
         tell(f"compiled {what} in {time.perf_counter() - begun:.0f} s")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipemoe.plan.compiled import compiled, compiled_part
+from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LayerCosts
 
 
@@ -68,7 +68,7 @@ def issuing_ns(rates, num_blocks):
     return rates.host_experts_ns * (2 + num_blocks) // 3, rates.host_combine_ns * num_blocks
 
 
-@compiled_part
+@compiled_look
 def gained_ns(whole, cut):
     """What a layer of the cohort that gains most, by itself, gains by being `cut`: of the time from the begin of its last wave's
     dispatch to the end of the combine, on the rank where that takes longest."""
@@ -78,7 +78,7 @@ def gained_ns(whole, cut):
     return most
 
 
-@compiled_part
+@compiled_look
 def _last_wave_ns(costs, c):
     last, num_blocks, heads = costs.num_waves[c] - 1, costs.num_blocks, costs.num_heads
     longest = 0

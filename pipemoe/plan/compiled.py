@@ -20,6 +20,11 @@ def compiled_part(function: Callable) -> Compiled:
     return Compiled(function, inside=True, error_model="numpy")
 
 
+def compiled_look(function: Callable) -> Compiled:
+    """For parts that make no arrays, only look at them: without counting references to them."""
+    return Compiled(function, inside=True, error_model="numpy", _nrt=False)
+
+
 def compiled_rule(function: Callable) -> Compiled:
-    """For small parts that make no arrays, only look at them: without counting references, which would take most of the time."""
+    """The same for small ones: counting would take most of the time."""
     return Compiled(function, inside=True, error_model="numpy", _nrt=False, forceinline=True)

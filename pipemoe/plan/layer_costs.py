@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from pipemoe.plan.compiled import compiled, compiled_part
+from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.cost import attend_busy, experts_busy, first_busy, graph_rows
 
 ALONE, BUSY = 0, 1
@@ -182,7 +182,7 @@ def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
     return waits
 
 
-@compiled_part
+@compiled_look
 def _alike(compute, own, issue, num_waves, a, b, parts):
     for c in range(compute.shape[0]):
         if own[c, a, 0] != own[c, b, 0]:
@@ -197,7 +197,7 @@ def _alike(compute, own, issue, num_waves, a, b, parts):
     return True
 
 
-@compiled_part
+@compiled_look
 def _attention(compute, r):
     total = 0
     for c in range(compute.shape[0]):

@@ -12,9 +12,8 @@ from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
-from pipemoe.plan.order import merge_orders, order_keys
+from pipemoe.plan.order import cohort_order, merge_orders, order_keys
 from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, PlanConfig, Segment, Wave
-from pipemoe.plan.simulator_rules import FINISH_OP, layer_template
 from pipemoe.plan.sms import forced_sms_left, usual_sms_left
 
 
@@ -51,11 +50,12 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
         segments, wave_rows, num_waves, order, sms_left = _tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
     else:
         gather, gathered = config.combine == "gather", config.gathered_waves
-        segments, wave_rows, num_waves, order, sms_left, wrong = _tables(
+        segments, wave_rows, num_waves, keys, sms_left, wrong = _tables(
             table, starts, first, rates_of(cost), shape.num_experts, shape.top_k, limits, gather, gathered
         )
         if wrong[0] >= 0:
             raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
+        order = merge_orders(keys, num_waves, shape.num_layers)
     cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows)
     return Plan(facts, shape, config, cohorts, order, num_blocks, arrivals, sms_left)
 
@@ -83,17 +83,13 @@ def _tables_of_one(microbatches, num_ranks, rates, limits):
         wave_rows = np.full((1, 1), num_ranks * padded_rows)
     if sms_left < 0:
         sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
-    template = layer_template(num_waves[0])
-    order = np.zeros((num_layers * len(template) + 1, 4), np.int32)  # kind, cohort, layer, wave
-    order[:-1, 0], order[:-1, 3] = np.tile(template, (num_layers, 1)).T
-    order[:-1, 2] = np.repeat(np.arange(num_layers), len(template))
-    order[-1] = FINISH_OP, 0, num_layers - 1, 0
+    order = cohort_order(0, num_waves[0], num_layers)
     return segments, wave_rows, num_waves, order, sms_left
 
 
 @compiled(seconds=5)
 def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gather, gathered):
-    """Segments, rows of the waves, waves of the cohorts, the total order, the multiprocessors left (-1 in `limits`: as usual); and a
+    """Segments, rows of the waves, waves of the cohorts, order_keys, the multiprocessors left (-1 in `limits`: as usual); and a
     cohort with a later one whose sequences it continues (-1: there is none). In one compiled call: passing all that costs would take
     longer than computing it."""
     most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
@@ -111,8 +107,7 @@ def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gath
         sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
     costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left)
     costs = cut_columns(costs, rates, num_blocks)
-    order = merge_orders(order_keys(costs, rates, num_slots, num_layers), num_waves, num_layers)
-    return segments, wave_rows, num_waves, order, sms_left, wrong
+    return segments, wave_rows, num_waves, order_keys(costs, rates, num_slots, num_layers), sms_left, wrong
 
 
 def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_rows: int) -> tuple[Cohort, ...]:

@@ -13,6 +13,7 @@ import pytest
 from pipemoe.plan import planner
 from pipemoe.plan.auto import auto_candidates
 from pipemoe.plan.cost import CoresCost, CostModel, ExpertsCost, HostCost, rates_of
+from pipemoe.plan.order import merge_orders
 from pipemoe.plan.planner import compile_planner, plan
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
 from pipemoe.plan.simulator import simulate
@@ -63,6 +64,7 @@ def test_one_cohort_is_planned_as_compiled_code_would():
             one = planner._tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
             *of_all, wrong = planner._tables(table, *facts.flat_boundaries, rates_of(cost), shape.num_experts, shape.top_k, limits, False, 0)
             assert wrong == (-1, -1)
+            of_all[3] = merge_orders(of_all[3], of_all[2], shape.num_layers)
             for mine, theirs in zip(one, of_all, strict=True):
                 assert np.array_equal(mine, theirs)
             assert one[3].dtype == np.int32 and type(one[4]) is int
