@@ -43,6 +43,7 @@ def examine(*, num_slots: int = 4, ranks_per_gpu: int = 1) -> list[Finding]:
     gpus = installed_gpus()
     checks: Sequence[Callable[[], list[Finding]]] = (
         check_packages,
+        check_compiled_code,
         lambda: check_gpus(gpus),
         lambda: check_nccl(gpus, ranks_per_gpu),
         lambda: check_room(gpus, num_slots, ranks_per_gpu),
@@ -87,6 +88,22 @@ def check_packages() -> list[Finding]:
         else:
             findings.append(Finding(name, "WARN", "not installed", f"{purpose} it: pip install 'pipemoe[{extra}]'"))
     return findings
+
+
+def check_compiled_code() -> list[Finding]:
+    """Whether what numba compiles at the first start, for seconds, is there at the next one."""
+    if installed_version("numba") is None:
+        return []
+    try:
+        from pipemoe.kept_code import folder_for
+        from pipemoe.plan.planner import plan
+
+        folder = folder_for(plan)
+    except Exception as error:  # a broken install says why in many ways
+        return [Finding("compiled code", "FAIL", _first_line(error), "reinstall numba")]
+    if folder is None:
+        return [Finding("compiled code", "WARN", "cannot be kept: every start compiles again", "set NUMBA_CACHE_DIR to a folder that can be written")]
+    return [Finding("compiled code", "OK", f"kept in {folder}")]
 
 
 @dataclass(frozen=True, slots=True)

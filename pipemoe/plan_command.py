@@ -16,7 +16,6 @@ from pipemoe.errors import ConfigError, InputError
 from pipemoe.output_path import check_output_file, write_whole
 from pipemoe.plan.auto import Candidate, auto_candidates
 from pipemoe.plan.auto_search import COHORT_MARGIN
-from pipemoe.plan.compiled import on_first_compilation
 from pipemoe.plan.cost import CostModel
 from pipemoe.plan.cost_file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.default_cost import default_cost
@@ -96,11 +95,10 @@ def run(options: argparse.Namespace) -> int:
     if not any(facts.tokens):
         print("nothing to plan: no rank has a token")
         return 0
-    with on_first_compilation(_say_that_it_compiles):
-        chosen = plan(facts, shape, config, cost)  # first: it finds what is wrong with the step
-        candidates = auto_candidates(facts, shape, config, cost) if options.mode == "auto" else []
-        prediction = simulate(chosen, cost, spans=True)
-        front = _pareto(facts, dimensions, config, cost) if options.pareto else ""
+    chosen = plan(facts, shape, config, cost)  # first: it finds what is wrong with the step
+    candidates = auto_candidates(facts, shape, config, cost) if options.mode == "auto" else []
+    prediction = simulate(chosen, cost, spans=True)
+    front = _pareto(facts, dimensions, config, cost) if options.pareto else ""
     device = f"costs of {options.cost}" if options.cost else options.gpu
     print(f"{model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n")
     if candidates:
@@ -182,10 +180,6 @@ def _check_subject(options: argparse.Namespace, subject: dict[str, Any], dimensi
     if subject.get("num_ranks") != num_ranks:
         wanted = f"measured with num_ranks {subject.get('num_ranks')}, but --ranks and --rank-tokens say {num_ranks}"
         raise ConfigError(f"{options.cost}: {wanted}; name as many, or run pipemoe tune with that many")
-
-
-def _say_that_it_compiles() -> None:
-    print("pipemoe plan: compiling the planner, once on this machine: about a minute", file=sys.stderr, flush=True)
 
 
 def _rule(config: PlanConfig, budget: str) -> str:

@@ -98,6 +98,7 @@ class HostExperts(ExpertsShape):
         return HostScratch(self, max_rows, self.tile_rows)
 
     def warm_up(self, scratch: HostScratch, column_blocks: Sequence[int] = (1,)) -> None:
+        pairs.compile_all(self.deterministic)  # also where the first layer has no expert here
         num_rows = min(2, scratch.max_rows)
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
         rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device="cpu"))

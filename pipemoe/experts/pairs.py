@@ -8,36 +8,41 @@
     (local experts 2..7)  -1: no local expert   within an expert: ascending token, then ascending k
 
 Numba functions that release the GIL, so that several worker threads run at once. Every loop runs along one row at a time:
-a row's bits cannot depend on its neighbours. All are compiled when this module is imported, for the layouts that are written
-out here, so that no call compiles. The vocabulary follows scattermoe (sorted order, expert offsets).
+a row's bits cannot depend on its neighbours. They are compiled in warming up, or at the first call, for the layouts that are written
+out here alone, so that no later call compiles. The vocabulary follows scattermoe (sorted order, expert offsets).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from numba import njit, void
-from numba.types import float32, float64, int16, int32, int64
+
+from pipemoe.compiled import Compiled
 
 # Adding and subtracting 1.5 * 2^52 * 2^-32 rounds a float64 of magnitude under 2^19 to the nearest multiple of 2^-32.
 # Larger values land on coarser multiples, which are on the grid as well.
 GRID_ROUNDING = 1.5 * 2.0**20
 
 
-def compiled(*signatures):
-    """Compile for `signatures` now; from Numba's cache where it finds a folder that it may write."""
+def compiled(signatures: Callable[[Any], list]) -> Callable[[Callable], Compiled]:
+    """Compile for `signatures`, which it makes of numba.types."""
 
-    def decorate(function):
-        try:
-            return njit(list(signatures), nogil=True, cache=True, error_model="numpy")(function)
-        except RuntimeError:
-            return njit(list(signatures), nogil=True, error_model="numpy")(function)
+    def decorate(function: Callable) -> Compiled:
+        return Compiled(function, signatures=lambda: signatures(_numba_types()), what="the experts of the host", nogil=True, error_model="numpy")
 
     return decorate
 
 
-@compiled(void(int32[:, :], int64, int64[::1], int32[:, ::1], int32[::1]))
+def _numba_types() -> Any:
+    from numba import types
+
+    return types
+
+
+@compiled(lambda t: [t.void(t.int32[:, :], t.int64, t.int64[::1], t.int32[:, ::1], t.int32[::1])])
 def index_pairs(ids, first_expert, offsets, positions, sorted_tokens):
     """Stable counting sort of the local pairs by expert.
 
@@ -70,8 +75,10 @@ def index_pairs(ids, first_expert, offsets, positions, sorted_tokens):
 
 
 @compiled(
-    void(float32[:, ::1], int32[::1], int64, int64, float32[:, ::1]),
-    void(int16[:, ::1], int32[::1], int64, int64, int16[:, ::1]),
+    lambda t: [
+        t.void(t.float32[:, ::1], t.int32[::1], t.int64, t.int64, t.float32[:, ::1]),
+        t.void(t.int16[:, ::1], t.int32[::1], t.int64, t.int64, t.int16[:, ::1]),
+    ]
 )
 def gather_rows(rows, sorted_tokens, start, stop, out):
     """out[i] = rows[sorted_tokens[start + i], :H] for start + i < stop, zeros in the rest of out [tile, H].
@@ -88,7 +95,7 @@ def gather_rows(rows, sorted_tokens, start, stop, out):
                 out[i, h] = 0
 
 
-@compiled(void(float32[:, ::1], float32[::1], int64, float32[:, ::1]))
+@compiled(lambda t: [t.void(t.float32[:, ::1], t.float32[::1], t.int64, t.float32[:, ::1])])
 def activate_rows(h, bias, activation, out):
     """out[i, j] = activation(h[i, j] + bias[j]) * (h[i, I + j] + bias[I + j]); float32, bias [2I] or [0].
 
@@ -115,7 +122,7 @@ def activate_rows(h, bias, activation, out):
             out[i, j] = value
 
 
-@compiled(void(float32[:, ::1], int32[:, ::1], float32[:, :], int64, float32[:, ::1]))
+@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.float32[:, :], t.int64, t.float32[:, ::1])])
 def combine_rows(y, positions, weights, start, out):
     """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]], float32, every row written."""
     for i in range(out.shape[0]):
@@ -129,7 +136,7 @@ def combine_rows(y, positions, weights, start, out):
                     out[i, h] += weight * y[position, h]
 
 
-@compiled(void(float32[:, ::1], int32[:, ::1], float32[:, :], int64, float64[:, ::1]))
+@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.float32[:, :], t.int64, t.float64[:, ::1])])
 def combine_rows_on_grid(y, positions, weights, start, out):
     """As combine_rows into float64: each float32 product is rounded to a multiple of 2^-32, so that sums are exact."""
     for i in range(out.shape[0]):
@@ -142,3 +149,9 @@ def combine_rows_on_grid(y, positions, weights, start, out):
                 for h in range(out.shape[1]):
                     contribution = np.float64(np.float32(weight * y[position, h]))
                     out[i, h] += (contribution + GRID_ROUNDING) - GRID_ROUNDING
+
+
+def compile_all(deterministic: bool) -> None:
+    """What the experts call."""
+    for function in (index_pairs, gather_rows, activate_rows, combine_rows_on_grid if deterministic else combine_rows):
+        function.compile()

@@ -14,12 +14,13 @@ than sm_80) is a handful of torch operations, without a host synchronisation; ti
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 
+from pipemoe.compiled import Compiled
 from pipemoe.errors import ConfigError
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
@@ -146,7 +147,7 @@ def _route_host(
     return torch.from_numpy(ids), torch.from_numpy(weights)
 
 
-@numba.njit(nogil=True, cache=True)
+@functools.partial(Compiled, inside=True, nogil=True)
 def _take_largest(scores, taken, chosen):  # pragma: no cover (compiled)
     """Fill `chosen` with the positions of the largest scores that are not `taken` yet, largest first; marks them taken.
 
@@ -163,7 +164,7 @@ def _take_largest(scores, taken, chosen):  # pragma: no cover (compiled)
         chosen[k] = best
 
 
-@numba.njit(nogil=True, cache=True)
+@functools.partial(Compiled, what="the router of the host", nogil=True)
 def _softmax_top_k(logits, renormalise, scale, ids, weights):  # pragma: no cover (compiled)
     num_tokens, num_experts = logits.shape
     top_k = ids.shape[1]
@@ -186,7 +187,7 @@ def _softmax_top_k(logits, renormalise, scale, ids, weights):  # pragma: no cove
             weights[t, k] *= np.float32(scale)
 
 
-@numba.njit(nogil=True, cache=True)
+@functools.partial(Compiled, what="the router of the host", nogil=True)
 def _sigmoid_top_k(
     logits, bias, num_groups, top_groups, renormalise, scale, ids, weights
 ):  # pragma: no cover (compiled)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.schedule import MAX_GROUPS, Plan, Wave
 
 MAX_PARTS = 8  # that the experts tell apart
@@ -35,19 +35,19 @@ class Part(NamedTuple):
         return self.stop - self.start
 
 
-@compiled
+@compiled_part
 def most_groups(num_waves):
     """Groups of one dispatch, at most: those of the next wave's must have room among MAX_GROUPS as well."""
     return MAX_GROUPS // min(2, num_waves)
 
 
-@compiled
+@compiled_part
 def groups_for(num_ranks, num_waves):
     """Into how many groups of equal rows a wave with segments of so many ranks is cut; for large segments there are fewer."""
     return max(1, min(num_ranks // 2, most_groups(num_waves)))
 
 
-@compiled
+@compiled_part
 def group_of(row, num_rows, wave_rows, num_groups):
     """The group of the segment at rows [row, row + num_rows), by where its middle lies. Not every number need have a segment."""
     return (2 * row + num_rows) * num_groups // (2 * wave_rows)

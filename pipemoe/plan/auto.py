@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.auto_search import in_one_slot, microbatches_of, search
+from pipemoe.plan.auto_search import in_one_slot, microbatches_of, search, try_forms
 from pipemoe.plan.candidates import CANDIDATES, candidate_name
 from pipemoe.plan.cost import CostModel, rates_of, speeds_of
 from pipemoe.plan.magnitude import check_magnitude
@@ -69,9 +69,12 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     limits = np.array([shape.num_layers, most_rows, config.num_slots, config.num_buffers, config.combine == "gather", forced])
     forms = _forms(facts, shape, config, cost)
     problem = (tokens, starts, first, rates_of(cost), speeds_of(cost), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
-    figures, lefts, best, events = search(CANDIDATES, np.array(forms), *problem, only_chosen)
+    figures, lefts, margins, there, best, lowest, events, rest = search(CANDIDATES, np.array(forms), *problem, only_chosen)
     if best[0] < 0:
         raise PlanError("no candidate can be carried out")
+    if len(forms) > 1 or cost.sms.num_sms:  # where there is nothing to try, its code is not even compiled
+        best, events = try_forms(CANDIDATES, np.array(forms), *problem, figures, lefts, margins, there, best, lowest, events)
+    figures = np.minimum(figures, rest)
     candidates = []
     for index, form, left in [best] if only_chosen else np.argwhere(figures[..., 1] < NEVER).tolist():
         mean, slowest, p50 = (figures[index, form, left] + cost.start_ns).tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.column_costs import issuing_ns
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FIRST_ATTEND
 from pipemoe.plan.order import order_keys
 from pipemoe.plan.simulator_core import run_clock
@@ -19,7 +19,7 @@ LAYERS = 16  # that are simulated at most, and half of them
 EVENTS = 550  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
 
 
-@compiled
+@compiled_part
 def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
     """bound: mean, slowest and p50 are no less than if every cohort ran alone, held up only by its slot; and nothing ends before each
     rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed everything at full speed.
@@ -67,7 +67,7 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
     bound[1] = max(bound[1], guess[1])
 
 
-@compiled
+@compiled_part
 def layers_and_events(costs, num_layers):
     """How many layers to simulate (and then half of them), and about how many events on the clock that takes."""
     num_cohorts, num_ranks = costs.ends.shape
@@ -76,7 +76,7 @@ def layers_and_events(costs, num_layers):
     return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
 
 
-@compiled
+@compiled_part
 def predict(costs, weight, rates, speeds, limits, lefts, at, figures):
     """Fill in figures[at], mean, largest and median ns to the first token, over sequences; returns the events that it took."""
     num_layers, num_slots, num_buffers = limits[0], limits[2], limits[3]
@@ -99,7 +99,7 @@ def predict(costs, weight, rates, speeds, limits, lefts, at, figures):
     return events
 
 
-@compiled
+@compiled_part
 def _summarise(finish, ends, figures):
     """Mean, largest and median of `finish` [C, R], each as often as `ends` says."""
     num_cohorts, num_ranks = ends.shape

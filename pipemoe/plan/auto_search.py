@@ -14,7 +14,7 @@ from pipemoe.plan.arrival_costs import take_as_they_arrive
 from pipemoe.plan.auto_figures import EVENTS, layers_and_events, predict, set_bounds
 from pipemoe.plan.candidates import candidate_microbatches
 from pipemoe.plan.column_costs import cut_columns, gained_ns
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.cost import USUAL
 from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, attention_waits, cut_waves, layer_costs, leaving_sms, merge_alike_ranks
 from pipemoe.plan.products import scaled
@@ -31,12 +31,12 @@ _LONGEST = 1 << 53  # ns: longer times count as that, so that a thousand of one 
 AS_USUAL, NONE, TWICE = 0, 1, 2  # multiprocessors left: usual_sms_left, none, or twice as many as usual
 
 
-@compiled
+@compiled_part
 def in_one_slot(num_cohorts, num_slots):
     return num_cohorts == 1 or num_slots == 1
 
 
-@compiled
+@compiled_part
 def units_of(tokens, starts, first, by_sequence):
     """Whole ranks, or sequences: [U, 3] = rank, start, stop."""
     units = np.empty((len(starts), 3), np.int64)
@@ -58,16 +58,14 @@ def microbatches_of(kind, tokens, starts, first, ratio, num_slots):
     return candidate_microbatches(kind[0], kind[1], units_of(tokens, starts, first, kind[2]), tokens, ratio, num_slots)
 
 
-@compiled
+@compiled(seconds=20)
 def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, only_chosen):
-    """Figures [N, F, 3, 3] (mean, slowest, p50) of every candidate in each of forms [F, 2] (see _forms in auto.py), AS_USUAL, NONE and TWICE (NEVER:
-    does not apply, is an earlier one again, or was not run); the multiprocessors left [N, F, 3]; the best of all; and the events that
-    choosing it took.
-
-    Cohorts are looked for in forms[0] AS_USUAL; only the best ones, and one cohort, may be run in others. only_chosen: candidates that
-    were passed over are not run for their figures afterwards.
+    """Which candidate is best in forms[0], AS_USUAL: see _forms in auto.py. Returns figures [N, F, 3, 3] (mean, slowest, p50) of every candidate in
+    each of forms [F, 2], AS_USUAL, NONE and TWICE (NEVER: does not apply, is an earlier one again, or was not run); the multiprocessors left
+    [N, F, 3]; margins [N]; there [N]: does the candidate apply? The best of all; the least slowest time; the events that choosing took; and
+    figures like the first, of candidates that were passed over, unless only_chosen.
     """
-    num_layers, num_slots, num_ranks, forced = limits[0], limits[2], len(tokens), limits[5]
+    num_layers, num_slots = limits[0], limits[2]
     figures, lefts = np.full((len(kinds), len(forms), 3, 3), NEVER, np.int64), np.zeros((len(kinds), len(forms), 3), np.int64)
     bounds, price = np.empty((len(kinds), 3), np.int64), np.full(len(kinds), NEVER, np.int64)
     seen, margins = np.zeros(len(kinds), np.int64), np.full(len(kinds), 1000, np.int64)
@@ -92,13 +90,13 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
         if again:
             continue
         margins[k] += COHORT_MARGIN * microbatches[-1, 0]
-        whole, weight, wave_rows, left = _costs_of(microbatches, forms[0], starts, first, rates, num_experts, top_k, limits)
+        whole, weight, _, left = _costs_of(microbatches, forms[0], starts, first, rates, num_experts, top_k, limits)
         costs = cut_columns(whole, rates, forms[0, 0])
         lefts[k, 0, AS_USUAL] = left
         set_bounds(costs, weight, rates, speeds[USUAL], num_layers, num_slots, bounds[k], guess)
         price[k] = scaled(_objective(guess, goal), margins[k], 1000)
         place_of[k] = len(costs_of)
-        costs_of.append((whole, costs, weight, wave_rows))
+        costs_of.append((costs, weight))
     best, lowest, events, looked_at = _place(-1, 0, AS_USUAL), NEVER, 0, place_of < 0
     late, dear = NEVER, NEVER  # thousandths: the least by which a slowest time was above its bound, and a price above its guess
     for turn in range(len(kinds)):
@@ -119,7 +117,7 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
         least = scaled(_objective(bounds[k], goal), margins[k], 1000)
         if best[0] >= 0 and bounds[k, 1] >= lowest and least >= _price(figures, margins, goal, best):
             continue
-        _, costs, weight, _ = costs_of[place_of[k]]
+        costs, weight = costs_of[place_of[k]]
         needed = layers_and_events(costs, num_layers)[1]
         if turn and (needed > EVENTS + 100 or events + needed > (_DOUBTFUL_EVENTS if doubtful else _MOST_EVENTS)):
             continue
@@ -129,12 +127,30 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
         dear = min(dear, min(_price(figures, margins, goal, usual), _LONGEST) * 1000 // price[k])
         lowest = min(lowest, figures[usual][1])
         best = _best(figures, margins, _allowed(lowest, goal), goal)
+    rest = np.full(figures.shape, NEVER, np.int64)
+    if not only_chosen:
+        for k in range(len(kinds)):
+            if place_of[k] >= 0 and figures[k, 0, AS_USUAL, 1] == NEVER:
+                costs, weight = costs_of[place_of[k]]
+                predict(costs, weight, rates, speeds, limits, lefts, _place(k, 0, AS_USUAL), rest)
+    return figures, lefts, margins, place_of >= 0, best, lowest, events, rest
+
+
+@compiled(seconds=20)
+def try_forms(
+    kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_k, limits, goal, figures, lefts, margins, there, best, lowest, events
+):
+    """What `search` found best, and one cohort, in the other forms, and with other multiprocessors left: fills in `figures` and `lefts`. Returns
+    the best of all, and the events."""
+    num_layers, num_slots, num_ranks, forced = limits[0], limits[2], len(tokens), limits[5]
     leader = best[0]
     for turn in range(4):  # forms, then multiprocessors left, of the leader and then of one cohort
         k, of_sms = 0 if turn > 1 else leader, turn % 2
-        if leader < 0 or place_of[k] < 0 or (turn > 1 and leader == 0):
+        if leader < 0 or not there[k] or (turn > 1 and leader == 0):
             continue
-        whole, costs, weight, wave_rows = costs_of[place_of[k]]
+        microbatches = microbatches_of(kinds[k], tokens, starts, first, goal[4], num_slots)
+        whole, weight, wave_rows, _ = _costs_of(microbatches, forms[0], starts, first, rates, num_experts, top_k, limits)
+        costs = cut_columns(whole, rates, forms[0, 0])
         at, one_slot = _place(k, 0, AS_USUAL), in_one_slot(len(whole.num_waves), num_slots)
         for m in range(1, len(forms)):
             in_form = _place(k, m, AS_USUAL)
@@ -152,7 +168,7 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
             if form[1] != arrivals:
                 if not one_slot:
                     break
-                arrivals, microbatches = form[1], microbatches_of(kinds[k], tokens, starts, first, goal[4], num_slots)
+                arrivals = form[1]
                 uncut, _, _, _ = _costs_of(microbatches, form, starts, first, rates, num_experts, top_k, limits)
             left = usual_sms_left(rates, whole.num_waves, form[0], num_slots, form[1])
             lefts[trial] = forced if forced >= 0 else left if not of_sms else 0 if m == NONE else 2 * left
@@ -174,15 +190,10 @@ def search(kinds, forms, tokens, starts, first, rates, speeds, num_experts, top_
         events += predict(cut, weight, rates, speeds, limits, lefts, other, figures)
         lowest = min(lowest, figures[other][1])
         best = _best(figures, margins, _allowed(lowest, goal), goal)
-    if not only_chosen:
-        for k in range(len(kinds)):
-            if place_of[k] >= 0 and figures[k, 0, AS_USUAL, 1] == NEVER:
-                _, costs, weight, _ = costs_of[place_of[k]]
-                predict(costs, weight, rates, speeds, limits, lefts, _place(k, 0, AS_USUAL), figures)
-    return figures, lefts, best, events
+    return best, events
 
 
-@compiled
+@compiled_part
 def _costs_of(microbatches, form, starts, first, rates, num_experts, top_k, limits):
     """A layer of these cohorts in a form, but not yet in blocks of columns, how many ranks each of its columns stands for, the rows of the
     waves, and how many multiprocessors are left as usual."""
@@ -199,7 +210,7 @@ def _costs_of(microbatches, form, starts, first, rates, num_experts, top_k, limi
     return whole, weight, wave_rows, left
 
 
-@compiled
+@compiled_look
 def _gained_by_sms(before, after, speeds_before, speeds_after):
     """About what a layer of all cohorts gains by leaving other multiprocessors: experts that take another time, and go on at another speed
     beside transfers, as these do beside them, if half of what can run side by side does."""
@@ -217,35 +228,35 @@ def _gained_by_sms(before, after, speeds_before, speeds_after):
     return gained
 
 
-@compiled
+@compiled_part
 def _place(k, form, left):
     """Of a candidate in `figures`: always three int64, as numba compiles functions anew for every literal in a tuple."""
     return np.int64(k), np.int64(form), np.int64(left)
 
 
-@compiled
+@compiled_part
 def _objective(figures, goal):
     return min(figures[0], _LONGEST) * goal[0] + min(figures[1], _LONGEST) * goal[1] + min(figures[2], _LONGEST) * goal[2]
 
 
-@compiled
+@compiled_part
 def _allowed(lowest, goal):
     """The latest that the slowest may be."""
     return lowest + min(lowest, _LONGEST) // 1000 * goal[3]
 
 
-@compiled
+@compiled_part
 def _margin(margins, at):
     return margins[at[0]] + (_FORM_MARGIN if at[1] else 0) + (_SMS_MARGIN if at[2] else 0)
 
 
-@compiled
+@compiled_part
 def _price(figures, margins, goal, at):
     """What counts of a candidate `at` (k, form, multiprocessors left): dearer the more cohorts it has, and where not all is as usual."""
     return scaled(_objective(figures[at], goal), _margin(margins, at), 1000)
 
 
-@compiled
+@compiled_part
 def _best(figures, margins, allowed, goal):
     """Candidate and its choices with the lowest price, among those that end in the time allowed."""
     best = _place(-1, 0, AS_USUAL)

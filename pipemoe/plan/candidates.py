@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled_part
 
 ONE, GAPS, EVEN, SIMILAR, CHUNKS, LONG_IN_CHUNKS = 0, 1, 2, 3, 4, 5
 EACH = 0  # parts: as many as there are units
@@ -53,7 +53,7 @@ def candidate_name(index: int) -> str:
     return _NAMES[kind].format(parts=parts, unit=("rank", "sequence")[unit])
 
 
-@compiled
+@compiled_part
 def stable_order(values):
     """Indices of `values` from the smallest on, equal ones in order. (A merge sort; numba's own takes seconds to compile.)"""
     order, spare = np.arange(len(values)), np.empty(len(values), np.int64)
@@ -74,7 +74,7 @@ def stable_order(values):
     return order
 
 
-@compiled
+@compiled_part
 def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
     """The candidate's microbatches int64 [M, 4] = cohort, rank, start, stop, by cohort and in wave order; none if it does not
     apply. units [U, 3]: rank, start, stop, without empty ones, by rank and start. ratio, num_slots: of SIMILAR, as in mode pipelined."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LayerCosts
 from pipemoe.plan.products import scaled
 
@@ -58,18 +58,18 @@ def cut_columns(costs, rates, num_blocks):
     )
 
 
-@compiled
+@compiled_part
 def _part(whole, part, num_parts):
     return whole * (part + 1) // num_parts - whole * part // num_parts
 
 
-@compiled
+@compiled_part
 def issuing_ns(rates, num_blocks):
     """ns that a rank's engine takes to issue the experts of a wave, and its combine."""
     return rates.host_experts_ns * (2 + num_blocks) // 3, rates.host_combine_ns * num_blocks
 
 
-@compiled
+@compiled_look
 def gained_ns(whole, cut):
     """What a layer of the cohort that gains most, by itself, gains by being `cut`: of the time from the begin of its last wave's
     dispatch to the end of the combine, on the rank where that takes longest."""
@@ -79,7 +79,7 @@ def gained_ns(whole, cut):
     return most
 
 
-@compiled
+@compiled_look
 def _last_wave_ns(costs, c):
     last, num_blocks, heads = costs.num_waves[c] - 1, costs.num_blocks, costs.num_heads
     longest = 0

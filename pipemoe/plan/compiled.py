@@ -1,55 +1,30 @@
-"""How the planner's core is compiled: by numba, once per machine, kept on disk."""
+"""How the planner's core is compiled: see pipemoe.compiled. Ranks with code of different sources would plan differently."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from numba import njit
-from numba.core import event
+from pipemoe.compiled import Compiled
 
 
-def _stamp() -> tuple[tuple[str, float, int], ...]:
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return tuple((file.name, file.stat().st_mtime, file.stat().st_size) for file in files)
+def compiled(function: Callable | None = None, *, seconds: int = 0) -> Any:
+    """What Python calls, and other compiled code may. seconds: that compiling takes."""
+    if function is None:
+        return lambda function: compiled(function, seconds=seconds)
+    return Compiled(function, what="the planner", seconds=seconds, error_model="numpy")
 
 
-_STAMP = _stamp()
+def compiled_part(function: Callable) -> Compiled:
+    """What only other compiled functions call, or Python seldom: there it is not compiled."""
+    return Compiled(function, inside=True, error_model="numpy")
 
 
-def compiled(function: Callable, **options: Any) -> Callable:
-    """`function` as machine code. Numba takes kept code to be current as long as the function's own file is; but it holds what
-    the function calls in other files too, and ranks with different mixtures would plan differently. So any change in this
-    folder makes it compile again."""
-    dispatcher = njit(cache=True, error_model="numpy", **options)(function)
-    kept = getattr(getattr(dispatcher, "_cache", None), "_cache_file", None)
-    if hasattr(kept, "_source_stamp"):
-        kept._source_stamp = _STAMP
-    return dispatcher
+def compiled_look(function: Callable) -> Compiled:
+    """For parts that make no arrays, only look at them: without counting references to them."""
+    return Compiled(function, inside=True, error_model="numpy", _nrt=False)
 
 
-def compiled_rule(function: Callable) -> Callable:
-    """For small functions that make no arrays, only look at them: without counting references, which would take most of the time."""
-    return compiled(function, _nrt=False, forceinline=True)
-
-
-class _FirstCompilation(event.Listener):
-    def __init__(self, say: Callable[[], None]) -> None:
-        self._say, self._said = say, False
-
-    def on_start(self, event: Any) -> None:
-        if not self._said:
-            self._said = True
-            self._say()
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-@contextmanager
-def on_first_compilation(say: Callable[[], None]) -> Iterator[None]:
-    """Inside, `say` is called once, before the first function that is compiled; never where all of them are kept on disk."""
-    with event.install_listener("numba:compile", _FirstCompilation(say)):
-        yield
+def compiled_rule(function: Callable) -> Compiled:
+    """The same for small ones: counting would take most of the time."""
+    return Compiled(function, inside=True, error_model="numpy", _nrt=False, forceinline=True)

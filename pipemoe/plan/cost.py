@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.products import scaled
 
 # Rows that attention is captured for as CUDA graphs; a graph always computes all of its rows.
@@ -254,7 +254,7 @@ def cost_from_dict(document: dict) -> CostModel:
         raise ConfigError(f"cost model: {error}") from None
 
 
-@compiled
+@compiled_part
 def graph_rows(rates, rows):
     """Rows that a graph computes for `rows` tokens; 0: there is none."""
     if rows > rates.host_graph_rows:
@@ -265,19 +265,19 @@ def graph_rows(rates, rows):
     return 0
 
 
-@compiled
+@compiled_part
 def attend_busy(rates, rows, pairs):
     """ns that attention of `rows` tokens with `pairs` pairs of query and key is busy."""
     return max(rates.attend_weights_ns, scaled(rows, rates.attend_row_ps, 1000)) + scaled(pairs, rates.attend_pair_fs, 1_000_000)
 
 
-@compiled
+@compiled_part
 def first_busy(rates, rows, pairs):
     """ns that the first layer's is busy on top."""
     return max(rates.attend_first_weights_ns, scaled(rows, rates.attend_first_row_ps, 1000)) + scaled(pairs, rates.attend_first_pair_fs, 1_000_000)
 
 
-@compiled
+@compiled_part
 def experts_busy(rates, rows, num_experts, top_k, num_ranks, sms_left=0):
     """ns that a rank's experts are busy with a wave of `rows` rows, routed evenly over all experts. sms_left: see SmsCost."""
     local = -(-num_experts // num_ranks)
@@ -290,7 +290,7 @@ def experts_busy(rates, rows, num_experts, top_k, num_ranks, sms_left=0):
     return scaled(hit, rates.experts_expert_ns, 1 << 20) + (pairs_ps + rows * rates.experts_row_ps) // 1000
 
 
-@compiled
+@compiled_part
 def _share_hit(rows, num_experts, top_k):
     """The probability that some of `rows` tokens choose a given expert, 1 - (1 - K/E)^rows, x 2**30."""
     missed, base = 1 << 30, ((num_experts - top_k) << 30) // num_experts

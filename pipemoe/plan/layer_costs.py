@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.cost import attend_busy, experts_busy, first_busy, graph_rows
 from pipemoe.plan.products import in_proportion, scaled
 
@@ -32,7 +32,7 @@ LayerCosts = namedtuple(
 )
 
 
-@compiled
+@compiled_part
 def cut_waves(microbatches, num_cohorts, limit):
     """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even sizes (no
     tiny last wave)."""
@@ -148,7 +148,7 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
     return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, heads, 0)
 
 
-@compiled
+@compiled_part
 def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left):
     """The same layer, not yet in blocks of columns, with experts of `num_ranks` ranks that leave `sms_left` multiprocessors."""
     compute = costs.compute.copy()
@@ -162,7 +162,7 @@ def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left
     )
 
 
-@compiled
+@compiled_part
 def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
     """[C, C]: which attention the row's cohort waits for. It reads keys and values of the earlier chunks of a sequence; and no chunk
     runs further ahead than a layer of what continues it, where both take the slots in the same turn (Plan.pacemakers)."""
@@ -183,7 +183,7 @@ def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
     return waits
 
 
-@compiled
+@compiled_look
 def _alike(compute, own, issue, num_waves, a, b, parts):
     for c in range(compute.shape[0]):
         if own[c, a, 0] != own[c, b, 0]:
@@ -198,7 +198,7 @@ def _alike(compute, own, issue, num_waves, a, b, parts):
     return True
 
 
-@compiled
+@compiled_look
 def _attention(compute, r):
     total = 0
     for c in range(compute.shape[0]):
@@ -206,7 +206,7 @@ def _attention(compute, r):
     return total
 
 
-@compiled
+@compiled_part
 def merge_alike_ranks(costs, on_cores):
     """The same costs with one rank for all that are alike, and how many it stands for: ranks of the same cohorts and waves, whose
     attention differs by less than a sixteenth. Where that leaves more than three, by whatever: the longest one holds up the others (but on cores

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.column_costs import issuing_ns
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.layer_costs import ALONE, COMBINE, DISPATCH, FIRST_ATTEND, LAYER_OF
 from pipemoe.plan.simulator_rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 
 
-@compiled
+@compiled_part
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
     num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_heads + costs.num_blocks
@@ -59,25 +59,19 @@ def order_keys(costs, rates, num_slots, num_layers):
     return keys
 
 
-@compiled
 def merge_orders(keys, num_waves, num_layers):
     """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower cohort."""
-    num_cohorts = len(num_waves)
-    sizes = 1 + 3 * num_waves
-    heads = np.zeros(num_cohorts, np.int64)
-    order = np.empty((num_layers * sizes.sum() + num_cohorts, 4), np.int32)
-    templates = [layer_template(waves) for waves in num_waves]
-    for at in range(len(order)):
-        best = -1
-        for c in range(num_cohorts):
-            if heads[c] <= num_layers * sizes[c] and (best < 0 or keys[c, heads[c]] < keys[best, heads[best]]):
-                best = c
-        n = heads[best]
-        heads[best] += 1
-        order[at, 1] = best
-        if n == num_layers * sizes[best]:
-            order[at, 0], order[at, 2], order[at, 3] = FINISH_OP, num_layers - 1, 0
-        else:
-            layer, place = n // sizes[best], n % sizes[best]
-            order[at, 0], order[at, 2], order[at, 3] = templates[best][place, 0], layer, templates[best][place, 1]
+    orders = [cohort_order(cohort, waves, num_layers) for cohort, waves in enumerate(num_waves.tolist())]
+    times = np.concatenate([of_cohort[: len(order)] for of_cohort, order in zip(keys, orders, strict=True)])  # never falling, within a cohort
+    return np.concatenate(orders)[np.argsort(times, kind="stable")]
+
+
+def cohort_order(cohort, num_waves, num_layers):
+    """The order of one cohort's operations, as merge_orders has them."""
+    template = layer_template(num_waves)
+    order = np.zeros((num_layers * len(template) + 1, 4), np.int32)
+    order[:, 1] = cohort
+    order[:-1, 0], order[:-1, 3] = np.tile(template, (num_layers, 1)).T
+    order[:-1, 2] = np.repeat(np.arange(num_layers), len(template))
+    order[-1, 0], order[-1, 2] = FINISH_OP, num_layers - 1
     return order

@@ -13,8 +13,8 @@ from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost import CostModel, rates_of
 from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
 from pipemoe.plan.magnitude import check_magnitude
-from pipemoe.plan.order import merge_orders, order_keys
-from pipemoe.plan.schedule import Cohort, Facts, ModelShape, Plan, PlanConfig, Segment, Wave
+from pipemoe.plan.order import cohort_order, merge_orders, order_keys
+from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, PlanConfig, Segment, Wave
 from pipemoe.plan.sms import forced_sms_left, usual_sms_left
 
 
@@ -48,19 +48,50 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     padded_rows = max(facts.tokens) if config.exchange == "padded" else 0
     arrivals = arrivals and min(len(assignment), config.num_slots) == 1
     limits = (config.max_wave_rows(facts.num_ranks), config.num_slots, shape.num_layers, num_blocks, padded_rows, -1 if sms_left is None else sms_left, arrivals)
-    gather, gathered = config.combine == "gather", config.gathered_waves
-    segments, wave_rows, num_waves, order, sms_left, wrong = _tables(
-        table, starts, first, rates_of(cost), shape.num_experts, shape.top_k, limits, gather, gathered
-    )
-    if wrong[0] >= 0:
-        raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
+    if len(assignment) == 1:
+        segments, wave_rows, num_waves, order, sms_left = _tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
+    else:
+        gather, gathered = config.combine == "gather", config.gathered_waves
+        segments, wave_rows, num_waves, keys, sms_left, wrong = _tables(
+            table, starts, first, rates_of(cost), shape.num_experts, shape.top_k, limits, gather, gathered
+        )
+        if wrong[0] >= 0:
+            raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
+        order = merge_orders(keys, num_waves, shape.num_layers)
     cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows)
     return Plan(facts, shape, config, cohorts, order, num_blocks, arrivals, sms_left)
 
 
-@compiled
+def planner_is_kept() -> bool:
+    """Will other processes of this machine find on disk what this one compiles?"""
+    return _tables.is_kept
+
+
+def compile_planner(num_ranks: int, shape: ModelShape, config: PlanConfig, cost: CostModel) -> None:
+    """Plan a little something, so that all is compiled that plans of this configuration may need, and no step compiles."""
+    tokens = min(2, config.max_tokens_per_rank)
+    facts = Facts(((tokens,), *((1,),) * (num_ranks - 1)))
+    plan(facts, shape, config, cost)
+    several = [[Microbatch(0, 0, 1)], [Microbatch(0, 1, 2)] if tokens > 1 else [Microbatch(1, 0, 1)] if num_ranks > 1 else []]
+    if several[1] and (config.mode in ("two_batch", "auto") or (config.mode in ("per_rank", "pipelined") and num_ranks > 1)):
+        plan(facts, shape, config, cost, several)
+
+
+def _tables_of_one(microbatches, num_ranks, rates, limits):
+    """What _tables returns, for one cohort, whose order needs no costs: so modes that never have several need no compiled code."""
+    most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
+    segments, wave_rows, num_waves = cut_waves(microbatches, 1, most_rows)
+    if padded_rows:
+        wave_rows = np.full((1, 1), num_ranks * padded_rows)
+    if sms_left < 0:
+        sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
+    order = cohort_order(0, num_waves[0], num_layers)
+    return segments, wave_rows, num_waves, order, sms_left
+
+
+@compiled(seconds=5)
 def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gather, gathered):
-    """Segments, rows of the waves, waves of the cohorts, the total order, the multiprocessors left (-1 in `limits`: as usual); and a
+    """Segments, rows of the waves, waves of the cohorts, order_keys, the multiprocessors left (-1 in `limits`: as usual); and a
     cohort with a later one whose sequences it continues (-1: there is none). In one compiled call: passing all that costs would take
     longer than computing it."""
     most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
@@ -78,8 +109,7 @@ def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gath
         sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
     costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left)
     costs = cut_columns(costs, rates, num_blocks)
-    order = merge_orders(order_keys(costs, rates, num_slots, num_layers), num_waves, num_layers)
-    return segments, wave_rows, num_waves, order, sms_left, wrong
+    return segments, wave_rows, num_waves, order_keys(costs, rates, num_slots, num_layers), sms_left, wrong
 
 
 def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_rows: int) -> tuple[Cohort, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.column_costs import issuing_ns
-from pipemoe.plan.compiled import compiled, compiled_rule
+from pipemoe.plan.compiled import compiled_part, compiled_rule
 from pipemoe.plan.layer_costs import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LAYER_OF
 from pipemoe.plan.schedule import MAX_GROUPS
 
@@ -53,7 +53,7 @@ WORKS = 4  # computations of experts: all blocks, and heads
 GROUPS = 5  # of a dispatch
 
 
-@compiled
+@compiled_part
 def layer_template(num_waves):
     """One layer of a cohort, [1 + 3 W, 2] = kind, wave; the dispatch of a wave goes ahead of the experts of the one before."""
     template = np.empty((1 + 3 * num_waves, 2), np.int64)

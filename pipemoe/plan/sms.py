@@ -8,19 +8,19 @@ slots that it uses, twice as much.
 from __future__ import annotations
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.cost import CROWDED, ROOMY, USUAL, SmsCost
 from pipemoe.plan.schedule import PlanConfig
 
 
-@compiled
+@compiled_part
 def room_for_collectives(num_sms, ctas, num_slots):
     """Multiprocessors for all thread blocks of the collectives of so many slots, but a tenth of `num_sms` at most (measured on quarters of
     an H200, NCCL_MAX_CTAS=1: 3 of 32 cost the kernels 1 to 7 %, and save them 25 % beside a transfer)."""
     return min(2 * num_slots * ctas, num_sms // 10)
 
 
-@compiled
+@compiled_part
 def usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals):
     """Room for the collectives of the slots that cohorts of `num_waves` [C] waves use; none where no
     collective can be under way beside experts: with one wave in one block, taken whole, everything waits for everything."""
@@ -29,7 +29,7 @@ def usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals):
     return room_for_collectives(rates.sms_num_sms, rates.sms_ctas, min(len(num_waves), num_slots))
 
 
-@compiled
+@compiled_part
 def speeds_where_left(rates, speeds, sms_left, num_slots):
     """The table of `speeds` (see speeds_of) that holds for a plan that uses so many slots."""
     room = room_for_collectives(rates.sms_num_sms, rates.sms_ctas, num_slots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from pipemoe.config import Config
 from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError, describe
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
+from pipemoe.plan.planner import compile_planner, planner_is_kept
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
@@ -117,15 +119,16 @@ class Runtime:
             raise ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
 
     def _compile_planner(self) -> None:
-        """Plan something on rank 0 first: what it compiles (half a minute, once per machine) the others find in the cache."""
-        for turn in (self.world.rank == 0, self.world.rank != 0):
+        """The first rank of each host compiles what planning needs (once per machine), then the others find it on disk; where nothing
+        can be kept there, all do so at once."""
+        world, config = self.world, replace(self.config, combine_blocks=None, num_sms=None)
+        hosts = world.all_gather(socket.gethostname().encode(), "compiling the planner")
+        waits = hosts.index(hosts[world.rank]) != world.rank and planner_is_kept()
+        for turn in (not waits, waits):
             error = None
             if turn:
-                lengths = (1, 2) if self.config.max_tokens_per_rank > 2 else (1,)
-                config = replace(self.config, combine_blocks=None, num_sms=None)
-                facts = Facts((lengths, *((1,),) * (self.world.size - 1)))
-                _, error = look(self.world.rank, "planning", lambda: make_plan(facts, self.shape, config, self.cost), ConfigError)
-            self.world.agree(error, {}, "compiling the planner")
+                _, error = look(world.rank, "planning", lambda: compile_planner(world.size, self.shape, config, self.cost), ConfigError)
+            world.agree(error, {}, "compiling the planner")
 
     @property
     def workspace_bytes(self) -> int:

@@ -152,13 +152,14 @@ def test_no_call_compiles():
     weights = random_weights(4, 32, 24, bias=True)
     experts = make_experts([weights], top_k=2, hidden=32, device="cpu", dtype=torch.float32)
     scratch = experts.new_scratch(10)
+    experts.warm_up(scratch)
     functions = (pairs.index_pairs, pairs.gather_rows, pairs.activate_rows, pairs.combine_rows)
-    compiled = [len(function.signatures) for function in functions]
+    compiled = [len(function.dispatcher.signatures) for function in functions]
     for num_rows in (1, 2, 10):
         rows = random_rows(12, 32, 4, 2)[2 : 2 + num_rows]
         experts(0, rows, torch.empty(num_rows, 32), scratch)
         experts(0, rows, torch.empty(num_rows, 40)[:, :32], scratch)
-    assert [len(function.signatures) for function in functions] == compiled
+    assert [len(function.dispatcher.signatures) for function in functions] == compiled
 
 
 def test_every_block_of_columns_has_its_event():

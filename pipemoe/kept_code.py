@@ -1,0 +1,111 @@
+"""Machine code on disk: numba's cache, but one that no bad file and no full disk can end a start by, and that never serves old code.
+
+numba takes kept code to be current as long as the function's own file is. But the code holds what the function calls in other files
+too, and the constants that it takes from there. So a file here is named after all sources beside the function's (the stamp), the
+function and the types of its arguments; it begins with a digest of the rest. Whatever cannot be read is compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import uuid
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache
+from numba.core.serialize import dumps
+
+from pipemoe.notices import tell
+
+_DIGEST_BYTES = 32
+
+
+class KeptCode(FunctionCache):
+    """What a dispatcher keeps and looks for. Raises RuntimeError where numba finds no folder that may be written."""
+
+    is_kept = True  # until something could not be
+
+    def __init__(self, function: Callable, options: dict[str, Any]) -> None:
+        super().__init__(function)
+        stamp = hashlib.sha256(repr((numba.__version__, sources_stamp(Path(function.__code__.co_filename).parent), sorted(options.items()))).encode())
+        self._cache_file = _Files(Path(self.cache_path), self._impl.filename_base, stamp.hexdigest()[:16])
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # a bad file raises whatever pickle and LLVM think of; the function is compiled again, and the file replaced
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except Exception as error:
+            self.is_kept = False
+            tell_nothing_is_kept(f"{type(error).__name__}: {error}")
+
+
+def folder_for(function: Callable) -> Path | None:
+    """Where machine code of functions beside `function` is kept; None: no folder can be written."""
+    try:
+        return Path(FunctionCache(function).cache_path)
+    except (RuntimeError, OSError):
+        return None
+
+
+def tell_nothing_is_kept(why: str) -> None:
+    advice = "set NUMBA_CACHE_DIR to a folder that can be written, and has room"
+    tell(f"compiled code cannot be kept on disk, so every start compiles again ({why}); {advice}", once="nothing is kept")
+
+
+@lru_cache(maxsize=None)
+def sources_stamp(folder: Path) -> str:
+    """A digest of the sources in `folder`, by their content: times of files say little where packages are copied."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+class _Files:
+    """A file for each combination of types; takes the place of numba's index and numbered files."""
+
+    def __init__(self, folder: Path, name: str, stamp: str) -> None:
+        self._folder, self._name, self._stamp = folder, name, stamp
+
+    def load(self, key: Any) -> Any:
+        """None if there is no such file, or it is not whole."""
+        try:
+            content = self._path(key).read_bytes()
+        except OSError:
+            return None
+        digest, data = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+        return pickle.loads(data) if digest == hashlib.sha256(data).digest() else None
+
+    def save(self, key: Any, data: Any) -> None:
+        """Whole or not at all; those of other sources go. Raises OSError."""
+        content, path = dumps(data), self._path(key)
+        aside = path.with_suffix(f".{uuid.uuid4().hex}")
+        try:
+            with open(aside, "wb") as file:
+                file.write(hashlib.sha256(content).digest() + content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+        for old in self._folder.glob(f"{self._name}.*.nbc"):
+            if not old.name.startswith(f"{self._name}.{self._stamp}."):
+                old.unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        for file in self._folder.glob(f"{self._name}.*.nbc"):
+            file.unlink(missing_ok=True)
+
+    def _path(self, key: Any) -> Path:
+        return self._folder / f"{self._name}.{self._stamp}.{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
