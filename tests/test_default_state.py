@@ -20,7 +20,7 @@ from tests.moe_cases import NUM_EXPERTS, TOP_K, make_layers, make_rows, norm_rat
 
 SMALL = {"moe_max_num_tokens": 24, "max_tokens_per_rank": 40}
 COUNTS = (7, 0, 30, 1)  # per rank
-FAMILIES = ("qwen3_moe", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "mixtral", "deepseek_v3")
 
 
 @contextlib.contextmanager
