@@ -209,10 +209,10 @@ class Step:
         _, error = look(runtime.world.rank, "arguments of a layer's call", lambda: self._check(layer, x, topk_ids, topk_weights))
         if error is not None:
             raise error
-        if not self._num_tokens:
-            self._done += 1
-            return torch.empty(x.shape, dtype=x.dtype, device=x.device)
         with plain_tensors():
+            if not self._num_tokens:
+                self._done += 1
+                return torch.empty(x.shape, dtype=x.dtype, device=x.device)
             # All that a call takes, before it is given to the engine: what fails here leaves the layer as if it had not been called.
             sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
             y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)

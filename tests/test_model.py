@@ -1,6 +1,8 @@
 """Whole models over the ranks of a world: parity with the plain Hugging Face forward, and bad checkpoints and inputs."""
 
 import shutil
+import warnings
+from contextlib import nullcontext
 from functools import cache
 from operator import itemgetter
 
@@ -260,3 +262,41 @@ def test_what_is_no_list_of_sequences_on_one_rank_is_the_same_error_on_all(world
     with pytest.raises(InputError, match=f"rank {culprit}: sequence"):
         model.prefill(bad if world.rank == culprit else [[1, 2]])
     assert len(model.prefill([[1, 2]]).first_tokens) == 1
+
+
+def test_logits_that_are_not_finite_are_said_per_sequence_and_warned_of_once(world, models, monkeypatch):
+    """On the rank whose sequences they are; NaN, and infinity of either sign."""
+    _, model = models("mixtral", torch.float32)
+    culprit, finish = world.size - 1, model.decoder.finish
+    prompts = [[1, 2, 3], [4], [5, 6], [7]]
+    assert model.prefill(prompts).finite == [True] * 4
+
+    def broken(*args):
+        logits = finish(*args)
+        for i, value in enumerate((torch.nan, -torch.inf, torch.inf)[: len(logits)]):
+            logits[i, 7 + i] = value
+        return logits
+
+    if world.rank == culprit:
+        monkeypatch.setattr(model.decoder, "finish", broken)
+        monkeypatch.setattr(world, "warned", set())
+    one = model.with_config(Config(mode="broadcast", **SMALL))  # one microbatch
+    with pytest.warns(UserWarning, match=f"rank {culprit}: logits of sequence 0 hold NaN or infinity") if world.rank == culprit else nullcontext() as warned:
+        found = one.prefill(prompts)
+    assert found.finite == ([False, False, False, True] if world.rank == culprit else [True] * 4)
+    assert all(warning.filename == __file__ for warning in warned or [])  # the caller's line
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one.prefill(prompts).finite == found.finite  # said once
+    assert one.prefill([]).finite == []
+
+
+def test_an_overflow_of_float16_is_said(world):
+    model = load_model(tiny_config("qwen3_moe"), world, dtype=torch.float16, seed=3, config=Config(**SMALL))
+    assert model.prefill([[1, 2]]).finite == [True]
+    model.decoder._lm_head.weight.mul_(60000)  # itself in range still
+    world.warned.discard("logits")
+    with pytest.warns(UserWarning, match="perhaps torch.float16 is too narrow"):
+        found = model.prefill([[1, 2]], keep_logits=True)
+    assert torch.isfinite(model.decoder._lm_head.weight).all()
+    assert found.finite == [False] and not torch.isfinite(found.logits).all()

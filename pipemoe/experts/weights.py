@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipemoe.arguments import whole_number
+from pipemoe.arguments import shown, whole_number
 from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import ConfigError, InputError
 
@@ -22,8 +22,9 @@ ACTIVATIONS = ("silu", "gelu", "relu")
 
 def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
     """Global ids of the experts that `rank` of `num_ranks` holds: contiguous, counts differ by at most one."""
-    num_experts = whole_number("num_experts", num_experts, 0, ConfigError)
-    num_ranks, rank = whole_number("num_ranks", num_ranks, 1, ConfigError), whole_number("rank", rank, 0, ConfigError)
+    where = f"rank {shown(rank)}: "
+    num_experts = whole_number(f"{where}num_experts", num_experts, 0, ConfigError)
+    num_ranks, rank = whole_number(f"{where}num_ranks", num_ranks, 1, ConfigError), whole_number(f"{where}rank", rank, 0, ConfigError)
     if not 0 <= rank < num_ranks:
         raise ConfigError(f"rank {rank}: a rank must be in [0, {num_ranks}), the number of ranks")
     return range(num_experts * rank // num_ranks, num_experts * (rank + 1) // num_ranks)

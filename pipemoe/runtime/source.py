@@ -1,7 +1,8 @@
 """The source seam: where a run's tokens come from and where their results go, on this rank.
 
 `attend` and `finish` are called as work of the cohort's compute lane, `rows` there as well, `results` when a combine is posted.
-Cohorts are named by their index in the plan; only cohorts that hold tokens of this rank are asked for.
+Cohorts are named by their index in the plan; only cohorts that hold tokens of this rank are asked for. Gradients are off in all of them.
+What any of them raises fails its cohort's rows on this rank, not the step: the caller hears of it, and every rank at the next step.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from pipemoe import Config, load_model
+from pipemoe import Config, PipelinedMoE, load_model
 from pipemoe.plan.schedule import MODES
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
+from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOP_K, make_layers, make_rows
+from tests.runtime.sources import make_runtime
 
 pytestmark = pytest.mark.mpi
 
@@ -48,3 +50,30 @@ def test_steps_allocate_nothing(world, mode):
         step(lengths)
     world.all_gather(b"")
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("combine", ["reduce", "gather"])
+def test_calls_with_ones_own_rows_allocate_nothing(world, combine):
+    """Not even the first step: results come from memory that set-up has reserved on the caller's stream."""
+    tokens, layers = 4096, make_layers(3, world.device, torch.bfloat16, hidden=128)
+    rows = [make_rows(tokens, layer, world.device, torch.bfloat16, hidden=128) for layer in range(3)]
+    config = Config(mode="chunked", max_tokens_per_rank=tokens, moe_max_num_tokens=512, num_slots=1, combine=combine)
+    moe = PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=NUM_EXPERTS, top_k=TOP_K, config=config)
+    before = torch.cuda.memory_stats()["num_device_alloc"]
+    for count in (tokens, 1, 0 if world.rank else 700):
+        with moe.step(count) as step:
+            for layer, (x, ids, weights) in enumerate(rows):
+                y = step(layer, x[:count], ids[:count], weights[:count])  # held while the next layer's are computed
+    del y
+    torch.cuda.synchronize()
+    world.all_gather(b"")
+    assert torch.cuda.memory_stats()["num_device_alloc"] == before
+
+
+def test_results_of_two_layers_are_reserved(world):
+    """Per row [H] of what is summed, [H] of what is returned where that is another dtype, and K ids and weights; twice."""
+    for combine, of_row in (("reduce", HIDDEN * 4), ("gather", HIDDEN * (4 + 2))):
+        dtype = torch.float32 if combine == "reduce" else torch.bfloat16
+        runtime = make_runtime(world, make_layers(1, world.device, dtype), combine=combine, combine_dtype="float32")
+        assert runtime._results_bytes() == 2 * 160 * (of_row + 8 * TOP_K)
