@@ -161,11 +161,10 @@ class Run:
         heads = [queue[0][0] for queue in self._under_way.values() if queue]
         return min(heads, key=self._position.__getitem__, default=None)
 
-    def waited_for(self) -> object:
-        """What an error or a peer will name: the oldest operation, or, while none is under way, the one that waits for the caller."""
-        oldest = self.oldest()
-        positions = [state.positions[0] for state in self._cohorts if state.positions] if oldest is None else ()
-        return f"{self._ops[min(positions)]}, for which the caller has given no rows yet" if positions else oldest
+    def not_begun(self) -> str | None:
+        """Where no operation is under way: the one that waits for the caller, if any is left."""
+        positions = [state.positions[0] for state in self._cohorts if state.positions]
+        return f"{self._ops[min(positions)]}, for which the caller has given no rows yet" if positions else None
 
     def _op_of(self, error: BaseException) -> Op | None:
         """The operation under way that has raised this, as far as events on the host say."""

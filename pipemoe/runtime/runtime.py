@@ -323,7 +323,8 @@ class Runtime:
             try:
                 done = run.advance()
             finally:
-                engine.doing = run.failed_op or run.waited_for() or engine.doing  # what an error or a peer will name
+                # What an error or a peer will name.
+                engine.doing = run.failed_op or run.oldest() or run.not_begun() or engine.doing
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 told = self._resolve(run, future)
             return done and compared

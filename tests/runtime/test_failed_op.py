@@ -153,7 +153,8 @@ def test_a_run_that_waits_for_its_caller_says_so(stage):
     one.source.layers_given = 1
     one.run.advance()
     one.advance_until(lambda: not _under_way(one.run))
-    assert one.run.waited_for() == "attend(cohort 0, layer 1, wave 0), for which the caller has given no rows yet"
+    assert one.run.oldest() is None
+    assert one.run.not_begun() == "attend(cohort 0, layer 1, wave 0), for which the caller has given no rows yet"
     one.source.layers_given = NUM_LAYERS
     one.advance_until(lambda: False)
-    assert one.run.waited_for() is None
+    assert one.run.oldest() is None and one.run.not_begun() is None
