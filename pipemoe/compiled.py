@@ -76,7 +76,7 @@ class Compiled:
         """Compile for all `signatures` now, unless this is done."""
         if self._make_signatures is None or self._call != self._first_call:
             return
-        with self._lock, _compiling(self._what, self._seconds):
+        with self._lock, _compiling(self._what, self._seconds, self.is_kept):
             if self._call == self._first_call:
                 for signature in self._make_signatures():
                     self.dispatcher.compile(signature)
@@ -85,20 +85,21 @@ class Compiled:
 
     def _first_call(self, *arguments: Any) -> Any:
         self.compile()
-        with _compiling(self._what, self._seconds):
+        with _compiling(self._what, self._seconds, self.is_kept):
             result = self.dispatcher(*arguments)
         self._call = self.dispatcher
         return result
 
 
 @contextmanager
-def _compiling(what: str, seconds: int) -> Iterator[None]:
+def _compiling(what: str, seconds: int, kept: bool) -> Iterator[None]:
     """Spare the compiler what can be. Tell that `what` is being compiled if this takes longer than a moment, and then when it is done."""
-    expected = f"; about {seconds} s on an idle core, and only where nothing is kept from an earlier start" if seconds else ""
+    expected = f", which takes about {seconds} s on an idle core" if seconds else ""
+    later = "later starts find it on disk" if kept else "every start does so, as it cannot be kept on disk"
     told, collects = threading.Event(), gc.isenabled()
 
     def say() -> None:
-        if tell(f"compiling {what}{expected}", once=f"compiling {what}"):
+        if tell(f"compiling {what}{expected}; {later}", once=f"compiling {what}"):
             told.set()
 
     begun, timer = time.perf_counter(), threading.Timer(PATIENCE_SECONDS, say)
