@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class PipemoeError(RuntimeError):
-    """Base of every error that pipemoe raises on purpose."""
+    """Base of every error that pipemoe raises on purpose. `is_shared`: every rank raises it, with the same words."""
+
+    is_shared = False
 
 
 class ConfigError(PipemoeError, ValueError):

@@ -30,6 +30,8 @@ class Peer:
     failure: str | None = None  # why it is ending, in its own words
     gone: bool = False  # its socket closed
     left: bool = False  # it said good-bye: a socket that closes afterwards is no failure
+    reason: str = ""  # why it left, if it said so
+    news: dict = field(default_factory=dict)  # what else it told
 
 
 class SideChannel:
@@ -45,6 +47,7 @@ class SideChannel:
         self._buffers: dict[int, bytes] = {}
         self._lock = threading.Lock()
         self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="pipemoe side channel", daemon=True)
         self._host = "127.0.0.1" if one_host else _own_address()
         self._listener = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=max(size, 8))
 
@@ -69,7 +72,7 @@ class SideChannel:
             else:
                 connection.close()
         self._listener.close()
-        threading.Thread(target=self._serve, name="pipemoe side channel", daemon=True).start()
+        self._thread.start()
 
     def _add(self, peer: int, connection: socket.socket) -> None:
         connection.settimeout(1.0)
@@ -80,17 +83,34 @@ class SideChannel:
         """Tell every peer that this rank is ending, and why."""
         self._send({"failure": text})
 
-    def say_good_bye(self) -> None:
-        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed socket for a failure."""
-        self._send({"left": True})
+    def say_good_bye(self, reason: str = "") -> None:
+        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed socket for a failure.
+
+        reason: why, where it is not that all is done.
+        """
+        self._send({"left": True, "reason": reason})
+
+    def tell(self, **news: str | bool) -> None:
+        """Tell every peer something that is no step's matter, and outlives the world: it adds to what its `Peer.news` holds."""
+        self._send({"news": news})
 
     def all_have_left(self) -> bool:
         """Has every peer said good-bye, or ended?"""
         return all(peer.left or peer.gone for peer in self.peers.values())
 
     def close(self) -> None:
-        """Say nothing more."""
+        """Say nothing more, and give everything back."""
         self._closing = True
+        if self._thread.is_alive():
+            self._thread.join(1.0)
+        self.disown()
+
+    def disown(self) -> None:
+        """Let go of the sockets, as in a process forked from this one: its copies would keep them open when this one ends."""
+        self._closing = True
+        self._listener.close()
+        for connection in self._sockets.values():
+            connection.close()
 
     def failed(self) -> tuple[int, str] | None:
         """The first peer known to be lost, and why."""
@@ -126,7 +146,10 @@ class SideChannel:
         self.peers[rank].gone = True
 
     def _serve(self) -> None:
-        selector = selectors.DefaultSelector()
+        with selectors.DefaultSelector() as selector:
+            self._serve_until_closed(selector)
+
+    def _serve_until_closed(self, selector: selectors.BaseSelector) -> None:
         for rank, connection in self._sockets.items():
             selector.register(connection, selectors.EVENT_READ, rank)
         beat = 0.0
@@ -163,7 +186,10 @@ class SideChannel:
         if "failure" in message:
             peer.failure = str(message["failure"])
         elif message.get("left"):
+            peer.reason = str(message.get("reason", ""))
             peer.left = True
+        elif isinstance(message.get("news"), dict):
+            peer.news.update(message["news"])
         else:
             peer.progress = message
 
