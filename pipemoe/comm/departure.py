@@ -8,6 +8,7 @@ that has ended without, or has stopped, ends the wait. Only then comes the final
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import threading
 import time
@@ -52,8 +53,9 @@ class Departure:
         if set_status is not None:
 
             def heard(status: int) -> None:
-                self._abort_status = status
-                set_status(status)
+                if self.forked_from is None:  # a child that fails is its parent's affair, and must not end all ranks
+                    self._abort_status = status
+                    set_status(status)
 
             mpi._set_abort_status = heard
 
@@ -113,7 +115,11 @@ class Departure:
         if self.ends_mpi:
             done = threading.Event()
             threading.Thread(target=self._watch_finalisation, args=(done,), name="pipemoe end of MPI", daemon=True).start()
-            self._mpi.Finalize()
+            _finalise(self._mpi)
+            if self.channel is not None:  # where MPI lets a rank go before the others, the launcher would wait for them without a word
+                self.channel.tell(finalised=True)
+                while not all(peer.news.get("finalised") or peer.gone for peer in self.channel.peers.values()):
+                    time.sleep(_POLL_SECONDS)
             done.set()
 
     def _all_are_there(self) -> bool:
@@ -154,6 +160,15 @@ class Departure:
     def _give_up(self, why: str) -> None:
         say(f"pipemoe: rank {self._rank}: at the end of the process: {why}")
         exit_now()
+
+
+def _finalise(mpi: Any) -> None:
+    """By way of ctypes Python's other threads run meanwhile, and watch; mpi4py's call keeps them waiting."""
+    library = ctypes.CDLL(mpi.__file__)
+    if hasattr(library, "MPI_Finalize"):
+        library.MPI_Finalize()
+    else:
+        mpi.Finalize()
 
 
 departure = Departure()

@@ -78,7 +78,7 @@ def say_once(error: PipemoeError, text: str) -> None:
     key = hashlib.blake2b(str(error).encode(), digest_size=8).hexdigest()
     channel.tell(ends_by=key)
     lower = [peer for rank, peer in sorted(channel.peers.items()) if rank < channel.rank]
-    _poll(lambda: all(p.news.get("ends_by") or p.gone or p.left for p in lower), _HEARING_SECONDS)
+    _poll(lambda: all(p.news.get("ends_by") or p.news.get("exiting") or p.gone for p in lower), _HEARING_SECONDS)
     first = next((p for p in lower if p.news.get("ends_by") == key), None)
     if first is None or not _poll(lambda: first.news.get("has_said") == key or first.gone, _PRINTING_SECONDS) or not first.news.get("has_said"):
         say(text)

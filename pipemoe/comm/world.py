@@ -326,7 +326,7 @@ class World:
         if why and sys.exception() is not None:  # otherwise it has been printed
             say(f"pipemoe: rank {self.rank} closes its world because of {why}")
         self._dismantle(why)
-        if not why:
+        if sys.exception() is None:
             uncaught.remove()
 
     def _dismantle(self, why: str) -> None:
