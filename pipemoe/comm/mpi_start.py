@@ -38,7 +38,7 @@ def start_mpi(launch: Launch, setup_seconds: float) -> Any:
     if mpi.Query_thread() < mpi.THREAD_SERIALIZED:
         raise ConfigError("MPI was started without thread support; let mpi4py initialise it, with its default thread level")
     check_size(launch, mpi.COMM_WORLD.Get_size(), os.environ)
-    note(f"segments.{os.getpid()}", "\n".join(segments_mapped_here()))
+    note(f"segments.{os.getpid()}", "".join(f"{path}\n" for path in segments_mapped_here()))
     departure.uses(mpi)
     return mpi
 

@@ -41,13 +41,20 @@ def segments_mapped_here() -> list[str]:
 
 def old_segments() -> list[Path]:
     """This user's files of MPI in /dev/shm that no process, of those that can be seen here, has mapped."""
-    found = [path for path in _files() if _NAMES.search(path.name) and path.stat().st_uid == os.getuid()]
+    found = [path for path in _files() if _NAMES.search(path.name) and _is_own(path)]
     if not found:
         return []
     live: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         live |= _mapped(process.name)
     return [path for path in found if str(path) not in live]
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except OSError:  # it has just been removed
+        return False
 
 
 def _old_bytes(before: float) -> int:
