@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from pipemoe import __version__
+from pipemoe.comm.uncaught import say_once
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.tune import add_tune_parser
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
         return 128 + signal.SIGPIPE  # as other commands that a pipe ends
     except PipemoeError as error:
-        print(f"pipemoe {options.subcommand}: {error}", file=sys.stderr)
+        say_once(error, f"pipemoe {options.subcommand}: {error}")
         return 2
 
 
