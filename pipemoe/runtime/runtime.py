@@ -25,7 +25,7 @@ from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_e
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
-from pipemoe.runtime.reserve import reserve, reserve_pinned
+from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.workspace import SlotBuffers, Workspace
@@ -150,7 +150,9 @@ class Runtime:
                     self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
             warm_ups = [lambda s=slot: self._warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank or num_slots"
             ) from error

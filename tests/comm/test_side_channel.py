@@ -66,6 +66,29 @@ def test_a_closed_socket_is_a_lost_peer_unless_it_said_good_bye(channels):
     assert channels[0].failed() == (2, "its process ended (connection closed)") and channels[0].all_have_left()
 
 
+def test_a_reason_travels_with_the_good_bye(channels):
+    channels[1].say_good_bye("ValueError: planted")
+    for c in (channels[0], channels[2]):
+        until(lambda c=c: c.peers[1].left)
+        assert c.peers[1].reason == "ValueError: planted"
+
+
+def test_news_add_up_and_outlive_the_good_bye(channels):
+    channels[1].say_good_bye()
+    channels[1].tell(exiting=True)
+    channels[1].tell(ends_by="this")
+    for c in (channels[0], channels[2]):
+        until(lambda c=c: len(c.peers[1].news) == 2)
+        assert c.peers[1].news == {"exiting": True, "ends_by": "this"} and c.peers[1].left and c.failed() is None
+
+
+def test_a_closed_channel_gives_its_sockets_and_thread_back(channels):
+    connections = list(channels[1]._sockets.values())
+    channels[1].close()
+    assert not channels[1]._thread.is_alive() and all(c.fileno() < 0 for c in connections)
+    until(lambda: channels[0].peers[1].gone and channels[2].peers[1].gone)
+
+
 def test_what_is_no_message_is_ignored(channels):
     next(iter(channels[1]._sockets.values())).sendall(b"\xff not json\n[1, 2]\n7\n")
     for _ in range(2):  # the channel still hears what comes after

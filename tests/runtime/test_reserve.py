@@ -5,6 +5,7 @@ import torch
 
 from pipemoe import Config, load_model
 from pipemoe.plan.schedule import MODES
+from pipemoe.runtime.reserve import is_out_of_memory
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 
 pytestmark = pytest.mark.mpi
@@ -15,6 +16,15 @@ def test_the_trial_runs(world, family):
     """On every device, so that a GPU's set-up does not fail where no GPU test was run."""
     model = load_model(tiny_config(family), world, dtype=torch.float32, config=Config(max_tokens_per_rank=64, moe_max_num_tokens=64, num_slots=1))
     world.engine.call(model._trial)
+
+
+def test_the_hosts_way_to_say_that_memory_does_not_suffice():
+    for num_bytes in (1 << 60, 1 << 62):
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(num_bytes, 1 << (num_bytes == 1 << 62) * 4, dtype=torch.uint8)
+        assert is_out_of_memory(caught.value), caught.value
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(ValueError("memory"))
 
 
 @pytest.mark.gpu
