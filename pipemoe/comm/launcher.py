@@ -102,5 +102,6 @@ def running_size() -> int:
 def _number(environment: Mapping[str, str], name: str, *, least: int) -> int:
     text = environment[name].strip()
     if not (text.isascii() and text.isdigit() and int(text) >= least):
-        raise ConfigError(f"{name} is {environment[name][:40]!r}, but a launcher sets it to a whole number of at least {least}; unset it, or {HOW_TO_START}")
+        wanted = f"a launcher sets it to a whole number of at least {least}; unset it, or {HOW_TO_START}"
+        raise ConfigError(f"{name} is {environment[name][:40]!r}, but {wanted}")
     return int(text)

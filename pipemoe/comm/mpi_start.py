@@ -54,8 +54,9 @@ def _imported(launch: Launch) -> Any:
         finally:
             mpi4py.rc.initialize = usual
     except (ImportError, RuntimeError) as error:  # the second: it finds no library of MPI
-        said = " ".join(str(error).split())
-        raise ConfigError(f"a launcher started several ranks ({launch.said_by}), but mpi4py cannot be imported ({said}); install pipemoe[mpi]") from None
+        said = f"({' '.join(str(error).split())})"
+        text = f"a launcher started several ranks ({launch.said_by}), but mpi4py cannot be imported {said}; install pipemoe[mpi]"
+        raise ConfigError(text) from None
     return MPI
 
 

@@ -80,7 +80,9 @@ def say_once(error: PipemoeError, text: str) -> None:
     lower = [peer for rank, peer in sorted(channel.peers.items()) if rank < channel.rank]
     _poll(lambda: all(p.news.get("ends_by") or p.news.get("exiting") or p.gone for p in lower), _HEARING_SECONDS)
     first = next((p for p in lower if p.news.get("ends_by") == key), None)
-    if first is None or not _poll(lambda: first.news.get("has_said") == key or first.gone, _PRINTING_SECONDS) or not first.news.get("has_said"):
+    if first is not None:
+        _poll(lambda: first.news.get("has_said") == key or first.gone, _PRINTING_SECONDS)
+    if first is None or first.news.get("has_said") != key:
         say(text)
         channel.tell(has_said=key)
 

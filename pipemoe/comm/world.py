@@ -12,15 +12,14 @@ import secrets
 import socket
 import sys
 import threading
-import warnings
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from pipemoe.comm import uncaught
 from pipemoe.comm.arguments import InitArguments, init_arguments
 from pipemoe.comm.departure import departure, disown_in_children
 from pipemoe.comm.exchange import check_equal, encode_error, raise_first
 from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
+from pipemoe.comm.gpu import lanes_of, runs_on_gpu
 from pipemoe.comm.launcher import launched
 from pipemoe.comm.meet import Met, meet
 from pipemoe.comm.side_channel import SideChannel
@@ -29,15 +28,11 @@ from pipemoe.comm.warm_up import WarmUp
 from pipemoe.errors import ConfigError, InputError, ModelError, PipemoeError
 from pipemoe.plan.verify import Room
 from pipemoe.runtime.engine import Engine
-from pipemoe.runtime.lanes import Lanes, host_lanes, stream_lanes
+from pipemoe.runtime.lanes import Lanes, host_lanes
 from pipemoe.runtime.last_words import say
-
-if TYPE_CHECKING:
-    import torch
 
 _open_world: World | None = None  # of this process
 _forks_are_watched = False
-_lanes_of_gpus: dict[tuple[torch.device, int], Lanes] = {}  # streams last as long as the process, so the next world takes them
 
 
 def init(
@@ -55,7 +50,8 @@ def init(
     may make no progress. setup_seconds: the same for what ranks may do at very different speeds, such as reading a checkpoint.
     grace_seconds: from a fatal error to the end of the process. All are numbers of seconds, above 0 (grace_seconds: 0 too).
     While other ranks have not called, says so every few seconds on standard error; after setup_seconds the process ends (status 70).
-    Raises ConfigError, on every rank, for an argument of any rank that cannot be, and for a launcher that does not speak MPI; when the communicators' thread blocks have no room on the GPU; when the machine lacks what `device` needs, or memory; when this process's
+    Raises ConfigError, on every rank, for an argument of any rank that cannot be; for a launcher that does not speak MPI; when the
+    communicators' thread blocks have no room on the GPU; when the machine lacks what `device` needs, or memory; when this process's
     world is open, or that of the process that it was forked from. MismatchError where the ranks' arguments differ.
     """
     global _open_world
@@ -66,7 +62,7 @@ def init(
     arguments, on_gpu, error = InitArguments(), False, None
     try:
         arguments = init_arguments(device, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
-        on_gpu = _looks_for_gpu(arguments)
+        on_gpu = runs_on_gpu(arguments)
     except ConfigError as e:
         error = e
     launch = launched(os.environ)
@@ -81,64 +77,11 @@ def init(
     return _open_world
 
 
-def _looks_for_gpu(arguments: InitArguments) -> bool:
-    """Will this rank run on a GPU? Raises ConfigError where it cannot."""
-    import torch
-
-    if arguments.device == "cpu":
-        return False
-    _prepare_cuda(arguments.num_slots)
-    found = torch.cuda.is_available()
-    if arguments.device == "cuda" and not found:
-        raise ConfigError("device is 'cuda', but torch finds no GPU here; `pipemoe doctor` says why")
-    if found:
-        _check_queues(arguments.num_slots)
-    return found
-
-
-def _stream_lanes(device: torch.device, num_slots: int) -> Lanes:
-    if (device, num_slots) not in _lanes_of_gpus:
-        _lanes_of_gpus[device, num_slots] = stream_lanes(device, num_slots)
-    return _lanes_of_gpus[device, num_slots]
-
-
 def _watch_forks() -> None:
     global _forks_are_watched
     if not _forks_are_watched:
         disown_in_children(lambda: _open_world)
         _forks_are_watched = True
-
-
-def _prepare_cuda(num_slots: int) -> None:
-    """Settings that CUDA reads when it starts.
-
-    A kernel loaded at its first launch may wait for all that runs on the GPU, also for a collective that waits for this very
-    kernel; so everything is loaded at the start. Streams that share a hardware queue may wait for one another.
-    """
-    import torch
-
-    if torch.cuda.is_initialized() and os.environ.get("CUDA_MODULE_LOADING") != "EAGER":
-        warnings.warn("CUDA was started before pipemoe.init(); set CUDA_MODULE_LOADING=EAGER before, or cohorts may block one another", stacklevel=3)
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-    # NCCL sets the stack size of its kernels at once, instead of having CUDA rearrange memory when one is first launched.
-    os.environ.setdefault("NCCL_SET_STACK_SIZE", "1")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if _queues(num_slots) <= 16 else "32")
-
-
-def _queues(num_slots: int) -> int:
-    """Hardware queues so that no stream shares one: three lanes a slot, a stream of NCCL's own for each of its communicators."""
-    return 5 * num_slots + 2
-
-
-def _check_queues(num_slots: int) -> None:
-    needed, text = _queues(num_slots), os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
-    if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"CUDA_DEVICE_MAX_CONNECTIONS is {text!r}; it must be a whole number from {needed} to 32, or not set")
-    found = int(text)
-    if found < needed:
-        raise ConfigError(
-            f"{num_slots} slots need {needed} hardware queues, but CUDA_DEVICE_MAX_CONNECTIONS is {found}; raise it (at most 32) or lower num_slots"
-        )
 
 
 class World:
@@ -174,7 +117,7 @@ class World:
         try:
             if met is not None:
                 self.engine.call(lambda: self._meet(error))
-            self.lanes: Lanes = _stream_lanes(self.device, self.num_slots) if on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
+            self.lanes: Lanes = lanes_of(self.device, self.num_slots) if on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
             if met is not None:
                 self.engine.call(self._connect)
         except BaseException as error:
@@ -275,7 +218,8 @@ class World:
         try:
             warm_up = WarmUp(self.rank, self.size, self.device)
         except (MemoryError, RuntimeError, torch.OutOfMemoryError) as e:  # on the host torch says it by a RuntimeError
-            error = ConfigError(f"rank {self.rank}: out of memory at set-up ({' '.join(str(e).split())[:300]}); give each rank more, or start fewer")
+            said = " ".join(str(e).split())[:300]
+            error = ConfigError(f"rank {self.rank}: out of memory at set-up ({said}); give each rank more, or start fewer")
         self._raise_on_all(error, "making room for the first use of the communicators")
         done = warm_up.start(self.transport, self.lanes)
         self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
@@ -348,7 +292,8 @@ class World:
 
     def disown(self, parent: int) -> None:
         """In a process forked from that of this world: whatever is called raises InputError, and nothing here disturbs the parent."""
-        self._closed = True
+        global _open_world
+        _open_world, self._closed = None, True
         atexit.unregister(self.close)
         self.engine.disown(
             InputError(

@@ -185,7 +185,7 @@ class Engine:
             atexit.unregister(self._at_exit)
 
     def disown(self, error: PipemoeError) -> None:
-        """In a process forked from this one, where the thread is not: what is called from now on raises `error`, and nothing is waited for."""
+        """In a process forked from this one, where the thread is not: whatever is called raises `error`, and nothing is waited for."""
         self._lock = threading.Lock()  # somebody may have held it
         self._closed, self._unusable = True, error
         atexit.unregister(self._at_exit)

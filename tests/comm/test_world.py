@@ -11,7 +11,7 @@ import pipemoe
 from pipemoe.comm import meet as meet_module
 from pipemoe.comm import world as world_module
 from pipemoe.comm.warm_up import WarmUp
-from pipemoe.errors import ConfigError, MismatchError
+from pipemoe.errors import ConfigError, InputError, MismatchError
 from tests.moe_cases import make_layers
 from tests.runtime.sources import RowsSource, make_runtime
 
@@ -79,6 +79,29 @@ def test_an_init_that_fails_half_way_leaves_room_for_the_next(world, monkeypatch
     wait_for_threads(num_threads)
     with pipemoe.init("cpu", num_slots=1) as new:
         assert len(new.all_gather(b"")) == world.size
+
+
+def test_a_forked_child_of_a_world_of_one_may_start_its_own(world, monkeypatch):
+    """Of a larger one: tests/faults/test_lives.py."""
+    if world.size > 1 or not hasattr(os, "fork"):
+        pytest.skip("for one rank")
+    monkeypatch.setattr(world_module, "_open_world", world)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            world.all_gather(b"")
+        except InputError as error:
+            with pipemoe.init("cpu") as own:
+                os.write(write, f"{own.all_gather(b'own')} {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read().decode()
+    os.waitpid(child, 0)
+    assert said.startswith(f"[b'own'] rank 0: this process was forked from process {os.getpid()}"), said
+    assert world.all_gather(b"mine") == [b"mine"]
 
 
 def test_arguments_that_differ_are_an_error_on_every_rank(world, monkeypatch):
