@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipemoe.runtime.engine import Engine
 
 _POLL_SECONDS = 0.005
-_SHARED_END_SECONDS = 2.0  # for ranks that end by the same error to be there, so that none needs to abort the others
+_SHARED_END_SECONDS = 5.0  # for ranks that end by the same error to be there, so that none needs to abort the others
 
 
 class Departure:

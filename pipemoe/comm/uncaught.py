@@ -22,7 +22,7 @@ from pipemoe.runtime.last_words import say
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _FOREIGN = (_PACKAGE, "<frozen ", f"{os.sep}mpi4py{os.sep}", f"{os.sep}concurrent{os.sep}futures{os.sep}", f"{os.sep}runpy.py")
-_HEARING_SECONDS, _PRINTING_SECONDS = 1.0, 3.0
+_HEARING_SECONDS, _PRINTING_SECONDS = 3.0, 5.0
 _POLL_SECONDS = 0.005
 _REASON_LENGTH = 300
 
