@@ -8,6 +8,11 @@
 #   PIPEMOE_MPIRUN        the mpirun to use (else the one beside that Python, else the one on PATH)
 #   PIPEMOE_MPIRUN_FLAGS  more flags for mpirun, split at blanks
 #
+# Ends with status 70 when any rank did (the ranks could no longer work together), else with mpirun's own, which is no more than "not 0":
+# MPICH's and Intel's is the bitwise or of the ranks' (3 and 5 give 7), and a rank may be ended for another's fault. The ranks of
+# this host tell it through a folder in TMPDIR (default /tmp); so do those of other hosts where they share that. What MPI leaves in
+# /dev/shm of this host when a job ends badly is removed, this job's own only.
+#
 # GPUs are not assigned here: all ranks see all GPUs of their host and pipemoe.init() takes the one of its local rank
 # (local rank modulo number of GPUs). A CUDA_VISIBLE_DEVICES per rank would hide the peers' GPUs from one another.
 set -euo pipefail
@@ -75,6 +80,31 @@ export CUDA_MODULE_LOADING=${CUDA_MODULE_LOADING:-EAGER}
 # NCCL's implicit order over communicators would tie a short cohort to a long one.
 export NCCL_LAUNCH_ORDER_IMPLICIT=${NCCL_LAUNCH_ORDER_IMPLICIT:-0}
 
+PIPEMOE_JOB_NOTES=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_job.XXXXXX")
+export PIPEMOE_JOB_NOTES
+
+# in_use FILE: has any process that can be seen here mapped it?
+in_use() {
+    grep -qsF -- "$1" /proc/[0-9]*/maps
+}
+
+# shellcheck disable=SC2317 # called by a trap
+clean_up() {
+    trap '' HUP INT TERM
+    local segment tenths
+    { cat "$PIPEMOE_JOB_NOTES"/segments.* 2>/dev/null || true; } | sort -u | while read -r segment; do
+        [[ $segment == /dev/shm/* ]] || continue
+        # Ranks that were killed may take a moment to be gone.
+        for ((tenths = 0; tenths < 20; tenths++)); do
+            [ -O "$segment" ] || break
+            in_use "$segment" || { rm -f "$segment"; break; }
+            sleep 0.1
+        done
+    done
+    rm -rf "$PIPEMOE_JOB_NOTES"
+}
+trap clean_up EXIT
+
 flags=(-n "$num_ranks")
 version=$("$mpirun" --version 2>&1 || true)
 case $version in
@@ -99,5 +129,36 @@ case $version in
 esac
 read -ra more_flags <<<"${PIPEMOE_MPIRUN_FLAGS:-}"
 
+mpirun_pid=
+stopped=
+# shellcheck disable=SC2317 # called by a trap
+stop() {
+    stopped=yes
+    [ -z "$mpirun_pid" ] || kill -TERM "$mpirun_pid" 2>/dev/null || true
+}
+trap stop HUP INT TERM
+
+# In the background, because bash runs traps only between foreground commands. What bash takes from such a command is given back: its
+# input, and heeding an interrupt from the keyboard; and it ends with this script where that is killed.
+as_if_in_front=()
+! env --default-signal=INT,QUIT true 2>/dev/null || as_if_in_front+=(env --default-signal=INT,QUIT)
+! setpriv --pdeathsig KILL true 2>/dev/null || as_if_in_front+=(setpriv --pdeathsig KILL)
+
 # mpi4py's runner turns an exception on one rank into the end of all; without it the others would wait for ever.
-exec "$mpirun" "${flags[@]}" ${more_flags[@]+"${more_flags[@]}"} "$launch/rank.sh" "$python" -m mpi4py "$@"
+command=("$mpirun" "${flags[@]}" ${more_flags[@]+"${more_flags[@]}"} "$launch/rank.sh" "$python" -m mpi4py "$@")
+${as_if_in_front[@]+"${as_if_in_front[@]}"} "${command[@]}" <&0 &
+mpirun_pid=$!
+[ -z "$stopped" ] || kill -TERM "$mpirun_pid" 2>/dev/null || true
+wait "$mpirun_pid" && status=0 || status=$?
+if [ -n "$stopped" ]; then
+    for ((tenths = 0; tenths < 100; tenths++)); do
+        kill -0 "$mpirun_pid" 2>/dev/null || break
+        sleep 0.1
+    done
+    kill -KILL "$mpirun_pid" 2>/dev/null || true
+    wait "$mpirun_pid" 2>/dev/null && status=0 || status=$?
+fi
+if compgen -G "$PIPEMOE_JOB_NOTES/exit70.*" >/dev/null; then
+    status=70
+fi
+exit "$status"

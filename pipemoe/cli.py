@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from pipemoe import __version__
+from pipemoe.comm.uncaught import say_once
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.tune import add_tune_parser
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _drop_output()
         return 2
     except PipemoeError as error:
-        print(f"pipemoe {options.subcommand}: {error}", file=sys.stderr)
+        say_once(error, f"pipemoe {options.subcommand}: {error}")
         return 2
 
 

@@ -6,6 +6,7 @@ or anything beyond pipemoe's own requirements to be there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipemoe.comm.nccl import default_max_ctas
+from pipemoe.comm.shared_memory import BYTES_OF_RANK, old_segments
 from pipemoe.errors import ConfigError
 from pipemoe.plan.verify import Room
 
@@ -26,6 +28,7 @@ from pipemoe.plan.verify import Room
 MULTI_RANK_GPU_NCCL = 23003
 # MPICH and NCCL move data between processes of a host through /dev/shm; containers often get 64 MiB.
 SHARED_MEMORY_BYTES = 1 << 30
+_SHOWN_SEGMENTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ def examine(*, num_slots: int = 4, ranks_per_gpu: int = 1) -> list[Finding]:
         lambda: check_connections(gpus),
         check_mpi,
         check_shared_memory,
+        check_old_segments,
     )
     return [finding for check in checks for finding in check()]
 
@@ -245,9 +249,26 @@ def check_shared_memory() -> list[Finding]:
         size = shutil.disk_usage("/dev/shm").total
     except OSError as error:
         return [Finding("/dev/shm", "WARN", _first_line(error), "ranks of one host exchange data through it: mount it")]
+    if size < 2 * BYTES_OF_RANK:
+        action = f"MPI needs {BYTES_OF_RANK >> 20} MiB for each rank: make it 1 GiB or more (in a container: --shm-size)"
+        return [Finding("/dev/shm", "FAIL", f"{size >> 20} MiB", action)]
     if size < SHARED_MEMORY_BYTES:
         return [Finding("/dev/shm", "WARN", f"{size >> 20} MiB", "make it 1 GiB or more (in a container: --shm-size)")]
     return [Finding("/dev/shm", "OK", f"{size >> 20} MiB")]
+
+
+def check_old_segments() -> list[Finding]:
+    """What MPI's jobs that ended badly have left in /dev/shm; nothing where there is none."""
+    left = old_segments()
+    if not left:
+        return []
+    size = 0
+    for path in left:
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size
+    names = " ".join(map(str, left[:_SHOWN_SEGMENTS])) + (f" and {len(left) - _SHOWN_SEGMENTS} more" if len(left) > _SHOWN_SEGMENTS else "")
+    seen = f"{len(left)} files of MPI that no process has mapped, {size / 2**20:.0f} MiB"
+    return [Finding("old segments", "WARN", seen, f"where no job in another container uses them, remove them: rm {names}")]
 
 
 def loaded_libraries(name: str) -> list[str]:

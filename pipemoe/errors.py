@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class PipemoeError(RuntimeError):
-    """Base of every error that pipemoe raises on purpose."""
+    """Base of every error that pipemoe raises on purpose. `is_shared`: every rank raises it, with the same words."""
+
+    is_shared = False
 
 
 class ConfigError(PipemoeError, ValueError):
@@ -53,13 +55,16 @@ class PeerLost(FatalError):
 _MOST_WORDS = 4000  # characters of somebody else's message that travel in ours
 
 
-def describe(error: BaseException) -> str:
-    """An exception's type and words, whatever its own `__str__` does, and however long they are."""
-    name = type(error).__name__
+def words(error: BaseException) -> str:
+    """What an exception says, whatever its own `__str__` does, and however long that is."""
     try:
         text = str(error)
     except BaseException as second:  # noqa: BLE001
-        return f"{name} (its own words cannot be had: __str__ raises {type(second).__name__})"
-    if len(text) > _MOST_WORDS:
-        text = f"{text[:_MOST_WORDS]} ... ({len(text)} characters)"
+        return f"(its own words cannot be had: __str__ raises {type(second).__name__})"
+    return text if len(text) <= _MOST_WORDS else f"{text[:_MOST_WORDS]} ... ({len(text)} characters)"
+
+
+def describe(error: BaseException) -> str:
+    """An exception's type and words."""
+    name, text = type(error).__name__, words(error)
     return f"{name}: {text}" if text else name

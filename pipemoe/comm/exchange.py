@@ -15,6 +15,12 @@ _SIDES = ("nothing", "computation", "communication", "computation and communicat
 _SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError")
 
 
+def shared(error: PipemoeError) -> PipemoeError:
+    """The error, known to be that of all ranks."""
+    error.is_shared = True
+    return error
+
+
 def encode_error(error: PipemoeError | None) -> bytes:
     if error is None:
         return b""
@@ -28,7 +34,7 @@ def raise_first(texts: list[bytes]) -> None:
         if text:
             name, message = json.loads(text)
             cls = getattr(errors, name) if name in _SHAREABLE else errors.ModelError
-            raise cls(message if message.startswith("rank ") else f"rank {rank}: {message}")
+            raise shared(cls(message if message.startswith("rank ") else f"rank {rank}: {message}"))
 
 
 def pack_shared(payload: bytes, error: PipemoeError | None) -> bytes:
@@ -63,7 +69,7 @@ def decode_step(payloads: list[bytes]) -> Facts:
     values = [fingerprint.hex()[:8] for fingerprint, *_ in headers]
     if len(set(values)) > 1:
         found = ", ".join(f"rank {r} has {v}" for r, v in enumerate(values))
-        raise MismatchError(f"the ranks differ in configuration, model or checkpoint: {found}")
+        raise shared(MismatchError(f"the ranks differ in configuration, model or checkpoint: {found}"))
     check_equal([{"what a step leaves out (only)": _SIDES[left_out]} for *_, left_out in headers])
     lengths = []
     for payload, (_, num_bytes, *_) in zip(payloads, headers):
@@ -78,4 +84,5 @@ def check_equal(facts_of: list[dict[str, str]]) -> None:
         values = [facts.get(key, "missing") for facts in facts_of]
         if len(set(values)) > 1:
             odd = next(r for r, v in enumerate(values) if v != values[0])
-            raise MismatchError(f"rank {odd}: {key} is {values[odd]}, but rank 0 has {values[0]}; it must be the same on all ranks")
+            text = f"rank {odd}: {key} is {values[odd]}, but rank 0 has {values[0]}; it must be the same on all ranks"
+            raise shared(MismatchError(text))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Any, Protocol
 
+from pipemoe.comm.exchange import shared
 from pipemoe.errors import MismatchError
 
 BLOCK = 512  # bytes that travel in the first collective; longer messages need a second one
@@ -92,5 +93,5 @@ def unpack_messages(messages: list[bytes]) -> list[bytes]:
         payloads.append(message[begin:])
     if len(ranks_doing) > 1:
         found = "; ".join(f"{doing!r} on rank {', '.join(map(str, ranks))}" for doing, ranks in ranks_doing.items())
-        raise MismatchError(f"every rank must call the same, in the same order, but here they meet: {found}")
+        raise shared(MismatchError(f"every rank must call the same, in the same order, but here they meet: {found}"))
     return payloads

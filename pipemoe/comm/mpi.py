@@ -13,17 +13,31 @@ from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
 
 
+class Communicators:
+    """This process's duplicates of COMM_WORLD, for all its worlds, one after another: MPI has few, and to free one is a collective
+    call, which a rank may miss. A world that ended well leaves nothing under way on them."""
+
+    def __init__(self, world: Any) -> None:
+        self.world = world  # for exchanges
+        self._pairs: list[tuple[Any, Any]] = []
+
+    def pairs(self, num_slots: int) -> list[tuple[Any, Any]]:
+        """For dispatch and combine of each slot. Every rank calls, with the same number."""
+        while len(self._pairs) < num_slots:
+            self._pairs.append((self.world.Dup(), self.world.Dup()))
+        return self._pairs[:num_slots]
+
+
 class MpiTransport:
     """Posts in plan order; the engine tests (MPI calls here never block)."""
 
-    def __init__(self, comm: Any, num_slots: int) -> None:
+    def __init__(self, communicators: Communicators, num_slots: int) -> None:
         from mpi4py import MPI
 
         self._mpi = MPI
-        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self.rank, self.size = communicators.world.Get_rank(), communicators.world.Get_size()
         self.log: list[Issue] | None = None
-        self._dispatch = [comm.Dup() for _ in range(num_slots)]
-        self._combine = [comm.Dup() for _ in range(num_slots)]
+        self._dispatch, self._combine = zip(*communicators.pairs(num_slots), strict=True)
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: Any) -> Test:
         comm, memory = self._dispatch[slot], rows.numpy()
@@ -114,7 +128,7 @@ class MpiTransport:
         """Nothing to end: no MPI call here blocks, and the process's exit is what the launcher sees."""
 
     def close(self) -> None:
-        """Nothing to free: freeing a communicator is collective, and MPI ends with the process."""
+        """Nothing to free: the communicators are kept for the next world."""
 
 
 def _bytes(tensor: Any) -> Any:

@@ -8,29 +8,25 @@ aborted (in a thread of their own, since abort may block) and the process ends a
 from __future__ import annotations
 
 import atexit
-import contextlib
 import math
-import os
 import queue
-import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.errors import FatalError, PeerLost, PipemoeError, WatchdogTimeout
+from pipemoe.errors import FatalError, PeerLost, PipemoeError, WatchdogTimeout, words
+from pipemoe.runtime.last_words import EXIT_CODE, OUTPUT_SECONDS, exit_now, say
 
 if TYPE_CHECKING:
     from pipemoe.comm.side_channel import SideChannel
 
-EXIT_CODE = 70  # of a process that ended because the ranks could no longer work together (EX_SOFTWARE)
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
 _NAMED_SECONDS = 0.5  # for the side channel to say which rank is behind an error of MPI or NCCL, which may be there first
 _IN_CALL_SECONDS = 3.0  # in a library's call; from then on, a peer that is lost ends it
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
-_OUTPUT_SECONDS = 1.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
 # MPI goes on only when it is polled, every stage of a collective at each rank in turn; but nobody polls like that for long in vain.
 _LONGEST_PAUSE_OF_MPI, _OFTEN_SECONDS = 50e-6, 0.05
@@ -49,7 +45,7 @@ class Engine:
         self.library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL: a lost peer may be behind one
         self.moves_transfers = False  # polling moves the steps' collectives along (MPI's)
         self.failure: FatalError | None = None
-        self._closed = False
+        self._closed, self._unusable = False, FatalError(f"rank {rank}: the world is closed")
         self.step = 0
         self.step_seconds = 0.0  # that the step under way may take without progress; peers that wait for it wait as long
         self.ops_done = 0
@@ -69,7 +65,7 @@ class Engine:
         future = future or Future()
         with self._lock:
             if self.failure is not None or self._closed:
-                future.set_exception(self.failure or FatalError(f"rank {self.rank}: the world is closed"))
+                future.set_exception(self.failure or self._unusable)
                 return future
             self._open.add(future)
         self._tasks.put((task, future))
@@ -163,7 +159,7 @@ class Engine:
     def _named(self, error: BaseException) -> FatalError:
         """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and not which."""
         if isinstance(error, self.library_errors):
-            begin, when = time.monotonic(), f"where the library says: {_text(error)}"
+            begin, when = time.monotonic(), f"where the library says: {words(error)}"
             while (lost := self._lost_peer(when)) is None and self.side_channel is not None and time.monotonic() - begin < _NAMED_SECONDS:
                 time.sleep(_PEER_CHECK_SECONDS)
             lost = lost or self._left_peer(when)
@@ -172,7 +168,7 @@ class Engine:
                 return lost
         elif isinstance(error, FatalError):
             return error
-        fatal = FatalError(f"rank {self.rank}: {type(error).__name__} in {self.doing}: {_text(error)}")
+        fatal = FatalError(f"rank {self.rank}: {type(error).__name__} in {self.doing}: {words(error)}")
         fatal.__cause__ = error
         return fatal
 
@@ -201,25 +197,26 @@ class Engine:
         self._told.set()
         for abort in self.on_failure:
             threading.Thread(target=abort, name="pipemoe abort", daemon=True).start()
-        _say(f"pipemoe: {type(error).__name__}: {error}")
+        say(f"pipemoe: {type(error).__name__}: {error}")
         for future in waiting:
             settle(future, error=error)
 
     def _end_process(self) -> None:
         time.sleep(self.grace_seconds)
-        self._told.wait(_OUTPUT_SECONDS)
-        _exit_now()
+        self._told.wait(OUTPUT_SECONDS)
+        exit_now()
 
     def _at_exit(self) -> None:
         if self.failure is not None:
-            self._told.wait(_OUTPUT_SECONDS)
-            _say(f"pipemoe: rank {self.rank} ends with exit status {EXIT_CODE}: {self.failure}")
-            _exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
+            self._told.wait(OUTPUT_SECONDS)
+            say(f"pipemoe: rank {self.rank} ends with exit status {EXIT_CODE}: {self.failure}")
+            exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
-    def close(self, last: Callable[[], None] = lambda: None) -> None:
+    def close(self, last: Callable[[], None] = lambda: None, *, because: str = "") -> None:
         """Finish the tasks handed in, say good-bye, then `last`, which may take watchdog_seconds, and end the thread.
 
         `last` runs once the peers have said good-bye too, unless they go on for long: until then their last operations may be under way.
+        because: what went wrong here, which the peers are told; then the caller is not held up (`join` waits), so that it can say it first.
         """
         with self._lock:
             self._closed = True
@@ -227,7 +224,7 @@ class Engine:
         def leave() -> None:
             self.note("leaving the other ranks", self.watchdog_seconds + _LEFT_SECONDS)
             if self.side_channel is not None:
-                self.side_channel.say_good_bye()
+                self.side_channel.say_good_bye(because)
                 deadline = time.monotonic() + _LEFT_SECONDS
                 while not self.side_channel.all_have_left() and time.monotonic() < deadline:
                     time.sleep(_LONGEST_PAUSE)
@@ -235,15 +232,36 @@ class Engine:
 
         self._tasks.put((leave, Future()))
         self._tasks.put(None)
+        if not because:
+            self.join()
+
+    def join(self) -> None:
+        """Wait for the end of the thread, once `close` has been called."""
         while self._thread.is_alive() and self.failure is None:
             self._thread.join(_WATCH_SECONDS)
             self.watch()
+        if self.failure is None:
+            atexit.unregister(self._at_exit)
+
+    def disown(self, error: PipemoeError) -> None:
+        """In a process forked from this one, where the thread is not: whatever is called raises `error`, and nothing is waited for."""
+        self._lock = threading.Lock()  # somebody may have held it
+        self._closed, self._unusable = True, error
+        atexit.unregister(self._at_exit)
+        for future in self._open:
+            settle(future, error=error)
 
     def _run(self, set_up_thread: Callable[[], None]) -> None:
-        set_up_thread()
+        broken: BaseException | None = None
+        try:
+            set_up_thread()
+        except BaseException as error:  # noqa: BLE001  (what is handed in gets it)
+            broken = error
         while (item := self._tasks.get()) is not None:
             task, future = item
             try:
+                if broken is not None:
+                    raise broken
                 settle(future, task())
             except FatalError as error:
                 self.fail(self._named(error))
@@ -268,34 +286,3 @@ def settle(future: Future, result: Any = None, error: BaseException | None = Non
             future.set_result(result)
     except InvalidStateError:
         pass
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # noqa: BLE001  (it is somebody else's code)
-        return "(its text cannot be made)"
-
-
-def _in_time(work: Callable[[], None]) -> None:
-    """Run `work` for a second at most: what is written to a launcher that has died may block, or raise."""
-
-    def guarded() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            work()
-
-    thread = threading.Thread(target=guarded, name="pipemoe output", daemon=True)
-    thread.start()
-    thread.join(_OUTPUT_SECONDS)
-
-
-def _say(text: str) -> None:
-    _in_time(lambda: print(text, file=sys.stderr, flush=True))
-
-
-def _exit_now() -> None:
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            _in_time(stream.flush)
-    finally:
-        os._exit(EXIT_CODE)

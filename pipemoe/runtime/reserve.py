@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 _SMALL_TENSORS, _SMALL_BYTES = 64, 512 << 10  # torch keeps allocations up to 1 MiB apart from larger ones
+_HOST_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "Storage size calculation overflowed")
 _LARGEST_PINNED = 23  # 8 MiB, as a power of two: torch keeps pinned memory by powers of two
 
 
@@ -32,3 +33,12 @@ def reserve_pinned(num_tensors: int) -> None:
 
     held = [torch.empty(1 << power, dtype=torch.uint8, device="cpu", pin_memory=True) for power in range(_LARGEST_PINNED + 1) for _ in range(num_tensors)]
     del held
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Does an error say that memory does not suffice? Of the host's torch raises a plain RuntimeError."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_WORDS)

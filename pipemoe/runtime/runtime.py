@@ -30,7 +30,7 @@ from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_e
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
-from pipemoe.runtime.reserve import reserve, reserve_pinned
+from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.workspace import SlotBuffers, Workspace
@@ -161,7 +161,7 @@ class Runtime:
             warm_ups = [lambda s=slot: self._warm_up(s) for slot in self._workspace.slots]
             self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise ConfigError(
                 f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank or num_slots"
@@ -406,10 +406,3 @@ class Runtime:
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
             verify(plan, row_bytes=self.wire.row_bytes, sum_bytes=self.combine_dtype.itemsize, issues=issues)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """On the host torch raises a plain RuntimeError, with the system's words."""
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

@@ -140,6 +140,29 @@ def test_ranks_that_blame_one_another_or_this_one_are_named_themselves(channels)
     assert channels[0].failed()[0] in (2, 3)
 
 
+def test_a_reason_travels_with_the_good_bye(channels):
+    channels[1].say_good_bye("ValueError: planted")
+    for c in (channels[0], channels[2]):
+        until(lambda c=c: c.peers[1].left)
+        assert c.peers[1].reason == "ValueError: planted"
+
+
+def test_news_add_up_and_outlive_the_good_bye(channels):
+    channels[1].say_good_bye()
+    channels[1].tell(exiting=True)
+    channels[1].tell(ends_by="this")
+    for c in (channels[0], channels[2]):
+        until(lambda c=c: len(c.peers[1].news) == 2)
+        assert c.peers[1].news == {"exiting": True, "ends_by": "this"} and c.peers[1].left and c.failed() is None
+
+
+def test_a_closed_channel_gives_its_sockets_and_thread_back(channels):
+    connections = list(channels[1]._sockets.values())
+    channels[1].close()
+    assert not channels[1]._thread.is_alive() and all(c.fileno() < 0 for c in connections)
+    until(lambda: channels[0].peers[1].gone and channels[2].peers[1].gone)
+
+
 def test_what_is_no_message_is_ignored(channels):
     raw = channels[1]._links[0].connection
     odd = [b"\xff not json", b"[1, 2]", b"7", b"[" * 60_000, b'{"failure": ["list"]}', b'{"failure": null}', b'{"left": 1}', b'{"step": "x", "doing": [[[]]], "patience": "1"}']

@@ -191,3 +191,24 @@ def test_loaded_libraries_are_found_by_name():
     (libc,) = doctor.loaded_libraries("libc.so")
     assert Path(libc).exists()
     assert doctor.loaded_libraries("libnothing.so") == []
+
+
+def test_little_shared_memory_is_named(monkeypatch):
+    def of(size: int):
+        monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(total=size))
+        return the_one(doctor.check_shared_memory())
+
+    assert of(1 << 20).status == "FAIL" and "5 MiB for each rank" in of(1 << 20).action
+    assert of(64 << 20).status == "WARN" and of(2 << 30).status == "OK"
+
+
+def test_segments_that_no_process_uses_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "old_segments", list)
+    assert doctor.check_old_segments() == []
+    left = [tmp_path / f"mpich_shm_{i}" for i in range(25)]
+    for path in left:
+        path.write_bytes(bytes(1 << 20))
+    monkeypatch.setattr(doctor, "old_segments", lambda: left)
+    finding = the_one(doctor.check_old_segments())
+    assert (finding.status, finding.seen) == ("WARN", "25 files of MPI that no process has mapped, 25 MiB")
+    assert f"rm {left[0]} " in finding.action and "and 5 more" in finding.action

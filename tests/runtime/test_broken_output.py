@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipemoe.runtime.engine import EXIT_CODE
+from pipemoe.runtime.last_words import EXIT_CODE
 
 PROGRAM = """
 import os, sys, time

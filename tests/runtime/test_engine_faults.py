@@ -107,7 +107,7 @@ def test_a_library_that_fails_by_itself(engine, has_channel):
     assert error.culprit is None
 
 
-@pytest.mark.parametrize(("raised", "text"), [(ValueError("own"), "own"), (Unspeakable(), "(its text cannot be made)")])
+@pytest.mark.parametrize(("raised", "text"), [(ValueError("own"), "own"), (Unspeakable(), "(its own words cannot be had: __str__ raises RuntimeError)")])
 def test_other_errors_are_this_ranks_own(engine, raised, text):
     error = error_of(engine, fails(engine, raised))
     assert str(error) == f"rank 0: {type(raised).__name__} in dispatch 7: {text}" and engine.side_channel.asked == 0

@@ -5,6 +5,7 @@ import torch
 
 from pipemoe import Config, PipelinedMoE, load_model
 from pipemoe.plan.schedule import MODES
+from pipemoe.runtime.reserve import is_out_of_memory
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOP_K, make_layers, make_rows
 from tests.runtime.sources import make_runtime
@@ -33,6 +34,15 @@ def test_the_trial_attends_to_the_longest_sequence_in_the_first_two_layers(world
     world.engine.call(model._trial)
     assert attended == [(0, None, most, most, most), (1, (most, shape.hidden), most, most, most)]
     assert model.prefill([[1, 2, 3]]).first_tokens  # and steps begin anew
+
+
+def test_the_hosts_way_to_say_that_memory_does_not_suffice():
+    for num_bytes in (1 << 60, 1 << 62):
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(num_bytes, 1 << (num_bytes == 1 << 62) * 4, dtype=torch.uint8)
+        assert is_out_of_memory(caught.value), caught.value
+    assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(ValueError("memory"))
 
 
 @pytest.mark.gpu
