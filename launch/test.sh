@@ -33,7 +33,7 @@ part() {
 }
 
 one_process() {
-    "$python" -m pytest -q -m "not mpi and not gpu" -p no:cacheprovider "$@"
+    "$python" -m pytest -q -m "not mpi and not gpu and not slow" -p no:cacheprovider "$@"
 }
 
 # All ranks must draw the same random cases, and must not share a cache folder.
