@@ -121,6 +121,8 @@ def judge_prefilled(reference: Any, found: Any, sequences: list[list[int]]) -> s
         return f"{len(found.first_tokens)} first tokens for {len(sequences)} sequences"
     if not all(0 < seconds < 1000 for seconds in found.ttft_seconds):
         return f"times to first token {found.ttft_seconds}"
+    if found.finite != [True] * len(sequences):
+        return f"finite is {found.finite} for {len(sequences)} sequences"
     for i, sequence in enumerate(sequences):
         tokens = tuple(sequence)
         wanted = reference_logits(reference, tokens) if isinstance(reference, str) else logits_of(reference, tokens)
