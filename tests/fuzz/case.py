@@ -39,6 +39,7 @@ class Case:
     is_local: bool = False  # no other rank hears of it
     may_defer: bool = False  # a rank's own error in the midst of a step: the others hear of it at the next step
     own_errors: tuple[type[BaseException], ...] = ()  # of the caller, which come back to it as they are
+    makes: bool = False  # a model or a PipelinedMoE: another can be made afterwards
     around: str = ""  # what global state the call is made in
 
     @property

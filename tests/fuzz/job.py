@@ -49,12 +49,13 @@ _COLLECTIVE = {
     model_cases.config: 3,
     model_cases.with_config: 1,
 }
+_ON_SEVERAL = {layer_cases.mixed: 1}
 _LOCAL = {local_cases.plan_command: 3, local_cases.trace: 2, local_cases.quantise: 2, local_cases.local_range: 1}
 
 
 def make_case(seed: int, number: int, section: str, stage: Stage, rank: int, size: int) -> Case:
     draw = Draw(seed, number, rank, size)
-    makers: dict[Callable[[Draw, Stage], Case], int] = {local_cases.init: 1} if section == "init" else _COLLECTIVE | (_LOCAL if size == 1 else {})
+    makers: dict[Callable[[Draw, Stage], Case], int] = {local_cases.init: 1} if section == "init" else _COLLECTIVE | (_LOCAL if size == 1 else _ON_SEVERAL)
     (maker,) = draw.random.choices(list(makers), list(makers.values()))
     around = draw.random.choice(list(AROUND)) if draw.random.random() < 0.2 else ""
     case = maker(draw, stage)
@@ -123,7 +124,7 @@ class Job:
             world = pipemoe.init("cpu", watchdog_seconds=options.seconds / 3, setup_seconds=600, grace_seconds=2)
         self.stage = Stage(world, own)
         if world is not None:
-            self.stage.canary(with_model=True)  # compiles the planner, where that has not been done
+            self.stage.canary(with_model=True, anew=False)  # compiles the planner, where that has not been done
             world.setup_seconds = options.seconds / 2
         self.num_bad = 0
 
@@ -165,7 +166,7 @@ class Job:
     def _canaries(self, case: Case, number: int) -> list[str]:
         """Whether valid calls still work, after one that tells everyone of what failed inside the last step."""
         def canary() -> str | None:
-            return self.stage.canary(with_model=number % 4 == 0) if self.stage.world else self._opened_again()
+            return self.stage.canary(with_model=number % 4 == 0, anew=case.makes) if self.stage.world else self._opened_again()
 
         for turn in range(2):
             outcomes = self.meeting.all(perform(Case("canary", [], canary, lambda wrong: wrong)))

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipemoe import Config, ExpertWeights, PipelinedMoE
+from pipemoe import Config, ExpertWeights, PipelinedMoE, load_model
 from pipemoe.errors import PipemoeError
-from tests.fuzz.case import ODD, RIGHT, WRONG, Argument, Case, Draw, Planted, wanted_of
+from tests.fuzz.case import ODD, RIGHT, WRONG, Argument, Case, Draw, Planted, any_result, wanted_of
 from tests.fuzz.odd import odd_number, odd_value, some_error
-from tests.fuzz.stage import MOST_TOKENS, SETTINGS, Stage
-from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOP_K, make_rows, norm_ratio
+from tests.fuzz.stage import MOST_TOKENS, SETTINGS, Stage, new_moe
+from tests.models.tiny import FAMILIES
+from tests.moe_cases import NUM_EXPERTS, TOP_K, make_rows, norm_ratio
 
 Rows = tuple[Any, Any, Any]  # x, ids, weights
 
@@ -173,8 +174,8 @@ _BREAKS = (Planted, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, S
 class _Misstep:
     """What a caller does with its step; `run` goes through it."""
 
-    def __init__(self, random: Random) -> None:
-        self.name, self.at = random.choice(_MISSTEPS), random.randrange(_NUM_LAYERS)
+    def __init__(self, random: Random, name: str) -> None:
+        self.name, self.at = name, random.randrange(_NUM_LAYERS)
         self.rows = make_rows(random.choice((0, 1, 5)), random.randrange(20), torch.device("cpu"), torch.float32)
         count = len(self.rows[0])
         self.more_rows = make_rows(count + 1, 0, torch.device("cpu"), torch.float32)
@@ -249,14 +250,12 @@ _HARMLESS = ("lengths", "wrong rows, mended", "nothing odd")
 
 
 def _misstep(random: Random) -> Argument:
-    misstep = _Misstep(random)
+    misstep = _Misstep(random, random.choice(_MISSTEPS))
     return Argument(misstep.text, misstep, RIGHT if misstep.name in _HARMLESS else ODD)
 
 
 def _plain_step(random: Random) -> Argument:
-    misstep = _Misstep(random)
-    misstep.name = "nothing odd"
-    return Argument("nothing odd", misstep)
+    return Argument("nothing odd", _Misstep(random, "nothing odd"))
 
 
 def steps(draw: Draw, stage: Stage) -> Case:
@@ -337,9 +336,9 @@ def constructor(draw: Draw, stage: Stage) -> Case:
         kind = random.randrange(10)
         if kind < 6:
             return _odd_weights(random, own[rank])
-        name = random.choice(("num_experts", "top_k", "config"))
-        right = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "config": 0}[name]
-        what, value = odd_value(random) if name == "config" or kind < 8 else odd_number(random, right)
+        name = random.choice(("num_experts", "top_k", "config", "world"))
+        near = {"num_experts": NUM_EXPERTS, "top_k": TOP_K}.get(name)
+        what, value = odd_value(random) if near is None or kind < 8 else odd_number(random, near)
         return Argument(f"{name} is {what}", {name: value}, ODD)
 
     def right(_: Random) -> Argument:
@@ -352,9 +351,8 @@ def constructor(draw: Draw, stage: Stage) -> Case:
     mine = arguments[draw.rank].value
 
     def call() -> Any:
-        options = {"weights": own[draw.rank], "num_experts": NUM_EXPERTS, "top_k": TOP_K, "config": config} | mine
-        weights = options.pop("weights")
-        return PipelinedMoE(stage.world, weights, **options)
+        right = {"world": stage.world, "weights": own[draw.rank], "num_experts": NUM_EXPERTS, "top_k": TOP_K, "config": config}
+        return PipelinedMoE(**(right | mine))
 
     def judge(moe: PipelinedMoE) -> str | None:
         if any(a.meaning != RIGHT for a in arguments):
@@ -362,7 +360,7 @@ def constructor(draw: Draw, stage: Stage) -> Case:
         with moe.step(3) as step:
             return _judge(step(0, *rows), layers, 0, rows) or _judge(step(1, *rows), layers, 1, rows)
 
-    return Case("PipelinedMoE(...)", arguments, call, judge, wanted_of(arguments))
+    return Case("PipelinedMoE(...)", arguments, call, judge, wanted_of(arguments), makes=True)
 
 
 def all_gather(draw: Draw, stage: Stage) -> Case:
@@ -395,3 +393,33 @@ def all_gather(draw: Draw, stage: Stage) -> Case:
         return None if found == [a.value[0] for a in arguments] else "other payloads came than were sent"
 
     return Case("world.all_gather", arguments, call, judge, wanted_of(arguments))
+
+
+def mixed(draw: Draw, stage: Stage) -> Case:
+    """Each rank a valid call of its own: an error on all of them unless they happen to be the same."""
+    model, moe, two = stage.model(FAMILIES[0], 0), stage.moe(1, 0), stage.moe(_NUM_LAYERS, 0)
+    small = Config(max_tokens_per_rank=16, moe_max_num_tokens=8, num_slots=1)
+
+    def empty_step() -> None:
+        with two.step(0):
+            pass
+
+    calls: dict[str, Callable[[], Any]] = {
+        "prefill": lambda: model.prefill([[1, 2]]),
+        "a prefill of nothing": lambda: model.prefill([]),
+        "another model's prefill": lambda: stage.model(FAMILIES[1], 0).prefill([[1, 2]]),
+        "a call": lambda: moe(*make_rows(3, 0, torch.device("cpu"), torch.float32)),
+        "a step": empty_step,
+        "all_gather": lambda: stage.world.all_gather(b""),
+        "with_config": lambda: model.with_config(small),
+        "PipelinedMoE": lambda: new_moe(stage, small),
+        "load_model": lambda: load_model(stage.checkpoint(FAMILIES[0]), stage.world, config=small),
+    }
+    stage.model(FAMILIES[1], 0)
+    stage.checkpoint(FAMILIES[0])
+    names = [draw.random.choice([*calls]) for _ in range(draw.size)]
+    if len(set(names)) < draw.size:  # different ones are what this is about
+        names = draw.random.sample([*calls], draw.size)
+    same = [name.removeprefix("a ").removesuffix(" of nothing") for name in names]
+    wanted = RIGHT if len(set(same)) == 1 else WRONG
+    return Case("other calls on other ranks", [Argument(name, None) for name in names], calls[names[draw.rank]], any_result, wanted, makes=True)

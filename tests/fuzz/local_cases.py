@@ -184,7 +184,7 @@ RIGHT_INIT = {"watchdog_seconds": 10.0, "grace_seconds": 1.0, "num_slots": 1, "d
 
 
 def init(draw: Draw, stage: Stage) -> Case:
-    """init(...) with odd arguments or an odd environment, then close(). There is no world beside it."""
+    """init(...) with odd arguments or an odd environment, the same on all ranks, then close(). There is no world beside it."""
 
     def mutated(random: Random) -> Argument:
         name = random.choice(sorted(RIGHT_INIT))
@@ -192,7 +192,8 @@ def init(draw: Draw, stage: Stage) -> Case:
         if draw.size == 1 and random.random() < 0.2:
             variable = random.choice(sorted(_ENVIRONMENT))
             text = random.choice(_ENVIRONMENT[variable])
-            return Argument(f"{variable}={text!r:.20}", {variable: text}, RIGHT if text in _RIGHT_ENVIRONMENT else ODD)
+            passed = {variable: text} | ({"num_slots": None} if variable == "PIPEMOE_NUM_SLOTS" else {})
+            return Argument(f"{variable}={text!r:.20}", passed, RIGHT if text in _RIGHT_ENVIRONMENT else ODD)
         choices = {
             "nothing odd": ({}, RIGHT),
             "num_slots": ({"num_slots": random.choice((1, 2, 4))}, RIGHT),
@@ -201,7 +202,7 @@ def init(draw: Draw, stage: Stage) -> Case:
             "a negative time": ({random.choice(("watchdog_seconds", "setup_seconds", "grace_seconds")): -1}, WRONG),
             f"{name} is {what}": ({name: value}, ODD),
         }
-        chosen = random.choice([*choices, f"{name} is {what}", f"{name} is {what}"])
+        chosen = random.choice([*choices, *[f"{name} is {what}"] * 5])
         return Argument(chosen, *choices[chosen])
 
     # What one rank alone does wrong here, the others learn by the clock, and end.

@@ -179,7 +179,7 @@ def load(draw: Draw, stage: Stage) -> Case:
     def judge(model: pipemoe.Model) -> str | None:
         return judge_loaded(model, folder, sequences)
 
-    return Case(f"load_model of a checkpoint ({family})", arguments, call, judge, wanted_of(arguments))
+    return Case(f"load_model of a checkpoint ({family})", arguments, call, judge, wanted_of(arguments), makes=True)
 
 
 def judge_loaded(model: pipemoe.Model, folder: Path, sequences: list[list[int]]) -> str | None:
@@ -229,6 +229,7 @@ def load_arguments(draw: Draw, stage: Stage) -> Case:
             f"path_or_config is {what}": ({"path_or_config": value}, ODD, None),
             f"a config whose {key} is {what}": ({"path_or_config": changed}, ODD, None),
             f"config is {what}": ({"config": value}, ODD, None),
+            f"world is {what}": ({"world": value}, WRONG, None),
             f"dtype is {what}": ({"dtype": value}, ODD, None),
             "dtype is float64": ({"dtype": torch.float64}, WRONG, None),
             "dtype is int8": ({"dtype": torch.int8}, WRONG, None),
@@ -243,17 +244,15 @@ def load_arguments(draw: Draw, stage: Stage) -> Case:
 
     arguments = draw.per_rank(mutated, lambda _: Argument("nothing odd", {}, RIGHT, ""))
     sequences = [some_sequences(draw.random) for _ in range(draw.size)][draw.rank]
-    mine = {"path_or_config": source, "config": config} | arguments[draw.rank].value
 
     def call() -> Any:
-        options = dict(mine)
-        return pipemoe.load_model(options.pop("path_or_config"), stage.world, **options)
+        return pipemoe.load_model(**({"path_or_config": source, "world": stage.world, "config": config} | arguments[draw.rank].value))
 
     def judge(model: pipemoe.Model) -> str | None:
         found = model.prefill(sequences)
         return judge_prefilled(family, found, sequences) if all(a.same in ("", "random") for a in arguments) else None
 
-    return Case(f"load_model ({family})", arguments, call, judge, wanted_of(arguments))
+    return Case(f"load_model ({family})", arguments, call, judge, wanted_of(arguments), makes=True)
 
 
 # --- Config and with_config
@@ -334,7 +333,7 @@ def config(draw: Draw, stage: Stage) -> Case:
         found = with_it.prefill(sequences, keep_logits=True)
         return judge_prefilled(family, found, sequences) if _is_exact(configs[draw.rank]) else None
 
-    return Case("model.with_config", arguments, lambda: model.with_config(configs[draw.rank]), judge, wanted_of(arguments))
+    return Case("model.with_config", arguments, lambda: model.with_config(configs[draw.rank]), judge, wanted_of(arguments), makes=True)
 
 
 def _is_exact(made: Config) -> bool:
@@ -355,6 +354,6 @@ def with_config(draw: Draw, stage: Stage) -> Case:
 
     arguments = draw.per_rank(mutated, lambda _: Argument("nothing odd", Config(max_tokens_per_rank=MOST_TOKENS)))
     mine = arguments[draw.rank].value
-    return Case("model.with_config of no Config", arguments, lambda: model.with_config(mine), any_result, wanted_of(arguments))
+    return Case("model.with_config of no Config", arguments, lambda: model.with_config(mine), any_result, wanted_of(arguments), makes=True)
 
 
