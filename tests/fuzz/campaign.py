@@ -1,6 +1,6 @@
 """Many cases: jobs one after another, a new one behind each case that the ranks could not go on after.
 
-    python -m tests.fuzz.campaign --ranks 2 --cases 5000 --seed 1     # prints each failure as it comes, then the counts
+python -m tests.fuzz.campaign --ranks 2 --cases 5000 --seed 1     # prints each failure as it comes, then the counts
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ class Tally:
         return "\n".join([*rows, f"{self.num_cases} cases, {len(self.failures)} failures"])
 
 
-def run(num_ranks: int, num_cases: int, *, seed: int, section: str = "api", seconds: float = 60.0, most_failures: int = 10**9, say: bool = False) -> Tally:
+def run(
+    num_ranks: int,
+    num_cases: int,
+    *,
+    seed: int,
+    section: str = "api",
+    seconds: float = 120.0,
+    most_failures: int = 10**9,
+    say: bool = False,
+) -> Tally:
     """Runs cases 0 to `num_cases` - 1 of `seed`, until so many have failed."""
     tally, first = Tally(), 0
     while first < num_cases and len(tally.failures) < most_failures:
@@ -50,10 +59,32 @@ def run(num_ranks: int, num_cases: int, *, seed: int, section: str = "api", seco
 def _one_job(tally: Tally, num_ranks: int, first: int, num_cases: int, seed: int, section: str, seconds: float) -> int:
     """Runs one job as far as it goes; returns the number of the case after its last."""
     folder = Path(tempfile.mkdtemp(prefix="pipemoe_fuzz."))
-    arguments = ["tests/fuzz/job.py", "--seed", seed, "--first", first, "--cases", num_cases, "--section", section, "--seconds", seconds, "--folder", folder]
+    arguments = [
+        "tests/fuzz/job.py",
+        "--seed",
+        seed,
+        "--first",
+        first,
+        "--cases",
+        num_cases,
+        "--section",
+        section,
+        "--seconds",
+        seconds,
+        "--folder",
+        folder,
+    ]
     launcher = [sys.executable] if num_ranks == 1 else ["launch/mpirun.sh", "-n", num_ranks]
     environment = {**os.environ, "PIPEMOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    process = subprocess.Popen(list(map(str, [*launcher, *arguments])), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    process = subprocess.Popen(
+        list(map(str, [*launcher, *arguments])),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
     try:
         # Hangs are the ranks' own affair: they end by their clocks. This is for the case that those fail too.
         output, _ = process.communicate(timeout=_START_SECONDS + 5 * seconds + 2 * num_cases)
@@ -68,13 +99,20 @@ def _one_job(tally: Tally, num_ranks: int, first: int, num_cases: int, seed: int
     tally.became.update((r["api"], r["became"]) for r in done.values())
     tally.failures += [line for line in output.splitlines() if line.startswith("FAILED ")]
     begun = max((r["case"] for of_rank in records for r in of_rank), default=first)
+    again = f"{' '.join(map(str, launcher))} tests/fuzz/job.py"
+    last = " / ".join(output.splitlines()[-_LAST_LINES:])
     if begun not in done:  # the process ended inside it
-        text = next((r["text"] for of_rank in records for r in of_rank if r["case"] == begun and "text" in r), "before the call")
-        last = " / ".join(output.splitlines()[-_LAST_LINES:])
+        text = next(
+            (r["text"] for of_rank in records for r in of_rank if r["case"] == begun and "text" in r), "before the call"
+        )
         tally.num_cases += 1
-        tally.failures.append(f"FAILED {' '.join(map(str, launcher))} tests/fuzz/job.py --seed {seed} --case {begun} --section {section} | {text} | {how}: {last}")
+        tally.failures.append(
+            f"FAILED {again} --seed {seed} --case {begun} --section {section} | {text} | {how}: {last}"
+        )
     elif begun == first + num_cases - 1 and process.returncode not in (0, 1, 3):
-        tally.failures.append(f"FAILED at the end of the job of seed {seed}, section {section}: {how}: {' / '.join(output.splitlines()[-_LAST_LINES:])}")
+        tally.failures.append(
+            f"FAILED {again} --seed {seed} --first {first} --cases {num_cases} --section {section} | at its end | {how}: {last}"
+        )
     return begun + 1
 
 
@@ -84,8 +122,10 @@ if __name__ == "__main__":
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--section", choices=("api", "init"), default="api")
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=120.0)
     options = parser.parse_args()
-    tally = run(options.ranks, options.cases, seed=options.seed, section=options.section, seconds=options.seconds, say=True)
+    tally = run(
+        options.ranks, options.cases, seed=options.seed, section=options.section, seconds=options.seconds, say=True
+    )
     print(tally.table())
     sys.exit(min(len(tally.failures), 1))

@@ -1,7 +1,7 @@
 """A case of the fuzz: one call of the public API on every rank, some of them with a mutated argument.
 
-Every rank draws the same case from the same seed, the arguments of all ranks included, and makes its own rank's call. So each knows
-what the ranks together must come to, and nothing has to be exchanged beforehand.
+Every rank draws the same case from the same seed, the arguments of all ranks included, and makes its own rank's call.
+So each knows what the ranks together must come to, and nothing has to be exchanged beforehand.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, NamedTuple
 
-RIGHT, WRONG, ODD = "right", "wrong", "odd"  # must work; must be an error; may be either, but if it works the result is right
+RIGHT, WRONG, ODD = (
+    "right",
+    "wrong",
+    "odd",
+)  # must work; must be an error; may be either, but if it works the result is right
 
 
 class Planted(Exception):

@@ -1,10 +1,11 @@
-"""The program of the fuzz: every rank draws the same cases, makes its call of each, and the ranks compare what became of it.
+"""The program of the fuzz: every rank draws the same cases, makes its call of each, and the ranks compare the outcomes.
 
     python tests/fuzz/job.py --seed N --case K [--section init]                    # one case again, on one rank
     launch/mpirun.sh -n 2 tests/fuzz/job.py --seed N --case K [--section init]     # on two
 
-Every case must end in success with the right result, or in the same PipemoeError on every rank; and after it a valid call works.
-Prints a line for each case that does not. Ends with exit status 1 if there were such, BROKEN if the ranks cannot go on after one.
+Every case must end in success with the right result, or in the same PipemoeError on every rank; and after it a valid
+call works. Prints a line for each case that does not. Ends with exit status 1 if there were such, with BROKEN if the ranks
+cannot go on after one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
 
 import pipemoe  # noqa: E402
 from pipemoe.errors import FatalError, PipemoeError  # noqa: E402
-from tests.fuzz import layer_cases, local_cases, model_cases, prefill_cases  # noqa: E402
+from tests.fuzz import (  # noqa: E402
+    command_cases,
+    config_cases,
+    constructor_cases,
+    init_cases,
+    layer_cases,
+    local_cases,
+    model_cases,
+    prefill_cases,
+    step_cases,
+    world_cases,
+)
 from tests.fuzz.case import RIGHT, WRONG, Case, Draw  # noqa: E402
 from tests.fuzz.global_state import AROUND, state  # noqa: E402
 from tests.fuzz.meeting import Absent, Meeting  # noqa: E402
@@ -41,21 +53,23 @@ _COLLECTIVE = {
     prefill_cases.prefill: 5,
     prefill_cases.prefill_options: 2,
     layer_cases.layer_call: 5,
-    layer_cases.steps: 4,
-    layer_cases.constructor: 2,
-    layer_cases.all_gather: 1,
+    step_cases.steps: 4,
+    constructor_cases.constructor: 2,
+    world_cases.all_gather: 1,
     model_cases.load: 4,
     model_cases.load_arguments: 3,
-    model_cases.config: 3,
-    model_cases.with_config: 1,
+    config_cases.config: 3,
+    config_cases.with_config: 1,
 }
-_ON_SEVERAL = {layer_cases.mixed: 1}
-_LOCAL = {local_cases.plan_command: 3, local_cases.trace: 2, local_cases.quantise: 2, local_cases.local_range: 1}
+_ON_SEVERAL = {world_cases.mixed: 1}
+_LOCAL = {command_cases.plan_command: 3, command_cases.trace: 2, local_cases.quantise: 2, local_cases.local_range: 1}
 
 
 def make_case(seed: int, number: int, section: str, stage: Stage, rank: int, size: int) -> Case:
     draw = Draw(seed, number, rank, size)
-    makers: dict[Callable[[Draw, Stage], Case], int] = {local_cases.init: 1} if section == "init" else _COLLECTIVE | (_LOCAL if size == 1 else _ON_SEVERAL)
+    makers: dict[Callable[[Draw, Stage], Case], int] = (
+        {init_cases.init: 1} if section == "init" else _COLLECTIVE | (_LOCAL if size == 1 else _ON_SEVERAL)
+    )
     (maker,) = draw.random.choices(list(makers), list(makers.values()))
     around = draw.random.choice(list(AROUND)) if draw.random.random() < 0.2 else ""
     case = maker(draw, stage)
@@ -98,7 +112,9 @@ def _described(case: Case, error: BaseException) -> dict[str, Any]:
 
 def judge(case: Case, outcomes: list[dict[str, Any]]) -> list[str]:
     """What is wrong with what became of a case on the ranks."""
-    said = [f"rank {rank}: {outcome['text']}" for rank, outcome in enumerate(outcomes) if outcome["kind"] not in ("ok",)]
+    said = [
+        f"rank {rank}: {outcome['text']}" for rank, outcome in enumerate(outcomes) if outcome["kind"] not in ("ok",)
+    ]
     if any(outcome["kind"] in ("wrong", "fatal", "other") for outcome in outcomes):
         return said
     if said and case.wanted == RIGHT:
@@ -117,7 +133,7 @@ class Job:
         self.options = options
         self.rank, self.size = _place()
         self.meeting = Meeting(folder, self.rank, self.size, options.seconds)
-        self.log = os.open(folder / f"rank{self.rank}.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        self.log = os.open(folder / f"rank{self.rank}.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600)
         own = Path(tempfile.mkdtemp(prefix=f"rank{self.rank}_", dir=folder))
         world = None
         if options.section == "api":
@@ -165,8 +181,13 @@ class Job:
 
     def _canaries(self, case: Case, number: int) -> list[str]:
         """Whether valid calls still work, after one that tells everyone of what failed inside the last step."""
+
         def canary() -> str | None:
-            return self.stage.canary(with_model=number % 4 == 0, anew=case.makes) if self.stage.world else self._opened_again()
+            return (
+                self.stage.canary(with_model=number % 4 == 0, anew=case.makes)
+                if self.stage.world
+                else self._opened_again()
+            )
 
         for turn in range(2):
             outcomes = self.meeting.all(perform(Case("canary", [], canary, lambda wrong: wrong)))
@@ -175,11 +196,14 @@ class Job:
                 return []
             is_news = case.may_defer and turn == 0 and len(set(texts)) == 1 and texts[0].startswith("ModelError: rank ")
             if not is_news:
-                return ["the next call does not work: " + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))]
+                return [
+                    "the next call does not work: "
+                    + "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+                ]
         return ["the call after the next does not work"]
 
     def _opened_again(self) -> str | None:
-        found = local_cases.open_and_close(local_cases.RIGHT_INIT)
+        found = init_cases.open_and_close(init_cases.RIGHT_INIT)
         return None if len(found) == self.size else f"all_gather gave {found}"
 
     def _say(self, number: int, case: Case, problems: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Where the ranks of a fuzz job compare what became of a case: a socket of their own, which no fault of the library can disturb."""
+"""Where the ranks of a fuzz job compare outcomes: a socket of their own, which no fault of the library can disturb."""
 
 from __future__ import annotations
 

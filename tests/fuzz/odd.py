@@ -17,8 +17,29 @@ import torch
 from tests.fuzz.case import Planted
 
 _LOOKED_AT = (
-    *("__len__", "__iter__", "__getitem__", "__index__", "__int__", "__float__", "__bool__", "__repr__", "__str__", "__eq__"),
-    *("__hash__", "__getattr__", "__array__", "__fspath__", "__lt__", "__format__", "__contains__", "__add__", "__call__"),
+    *(
+        "__len__",
+        "__iter__",
+        "__getitem__",
+        "__index__",
+        "__int__",
+        "__float__",
+        "__bool__",
+        "__repr__",
+        "__str__",
+        "__eq__",
+    ),
+    *(
+        "__hash__",
+        "__getattr__",
+        "__array__",
+        "__fspath__",
+        "__lt__",
+        "__format__",
+        "__contains__",
+        "__add__",
+        "__call__",
+    ),
 )
 
 
@@ -46,7 +67,18 @@ def raising(error: Callable[[], BaseException], *methods: str) -> Any:
 
 def some_error(random: Random) -> Callable[[], BaseException]:
     """What an argument may raise while it is looked at."""
-    kinds = (Planted, Unsayable, RecursionError, MemoryError, KeyError, OSError, StopIteration, NotImplementedError, AttributeError, AssertionError)
+    kinds = (
+        Planted,
+        Unsayable,
+        RecursionError,
+        MemoryError,
+        KeyError,
+        OSError,
+        StopIteration,
+        NotImplementedError,
+        AttributeError,
+        AssertionError,
+    )
     kind = random.choice(kinds)
     return lambda: kind("planted")
 
@@ -146,9 +178,31 @@ def odd_value(random: Random) -> tuple[str, Any]:
 def odd_number(random: Random, near: int) -> tuple[str, Any]:
     """A number, or nearly one, around what `near` says."""
     choices: dict[str, Any] = {
-        **{str(n): n for n in (0, -1, near - 1, near + 1, 2 * near, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30)},
-        **{f"{type(v).__name__} {v}": v for v in (np.int64(near), np.int32(near), np.uint8(min(near, 255)), np.float64(near), float(near), f"{near}", True, False)},
-        **{"nan": float("nan"), "inf": float("inf"), "None": None, "tensor": torch.tensor(near), "np.array 0-d": np.array(near), "list": [near]},
+        **{
+            str(n): n
+            for n in (0, -1, near - 1, near + 1, 2 * near, 2**31 - 1, 2**31, 2**63 - 1, 2**63, -(2**63), 10**30)
+        },
+        **{
+            f"{type(v).__name__} {v}": v
+            for v in (
+                np.int64(near),
+                np.int32(near),
+                np.uint8(min(near, 255)),
+                np.float64(near),
+                float(near),
+                f"{near}",
+                True,
+                False,
+            )
+        },
+        **{
+            "nan": float("nan"),
+            "inf": float("inf"),
+            "None": None,
+            "tensor": torch.tensor(near),
+            "np.array 0-d": np.array(near),
+            "list": [near],
+        },
         "an object with __index__": type("Index", (), {"__index__": lambda self: near})(),
     }
     name = random.choice(list(choices))

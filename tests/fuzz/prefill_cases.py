@@ -20,7 +20,10 @@ from tests.models.tiny import FAMILIES, VOCAB
 
 def some_sequences(random: Random, least: int = 0) -> list[list[int]]:
     """Up to three, few enough different ones that references can be kept."""
-    return [Random(random.randrange(12)).choices(range(VOCAB), k=random.choice((1, 2, 3, 9, 20))) for _ in range(random.randint(least, 3))]
+    return [
+        Random(random.randrange(12)).choices(range(VOCAB), k=random.choice((1, 2, 3, 9, 20)))
+        for _ in range(random.randint(least, 3))
+    ]
 
 
 class _Counting(list):
@@ -195,7 +198,18 @@ class _BrokenTimeline(Timeline):
 
 
 def _option(random: Random) -> Argument:
-    name = random.choice(("keep_logits", "only", "timeline", "on_done", "on_done raises", "timeline raises", "a timeline", "on_done gives an odd value"))
+    name = random.choice(
+        (
+            "keep_logits",
+            "only",
+            "timeline",
+            "on_done",
+            "on_done raises",
+            "timeline raises",
+            "a timeline",
+            "on_done gives an odd value",
+        )
+    )
     kind, value = odd_value(random)
     if name == "on_done raises":
         error, after = some_error(random), random.randrange(6)

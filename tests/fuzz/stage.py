@@ -1,4 +1,4 @@
-"""What the cases of one process share: the world, tiny checkpoints, models and layers made when a case first needs them, references."""
+"""What the cases of one process share: the world, tiny checkpoints, references, and models made when first needed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ class Stage:
         return self.once(("checkpoint", family), make)
 
     def model(self, family: str, setting: int) -> pipemoe.Model:
-        base = self.once(("model", family), lambda: pipemoe.load_model(self.checkpoint(family), self.world, config=self.config(0)))
+        base = self.once(
+            ("model", family), lambda: pipemoe.load_model(self.checkpoint(family), self.world, config=self.config(0))
+        )
         return self.once(("model", family, setting), lambda: base.with_config(self.config(setting)))
 
     def layers(self, num_layers: int) -> Layers:
