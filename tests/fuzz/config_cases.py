@@ -67,7 +67,7 @@ def _settings(random: Random) -> Argument:
             f"right values of {', '.join(chosen)}",
             chosen,
             ODD if {*chosen} & {"combine_blocks", "num_slots"} else RIGHT,
-            repr(sorted(chosen.items())),
+            repr(Config(**chosen)),
         )
     if kind == 1 and name in _ODD_VALUES:
         value = random.choice(_ODD_VALUES[name])
@@ -82,7 +82,7 @@ def _settings(random: Random) -> Argument:
 def config(draw: Draw, stage: Stage) -> Case:
     """Config(...), a matter of one rank; where all ranks' can be made, a model with it."""
     family = draw.random.choice(FAMILIES)
-    arguments = draw.per_rank(_settings, lambda _: Argument("nothing odd", SMALL, RIGHT, repr(sorted(SMALL.items()))))
+    arguments = draw.per_rank(_settings, lambda _: Argument("nothing odd", SMALL, RIGHT, repr(Config(**SMALL))))
     model = stage.model(family, 0)
     sequences = [[1, 2, 3], [4]]
     try:

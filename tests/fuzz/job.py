@@ -4,8 +4,8 @@
     launch/mpirun.sh -n 2 tests/fuzz/job.py --seed N --case K [--section init]     # on two
 
 Every case must end in success with the right result, or in the same PipemoeError on every rank; and after it a valid
-call works. Prints a line for each case that does not. Ends with exit status 1 if there were such, with BROKEN if the ranks
-cannot go on after one.
+call works. Prints a line for each case that does not. Ends with exit status 1 if there were such, with BROKEN if the
+ranks cannot go on after one.
 """
 
 from __future__ import annotations
