@@ -111,7 +111,7 @@ def _one_job(tally: Tally, num_ranks: int, first: int, num_cases: int, seed: int
         )
     elif begun == first + num_cases - 1 and process.returncode not in (0, 1, 3):
         tally.failures.append(
-            f"FAILED {again} --seed {seed} --first {first} --cases {num_cases} --section {section} | its end | {how}: {last}"
+            f"FAILED {again} --seed {seed} --first {first} --cases {num_cases} --section {section} | {how}: {last}"
         )
     return begun + 1
 

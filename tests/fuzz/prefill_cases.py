@@ -103,7 +103,7 @@ _NO_SEQUENCE: dict[str, Callable[[list[int]], Any]] = {
     "id beyond int64": lambda s: [*s, 2**63],
     "id of hundreds of digits": lambda s: [*s, 10**400],
     "uint64 beyond int64": lambda s: np.array([*s, 2**64 - 1], np.uint64),
-    "int8 that wrapped": lambda s: np.array([*s, -100], np.int8),
+    "int8 that wrapped": lambda s: np.array([1, -100], np.int8),
     "too long": lambda s: [1] * (POSITIONS + 1),
     "too many for the step": lambda s: [1] * (MOST_TOKENS + 1),
     "complex": lambda s: [1j],
