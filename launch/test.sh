@@ -34,7 +34,7 @@ part() {
 
 # The same random cases in every run: what fails here fails again.
 one_process() {
-    "$python" -m pytest -q -m "not mpi and not gpu" -p no:cacheprovider --hypothesis-seed=0 "$@"
+    "$python" -m pytest -q -m "not mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "$@"
 }
 
 # All ranks must draw the same random cases, and must not share a cache folder.
