@@ -265,6 +265,9 @@ def test_room_for_thread_blocks(sound):
         verify(sound, room=Room(num_sms=132, ctas=3, ranks_on_device=4))
     with pytest.raises(ConfigError, match="lower NCCL_MAX_CTAS"):
         Room(num_sms=132, ctas=9).check(4)
+    Room(num_sms=132, ctas=1).check(32)
+    with pytest.raises(ConfigError, match="= 66 blocks, more than 65 of 132 SMs"):  # two neighbours stay free
+        Room(num_sms=132, ctas=1).check(33)
 
 
 @pytest.fixture
