@@ -52,6 +52,8 @@ def test_groups_hold_about_as_many_rows():
     assert [[s.rank for s in group.segments] for group in groups_of(long, 0, 0)] == [[0, 2, 3], [1]]
     assert parts_of(long, 0, 0, 1) == (Part(0, 3, 0), Part(3, 93, OWN))
     assert len(groups_of(replace(p, arrivals=False), 0, 0)) == 1
+    two_waves = plan(facts_of(*(10,) * 16), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=80, arrivals=True))
+    assert [len(groups_of(two_waves, 0, w)) for w in (0, 1)] == [2, 2]  # the next wave's have room beside them
 
 
 def test_a_gathered_wave_is_one_group_around_the_own_rows():

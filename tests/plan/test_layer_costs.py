@@ -46,6 +46,19 @@ def test_attention_waits_for_what_the_plan_says(data):
         assert tuple(np.flatnonzero(waits[c] == LAYER_BEFORE)) == p.pacemakers[c]
 
 
+def test_attention_waits_for_chunks_of_its_own_sequence_alone():
+    """The second sequence is in cohorts 1 and 2, the first in cohort 0. With two slots, 2 has a turn of its own."""
+    table = np.array([(0, 0, 0, 4), (1, 0, 4, 7), (2, 0, 7, 10)], dtype=np.int64)
+    bounds = Facts(((4, 6),)).flat_boundaries
+    assert attention_waits(table, 3, *bounds, 2).tolist() == [[0, 0, 0], [0, 0, 0], [0, LAYER_OF, 0]]
+    assert attention_waits(table, 3, *bounds, 3).tolist() == [[0, 0, 0], [0, 0, LAYER_BEFORE], [0, LAYER_OF, 0]]
+
+
+def test_ranks_in_other_waves_are_not_alike():
+    _, weight, _ = merged(((10,),) * 6, "chunked", moe_max_num_tokens=20)
+    assert weight.tolist() == [2, 2, 2]
+
+
 def test_attention_reads_all_earlier_tokens_of_the_sequence():
     assert attends(planned(((10,), (3, 4), ()))) == [[55, 6 + 10, 0]]
     thirds = [

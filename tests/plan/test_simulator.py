@@ -221,6 +221,29 @@ def test_blocks_of_columns_hide_the_combine_behind_the_experts():
     assert makespan(1, gaps) == 2 * 2100 and makespan(2, gaps) == 2 * (1650 + 300 + 150 + 150)  # a third of the gaps again
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("slow", ["experts", "combine"])
+def test_a_buffer_is_used_again_when_its_last_user_is_done_with_it(slow, blocks):
+    """Four waves in two buffers. What is slow holds up the wave after the next: the others are there long before."""
+    nothing = replace(HostCost(*(0,) * 9), graph_rows=0)
+    experts = ExpertsCost(0, 0, 0, 9_000 if slow == "experts" else 0, 1)
+    combine = ExchangeCost(0, 0, 9_000 if slow == "combine" else 0)
+    dispatch = ExchangeCost(0, 0, 100)
+    cost = CostModel(AttendCost(0, 0, 0, 0), experts, dispatch, combine, nothing, contention=FREE, start_ns=0)
+    config = PlanConfig(mode="chunked", moe_max_num_tokens=10, combine_blocks=blocks)
+    p = plan(Facts(((25,), (15,))), SHAPE, config, cost)
+    check_against_the_naive_simulator(p, cost)
+    begins, ends = {}, {}
+    for op, (begin, end) in simulate(p, cost, spans=True).spans[0]:
+        begins.setdefault(op, begin)
+        ends[op] = end
+    # Experts read the receive buffer, and write sums where the combine of the wave before the last still sends.
+    held, by = (OpKind.DISPATCH, OpKind.EXPERTS) if slow == "experts" else (OpKind.EXPERTS, OpKind.COMBINE)
+    for op in p.ops:
+        if op.kind is held and op.wave > 1:  # the first two wait for the attention
+            assert begins[op] == ends[op._replace(kind=by, wave=op.wave - 2)], op
+
+
 def test_predictions_are_deterministic():
     facts, cost = Facts(((300, 20), (7,), ())), CostModel()
     p = plan(facts, SHAPE, PlanConfig(mode="per_rank", moe_max_num_tokens=50), cost)

@@ -119,12 +119,12 @@ def test_order_against_a_dependency(sound, first, second):
 
 
 def test_buffer_refilled_before_it_was_read(sound):
-    with pytest.raises(PlanError, match="buffers have one user: .* receive buffer"):
+    with pytest.raises(PlanError, match="buffers have one user: .* receive buffer .* still holds wave"):
         verify(moved(sound, (OpKind.DISPATCH, 1, 0, 2), before=(OpKind.EXPERTS, 1, 0, 0)))
 
 
 def test_partial_sums_overwritten_before_they_were_sent(sound):
-    with pytest.raises(PlanError, match="buffers have one user: .* partial sums"):
+    with pytest.raises(PlanError, match="buffers have one user: .* partial sums of wave .* are still in buffer"):
         verify(moved(sound, (OpKind.COMBINE, 1, 0, 0), before=(OpKind.COMBINE, 1, 0, 2)))
 
 
@@ -265,6 +265,9 @@ def test_room_for_thread_blocks(sound):
         verify(sound, room=Room(num_sms=132, ctas=3, ranks_on_device=4))
     with pytest.raises(ConfigError, match="lower NCCL_MAX_CTAS"):
         Room(num_sms=132, ctas=9).check(4)
+    Room(num_sms=132, ctas=1).check(32)
+    with pytest.raises(ConfigError, match="= 66 blocks, more than 65 of 132 SMs"):  # two neighbours stay free
+        Room(num_sms=132, ctas=1).check(33)
 
 
 @pytest.fixture

@@ -120,6 +120,13 @@ class NotedRun:
     wire: WireFormat
     source: Source
 
+    def to_the_end(self) -> None:
+        """Advance until the whole plan is done."""
+        for _ in range(10 * len(self.plan) + 10):
+            if self.run.advance():
+                return
+        raise AssertionError(f"it stands still; the oldest operation under way is {self.run.oldest()}")
+
 
 def noted_run(
     rank, hold=frozenset(), num_layers=1, facts=FACTS, on_progress=lambda log, op: None, **options

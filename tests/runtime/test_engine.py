@@ -54,7 +54,9 @@ def make_engine(monkeypatch):
 
     yield make
     for engine in made:
-        engine.close()
+        closing = threading.Thread(target=engine.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
 
 
 @pytest.fixture

@@ -41,15 +41,24 @@ def test_a_worker_runs_in_order_on_a_thread_of_its_own(worker):
 
 def test_a_worker_waits_for_events_of_others(worker):
     lane, _ = worker
-    first, second, order = HostEvent(), HostEvent(), []
+    order, waiting = [], threading.Semaphore(0)
+
+    class Noted(HostEvent):
+        """Says that somebody is about to wait for it."""
+
+        def wait(self, seconds=None):
+            waiting.release()
+            return super().wait(seconds)
+
+    first, second = Noted(), Noted()
     event = lane.submit(lambda: order.append("work"), [first, None, second])
     behind = lane.submit(lambda: order.append("behind"))
-    first.set()
-    order.append("first")
-    assert not event.done() and not behind.done()
-    order.append("second")
-    second.set()
-    assert behind.wait(PATIENCE) and order == ["first", "second", "work", "behind"]
+    for other in (first, second):
+        assert waiting.acquire(timeout=PATIENCE)
+        order.append("set")
+        assert not event.done() and not behind.done()
+        other.set()
+    assert behind.wait(PATIENCE) and order == ["set", "set", "work", "behind"]
 
 
 def test_what_work_raised_is_raised_by_its_event_and_those_that_wait_for_it(worker):

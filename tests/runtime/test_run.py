@@ -14,8 +14,7 @@ CHUNKS = Facts(((30,), (), (24, 9)))
 def issued(rank, **options):
     """The run, and the pieces of work of each operation as issued: [(operation, [(name, what it did, waits)])]."""
     made = noted_run(rank, on_progress=lambda log, op: log.append(op), **options)
-    while not made.run.advance():
-        pass
+    made.to_the_end()
     found = []
     for entry in made.log:
         if isinstance(entry, Op):
@@ -138,8 +137,7 @@ def test_rows_of_failed_model_code_are_for_no_expert(mode):
         send(slot, buffer, group, exchange, rows)
 
     made.run._transport.dispatch = dispatch
-    while not made.run.advance():
-        pass
+    made.to_the_end()
     padding = [-1] * (len(block) - own.num_rows)
     assert len(padding) == (20 if mode == "padded" else 0)
     assert seen == [[0] * own.num_rows + padding, [-1] * own.num_rows + padding]
@@ -158,8 +156,7 @@ def test_a_cohort_that_waits_for_its_caller_holds_up_no_other():
     assert made.run.oldest() is None and made.run.own_finished == 0
     assert sum(entry[1] == ["experts"] for entry in made.log) == 2 * 4
     ready.add(mine)
-    while not made.run.advance():
-        pass
+    made.to_the_end()
     assert made.run.own_finished == 1 and sum(entry[1] == ["experts"] for entry in made.log) == 2 * 5
 
 
@@ -172,7 +169,7 @@ def test_the_oldest_operation_is_the_first_that_is_not_done():
 
 
 def test_a_cohort_finishes_behind_those_whose_keys_it_reads():
-    """Cohort 0 has the first half of each sequence. The bound on groups holds it up; cohort 1 could go on to its end."""
+    """Cohort 0 has the first half of each sequence. The bound on groups holds it up; cohort 1 could end."""
     hold = {"dispatch"}
     made = noted_run(0, hold, facts=CHUNKS, mode="two_batch", num_slots=2, moe_max_num_tokens=6, combine_blocks=1)
     assert made.plan.causal_predecessors == ((), (0,)) and len(made.plan.cohorts[0].waves) == 6
@@ -181,8 +178,7 @@ def test_a_cohort_finishes_behind_those_whose_keys_it_reads():
     assert sum(entry[1] == ["experts"] for entry in made.log if entry[0].startswith("compute of 1")) == 6
     assert not any("finish" in entry[1] for entry in made.log)
     hold.clear()
-    while not made.run.advance():
-        pass
+    made.to_the_end()
     finishes = [entry for entry in made.log if "finish" in entry[1]]
     assert [entry[0].rsplit(" ", 1)[0] for entry in finishes] == ["compute", "compute of 1"]
     assert finishes[0][0] in finishes[1][2]
