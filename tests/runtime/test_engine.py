@@ -21,11 +21,11 @@ class SideChannel:
     """What an engine asks of its side channel; `peers` says who has left."""
 
     def __init__(self, lost=None, left=()):
-        self.announced, self._lost = [], lost
-        self.peers = {1: SimpleNamespace(left=1 in left), 2: SimpleNamespace(left=2 in left)}
+        self.announced, self._lost, self.error = [], lost, None
+        self.peers = {rank: SimpleNamespace(left=rank in left, reason="") for rank in (1, 2)}
         self.said_good_bye = threading.Event()
 
-    def announce_failure(self, text):
+    def announce_failure(self, text, culprit):
         self.announced.append(text)
 
     def failed(self):
@@ -34,7 +34,13 @@ class SideChannel:
     def describe(self):
         return "rank 1: step 3"
 
-    def say_good_bye(self):
+    def silent(self):
+        return None
+
+    def patience(self):
+        return 0.0
+
+    def say_good_bye(self, reason):
         self.said_good_bye.set()
 
     def all_have_left(self):
