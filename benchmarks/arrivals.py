@@ -19,9 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import results_schema
-from bench_main import Progress, RankParser, positive
-from kernels_cases import LAYERS, Layer, make_rows, make_weights
+from benchmarks import results_schema
+from benchmarks.bench_main import Progress, RankParser, positive
+from benchmarks.kernels.cases import LAYERS, Layer, make_rows, make_weights
 from pipemoe.errors import ConfigError
 
 FORMS = ("whole", "groups", "arrivals")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipemoe.errors import FatalError, PipemoeError
 
 if TYPE_CHECKING:
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
 
 _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")  # as launch/rank.sh
 BACKENDS = {"auto": "auto", "mpi": "cpu", "nccl": "cuda"}  # a device has one transport

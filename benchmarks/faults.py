@@ -19,8 +19,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
-from bench_main import positive  # noqa: E402
-from results_schema import print_results, results_document, write_results  # noqa: E402
+from benchmarks.bench_main import positive  # noqa: E402
+from benchmarks.results_schema import print_results, results_document, write_results  # noqa: E402
 from tests.faults.job import FaultJob  # noqa: E402
 from tests.faults.ranks import SIGNALS, WATCHDOG_SECONDS  # noqa: E402
 

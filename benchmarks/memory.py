@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import results_schema
-from bench_main import Progress, RankParser, positive, run_on_ranks
+from benchmarks import results_schema
+from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError
 from pipemoe.plan.schedule import MODES, UNCAPPED_MODES
-from process_memory import MemoryMark, use_exact_malloc
+from benchmarks.process_memory import MemoryMark, use_exact_malloc
 
 if TYPE_CHECKING:
     from pipemoe import World

@@ -23,7 +23,7 @@ run() {
 ttft() {
     local file=$1
     shift
-    run benchmarks/ttft.py --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
+    run benchmarks/ttft --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 
 for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm}; do

@@ -20,13 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import results_schema
-from bench_main import Progress, RankParser, positive, run_on_ranks
+from benchmarks import results_schema
+from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.contention import COMMUNICATION, PAIRS, Operations, PairTimes, Timer, measure_pair
 from pipemoe.errors import ConfigError
-from pipemoe.plan.sms import room_for_collectives
+from pipemoe.plan.clock.sms import room_for_collectives
 from pipemoe.trace import overlap_percent
-from ttft_models import BenchModel
+from benchmarks.ttft.models import BenchModel
 
 if TYPE_CHECKING:
     from pipemoe import World

@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels_table import kernels_cells, kernels_context
-from overlap import overlap_cells
+from benchmarks.kernels.table import kernels_cells, kernels_context
+from benchmarks.overlap import overlap_cells
 from pipemoe.errors import InputError
 from pipemoe.output_path import write_whole
-from results_schema import read_results
-from ttft_judge import verdict_cells
-from ttft_table import ttft_cells, ttft_context
+from benchmarks.results_schema import read_results
+from benchmarks.ttft.judge import verdict_cells
+from benchmarks.ttft.table import ttft_cells, ttft_context
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MARKED = re.compile(r"(<!-- (?P<kind>results|verdicts): (?P<results>\S+) -->\n)(?P<table>.*?)(?P<end><!-- end of results -->)", re.DOTALL)

@@ -35,7 +35,7 @@ run() {
 # ttft MODEL LAYERS TUNED_LAYERS: what tune measured, then every mode on the same inputs.
 ttft() {
     run -m pipemoe.cli tune --model "$1" --layers "$3" --max-tokens 8192 --out "$results/cost_$1.json"
-    run benchmarks/ttft.py --model "$1" --layers "$2" --moe-max-num-tokens 8192 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4 --cost "$results/cost_$1.json" \
+    run benchmarks/ttft --model "$1" --layers "$2" --moe-max-num-tokens 8192 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4 --cost "$results/cost_$1.json" \
         --rank-tokens "$(counts 4096 16)" --rank-tokens "$(counts 2048 2048)" --rank-tokens "$(counts 8192 8192)" \
         --trace benchmarks/traces/azure2023_conv.csv --num-requests $((4 * num_ranks)) --json "$results/ttft_$1.json"
 }

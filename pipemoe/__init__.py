@@ -1,6 +1,6 @@
 """pipemoe: mixture-of-experts prefill in which no rank waits for another's tokens."""
 
-from pipemoe.comm.world import World, init
+from pipemoe.world.world import World, init
 from pipemoe.config import Config
 from pipemoe.errors import PipemoeError
 from pipemoe.experts import ExpertWeights, local_range

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from pipemoe import __version__
-from pipemoe.comm.uncaught import say_once
+from pipemoe.world.uncaught import say_once
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.tune import add_tune_parser

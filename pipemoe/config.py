@@ -28,7 +28,7 @@ class Config(PlanConfig):
     or "float16"; None takes the model's on a GPU, float32 on the host. deterministic: bitwise equal MoE rows for equal rows in,
     whatever the mode, cohorts, waves and ranks: float64 sums on a fixed grid (multiples of 2^-32), and combine="gather" whatever `combine` says. experts: "auto", or
     the implementation by name. graph_tokens: on a GPU, attention on about so many tokens of a cohort, or fewer, is launched as
-    CUDA graphs, captured when the model is made: rounded up to one of pipemoe.plan.cost.GRAPH_ROWS, the largest at most (0: none).
+    CUDA graphs, captured when the model is made: rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, the largest at most (0: none).
     debug: verify every plan, log every collective really issued and compare all ranks' logs with the plan after each step. cost:
     path (str or os.PathLike) of the file that `pipemoe tune` wrote on this machine for this model and configuration (tune has
     --combine and --deterministic); None means costs derived from the device, and so does, with a warning, a file of another machine or

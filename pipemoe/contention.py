@@ -21,7 +21,7 @@ from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
     from pipemoe.models.decoder import Decoder
     from pipemoe.runtime.lanes import Lane
 

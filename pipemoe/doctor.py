@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipemoe.comm.nccl import default_max_ctas
-from pipemoe.comm.shared_memory import BYTES_OF_RANK, old_segments
+from pipemoe.world.shared_memory import BYTES_OF_RANK, old_segments
 from pipemoe.errors import ConfigError
 from pipemoe.plan.verify import Room
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, shown, step_lengths, whole_number
-from pipemoe.comm.world import world_of
+from pipemoe.world.world import world_of
 from pipemoe.config import Config, check_config
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
@@ -19,7 +19,7 @@ from pipemoe.torch_state import plain_tensors, undisturbed
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
     from pipemoe.experts import ExpertWeights
     from pipemoe.runtime.lanes import Event
 

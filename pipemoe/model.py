@@ -9,11 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, shown, whole_number
-from pipemoe.comm.world import world_of
+from pipemoe.world.world import world_of
 from pipemoe.config import Config, check_config
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts import make_experts
-from pipemoe.plan.dimensions import dimensions_of_decoder
+from pipemoe.plan.cost.dimensions import dimensions_of_decoder
 from pipemoe.plan.schedule import Op, Plan
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
@@ -24,7 +24,7 @@ from pipemoe.warn_once import warn_once
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
     from pipemoe.models.cache import StepCache
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.graph_store import GraphStore

@@ -13,19 +13,19 @@ from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.config import DTYPES, Config
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.output_path import check_output_file, write_whole
-from pipemoe.plan.auto import Candidate, auto_candidates
-from pipemoe.plan.auto_search import COHORT_MARGIN
-from pipemoe.plan.cost import CostModel
-from pipemoe.plan.cost_file import read_cost_bytes, subject_and_cost
-from pipemoe.plan.default_cost import default_cost
-from pipemoe.plan.devices import GPUS, is_hopper
-from pipemoe.plan.dimensions import Dimensions, dimensions_of, dimensions_of_facts
-from pipemoe.plan.model_configs import MODEL_CONFIGS, model_config
-from pipemoe.plan.model_limits import supported_facts
+from pipemoe.plan.auto.choice import Candidate, auto_candidates
+from pipemoe.plan.auto.search import COHORT_MARGIN
+from pipemoe.plan.cost.model import CostModel
+from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
+from pipemoe.plan.cost.default import default_cost
+from pipemoe.plan.cost.devices import GPUS, is_hopper
+from pipemoe.plan.cost.dimensions import Dimensions, dimensions_of, dimensions_of_facts
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS, model_config
+from pipemoe.plan.cost.model_limits import supported_facts
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
 from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES, Facts, Plan, PlanConfig
-from pipemoe.plan.simulator import Prediction, simulate
+from pipemoe.plan.clock.prediction import Prediction, simulate
 from pipemoe.runtime.arriving import GATHERING_PERMILLE
 from pipemoe.runtime.costs import model_key
 

@@ -6,7 +6,7 @@
    and combine, and what issuing takes the engine's thread.
 2. On GPUs: pairs of operations side by side (pipemoe.contention), those of experts and transfers also with experts that leave
    them no multiprocessors, and twice as many as usual.
-3. Whole steps in several modes, to which everything is scaled (pipemoe.plan.fit).
+3. Whole steps in several modes, to which everything is scaled (pipemoe.plan.cost.fit).
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from pipemoe.arguments import look
 from pipemoe.config import Config
 from pipemoe.errors import InputError, ModelError
 from pipemoe.output_path import check_output_file
-from pipemoe.plan.cost import CostModel, graph_rows, rates_of
-from pipemoe.plan.cost_file import write_cost
-from pipemoe.plan.dimensions import dimensions_of
-from pipemoe.plan.fit import Samples, Speeds, calibrate, fit_contention, fit_cost, fit_sms
-from pipemoe.plan.model_configs import MODEL_CONFIGS, model_config
-from pipemoe.plan.model_facts import cut_config, read_facts
+from pipemoe.plan.cost.model import CostModel, graph_rows, rates_of
+from pipemoe.plan.cost.file import write_cost
+from pipemoe.plan.cost.dimensions import dimensions_of
+from pipemoe.plan.cost.fit import Samples, Speeds, calibrate, fit_contention, fit_cost, fit_sms
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS, model_config
+from pipemoe.plan.cost.model_facts import cut_config, read_facts
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import table
 from pipemoe.plan.schedule import Facts, OpKind
-from pipemoe.plan.simulator import simulate
-from pipemoe.plan.sms import room_for_collectives
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.clock.sms import room_for_collectives
 from pipemoe.runtime.costs import model_key
 from pipemoe.trace import Span, Timeline
 
 if TYPE_CHECKING:
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
     from pipemoe.model import Model, Prefilled
 
 _LEAST_TOKENS = 16  # of --max-tokens: costs per token cannot be told from fixed ones over fewer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
 
 
 def warn_once(world: World, text: str, *, about: str = "", aloud: bool = True) -> None:

@@ -135,7 +135,7 @@ class WireRows:
     def _pack(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> bool:
         """All three by one kernel, if it takes them."""
         from pipemoe_kernels import pack
-        from pipemoe_kernels.launch import Stream
+        from pipemoe_kernels.launch.kernel import Stream
 
         wanted = [t.dtype for t in (self.hidden, self.ids, self.weights)]
         if [hidden.dtype, ids.dtype, weights.dtype] != wanted or not pack.fits(hidden):
@@ -150,6 +150,6 @@ class WireRows:
             self.scales.copy_(scales)
         elif len(hidden):
             from pipemoe_kernels import quantise
-            from pipemoe_kernels.launch import Stream
+            from pipemoe_kernels.launch.kernel import Stream
 
             quantise.quantise_rows(Stream.current(hidden.device), hidden, self.hidden, self.scales)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipemoe import Config, ExpertWeights, PipelinedMoE, load_model
-from pipemoe.comm import world as world_module
+from pipemoe.world import world as world_module
 from pipemoe.errors import CheckpointError, ConfigError, InputError, MismatchError
 from pipemoe.model import token_ids
 from pipemoe.runtime.run import Only

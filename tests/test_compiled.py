@@ -46,9 +46,9 @@ def test_importing_and_planning_for_one_cohort_compile_nothing():
     """Not even numba is imported; nor by `pipemoe --help`, nor where a mode never has several cohorts."""
     done = run_python(
         """
-import pipemoe, pipemoe.cli, pipemoe.model, pipemoe.plan.auto, pipemoe.plan.simulator
+import pipemoe, pipemoe.cli, pipemoe.model, pipemoe.plan.auto.choice, pipemoe.plan.clock.prediction
 from pipemoe.plan.planner import compile_planner, plan
-from pipemoe.plan.cost import CostModel
+from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
 shape = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=3)
 for mode, num_ranks in (("padded", 2), ("broadcast", 2), ("chunked", 2), ("per_rank", 1), ("pipelined", 1)):
@@ -77,7 +77,7 @@ import pipemoe
 assert pipemoe.__file__.startswith({str(tmp_path)!r})
 import numpy as np
 from pipemoe.experts import pairs
-from pipemoe.plan.simulator_core import run_clock
+from pipemoe.plan.clock.clock import run_clock
 offsets, positions = np.zeros(3, np.int64), np.zeros((1, 2), np.int32)
 pairs.index_pairs(np.array([[1, 0]], np.int32), 0, offsets, positions, np.zeros(2, np.int32))
 pairs.combine_rows.compile()

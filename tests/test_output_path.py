@@ -101,7 +101,7 @@ main(arguments)  # it compiles, and keeps what it compiled in files
 limit()
 sys.exit(main([*arguments, "--trace", "out.json"]))
 """
-COST = "limit(); from pipemoe.plan.cost_file import write_cost; from pipemoe.plan.cost import CostModel; write_cost('out.json', {'a': 'b' * 3000}, CostModel())"
+COST = "limit(); from pipemoe.plan.cost.file import write_cost; from pipemoe.plan.cost.model import CostModel; write_cost('out.json', {'a': 'b' * 3000}, CostModel())"
 RESULTS = "limit(); import results_schema; results_schema.validate = lambda document: None; results_schema.write_results({'a': 'b' * 3000}, 'out.json')"
 
 

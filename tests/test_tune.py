@@ -14,8 +14,8 @@ from pipemoe import Config, load_model, tune
 from pipemoe.cli import main
 from pipemoe.contention import BESIDE_TRANSFERS
 from pipemoe.errors import InputError
-from pipemoe.plan.cost import CostModel, SmsCost
-from pipemoe.plan.fit import fit_sms
+from pipemoe.plan.cost.model import CostModel, SmsCost
+from pipemoe.plan.cost.fit import fit_sms
 from pipemoe.tune import Tuner, accuracy, sequences_text
 from tests.models.tiny import tiny_config
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipemoe_kernels.element import ELEMENTS
-from pipemoe_kernels.launch import INT32, INT32_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, INT32_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda
 
 ZERO, HALF, ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)

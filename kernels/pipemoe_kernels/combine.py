@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pipemoe_kernels.element import ELEMENTS
-from pipemoe_kernels.launch import FLOAT32_POINTER, INT32, INT32_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import FLOAT32_POINTER, INT32, INT32_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda
 
 # Adding and subtracting this rounds a float64 of magnitude under 2^19 to a multiple of 2^-32.

@@ -9,10 +9,10 @@ from functools import cache
 
 import torch
 
-from pipemoe_kernels.launch import ADDRESS, INT32, Kernel, Stream
+from pipemoe_kernels.launch.kernel import ADDRESS, INT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
-from pipemoe_kernels.ptx_hopper import wait_for_earlier
-from pipemoe_kernels.ptx_lanes import PART_BYTES, WIDTH, row_sum
+from pipemoe_kernels.ptx.hopper import wait_for_earlier
+from pipemoe_kernels.ptx.lanes import PART_BYTES, WIDTH, row_sum
 
 MAX_PARTS = 4
 

@@ -15,7 +15,7 @@ from pipemoe_kernels.numba_cuda import SIMULATOR, types
 if SIMULATOR:
     from pipemoe_kernels import simulated as operations
 else:
-    from pipemoe_kernels import ptx as operations
+    from pipemoe_kernels.ptx import access as operations
 
 load_vector, store_vector = operations.load_vector, operations.store_vector
 load_e4m3, to_e4m3 = operations.load_e4m3, operations.to_e4m3

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch import INT32, INT32_POINTER, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, INT32_POINTER, WORD_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda
 
 VECTOR_BYTES = 16

@@ -16,13 +16,13 @@ from functools import cache
 
 import numpy as np
 
-from pipemoe_kernels.launch import UINT32
+from pipemoe_kernels.launch.kernel import UINT32
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 
 if SIMULATOR:
     from pipemoe_kernels import simulated_warp as warp_operations
 else:
-    from pipemoe_kernels import ptx_warp as warp_operations
+    from pipemoe_kernels.ptx import warp as warp_operations
 
 max_over_lanes, min_over_lanes = warp_operations.max_over_lanes, warp_operations.min_over_lanes
 sync_lanes, bits_of, from_bits = warp_operations.sync_lanes, warp_operations.bits_of, warp_operations.from_bits

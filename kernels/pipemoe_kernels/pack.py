@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch import INT32, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 
 VECTOR_BYTES = 16

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipemoe_kernels.element import ELEMENTS, load_e4m3, to_e4m3
-from pipemoe_kernels.launch import BYTE_POINTER, FLOAT32_POINTER, INT32, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import BYTE_POINTER, FLOAT32_POINTER, INT32, WORD_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 
 BLOCK = 128

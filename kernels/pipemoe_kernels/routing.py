@@ -25,13 +25,13 @@ import torch
 
 from pipemoe_kernels.element import ELEMENTS
 from pipemoe_kernels.largest_keys import NOT_TAKEN, key_of, largest_keys, words_of_groups
-from pipemoe_kernels.launch import FLOAT32_POINTER, INT32, INT32_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import FLOAT32_POINTER, INT32, INT32_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 
 if SIMULATOR:
     from pipemoe_kernels import simulated_warp as warp_operations
 else:
-    from pipemoe_kernels import ptx_warp as warp_operations
+    from pipemoe_kernels.ptx import warp as warp_operations
 
 sum_over_lanes, from_lane = warp_operations.sum_over_lanes, warp_operations.from_lane
 

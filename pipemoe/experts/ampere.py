@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipemoe.experts.hopper import HopperExperts
-from pipemoe_kernels.grouped_mma import PackedMma
+from pipemoe_kernels.gemm.mma import PackedMma
 
 if TYPE_CHECKING:
     import torch
 
     from pipemoe.experts.hopper import HopperScratch
     from pipemoe.experts.prepared_call import PackedDown, PackedGateUp
-    from pipemoe_kernels.tile_shape import TileShape
+    from pipemoe_kernels.gemm.tile_shape import TileShape
 
 
 class AmpereExperts(HopperExperts):

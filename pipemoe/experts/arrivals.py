@@ -27,15 +27,15 @@ from pipemoe.experts.hopper import HopperExperts, HopperScratch
 from pipemoe.experts.protocol import Recordable, column_ranges
 from pipemoe.plan.arrivals import INDEX_SMS
 from pipemoe.wire import WireFormat
-from pipemoe_kernels import driver
-from pipemoe_kernels.arrival_raster import MAX_SEGMENTS
+from pipemoe_kernels.launch import driver
+from pipemoe_kernels.gemm.arrivals.raster import MAX_SEGMENTS
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.combine_lanes import combine_lanes, fits
-from pipemoe_kernels.grouped_arrivals import MAX_OUT_BYTES, W_BOXES, arrivals_kernel, down_arrived, gate_up_arriving
-from pipemoe_kernels.index_hopper import MAX_BLOCKS, index_kernels, index_local_pairs
-from pipemoe_kernels.launch import Stream
-from pipemoe_kernels.segments import Segments
-from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
+from pipemoe_kernels.gemm.arrivals.gemm import MAX_OUT_BYTES, W_BOXES, arrivals_kernel, down_arrived, gate_up_arriving
+from pipemoe_kernels.index.hopper import MAX_BLOCKS, index_kernels, index_local_pairs
+from pipemoe_kernels.launch.kernel import Stream
+from pipemoe_kernels.gemm.arrivals.segments import Segments
+from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps, tensor_map
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows

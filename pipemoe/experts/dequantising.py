@@ -84,6 +84,6 @@ class DequantisingExperts:
             wide.hidden.copy_(dequantise_rows(rows.hidden, rows.scales, wide.hidden.dtype))
         elif len(rows):
             from pipemoe_kernels import quantise
-            from pipemoe_kernels.launch import Stream
+            from pipemoe_kernels.launch.kernel import Stream
 
             quantise.dequantise_rows(Stream.current(rows.buffer.device), rows.hidden, rows.scales, wide.hidden)

@@ -20,13 +20,13 @@ from pipemoe.experts.prepared_call import ColumnBlock, PackedDown, PackedGateUp,
 from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
-from pipemoe_kernels import grouped_wgmma
-from pipemoe_kernels.grouped_roles import PART_COLUMNS
-from pipemoe_kernels.grouped_wgmma import GroupedKernel, grouped_kernel
-from pipemoe_kernels.index_hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
-from pipemoe_kernels.launch import Kernel
-from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps, tensor_map
-from pipemoe_kernels.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
+from pipemoe_kernels.gemm import wgmma as grouped_wgmma
+from pipemoe_kernels.gemm.roles import PART_COLUMNS
+from pipemoe_kernels.gemm.wgmma import GroupedKernel, grouped_kernel
+from pipemoe_kernels.index.hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
+from pipemoe_kernels.launch.kernel import Kernel
+from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps, tensor_map
+from pipemoe_kernels.gemm.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows

@@ -18,13 +18,13 @@ from pipemoe.errors import ConfigError
 from pipemoe.experts.hopper import HopperExperts
 from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights
-from pipemoe_kernels.grouped_fp8 import PackedDownFp8, PackedGateUpFp8, row_maps, weight_map
-from pipemoe_kernels.index_hopper import MAX_BLOCKS
-from pipemoe_kernels.tensor_map import MAP_BYTES, device_maps
+from pipemoe_kernels.gemm.fp8 import PackedDownFp8, PackedGateUpFp8, row_maps, weight_map
+from pipemoe_kernels.index.hopper import MAX_BLOCKS
+from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps
 
 if TYPE_CHECKING:
     from pipemoe.experts.prepared_call import PackedDown, PackedGateUp, PreparedCall
-    from pipemoe_kernels.tile_shape import TileShape
+    from pipemoe_kernels.gemm.tile_shape import TileShape
 
 E4M3 = torch.float8_e4m3fn
 

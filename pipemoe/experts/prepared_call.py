@@ -17,8 +17,8 @@ import torch
 
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.combine_lanes import PackedCombine, fits
-from pipemoe_kernels.index_hopper import PackedIndex
-from pipemoe_kernels.launch import Stream, current_stream
+from pipemoe_kernels.index.hopper import PackedIndex
+from pipemoe_kernels.launch.kernel import Stream, current_stream
 
 if TYPE_CHECKING:
     from pipemoe.experts.protocol import Recordable

@@ -25,9 +25,9 @@ from pipemoe.wire import WireFormat
 from pipemoe_kernels.activation import activate_rows
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.gather import gather_rows, padded_columns
-from pipemoe_kernels.grouped_simt import grouped_gemm
-from pipemoe_kernels.index import MAX_LOCAL_EXPERTS, index_kernels, index_pairs, num_tiles
-from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.gemm.simt import grouped_gemm
+from pipemoe_kernels.index.portable import MAX_LOCAL_EXPERTS, index_kernels, index_pairs, num_tiles
+from pipemoe_kernels.launch.kernel import Stream
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows

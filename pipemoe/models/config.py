@@ -13,7 +13,7 @@ import torch
 
 from pipemoe.errors import CheckpointError, ConfigError
 from pipemoe.models.families import check_fields, find_family
-from pipemoe.plan.model_facts import positions_of, with_defaults_for_nulls
+from pipemoe.plan.cost.model_facts import positions_of, with_defaults_for_nulls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

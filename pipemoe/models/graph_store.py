@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pipemoe.models.microbatch import AttendGraphs
 from pipemoe.models.step_keys import StepKeys
-from pipemoe.plan.cost import GRAPH_ROWS
+from pipemoe.plan.cost.model import GRAPH_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

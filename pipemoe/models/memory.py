@@ -20,7 +20,7 @@ import torch
 from pipemoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
 
 _log = logging.getLogger("pipemoe")
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")

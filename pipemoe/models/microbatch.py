@@ -22,7 +22,7 @@ from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.graph_capture import collection_held
 from pipemoe.models.packing import Packing, Piece
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
-from pipemoe.plan.cost import GRAPH_ROWS
+from pipemoe.plan.cost.model import GRAPH_ROWS
 
 MAX_PIECES = 16  # sequences in one graph
 

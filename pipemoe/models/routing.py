@@ -89,7 +89,7 @@ def _kernel_takes(logits: torch.Tensor, spec: RoutingSpec) -> bool:
 def _route_cuda(
     logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from pipemoe_kernels.launch import Stream
+    from pipemoe_kernels.launch.kernel import Stream
     from pipemoe_kernels.routing import Scoring, route_tokens
 
     ids = torch.empty((len(logits), spec.top_k), dtype=torch.int32, device=logits.device)

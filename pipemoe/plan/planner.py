@@ -6,16 +6,16 @@ import numpy as np
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.assignment import Assignment, assign
-from pipemoe.plan.auto import auto_assignment
-from pipemoe.plan.column_costs import cut_columns
+from pipemoe.plan.auto.choice import auto_assignment
+from pipemoe.plan.clock.columns import cut_columns
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.cost import CostModel, rates_of
-from pipemoe.plan.layer_costs import LAYER_OF, attention_waits, cut_waves, layer_costs
-from pipemoe.plan.magnitude import check_magnitude
-from pipemoe.plan.order import cohort_order, merge_orders, order_keys
+from pipemoe.plan.cost.model import CostModel, rates_of
+from pipemoe.plan.clock.layer import LAYER_OF, attention_waits, cut_waves, layer_costs
+from pipemoe.plan.cost.magnitude import check_magnitude
+from pipemoe.plan.clock.order import cohort_order, merge_orders, order_keys
 from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, PlanConfig, Segment, Wave
-from pipemoe.plan.sms import forced_sms_left, usual_sms_left
+from pipemoe.plan.clock.sms import forced_sms_left, usual_sms_left
 
 
 def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = CostModel(), assignment: Assignment | None = None) -> Plan:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipemoe.plan.arrivals import groups_of
-from pipemoe.plan.auto import Candidate
+from pipemoe.plan.auto.choice import Candidate
 from pipemoe.plan.schedule import OpKind, Plan
-from pipemoe.plan.simulator import Prediction
+from pipemoe.plan.clock.prediction import Prediction
 
 _LETTERS = {OpKind.ATTEND: "a", OpKind.EXPERTS: "E", OpKind.FINISH: "f", OpKind.DISPATCH: ">", OpKind.COMBINE: "<"}
 _LANES = (("compute", (OpKind.ATTEND, OpKind.EXPERTS, OpKind.FINISH)), ("exchange", (OpKind.DISPATCH, OpKind.COMBINE)))

@@ -11,7 +11,7 @@ from pipemoe.errors import ConfigError
 from pipemoe.plan.arrivals import INDEX_SMS
 
 if TYPE_CHECKING:
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
     from pipemoe.plan.verify import Room
 
 # Of the speed of calls on whole waves: GEMMs that gather the rows of both, in tiles of 128 (one H100, kernels/NOTES.md, version A1: .52 to .65).

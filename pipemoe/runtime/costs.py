@@ -13,17 +13,17 @@ from pipemoe.arguments import look
 from pipemoe.comm.exchange import encode_error, raise_first
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError, PipemoeError
-from pipemoe.plan.cost import CostModel
-from pipemoe.plan.cost_file import cost_of_bytes, read_cost_bytes
-from pipemoe.plan.default_cost import default_cost
-from pipemoe.plan.devices import cpu, gpu_named
-from pipemoe.plan.dimensions import Dimensions
+from pipemoe.plan.cost.model import CostModel
+from pipemoe.plan.cost.file import cost_of_bytes, read_cost_bytes
+from pipemoe.plan.cost.default import default_cost
+from pipemoe.plan.cost.devices import cpu, gpu_named
+from pipemoe.plan.cost.dimensions import Dimensions
 from pipemoe.warn_once import warn_once
 
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
     from pipemoe.wire import WireFormat
 
 

@@ -19,12 +19,12 @@ from pipemoe.comm.exchange import decode_step, encode_step
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError, describe
 from pipemoe.plan.columns import most_blocks
-from pipemoe.plan.dimensions import Dimensions, dimensions_of_shape
+from pipemoe.plan.cost.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import compile_planner, planner_is_kept
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
-from pipemoe.plan.sms import possible_sms_left
+from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.verify import verify
 from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_experts
 from pipemoe.runtime.costs import runtime_cost
@@ -40,7 +40,7 @@ from pipemoe.wire import WireFormat
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.comm.world import World
+    from pipemoe.world.world import World
 
 _CACHED_PLANS = 64
 _WATCH_SECONDS = 0.25  # how often a waiting caller looks after the engine

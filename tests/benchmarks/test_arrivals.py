@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import arrivals
+from benchmarks import arrivals
 from pipemoe.errors import ConfigError
 
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-import memory
-import results_schema
-from process_memory import MemoryMark, use_exact_malloc
+from benchmarks import memory
+from benchmarks import results_schema
+from benchmarks.process_memory import MemoryMark, use_exact_malloc
 
 
 def test_the_mark_sees_memory_that_was_freed_again():

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-import overlap
-import results_schema
+from benchmarks import overlap
+from benchmarks import results_schema
 from pipemoe.contention import MAX_REPEATS, PairTimes
 from pipemoe.errors import ConfigError
 

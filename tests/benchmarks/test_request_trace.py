@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipemoe.errors import InputError
-from request_trace import (
+from benchmarks.request_trace import (
     Request,
     cut,
     parse_rank_tokens,

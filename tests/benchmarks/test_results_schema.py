@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import results_schema
+from benchmarks import results_schema
 from pipemoe.errors import InputError
 
 CHECKOUT = Path(__file__).resolve().parents[2]

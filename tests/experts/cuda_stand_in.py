@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pipemoe.experts import hopper, hopper_fp8
-from pipemoe_kernels import driver
-from pipemoe_kernels.launch import Kernel
+from pipemoe_kernels.launch import driver
+from pipemoe_kernels.launch.kernel import Kernel
 
 NUM_SMS = 132
 

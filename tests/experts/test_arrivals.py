@@ -15,7 +15,7 @@ from pipemoe.experts import hopper
 from pipemoe.experts.ampere import AmpereExperts
 from pipemoe.experts.arrivals import ArrivingExperts
 from pipemoe.experts.hopper_fp8 import HopperFp8Experts
-from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.launch.kernel import Stream
 from tests.experts.oracle import expected, random_rows, random_weights, relative_error, slice_experts
 from tests.kernels.cases import expected_combine, expected_index
 

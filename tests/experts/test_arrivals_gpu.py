@@ -27,7 +27,7 @@ if importlib.util.find_spec("numba_cuda") is None:
 from pipemoe.experts import make_experts
 from pipemoe.experts.arrivals import ArrivingExperts
 from pipemoe.runtime.lanes import stream_lanes
-from pipemoe_kernels import driver
+from pipemoe_kernels.launch import driver
 from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error, slice_experts, to_device
 
 BF16 = torch.bfloat16

@@ -13,8 +13,8 @@ from pipemoe.experts.ampere import AmpereExperts
 from pipemoe.experts.hopper import MAX_LAYOUTS, HopperExperts
 from pipemoe.experts.hopper_fp8 import HopperFp8Experts
 from pipemoe.wire import WireFormat
-from pipemoe_kernels import tile_shape
-from pipemoe_kernels.tile_shape import ROWS_128, ROWS_192, ROWS_256
+from pipemoe_kernels.gemm import tile_shape
+from pipemoe_kernels.gemm.tile_shape import ROWS_128, ROWS_192, ROWS_256
 from tests.experts import cuda_stand_in
 from tests.experts.oracle import random_weights
 

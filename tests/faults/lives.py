@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import pipemoe
-from pipemoe.comm.departure import departure
+from pipemoe.world.departure import departure
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from tests.faults.ranks import detach
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import pipemoe
-from pipemoe.plan.cost import AttendCost, CostModel, HostCost
+from pipemoe.plan.cost.model import AttendCost, CostModel, HostCost
 from pipemoe.plan.schedule import OpKind
 from tests.moe_cases import make_layers
 from tests.runtime.hold import Hold

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from pipemoe.cli import main
-from pipemoe.plan.model_configs import MODEL_CONFIGS
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES
 from tests.fuzz.case import ODD, RIGHT, Argument, Case, Draw
 from tests.fuzz.checkpoint_changes import change_config, linked_copy
@@ -184,7 +184,7 @@ _PIECES = (
 
 def trace(draw: Draw, stage: Stage) -> Case:
     """read_trace of a file with a piece put in, taken out, or said twice."""
-    from request_trace import Request, read_trace
+    from benchmarks.request_trace import Request, read_trace
 
     random = draw.random
     text, what = random.choice((_TRACE, _JSON_TRACE)), []

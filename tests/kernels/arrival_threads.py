@@ -14,7 +14,13 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pipemoe_kernels import arrival_raster, grouped_arrivals, raster, ring
+from pipemoe_kernels.gemm.arrivals import raster as arrival_raster
+
+from pipemoe_kernels.gemm.arrivals import gemm as grouped_arrivals
+
+from pipemoe_kernels.gemm import raster
+
+from pipemoe_kernels.gemm import ring
 
 ROWS, GROUP, LANES = 32, 16, range(0, 32, 4)  # rows of a tile, of a consumer warp; lanes of the latter
 PATIENCE_S = 20  # until a test that stands still fails

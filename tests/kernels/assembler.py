@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipemoe_kernels.launch import Kernel
+from pipemoe_kernels.launch.kernel import Kernel
 
 NUM_REGISTERS = 65536  # of a multiprocessor, on all devices
 MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024}  # of a block; sm_80: the least of all devices from there on

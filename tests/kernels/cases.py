@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipemoe.wire import WireFormat, WireRows
-from pipemoe_kernels.launch import Kernel, Stream
+from pipemoe_kernels.launch.kernel import Kernel, Stream
 from pipemoe_kernels.pack import pack_rows
 from tests.experts.oracle import FUNCTIONS
 

@@ -10,8 +10,8 @@ from pipemoe.experts.torch_cuda import TorchExperts
 from pipemoe_kernels.activation import activate_rows, activation_kernel
 from pipemoe_kernels.combine import combine_kernel, combine_rows
 from pipemoe_kernels.gather import gather_kernel, gather_rows
-from pipemoe_kernels.grouped_simt import grouped_gemm
-from pipemoe_kernels.index import index_kernels, index_pairs
+from pipemoe_kernels.gemm.simt import grouped_gemm
+from pipemoe_kernels.index.portable import index_kernels, index_pairs
 from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error, slice_experts
 
 

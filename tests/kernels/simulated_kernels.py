@@ -20,9 +20,9 @@ from tests.kernels.cases import (
 from pipemoe_kernels.activation import activate_rows, activation_kernel
 from pipemoe_kernels.combine import combine_kernel, combine_rows
 from pipemoe_kernels.gather import gather_kernel, gather_rows, padded_columns
-from pipemoe_kernels.grouped_simt import grouped_gemm, grouped_simt_kernel
-from pipemoe_kernels.index import index_kernels, index_pairs, num_tiles
-from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.gemm.simt import grouped_gemm, grouped_simt_kernel
+from pipemoe_kernels.index.portable import index_kernels, index_pairs, num_tiles
+from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.numba_cuda import SIMULATOR
 from pipemoe_kernels.pack import pack_kernel, pack_rows
 from pipemoe_kernels.quantise import dequantise_kernel, dequantise_rows, quantise_kernel, quantise_rows

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.kernels.routing_cases import CASES, RoutingCase, check_routing, make_logits
 
-from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.routing import Scoring, route_tokens, routing_kernel
 
 STREAM = Stream.current(torch.device("cpu"))

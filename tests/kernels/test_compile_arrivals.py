@@ -8,8 +8,8 @@ import pytest
 if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("nvidia") is None:
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
-from pipemoe_kernels.grouped_arrivals import CONSUMER_REGISTERS, PRODUCER_REGISTERS, SHARED_BYTES, arrivals_kernel
-from pipemoe_kernels.tile_shape import ROWS_128
+from pipemoe_kernels.gemm.arrivals.gemm import CONSUMER_REGISTERS, PRODUCER_REGISTERS, SHARED_BYTES, arrivals_kernel
+from pipemoe_kernels.gemm.tile_shape import ROWS_128
 from tests.kernels.assembler import assemble, disassemble
 
 MAX_SHARED_BYTES = 227 * 1024

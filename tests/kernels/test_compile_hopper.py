@@ -11,9 +11,9 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes_kernel
-from pipemoe_kernels.grouped_wgmma import grouped_kernel
-from pipemoe_kernels.index_hopper import index_kernels
-from pipemoe_kernels.tile_shape import ROWS_128, ROWS_192, ROWS_256, SHAPES
+from pipemoe_kernels.gemm.wgmma import grouped_kernel
+from pipemoe_kernels.index.hopper import index_kernels
+from pipemoe_kernels.gemm.tile_shape import ROWS_128, ROWS_192, ROWS_256, SHAPES
 from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, disassemble
 
 HOPPER = (9, 0), "sm_90a"

@@ -9,8 +9,8 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes_kernel
-from pipemoe_kernels.grouped_mma import SHARED_BYTES, THREADS, grouped_mma_kernel
-from pipemoe_kernels.index_hopper import index_kernels
+from pipemoe_kernels.gemm.mma import SHARED_BYTES, THREADS, grouped_mma_kernel
+from pipemoe_kernels.index.hopper import index_kernels
 from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build
 
 AMPERE = (8, 0), "sm_80"

@@ -17,9 +17,9 @@ if importlib.util.find_spec("numba_cuda") is None:
 from pipemoe.e4m3 import BLOCK, dequantise_rows, dequantise_weight, quantise_rows, quantise_weight
 from pipemoe.wire import WireFormat
 from pipemoe_kernels import quantise
-from pipemoe_kernels.grouped_fp8 import down_fp8, gate_up_fp8, row_maps, weight_map
-from pipemoe_kernels.launch import Stream
-from pipemoe_kernels.tensor_map import device_maps
+from pipemoe_kernels.gemm.fp8 import down_fp8, gate_up_fp8, row_maps, weight_map
+from pipemoe_kernels.launch.kernel import Stream
+from pipemoe_kernels.launch.tensor_map import device_maps
 from tests.kernels.cases import expected_grouped_gemm, expected_activations
 
 E4M3, F64 = torch.float8_e4m3fn, torch.float64

@@ -15,9 +15,9 @@ if importlib.util.find_spec("numba_cuda") is None:
 from pipemoe_kernels.activation import activate_rows
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.gather import gather_rows, padded_columns
-from pipemoe_kernels.grouped_simt import grouped_gemm
-from pipemoe_kernels.index import index_kernels, index_pairs, num_tiles
-from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.gemm.simt import grouped_gemm
+from pipemoe_kernels.index.portable import index_kernels, index_pairs, num_tiles
+from pipemoe_kernels.launch.kernel import Stream
 from tests.kernels.cases import (
     ROUTINGS,
     check_pack,

@@ -15,7 +15,7 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 from pipemoe.models.routing import SIGMOID, SOFTMAX, RoutingSpec, route
-from pipemoe_kernels.launch import Stream
+from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.routing import Scoring, route_tokens
 from tests.kernels.routing_cases import CASES, RoutingCase, check_routing, make_logits
 

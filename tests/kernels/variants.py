@@ -7,8 +7,8 @@ import torch
 from pipemoe_kernels.activation import ACTIVATIONS, activation_kernel
 from pipemoe_kernels.combine import combine_kernel
 from pipemoe_kernels.gather import gather_kernel
-from pipemoe_kernels.grouped_simt import grouped_simt_kernel
-from pipemoe_kernels.index import index_kernels
+from pipemoe_kernels.gemm.simt import grouped_simt_kernel
+from pipemoe_kernels.index.portable import index_kernels
 from pipemoe_kernels.pack import pack_kernel
 from pipemoe_kernels.routing import Scoring, routing_kernel
 

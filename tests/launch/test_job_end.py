@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipemoe.comm import shared_memory
+from pipemoe.world import shared_memory
 from tests.launch.test_mpirun import MPIRUN, clean_environment
 
 # A stand-in for mpirun: no ranks, but the notes that they leave.

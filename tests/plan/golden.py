@@ -10,15 +10,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipemoe.plan.cost import CostModel
-from pipemoe.plan.cost_file import read_cost
-from pipemoe.plan.default_cost import default_cost
-from pipemoe.plan.devices import GPUS, cpu
-from pipemoe.plan.dimensions import dimensions_of
-from pipemoe.plan.model_configs import MODEL_CONFIGS
+from pipemoe.plan.cost.model import CostModel
+from pipemoe.plan.cost.file import read_cost
+from pipemoe.plan.cost.default import default_cost
+from pipemoe.plan.cost.devices import GPUS, cpu
+from pipemoe.plan.cost.dimensions import dimensions_of
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import MODES, Facts, Plan, PlanConfig
-from pipemoe.plan.simulator import simulate
+from pipemoe.plan.clock.prediction import simulate
 
 RECORDED = Path(__file__).with_name("golden.json")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
 from pipemoe.plan.arrivals import MAX_PARTS, OWN, Part, groups_of, parts_of
-from pipemoe.plan.auto import auto_candidates, auto_effort
-from pipemoe.plan.cost import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
+from pipemoe.plan.auto.choice import auto_candidates, auto_effort
+from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import MAX_GROUPS, MODES, Facts, ModelShape, PlanConfig
-from pipemoe.plan.simulator import costs_of, simulate
+from pipemoe.plan.clock.prediction import costs_of, simulate
 from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, configs
 
@@ -80,7 +80,7 @@ def test_only_plans_of_one_slot_have_arrivals():
 def test_experts_tell_as_many_parts_apart():
     if importlib.util.find_spec("numba_cuda") is None:
         pytest.skip("numba-cuda is not installed")
-    from pipemoe_kernels.arrival_raster import MAX_SEGMENTS
+    from pipemoe_kernels.gemm.arrivals.raster import MAX_SEGMENTS
 
     assert MAX_SEGMENTS == MAX_PARTS
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from pipemoe.plan import planner
-from pipemoe.plan.auto import auto_candidates
-from pipemoe.plan.cost import CoresCost, CostModel, ExpertsCost, HostCost, rates_of
-from pipemoe.plan.order import merge_orders
+from pipemoe.plan.auto.choice import auto_candidates
+from pipemoe.plan.cost.model import CoresCost, CostModel, ExpertsCost, HostCost, rates_of
+from pipemoe.plan.clock.order import merge_orders
 from pipemoe.plan.planner import compile_planner, plan
 from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
-from pipemoe.plan.simulator import simulate
+from pipemoe.plan.clock.prediction import simulate
 
 FILE = Path(__file__).with_name("recorded_steps.json")
 
@@ -87,7 +87,7 @@ def test_one_cohort_is_planned_as_compiled_code_would():
 )
 def test_what_steps_may_need_is_compiled_before_them(mode, num_ranks, most_tokens, needed, monkeypatch):
     called = set()
-    from pipemoe.plan import auto
+    from pipemoe.plan.auto import choice as auto
 
     for module, name in ((planner, "_tables"), (auto, "search")):
         function = getattr(module, name)

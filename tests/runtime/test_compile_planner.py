@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipemoe.config import Config
-from pipemoe.plan.cost import CostModel
+from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.runtime import runtime
 from pipemoe.runtime.runtime import Runtime

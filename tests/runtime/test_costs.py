@@ -10,7 +10,7 @@ import torch
 
 from pipemoe import Config, load_model
 from pipemoe.errors import ConfigError, MismatchError
-from pipemoe.plan.cost_file import write_cost
+from pipemoe.plan.cost.file import write_cost
 from tests.models.tiny import tiny_config
 
 pytestmark = pytest.mark.mpi

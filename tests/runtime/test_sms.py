@@ -9,7 +9,7 @@ import torch
 from pipemoe.errors import ConfigError
 from pipemoe.experts.host import HostExperts
 from pipemoe.plan.schedule import MODES
-from pipemoe.plan.sms import possible_sms_left, room_for_collectives
+from pipemoe.plan.clock.sms import possible_sms_left, room_for_collectives
 from pipemoe.runtime import runtime as runtime_module
 from tests.moe_cases import make_layers, norm_ratio
 from tests.runtime.sources import RowsSource, make_runtime

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipemoe.errors import CheckpointError, ConfigError
 from pipemoe.models.families.family import Family
-from pipemoe.plan.model_facts import MODEL_TYPES
-from pipemoe.plan.model_limits import check_common, supported_facts
+from pipemoe.plan.cost.model_facts import MODEL_TYPES
+from pipemoe.plan.cost.model_limits import check_common, supported_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

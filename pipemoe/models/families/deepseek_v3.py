@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SIGMOID, RoutingSpec
-from pipemoe.plan.model_facts import read_facts
+from pipemoe.plan.cost.model_facts import read_facts
 
 
 class DeepseekV3(Family):

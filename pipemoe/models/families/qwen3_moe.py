@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SOFTMAX, RoutingSpec
-from pipemoe.plan.model_facts import read_facts
+from pipemoe.plan.cost.model_facts import read_facts
 
 
 class Qwen3Moe(Family):

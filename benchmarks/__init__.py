@@ -1,0 +1,1 @@
+"""Benchmarks; see README.md. Each runs as a script and by `python -m`."""

@@ -1,0 +1,81 @@
+"""The models that ttft.py takes, by name or by path, and how a model is cut to its first layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.output_path import write_whole
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
+from pipemoe.plan.cost.model_facts import cut_config, read_facts
+
+
+class BenchModel:
+    """A model by preset name, or the path of a checkpoint directory or of a config.json alone (random weights)."""
+
+    def __init__(self, name: str, layers: int | None = None) -> None:
+        """layers: of its decoder layers, how many to keep from the first on (default: all)."""
+        self._directory: Path | None = None
+        if name in MODEL_CONFIGS:
+            self.name, raw = name, MODEL_CONFIGS[name]
+        else:
+            path = Path(name)
+            self.name = path.stem if path.suffix == ".json" else path.resolve().name
+            if path.suffix != ".json":
+                self._directory = path
+            raw = self._read(path if self._directory is None else path / "config.json")
+            if self._directory is not None:
+                self._check(path)
+        self._config, facts = dict(raw), read_facts(raw)
+        self.num_layers, self.first_moe_layer = facts.num_layers, facts.num_dense_layers_first
+        self._stored_layers = self.num_layers
+        if layers is not None:
+            if not 1 <= layers <= self.num_layers:
+                raise ConfigError(f"--layers is {layers}; {self.name} has {self.num_layers}")
+            self.num_layers = layers
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, Any]:
+        try:
+            raw = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            known = ", ".join(MODEL_CONFIGS)
+            raise CheckpointError(f"cannot read {file}: {error}; a model is one of {known}, or the path of a checkpoint") from error
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{file} holds a {type(raw).__name__}; an object is wanted")
+        return raw
+
+    @staticmethod
+    def _check(directory: Path) -> None:
+        """Before rank 0 alone has transformers read the checkpoint: what that raises, the other ranks would not hear of."""
+        from pipemoe.models.checkpoint import Checkpoint
+
+        with Checkpoint(directory):
+            pass
+
+    @property
+    def random_weights(self) -> bool:
+        """Has it no checkpoint?"""
+        return self._directory is None
+
+    @contextmanager
+    def source(self, layers: int) -> Iterator[Any]:
+        """What pipemoe.load_model takes, with `random_weights`, for the first `layers` layers: a config, or a checkpoint directory (a
+        cut one is a folder of links, which lasts as long as the context)."""
+        config = cut_config(self._config, layers)
+        if self._directory is None:
+            yield config
+        elif layers == self._stored_layers:
+            yield self._directory
+        else:
+            with TemporaryDirectory(prefix="pipemoe_cut_") as folder:
+                for file in self._directory.iterdir():
+                    if file.is_file() and file.name != "config.json":
+                        (Path(folder) / file.name).symlink_to(file.resolve())
+                write_whole(Path(folder) / "config.json", json.dumps(config))
+                yield Path(folder)

@@ -1,0 +1,1 @@
+"""Grouped GEMMs that take rows as they arrive."""

@@ -1,0 +1,319 @@
+"""Grouped GEMM on Hopper's tensor cores: bfloat16 in and out, float32 sums, one persistent launch over all experts.
+
+    rows [n, H] --- tokens ---> x (gathered)         w [E_loc, N, Kd]            out [pairs, columns]
+    | x_0 |         1 0 1 0     | x_1 | expert 0     | gate 0 | up 0 |  gate_up: out = silu(x gate^T) * (x up^T)
+    | x_1 |                     | x_0 | expert 0     | gate 1 | up 1 |  down:    out = x w^T
+                                | x_1 | expert 1                        (or another activation; without gate: of x w^T)
+
+    block = warpgroups:     producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
+                                       `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the latter
+                            consumers  each multiplies 64 of the tile's rows with all its columns, and writes the results
+
+A tile never crosses from one expert into the next; a warpgroup whose 64 rows all lie after its expert's end multiplies
+nothing. Blocks, or pairs of blocks with half of a tile's rows each (tile_shape.py), take tiles as far apart as there are of
+them, in an order that keeps neighbours on the same weights (raster.py). All sums run over ascending k in steps of 16, whatever
+the tile: a row's bits depend on the row alone.
+Ideas: warp specialisation and the ring from CUTLASS, the gather inside the GEMM from SonicMoE, the raster from Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from pipemoe_kernels.ptx import cluster as ptx_cluster
+from pipemoe_kernels.ptx import hopper as ptx
+from pipemoe_kernels.gemm.roles import PART_COLUMNS, consumer, gathering_producer, sorted_producer
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
+from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx.wgmma import STEP
+from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, steps_in_stage, tile_of
+from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, announce_rest, skip_tile
+from pipemoe_kernels.gemm.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS, TileShape
+
+
+@dataclass(frozen=True)
+class GroupedKernel:
+    """One launchable form. output_columns: columns of out that a whole tile gives; max_cuts: a tile has up to 2 ** that slices.
+
+    w_boxes: rows of the boxes of w's tensor maps, which stand in this order at w_map, whole tiles first; the same for all shapes.
+    """
+
+    kernel: Kernel
+    output_columns: int
+    max_cuts: int
+    w_boxes: tuple[int, ...]
+    gated: bool
+    shape: TileShape = ROWS_128
+
+    def num_blocks(self, num_local: int, num_columns: int, num_sms: int) -> Callable[[int], int]:
+        """Of a number of pairs: no more blocks than slices of tiles that any routing can give."""
+        slices = -(-num_columns // self.output_columns) << self.max_cuts
+        tile_rows, blocks = self.shape.rows, self.shape.blocks
+        most = max(1, num_sms // blocks)
+        return lambda num_pairs: blocks * min(most, (num_pairs // tile_rows + min(num_local, num_pairs)) * slices)
+
+
+@cache
+def grouped_kernel(
+    *, gated: bool, has_bias: bool = False, activation: str | None = None, shape: TileShape = ROWS_128
+) -> GroupedKernel:
+    """With an activation x is gathered, and the result is activation(x w^T), or if gated, activation(left half) * right half.
+
+    activation: a name of ptx_activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already and none follows.
+    """
+    if gated and activation is None:
+        activation = "silu"
+    gathers = activation is not None
+    output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
+    max_cuts = 2 if gathers else 3  # a slice gives at least 32 columns of out
+    full_arrivals = 5 if gathers else 1  # the bulk copies' thread, and one of each warp that gathers
+    consume_whole, consume_half, consume_quarter = (
+        consumer(TILE_COLUMNS >> c, gated, has_bias, activation, shape=shape) for c in range(3)
+    )
+    # A quarter again where there are no eighths.
+    consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation, shape=shape)
+    produce = gathering_producer(gated, shape=shape) if gathers else sorted_producer(shape=shape)
+    w_rows_of_column = 2 if gated else 1
+    keep_registers, take_registers = ptx.keep_registers(shape.producer_registers), ptx.take_registers(shape.consumer_registers)
+    threads, tile_rows, block_rows, consumer_warps = shape.threads, UINT32(shape.rows), UINT32(shape.block_rows), 4 * shape.consumers
+    blocks, is_pair = UINT32(shape.blocks), shape.blocks == 2
+
+    def grouped_gemm(
+        x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes
+    ):
+        array = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
+        barriers = (array + UINT32(ALIGNMENT - 1)) & UINT32(0xFFFFFFFF - (ALIGNMENT - 1))
+        ends = UINT32(barriers + ENDS_AT)
+        ring = UINT32(barriers + RING_AT)
+        thread = UINT32(cuda.threadIdx.x)
+        warpgroup = ptx.of_first_lane(thread >> UINT32(7))
+        if thread == 0:
+            for i in range(NUM_STAGES):
+                ptx.barrier_init(barriers + 8 * i, full_arrivals)
+                ptx.barrier_init(barriers + EMPTY_AT + 8 * i, consumer_warps * blocks)
+            ptx.barrier_fence()
+        rank = UINT32(0)
+        if is_pair:
+            rank = ptx_cluster.rank()
+            ptx_cluster.sync_pair()
+        column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
+        steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
+        if gathers:
+            # After this the index is complete; the down kernel relies on that when its blocks start.
+            ptx.wait_for_earlier()
+        ptx.launch_dependents()
+        row_tiles = load_ends(thread, UINT32(threads), offsets, num_local, ends, tile_rows)
+        num_blocks = UINT32(UINT32(cuda.gridDim.x) // blocks)  # a pair counts as one
+        num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
+        whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows, blocks)
+        slot = UINT32(UINT32(cuda.blockIdx.x) // blocks)
+        stage = UINT32(0)
+        expert = UINT32(0)
+        first_tile = UINT32(0)
+        begin = UINT32(0)
+        if warpgroup == 0:
+            keep_registers()
+            parity = UINT32(1)
+            issued = UINT32(0)
+            if gathers or thread == 0:
+                while True:
+                    tile, cuts, part = tile_of(slot, whole, rest_cuts)
+                    expert, first_tile, begin, end = next_expert(
+                        tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
+                    )
+                    if expert >= num_local:
+                        break
+                    row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
+                    together = steps_in_stage(UINT32(end - row), cuts, block_rows)
+                    row = UINT32(row + rank * block_rows)
+                    first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
+                    stage, parity, issued = produce(
+                        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
+                        row, end, first_column, num_columns, depth, cuts, together,
+                    )
+                    slot = UINT32(slot + num_blocks)
+            if gathers:
+                announce_rest(thread, barriers, stage, issued)
+        else:
+            take_registers()
+            parity = UINT32(0)
+            group = UINT32(warpgroup - 1)
+            lane = thread & UINT32(31)
+            line_of_group = UINT32(((thread >> UINT32(5)) & UINT32(3)) * 16 + (lane >> UINT32(2)))
+            while True:
+                tile, cuts, part = tile_of(slot, whole, rest_cuts)
+                expert, first_tile, begin, end = next_expert(
+                        tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
+                    )
+                if expert >= num_local:
+                    break
+                row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
+                together = steps_in_stage(UINT32(end - row), cuts, block_rows)
+                row = UINT32(row + rank * block_rows + group * GROUP_ROWS)
+                first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
+                if row >= end:
+                    stage, parity = skip_tile(barriers, stage, parity, steps, together, lane, blocks)
+                else:
+                    line = UINT32(row + line_of_group)
+                    target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column * 2)
+                    rows_left = UINT32(end - line) if line < end else UINT32(0)
+                    columns_left = UINT32(num_columns - first_column) if first_column < num_columns else UINT32(0)
+                    gate_bias = bias + 2 * (ADDRESS(expert) * (w_rows_of_column * num_columns) + ADDRESS(first_column))
+                    up_bias = gate_bias + 2 * num_columns
+                    if cuts == 0:
+                        stage, parity = consume_whole(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                    elif cuts == 1:
+                        stage, parity = consume_half(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                    elif cuts == 2 or gathers:
+                        stage, parity = consume_quarter(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                    else:
+                        stage, parity = consume_eighth(
+                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
+                            rows_left, columns_left, gate_bias, up_bias,
+                        )
+                slot = UINT32(slot + num_blocks)
+        if is_pair:
+            ptx_cluster.leave_pair()  # until then the other block may write here
+
+    parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
+    kernel = Kernel(
+        grouped_gemm,
+        parameters,
+        threads,
+        shared_bytes=shape.shared_bytes,
+        hopper_only=True,
+        starts_early=True,
+        moves_registers=shape.moves_registers,
+        cluster=shape.blocks,
+        key=(gated, has_bias, activation, shape, ptx.MAX_TRIES),
+    )
+    box = TILE_COLUMNS // 2 if gathers else TILE_COLUMNS
+    boxes = tuple(box >> c for c in range(max_cuts + 1 if gathers else max_cuts + 2))
+    return GroupedKernel(kernel, output_columns, max_cuts, boxes, gated, shape)
+
+
+class PackedGateUp:
+    """gate_up_rows, ready for hidden values of one layout (see there) and any number of pairs for which `a` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        kernel: GroupedKernel,
+        hidden: torch.Tensor,
+        tokens: torch.Tensor,
+        gate_up_maps: int,
+        offsets: torch.Tensor,
+        bias: torch.Tensor | None,
+        a: torch.Tensor,
+        num_sms: int,
+    ):
+        intermediate, num_local = a.shape[1], len(offsets)
+        w_rows = 2 * intermediate if kernel.gated else intermediate
+        row_bytes = hidden.stride(0) * 2
+        assert hidden.dtype == a.dtype == torch.bfloat16
+        assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
+        assert hidden.stride(1) == 1 and row_bytes % 16 == 0, hidden.stride()
+        assert a.is_contiguous() and a.data_ptr() % 16 == 0
+        assert tokens.dtype == offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
+        assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, w_rows))
+        self._launch = kernel.kernel.pack(
+            device_index,
+            *(hidden, row_bytes // 16, tokens, gate_up_maps, offsets, num_local, intermediate, hidden.shape[1]),
+            *(offsets if bias is None else bias, a, 2 * intermediate),
+        )
+        self._x = kernel.kernel.slot("x")
+        self._num_blocks = kernel.num_blocks(num_local, intermediate, num_sms)
+
+    def __call__(self, stream: int, hidden: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for rows at the address `hidden` that have num_pairs >= 1 pairs in all."""
+        assert hidden % 16 == 0, hidden
+        self._launch.slots[self._x] = hidden
+        self._launch(stream, self._num_blocks(num_pairs))
+
+
+def gate_up_rows(
+    stream: Stream,
+    kernel: GroupedKernel,
+    hidden: torch.Tensor,
+    tokens: torch.Tensor,
+    gate_up_maps: int,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    num_sms: int,
+) -> None:
+    """a[p] = activation(gate x) * (up x), x = hidden[tokens[p]], for every place p < offsets[-1] of the sorted order.
+
+    hidden [n, H] bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; gate_up_maps: address of the tensor maps
+    of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or None; a [pairs, I].
+    A kernel that is not gated computes activation(x w^T), with I in the place of 2I.
+    """
+    gate_up = PackedGateUp(stream.device_index, kernel, hidden, tokens, gate_up_maps, offsets, bias, a, num_sms)
+    gate_up(stream.handle, hidden.data_ptr(), len(a))
+
+
+class PackedDown:
+    """down_rows, ready for any number of pairs for which `y` has room."""
+
+    def __init__(
+        self,
+        device_index: int,
+        kernel: GroupedKernel,
+        a_maps: int,
+        down_maps: int,
+        offsets: torch.Tensor,
+        intermediate: int,
+        y: torch.Tensor,
+        num_sms: int,
+        first_column: int = 0,
+        *,
+        may_start_early: bool = True,
+    ):
+        num_columns, num_local = y.shape[1], len(offsets)
+        assert y.dtype == torch.bfloat16 and y.stride(1) == 1
+        assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
+        assert num_columns % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (num_columns, intermediate)
+        assert offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
+        self._launch = kernel.kernel.pack(
+            device_index,
+            *(a_maps, first_column, offsets, down_maps, offsets, num_local, num_columns, intermediate, offsets),
+            *(y, 2 * y.stride(0)),
+            may_start_early=may_start_early,
+        )
+        self._num_blocks = kernel.num_blocks(num_local, num_columns, num_sms)
+
+    def __call__(self, stream: int, num_pairs: int) -> None:
+        """Enqueue on a stream's handle, for num_pairs >= 1 pairs."""
+        self._launch(stream, self._num_blocks(num_pairs))
+
+
+def down_rows(
+    stream: Stream,
+    kernel: GroupedKernel,
+    a_maps: int,
+    down_maps: int,
+    offsets: torch.Tensor,
+    intermediate: int,
+    y: torch.Tensor,
+    num_sms: int,
+    first_column: int = 0,
+) -> None:
+    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column` on.
+
+    a_maps: address of the tensor maps of a [pairs, I] with boxes of the kernel's shape.x_boxes; down_maps: of [E_loc, H, I] with boxes of the kernel's
+    w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
+    """
+    PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms, first_column)(stream.handle, len(y))

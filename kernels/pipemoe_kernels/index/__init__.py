@@ -1,0 +1,1 @@
+"""The index: which rows go to which expert, sorted."""

@@ -1,0 +1,1 @@
+"""Every PTX string of the kernels, behind Numba intrinsics."""

@@ -1,0 +1,1 @@
+"""Mode "auto": the candidates, their figures, the search, and the choice."""

@@ -1,0 +1,126 @@
+"""simulate(plan, cost): the plan on a discrete-event clock. What it is predicted to take, on every rank, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipemoe.errors import PlanError
+from pipemoe.plan.clock.arrivals import take_as_they_arrive
+from pipemoe.plan.clock.columns import cut_columns
+from pipemoe.plan.cost.model import CostModel, rates_of, speeds_of
+from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
+from pipemoe.plan.cost.magnitude import check_magnitude
+from pipemoe.plan.schedule import Op, OpKind, Plan
+from pipemoe.plan.clock.clock import run_clock
+from pipemoe.plan.clock.rules import NEVER
+from pipemoe.plan.clock.sms import speeds_where_left
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """All in ns; None for a rank without sequences. TTFTs from the call, spans from the first operation."""
+
+    ttft: tuple[int | None, ...]  # per rank: its latest sequence
+    sequence_ttft: tuple[tuple[int, ...], ...]  # per rank and sequence
+    exposed: tuple[int, ...]  # per rank: communication under way and no computation
+    spans: tuple[tuple[tuple[Op, Interval], ...], ...]  # per rank, by begin; empty unless asked for
+
+    @property
+    def makespan(self) -> int:
+        return max((t for t in self.ttft if t is not None), default=0)
+
+    @property
+    def mean(self) -> float:
+        """Over all sequences."""
+        every = [t for of_rank in self.sequence_ttft for t in of_rank]
+        return sum(every) / len(every) if every else 0.0
+
+
+def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
+    """Predict `plan`. spans: also when each operation runs. Raises PlanError if it can never end (no sound plan does), InputError if it
+    takes longer than can be reckoned with."""
+    num_ranks, num_cohorts, num_layers = plan.facts.num_ranks, len(plan.cohorts), plan.shape.num_layers
+    if not plan.cohorts:
+        return Prediction((None,) * num_ranks, ((),) * num_ranks, (0,) * num_ranks, ((),) * num_ranks)
+    check_magnitude(plan.facts, plan.shape, plan.config, cost)
+    costs = costs_of(plan, cost)
+    waves = int(costs.num_waves.max())
+    keys = np.full((num_cohorts, num_layers * (1 + 3 * waves) + 1), NEVER, np.int64)
+    for cohort in range(num_cohorts):
+        positions = np.flatnonzero(plan.order[:, 1] == cohort)
+        keys[cohort, : len(positions)] = positions
+    slots = np.array([c.slot for c in plan.cohorts], dtype=np.int64)
+    blocks, works = waves * costs.num_blocks, waves * (costs.num_heads + costs.num_blocks)
+    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + works) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
+    moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if spans else (1, 1, 1, 1), np.int64)
+    weight = np.ones(num_ranks, np.int64)
+    rates = rates_of(cost)
+    speeds = speeds_where_left(rates, speeds_of(cost), plan.sms_left, plan.num_slots_used)
+    finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates, speeds, computed, moved, spans)
+    if (finish == NEVER).any():
+        raise PlanError("simulation: the plan comes to a standstill")
+    sequences = tuple(tuple(cost.start_ns + int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))
+    ttft = tuple(max(of_rank, default=None) for of_rank in sequences)
+    found = _spans(plan, costs, computed, moved) if spans else ((),) * num_ranks
+    return Prediction(ttft, sequences, tuple(exposed.tolist()), found)
+
+
+def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
+    """A layer of the plan, priced."""
+    segments = [(c, w, s.rank, s.start, s.stop) for c, cohort in enumerate(plan.cohorts) for w, wave in enumerate(cohort.waves) for s in wave.segments]
+    num_waves = np.array([len(cohort.waves) for cohort in plan.cohorts], dtype=np.int64)
+    rows = np.zeros((len(num_waves), num_waves.max()), np.int64)
+    waits = np.zeros((len(num_waves), len(num_waves)), np.int64)
+    for c, cohort in enumerate(plan.cohorts):
+        rows[c, : num_waves[c]] = [wave.num_rows for wave in cohort.waves]
+        waits[c, list(plan.causal_predecessors[c])] = LAYER_OF
+        waits[c, list(plan.pacemakers[c])] = LAYER_BEFORE
+    starts, first = plan.facts.flat_boundaries
+    config, shape = plan.config, plan.shape
+    table = np.array(segments, dtype=np.int64)
+    gather, gathered = config.combine == "gather", config.gathered_waves
+    rates = rates_of(cost)
+    sms_left = 0 if plan.arrivals else plan.sms_left  # what arrivals leave is in their own price
+    costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered, sms_left)
+    if plan.arrivals:
+        costs = take_as_they_arrive(costs, table, rows, rates, shape.num_experts, shape.top_k)
+    return cut_columns(costs, rates, plan.num_column_blocks)
+
+
+def _last_cohorts(plan: Plan) -> list[list[int]]:
+    """Per rank and sequence: the cohort that holds its last token."""
+    chunks: list[list[tuple[int, int, int]]] = [[] for _ in plan.facts.tokens]
+    for c, cohort in enumerate(plan.cohorts):
+        for m in cohort.microbatches:
+            chunks[m.rank].append((m.start, m.stop, c))
+    return [
+        [next(c for start, stop, c in of_rank if start < end <= stop) for end in plan.facts.boundaries[rank][1:]]
+        for rank, of_rank in enumerate(chunks)
+    ]
+
+
+def _spans(plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarray) -> tuple[tuple[tuple[Op, Interval], ...], ...]:
+    of_ranks = []
+    for rank in range(plan.facts.num_ranks):
+        spans = []
+        for op in plan.ops:
+            waves, num_blocks = int(costs.num_waves[op.cohort]), costs.num_blocks
+            parts = costs.num_heads + num_blocks
+            blocks, works = waves * num_blocks, waves * parts
+            if op.kind is OpKind.DISPATCH:
+                spans.append((op, tuple(moved[op.cohort, DISPATCH, op.layer * waves + op.wave].tolist())))
+            elif op.kind is OpKind.COMBINE:  # one for each block of columns
+                first = op.layer * blocks + op.wave * num_blocks
+                spans += [(op, tuple(span)) for span in moved[op.cohort, COMBINE, first : first + num_blocks].tolist()]
+            else:
+                first = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * parts, OpKind.FINISH: 1 + works}[op.kind]
+                last = first + (parts - 1 if op.kind is OpKind.EXPERTS else 0)
+                of_layer = computed[op.cohort, rank, op.layer * (1 + works) :]
+                spans.append((op, (int(of_layer[first, 0]), int(of_layer[last, 1]))))
+        of_ranks.append(tuple(sorted(spans, key=lambda span: (span[1], span[0]))))
+    return tuple(of_ranks)
+

@@ -1,0 +1,187 @@
+"""From a rank's good-bye to the end of its process.
+
+MPI's finalisation waits for every rank, without end and without a word. So the side channel outlives the world: at the end of
+the process each rank first waits for the others to be there too. That may take long, since others may have other work to do; but one
+that has ended without, or has stopped, ends the wait. Only then comes the finalisation, under the watchdog's clock.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.world.meeting import ranks_text
+from pipemoe.errors import ConfigError, FatalError
+from pipemoe.runtime.last_words import exit_after, exit_now, say
+
+if TYPE_CHECKING:
+    from pipemoe.comm.side_channel import SideChannel
+    from pipemoe.runtime.engine import Engine
+
+_POLL_SECONDS = 0.005
+_SHARED_END_SECONDS = 5.0  # for ranks that end by the same error to be there, so that none needs to abort the others
+
+
+class Departure:
+    """Of this process, whatever worlds it has."""
+
+    def __init__(self) -> None:
+        self.ends_mpi = False  # MPI was started here, so that nobody else will end it
+        self.fails_alike = False  # this rank ends by an error that all ranks have
+        self.forked_from: int | None = None  # the process in which MPI was started, once this is a child of it
+        self.channel: SideChannel | None = None  # to all ranks, until the process ends
+        self._mpi: Any = None
+        self._places: list[tuple[str, int]] = []  # by rank: host, process
+        self._rank, self._watchdog_seconds = 0, 600.0
+        self._leaving: Engine | None = None
+        self._left_channel: SideChannel | None = None
+        self._abort_status = 0
+        self._is_lost = False
+
+    def uses(self, mpi: Any) -> None:
+        """MPI runs: from now on the end of the process is watched."""
+        if self._mpi is not None:
+            return
+        self._mpi = mpi
+        atexit.register(self._at_exit)  # so it comes after what a world registers later
+        set_status = getattr(mpi, "_set_abort_status", None)  # what `python -m mpi4py` calls for a rank that ends by an error
+        if set_status is not None:
+
+            def heard(status: int) -> None:
+                if self.forked_from is None:  # a child that fails is its parent's affair, and must not end all ranks
+                    self._abort_status = status
+                    set_status(status)
+
+            mpi._set_abort_status = heard
+
+    def met(self, rank: int, places: list[tuple[str, int]], watchdog_seconds: float) -> None:
+        """Who the ranks are. places: host and process of each."""
+        self._rank, self._places, self._watchdog_seconds = rank, places, watchdog_seconds
+
+    def keep(self, channel: SideChannel) -> None:
+        """The new world's channel; that of the one that has left has done its duty."""
+        self.channel = channel
+        if self._left_channel is not None:
+            self._left_channel.close()
+            self._left_channel = None
+
+    def leaves(self, engine: Engine) -> None:
+        """It says good-bye in its own time."""
+        self._leaving, self._left_channel = engine, engine.side_channel
+
+    def is_lost(self, error: FatalError, grace_seconds: float) -> None:
+        """The ranks did not even meet, and MPI waits for them."""
+        self._is_lost = True
+        say(f"pipemoe: {type(error).__name__}: {error}")
+        exit_after(grace_seconds)
+
+    def join(self) -> None:
+        """Wait for the last world's good-bye: two engines must not use MPI at once."""
+        engine, self._leaving = self._leaving, None
+        if engine is not None:
+            engine.join()
+
+    def check_process(self) -> None:
+        """Raises ConfigError in a process forked from one that runs MPI."""
+        if self.forked_from is not None:
+            raise ConfigError(
+                f"this process was forked from process {self.forked_from} after that had started MPI, which does not work in a child;"
+                " start it with subprocess, or multiprocessing's 'spawn'"
+            )
+
+    def disown(self, parent: int) -> None:
+        """In a child: MPI, its end and the sockets are the parent's."""
+        atexit.unregister(self._at_exit)
+        if self.channel is not None:
+            self.channel.disown()
+        if self._mpi is not None:
+            self.forked_from = parent
+
+    def _at_exit(self) -> None:
+        if self._is_lost:
+            exit_now()
+        self.join()
+        if self._mpi.Is_finalized():
+            return
+        if self.channel is not None:
+            self.channel.tell(exiting=True)
+            if not self._all_are_there():
+                return  # mpi4py aborts
+        if self.ends_mpi:
+            done = threading.Event()
+            threading.Thread(target=self._watch_finalisation, args=(done,), name="pipemoe end of MPI", daemon=True).start()
+            _finalise(self._mpi)
+            if self.channel is not None:  # where MPI lets a rank go before the others, the launcher would wait for them without a word
+                self.channel.tell(finalised=True)
+                while not all(peer.news.get("finalised") or peer.gone for peer in self.channel.peers.values()):
+                    time.sleep(_POLL_SECONDS)
+            done.set()
+
+    def _all_are_there(self) -> bool:
+        """Wait for the others to end too. False where this rank does not wait: it ends by an error, which ends them."""
+        begin = time.monotonic()
+        while waiting := [r for r, peer in self.channel.peers.items() if not peer.news.get("exiting")]:
+            if self._abort_status and time.monotonic() - begin > (_SHARED_END_SECONDS if self.fails_alike else 0.0):
+                return False
+            for rank in waiting:
+                self._check(rank)
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def _check(self, rank: int) -> None:
+        peer, place = self.channel.peers[rank], self._places[rank]
+        silent = time.monotonic() - peer.heard
+        if peer.failure is not None:
+            self._give_up(f"rank {rank} has failed ({peer.failure})")
+        elif peer.gone:
+            self._give_up(f"rank {rank} has ended without MPI's finalisation, which needs every rank")
+        elif silent > self._watchdog_seconds and not self._is_busy(place):
+            self._give_up(f"rank {rank}, which MPI's finalisation needs, was not heard for {silent:.1f} s: it must have stopped")
+
+    def _is_busy(self, place: tuple[str, int]) -> bool:
+        """Does a silent rank run all the same? A long call may keep its other threads from speaking. Only a process of this host shows."""
+        if place[0] != self._places[self._rank][0]:
+            return False
+        try:
+            return Path(f"/proc/{place[1]}/stat").read_text().rpartition(")")[2].split()[0] in ("R", "S", "D")
+        except OSError:
+            return False
+
+    def _watch_finalisation(self, done: threading.Event) -> None:
+        if not done.wait(self._watchdog_seconds):
+            others = ranks_text([r for r in range(len(self._places)) if r != self._rank])
+            self._give_up(f"MPI's finalisation, which waits for {others}, takes more than {self._watchdog_seconds:.1f} s")
+
+    def _give_up(self, why: str) -> None:
+        say(f"pipemoe: rank {self._rank}: at the end of the process: {why}")
+        exit_now()
+
+
+def _finalise(mpi: Any) -> None:
+    """By way of ctypes Python's other threads run meanwhile, and watch; mpi4py's call keeps them waiting."""
+    library = ctypes.CDLL(mpi.__file__)
+    if hasattr(library, "MPI_Finalize"):
+        library.MPI_Finalize()
+    else:
+        mpi.Finalize()
+
+
+departure = Departure()
+
+
+def disown_in_children(world_of: Any) -> None:
+    """Once per process: a child that is forked from it has no world. world_of: returns the open world, or None."""
+    parent = os.getpid()
+
+    def in_child() -> None:
+        departure.disown(parent)
+        world = world_of()
+        if world is not None:
+            world.disown(parent)
+
+    os.register_at_fork(after_in_child=in_child)

@@ -1,0 +1,74 @@
+"""The ranks meet at the start of a world: MPI runs, and each knows where the others are."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipemoe.world.arguments import InitArguments
+from pipemoe.world.departure import departure
+from pipemoe.world.launcher import Launch
+from pipemoe.world.meeting import Meeting, Patience, ranks_text, wait_for
+from pipemoe.comm.mpi import Communicators
+from pipemoe.world.mpi_start import start_mpi
+from pipemoe.errors import WatchdogTimeout
+
+_communicators: Communicators | None = None  # of this process
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """Of this rank, once all have met."""
+
+    communicators: Communicators
+    rank: int
+    size: int
+    local_rank: int  # among the ranks of its host
+    num_hosts: int
+
+
+def meet(launch: Launch, arguments: InitArguments) -> Met | None:
+    """Start MPI if need be and wait for every rank to be here. None in a world of one rank, as it turns out.
+
+    Raises WatchdogTimeout when somebody does not come in setup_seconds, and then the process ends.
+    """
+    global _communicators
+    mpi = start_mpi(launch, arguments.setup_seconds)
+    comm = mpi.COMM_WORLD if _communicators is None else _communicators.world
+    rank, size = comm.Get_rank(), comm.Get_size()
+    if size == 1:
+        return None
+    patience = Patience(f"rank {rank}", arguments.setup_seconds)
+    try:
+        places = _everyones(Meeting(comm, json.dumps([_host(), os.getpid()]).encode()), patience)
+        if _communicators is None:
+            duplicate, request = mpi.COMM_WORLD.Idup()
+            wait_for(lambda: "" if request.Test() else "MPI to make the first communicator", patience)
+            _communicators = Communicators(duplicate)
+    except WatchdogTimeout as late:
+        departure.is_lost(late, arguments.grace_seconds)
+        raise
+    departure.met(rank, places, arguments.watchdog_seconds)
+    hosts = [host for host, _ in places]
+    return Met(_communicators, rank, size, hosts[:rank].count(hosts[rank]), len(set(hosts)))
+
+
+def _everyones(meeting: Meeting, patience: Patience) -> list[tuple[str, int]]:
+    def missing() -> str:
+        ranks = meeting.missing()
+        return f"{ranks_text(ranks)} to call pipemoe.init()" if ranks else ""
+
+    wait_for(missing, patience)
+    return [tuple(json.loads(meeting.payloads[r])) for r in sorted(meeting.payloads)]
+
+
+def _host() -> str:
+    """This host among others: two may have the same name, and two containers of one host have their own GPUs and network."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = ""
+    return f"{socket.gethostname()} {boot}"

@@ -1,0 +1,345 @@
+"""The world: this process's place among the ranks, its engine, its lanes and its transport.
+
+`init()` starts it: MPI where a launcher started several ranks, nothing but this process otherwise.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from pipemoe.arguments import look
+from pipemoe.world import uncaught
+from pipemoe.world.arguments import InitArguments, init_arguments
+from pipemoe.world.departure import departure, disown_in_children
+from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, unpack_shared
+from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
+from pipemoe.world.gpu import lanes_of, runs_on_gpu
+from pipemoe.world.launcher import launched
+from pipemoe.world.meet import Met, meet
+from pipemoe.comm.side_channel import SideChannel
+from pipemoe.comm.transport import LocalTransport, Transport
+from pipemoe.world.warm_up import WarmUp
+from pipemoe.errors import ConfigError, InputError, ModelError, PipemoeError
+from pipemoe.plan.verify import Room
+from pipemoe.runtime.engine import Engine
+from pipemoe.runtime.lanes import Lanes, host_lanes
+from pipemoe.runtime.last_words import say
+from pipemoe.torch_state import no_grad_on_this_thread
+
+if TYPE_CHECKING:
+    import torch
+
+_open_world: World | None = None  # of this process
+_forks_are_watched = False
+
+
+def init(
+    device: str = "auto",
+    *,
+    num_slots: int | None = None,
+    watchdog_seconds: float = 60.0,
+    setup_seconds: float = 600.0,
+    grace_seconds: float = 5.0,
+) -> World:
+    """Start this rank and meet the others; every rank calls it, with the same arguments. Again only after `World.close()`.
+
+    device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each has a pair
+    of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds: how long an operation
+    may make no progress. setup_seconds: the same for what ranks may do at very different speeds, such as reading a checkpoint.
+    grace_seconds: from a fatal error to the end of the process. All are numbers of seconds, above 0 (grace_seconds: 0 too).
+    While other ranks have not called, says so every few seconds on standard error; after setup_seconds the process ends (status 70).
+    Raises ConfigError, on every rank, for an argument of any rank that cannot be; for a launcher that does not speak MPI; when the
+    communicators' thread blocks have no room on the GPU; when the machine lacks what `device` needs, or memory; when this process's
+    world is open, or that of the process that it was forked from. MismatchError where the ranks' arguments differ.
+    """
+    global _open_world
+    departure.check_process()
+    if _open_world is not None:
+        raise ConfigError(f"rank {_open_world.rank}: pipemoe.init() has been called, and a process has one world; use that, or close() it first")
+    departure.join()
+    arguments, on_gpu, error = InitArguments(), False, None
+    try:
+        arguments = init_arguments(device, num_slots, watchdog_seconds, setup_seconds, grace_seconds)
+        on_gpu = runs_on_gpu(arguments)
+    except ConfigError as e:
+        error = e
+    launch = launched(os.environ)
+    _watch_forks()
+    uncaught.install()
+    met = None
+    if launch.num_ranks != 1:
+        met = meet(launch, arguments)
+    if met is None and error is not None:
+        raise error
+    _open_world = World(met, arguments, on_gpu, error)
+    return _open_world
+
+
+def _watch_forks() -> None:
+    global _forks_are_watched
+    if not _forks_are_watched:
+        disown_in_children(lambda: _open_world)
+        _forks_are_watched = True
+
+
+def world_of(world: Any) -> tuple[World, InputError | None]:
+    """`world`; or the one that is open in this process, whose other ranks are to hear of the error, if that is none."""
+    if isinstance(world, World):
+        return world, None
+    error = InputError(f"world is a {type(world).__name__}; it must be what pipemoe.init() has returned")
+    if _open_world is None:
+        raise error
+    return _open_world, error
+
+
+class World:
+    """`rank` of `size`, on `device`; made by `init`. At most one is open in a process: two engines must not use MPI at once."""
+
+    def __init__(self, met: Met | None, arguments: InitArguments, on_gpu: bool, error: PipemoeError | None) -> None:
+        """error: why this rank cannot go on, which the others are to hear."""
+        import torch
+
+        self._met = met
+        self.rank, self.size = (met.rank, met.size) if met else (0, 1)
+        self.num_slots, self.setup_seconds = arguments.num_slots, arguments.setup_seconds
+        self.block_room: Room | None = None  # of the collectives on this rank's GPU, if there are any
+        self._on_gpu = on_gpu
+        self.device = torch.device("cpu")
+        if on_gpu:
+            self.device = torch.device("cuda", (met.local_rank if met else 0) % torch.cuda.device_count())
+            torch.cuda.set_device(self.device)
+        self.transport: Transport = LocalTransport()
+        self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
+        self.reserved_callers: dict[torch.cuda.Stream, int] = {}  # the same, by stream of a caller
+        self.num_runtimes = 0  # made so far; the ranks make the same ones in the same order
+        self.announced: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
+        self.threads_in_step: set[int] = set()  # of callers who give a step its rows; until they leave it, no other step begins
+        self.warned: set[str] = set()  # what was said once needs no second time
+        self._closed = False
+        self.engine = Engine(
+            self.rank,
+            watchdog_seconds=arguments.watchdog_seconds,
+            grace_seconds=arguments.grace_seconds,
+            set_up_thread=self._set_up_thread,
+        )
+        self.engine.moves_transfers = not on_gpu
+        try:
+            if met is not None:
+                self.engine.call(lambda: self._meet(error))
+            self.lanes: Lanes = lanes_of(self.device, self.num_slots) if on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
+            if met is not None:
+                self.engine.call(self._connect)
+        except BaseException as error:
+            self._dismantle(uncaught.reason(error))
+            raise
+        atexit.register(self._close)
+
+    def _set_up_thread(self) -> None:
+        import torch
+
+        no_grad_on_this_thread()
+        if self._on_gpu:
+            torch.cuda.set_device(self.device)
+
+    def _meet(self, error: PipemoeError | None) -> None:
+        """On the engine's thread, as all that follows: side channel first, so that it can be watched."""
+        self._open_side_channel()
+        self._raise_on_all(error, "looking at the arguments of init")
+        settings = {"num_slots": str(self.num_slots), "device": self.device.type}
+        check_equal([json.loads(p) for p in self._exchange(json.dumps(settings).encode(), "comparing the arguments of init")])
+
+    def _connect(self) -> None:
+        self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
+        self.engine.on_failure.append(self.transport.abort)
+        self.engine.health.append(self.transport.check)
+        self._warm_up()
+
+    def _open_side_channel(self) -> None:
+        from mpi4py import MPI
+
+        engine, error = self.engine, None
+        engine.library_errors = (MPI.Exception,)
+        try:
+            channel = SideChannel(self.rank, self.size, self._met.num_hosts == 1, engine.progress, engine.watch)
+        except (OSError, ConfigError) as e:
+            error = e if isinstance(e, ConfigError) else ConfigError(f"no socket to hear the other ranks at: {e}")
+        self._raise_on_all(error, "opening the side channel")
+        host, port = channel.address()
+        met = [p.decode().split() for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")]
+        channel.connect([(h, int(p)) for h, p, _ in met], met[0][2], self.setup_seconds)
+        engine.side_channel = channel
+        departure.keep(channel)
+
+    def _mpi_transport(self) -> Transport:
+        from pipemoe.comm.mpi import MpiTransport
+
+        self.engine.note("making MPI communicators", self.setup_seconds)
+        return MpiTransport(self._met.communicators, self.num_slots)
+
+    def _nccl_transport(self) -> Transport:
+        from pipemoe.comm import nccl
+
+        ids, error = [], None
+        try:
+            self._check_nccl_settings()
+        except ConfigError as e:
+            error = e
+        self._raise_on_all(error, "looking at NCCL's settings")
+        room = self.room()
+        self.block_room = room
+        try:
+            room.check(self.num_slots)
+            library = nccl.library()
+            self.engine.library_errors += (library.NcclError, nccl.NcclFailed)
+            if self.rank == 0:
+                ids = nccl.unique_ids(2 * self.num_slots)
+        except PipemoeError as e:
+            error = e
+        self._raise_on_all(error, "checking room for thread blocks")
+        texts = self._exchange(json.dumps([i.hex() for i in ids]).encode(), "exchange of NCCL ids")
+        self.engine.note("making NCCL communicators", self.setup_seconds)
+        return nccl.NcclTransport(self.rank, self.size, [bytes.fromhex(i) for i in json.loads(texts[0])])
+
+    def _check_nccl_settings(self) -> None:
+        for name, least in (("NCCL_MAX_CTAS", 1), ("NCCL_CGA_CLUSTER_SIZE", 0)):
+            text = os.environ.get(name, str(least))
+            if not (text.isascii() and text.isdigit() and int(text) >= least):
+                raise ConfigError(f"rank {self.rank}: {name} is {text!r}; it must be a whole number of at least {least}, or not set")
+
+    @property
+    def ctas(self) -> int:
+        """Thread blocks of a collective, each on a multiprocessor; none where ranks use no GPU, or there is one rank."""
+        return 0 if self.block_room is None else self.block_room.ctas
+
+    def room(self) -> Room:
+        """SMs that this rank may use, and thread blocks of the communicators on its GPU."""
+        import torch
+
+        from pipemoe.comm import nccl
+
+        properties = torch.cuda.get_device_properties(self.device)
+        num_sms = properties.multi_processor_count  # of the share, under MPS
+        place = f"{socket.gethostname()} {properties.uuid}"
+        gpus = [json.loads(p) for p in self._exchange(json.dumps([place, num_sms]).encode(), "exchange of GPU names")]
+        sharing = Counter(place for place, _ in gpus)
+        # NCCL reads the variable when a communicator is made. The same default on all ranks, whatever their GPUs.
+        default = nccl.default_max_ctas(min(num_sms for _, num_sms in gpus), self.num_slots, max(sharing.values()))
+        os.environ.setdefault("NCCL_MAX_CTAS", str(default))
+        # Clusters of blocks would have to find neighbouring SMs that are free; kernels that leave some leave any.
+        os.environ.setdefault("NCCL_CGA_CLUSTER_SIZE", "0")
+        return Room(num_sms, nccl.max_ctas(), ranks_on_device=sharing[place], cluster_blocks=nccl.cluster_blocks())
+
+    def _warm_up(self) -> None:
+        import torch
+
+        warm_up, error = None, None
+        try:
+            warm_up = WarmUp(self.rank, self.size, self.device)
+        except (MemoryError, RuntimeError, torch.OutOfMemoryError) as e:  # on the host torch says it by a RuntimeError
+            said = " ".join(str(e).split())[:300]
+            error = ConfigError(f"rank {self.rank}: out of memory at set-up ({said}); give each rank more, or start fewer")
+        self._raise_on_all(error, "making room for the first use of the communicators")
+        done = warm_up.start(self.transport, self.lanes)
+        self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
+
+    def start_gathering(self, payload: bytes, doing: str) -> Gathering:
+        """Begin a small all-gather; engine's thread only. `doing` must be the same on every rank (MismatchError otherwise)."""
+        return LocalGathering(payload) if self._met is None else MpiGathering(self._met.communicators.world, payload, doing)
+
+    def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
+        """A small all-gather on the engine's thread, waited for as patiently as set-up needs."""
+        gathering = self.start_gathering(payload, doing)
+        self.engine.wait(gathering.done, doing, seconds=self.setup_seconds, needs_all=True)
+        return gathering.payloads
+
+    def _raise_on_all(self, error: PipemoeError | None, doing: str) -> None:
+        raise_first(self._exchange(encode_error(error), doing))
+
+    def all_gather(self, payload: bytes, doing: str = "all_gather") -> list[bytes]:
+        """Every rank's `payload`, in rank order; every rank calls. For results and set-up, not for a step's rows.
+
+        Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something else.
+        """
+        self.check_no_step_is_open()
+        looked, error = look(self.rank, "payload of all_gather", lambda: (bytes(memoryview(payload)), str(doing)))
+        content, doing = looked or (b"", doing if isinstance(doing, str) else "all_gather")
+        texts = self.engine.call(lambda: self._exchange(pack_shared(content, error), doing))
+        return unpack_shared(texts)
+
+    def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
+        """Every rank calls: raises the first rank's error on all of them, or MismatchError if `facts` are not the same."""
+        def task() -> None:
+            self._raise_on_all(error, doing)
+            check_equal([json.loads(p) for p in self._exchange(json.dumps(facts).encode(), doing)])
+
+        self.check_no_step_is_open()
+        self.engine.call(task)
+
+    def check_no_step_is_open(self) -> None:
+        """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before that has ended."""
+        if threading.get_ident() in self.threads_in_step:
+            raise InputError(f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, exchange or close()")
+
+    def close(self) -> None:
+        """Finish what is under way, leave the others in peace. Called again, does nothing.
+
+        While an exception is under way here, the peers are told of it, and this returns at once: what went wrong is to be seen first.
+        Raises InputError on a thread that is inside a PipelinedMoE's step, which it would wait for.
+        """
+        if not self._closed:
+            self.check_no_step_is_open()
+        self._close()
+
+    def _close(self) -> None:
+        """At the end of the process also inside a step: nobody goes on with that."""
+        if self._closed or self.engine.failure is not None:
+            return
+        why = uncaught.reason_to_leave()
+        if why and sys.exception() is not None:  # otherwise it has been printed
+            say(f"pipemoe: rank {self.rank} closes its world because of {why}")
+        self._dismantle(why)
+        if sys.exception() is None:
+            uncaught.remove()
+
+    def _dismantle(self, why: str) -> None:
+        """Leave the others, close what is open. The side channel stays: the end of the process needs it."""
+        global _open_world
+        self._closed = True
+        if _open_world is self:
+            _open_world = None
+        atexit.unregister(self._close)
+        if self.engine.failure is not None:
+            return
+        departure.leaves(self.engine)
+        self.engine.close(self._close_lanes, because=why)
+
+    def _close_lanes(self) -> None:
+        self.transport.close()
+        if hasattr(self, "lanes"):
+            self.lanes.close()
+
+    def disown(self, parent: int) -> None:
+        """In a process forked from that of this world: whatever is called raises InputError, and nothing here disturbs the parent."""
+        global _open_world
+        _open_world, self._closed = None, True
+        atexit.unregister(self._close)
+        self.engine.disown(
+            InputError(
+                f"rank {self.rank}: this process was forked from process {parent}, whose world it is; only that can use it."
+                " Start workers before pipemoe.init(), or by subprocess or multiprocessing's 'spawn'"
+            )
+        )
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
