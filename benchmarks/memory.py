@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError
-from pipemoe.plan.schedule import MODES, UNCAPPED_MODES
+from pipemoe.plan.config import MODES, UNCAPPED_MODES
 from benchmarks.process_memory import MemoryMark, use_exact_malloc
 
 if TYPE_CHECKING:

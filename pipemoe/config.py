@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import shown
 from pipemoe.errors import ConfigError, PipemoeError, describe
-from pipemoe.plan.schedule import PlanConfig
+from pipemoe.plan.config import PlanConfig
 
 if TYPE_CHECKING:
     import torch

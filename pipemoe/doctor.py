@@ -22,7 +22,7 @@ from pathlib import Path
 from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.world.shared_memory import BYTES_OF_RANK, old_segments
 from pipemoe.errors import ConfigError
-from pipemoe.plan.verify import Room
+from pipemoe.plan.room import Room
 
 # Several ranks on one GPU without a host id each: since this version (nccl.get_version() encoding).
 MULTI_RANK_GPU_NCCL = 23003

@@ -24,7 +24,8 @@ from pipemoe.plan.cost.model_configs import MODEL_CONFIGS, model_config
 from pipemoe.plan.cost.model_limits import supported_facts
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
-from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES, Facts, Plan, PlanConfig
+from pipemoe.plan.schedule import Facts, Plan
+from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES, PlanConfig
 from pipemoe.plan.clock.prediction import Prediction, simulate
 from pipemoe.runtime.arriving import GATHERING_PERMILLE
 from pipemoe.runtime.costs import model_key

@@ -49,7 +49,8 @@ def test_importing_and_planning_for_one_cohort_compile_nothing():
 import pipemoe, pipemoe.cli, pipemoe.model, pipemoe.plan.auto.choice, pipemoe.plan.clock.prediction
 from pipemoe.plan.planner import compile_planner, plan
 from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape
+from pipemoe.plan.config import PlanConfig
 shape = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=3)
 for mode, num_ranks in (("padded", 2), ("broadcast", 2), ("chunked", 2), ("per_rank", 1), ("pipelined", 1)):
     config = PlanConfig(mode=mode, moe_max_num_tokens=16)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipemoe import Config, ExpertWeights, PipelinedMoE, load_model
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from tests.models.tiny import tiny_config
 from tests.moe_cases import NUM_EXPERTS, TOP_K, make_layers, make_rows, norm_ratio
 

@@ -10,7 +10,7 @@ import torch
 from pipemoe import Config, PipelinedMoE
 from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError
 from pipemoe.experts import make_experts
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from pipemoe.wire import WireFormat
 from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOKEN_COUNTS, TOP_K, make_layers, make_rows, norm_ratio
 

@@ -9,7 +9,7 @@ from pipemoe import Config, PipelinedMoE
 from pipemoe.e4m3 import dequantise_rows, quantise_rows
 from pipemoe.errors import ConfigError, MismatchError
 from pipemoe.experts import ExpertWeights, local_range, quantise_experts
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from tests.experts.oracle import expected, make_rows, random_weights, relative_error, slice_experts, to_device
 from tests.experts.oracle_fp8 import expected_e4m3, make_e4m3_rows
 

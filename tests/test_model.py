@@ -12,7 +12,7 @@ import torch
 from pipemoe import Config, load_model
 from pipemoe.errors import CheckpointError, InputError, MismatchError, ModelError
 from pipemoe.models.random_weights import reference_model
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from pipemoe.runtime.run import Only
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import norm_ratio

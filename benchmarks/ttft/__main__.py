@@ -33,7 +33,7 @@ from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError
 from pipemoe.output_path import check_output_file, check_output_folder, write_whole
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
-from pipemoe.plan.schedule import COMBINES, MODES
+from pipemoe.plan.config import COMBINES, MODES
 from benchmarks.request_trace import UNITS
 from benchmarks.ttft.inputs import Step, Workload, drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
 from benchmarks.ttft.models import BenchModel

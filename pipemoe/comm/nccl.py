@@ -15,7 +15,7 @@ from pipemoe.comm.transport import WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError, FatalError
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
-from pipemoe.plan.verify import Room
+from pipemoe.plan.room import Room
 
 # Results that cupy has no name for: it raises a KeyError of the number.
 _RESULTS = {6: "a peer has failed, or the network to it", 7: "in progress", 8: "timed out"}

@@ -6,7 +6,8 @@ a sequence never stands in an earlier cohort than the chunks before it.
 
 from __future__ import annotations
 
-from pipemoe.plan.schedule import Facts, Microbatch, PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch
+from pipemoe.plan.config import PlanConfig
 
 Assignment = list[list[Microbatch]]
 

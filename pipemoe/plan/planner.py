@@ -14,7 +14,8 @@ from pipemoe.plan.cost.model import CostModel, rates_of
 from pipemoe.plan.clock.layer import LAYER_OF, attention_waits, cut_waves, layer_costs
 from pipemoe.plan.cost.magnitude import check_magnitude
 from pipemoe.plan.clock.order import cohort_order, merge_orders, order_keys
-from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, PlanConfig, Segment, Wave
+from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, Segment, Wave
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.clock.sms import forced_sms_left, usual_sms_left
 
 

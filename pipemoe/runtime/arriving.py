@@ -12,7 +12,7 @@ from pipemoe.plan.arrivals import INDEX_SMS
 
 if TYPE_CHECKING:
     from pipemoe.world.world import World
-    from pipemoe.plan.verify import Room
+    from pipemoe.plan.room import Room
 
 # Of the speed of calls on whole waves: GEMMs that gather the rows of both, in tiles of 128 (one H100, kernels/NOTES.md, version A1: .52 to .65).
 GATHERING_PERMILLE = 600

@@ -28,7 +28,7 @@ from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport
 from pipemoe.world.warm_up import WarmUp
 from pipemoe.errors import ConfigError, InputError, ModelError, PipemoeError
-from pipemoe.plan.verify import Room
+from pipemoe.plan.room import Room
 from pipemoe.runtime.engine import Engine
 from pipemoe.runtime.lanes import Lanes, host_lanes
 from pipemoe.runtime.last_words import say

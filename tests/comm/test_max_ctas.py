@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.errors import ConfigError
-from pipemoe.plan.verify import Room
+from pipemoe.plan.room import Room
 
 
 @pytest.mark.parametrize("num_sms, num_slots, ranks, ctas", [(132, 4, 1, 8), (132, 1, 1, 8), (108, 4, 1, 6), (32, 2, 4, 1), (16, 4, 8, 1)])

@@ -7,7 +7,8 @@ from pipemoe.comm.transport import WaveSums, column_blocks
 from pipemoe.plan.columns import column_ranges
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
-from pipemoe.plan.schedule import Facts, ModelShape, OpKind, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape, OpKind
+from pipemoe.plan.config import PlanConfig
 from tests.comm.wave_cases import broadcast_waves, padded_wave
 
 pytestmark = pytest.mark.mpi

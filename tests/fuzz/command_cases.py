@@ -9,7 +9,7 @@ from typing import Any
 
 from pipemoe.cli import main
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
-from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES
+from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES
 from tests.fuzz.case import ODD, RIGHT, Argument, Case, Draw
 from tests.fuzz.checkpoint_changes import change_config, linked_copy
 from tests.fuzz.stage import Stage

@@ -11,7 +11,7 @@ import torch
 import pipemoe
 from pipemoe import Config
 from pipemoe.errors import PipemoeError
-from pipemoe.plan.schedule import COMBINES, MODES, OBJECTIVES
+from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES
 from tests.fuzz.case import ODD, RIGHT, WRONG, Argument, Case, Draw, any_result, wanted_of
 from tests.fuzz.odd import odd_number, odd_value
 from tests.fuzz.stage import MOST_TOKENS, SETTINGS, SMALL, Stage, judge_prefilled

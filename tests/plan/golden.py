@@ -17,7 +17,8 @@ from pipemoe.plan.cost.devices import GPUS, cpu
 from pipemoe.plan.cost.dimensions import dimensions_of
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import MODES, Facts, Plan, PlanConfig
+from pipemoe.plan.schedule import Facts, Plan
+from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.clock.prediction import simulate
 
 RECORDED = Path(__file__).with_name("golden.json")

@@ -12,7 +12,8 @@ from pipemoe.plan.arrivals import MAX_PARTS, OWN, Part, groups_of, parts_of
 from pipemoe.plan.auto.choice import auto_candidates, auto_effort
 from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import MAX_GROUPS, MODES, Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import MAX_GROUPS, Facts, ModelShape
+from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.clock.prediction import costs_of, simulate
 from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, configs

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.assignment import assign
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import MODES, UNCAPPED_MODES, Facts, Microbatch, ModelShape, OpKind, PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind
+from pipemoe.plan.config import MODES, UNCAPPED_MODES, PlanConfig
 from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 

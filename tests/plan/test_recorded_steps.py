@@ -15,7 +15,8 @@ from pipemoe.plan.auto.choice import auto_candidates
 from pipemoe.plan.cost.model import CoresCost, CostModel, ExpertsCost, HostCost, rates_of
 from pipemoe.plan.clock.order import merge_orders
 from pipemoe.plan.planner import compile_planner, plan
-from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.clock.prediction import simulate
 
 FILE = Path(__file__).with_name("recorded_steps.json")

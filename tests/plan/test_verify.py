@@ -9,8 +9,10 @@ from pipemoe.errors import ConfigError, PlanError
 from pipemoe.plan.arrivals import OWN, groups_of, parts_of
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
-from pipemoe.plan.schedule import Facts, Microbatch, OpKind, Plan, PlanConfig, Segment, Wave
-from pipemoe.plan.verify import Room, verify
+from pipemoe.plan.schedule import Facts, Microbatch, OpKind, Plan, Segment, Wave
+from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.verify import verify
+from pipemoe.plan.room import Room
 from tests.plan.cases import SHAPE
 
 FACTS = Facts(((40, 9), (5,), (), (7, 8)))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipemoe import Config
-from pipemoe.plan.verify import Room
+from pipemoe.plan.room import Room
 from pipemoe.runtime.arriving import GATHERING_PERMILLE, arrival_room, refusal, speed_permille
 
 if importlib.util.find_spec("numba_cuda") is None:

@@ -8,7 +8,7 @@ import torch
 
 from pipemoe import Config, PipelinedMoE, load_model
 from pipemoe.errors import ConfigError
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from pipemoe.runtime import arriving
 from pipemoe.runtime.run import Only
 from tests.models.tiny import VOCAB, tiny_config

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipemoe import Config, PipelinedMoE, load_model
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from pipemoe.runtime.reserve import is_out_of_memory
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOP_K, make_layers, make_rows

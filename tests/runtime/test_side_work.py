@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from tests.moe_cases import make_layers, norm_ratio
 from tests.runtime.sources import RowsSource, make_runtime
 

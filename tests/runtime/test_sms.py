@@ -8,7 +8,7 @@ import torch
 
 from pipemoe.errors import ConfigError
 from pipemoe.experts.host import HostExperts
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 from pipemoe.plan.clock.sms import possible_sms_left, room_for_collectives
 from pipemoe.runtime import runtime as runtime_module
 from tests.moe_cases import make_layers, norm_ratio

@@ -11,7 +11,8 @@ from pipemoe.plan.auto.search import in_one_slot, microbatches_of, search, try_f
 from pipemoe.plan.auto.candidates import CANDIDATES, candidate_name
 from pipemoe.plan.cost.model import CostModel, rates_of, speeds_of
 from pipemoe.plan.cost.magnitude import check_magnitude
-from pipemoe.plan.schedule import OBJECTIVES, Facts, Microbatch, ModelShape, PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
+from pipemoe.plan.config import OBJECTIVES, PlanConfig
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import forced_sms_left
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pipemoe.errors import ConfigError
 from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.cost.model import CROWDED, ROOMY, USUAL, SmsCost
-from pipemoe.plan.schedule import PlanConfig
+from pipemoe.plan.config import PlanConfig
 
 
 @compiled_part

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pipemoe.errors import InputError
 from pipemoe.plan.cost.model import GRAPH_ROWS, CostModel
-from pipemoe.plan.schedule import MAX_GROUPS, MOST_BLOCKS, Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import MAX_GROUPS, Facts, ModelShape
+from pipemoe.plan.config import MOST_BLOCKS, PlanConfig
 
 LONGEST_NS = 5 * 10**14  # 5.8 days
 MOST_TOKENS = (1 << 31) - 1  # of all ranks; token counts travel as int32

@@ -12,7 +12,7 @@ from benchmarks.ttft import __main__ as ttft
 from benchmarks.ttft import judge as ttft_judge
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
-from pipemoe.plan.schedule import MODES
+from pipemoe.plan.config import MODES
 
 TINY = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 97}
 

@@ -15,7 +15,8 @@ from pipemoe.plan.cost.devices import GPUS, cpu
 from pipemoe.plan.cost.dimensions import dimensions_of
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import COMBINES, OBJECTIVES, Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape
+from pipemoe.plan.config import COMBINES, OBJECTIVES, PlanConfig
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.verify import verify
 

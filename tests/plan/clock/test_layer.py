@@ -11,7 +11,8 @@ from pipemoe.plan.cost.model import AttendCost, CostModel, ExchangeCost, Experts
 from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF
 from pipemoe.plan.clock.layer import attention_waits, layer_costs, leaving_sms, merge_alike_ranks
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import Facts, Microbatch, PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.clock.prediction import costs_of
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 

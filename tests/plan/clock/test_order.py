@@ -11,7 +11,8 @@ from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, Excha
 from pipemoe.plan.cost.model import rates_of
 from pipemoe.plan.clock.order import merge_orders, order_keys
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind, PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.clock.prediction import costs_of
 
 SHAPE = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=3)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pipemoe.plan.cost.model import AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import Facts, ModelShape, OpKind, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape, OpKind
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.clock.prediction import costs_of, simulate
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 from tests.plan.clock.naive_clock import COMPUTE, NaiveSimulator

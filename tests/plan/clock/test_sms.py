@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError
 from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import MODES, Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape
+from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.clock.sms import forced_sms_left, possible_sms_left, room_for_collectives
 from tests.plan.cases import SHAPE, all_facts, configs

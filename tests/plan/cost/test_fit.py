@@ -8,7 +8,8 @@ import pytest
 from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, attend_busy, experts_busy, rates_of
 from pipemoe.plan.cost.fit import Samples, calibrate, fit_contention, fit_cost, fit_sms, least_squares
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.clock.prediction import simulate
 
 SHAPE = ModelShape(2048, 768, 128, 8, 4)

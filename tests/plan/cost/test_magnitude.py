@@ -21,7 +21,8 @@ from pipemoe.plan.cost.magnitude import LONGEST_NS, MOST_TOKENS, check_magnitude
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.products import in_proportion, scaled
-from pipemoe.plan.schedule import Facts, ModelShape, PlanConfig
+from pipemoe.plan.schedule import Facts, ModelShape
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.clock.prediction import costs_of, simulate
 
 SHAPE = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=2)
