@@ -19,6 +19,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive
 from benchmarks.kernels.cases import LAYERS, Layer, make_rows, make_weights

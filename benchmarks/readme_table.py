@@ -20,6 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from benchmarks.kernels.table import kernels_cells, kernels_context
 from benchmarks.overlap import overlap_cells
 from pipemoe.errors import InputError

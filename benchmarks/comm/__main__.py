@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
 from benchmarks.comm.cases import EXCHANGES, Case, Exchange, rank_rows

@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive
 from benchmarks.kernels.cases import LAYERS, TOKENS, Layer, enumerate_cells, expected_rows, make_rows, make_weights

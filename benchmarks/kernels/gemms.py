@@ -12,8 +12,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from pathlib import Path
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.bench_main import RankParser, positive
 from benchmarks.kernels.cases import LAYERS, TOKENS, Layer, enumerate_cells, make_rows, make_weights

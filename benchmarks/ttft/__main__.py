@@ -28,6 +28,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
 from pipemoe.errors import ConfigError, PipemoeError

@@ -8,10 +8,15 @@ among the modes whose slowest rank is within the makespan budget of the earliest
 
 from __future__ import annotations
 
+import sys
 import argparse
+from pathlib import Path
 from collections.abc import Mapping, Sequence
 from statistics import geometric_mean, median
 from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from pipemoe.errors import InputError
 from benchmarks.results_schema import read_results

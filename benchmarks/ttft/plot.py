@@ -5,6 +5,7 @@ python benchmarks/ttft/plot.py results.json picture.png
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from pipemoe.errors import InputError
 from pipemoe.output_path import write_whole
@@ -48,4 +52,8 @@ def plot_ttft(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
 
 
 if __name__ == "__main__":
-    plot_ttft(read_results(sys.argv[1])["rows"], sys.argv[2])
+    parser = argparse.ArgumentParser(description="The results of the ttft benchmark as a picture.")
+    parser.add_argument("results", help="its JSON file")
+    parser.add_argument("picture", help="the PNG file to write")
+    options = parser.parse_args()
+    plot_ttft(read_results(options.results)["rows"], options.picture)

@@ -5,9 +5,14 @@ python benchmarks/ttft/table.py results.json
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a script
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.results_schema import read_results
 
@@ -93,4 +98,6 @@ def aligned(cells: Sequence[Sequence[str]], num_words: int) -> str:
 
 
 if __name__ == "__main__":
-    print(ttft_table(read_results(sys.argv[1])["rows"]))
+    parser = argparse.ArgumentParser(description="The results of the ttft benchmark as a table.")
+    parser.add_argument("results", help="its JSON file")
+    print(ttft_table(read_results(parser.parse_args().results)["rows"]))

@@ -1,9 +1,15 @@
 """Numba CUDA kernels of pipemoe and their asserting host wrappers: they know tensors, not ranks.
 
-Importing this package imports neither Numba nor torch; each module with a kernel does. Modules, each about one noun:
-index, gather, activation, combine, grouped_simt (kernels for any GPU); routing (from sm_80 on); quantise (rows to e4m3 and back);
-index_hopper, grouped_wgmma with grouped_roles and raster, grouped_fp8 with fp8_roles, combine_lanes (kernels for Hopper); element
-(number formats), tensor_map; ptx, ptx_hopper, ptx_wgmma, ptx_fp8, ptx_activation, ptx_lanes, ptx_warp (every PTX string), simulated,
-simulated_warp (the same for the simulator); launch, driver, cubin_cache (compile, keep, load, launch); numba_cuda (the only place
-that imports numba.cuda).
+Importing this package imports neither Numba nor torch; each module with a kernel does.
+
+    routing, largest_keys            the router's top-k (from sm_80 on)
+    index/                           which rows go to which expert: portable.py for any GPU, hopper.py
+    gather, activation, combine      rows in the experts' order, gate x up, sums back in the tokens' order; combine_lanes for Hopper
+    gemm/                            grouped GEMMs: simt.py for any GPU, mma.py from sm_80 on, wgmma.py and fp8.py for Hopper
+    gemm/arrivals/                   the same, for rows that arrive while the kernel runs
+    quantise, pack                   rows to e4m3 and back, rows to the wire format
+    element                          number formats of matrices in memory
+    ptx/                             every PTX string; simulated, simulated_warp: the same for Numba's simulator
+    launch/                          compile, keep on disk, load, pack arguments, launch
+    numba_cuda                       the only place that imports numba.cuda
 """

@@ -108,13 +108,13 @@ def test_benchmarks_without_fields_of_their_own_are_free():
 
 
 def test_command_has_no_folders(monkeypatch):
-    script = str(CHECKOUT / "benchmarks" / "ttft.py")
+    script = str(CHECKOUT / "benchmarks" / "ttft")
     words = ["launch/mpirun.sh", "-n", "2", script, "--model=/data/models/qwen", "/x/y.csv", "a b"]
     monkeypatch.setenv("PIPEMOE_COMMAND", shlex.join(words))
-    assert results_schema.command() == "launch/mpirun.sh -n 2 benchmarks/ttft.py --model=qwen y.csv 'a b'"
+    assert results_schema.command() == "launch/mpirun.sh -n 2 benchmarks/ttft --model=qwen y.csv 'a b'"
     monkeypatch.delenv("PIPEMOE_COMMAND")
-    monkeypatch.setattr(results_schema.sys, "argv", ["benchmarks/ttft.py", "--seed", "1"])
-    assert results_schema.command() == "python benchmarks/ttft.py --seed 1"
+    monkeypatch.setattr(results_schema.sys, "argv", ["benchmarks/ttft", "--seed", "1"])
+    assert results_schema.command() == "python benchmarks/ttft --seed 1"
 
 
 def test_commit_is_that_of_the_checkout_or_given(monkeypatch):

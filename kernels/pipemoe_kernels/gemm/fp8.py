@@ -4,7 +4,7 @@
       gate_up: out = silu(x gate^T) * (x up^T) as e4m3, with scales [I/128, pitch] (a row's scales one below the other)
       down:    out = x w^T as bfloat16; x as gate_up left it
 
-Blocks, ring, gather and order of tiles are those of grouped_wgmma.py. A step takes 128 columns of both operands: the bytes and cycles
+Blocks, ring, gather and order of tiles are those of wgmma.py. A step takes 128 columns of both operands: the bytes and cycles
 of a bfloat16 step of 64. After each the products are scaled and added to float32 sums: a consumer has 64 x 256 sums, and
 products of 64 x 128 at a time, the registers of a thread allowing no more; while one consumer adds, the tensor cores work for the
 other. A tile of gate_up gives 128 columns of out, which is what one scale is for: so it leaves quantised.

@@ -4,7 +4,7 @@
     full[s]   the producer's copies of stage s have landed      parity flips with every turn of the ring
     empty[s]  all consumer warps are done with stage s
 
-A stage holds STEP columns of 128 rows of x and of 256 rows of w, and the 128 scales of that x. As in grouped_roles.py, whose tiles
+A stage holds STEP columns of 128 rows of x and of 256 rows of w, and the 128 scales of that x. As in roles.py, whose tiles
 are bfloat16 and may be cut; here they are always whole. Every function here is inlined into the kernel.
 """
 

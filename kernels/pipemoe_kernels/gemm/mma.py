@@ -1,4 +1,4 @@
-"""Grouped GEMM on the tensor cores of sm_80 and newer: what grouped_wgmma.py computes, without Hopper's instructions.
+"""Grouped GEMM on the tensor cores of sm_80 and newer: what wgmma.py computes, without Hopper's instructions.
 
     shared memory:  | experts' ends | stage 0: x tile, w tile | stage 1 | ... |      ring of NUM_STAGES stages of 32 columns
 
@@ -115,7 +115,7 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
 
 @cache
 def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> Kernel:
-    """As grouped_wgmma.grouped_kernel: with an activation x is gathered, else it is in sorted order already."""
+    """As wgmma.grouped_kernel: with an activation x is gathered, else it is in sorted order already."""
     gathers = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     halves = 2 if gated else 1

@@ -1,4 +1,4 @@
-"""The ring of stages between the warpgroups of a grouped GEMM on Hopper: what bfloat16 (grouped_roles.py) and e4m3 (fp8_roles.py) share.
+"""The ring of stages between the warpgroups of a grouped GEMM on Hopper: what bfloat16 (roles.py) and e4m3 (fp8_roles.py) share.
 
 Every function here is inlined into the kernel.
 """

@@ -1,4 +1,4 @@
-"""What the warpgroups of grouped_wgmma.py do with one tile: fill the ring, use it up, or only keep it turning.
+"""What the warpgroups of wgmma.py do with one tile: fill the ring, use it up, or only keep it turning.
 
     shared memory:  | barriers | experts' ends | stage 0: x tile, w tile | stage 1 | ... |       ring of NUM_STAGES stages
     full[s]   the producer's copies of stage s have landed      parity flips with every turn of the ring

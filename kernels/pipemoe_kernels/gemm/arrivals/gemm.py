@@ -4,7 +4,7 @@
     one persistent launch            waits for flags, takes batches of segments (arrival_raster.py): a = activation(x gate^T) ...
     another, behind it                                                                              y = a down^T
 
-As grouped_wgmma.py otherwise, whose tiles, sums and bits these are; but the rows of a tile are anywhere, so that tiles hold rows of
+As wgmma.py otherwise, whose tiles, sums and bits these are; but the rows of a tile are anywhere, so that tiles hold rows of
 several segments. Both GEMMs gather them: the first one from the wire buffer, the second one from a. Only producers know batches: they
 put a tile's rows and shape into shared memory beside the tile's first stage, and consumers read it there.
 
@@ -45,7 +45,7 @@ SHARED_BYTES = ROWS_128.shared_bytes + NUM_STAGES * SLOT_BYTES + TABLE_BYTES + 1
 
 @cache
 def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> GroupedKernel:
-    """With an activation: the GEMM that waits for segments, as grouped_wgmma.grouped_kernel has it. None: that of what it gave."""
+    """With an activation: the GEMM that waits for segments, as wgmma.grouped_kernel has it. None: that of what it gave."""
     waits = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias, activation) for c in range(3))
