@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from pipemoe import __version__
+from pipemoe.version import __version__
 from pipemoe.world.uncaught import say_once
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser

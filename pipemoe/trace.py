@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pipemoe.plan.schedule import Op, OpKind
-
-if TYPE_CHECKING:
-    from pipemoe.runtime.lanes import Event
 
 COMPUTATION = (OpKind.ATTEND, OpKind.EXPERTS, OpKind.FINISH)
 COMMUNICATION = (OpKind.DISPATCH, OpKind.COMBINE)
@@ -30,9 +27,9 @@ class Timeline:
         self.spans = list(spans)
         self.issue_seconds: list[tuple[Op, float]] = []  # that the engine's thread took to issue each operation
 
-    def take(self, completed: Iterable[tuple[Op, Event]], issue_seconds: Iterable[tuple[Op, float]] = ()) -> None:
+    def take(self, spans: Iterable[Span], issue_seconds: Iterable[tuple[Op, float]] = ()) -> None:
         """Add the operations of a run that was timed."""
-        self.spans += [Span(op, *event.span()) for op, event in completed]
+        self.spans += spans
         self.issue_seconds += issue_seconds
 
     def busy(self, kinds: tuple[OpKind, ...]) -> list[Interval]:

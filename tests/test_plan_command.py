@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipemoe import __version__
+from pipemoe.version import __version__
 from pipemoe.cli import main
 from pipemoe.errors import InputError
 from pipemoe.plan.cost.model import CostModel

@@ -18,6 +18,7 @@ from pipemoe.plan.cost.file import cost_of_bytes, read_cost_bytes
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import cpu, gpu_named
 from pipemoe.plan.cost.dimensions import Dimensions
+from pipemoe.version import __version__
 from pipemoe.warn_once import warn_once
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ def runtime_cost(
     depend on, so a rank alone with another file is an error on all of them.
     """
     import torch
-
-    import pipemoe
 
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     cores = len(os.sched_getaffinity(0))
@@ -87,7 +86,7 @@ def runtime_cost(
         "experts": config.experts,
         "model": model_key(dimensions),
         "torch": torch.__version__,
-        "pipemoe": pipemoe.__version__,
+        "pipemoe": __version__,
     }
     if config.cost is not None:
         try:

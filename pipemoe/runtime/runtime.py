@@ -34,7 +34,8 @@ from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.workspace import SlotBuffers, Workspace
-from pipemoe.trace import Timeline
+from pipemoe.trace import Span, Timeline
+from pipemoe.version import __version__
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
@@ -230,10 +231,8 @@ class Runtime:
     def _facts(self, facts: dict[str, str]) -> dict[str, str]:
         import torch
 
-        import pipemoe
-
         facts = facts | {"number of this model or PipelinedMoE": str(self.world.num_runtimes)}
-        facts |= {"pipemoe": pipemoe.__version__, "torch": torch.__version__, "device": self.world.device.type}
+        facts |= {"pipemoe": __version__, "torch": torch.__version__, "device": self.world.device.type}
         facts |= {"dtype": str(self.dtype), "dispatch": str(self.wire.dtype)}
         facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items() if name != "cost"}
         facts |= {f"cost of {name}": str(value) for name, value in asdict(self.cost).items()}
@@ -337,7 +336,8 @@ class Runtime:
         except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
             raise FatalError(f"rank {self.world.rank}: {e} (in {engine.doing})") from e
         if timeline is not None:
-            run.of_caller(lambda: timeline.take(run.completed, run.issue_seconds))
+            spans = [Span(op, *event.span()) for op, event in run.completed]
+            run.of_caller(lambda: timeline.take(spans, run.issue_seconds))
         if self.config.debug:
             self._check_issued(plan, only, seconds)
         engine.step_seconds = 0.0
