@@ -1,10 +1,10 @@
-"""A wave whose rows arrive in segments: one arrival-driven launch beside a call per segment, and one call behind the last segment.
+"""A wave whose rows arrive in parts: one arrival-driven launch beside a call per part, and one call behind the last part.
 
     python benchmarks/arrivals.py
 
-On one GPU. Another stream stands for the dispatch: it waits as long as a broadcast of each segment takes at --gbps, copies the
-segment's rows to where the experts read them, and says that they are there. The first segment is this rank's own, and there at once.
-Per row: `ms` from the start of the dispatch to the end of the experts, `last_arrival_ms` when the last segment was there, and
+On one GPU. Another stream stands for the dispatch: it waits as long as a broadcast of each part takes at --gbps, copies the
+part's rows to where the experts read them, and says that they are there. The first part is this rank's own, and there at once.
+Per row: `ms` from the start of the dispatch to the end of the experts, `last_arrival_ms` when the last part was there, and
 `resident_ms` of a call whose rows were all there before. All forms leave the same multiprocessors to collectives, and are held
 to the same bits before anything is timed.
 """
@@ -31,13 +31,13 @@ FORMS = ("whole", "groups", "arrivals")
 SMS_FOR_COLLECTIVES = 8
 HEAD_START_CYCLES = 6_000_000  # some 3 ms, in which the host enqueues all of a round
 CASES = (("qwen3-30b-a3b", 4096), ("qwen3-30b-a3b", 16384), ("deepseek-v3", 1024), ("deepseek-v3", 4096), ("deepseek-v3", 16384))
-_COLUMNS = ("layer", "tokens", "segments", "form", "ms", "spread %", "last arrival", "resident")
+_COLUMNS = ("layer", "tokens", "parts", "form", "ms", "spread %", "last arrival", "resident")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = RankParser(description="Time experts calls whose rows arrive in segments.")
+    parser = RankParser(description="Time experts calls whose rows arrive in parts.")
     parser.add_argument("--cases", default=",".join(f"{name}:{tokens}" for name, tokens in CASES), help="layer:tokens (default: %(default)s)")
-    parser.add_argument("--segments", type=positive(int), default=4, help="of equal length, at most 8 (default: %(default)s)")
+    parser.add_argument("--parts", type=positive(int), default=4, help="of equal length, at most 8 (default: %(default)s)")
     parser.add_argument("--gbps", type=positive(float), default=330.0, help="of the broadcasts, in GB/s (default: %(default)s)")
     parser.add_argument("--rounds", type=positive(int), default=7, help="default: %(default)s")
     parser.add_argument("--json", type=Path, default=Path("out/arrivals.json"), metavar="FILE", help="results (default: %(default)s)")
@@ -51,9 +51,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def split(num_rows: int, num_segments: int) -> list[int]:
-    """Rows of each of `num_segments` segments as equal as can be."""
-    bounds = [num_rows * i // num_segments for i in range(num_segments + 1)]
+def split(num_rows: int, num_parts: int) -> list[int]:
+    """Rows of each of `num_parts` parts as equal as can be."""
+    bounds = [num_rows * i // num_parts for i in range(num_parts + 1)]
     return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
@@ -81,8 +81,8 @@ def measure(name: str, layer: Layer, num_tokens: int, weights: Any, options: arg
     """Check and time all forms on one case; a row of results each."""
     import torch
 
-    segment_rows = split(num_tokens, options.segments)
-    wave = DelayedWave(layer, num_tokens, segment_rows, weights, options.gbps)
+    part_rows = split(num_tokens, options.parts)
+    wave = DelayedWave(layer, num_tokens, part_rows, weights, options.gbps)
     wanted = torch.full_like(wave.out, torch.nan)
     wave.experts(0, wave.source, wanted, wave.scratch)
     for form in FORMS:
@@ -104,21 +104,21 @@ def measure(name: str, layer: Layer, num_tokens: int, weights: Any, options: arg
     for form, ms in times.items():
         result = {
             **{"layer": name, "H": layer.hidden, "I": layer.intermediate, "experts": layer.num_experts},
-            **{"local_experts": layer.num_local_experts, "top_k": layer.top_k, "tokens": num_tokens, "segment_rows": segment_rows},
+            **{"local_experts": layer.num_local_experts, "top_k": layer.top_k, "tokens": num_tokens, "part_rows": part_rows},
             **{"gbps": options.gbps, "sms_for_collectives": SMS_FOR_COLLECTIVES, "form": form, "ms": statistics.median(ms), "ms_rounds": ms},
             **{"last_arrival_ms": statistics.median(arrivals), "resident_ms": statistics.median(resident)},
         }
         results.append(result)
         spread = 100 * (max(ms) - min(ms)) / result["ms"]
         figures = (f"{result['ms']:.4f}", f"{spread:.0f}", f"{result['last_arrival_ms']:.4f}", f"{result['resident_ms']:.4f}")
-        print(_line((name, num_tokens, options.segments, form, *figures)))
+        print(_line((name, num_tokens, options.parts, form, *figures)))
     return results
 
 
 class DelayedWave:
     """One wave, its receive buffer, and a stream in the place of the dispatch."""
 
-    def __init__(self, layer: Layer, num_tokens: int, segment_rows: list[int], weights: Any, gbps: float):
+    def __init__(self, layer: Layer, num_tokens: int, part_rows: list[int], weights: Any, gbps: float):
         import torch
 
         from pipemoe.experts import make_experts
@@ -138,21 +138,21 @@ class DelayedWave:
         self.flush = torch.zeros(64 << 20, device="cuda")
         self.total = torch.zeros((), device="cuda")
         self.dispatch = stream_lanes(torch.device("cuda"), 1).slots[0].dispatch.stream
-        self.segment_rows = segment_rows
-        bounds = [0, *itertools.accumulate(segment_rows)]
-        self.parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
+        self.part_rows = part_rows
+        bounds = [0, *itertools.accumulate(part_rows)]
+        self.slices = [slice(*pair) for pair in itertools.pairwise(bounds)]
         cycles_of_ms = _cycles_of_ms()
-        self.delays = [0, *(int(rows * wire.row_bytes / gbps / 1e6 * cycles_of_ms) for rows in segment_rows[1:])]
+        self.delays = [0, *(int(rows * wire.row_bytes / gbps / 1e6 * cycles_of_ms) for rows in part_rows[1:])]
         torch.cuda.synchronize()
 
     def round(self, form: str) -> tuple[Any, Any, Any]:
-        """Enqueue one call in a form; events of its start, of the last segment's arrival, and of its end."""
+        """Enqueue one call in a form; events of its start, of the last part's arrival, and of its end."""
         import torch
 
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        there = [torch.cuda.Event(enable_timing=True) for _ in self.parts]
+        there = [torch.cuda.Event(enable_timing=True) for _ in self.slices]
         if form == "arrivals":
-            self.arriving.expect(self.arrivals, 0, self.received, self.segment_rows)
+            self.arriving.expect(self.arrivals, 0, self.received, self.part_rows)
         torch.sum(self.flush, dim=0, out=self.total)
         torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
@@ -162,10 +162,10 @@ class DelayedWave:
             return start, stop, stop
         with torch.cuda.stream(self.dispatch):
             self.dispatch.wait_event(start)
-            for i, (part, delay) in enumerate(zip(self.parts, self.delays, strict=True)):
+            for i, (rows, delay) in enumerate(zip(self.slices, self.delays, strict=True)):
                 if delay:
                     torch.cuda._sleep(delay)
-                self.received.buffer[part].copy_(self.source.buffer[part])
+                self.received.buffer[rows].copy_(self.source.buffer[rows])
                 if form == "arrivals":
                     self.arriving.arrived(self.arrivals, i)
                 there[i].record()
@@ -183,9 +183,9 @@ class DelayedWave:
     def groups(self, there: Sequence[Any]) -> None:
         import torch
 
-        for part, event in zip(self.parts, there, strict=True):
+        for rows, event in zip(self.slices, there, strict=True):
             torch.cuda.current_stream().wait_event(event)
-            self.experts(0, self.received[part], self.out[part], self.scratch)
+            self.experts(0, self.received[rows], self.out[rows], self.scratch)
 
 
 def _cycles_of_ms() -> float:

@@ -1,16 +1,16 @@
-"""Experts that take a wave's rows as they arrive, in segments: one launch instead of one call per segment.
+"""Experts that take a wave's rows as they arrive, in parts: one launch instead of one call per part.
 
-    lane of the dispatch   rows of segment 0 | arrived(0): index, flag | rows of segment 1 | arrived(1) | ...
+    lane of the dispatch   rows of part 0 | arrived(0): index, flag | rows of part 1 | arrived(1) | ...
     lane of the experts    gate_up: waits for flags, takes what is there | down | combine
 
-The rows of the result are the same bits as in a call on the whole wave at once. Weights are read once for all segments that arrive
+The rows of the result are the same bits as in a call on the whole wave at once. Weights are read once for all parts that arrive
 while the GPU is busy with others.
 
 Who calls this keeps to three rules, or the GPU stands still:
 - Everything that a flag waits for is enqueued before the experts call, which checks that, and never waits for this call.
 - The experts leave room to all collectives that may be under way (`Experts.leaving`). Room for the index is left here.
-- One object of this class for all cohorts of a GPU: it has one call at a time wait for segments.
-A call whose segments do not come spins until the lane that should bring them goes on: an aborted collective does, and the flags behind it
+- One object of this class for all cohorts of a GPU: it has one call at a time wait for parts.
+A call whose parts do not come spins until the lane that should bring them goes on: an aborted collective does, and the flags behind it
 are written. The end of the process ends it too.
 """
 
@@ -28,13 +28,13 @@ from pipemoe.experts.protocol import Recordable, column_ranges
 from pipemoe.plan.arrivals import INDEX_SMS
 from pipemoe.wire import WireFormat
 from pipemoe_kernels.launch import driver
-from pipemoe_kernels.gemm.arrivals.raster import MAX_SEGMENTS
+from pipemoe_kernels.gemm.arrivals.raster import MAX_PARTS
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.combine_lanes import combine_lanes, fits
 from pipemoe_kernels.gemm.arrivals.gemm import MAX_OUT_BYTES, W_BOXES, arrivals_kernel, down_arrived, gate_up_arriving
 from pipemoe_kernels.index.hopper import MAX_BLOCKS, index_kernels, index_local_pairs
 from pipemoe_kernels.launch.kernel import Stream
-from pipemoe_kernels.gemm.arrivals.segments import Segments
+from pipemoe_kernels.gemm.arrivals.parts import Parts
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps, tensor_map
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def too_many_rows(experts: HopperExperts, max_rows: int) -> str | None:
 
 
 class Arrivals:
-    """What is known of the rows in one receive buffer of up to `max_rows` rows: their segments, which are there, and their index.
+    """What is known of the rows in one receive buffer of up to `max_rows` rows: their parts, which are there, and their index.
 
-    For one wave at a time, as the buffer itself; the next one's segments wait on the GPU until the last one's call is over.
+    For one wave at a time, as the buffer itself; the next one's parts wait on the GPU until the last one's call is over.
     """
 
     def __init__(self, experts: HopperExperts, max_rows: int):
@@ -64,22 +64,22 @@ class Arrivals:
         self.max_rows = max_rows
         self.positions = zeros(max_rows, experts.top_k)
         self.tokens = zeros(num_pairs)
-        self.ends = zeros(MAX_SEGMENTS * num_local)
-        self.block_counts = zeros(MAX_SEGMENTS, MAX_BLOCKS * num_local)
-        self.flags = zeros(MAX_SEGMENTS)
-        self.batches = zeros(MAX_SEGMENTS, dtype=torch.int64)
+        self.ends = zeros(MAX_PARTS * num_local)
+        self.block_counts = zeros(MAX_PARTS, MAX_BLOCKS * num_local)
+        self.flags = zeros(MAX_PARTS)
+        self.batches = zeros(MAX_PARTS, dtype=torch.int64)
         self.num_bytes = sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
         self.free = torch.cuda.Event()  # behind the last reader of all this
         self.epoch = 0
         self.layer: int | None = None  # of the wave that is expected
         self.rows: WireRows | None = None
-        self.first_rows: list[int] = []  # of each segment, and behind the last one
-        self.slots: list[int | None] = []  # of each segment: its number among those with rows
+        self.first_rows: list[int] = []  # of each part, and behind the last one
+        self.slots: list[int | None] = []  # of each part: its number among those with rows
         self.missing: set[int] = set()
 
 
 class ArrivingExperts:
-    """Calls of `experts`, on CUDA tensors, whose rows arrive in segments. Only enqueues, and allocates nothing.
+    """Calls of `experts`, on CUDA tensors, whose rows arrive in parts. Only enqueues, and allocates nothing.
 
     Raises ConfigError unless experts.supports_arrivals.
     """
@@ -99,7 +99,7 @@ class ArrivingExperts:
         for layer, w in enumerate(experts.weights):
             if w.num_local_experts:
                 self._map_of_layer[layer] = 2 * len(W_BOXES) * len(self._map_of_layer)
-        self._turn = torch.cuda.Event()  # when the last call has all its segments
+        self._turn = torch.cuda.Event()  # when the last call has all its parts
 
     def new_arrivals(self, max_rows: int) -> Arrivals:
         """Allocate what waves of up to `max_rows` rows in one receive buffer need. Raises ConfigError for too many."""
@@ -126,37 +126,37 @@ class ArrivingExperts:
             self(arrivals, out, scratch)
         torch.cuda.synchronize(experts.device)
 
-    def expect(self, arrivals: Arrivals, layer: int, rows: WireRows, segment_rows: Sequence[int]) -> None:
-        """Begin a wave: `rows` will arrive as segments of so many rows each, one behind the other. Enqueues nothing.
+    def expect(self, arrivals: Arrivals, layer: int, rows: WireRows, part_rows: Sequence[int]) -> None:
+        """Begin a wave: `rows` will arrive as parts of so many rows each, one behind the other. Enqueues nothing.
 
-        Raises InputError: the wave before has not been called for; other counts than rows; more than MAX_SEGMENTS segments with rows.
+        Raises InputError: the wave before has not been called for; other counts than rows; more than MAX_PARTS parts with rows.
         """
         if arrivals.missing or arrivals.rows is not None:
             raise InputError(f"layer {layer}: the wave of layer {arrivals.layer} in this buffer has not been called for yet")
-        if min(segment_rows, default=0) < 0 or sum(segment_rows) != len(rows) or len(rows) > arrivals.max_rows:
-            raise InputError(f"layer {layer}: {len(rows)} rows of at most {arrivals.max_rows} in segments of {list(segment_rows)}")
-        num_segments = sum(count > 0 for count in segment_rows)
-        if num_segments > MAX_SEGMENTS:
-            raise InputError(f"layer {layer}: {num_segments} segments with rows; at most {MAX_SEGMENTS} are possible: join some")
+        if min(part_rows, default=0) < 0 or sum(part_rows) != len(rows) or len(rows) > arrivals.max_rows:
+            raise InputError(f"layer {layer}: {len(rows)} rows of at most {arrivals.max_rows} in parts of {list(part_rows)}")
+        num_parts = sum(count > 0 for count in part_rows)
+        if num_parts > MAX_PARTS:
+            raise InputError(f"layer {layer}: {num_parts} parts with rows; at most {MAX_PARTS} are possible: join some")
         arrivals.layer, arrivals.rows = layer, rows
         arrivals.first_rows, arrivals.slots = [0], []
-        for count in segment_rows:
+        for count in part_rows:
             arrivals.slots.append(sum(slot is not None for slot in arrivals.slots) if count else None)
             arrivals.first_rows.append(arrivals.first_rows[-1] + count)
-        arrivals.missing = set(range(len(segment_rows)))
+        arrivals.missing = set(range(len(part_rows)))
         arrivals.epoch += 1
 
-    def arrived(self, arrivals: Arrivals, segment: int) -> None:
-        """Enqueue on torch's current stream, behind what brings the segment's rows: their index, and the word that they are there.
+    def arrived(self, arrivals: Arrivals, part: int) -> None:
+        """Enqueue on torch's current stream, behind what brings the part's rows: their index, and the word that they are there.
 
-        Raises InputError for a segment that is not expected, or not any more.
+        Raises InputError for a part that is not expected, or not any more.
         """
-        if segment not in arrivals.missing:
-            raise InputError(f"layer {arrivals.layer}: segment {segment} is not among the expected {sorted(arrivals.missing)}")
+        if part not in arrivals.missing:
+            raise InputError(f"layer {arrivals.layer}: part {part} is not among the expected {sorted(arrivals.missing)}")
         layer, rows = arrivals.layer, arrivals.rows
         weights = self.experts.weights[layer]
-        slot, first, stop = arrivals.slots[segment], arrivals.first_rows[segment], arrivals.first_rows[segment + 1]
-        arrivals.missing.remove(segment)
+        slot, first, stop = arrivals.slots[part], arrivals.first_rows[part], arrivals.first_rows[part + 1]
+        arrivals.missing.remove(part)
         if slot is None or not weights.num_local_experts:
             return
         torch.cuda.current_stream(rows.buffer.device).wait_event(arrivals.free)
@@ -173,10 +173,10 @@ class ArrivingExperts:
     def __call__(self, arrivals: Arrivals, out: torch.Tensor | Sequence[torch.Tensor], scratch: HopperScratch, events: Sequence[Recordable] = ()) -> None:
         """As the experts' own call on the wave that `arrivals` expects, on torch's current stream.
 
-        Raises InputError if a segment has not been announced by `arrived`, and as the experts' own call.
+        Raises InputError if a part has not been announced by `arrived`, and as the experts' own call.
         """
         if arrivals.rows is None or arrivals.missing:
-            raise InputError(f"layer {arrivals.layer}: segments {sorted(arrivals.missing)} of the wave are not announced: call `arrived` first")
+            raise InputError(f"layer {arrivals.layer}: parts {sorted(arrivals.missing)} of the wave are not announced: call `arrived` first")
         experts, layer, rows = self.experts, arrivals.layer, arrivals.rows
         blocks = experts.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
         arrivals.rows = None
@@ -189,11 +189,11 @@ class ArrivingExperts:
         stream = Stream.current(rows.buffer.device)
         num_pairs, intermediate = num_rows * experts.top_k, weights.intermediate
         slots = zip(arrivals.slots, arrivals.first_rows, strict=False)
-        segments = Segments(
+        parts = Parts(
             [first for slot, first in slots if slot is not None],
             experts.top_k,
             arrivals.tokens,
-            arrivals.ends[: MAX_SEGMENTS * num_local].view(MAX_SEGMENTS, num_local),
+            arrivals.ends[: MAX_PARTS * num_local].view(MAX_PARTS, num_local),
             arrivals.flags,
             arrivals.batches,
             arrivals.epoch,
@@ -202,17 +202,17 @@ class ArrivingExperts:
         maps = self._maps.data_ptr() + MAP_BYTES * self._map_of_layer[layer]
         grid = max(1, experts.num_sms - INDEX_SMS)
         current.wait_event(self._turn)
-        gate_up_arriving(stream, self._gate_up_kernels[layer], rows.hidden, segments, maps, weights.gate_up_bias, a, grid)
+        gate_up_arriving(stream, self._gate_up_kernels[layer], rows.hidden, parts, maps, weights.gate_up_bias, a, grid)
         self._turn.record(current)
         down_maps = maps + MAP_BYTES * len(W_BOXES)
         positions = arrivals.positions[:num_rows]
         for block, columns in enumerate(column_ranges(experts.hidden, len(blocks))):
-            part = slice(columns.start, columns.stop)
-            y, out_part = scratch.y[:num_pairs, part], blocks[block]
-            down_arrived(stream, self._down_kernel, a, segments, down_maps, y, experts.num_sms, columns.start)
-            bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            combine = partial(combine_lanes, may_start_early=False) if fits(len(columns), out_part) else combine_rows
-            combine(stream, y, positions, rows.ids, weights.first_expert, rows.weights, bias, out_part)
+            in_block = slice(columns.start, columns.stop)
+            y, out_block = scratch.y[:num_pairs, in_block], blocks[block]
+            down_arrived(stream, self._down_kernel, a, parts, down_maps, y, experts.num_sms, columns.start)
+            bias = None if weights.down_bias is None else weights.down_bias[:, in_block]
+            combine = partial(combine_lanes, may_start_early=False) if fits(len(columns), out_block) else combine_rows
+            combine(stream, y, positions, rows.ids, weights.first_expert, rows.weights, bias, out_block)
             if events:
                 events[block].record()
         arrivals.free.record(current)

@@ -14,7 +14,7 @@ def test_segments_are_all_rows():
 
 def test_options():
     options = arrivals.parse(["--cases", "deepseek-v3:100,qwen3-30b-a3b:7"])
-    assert options.cases == [("deepseek-v3", 100), ("qwen3-30b-a3b", 7)] and options.segments == 4
+    assert options.cases == [("deepseek-v3", 100), ("qwen3-30b-a3b", 7)] and options.parts == 4
     assert arrivals.parse([]).cases == list(arrivals.CASES)
     for wrong in ("deepseek-v3", "deepseek-v3:0", "nobody:5"):
         with pytest.raises(SystemExit):

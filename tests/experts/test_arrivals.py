@@ -63,26 +63,26 @@ def stand_ins(monkeypatch):
         made.flags[slot] = value
         log.append(("flag", slot))
 
-    def places(segments):
+    def places(parts):
         """Place, local expert and token of each pair."""
-        for s, first_row in enumerate(segments.first_rows):
-            assert segments.flags[s] == segments.epoch and not bool((segments.batches >> 32 == segments.epoch).any())
+        for s, first_row in enumerate(parts.first_rows):
+            assert parts.flags[s] == parts.epoch and not bool((parts.batches >> 32 == parts.epoch).any())
             begin = 0
-            for expert, end in enumerate(segments.ends[s].tolist()):
-                for p in range(segments.top_k * first_row + begin, segments.top_k * first_row + end):
-                    yield p, expert, first_row + int(segments.tokens[p])
+            for expert, end in enumerate(parts.ends[s].tolist()):
+                for p in range(parts.top_k * first_row + begin, parts.top_k * first_row + end):
+                    yield p, expert, first_row + int(parts.tokens[p])
                 begin = end
 
-    def gate_up(stream, kernel, hidden, segments, address, bias, a, num_sms):
+    def gate_up(stream, kernel, hidden, parts, address, bias, a, num_sms):
         w = maps[address // MAP]
         log.append(("gate_up", num_sms))
-        for place, expert, token in places(segments):
+        for place, expert, token in places(parts):
             gate, up = (hidden[token].float() @ w[expert].float().T + (0 if bias is None else bias[expert])).chunk(2)
             a[place] = torch.nn.functional.silu(gate) * up
 
-    def down(stream, kernel, a, segments, address, y, num_sms, first_column):
+    def down(stream, kernel, a, parts, address, y, num_sms, first_column):
         w = maps[address // MAP]
-        for place, expert, _ in places(segments):
+        for place, expert, _ in places(parts):
             y[place] = (a[place].float() @ w[expert, first_column : first_column + y.shape[1]].float().T).to(y.dtype)
 
     def combine(stream, y, positions, ids, first, weights, bias, out, **how):
@@ -119,12 +119,12 @@ def build(weights, top_k):
 
 
 def deliver(arriving, arrivals, order):
-    for segment in order:
-        arriving.arrived(arrivals, segment)
+    for part in order:
+        arriving.arrived(arrivals, part)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_segments_in_any_order(bias):
+def test_parts_in_any_order(bias):
     layers = [
         slice_experts(random_weights(6, 32, 24, dtype=BF16, bias=bias), range(1, 5)),
         slice_experts(random_weights(6, 32, 24, dtype=BF16), range(2, 2)),
@@ -133,11 +133,11 @@ def test_segments_in_any_order(bias):
     experts, arriving = build(layers, 3)
     arrivals, scratch = arriving.new_arrivals(50), experts.new_scratch(50)
     waves = [(0, [20, 0, 5, 25], [3, 0, 2, 1]), (2, [1, 49], [1, 0]), (1, [7, 8], [0, 1]), (0, [0, 0, 9], [2, 1, 0])]
-    for layer, segment_rows, order in waves:
-        rows = random_rows(sum(segment_rows), 32, 6, 3, dtype=BF16, seed=layer)
+    for layer, part_rows, order in waves:
+        rows = random_rows(sum(part_rows), 32, 6, 3, dtype=BF16, seed=layer)
         out = torch.full((len(rows), 32), torch.nan)
         scratch.a.fill_(torch.nan)
-        arriving.expect(arrivals, layer, rows, segment_rows)
+        arriving.expect(arrivals, layer, rows, part_rows)
         deliver(arriving, arrivals, order)
         arriving(arrivals, out, scratch)
         wanted = expected(rows, layers[layer])
@@ -181,15 +181,15 @@ def test_mistakes():
     with pytest.raises(InputError, match="not announced"):
         arriving(arrivals, out, scratch)
     for counts in ([4, 5], [11, -1], []):
-        with pytest.raises(InputError, match="segments of"):
+        with pytest.raises(InputError, match="parts of"):
             arriving.expect(arrivals, 0, rows, counts)
     with pytest.raises(InputError, match="at most 8"):
         arriving.expect(arrivals, 0, rows, [1, 1, 1, 1, 1, 1, 1, 1, 2])
     arriving.expect(arrivals, 0, rows, [4, 6])
-    with pytest.raises(InputError, match="segment 2"):
+    with pytest.raises(InputError, match="part 2"):
         arriving.arrived(arrivals, 2)
     arriving.arrived(arrivals, 1)
-    with pytest.raises(InputError, match="segment 1"):
+    with pytest.raises(InputError, match="part 1"):
         arriving.arrived(arrivals, 1)
     with pytest.raises(InputError, match=r"\[0\] of the wave are not announced"):
         arriving(arrivals, out, scratch)

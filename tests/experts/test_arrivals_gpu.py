@@ -1,4 +1,4 @@
-"""Arrival-driven calls on a GPU: the bits of an ordinary call, whenever and in whatever order the segments arrive.
+"""Arrival-driven calls on a GPU: the bits of an ordinary call, whenever and in whatever order the parts arrive.
 
 A call that waits for ever would hold the GPU: every wait here has a deadline, and writes the missing flags when it passes.
 """
@@ -38,7 +38,7 @@ _WAIT_UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 
 @cache
 def streams():
-    """Two for segments, and one to free the GPU by; made one after the other, so that none shares a hardware queue with another."""
+    """Two for parts, and one to free the GPU by; made one after the other, so that none shares a hardware queue with another."""
     lanes = stream_lanes(torch.device("cuda"), 1).slots[0]
     return lanes.dispatch.stream, lanes.combine.stream, lanes.compute.stream
 
@@ -62,8 +62,8 @@ class Layer:
         self.experts(0, rows, out, self.scratch)
         return out
 
-    def call(self, rows, segment_rows, order, *, buffer=0, delay=DELAY_CYCLES, held=(), gate=None, events=(), before_release=None):
-        """Every segment's rows are copied, late, into a poisoned buffer on a side stream, in this order; those `held` on another one
+    def call(self, rows, part_rows, order, *, buffer=0, delay=DELAY_CYCLES, held=(), gate=None, events=(), before_release=None):
+        """Every part's rows are copied, late, into a poisoned buffer on a side stream, in this order; those `held` on another one
         once gate[0] is 1, which it becomes here after the launch."""
         arrivals = self.buffers[buffer]
         received = random_rows(len(rows), rows.hidden.shape[1], 1, rows.ids.shape[1], dtype=BF16, device="cuda")
@@ -71,8 +71,8 @@ class Layer:
         out = torch.full(rows.hidden.shape, torch.nan, dtype=self.dtype, device="cuda")
         self.scratch.a.fill_(torch.nan)
         self.scratch.y.fill_(torch.nan)
-        first_rows = [0, *itertools.accumulate(segment_rows)]
-        self.arriving.expect(arrivals, 0, received, segment_rows)
+        first_rows = [0, *itertools.accumulate(part_rows)]
+        self.arriving.expect(arrivals, 0, received, part_rows)
         for side in self.sides:
             side.wait_stream(torch.cuda.current_stream())
         if held:
@@ -80,13 +80,13 @@ class Layer:
                 ctypes.c_void_p(self.sides[1].cuda_stream), ctypes.c_uint64(gate.data_ptr()), ctypes.c_uint32(1), _WAIT_UNTIL_EQUAL
             )
             assert result == 0, result
-        for segment in order:
-            part = slice(first_rows[segment], first_rows[segment + 1])
-            with torch.cuda.stream(self.sides[segment in held]):
+        for part in order:
+            rows_of = slice(first_rows[part], first_rows[part + 1])
+            with torch.cuda.stream(self.sides[part in held]):
                 if delay:
                     torch.cuda._sleep(delay)
-                received.buffer[part].copy_(rows.buffer[part])
-                self.arriving.arrived(arrivals, segment)
+                received.buffer[rows_of].copy_(rows.buffer[rows_of])
+                self.arriving.arrived(arrivals, part)
         self.arriving(arrivals, out, self.scratch, events)
         done = torch.cuda.Event()
         done.record()
@@ -158,7 +158,7 @@ def test_flags_that_come_when_the_host_says_so(layer, gate, held):
 
 
 def test_what_is_there_is_computed_while_the_rest_is_not(layer, gate):
-    """gate_up has written the first segments' places, and no others, before the last one is released."""
+    """gate_up has written the first parts' places, and no others, before the last one is released."""
     rows = random_rows(400, 256, 6, 3, dtype=BF16, device="cuda", seed=2)
     wanted = layer.ordinary(rows)
     a = layer.scratch.a[: 400 * 3 * 144].view(1200, 144)
@@ -182,15 +182,15 @@ def test_what_is_there_is_computed_while_the_rest_is_not(layer, gate):
 
 
 @pytest.mark.parametrize("ids", [[2, 2, 2], [-1, 4, -1], [-1, -1, 9]])
-@pytest.mark.parametrize("segment_rows", [[0, 299, 0, 1], [300], [0, 0, 77, 223, 0, 0, 0, 0, 0]])
-def test_skewed_routing_and_empty_segments(layer, ids, segment_rows):
+@pytest.mark.parametrize("part_rows", [[0, 299, 0, 1], [300], [0, 0, 77, 223, 0, 0, 0, 0, 0]])
+def test_skewed_routing_and_empty_parts(layer, ids, part_rows):
     """All rows on one expert, most experts without rows, no local pair at all."""
     rows = random_rows(300, 256, 6, 3, dtype=BF16, device="cuda", ids=torch.tensor([ids]).repeat(300, 1))
     wanted = layer.ordinary(rows)
-    assert torch.equal(layer.call(rows, segment_rows, range(len(segment_rows))[::-1]), wanted)
+    assert torch.equal(layer.call(rows, part_rows, range(len(part_rows))[::-1]), wanted)
 
 
-def test_a_segment_without_local_pairs(layer):
+def test_a_part_without_local_pairs(layer):
     ids = torch.randint(0, 6, (300, 3), generator=torch.Generator().manual_seed(0))
     ids[100:200] = -1
     rows = random_rows(300, 256, 6, 3, dtype=BF16, device="cuda", ids=ids)
@@ -240,12 +240,12 @@ def test_many_rounds_and_calls_one_after_the_other():
         side = layer.sides[0]
         for i, (rows, out) in enumerate(zip(calls, outs, strict=True)):
             arrivals = layer.buffers[i % 2]
-            segment_rows = [len(rows) // 4, len(rows) // 2, len(rows) - len(rows) // 2 - len(rows) // 4]
-            layer.arriving.expect(arrivals, 0, rows, segment_rows)
+            part_rows = [len(rows) // 4, len(rows) // 2, len(rows) - len(rows) // 2 - len(rows) // 4]
+            layer.arriving.expect(arrivals, 0, rows, part_rows)
             with torch.cuda.stream(side):
-                for segment in (1, 2, 0):
+                for part in (1, 2, 0):
                     torch.cuda._sleep(DELAY_CYCLES // 4)
-                    layer.arriving.arrived(arrivals, segment)
+                    layer.arriving.arrived(arrivals, part)
             layer.arriving(arrivals, out, layer.scratch)
         done = torch.cuda.Event()
         done.record()

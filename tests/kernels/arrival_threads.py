@@ -75,10 +75,10 @@ class Wave:
     tiles: list[tuple] = field(default_factory=list)  # block, expert, rows of x, first row of w
     stores: dict = field(default_factory=lambda: defaultdict(int))  # (place, first column, columns) -> how often
 
-    def write_flags(self, segments, epoch):
+    def write_flags(self, parts, epoch):
         with self.changed:
-            for segment in segments:
-                self.flags[segment] = epoch
+            for part in parts:
+                self.flags[part] = epoch
             self.waiting.clear()
             self.changed.notify_all()
 
@@ -117,7 +117,7 @@ def stand_ins(wave, monkeypatch):
             block = _here.block.index
             wave.waiting.add(block)
             wave.changed.notify_all()
-            assert wave.changed.wait_for(lambda: block not in wave.waiting, PATIENCE_S), "no segment ever comes"
+            assert wave.changed.wait_for(lambda: block not in wave.waiting, PATIENCE_S), "no part ever comes"
 
     def load_u32(address):
         address = int(address)

@@ -1,17 +1,17 @@
-"""Grouped GEMM over the rows of a wave that arrives in segments: one launch, which takes the tiles of segments that are there.
+"""Grouped GEMM over the rows of a wave that arrives in parts: one launch, which takes the tiles of parts that are there.
 
     lane of the communication      rows 0 | index 0 | flag 0 | rows 1 | index 1 | flag 1 | ...
-    one persistent launch            waits for flags, takes batches of segments (arrival_raster.py): a = activation(x gate^T) ...
+    one persistent launch            waits for flags, takes batches of parts (arrival_raster.py): a = activation(x gate^T) ...
     another, behind it                                                                              y = a down^T
 
 As wgmma.py otherwise, whose tiles, sums and bits these are; but the rows of a tile are anywhere, so that tiles hold rows of
-several segments. Both GEMMs gather them: the first one from the wire buffer, the second one from a. Only producers know batches: they
+several parts. Both GEMMs gather them: the first one from the wire buffer, the second one from a. Only producers know batches: they
 put a tile's rows and shape into shared memory beside the tile's first stage, and consumers read it there.
 
     slot of a stage    | rows in the tile (0: no more tiles) | expert | first column | cuts | places [128] | rows of x [128] |
 
-The first launch must find room beside all collectives that may be under way, and the index of a segment beside them; work that
-comes before a flag must never wait for it. It lets no other kernel start early before the last segment is there.
+The first launch must find room beside all collectives that may be under way, and the index of a part beside them; work that
+comes before a flag must never wait for it. It lets no other kernel start early before the last part is there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import cache
 import torch
 
 from pipemoe_kernels.ptx import hopper as ptx
-from pipemoe_kernels.gemm.arrivals.raster import FIRST_ROWS_AT, MAX_SEGMENTS, TABLE_BYTES
+from pipemoe_kernels.gemm.arrivals.raster import FIRST_ROWS_AT, MAX_PARTS, TABLE_BYTES
 from pipemoe_kernels.gemm.arrivals.raster import claim_batch, find_place, load_batch_ends, sync_producers
 from pipemoe_kernels.gemm.roles import PART_COLUMNS, consumer, gathering_producer
 from pipemoe_kernels.gemm.wgmma import GroupedKernel
@@ -30,7 +30,7 @@ from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx.wgmma import STEP
 from pipemoe_kernels.gemm.raster import find_tile, next_expert, plan_rounds, steps_in_stage, tile_of
 from pipemoe_kernels.gemm.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, announce_rest, skip_tile
-from pipemoe_kernels.gemm.arrivals.segments import Segments
+from pipemoe_kernels.gemm.arrivals.parts import Parts
 from pipemoe_kernels.gemm.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS
 
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 80, 216
@@ -45,7 +45,7 @@ SHARED_BYTES = ROWS_128.shared_bytes + NUM_STAGES * SLOT_BYTES + TABLE_BYTES + 1
 
 @cache
 def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> GroupedKernel:
-    """With an activation: the GEMM that waits for segments, as wgmma.grouped_kernel has it. None: that of what it gave."""
+    """With an activation: the GEMM that waits for parts, as wgmma.grouped_kernel has it. None: that of what it gave."""
     waits = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias, activation) for c in range(3))
@@ -55,7 +55,7 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
     keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
 
     def arriving_gemm(
-        x, x_stride, tokens, top_k, segment_ends, num_segments, row_0, row_1, row_2, row_3, row_4, row_5, row_6, row_7,
+        x, x_stride, tokens, top_k, part_ends, num_parts, row_0, row_1, row_2, row_3, row_4, row_5, row_6, row_7,
         flags, epoch, batches, w_map, first_w_row, num_local, num_columns, depth, bias, out, out_row_bytes,
     ):
         barriers = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
@@ -92,23 +92,23 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
             column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
             num_blocks = UINT32(cuda.gridDim.x)
             slot = UINT32(cuda.blockIdx.x)
-            all_segments = UINT32((UINT32(1) << num_segments) - UINT32(1))
+            all_parts = UINT32((UINT32(1) << num_parts) - UINT32(1))
             parity = UINT32(1)
             issued = UINT32(0)
             done = UINT32(0)
-            batch = all_segments
-            while done != all_segments:
+            batch = all_parts
+            while done != all_parts:
                 if waits:
                     if thread == 0:
-                        ptx.store_shared_u32(batch_at, claim_batch(flags, num_segments, epoch, done, batches))
+                        ptx.store_shared_u32(batch_at, claim_batch(flags, num_parts, epoch, done, batches))
                     sync_producers()
                     batch = ptx.load_shared_u32(batch_at)
                     batches += ADDRESS(8)
                 done = UINT32(done | batch)
-                if waits and done == all_segments:
+                if waits and done == all_parts:
                     # Before, blocks of the next kernel might take the room of what this one waits for.
                     ptx.launch_dependents()
-                row_tiles = load_batch_ends(thread, batch, segment_ends, num_segments, num_local, table, ends)
+                row_tiles = load_batch_ends(thread, batch, part_ends, num_parts, num_local, table, ends)
                 num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
                 whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, MAX_CUTS, UINT32(TILE_ROWS))
                 num_slots = UINT32(whole + (UINT32(row_tiles * column_tiles - whole) << rest_cuts))
@@ -116,13 +116,13 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                 first_tile = UINT32(0)
                 begin = UINT32(0)
                 while slot < num_slots:
-                    tile, cuts, part = tile_of(slot, whole, rest_cuts)
+                    tile, cuts, cut = tile_of(slot, whole, rest_cuts)
                     expert, first_tile, begin, end = next_expert(
                         tile, expert, first_tile, begin, ends, num_local, column_tiles, UINT32(TILE_ROWS)
                     )
                     row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, UINT32(TILE_ROWS))
                     count = UINT32(min(UINT32(end - row), UINT32(TILE_ROWS)))
-                    first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
+                    first_column = UINT32(column * output_columns + cut * (UINT32(output_columns) >> cuts))
                     at = UINT32(slots + stage * SLOT_BYTES)
                     ptx.barrier_wait(barriers + EMPTY_AT + 8 * stage, parity)
                     if thread < count:
@@ -200,10 +200,10 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                             rows_left, columns_left, gate_bias, up_bias,
                         )
 
-    of_segments = (ADDRESS, UINT32, ADDRESS, UINT32, *[UINT32] * MAX_SEGMENTS, ADDRESS, UINT32, ADDRESS)
+    of_parts = (ADDRESS, UINT32, ADDRESS, UINT32, *[UINT32] * MAX_PARTS, ADDRESS, UINT32, ADDRESS)
     kernel = Kernel(
         arriving_gemm,
-        (ADDRESS, UINT32, *of_segments, ADDRESS, UINT32, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32),
+        (ADDRESS, UINT32, *of_parts, ADDRESS, UINT32, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32),
         ROWS_128.threads,
         shared_bytes=SHARED_BYTES,
         hopper_only=True,
@@ -217,30 +217,30 @@ def gate_up_arriving(
     stream: Stream,
     kernel: GroupedKernel,
     hidden: torch.Tensor,
-    segments: Segments,
+    parts: Parts,
     gate_up_maps: int,
     bias: torch.Tensor | None,
     a: torch.Tensor,
     num_sms: int,
 ) -> None:
-    """a[p] = activation(gate x) * (up x), x the row of the pair with place p, for the places of all segments, as these arrive.
+    """a[p] = activation(gate x) * (up x), x the row of the pair with place p, for the places of all parts, as these arrive.
 
-    hidden [n, H] bfloat16: all segments' rows, strided on 16-byte boundaries; gate_up_maps: address of the tensor maps of
+    hidden [n, H] bfloat16: all parts' rows, strided on 16-byte boundaries; gate_up_maps: address of the tensor maps of
     [E_loc, 2I, H] with boxes of W_BOXES; bias [E_loc, 2I] or None; a [K n, I]: rows that are no place stay as they are.
     """
     num_pairs, intermediate = a.shape
-    num_local = segments.ends.shape[1]
+    num_local = parts.ends.shape[1]
     w_rows = 2 * intermediate if kernel.gated else intermediate
     row_bytes = hidden.stride(0) * 2
-    assert hidden.dtype == a.dtype == torch.bfloat16 and num_pairs == len(hidden) * segments.top_k <= len(segments.tokens)
+    assert hidden.dtype == a.dtype == torch.bfloat16 and num_pairs == len(hidden) * parts.top_k <= len(parts.tokens)
     assert hidden.shape[1] % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (hidden.shape, a.shape)
     assert hidden.stride(1) == 1 and hidden.data_ptr() % 16 == 0 and row_bytes % 16 == 0, hidden.stride()
     assert a.is_contiguous() and a.data_ptr() % 16 == 0 and a.nbytes < MAX_OUT_BYTES, a.shape
     assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, w_rows))
     kernel.kernel.launch(
         stream,
-        (_num_blocks(kernel, num_pairs, num_local, intermediate, num_sms, len(segments.first_rows)), 1),
-        *(hidden, row_bytes // 16, *segments.arguments(), gate_up_maps, 0, num_local, intermediate, hidden.shape[1]),
+        (_num_blocks(kernel, num_pairs, num_local, intermediate, num_sms, len(parts.first_rows)), 1),
+        *(hidden, row_bytes // 16, *parts.arguments(), gate_up_maps, 0, num_local, intermediate, hidden.shape[1]),
         *(hidden if bias is None else bias, a, 2 * intermediate),
     )
 
@@ -249,19 +249,19 @@ def down_arrived(
     stream: Stream,
     kernel: GroupedKernel,
     a: torch.Tensor,
-    segments: Segments,
+    parts: Parts,
     down_maps: int,
     y: torch.Tensor,
     num_sms: int,
     first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for the places of all segments, or some columns of it, from `first_column` on. All must have arrived. It does not start
+    """y[p] = down a[p] for the places of all parts, or some columns of it, from `first_column` on. All must have arrived. It does not start
     early, as its blocks would take the multiprocessors that the kernel before leaves to collectives.
 
     a [K n, I] contiguous; down_maps: address of the tensor maps of [E_loc, H, I] with boxes of W_BOXES; y [K n, columns], rows strided.
     """
     num_pairs, intermediate = a.shape
-    num_local, columns = segments.ends.shape[1], y.shape[1]
+    num_local, columns = parts.ends.shape[1], y.shape[1]
     assert a.dtype == y.dtype == torch.bfloat16 and a.is_contiguous() and a.data_ptr() % 16 == 0 and y.stride(1) == 1
     assert len(y) == num_pairs and num_pairs * y.stride(0) * 2 < MAX_OUT_BYTES, (y.shape, y.stride())
     assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
@@ -269,7 +269,7 @@ def down_arrived(
     kernel.kernel.launch(
         stream,
         (_num_blocks(kernel, num_pairs, num_local, columns, num_sms, 1), 1),
-        *(a, intermediate * 2 // 16, *segments.arguments(), down_maps, first_column, num_local, columns, intermediate),
+        *(a, intermediate * 2 // 16, *parts.arguments(), down_maps, first_column, num_local, columns, intermediate),
         *(a, y, 2 * y.stride(0)),
         may_start_early=False,
     )

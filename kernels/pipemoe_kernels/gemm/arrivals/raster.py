@@ -1,16 +1,16 @@
-"""Raster of the arrival-driven GEMM: batches of segments that have arrived, and the rows of a batch's tiles.
+"""Raster of the arrival-driven GEMM: batches of parts that have arrived, and the rows of a batch's tiles.
 
-    flags [S]       | e | - | e | - |    segments 0 and 2 have arrived: their flag is this call's epoch e
+    flags [S]       | e | - | e | - |    parts 0 and 2 have arrived: their flag is this call's epoch e
     batches [S]     | e: 0101 | - | - | - |    so the first batch is these two; whichever block saw it first has written it down
 
-    rows of one expert in a batch      segment 0: places 7, 8, 9   segment 2: places 50, 51      tile rows 0 1 2 | 3 4
+    rows of one expert in a batch      part 0: places 7, 8, 9   part 2: places 50, 51      tile rows 0 1 2 | 3 4
 
-A block that has taken its share of a batch looks at the next one. If no block has formed it, it becomes all segments that have
-arrived and are in no batch before; while there are none, the block waits. So late segments share tiles, and the weights that these
-read, with all that came while the blocks were busy; nobody waits for one segment while there is another.
+A block that has taken its share of a batch looks at the next one. If no block has formed it, it becomes all parts that have
+arrived and are in no batch before; while there are none, the block waits. So late parts share tiles, and the weights that these
+read, with all that came while the blocks were busy; nobody waits for one part while there is another.
 
-The place of a pair, which is its row of a and y, is known when its segment is there: K * the segment's first row, and from there on
-as the segment's own index has it (index_hopper.py).
+The place of a pair, which is its row of a and y, is known when its part is there: K * the part's first row, and from there on
+as the part's own index has it (index_hopper.py).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pipemoe_kernels.numba_cuda import cuda
 from pipemoe_kernels.ptx.hopper import add_shared_u32, load_shared_u32, load_u32, store_shared_u32
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS, ONE, TILE_ROWS
 
-MAX_SEGMENTS = 8
+MAX_PARTS = 8
 PRODUCERS = UINT32(128)
 WORD = UINT32(4)
-# Shared memory behind the address `table`: the segments' ends of experts, rows of MAX_EXPERTS; then the segments' first rows.
-FIRST_ROWS_AT = UINT32(4 * MAX_SEGMENTS * MAX_EXPERTS)
-TABLE_BYTES = 4 * MAX_SEGMENTS * (MAX_EXPERTS + 1)
+# Shared memory behind the address `table`: the parts' ends of experts, rows of MAX_EXPERTS; then the parts' first rows.
+FIRST_ROWS_AT = UINT32(4 * MAX_PARTS * MAX_EXPERTS)
+TABLE_BYTES = 4 * MAX_PARTS * (MAX_EXPERTS + 1)
 
 
 @cuda.jit(device=True, inline="always")
@@ -37,8 +37,8 @@ def sync_producers():
 
 
 @cuda.jit(device=True, inline="always")
-def claim_batch(flags, num_segments, epoch, done, word):
-    """By one thread: the segments of the batch at address `word`, as bits; none of those in `done`."""
+def claim_batch(flags, num_parts, epoch, done, word):
+    """By one thread: the parts of the batch at address `word`, as bits; none of those in `done`."""
     batch = UINT32(0)
     while batch == 0:
         found = ptx.load_batch(word)
@@ -46,9 +46,9 @@ def claim_batch(flags, num_segments, epoch, done, word):
             batch = UINT32(found & ADDRESS(0xFFFFFFFF))
         else:
             arrived = UINT32(0)
-            for segment in range(num_segments):
-                bit = UINT32(ONE << UINT32(segment))
-                if done & bit == 0 and ptx.load_flag(flags + WORD * UINT32(segment)) == epoch:
+            for part in range(num_parts):
+                bit = UINT32(ONE << UINT32(part))
+                if done & bit == 0 and ptx.load_flag(flags + WORD * UINT32(part)) == epoch:
                     arrived = UINT32(arrived | bit)
             if arrived == 0:
                 ptx.pause()
@@ -58,19 +58,19 @@ def claim_batch(flags, num_segments, epoch, done, word):
 
 
 @cuda.jit(device=True, inline="always")
-def load_batch_ends(thread, batch, segment_ends, num_segments, num_local, table, ends):
-    """By all producers: copy the batch's segments' ends, their sums, and the number of row tiles behind those."""
+def load_batch_ends(thread, batch, part_ends, num_parts, num_local, table, ends):
+    """By all producers: copy the batch's parts' ends, their sums, and the number of row tiles behind those."""
     num_tiles_at = UINT32(ends + WORD * num_local)
     sync_producers()  # nobody reads the last batch's any more
     if thread == UINT32(0):
         store_shared_u32(num_tiles_at, UINT32(0))
     for expert in range(thread, num_local, PRODUCERS):
         end = UINT32(0)
-        for segment in range(num_segments):
-            if batch & UINT32(ONE << UINT32(segment)):
-                segment_end = load_u32(segment_ends + WORD * UINT32(segment * num_local + expert))
-                store_shared_u32(UINT32(table + WORD * UINT32(segment * MAX_EXPERTS + expert)), segment_end)
-                end = UINT32(end + segment_end)
+        for part in range(num_parts):
+            if batch & UINT32(ONE << UINT32(part)):
+                part_end = load_u32(part_ends + WORD * UINT32(part * num_local + expert))
+                store_shared_u32(UINT32(table + WORD * UINT32(part * MAX_EXPERTS + expert)), part_end)
+                end = UINT32(end + part_end)
         store_shared_u32(UINT32(ends + WORD * expert), end)
     sync_producers()
     for expert in range(thread, num_local, PRODUCERS):
@@ -83,15 +83,15 @@ def load_batch_ends(thread, batch, segment_ends, num_segments, num_local, table,
 
 @cuda.jit(device=True, inline="always")
 def find_place(number, expert, batch, table, top_k):
-    """Of the expert's row `number` of a batch: its place, and the first row of its segment."""
-    segment = UINT32(0)
+    """Of the expert's row `number` of a batch: its place, and the first row of its part."""
+    part = UINT32(0)
     while True:
-        if batch & UINT32(ONE << segment):
-            at = UINT32(table + WORD * UINT32(segment * UINT32(MAX_EXPERTS) + expert))
+        if batch & UINT32(ONE << part):
+            at = UINT32(table + WORD * UINT32(part * UINT32(MAX_EXPERTS) + expert))
             begin = load_shared_u32(UINT32(at - WORD)) if expert > 0 else UINT32(0)
             count = UINT32(load_shared_u32(at) - begin)
             if number < count:
-                first_row = load_shared_u32(UINT32(table + FIRST_ROWS_AT + WORD * segment))
+                first_row = load_shared_u32(UINT32(table + FIRST_ROWS_AT + WORD * part))
                 return UINT32(first_row * top_k + begin + number), first_row
             number = UINT32(number - count)
-        segment = UINT32(segment + ONE)
+        part = UINT32(part + ONE)

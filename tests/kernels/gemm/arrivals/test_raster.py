@@ -18,10 +18,10 @@ NUM_LOCAL, FIRST_EXPERT, TOP_K, EPOCH = 3, 1, 2, 7
 OLD = (EPOCH - 1) << 32 | 0b1111  # what a call before has left in the batches
 
 
-def make_wave(ids, segment_rows, num_blocks):
+def make_wave(ids, part_rows, num_blocks):
     """The wave, and of each local pair: its place, expert and token."""
     tokens, ends, pairs, first = [-1] * ids.numel(), [], [], 0
-    for count in segment_rows:
+    for count in part_rows:
         offsets, positions = expected_index(ids[first : first + count], FIRST_EXPERT, NUM_LOCAL)
         ends += offsets.tolist()
         for token, k in torch.nonzero(positions >= 0).tolist():
@@ -29,17 +29,17 @@ def make_wave(ids, segment_rows, num_blocks):
             tokens[place] = token
             pairs.append((place, int(ids[first + token, k]) - FIRST_EXPERT, first + token))
         first += count
-    count = len(segment_rows)
+    count = len(part_rows)
     return Wave(num_blocks, [EPOCH - 1] * count, [OLD] * count, tokens, ends), pairs
 
 
-def run(monkeypatch, ids, segment_rows, groups, *, num_blocks=2, columns=300, depth=200, gated=True, waits=True, one_by_one=True):
-    """Launch, let the segments of each group arrive together, and check all that was read and written."""
-    wave, pairs = make_wave(ids, segment_rows, num_blocks)
+def run(monkeypatch, ids, part_rows, groups, *, num_blocks=2, columns=300, depth=200, gated=True, waits=True, one_by_one=True):
+    """Launch, let the parts of each group arrive together, and check all that was read and written."""
+    wave, pairs = make_wave(ids, part_rows, num_blocks)
     kernel = stand_ins(wave, monkeypatch)(gated=gated, activation="silu" if waits else None)
-    firsts = [sum(segment_rows[:s]) for s in range(8)]
+    firsts = [sum(part_rows[:s]) for s in range(8)]
     row_bytes, w_row = 2 * columns, 0 if waits else 64
-    arguments = (0, 1, TOKENS, TOP_K, ENDS, len(segment_rows), *firsts, FLAGS, EPOCH, BATCHES)
+    arguments = (0, 1, TOKENS, TOP_K, ENDS, len(part_rows), *firsts, FLAGS, EPOCH, BATCHES)
     join = launch(wave, kernel.kernel, (*arguments, 0, w_row, NUM_LOCAL, columns, depth, 0, 0, row_bytes))
     for group in groups if waits else ():
         if one_by_one:
@@ -62,7 +62,7 @@ def run(monkeypatch, ids, segment_rows, groups, *, num_blocks=2, columns=300, de
 
 
 def batches(wave):
-    """Segments of each batch of this call, in order."""
+    """Parts of each batch of this call, in order."""
     masks = [word & 0xFFFFFFFF for word in wave.batches if word >> 32 == EPOCH]
     return [[s for s in range(8) if mask >> s & 1] for mask in masks]
 
@@ -72,7 +72,7 @@ def random_ids(num_rows):
 
 
 @pytest.mark.parametrize("groups", [[[0, 1, 2]], [[2], [0], [1]], [[1], [0, 2]]])
-def test_segments_that_arrive_together_share_tiles(groups, monkeypatch):
+def test_parts_that_arrive_together_share_tiles(groups, monkeypatch):
     wave = run(monkeypatch, random_ids(60), [23, 1, 36], groups)
     assert batches(wave) == groups
 
@@ -86,7 +86,7 @@ def test_all_rows_on_one_expert(monkeypatch):
     run(monkeypatch, torch.full((90, TOP_K), 2).int(), [50, 40], [[1], [0]], num_blocks=3)
 
 
-def test_segments_without_local_pairs(monkeypatch):
+def test_parts_without_local_pairs(monkeypatch):
     ids = random_ids(40)
     ids[:25] = 5
     run(monkeypatch, ids, [25, 15], [[0], [1]], columns=72)

@@ -1,4 +1,4 @@
-"""What the arrival-driven GEMMs know of a wave: its segments, their index, and the words that say which are there."""
+"""What the arrival-driven GEMMs know of a wave: its parts, their index, and the words that say which are there."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from pipemoe_kernels.gemm.arrivals.raster import MAX_SEGMENTS
+from pipemoe_kernels.gemm.arrivals.raster import MAX_PARTS
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS
 
 
 @dataclass(frozen=True)
-class Segments:
+class Parts:
     """Rows of a wave in the parts in which they arrive, and the index of each (see index_hopper.py).
 
-    first_rows: of each, ascending; none is empty. top_k: K. tokens [pairs] int32: the segment's tokens from place K * its first row
-    on, counted from its first row. ends [S, E_loc] int32, rows E_loc apart: ends of the experts' places, counted from the segment's
-    first one. flags [S] and batches [S], int32 and int64: a segment is there when its flag is `epoch`; batches hold no word of it yet.
+    first_rows: of each, ascending; none is empty. top_k: K. tokens [pairs] int32: the part's tokens from place K * its first row
+    on, counted from its first row. ends [S, E_loc] int32, rows E_loc apart: ends of the experts' places, counted from the part's
+    first one. flags [S] and batches [S], int32 and int64: a part is there when its flag is `epoch`; batches hold no word of it yet.
     """
 
     first_rows: Sequence[int]
@@ -31,9 +31,9 @@ class Segments:
     def arguments(self) -> tuple[torch.Tensor | int, ...]:
         """For the kernels' parameters from `tokens` to `batches`."""
         count = len(self.first_rows)
-        assert 1 <= count <= MAX_SEGMENTS and 0 < self.epoch < 2**31, (count, self.epoch)
+        assert 1 <= count <= MAX_PARTS and 0 < self.epoch < 2**31, (count, self.epoch)
         assert self.tokens.dtype == self.ends.dtype == self.flags.dtype == torch.int32 and self.batches.dtype == torch.int64
         assert self.ends.is_contiguous() and self.ends.shape[0] >= count and self.ends.shape[1] <= MAX_EXPERTS, self.ends.shape
         assert self.flags.is_contiguous() and self.batches.is_contiguous() and min(len(self.flags), len(self.batches)) >= count
-        rows = [*self.first_rows, *[0] * (MAX_SEGMENTS - count)]
+        rows = [*self.first_rows, *[0] * (MAX_PARTS - count)]
         return (self.tokens, self.top_k, self.ends, count, *rows, self.flags, self.epoch, self.batches)
