@@ -6,7 +6,7 @@
 1. Parity of every mode with the plain Hugging Face forward (ttft_parity.py); a mode that fails is reported, and the exit status
    is 1.
 2. Timing (ttft_measure.py): the requests of a step arrive together when it starts, so this is prefill under skew, not
-   queueing; `--arrivals trace` replays the trace's own clock with queueing instead (ttft_serve.py).
+   queueing; `--requests trace` replays the trace's own clock with queueing instead (ttft_serve.py).
 3. A table on standard output, whose last line is the results as one JSON document (results_schema.py); in --out the same
    as ttft.json, a picture of the TTFT distribution, and a timeline per mode for Perfetto (https://ui.perfetto.dev), of the
    step with most tokens.
@@ -85,8 +85,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     inputs.add_argument("--first-request", type=int, default=0, help="number of the trace's request to begin with")
     inputs.add_argument("--requests-per-rank", type=positive(int), default=1, help="that a step of the trace gives each rank (default 1)")
     inputs.add_argument("--draws", type=int, default=0, metavar="N", help="also N steps with one request per rank, drawn from each trace")
-    inputs.add_argument("--arrivals", choices=("together", "trace"), default="together", help="of a step's requests; trace: by the trace's clock")
-    inputs.add_argument("--time-scale", type=positive(float), default=1.0, help="with --arrivals trace: how much faster than the trace's clock")
+    inputs.add_argument("--requests", choices=("together", "trace"), default="together", help="when those of a step come; trace: by the trace's clock")
+    inputs.add_argument("--time-scale", type=positive(float), default=1.0, help="with --requests trace: how much faster than the trace's clock")
     run = parser.add_argument_group("run")
     parser.add_device()
     run.add_argument("--modes", default=",".join(MODES), help="default: %(default)s")
@@ -98,7 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--max-tokens-per-rank", type=positive(int), help="default: what the inputs need")
     run.add_argument("--combine", choices=COMBINES, default="reduce")
     run.add_argument("--combine-blocks", type=positive(int), metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
-    run.add_argument("--expert-arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: chosen in mode auto, else off)")
+    run.add_argument("--arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: chosen in mode auto, else off)")
     run.add_argument("--num-sms", type=positive(int), metavar="N", help="that the experts' kernels fill in every plan (default: as planned)")
     run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
     run.add_argument("--deterministic", action="store_true")
@@ -115,8 +115,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--modes {','.join(options.modes)}: give each once, of {', '.join(MODES)}")
     if options.trace_unit and not options.trace:
         parser.error("--trace-unit is of the times in --trace, which is not given")
-    if options.arrivals == "trace" and (options.rank_tokens or options.draws):
-        parser.error("--arrivals trace needs a trace; --rank-tokens and --draws have no arrival times")
+    if options.requests == "trace" and (options.rank_tokens or options.draws):
+        parser.error("--requests trace needs a trace; --rank-tokens and --draws have no times")
     try:
         options.budgets = [int(percent) for percent in options.budgets.split(",") if percent]
     except ValueError:
@@ -157,9 +157,9 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
     from pipemoe import Config
 
     needed = max(w.max_tokens_per_rank for w in workloads)
-    if options.arrivals == "trace":  # a rank takes more than one request when several wait
+    if options.requests == "trace":  # a rank takes more than one request when several wait
         needed = max(options.moe_max_num_tokens, *(w.longest for w in workloads))
-    if options.max_tokens_per_rank is not None and options.max_tokens_per_rank < needed and options.arrivals == "together":
+    if options.max_tokens_per_rank is not None and options.max_tokens_per_rank < needed and options.requests == "together":
         raise ConfigError(f"--max-tokens-per-rank is {options.max_tokens_per_rank}, but a step gives one rank {needed} tokens")
     return [
         Config(
@@ -169,7 +169,7 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
             num_slots=options.num_slots,
             combine=options.combine,
             combine_blocks=options.combine_blocks,
-            arrivals=None if options.expert_arrivals is None else options.expert_arrivals == "on",
+            arrivals=None if options.arrivals is None else options.arrivals == "on",
             num_sms=options.num_sms,
             combine_dtype=options.combine_dtype,
             deterministic=options.deterministic,
@@ -228,19 +228,19 @@ def run(world: World, options: argparse.Namespace) -> int:
     rows, measured = [], []
     for workload in workloads:
         progress.say(f"{workload.name}: {sum(map(len, workload.prompts))} requests in {len(workload.steps)} steps")
-        if options.arrivals == "trace":
+        if options.requests == "trace":
             found = serve(world, models, workload, rounds=options.rounds, time_scale=options.time_scale, seed=options.seed, progress=progress)
         else:
             rounds = options.rounds if workload.trace is None else options.draw_rounds
             found = Bench(world, models, workload, options.seed, progress).measure(rounds, overlap=workload.trace is None)
         if world.rank == 0:
             facts = {"model": model.name, "layers": model.num_layers, "num_ranks": world.size, "rank_tokens": workload.rank_tokens}
-            facts |= {"dtype": dtype_name(dtype), "moe_max_num_tokens": options.moe_max_num_tokens, "arrivals": options.arrivals}
+            facts |= {"dtype": dtype_name(dtype), "moe_max_num_tokens": options.moe_max_num_tokens, "requests": options.requests}
             facts |= {"trace": workload.trace, "rounds": options.rounds if workload.trace is None else options.draw_rounds}
             for mode, model_of_mode in models.items():
                 more = {"makespan_budget": model_of_mode.config.makespan_budget}
-                if options.arrivals == "together":
-                    more |= predicted_ms(model_of_mode, workload) | {"steps_with_expert_arrivals": steps_with_arrivals(model_of_mode, workload)}
+                if options.requests == "together":
+                    more |= predicted_ms(model_of_mode, workload) | {"steps_with_arrivals": steps_with_arrivals(model_of_mode, workload)}
                 rows.append(_row(mode, facts | more, found[mode], peak_bytes[mode], parity[mode.split()[0]]))
             measured.append((workload, found))
             write(options, rows)  # should a later workload fail, what was measured is kept

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def serve(world: World, models: dict[str, Model], workload: Workload, *, rounds: int, time_scale: float, seed: int, progress: Progress) -> dict[str, Measured]:
-    """Every mode's figures: medians over `rounds` replays, interleaved over modes; arrivals divided by `time_scale`."""
+    """Every mode's figures: medians over `rounds` replays, interleaved over modes; the trace's times divided by `time_scale`."""
     modes = list(models)
     replays: dict[str, list[list[dict]]] = {mode: [] for mode in modes}
     for round_number in range(rounds):
@@ -47,7 +47,7 @@ def _replay(world: World, model: Model, workload: Workload, time_scale: float, s
         # One small exchange a step: is anything left anywhere, and when does the next request come?
         now = time.perf_counter() - begin
         until_next = max(0.0, waiting[0][0] - now) if waiting else None
-        left = [u for u in (json.loads(p) for p in world.all_gather(json.dumps(until_next).encode(), "arrivals")) if u is not None]
+        left = [u for u in (json.loads(p) for p in world.all_gather(json.dumps(until_next).encode(), "when the next request comes")) if u is not None]
         if not left:
             break
         time.sleep(min(left))

@@ -52,7 +52,7 @@ def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
         assert 0 < row["ttft_ms_median_rank"] <= row["ttft_ms_slowest_rank"]
         assert 0 < row["predicted_median_rank_ms"] <= row["predicted_ttft_ms"]
         assert 0 < row["least_mean_ttft_ms"] == row["most_mean_ttft_ms"] and "even_mean_ttft_ms" not in row  # one round
-        assert row["plan_ms"] > 0 and row["plan_cached_ms"] > 0 and row["steps_with_expert_arrivals"] == 0
+        assert row["plan_ms"] > 0 and row["plan_cached_ms"] > 0 and row["steps_with_arrivals"] == 0
         assert row.get("segments_alone_ms", 1) > 0 and ("segments_alone_ms" in row or row["mode"] not in ("padded", "broadcast", "chunked"))
         assert row["peak_workspace_bytes"] > 0 and row["exposed_comm_ms"] >= 0
         assert (row["overlap_pct"] is None) == (world.size == 1)
@@ -99,16 +99,16 @@ def test_experts_of_the_host_take_no_waves_as_they_arrive(world, arguments):
     if world.device.type != "cpu":
         pytest.skip("experts of a GPU may take them")
     with pytest.raises(ConfigError, match="host experts take whole waves only"):
-        ttft.run(world, arguments("--modes", "chunked", "--expert-arrivals", "on"))
+        ttft.run(world, arguments("--modes", "chunked", "--arrivals", "on"))
 
 
 @pytest.mark.mpi
-def test_arrivals_by_the_traces_clock(world, arguments, capsys):
-    options = arguments("--arrivals", "trace", "--time-scale", "100", "--modes", "pipelined,broadcast", "--rounds", "1")
+def test_requests_by_the_traces_clock(world, arguments, capsys):
+    options = arguments("--requests", "trace", "--time-scale", "100", "--modes", "pipelined,broadcast", "--rounds", "1")
     assert ttft.run(world, options) == 0
     if world.rank == 0:
         for row in last_line(capsys)["rows"]:
-            assert row["arrivals"] == "trace" and row["completed"] == 5 and row["overlap_pct"] is None
+            assert row["requests"] == "trace" and row["completed"] == 5 and row["overlap_pct"] is None
             assert min(row["ttfts"]) > 0
 
 
@@ -151,7 +151,7 @@ def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments, tmp_path)
         (["--rounds", "0"], "invalid positive int value: '0'"),
         (["--scale", "nan"], "invalid positive float value: 'nan'"),
         (["--device", "cpu", "--backend", "nccl"], "--backend nccl is the transport of cuda"),
-        (["--arrivals", "trace", "--rank-tokens", "1,2"], "have no arrival times"),
+        (["--requests", "trace", "--rank-tokens", "1,2"], "have no times"),
         (["--budgets", "5,x"], "whole numbers of percent"),
         (["--budgets", "5", "--modes", "padded"], "not among --modes"),
     ],
