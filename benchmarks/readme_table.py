@@ -5,7 +5,7 @@ The page marks where a table goes and from which results; what stands between th
     <!-- results: benchmarks/results/h200_one_gpu/ttft.json -->
     <!-- end of results -->
 
-Or `verdicts:` in place of `results:`, with results of ttft.py: who is ahead of whom, as ttft_judge.py says.
+Or `verdicts:` in place of `results:`, with results of ttft: who is ahead of whom, as ttft/judge.py says.
 
 python benchmarks/readme_table.py README.md            # rewrite the page
 python benchmarks/readme_table.py --check README.md    # exit status 1 when the page is not what its results say

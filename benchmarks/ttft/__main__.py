@@ -3,10 +3,10 @@
     launch/mpirun.sh -n 4 benchmarks/ttft                                      # small model, real trace scaled down
     launch/mpirun.sh -n 8 benchmarks/ttft --model qwen3-30b-a3b --rank-tokens 4096,16,16,16,16,16,16,16
 
-1. Parity of every mode with the plain Hugging Face forward (ttft_parity.py); a mode that fails is reported, and the exit status
+1. Parity of every mode with the plain Hugging Face forward (parity.py); a mode that fails is reported, and the exit status
    is 1.
-2. Timing (ttft_measure.py): the requests of a step arrive together when it starts, so this is prefill under skew, not
-   queueing; `--requests trace` replays the trace's own clock with queueing instead (ttft_serve.py).
+2. Timing (measure.py): the requests of a step arrive together when it starts, so this is prefill under skew, not
+   queueing; `--requests trace` replays the trace's own clock with queueing instead (serve.py).
 3. A table on standard output, whose last line is the results as one JSON document (results_schema.py); in --out the same
    as ttft.json, a picture of the TTFT distribution, and a timeline per mode for Perfetto (https://ui.perfetto.dev), of the
    step with most tokens.

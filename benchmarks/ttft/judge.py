@@ -1,4 +1,4 @@
-"""Who is ahead of whom in results of ttft.py: mode auto against the fixed modes, and predictions against measured times.
+"""Who is ahead of whom in results of ttft: mode auto against the fixed modes, and predictions against measured times.
 
     python benchmarks/ttft/judge.py benchmarks/results/h200_one_gpu/ttft.json
 
@@ -119,7 +119,7 @@ def judgement(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Say who is ahead of whom in results of ttft.py.")
+    parser = argparse.ArgumentParser(description="Say who is ahead of whom in results of ttft.")
     parser.add_argument("results", help="a JSON file that ttft.py wrote")
     options = parser.parse_args()
     try:
@@ -128,7 +128,7 @@ def main() -> None:
             raise InputError(f"{options.results} holds results of {document['benchmark']}, not of ttft")
         print(judgement(document["rows"]))
     except InputError as error:
-        parser.exit(1, f"ttft_judge.py: {error}\n")
+        parser.exit(1, f"ttft/judge.py: {error}\n")
 
 
 if __name__ == "__main__":
