@@ -1,12 +1,13 @@
-"""A wave whose rows arrive in parts: one arrival-driven launch beside a call per part, and one call behind the last part.
+"""A wave whose rows arrive in parts: one arrival-driven launch beside a call per part, and one call behind the last
+part.
 
     python benchmarks/arrivals.py
 
-On one GPU. Another stream stands for the dispatch: it waits as long as a broadcast of each part takes at --gbps, copies the
-part's rows to where the experts read them, and says that they are there. The first part is this rank's own, and there at once.
-Per row: `ms` from the start of the dispatch to the end of the experts, `last_arrival_ms` when the last part was there, and
-`resident_ms` of a call whose rows were all there before. All forms leave the same multiprocessors to collectives, and are held
-to the same bits before anything is timed.
+On one GPU. Another stream stands for the dispatch: it waits as long as a broadcast of each part takes at --gbps, copies
+the part's rows to where the experts read them, and says that they are there. The first part is this rank's own, and
+there at once. Per row: `ms` from the start of the dispatch to the end of the experts, `last_arrival_ms` when the last
+part was there, and `resident_ms` of a call whose rows were all there before. All forms leave the same multiprocessors
+to collectives, and are held to the same bits before anything is timed.
 """
 
 from __future__ import annotations
@@ -30,20 +31,38 @@ from pipemoe.errors import ConfigError
 FORMS = ("whole", "groups", "arrivals")
 SMS_FOR_COLLECTIVES = 8
 HEAD_START_CYCLES = 6_000_000  # some 3 ms, in which the host enqueues all of a round
-CASES = (("qwen3-30b-a3b", 4096), ("qwen3-30b-a3b", 16384), ("deepseek-v3", 1024), ("deepseek-v3", 4096), ("deepseek-v3", 16384))
+CASES = (
+    ("qwen3-30b-a3b", 4096),
+    ("qwen3-30b-a3b", 16384),
+    ("deepseek-v3", 1024),
+    ("deepseek-v3", 4096),
+    ("deepseek-v3", 16384),
+)
 _COLUMNS = ("layer", "tokens", "parts", "form", "ms", "spread %", "last arrival", "resident")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = RankParser(description="Time experts calls whose rows arrive in parts.")
-    parser.add_argument("--cases", default=",".join(f"{name}:{tokens}" for name, tokens in CASES), help="layer:tokens (default: %(default)s)")
-    parser.add_argument("--parts", type=positive(int), default=4, help="of equal length, at most 8 (default: %(default)s)")
-    parser.add_argument("--gbps", type=positive(float), default=330.0, help="of the broadcasts, in GB/s (default: %(default)s)")
+    parser.add_argument(
+        "--cases",
+        default=",".join(f"{name}:{tokens}" for name, tokens in CASES),
+        help="layer:tokens (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--parts", type=positive(int), default=4, help="of equal length, at most 8 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gbps", type=positive(float), default=330.0, help="of the broadcasts, in GB/s (default: %(default)s)"
+    )
     parser.add_argument("--rounds", type=positive(int), default=7, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, default=Path("out/arrivals.json"), metavar="FILE", help="results (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("out/arrivals.json"), metavar="FILE", help="results (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
-        options.cases = [(name, positive(int)(tokens)) for name, tokens in (case.split(":") for case in options.cases.split(","))]
+        options.cases = [
+            (name, positive(int)(tokens)) for name, tokens in (case.split(":") for case in options.cases.split(","))
+        ]
     except ValueError:
         parser.error(f"--cases {options.cases}: layer:tokens with commas between are wanted")
     if unknown := {name for name, _ in options.cases} - set(LAYERS):
@@ -77,7 +96,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(name: str, layer: Layer, num_tokens: int, weights: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(
+    name: str, layer: Layer, num_tokens: int, weights: Any, options: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Check and time all forms on one case; a row of results each."""
     import torch
 
@@ -104,13 +125,29 @@ def measure(name: str, layer: Layer, num_tokens: int, weights: Any, options: arg
     for form, ms in times.items():
         result = {
             **{"layer": name, "H": layer.hidden, "I": layer.intermediate, "experts": layer.num_experts},
-            **{"local_experts": layer.num_local_experts, "top_k": layer.top_k, "tokens": num_tokens, "part_rows": part_rows},
-            **{"gbps": options.gbps, "sms_for_collectives": SMS_FOR_COLLECTIVES, "form": form, "ms": statistics.median(ms), "ms_rounds": ms},
+            **{
+                "local_experts": layer.num_local_experts,
+                "top_k": layer.top_k,
+                "tokens": num_tokens,
+                "part_rows": part_rows,
+            },
+            **{
+                "gbps": options.gbps,
+                "sms_for_collectives": SMS_FOR_COLLECTIVES,
+                "form": form,
+                "ms": statistics.median(ms),
+                "ms_rounds": ms,
+            },
             **{"last_arrival_ms": statistics.median(arrivals), "resident_ms": statistics.median(resident)},
         }
         results.append(result)
         spread = 100 * (max(ms) - min(ms)) / result["ms"]
-        figures = (f"{result['ms']:.4f}", f"{spread:.0f}", f"{result['last_arrival_ms']:.4f}", f"{result['resident_ms']:.4f}")
+        figures = (
+            f"{result['ms']:.4f}",
+            f"{spread:.0f}",
+            f"{result['last_arrival_ms']:.4f}",
+            f"{result['resident_ms']:.4f}",
+        )
         print(_line((name, num_tokens, options.parts, form, *figures)))
     return results
 
@@ -205,7 +242,9 @@ def _cycles_of_ms() -> float:
 
 def _line(cells: Sequence[Any]) -> str:
     widths = (18, 6, 8, 9, 9, 8, 12, 9)
-    return " ".join(f"{cell:<{w}}" if i in (0, 3) else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+    return " ".join(
+        f"{cell:<{w}}" if i in (0, 3) else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
 
 
 if __name__ == "__main__":

@@ -36,15 +36,27 @@ class RankParser(argparse.ArgumentParser):
 
     def add_device(self) -> None:
         """--device and --backend, which say the same, and --num-slots."""
-        self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one")
-        self.add_argument("--backend", choices=tuple(BACKENDS), default="auto", help="the device's transport: mpi on cpu, nccl on cuda")
-        self.add_argument("--num-slots", type=positive(int), help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)")
+        self.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
+        )
+        self.add_argument(
+            "--backend",
+            choices=tuple(BACKENDS),
+            default="auto",
+            help="the device's transport: mpi on cpu, nccl on cuda",
+        )
+        self.add_argument(
+            "--num-slots", type=positive(int), help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)"
+        )
 
     def device_of(self, options: argparse.Namespace) -> str:
         """The device for pipemoe.init."""
         named = {options.device, BACKENDS[options.backend]} - {"auto"}
         if len(named) > 1:
-            self.error(f"--backend {options.backend} is the transport of {BACKENDS[options.backend]}, not of --device {options.device}")
+            self.error(
+                f"--backend {options.backend} is the transport of {BACKENDS[options.backend]}, not of --device "
+                f"{options.device}"
+            )
         return named.pop() if named else "auto"
 
 

@@ -1,10 +1,11 @@
-"""What survivors of a lost rank do: a rank is killed, or stopped, in the middle of a step, and the launcher does not clean up.
+"""What survivors of a lost rank do: a rank is killed, or stopped, in the middle of a step, and the launcher does not
+clean up.
 
     python benchmarks/faults.py 8 --json results.json
 
-Ranks run tests/faults/ranks.py, a GPU each where there are as many, else together on one, or on the CPU. Per fault: seconds from
-the signal until every survivor's process has ended (the watchdog's time is in the row), and what they said. The last line of
-stdout is the results as one JSON document (results_schema.py).
+Ranks run tests/faults/ranks.py, a GPU each where there are as many, else together on one, or on the CPU. Per fault:
+seconds from the signal until every survivor's process has ended (the watchdog's time is in the row), and what they
+said. The last line of stdout is the results as one JSON document (results_schema.py).
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ def measure(fault: str, num_ranks: int) -> dict[str, Any]:
         seconds = job.seconds_to_end()
         job.wait()
         left, reasons = len(job.left_behind()), job.reasons()
-    row = {"fault": fault, "num_ranks": num_ranks, "watchdog_s": WATCHDOG_SECONDS, "last_survivor_ended_s": round(max(seconds), 3)}
+    row = {
+        "fault": fault,
+        "num_ranks": num_ranks,
+        "watchdog_s": WATCHDOG_SECONDS,
+        "last_survivor_ended_s": round(max(seconds), 3),
+    }
     return row | {"left_behind": left, "message": reasons[0] if reasons else None, "survivors_ended_s": seconds}
 
 
@@ -46,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for fault in SIGNALS:
         rows.append(measure(fault, options.num_ranks))
-        print(f"{fault}: survivors ended after {rows[-1]['last_survivor_ended_s']} s: {rows[-1]['message']}", flush=True)
+        print(
+            f"{fault}: survivors ended after {rows[-1]['last_survivor_ended_s']} s: {rows[-1]['message']}", flush=True
+        )
     document = results_document("faults", rows)
     if options.json:
         write_results(document, options.json)

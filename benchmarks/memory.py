@@ -2,12 +2,13 @@
 
     launch/mpirun.sh -n 4 benchmarks/memory.py
 
-One MoE layer through PipelinedMoE, no attention. x, ids and weights are the caller's and exist before; so does the result, whose
-bytes are taken off. What is left of the peak (process_memory.py: of the process, or of the GPU as its driver sees it) is what
-pipemoe takes: in the capped modes the same within 5 % however many tokens there are, without the cap growing with them. The exit
-status is 1 when a capped mode grows.
+One MoE layer through PipelinedMoE, no attention. x, ids and weights are the caller's and exist before; so does the
+result, whose bytes are taken off. What is left of the peak (process_memory.py: of the process, or of the GPU as its
+driver sees it) is what pipemoe takes: in the capped modes the same within 5 % however many tokens there are, without
+the cap growing with them. The exit status is 1 when a capped mode grows.
 
-On a GPU that several ranks share, the driver's figure is all their memory together, and each rank is taken to hold its share.
+On a GPU that several ranks share, the driver's figure is all their memory together, and each rank is taken to hold its
+share.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ if not __package__:  # run as a script
 
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
+from benchmarks.process_memory import MemoryMark, use_exact_malloc
 from pipemoe.errors import ConfigError
 from pipemoe.plan.config import MODES, UNCAPPED_MODES
-from benchmarks.process_memory import MemoryMark, use_exact_malloc
 
 if TYPE_CHECKING:
     from pipemoe import World
@@ -41,12 +42,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_device()
     parser.add_argument("--modes", default=",".join(MODES), help="default: %(default)s")
     parser.add_argument("--tokens", type=positive(int), help="per rank at 1 x (default: 1024 on a CPU, else 4096)")
-    parser.add_argument("--moe-max-num-tokens", type=positive(int), help="default: half of --tokens, so that both double buffers are in use at 1 x")
+    parser.add_argument(
+        "--moe-max-num-tokens",
+        type=positive(int),
+        help="default: half of --tokens, so that both double buffers are in use at 1 x",
+    )
     parser.add_argument("--hidden", type=positive(int), help="default: 1024 on a CPU, else 2048")
     parser.add_argument("--intermediate", type=positive(int), help="default: 64 on a CPU, else 768")
     parser.add_argument("--num-experts", type=positive(int), default=32, help="default: %(default)s")
     parser.add_argument("--top-k", type=positive(int), default=2, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, default=Path("out/memory.json"), metavar="FILE", help="results (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("out/memory.json"), metavar="FILE", help="results (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     options.device = parser.device_of(options)
     options.modes = options.modes.split(",")
@@ -63,16 +70,28 @@ def run(world: World, options: argparse.Namespace) -> int:
     tokens = options.tokens or (4096 if on_gpu else 1024)
     cap = options.moe_max_num_tokens or max(1, tokens // 2)
     if cap > tokens:
-        raise ConfigError(f"--moe-max-num-tokens {cap} is more than --tokens {tokens}, so the first case would be below the cap")
+        raise ConfigError(
+            f"--moe-max-num-tokens {cap} is more than --tokens {tokens}, so the first case would be below the cap"
+        )
     use_exact_malloc()
     progress = Progress(world.rank)
     weights = make_weights(world, options)
     rows = []
     for done, mode in enumerate(options.modes):
-        measure(world, options, weights, mode, tokens * FACTORS[-1], cap)  # what libraries set up at first use is no part of it
+        # what libraries set up at first use is no part of it
+        measure(world, options, weights, mode, tokens * FACTORS[-1], cap)
         for factor in FACTORS:
             found = measure(world, options, weights, mode, tokens * factor, cap)
-            rows.append({"mode": mode, "num_ranks": world.size, "factor": factor, "tokens_per_rank": tokens * factor, "moe_max_num_tokens": cap, **found})
+            rows.append(
+                {
+                    "mode": mode,
+                    "num_ranks": world.size,
+                    "factor": factor,
+                    "tokens_per_rank": tokens * factor,
+                    "moe_max_num_tokens": cap,
+                    **found,
+                }
+            )
         progress.count(done + 1, len(options.modes), mode)
     for row in rows:
         first = next(r for r in rows if r["mode"] == row["mode"])
@@ -104,8 +123,12 @@ def make_weights(world: World, options: argparse.Namespace) -> list[Any]:
     return [ExpertWeights(gate_up, torch.full((len(own), hidden, intermediate), 0.01, **kind), first_expert=own.start)]
 
 
-def measure(world: World, options: argparse.Namespace, weights: list[Any], mode: str, num_tokens: int, cap: int) -> dict[str, int]:
-    """Peak and workspace of one configuration, from its making to the end of its second call; the largest over ranks."""
+def measure(
+    world: World, options: argparse.Namespace, weights: list[Any], mode: str, num_tokens: int, cap: int
+) -> dict[str, int]:
+    """Peak and workspace of one configuration, from its making to the end of its second call; the largest over
+    ranks.
+    """
     import torch
 
     import pipemoe
@@ -113,13 +136,20 @@ def measure(world: World, options: argparse.Namespace, weights: list[Any], mode:
     hidden, _ = _dimensions(world, options)
     generator = torch.Generator().manual_seed(world.rank)
     x = torch.ones((num_tokens, hidden), dtype=weights[0].gate_up.dtype, device=world.device)
-    ids = torch.rand((num_tokens, options.num_experts), generator=generator).topk(options.top_k).indices.int().to(world.device)
+    ids = (
+        torch.rand((num_tokens, options.num_experts), generator=generator)
+        .topk(options.top_k)
+        .indices.int()
+        .to(world.device)
+    )
     topk_weights = torch.ones((num_tokens, options.top_k), device=world.device)
     gc.collect()
     world.all_gather(b"", "before a case")
     mark = MemoryMark(world.device)
     world.all_gather(b"", "start of a case")  # ranks may share a GPU: nobody allocates before everybody has looked
-    config = pipemoe.Config(mode=mode, moe_max_num_tokens=cap, max_tokens_per_rank=num_tokens, num_slots=options.num_slots)
+    config = pipemoe.Config(
+        mode=mode, moe_max_num_tokens=cap, max_tokens_per_rank=num_tokens, num_slots=options.num_slots
+    )
     moe = pipemoe.PipelinedMoE(world, weights, num_experts=options.num_experts, top_k=options.top_k, config=config)
     for _ in range(2):
         y = moe(x, ids, topk_weights)
@@ -127,7 +157,12 @@ def measure(world: World, options: argparse.Namespace, weights: list[Any], mode:
         del y
     world.all_gather(b"", "end of a case")
     peak = mark.peak_bytes()
-    found = {"peak": peak, "result": result_bytes, "workspace": moe.runtime.workspace_bytes, "device": str(world.device)}
+    found = {
+        "peak": peak,
+        "result": result_bytes,
+        "workspace": moe.runtime.workspace_bytes,
+        "device": str(world.device),
+    }
     everywhere = [json.loads(p) for p in world.all_gather(json.dumps(found).encode(), "peaks")]
     if world.device.type == "cuda":  # the device's figure holds all its ranks' memory
         for of_rank in everywhere:
@@ -143,7 +178,8 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"{'mode':10} {'capped':>6} {'tokens':>7} {'peak MiB':>9} {'workspace MiB':>13} {'growth':>6}"]
     for row in rows:
         lines.append(
-            f"{row['mode']:10} {'yes' if row['capped'] else 'no':>6} {row['tokens_per_rank']:7d} {row['peak_bytes'] / 2**20:9.1f}"
+            f"{row['mode']:10} {'yes' if row['capped'] else 'no':>6} {row['tokens_per_rank']:7d} "
+            f"{row['peak_bytes'] / 2**20:9.1f}"
             f" {row['workspace_bytes'] / 2**20:13.1f} {row['growth']:6.2f}"
         )
     return "\n".join(lines)
@@ -157,4 +193,6 @@ def _dimensions(world: World, options: argparse.Namespace) -> tuple[int, int]:
 
 if __name__ == "__main__":
     options = parse()
-    sys.exit(run_on_ranks("memory.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots))
+    sys.exit(
+        run_on_ranks("memory.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots)
+    )

@@ -1,9 +1,9 @@
 """How much memory this process, or this device, holds and has held at most since a mark.
 
 Host: VmRSS and VmHWM of /proc/self/status; writing 5 to /proc/self/clear_refs starts the high-water mark anew (Linux).
-GPU: the device's memory in use as the driver reports it. That is all processes' together, so ranks that share a GPU must go
-through the marks in step. torch keeps what it has freed; the mark makes it give that back first, so that the driver's figure
-afterwards is the peak.
+GPU: the device's memory in use as the driver reports it. That is all processes' together, so ranks that share a GPU
+must go through the marks in step. torch keeps what it has freed; the mark makes it give that back first, so that the
+driver's figure afterwards is the peak.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class MemoryMark:
             try:
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError as error:
-                raise ConfigError(f"cannot start the process's memory high-water mark anew: {error}; Linux with /proc is needed") from error
+                raise ConfigError(
+                    f"cannot start the process's memory high-water mark anew: {error}; Linux with /proc is needed"
+                ) from error
         self._begin = self._in_use("VmRSS")
 
     def peak_bytes(self) -> int:

@@ -25,14 +25,17 @@ if not __package__:  # run as a script
 
 from benchmarks.kernels.table import kernels_cells, kernels_context
 from benchmarks.overlap import overlap_cells
-from pipemoe.errors import InputError
-from pipemoe.output_path import write_whole
 from benchmarks.results_schema import read_results
 from benchmarks.ttft.judge import verdict_cells
 from benchmarks.ttft.table import ttft_cells, ttft_context
+from pipemoe.errors import InputError
+from pipemoe.output_path import write_whole
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-_MARKED = re.compile(r"(<!-- (?P<kind>results|verdicts): (?P<results>\S+) -->\n)(?P<table>.*?)(?P<end><!-- end of results -->)", re.DOTALL)
+_MARKED = re.compile(
+    r"(<!-- (?P<kind>results|verdicts): (?P<results>\S+) -->\n)(?P<table>.*?)(?P<end><!-- end of results -->)",
+    re.DOTALL,
+)
 
 
 def _plain_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -70,19 +73,28 @@ _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] =
     "kernels": kernels_cells,
 }
 # What the rows have in common, for the line below the table.
-_CONTEXT: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {"ttft": ttft_context, "kernels": kernels_context}
+_CONTEXT: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
+    "ttft": ttft_context,
+    "kernels": kernels_context,
+}
 
 
 def markdown_table(document: Mapping[str, Any], kind: str = "results") -> str:
-    """The document's rows, or verdicts on them, as a Markdown table, and below it machine, commit and the exact command."""
+    """The document's rows, or verdicts on them, as a Markdown table, and below it machine, commit and the exact
+    command.
+    """
     rows = document["rows"]
     if not rows:
         raise InputError("the results have no rows")
     cells = verdict_cells if kind == "verdicts" else _CELLS.get(document["benchmark"], _plain_cells)
     heading, *lines = cells(rows)
-    numeric = [all(re.fullmatch(r"|-|[-+]?[\d.]+( %)?", line[column]) for line in lines) for column in range(len(heading))]
+    numeric = [
+        all(re.fullmatch(r"|-|[-+]?[\d.]+( %)?", line[column]) for line in lines) for column in range(len(heading))
+    ]
     separator = ["---:" if is_numeric else "---" for is_numeric in numeric]
-    table = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (heading, separator, *lines)]
+    table = [
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (heading, separator, *lines)
+    ]
     context = _CONTEXT[document["benchmark"]](rows) if document["benchmark"] in _CONTEXT else ""
     machine = document["machine"]
     gpus = [gpu["name"] for gpu in machine.get("gpus", ())]
@@ -106,7 +118,9 @@ def fill_page(page: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Put results into the marked places of a Markdown page.")
     parser.add_argument("page", type=Path)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 when the page is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit status 1 when the page is out of date"
+    )
     options = parser.parse_args(arguments)
     page = options.page.read_text()
     filled = fill_page(page)

@@ -4,8 +4,8 @@ Two formats, told apart by the first character:
 - CSV with a header that has at least `timestamp_ms` or `timestamp_s`, `input_tokens` and `output_tokens`
 - JSON lines as Mooncake publishes them: {"timestamp": ms, "input_length": ..., "output_length": ..., ...}
 
-Others write JSON lines under the same names with times in seconds. Read as milliseconds they would be a thousand times too dense, so a
-trace of more than a thousand requests a second is refused until its unit is said.
+Others write JSON lines under the same names with times in seconds. Read as milliseconds they would be a thousand times
+too dense, so a trace of more than a thousand requests a second is refused until its unit is said.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Request:
 
 
 def read_trace(path: str | os.PathLike[str], unit: str | None = None) -> list[Request]:
-    """All requests of the trace at `path`, in order of time; InputError names file, line and value of the first bad one.
+    """All requests of the trace at `path`, in order of time; InputError names file, line and value of the first bad
+    one.
 
     unit: of its times, "ms" or "s"; None: what the format says, if the times are not too dense for that.
     """
@@ -59,20 +60,28 @@ def read_trace(path: str | os.PathLike[str], unit: str | None = None) -> list[Re
         time, rows = _csv_rows(path, text)
         fields, written = (time, *_CSV_FIELDS), _CSV_TIMES[time]
         if unit not in (None, written):
-            raise InputError(f"{path}, line 1: the column {time} says its unit, which is not {unit}; name the column timestamp_{unit}, or leave the unit out")
+            raise InputError(
+                f"{path}, line 1: the column {time} says its unit, which is not {unit}; name the column "
+                f"timestamp_{unit}, or leave the unit out"
+            )
     requests: list[Request] = []
     for line, row in rows:
         request = _request(f"{path}, line {line}", row, fields, UNITS[unit or written])
         if requests and request.timestamp_ms < requests[-1].timestamp_ms:
-            raise InputError(f"{path}, line {line}: {fields[0]} is {row[fields[0]]}, which is before that of the request before; sort the trace by time")
+            raise InputError(
+                f"{path}, line {line}: {fields[0]} is {row[fields[0]]}, which is before that of the request before; "
+                "sort the trace by time"
+            )
         requests.append(request)
     if not requests:
         raise InputError(f"{path}: a header, but no request")
     span_ms = requests[-1].timestamp_ms - requests[0].timestamp_ms
     if unit is None and len(requests) >= (2 if is_jsonl else _ENOUGH) and 0 < span_ms < _DENSE_MS * len(requests):
         raise InputError(
-            f"{path}: {len(requests)} requests within {span_ms:g} ms, if {fields[0]} is in {written}. If it is in seconds, say so with "
-            f"--trace-unit s (in CSV: a column timestamp_s); if they do come as fast as that, with --trace-unit {written}"
+            f"{path}: {len(requests)} requests within {span_ms:g} ms, if {fields[0]} is in {written}. If it is in "
+            "seconds, say so with "
+            "--trace-unit s (in CSV: a column timestamp_s); if they do come as fast as that, with --trace-unit "
+            f"{written}"
         )
     return requests
 
@@ -133,7 +142,10 @@ def _csv_rows(path: str | os.PathLike[str], text: str) -> tuple[str, Iterator[tu
         raise InputError(f"{path}, line 1: no column {', '.join(missing)} in the header {','.join(header)[:200]!r}")
     twice = [name for name in (*_CSV_TIMES, *_CSV_FIELDS) if header.count(name) > 1]
     if twice or len(times) > 1:
-        raise InputError(f"{path}, line 1: the header {','.join(header)[:200]!r} has {' and '.join(times) if not twice else twice[0] + ' twice'}; one is wanted")
+        raise InputError(
+            f"{path}, line 1: the header {','.join(header)[:200]!r} has "
+            f"{' and '.join(times) if not twice else twice[0] + ' twice'}; one is wanted"
+        )
     reader.fieldnames = header
 
     def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -179,7 +191,11 @@ def _number(where: str, row: Mapping[str, Any], name: str, kind: type[int] | typ
         raise InputError(f"{where}: no {name}; it must be {wanted}")
     try:
         # int() and float() would take True, and int() would cut 1.5
-        if isinstance(value, bool) or (kind is int and isinstance(value, float)) or (isinstance(value, str) and "_" in value):
+        if (
+            isinstance(value, bool)
+            or (kind is int and isinstance(value, float))
+            or (isinstance(value, str) and "_" in value)
+        ):
             raise ValueError
         number = kind(value)
         if not (math.isfinite(number) and number >= least):

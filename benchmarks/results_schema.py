@@ -1,9 +1,10 @@
 """The one form that every benchmark's results have, on disk and as the last line of stdout.
 
-    {"schema": "pipemoe.bench/1", "benchmark": ..., "command": ..., "commit": ..., "machine": {...}, "rows": [{...}, ...]}
+    {"schema": "pipemoe.bench/1", "benchmark": ..., "command": ..., "commit": ..., "machine": {...}, "rows": [{...},
+    ...]}
 
-`command` can be run again from the checkout; `commit` is null outside a git checkout and ends in "+" when files differed;
-`machine` has facts, but no host names and no paths. Unknown numbers are null, never NaN or infinity.
+`command` can be run again from the checkout; `commit` is null outside a git checkout and ends in "+" when files
+differed; `machine` has facts, but no host names and no paths. Unknown numbers are null, never NaN or infinity.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "floor_ms": _NUMBER,
         "ratio_to_floor": _NUMBER,
         "rel_err": _NUMBER,
-        # Of pipemoe's rows alone, null in the others: parts of a call by themselves, and the host's time for an eager call.
+        # Of pipemoe's rows alone, null in the others: parts of a call by themselves, and the host's time for an eager
+        # call.
         "routing_us": _NUMBER,
         "index_us": _NUMBER,
         "host_us": _NUMBER,
@@ -167,7 +169,9 @@ def commit() -> str | None:
     try:
         run = ("git", "-C", str(_CHECKOUT))
         head = subprocess.run([*run, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*run, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed.strip() else "")
@@ -177,7 +181,13 @@ def machine() -> dict[str, Any]:
     """What a reader needs to judge the figures: processor, GPUs, versions, and the settings that change them."""
     gpus = installed_gpus()
     packages = ("torch", "numpy", "numba", "numba-cuda", "cupy-cuda12x", "cupy-cuda13x", "mpi4py", "transformers")
-    settings = ("OMP_NUM_THREADS", "NCCL_", "CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "PIPEMOE_NUM_SLOTS")
+    settings = (
+        "OMP_NUM_THREADS",
+        "NCCL_",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
+        "PIPEMOE_NUM_SLOTS",
+    )
     return plain(
         {
             "system": f"{platform.system()} {platform.machine()}",
@@ -189,7 +199,9 @@ def machine() -> dict[str, Any]:
             "driver": gpus[0].driver if gpus else None,
             "cuda": _loaded("torch", lambda torch: torch.version.cuda),
             "nccl": _loaded("cupy.cuda.nccl", lambda nccl: nccl.get_version()),
-            "mpi": _loaded("mpi4py.MPI", lambda mpi: " ".join(re.split(r"\n|, package", mpi.Get_library_version())[0].split())),
+            "mpi": _loaded(
+                "mpi4py.MPI", lambda mpi: " ".join(re.split(r"\n|, package", mpi.Get_library_version())[0].split())
+            ),
             "packages": {name: version for name in packages if (version := installed_version(name))},
             "settings": {
                 name: _without_folder(value) for name, value in sorted(os.environ.items()) if name.startswith(settings)

@@ -1,7 +1,8 @@
 """Draws which part of the code imports which, into docs/code.md, and checks that imports run downwards only.
 
     python docs/import_graph.py            # rewrite the drawing
-    python docs/import_graph.py --check    # exit status 1 if an import runs upwards, or the drawing is not what the code says
+    python docs/import_graph.py --check    # exit status 1 if an import runs upwards, or the drawing is not what the
+    code says
 
 Imports inside functions count as well; those for type checkers alone do not.
 """
@@ -19,8 +20,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 PAGE = CHECKOUT / "docs" / "code.md"
 _MARKED = re.compile(r"(<!-- import graph -->\n).*?(<!-- end of import graph -->)", re.DOTALL)
 
-# From the bottom to the top: a part may import parts above it in this list, and its own. A module belongs to the longest name
-# that is its own or a package of its.
+# From the bottom to the top: a part may import parts above it in this list, and its own. A module belongs to the
+# longest name that is its own or a package of its.
 PARTS: dict[str, tuple[str, ...]] = {
     "errors, arguments, notices": (
         "pipemoe.errors",

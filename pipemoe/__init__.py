@@ -1,14 +1,23 @@
 """pipemoe: mixture-of-experts prefill in which no rank waits for another's tokens."""
 
-from pipemoe.version import __version__
-from pipemoe.world import World, init
 from pipemoe.config import Config
 from pipemoe.errors import PipemoeError
 from pipemoe.experts import ExpertWeights, local_range
 from pipemoe.layer import PipelinedMoE
 from pipemoe.model import Model, Prefilled, load_model
+from pipemoe.version import __version__
+from pipemoe.world import World, init
 
 __all__ = [
-    *("Config", "ExpertWeights", "Model", "PipelinedMoE", "PipemoeError", "Prefilled", "World", "init", "load_model", "local_range"),
+    "Config",
+    "ExpertWeights",
+    "Model",
+    "PipelinedMoE",
+    "PipemoeError",
+    "Prefilled",
+    "World",
+    "init",
+    "load_model",
+    "local_range",
     "__version__",
 ]

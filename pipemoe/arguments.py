@@ -1,8 +1,9 @@
 """What callers hand in, looked at so that whatever comes of it is an error which can be told to every rank.
 
-Arguments may be anything, and may raise anything while they are looked at (`__len__`, `__iter__`, `dtype`, a generator). A rank
-that raised there and then would be missing in the exchange that the others are in. So each entry looks at its arguments inside
-`look`, takes its part in the exchange with the error that it found, and the exchange raises that on every rank.
+Arguments may be anything, and may raise anything while they are looked at (`__len__`, `__iter__`, `dtype`, a
+generator). A rank that raised there and then would be missing in the exchange that the others are in. So each entry
+looks at its arguments inside `look`, takes its part in the exchange with the error that it found, and the exchange
+raises that on every rank.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pipemoe.errors import FatalError, InputError, PipemoeError, describe
 T = TypeVar("T")
 
 
-def look(rank: int, what: str, looking: Callable[[], T], wrong: type[PipemoeError] = InputError) -> tuple[T | None, PipemoeError | None]:
+def look(
+    rank: int, what: str, looking: Callable[[], T], wrong: type[PipemoeError] = InputError
+) -> tuple[T | None, PipemoeError | None]:
     """What `looking` returns and no error, or None and the error that it raised.
 
-    Errors of pipemoe stay as they are. Everything else, also what is no Exception (a caller's iterator may raise GeneratorExit), becomes
-    `wrong`, with `what` in its words. Only a FatalError is raised: with that there is no exchange any more.
+    Errors of pipemoe stay as they are. Everything else, also what is no Exception (a caller's iterator may raise
+    GeneratorExit), becomes `wrong`, with `what` in its words. Only a FatalError is raised: with that there is no
+    exchange any more.
     """
     try:
         return looking(), None
@@ -36,7 +40,9 @@ def look(rank: int, what: str, looking: Callable[[], T], wrong: type[PipemoeErro
 
 
 def whole_number(name: str, value: Any, least: int, wrong: type[PipemoeError] = InputError) -> int:
-    """`value` as an int: an int of Python or numpy, or a 0-d tensor of integers. Raises `wrong` for others, booleans, and less than `least`."""
+    """`value` as an int: an int of Python or numpy, or a 0-d tensor of integers. Raises `wrong` for others, booleans,
+    and less than `least`.
+    """
     message = f"{name} is {shown(value)}; it must be a whole number of at least {least}"
     try:
         number = None if "bool" in str(getattr(value, "dtype", type(value).__name__)) else operator.index(value)
@@ -52,7 +58,8 @@ def step_lengths(rank: int, lengths: Any, max_tokens: int) -> tuple[int, ...]:
     where = f"rank {rank}: "
     if isinstance(lengths, (str, bytes)) or not isinstance(lengths, Iterable):
         raise InputError(f"{where}lengths is {shown(lengths)}; it must be a list of the sequences' lengths in tokens")
-    found = tuple(whole_number(f"{where}sequence length", n, 1) for n in islice(lengths, max_tokens + 1))  # it may have no end
+    # it may have no end
+    found = tuple(whole_number(f"{where}sequence length", n, 1) for n in islice(lengths, max_tokens + 1))
     if sum(found) > max_tokens:
         more = "or more " if len(found) > max_tokens else ""
         raise InputError(f"{where}{sum(found)} {more}tokens in one step, more than max_tokens_per_rank={max_tokens}")

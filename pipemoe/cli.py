@@ -11,11 +11,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from pipemoe.version import __version__
-from pipemoe.world.uncaught import say_once
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.tune import add_tune_parser
+from pipemoe.version import __version__
+from pipemoe.world.uncaught import say_once
 
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     doctor.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
     doctor.add_argument("--slots", type=_positive, default=4, help="cohort slots that need room (default %(default)s)")
-    doctor.add_argument("--ranks-per-gpu", type=_positive, default=1, help="ranks that share a GPU (default %(default)s)")
+    doctor.add_argument(
+        "--ranks-per-gpu", type=_positive, default=1, help="ranks that share a GPU (default %(default)s)"
+    )
 
     doctor.set_defaults(run=_doctor)
     add_plan_parser(subcommands, _positive)
@@ -55,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        print(f"pipemoe {options.subcommand}: {error.filename or 'output'}: {error.strerror}; what was printed is not complete", file=sys.stderr)
+        print(
+            f"pipemoe {options.subcommand}: {error.filename or 'output'}: {error.strerror}; what was printed is not "
+            "complete",
+            file=sys.stderr,
+        )
         _drop_output()
         return 2
     except PipemoeError as error:
@@ -64,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _negative_values_joined(arguments: Sequence[str]) -> list[str]:
-    """"--rank-tokens", "-5,3" as "--rank-tokens=-5,3": argparse takes the second for an option, and would say that a value is missing."""
+    """ "--rank-tokens", "-5,3" as "--rank-tokens=-5,3": argparse takes the second for an option, and would say that a
+    value is missing.
+    """
     joined: list[str] = []
     for argument in arguments:
         if joined and re.match(r"-\d", argument) and re.fullmatch(r"--[\w-]+", joined[-1]):

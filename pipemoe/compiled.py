@@ -1,7 +1,7 @@
 """Functions that numba compiles at their first call: importing them compiles nothing, and does not even import numba.
 
-What was compiled is kept on disk where that is possible (kept_code). Compiling that takes longer than a user would wait in silence
-is told (notices).
+What was compiled is kept on disk where that is possible (kept_code). Compiling that takes longer than a user would wait
+in silence is told (notices).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PATIENCE_SECONDS = 2.0
 class Compiled:
     """`function` as machine code, from its first call on; compiled code may call it as well.
 
-    signatures: makes the numba signatures that it is compiled for, all at its first call, which then are the only ones; without,
-    it is compiled for the types that it is called with. what, seconds: what a user is told if compiling takes long, and how long
-    it takes on an idle core. inside: only compiled code calls it as machine code, and its callers' code is what is kept; Python
-    calls the function as it is. options: numba's.
+    signatures: makes the numba signatures that it is compiled for, all at its first call, which then are the only ones;
+    without, it is compiled for the types that it is called with. what, seconds: what a user is told if compiling takes
+    long, and how long it takes on an idle core. inside: only compiled code calls it as machine code, and its callers'
+    code is what is kept; Python calls the function as it is. options: numba's.
     """
 
     def __init__(
@@ -93,7 +93,9 @@ class Compiled:
 
 @contextmanager
 def _compiling(what: str, seconds: int, kept: bool) -> Iterator[None]:
-    """Spare the compiler what can be. Tell that `what` is being compiled if this takes longer than a moment, and then when it is done."""
+    """Spare the compiler what can be. Tell that `what` is being compiled if this takes longer than a moment, and then
+    when it is done.
+    """
     expected = f", which takes about {seconds} s on an idle core" if seconds else ""
     later = "later starts find it on disk" if kept else "every start does so, as it cannot be kept on disk"
     told, collects = threading.Event(), gc.isenabled()
@@ -105,7 +107,8 @@ def _compiling(what: str, seconds: int, kept: bool) -> Iterator[None]:
     begun, timer = time.perf_counter(), threading.Timer(PATIENCE_SECONDS, say)
     timer.daemon = True
     timer.start()
-    gc.disable()  # a compiler makes millions of objects; looking through them again and again takes an eighth of its time
+    # a compiler makes millions of objects; looking through them again and again takes an eighth of its time
+    gc.disable()
     try:
         yield
     finally:

@@ -22,17 +22,19 @@ DISPATCH_DTYPES = ("float8_e4m3fn",)
 class Config(PlanConfig):
     """Everything of PlanConfig, and
 
-    num_slots: None takes as many as the world was started with. dispatch_dtype: what tokens' hidden values travel to the experts as:
-    "float8_e4m3fn" (a scale for each 128, half the bytes of bfloat16; H must be a multiple of 128), or None, what the experts
-    multiply: the model's dtype, or float8_e4m3fn for experts="hopper_fp8". combine_dtype: what partial sums travel as, "float32", "bfloat16"
-    or "float16"; None takes the model's on a GPU, float32 on the host. deterministic: bitwise equal MoE rows for equal rows in,
-    whatever the mode, cohorts, waves and ranks: float64 sums on a fixed grid (multiples of 2^-32), and combine="gather" whatever `combine` says. experts: "auto", or
-    the implementation by name. graph_tokens: on a GPU, attention on about so many tokens of a cohort, or fewer, is launched as
-    CUDA graphs, captured when the model is made: rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, the largest at most (0: none).
-    debug: verify every plan, log every collective really issued and compare all ranks' logs with the plan after each step. cost:
-    path (str or os.PathLike) of the file that `pipemoe tune` wrote on this machine for this model and configuration (tune has
-    --combine and --deterministic); None means costs derived from the device, and so does, with a warning, a file of another machine or
-    model, or what is no cost file. One that is not there is a ConfigError on every rank.
+    num_slots: None takes as many as the world was started with. dispatch_dtype: what tokens' hidden values travel to
+    the experts as: "float8_e4m3fn" (a scale for each 128, half the bytes of bfloat16; H must be a multiple of 128), or
+    None, what the experts multiply: the model's dtype, or float8_e4m3fn for experts="hopper_fp8". combine_dtype: what
+    partial sums travel as, "float32", "bfloat16" or "float16"; None takes the model's on a GPU, float32 on the host.
+    deterministic: bitwise equal MoE rows for equal rows in, whatever the mode, cohorts, waves and ranks: float64 sums
+    on a fixed grid (multiples of 2^-32), and combine="gather" whatever `combine` says. experts: "auto", or the
+    implementation by name. graph_tokens: on a GPU, attention on about so many tokens of a cohort, or fewer, is launched
+    as CUDA graphs, captured when the model is made: rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, the
+    largest at most (0: none). debug: verify every plan, log every collective really issued and compare all ranks' logs
+    with the plan after each step. cost: path (str or os.PathLike) of the file that `pipemoe tune` wrote on this machine
+    for this model and configuration (tune has --combine and --deterministic); None means costs derived from the device,
+    and so does, with a warning, a file of another machine or model, or what is no cost file. One that is not there is a
+    ConfigError on every rank.
     """
 
     num_slots: int | None = None
@@ -42,7 +44,8 @@ class Config(PlanConfig):
     experts: str = "auto"
     graph_tokens: int = 4096
     debug: bool = False
-    cost: str | os.PathLike[str] | None = field(default=None, repr=False)  # what it holds is compared, not where it lies
+    # what it holds is compared, not where it lies
+    cost: str | os.PathLike[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -68,20 +71,31 @@ class Config(PlanConfig):
             if getattr(self, name) > _LARGEST:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at most {_LARGEST}")
         if not isinstance(self.experts, str):
-            raise ConfigError(f"experts is a {type(self.experts).__name__}; it must be 'auto', or the implementation by name")
+            raise ConfigError(
+                f"experts is a {type(self.experts).__name__}; it must be 'auto', or the implementation by name"
+            )
         if self.cost is not None and not isinstance(self.cost, (str, os.PathLike)):
             raise ConfigError(f"cost is {shown(self.cost)}; it must be the path of a file, or None")
         if self.dispatch_dtype is not None and self.dispatch_dtype not in DISPATCH_DTYPES:
-            raise ConfigError(f"dispatch_dtype is {self.dispatch_dtype!r}; it must be one of {', '.join(DISPATCH_DTYPES)}, or None")
+            raise ConfigError(
+                f"dispatch_dtype is {self.dispatch_dtype!r}; it must be one of {', '.join(DISPATCH_DTYPES)}, or None"
+            )
         if self.combine_dtype is not None and self.combine_dtype not in DTYPES:
-            raise ConfigError(f"combine_dtype is {self.combine_dtype!r}; it must be one of {', '.join(DTYPES)}, or None")
+            raise ConfigError(
+                f"combine_dtype is {self.combine_dtype!r}; it must be one of {', '.join(DTYPES)}, or None"
+            )
 
     def in_world(self, num_slots: int) -> Config:
-        """With every value settled, in a world of `num_slots` slots. Raises ConfigError if it has fewer than asked for."""
+        """With every value settled, in a world of `num_slots` slots. Raises ConfigError if it has fewer than asked
+        for.
+        """
         if self.num_slots is None:
             return replace(self, num_slots=num_slots)
         if self.num_slots > num_slots:
-            raise ConfigError(f"num_slots is {self.num_slots}, but the world was started with {num_slots}; pass num_slots to pipemoe.init")
+            raise ConfigError(
+                f"num_slots is {self.num_slots}, but the world was started with {num_slots}; pass num_slots to "
+                "pipemoe.init"
+            )
         return self
 
     @property

@@ -1,7 +1,9 @@
-"""What operations do to one another side by side, measured: the ground of the table of contention, and of benchmarks/overlap.py.
+"""What operations do to one another side by side, measured: the ground of the table of contention, and of
+benchmarks/overlap.py.
 
-Every pair of attention, experts, dispatch and combine that can overlap in a step, in the lanes that they would have there: two
-computations on the streams of two slots, the first with the higher priority; transfers on communicators of their own.
+Every pair of attention, experts, dispatch and combine that can overlap in a step, in the lanes that they would have
+there: two computations on the streams of two slots, the first with the higher priority; transfers on communicators of
+their own.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
-    from pipemoe.world.world import World
     from pipemoe.models.decoder import Decoder
     from pipemoe.runtime.lanes import Lane
+    from pipemoe.world.world import World
 
 PAIRS = (
     ("attend", "attend"),
@@ -52,7 +54,9 @@ class Side:
 
 
 class Operations:
-    """The operations of the first MoE layer on this rank, `num_tokens` tokens from every rank, in the lanes of two slots."""
+    """The operations of the first MoE layer on this rank, `num_tokens` tokens from every rank, in the lanes of two
+    slots.
+    """
 
     def __init__(self, world: World, decoder: Decoder, experts: Any, num_tokens: int) -> None:
         import torch
@@ -76,23 +80,33 @@ class Operations:
             wire.rows(buffer).write(hidden.to(world.device, dtype), ids.int().to(world.device), weights)
             out = torch.zeros((rows, shape.hidden), dtype=sums_dtype, device=world.device)
             sums = WaveSums(out, [torch.zeros((num_tokens, shape.hidden), dtype=sums_dtype, device=world.device)], None)
-            world.engine.call(lambda lane=lanes.compute, s=scratch: run_all(world, [(Side(lane, lambda: experts.warm_up(s)), 1)]))
+            world.engine.call(
+                lambda lane=lanes.compute, s=scratch: run_all(world, [(Side(lane, lambda: experts.warm_up(s)), 1)])
+            )
             self._sides["attend", slot] = Side(lanes.compute, self._attend(world, lanes.compute))
-            self._sides["experts", slot] = Side(lanes.compute, lambda b=wire.rows(buffer), o=out, s=scratch: experts(0, b, o, s))
+            self._sides["experts", slot] = Side(
+                lanes.compute, lambda b=wire.rows(buffer), o=out, s=scratch: experts(0, b, o, s)
+            )
             transport = world.transport
-            self._sides["dispatch", slot] = Side(lanes.dispatch, lambda k=slot, b=buffer: transport.dispatch(k, 0, wave, "broadcast", b))
-            self._sides["combine", slot] = Side(lanes.combine, lambda k=slot, s=sums: transport.combine(k, 0, wave, "broadcast", "reduce", s))
+            self._sides["dispatch", slot] = Side(
+                lanes.dispatch, lambda t=transport, k=slot, b=buffer: t.dispatch(k, 0, wave, "broadcast", b)
+            )
+            self._sides["combine", slot] = Side(
+                lanes.combine, lambda t=transport, k=slot, s=sums: t.combine(k, 0, wave, "broadcast", "reduce", s)
+            )
 
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)  # all this was filled on another stream than the lanes'
 
     def _attend(self, world: World, lane: Lane) -> Callable[[], Any]:
-        """Attention of the first MoE layer and all before it, again and again on the same tokens; from a graph where steps can take it
-        from one."""
+        """Attention of the first MoE layer and all before it, again and again on the same tokens; from a graph where
+        steps can take it from one."""
         import torch
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
-        state = self._decoder.start(self._decoder.new_step(), torch.zeros(self._num_tokens, dtype=torch.long, device="cpu"), pieces)
+        state = self._decoder.start(
+            self._decoder.new_step(), torch.zeros(self._num_tokens, dtype=torch.long, device="cpu"), pieces
+        )
         hidden = state.hidden
         self._read_by_graphs.append((state, hidden))
 
@@ -149,7 +163,9 @@ class Timer:
         self._world.all_gather(b"", "start of a measurement")
         spans = self._world.engine.call(lambda: run_all(self._world, sides))
         own = [end - begin for begin, end in spans] + [max(e for _, e in spans) - min(b for b, _ in spans)]
-        return np.mean([json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "times")], axis=0).tolist()
+        return np.mean(
+            [json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "times")], axis=0
+        ).tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +183,8 @@ class PairTimes:
         return sum(self.alone) / self.both
 
     def speeds(self) -> tuple[float, float]:
-        """Of each side while the other is under way, as a share of its speed alone. What is left of the side that ends later goes
-        on alone."""
+        """Of each side while the other is under way, as a share of its speed alone. What is left of the side that ends
+        later goes on alone."""
         (a, b), (a_end, b_end) = self.alone, self.together
         if a_end <= b_end:
             return a / a_end, max(0.0, (a_end + b - b_end) / a_end)

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipemoe.comm.nccl import default_max_ctas
-from pipemoe.world.shared_memory import BYTES_OF_RANK, old_segments
 from pipemoe.errors import ConfigError
 from pipemoe.plan.room import Room
+from pipemoe.world.shared_memory import BYTES_OF_RANK, old_segments
 
 # Several ranks on one GPU without a host id each: since this version (nccl.get_version() encoding).
 MULTI_RANK_GPU_NCCL = 23003
@@ -86,7 +86,10 @@ def check_packages() -> list[Finding]:
             findings.append(Finding(name, "FAIL", version, "numba-cuda needs an older one: pip install 'numpy<2.5'"))
         else:
             findings.append(Finding(name, "OK", version))
-    for name, purpose, extra in (("transformers", "load_model needs", "models"), ("mpi4py", "several ranks need", "mpi")):
+    for name, purpose, extra in (
+        ("transformers", "load_model needs", "models"),
+        ("mpi4py", "several ranks need", "mpi"),
+    ):
         if version := installed_version(name):
             findings.append(Finding(name, "OK", version))
         else:
@@ -106,7 +109,14 @@ def check_compiled_code() -> list[Finding]:
     except Exception as error:  # a broken install says why in many ways
         return [Finding("compiled code", "FAIL", _first_line(error), "reinstall numba")]
     if folder is None:
-        return [Finding("compiled code", "WARN", "cannot be kept: every start compiles again", "set NUMBA_CACHE_DIR to a folder that can be written")]
+        return [
+            Finding(
+                "compiled code",
+                "WARN",
+                "cannot be kept: every start compiles again",
+                "set NUMBA_CACHE_DIR to a folder that can be written",
+            )
+        ]
     return [Finding("compiled code", "OK", f"kept in {folder}")]
 
 
@@ -180,7 +190,10 @@ def check_room(gpus: Sequence[Gpu], num_slots: int, ranks_per_gpu: int) -> list[
         return []
     setting = os.environ.get("NCCL_MAX_CTAS", "")
     ctas = int(setting) if setting.isdecimal() else default_max_ctas(num_sms, num_slots, ranks_per_gpu)
-    seen = f"{ranks_per_gpu} ranks on a GPU x 2 x {num_slots} slots x {ctas} CTAs, {num_sms} SMs (NCCL_MAX_CTAS {setting or 'not set'})"
+    seen = (
+        f"{ranks_per_gpu} ranks on a GPU x 2 x {num_slots} slots x "
+        f"{ctas} CTAs, {num_sms} SMs (NCCL_MAX_CTAS {setting or 'not set'})"
+    )
     try:
         Room(num_sms, ctas, ranks_on_device=ranks_per_gpu).check(num_slots)
     except ConfigError as error:
@@ -211,7 +224,11 @@ def check_connections(gpus: Sequence[Gpu]) -> list[Finding]:
     if not setting:
         return [Finding(subject, "OK", "not set (pipemoe.init sets what its slots need)")]
     if not setting.isdecimal() or int(setting) < 8:
-        return [Finding(subject, "FAIL", setting, "unset it, or set it to 32 (16 under MPS): cohorts would wait for one another")]
+        return [
+            Finding(
+                subject, "FAIL", setting, "unset it, or set it to 32 (16 under MPS): cohorts would wait for one another"
+            )
+        ]
     if int(setting) > 16 and "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
         return [Finding(subject, "WARN", setting, "under MPS more than 16 ran out of memory: set it to 16")]
     return [Finding(subject, "OK", setting)]
@@ -250,7 +267,9 @@ def check_shared_memory() -> list[Finding]:
     except OSError as error:
         return [Finding("/dev/shm", "WARN", _first_line(error), "ranks of one host exchange data through it: mount it")]
     if size < 2 * BYTES_OF_RANK:
-        action = f"MPI needs {BYTES_OF_RANK >> 20} MiB for each rank: make it 1 GiB or more (in a container: --shm-size)"
+        action = (
+            f"MPI needs {BYTES_OF_RANK >> 20} MiB for each rank: make it 1 GiB or more (in a container: --shm-size)"
+        )
         return [Finding("/dev/shm", "FAIL", f"{size >> 20} MiB", action)]
     if size < SHARED_MEMORY_BYTES:
         return [Finding("/dev/shm", "WARN", f"{size >> 20} MiB", "make it 1 GiB or more (in a container: --shm-size)")]
@@ -266,9 +285,13 @@ def check_old_segments() -> list[Finding]:
     for path in left:
         with contextlib.suppress(OSError):
             size += path.stat().st_size
-    names = " ".join(map(str, left[:_SHOWN_SEGMENTS])) + (f" and {len(left) - _SHOWN_SEGMENTS} more" if len(left) > _SHOWN_SEGMENTS else "")
+    names = " ".join(map(str, left[:_SHOWN_SEGMENTS])) + (
+        f" and {len(left) - _SHOWN_SEGMENTS} more" if len(left) > _SHOWN_SEGMENTS else ""
+    )
     seen = f"{len(left)} files of MPI that no process has mapped, {size / 2**20:.0f} MiB"
-    return [Finding("old segments", "WARN", seen, f"where no job in another container uses them, remove them: rm {names}")]
+    return [
+        Finding("old segments", "WARN", seen, f"where no job in another container uses them, remove them: rm {names}")
+    ]
 
 
 def loaded_libraries(name: str) -> list[str]:

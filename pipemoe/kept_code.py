@@ -1,8 +1,10 @@
-"""Machine code on disk: numba's cache, but one that no bad file and no full disk can end a start by, and that never serves old code.
+"""Machine code on disk: numba's cache, but one that no bad file and no full disk can end a start by, and that never
+serves old code.
 
-numba takes kept code to be current as long as the function's own file is. But the code holds what the function calls in other files
-too, and the constants that it takes from there. So a file here is named after all sources beside the function's (the stamp), the
-function and the types of its arguments; it begins with a digest of the rest. Whatever cannot be read is compiled again.
+numba takes kept code to be current as long as the function's own file is. But the code holds what the function calls in
+other files too, and the constants that it takes from there. So a file here is named after all sources beside the
+function's (the stamp), the function and the types of its arguments; it begins with a digest of the rest. Whatever
+cannot be read is compiled again.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import pickle
 import uuid
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,18 @@ class KeptCode(FunctionCache):
 
     def __init__(self, function: Callable, options: dict[str, Any]) -> None:
         super().__init__(function)
-        stamp = hashlib.sha256(repr((numba.__version__, sources_stamp(Path(function.__code__.co_filename).parent), sorted(options.items()))).encode())
+        stamp = hashlib.sha256(
+            repr(
+                (numba.__version__, sources_stamp(Path(function.__code__.co_filename).parent), sorted(options.items()))
+            ).encode()
+        )
         self._cache_file = _Files(Path(self.cache_path), self._impl.filename_base, stamp.hexdigest()[:16])
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        except Exception:  # a bad file raises whatever pickle and LLVM think of; the function is compiled again, and the file replaced
+        # a bad file raises whatever pickle and LLVM think of; the function is compiled again, and the file replaced
+        except Exception:
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -59,10 +66,12 @@ def folder_for(function: Callable) -> Path | None:
 
 def tell_nothing_is_kept(why: str) -> None:
     advice = "set NUMBA_CACHE_DIR to a folder that can be written, and has room"
-    tell(f"compiled code cannot be kept on disk, so every start compiles again ({why}); {advice}", once="nothing is kept")
+    tell(
+        f"compiled code cannot be kept on disk, so every start compiles again ({why}); {advice}", once="nothing is kept"
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def sources_stamp(folder: Path) -> str:
     """A digest of the sources in `folder`, by their content: times of files say little where packages are copied."""
     digest = hashlib.sha256()

@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, shown, step_lengths, whole_number
-from pipemoe.world.world import world_of
 from pipemoe.config import Config, check_config
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
 from pipemoe.plan.schedule import ModelShape, Plan
 from pipemoe.runtime.runtime import Runtime
 from pipemoe.torch_state import plain_tensors, undisturbed
+from pipemoe.world.world import world_of
 
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.world.world import World
     from pipemoe.experts import ExpertWeights
     from pipemoe.runtime.lanes import Event
+    from pipemoe.world.world import World
 
 _CHECK_SECONDS = 0.05  # how often a waiting caller looks whether the step has failed
 
@@ -29,15 +29,26 @@ _CHECK_SECONDS = 0.05  # how often a waiting caller looks whether the step has f
 class PipelinedMoE:
     """The MoE layers of a model, spread over the ranks of `world`.
 
-    weights: this rank's experts, one entry per MoE layer (see `pipemoe.experts.local_range` for which experts are this rank's).
-    num_experts, top_k: of the whole model. config: equal on all ranks. Raises on every rank what any of them finds wrong.
+    weights: this rank's experts, one entry per MoE layer (see `pipemoe.experts.local_range` for which experts are this
+    rank's). num_experts, top_k: of the whole model. config: equal on all ranks. Raises on every rank what any of them
+    finds wrong.
     """
 
-    def __init__(self, world: World, weights: Sequence[ExpertWeights], *, num_experts: int, top_k: int, config: Config = Config()) -> None:
+    def __init__(
+        self, world: World, weights: Sequence[ExpertWeights], *, num_experts: int, top_k: int, config: Config = Config()
+    ) -> None:
         world, error = world_of(world)
         with undisturbed():
-            found, wrong = look(world.rank, "arguments of PipelinedMoE", lambda: _look_at_model(world, weights, num_experts, top_k, config))
-            world.agree(error or wrong, {} if found is None else {"num_experts": str(found[1].num_experts)}, "looking at the weights")
+            found, wrong = look(
+                world.rank,
+                "arguments of PipelinedMoE",
+                lambda: _look_at_model(world, weights, num_experts, top_k, config),
+            )
+            world.agree(
+                error or wrong,
+                {} if found is None else {"num_experts": str(found[1].num_experts)},
+                "looking at the weights",
+            )
             weights, shape, self._dtype, ranges = found
             _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], shape.num_experts)
             experts, error = look(
@@ -61,14 +72,18 @@ class PipelinedMoE:
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of a one-layer model on this rank's tokens; every rank calls, also with no tokens.
 
-        x: [T_r, H] in the weights' dtype, any T_r >= 0. topk_ids: [T_r, K] int32 or int64, 0 to E - 1. topk_weights: [T_r, K]
-        floating, finite. Returns [T_r, H] in x's dtype. A wrong argument on one rank raises the same InputError on all of them.
+        x: [T_r, H] in the weights' dtype, any T_r >= 0. topk_ids: [T_r, K] int32 or int64, 0 to E - 1. topk_weights:
+        [T_r, K] floating, finite. Returns [T_r, H] in x's dtype. A wrong argument on one rank raises the same
+        InputError on all of them.
         """
         rank = self.runtime.world.rank
 
         def look_at() -> int:
             if self.runtime.shape.num_layers != 1:
-                raise ConfigError(f"rank {rank}: a call is for one MoE layer, but this PipelinedMoE has {self.runtime.shape.num_layers}; use step()")
+                raise ConfigError(
+                    f"rank {rank}: a call is for one MoE layer, but this PipelinedMoE has "
+                    f"{self.runtime.shape.num_layers}; use step()"
+                )
             self._check(x, topk_ids, topk_weights, values=True)
             return len(x)
 
@@ -78,7 +93,8 @@ class PipelinedMoE:
             return step(0, x, topk_ids, topk_weights)
 
     def step(self, num_tokens: int, lengths: Sequence[int] | None = None) -> Step:
-        """One forward pass through all MoE layers: `with moe.step(T_r, lengths) as step: y = step(layer, x, ids, weights)`.
+        """One forward pass through all MoE layers: `with moe.step(T_r, lengths) as step: y = step(layer, x, ids,
+        weights)`.
 
         Every rank enters one; `num_tokens` may be 0. lengths: this rank's sequences in tokens (default: one sequence).
         Wrong arguments on one rank raise the same InputError on all of them, when the step is entered.
@@ -124,7 +140,9 @@ class PipelinedMoE:
         if values and rows:
             low, high = (int(v) for v in torch.aminmax(ids))
             if low < 0 or high >= shape.num_experts:
-                raise InputError(f"{rank}topk_ids holds {low if low < 0 else high}; ids go from 0 to {shape.num_experts - 1}")
+                raise InputError(
+                    f"{rank}topk_ids holds {low if low < 0 else high}; ids go from 0 to {shape.num_experts - 1}"
+                )
             if not bool(torch.isfinite(weights).all()):
                 raise InputError(f"{rank}topk_weights holds NaN or infinity; router weights must be finite")
 
@@ -132,8 +150,8 @@ class PipelinedMoE:
 def _look_at_model(
     world: World, weights: Any, num_experts: Any, top_k: Any, config: Any
 ) -> tuple[list[ExpertWeights], ModelShape, torch.dtype, list[list[int]]]:
-    """This rank's weights, one per MoE layer, the model's shape, the rows' dtype, and first expert and number of experts of each layer.
-    Raises what is wrong with them, or with the configuration."""
+    """This rank's weights, one per MoE layer, the model's shape, the rows' dtype, and first expert and number of
+    experts of each layer. Raises what is wrong with them, or with the configuration."""
     from pipemoe.experts import ExpertWeights
 
     rank = f"rank {world.rank}: "
@@ -147,12 +165,15 @@ def _look_at_model(
             raise InputError(f"{wanted}, but layer {layer} is a {type(of_layer).__name__}")
         of_layer.validate(layer)
         if of_layer.gate_up.device.type != world.device.type:
-            raise InputError(f"{rank}layer {layer}: the weights are on {of_layer.gate_up.device}; move them to {world.device}")
+            raise InputError(
+                f"{rank}layer {layer}: the weights are on {of_layer.gate_up.device}; move them to {world.device}"
+            )
         layers.append(of_layer)
     if not layers:
         raise ConfigError(f"{rank}no weights; pass one ExpertWeights per MoE layer")
     check_finite(layers)
-    ModelShape(layers[0].hidden, layers[0].intermediate, num_experts, top_k, len(layers))  # raises for what is no number
+    # raises for what is no number
+    ModelShape(layers[0].hidden, layers[0].intermediate, num_experts, top_k, len(layers))
     shape = ModelShape(layers[0].hidden, layers[0].intermediate, int(num_experts), int(top_k), len(layers))
     return layers, shape, layers[0].row_dtype, [[int(w.first_expert), int(w.num_local_experts)] for w in layers]
 
@@ -169,13 +190,17 @@ def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None
         held = sorted(expert for ranges in ranges_of for expert in range(ranges[layer][0], sum(ranges[layer])))
         if len(held) != num_experts or held != list(range(num_experts)):
             found = ", ".join(f"rank {r} holds {of[layer][1]} from {of[layer][0]}" for r, of in enumerate(ranges_of))
-            raise InputError(f"layer {layer}: the ranks must hold experts 0 to {num_experts - 1}, each once, but {found}")
+            raise InputError(
+                f"layer {layer}: the ranks must hold experts 0 to {num_experts - 1}, each once, but {found}"
+            )
 
 
 class Step:
     """One forward pass of a PipelinedMoE; see `PipelinedMoE.step`."""
 
-    def __init__(self, moe: PipelinedMoE, num_tokens: int, lengths: tuple[int, ...], error: PipemoeError | None) -> None:
+    def __init__(
+        self, moe: PipelinedMoE, num_tokens: int, lengths: tuple[int, ...], error: PipemoeError | None
+    ) -> None:
         self._moe, self._num_tokens, self._lengths, self._error = moe, num_tokens, lengths, error
         self._given = self._done = 0  # layers
         self._source: _CallerSource | None = None
@@ -184,7 +209,9 @@ class Step:
     def __enter__(self) -> Step:
         runtime = self._moe.runtime
         if self._source is not None:
-            raise InputError(f"rank {runtime.world.rank}: this step has been entered before; make another one with step()")
+            raise InputError(
+                f"rank {runtime.world.rank}: this step has been entered before; make another one with step()"
+            )
         source = _CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
         self._future = runtime.submit_step(self._lengths, source, error=self._error)
         self._source, self._thread, inside = source, threading.get_ident(), runtime.world.threads_in_step
@@ -200,23 +227,28 @@ class Step:
     def __call__(self, layer: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """The routed experts' sums [T_r, H] of MoE layer `layer`, in x's dtype; layers come in order, from 0.
 
-        Arguments are checked as those of a PipelinedMoE's call; the values of ids and weights on a GPU only with Config.debug,
-        since that waits for the device.
+        Arguments are checked as those of a PipelinedMoE's call; the values of ids and weights on a GPU only with
+        Config.debug, since that waits for the device.
         """
         import torch
 
         runtime = self._moe.runtime
-        _, error = look(runtime.world.rank, "arguments of a layer's call", lambda: self._check(layer, x, topk_ids, topk_weights))
+        _, error = look(
+            runtime.world.rank, "arguments of a layer's call", lambda: self._check(layer, x, topk_ids, topk_weights)
+        )
         if error is not None:
             raise error
         with plain_tensors():
             if not self._num_tokens:
                 self._done += 1
                 return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            # All that a call takes, before it is given to the engine: what fails here leaves the layer as if it had not been called.
+            # All that a call takes, before it is given to the engine: what fails here leaves the layer as if it had not
+            # been called.
             sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
             y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            self._source.give(self._done, x.detach().contiguous(), topk_ids.detach().int(), topk_weights.detach().float(), sums)
+            self._source.give(
+                self._done, x.detach().contiguous(), topk_ids.detach().int(), topk_weights.detach().float(), sums
+            )
             self._given += 1
             self._wait(self._source.issued[self._done])
             for event in self._source.events[self._done]:
@@ -235,13 +267,17 @@ class Step:
         if self._source is None:
             raise InputError(f"{rank}layer {shown(layer)} called outside of the step: enter it by `with` first")
         if self._left:
-            raise InputError(f"{rank}layer {shown(layer)} called, but this step has been left; make another one with step()")
+            raise InputError(
+                f"{rank}layer {shown(layer)} called, but this step has been left; make another one with step()"
+            )
         if self._done == num_layers:
             raise InputError(f"{rank}layer {shown(layer)} called, but all {num_layers} layers of this step are done")
         if whole_number(f"{rank}layer", layer, 0) != self._done:
             raise InputError(f"{rank}layer {layer} called; next is {self._done} of {num_layers}")
         if self._given > self._done:
-            raise InputError(f"{rank}layer {layer} called again, but its first call was broken off under way; leave the step")
+            raise InputError(
+                f"{rank}layer {layer} called again, but its first call was broken off under way; leave the step"
+            )
         moe._check(x, topk_ids, topk_weights, values=world.device.type == "cpu" or moe.runtime.config.debug)
         if len(x) != self._num_tokens:
             raise InputError(f"{rank}x has {len(x)} rows; this step was entered with {self._num_tokens}")
@@ -252,7 +288,9 @@ class Step:
         self._left = True
         num_layers, left_early = runtime.shape.num_layers, None
         if error is None and self._done < num_layers and self._num_tokens:
-            error = left_early = InputError(f"rank {runtime.world.rank}: step left after {self._done} of {num_layers} layers")
+            error = left_early = InputError(
+                f"rank {runtime.world.rank}: step left after {self._done} of {num_layers} layers"
+            )
         if error is not None:
             self._source.abandon(error)  # the others still get this rank's part of the plan
         _, seen = self._end()
@@ -287,12 +325,17 @@ class Step:
             self._check_that_it_goes_on(event.done)
 
     def _check_that_it_goes_on(self, come: Callable[[], bool]) -> None:
-        """Raise if the step has ended, so that what is waited for will never come; and see that the engine is not stuck."""
+        """Raise if the step has ended, so that what is waited for will never come; and see that the engine is not
+        stuck.
+        """
         world = self._moe.runtime.world
         world.engine.watch()
         if self._future.done() and not come():
             self._future.result()
-            raise InputError(f"rank {world.rank}: the step has ended while layer {self._done} was under way: it was left on another thread")
+            raise InputError(
+                f"rank {world.rank}: the step has ended while layer {self._done} was under way: it was left on "
+                "another thread"
+            )
 
 
 class _CallerSource:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, shown, whole_number
-from pipemoe.world.world import world_of
 from pipemoe.config import Config, check_config
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts import make_experts
@@ -20,16 +19,17 @@ from pipemoe.runtime.runtime import Runtime
 from pipemoe.torch_state import plain_tensors, undisturbed
 from pipemoe.trace import Timeline
 from pipemoe.warn_once import warn_once
+from pipemoe.world.world import world_of
 
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.world.world import World
     from pipemoe.models.cache import StepCache
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.graph_store import GraphStore
     from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
     from pipemoe.models.step_keys import StepOfKeys
+    from pipemoe.world.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +51,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Model:
-    """Load a Mixture-of-Experts decoder: attention everywhere, of the routed experts only this rank's; every rank calls.
+    """Load a Mixture-of-Experts decoder: attention everywhere, of the routed experts only this rank's; every rank
+    calls.
 
-    path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers config for
-    random weights drawn from `seed`. random_weights: draw them also for a dict like config.json, for the path of one, or of a
-    directory that holds one. dtype: of weights and activations (default: bfloat16 on a GPU, float32 on the host).
-    Raises CheckpointError on every rank if any of them cannot load, ConfigError if the weights are more than the memory there (see
-    models.memory), MismatchError if their checkpoints differ.
+    path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers
+    config for random weights drawn from `seed`. random_weights: draw them also for a dict like config.json, for the
+    path of one, or of a directory that holds one. dtype: of weights and activations (default: bfloat16 on a GPU,
+    float32 on the host). Raises CheckpointError on every rank if any of them cannot load, ConfigError if the weights
+    are more than the memory there (see models.memory), MismatchError if their checkpoints differ.
     """
     import torch
 
@@ -87,7 +88,9 @@ def load_model(
         found, wrong = look(world.rank, "settings of load_model", settings, ConfigError)
         error = error or wrong
         if error is None:  # transformers and torch raise what they like at an odd config.json
-            prepared, error = look(world.rank, where, lambda: PreparedDecoder(path_or_config, **place, **found), CheckpointError)
+            prepared, error = look(
+                world.rank, where, lambda: PreparedDecoder(path_or_config, **place, **found), CheckpointError
+            )
         world.agree(error, {}, "looking at the model's files")
         world.agree(shortage(world, prepared.num_bytes), {}, "looking for memory for the model")
         loaded, error = look(world.rank, where, prepared.load, CheckpointError)
@@ -98,7 +101,9 @@ def load_model(
 class Model:
     """A decoder and this rank's experts under one configuration."""
 
-    def __init__(self, world: World, decoder: Decoder, weights: list, config: Config, graphs: GraphStore | None = None) -> None:
+    def __init__(
+        self, world: World, decoder: Decoder, weights: list, config: Config, graphs: GraphStore | None = None
+    ) -> None:
         """graphs: those of another Model with the same decoder, to share and add to."""
         from pipemoe.models.graph_store import GraphStore
 
@@ -153,7 +158,9 @@ class Model:
         from pipemoe.models.decoder import Piece
 
         count, decoder = self.config.max_tokens_per_rank, self.decoder
-        state = decoder.start(decoder.new_step(), torch.zeros(count, dtype=torch.long, device="cpu"), [Piece(0, 0, count, count)])
+        state = decoder.start(
+            decoder.new_step(), torch.zeros(count, dtype=torch.long, device="cpu"), [Piece(0, 0, count, count)]
+        )
         y = None
         for layer in range(min(2, decoder.shape.num_layers)):
             decoder.attend(state, layer, y)
@@ -178,19 +185,24 @@ class Model:
     ) -> Prefilled:
         """First tokens (greedy) of this rank's sequences; every rank calls, with any number of sequences, also none.
 
-        sequences: token ids, each sequence with at least one and at most as many as the model has positions for. Returns as soon as this
-        rank's own sequences are done, whatever the other ranks still have to do. only, timeline, on_done: see Runtime.submit_step; for measurements (without computation
-        there are no tokens: submit a step with a source of your own instead). A sequence whose logits overflow or are NaN has its flag in
-        Prefilled.finite, and a warning, once.
-        Raises InputError for bad token ids on any rank, ModelError if the model code of some rank raised, on every rank.
+        sequences: token ids, each sequence with at least one and at most as many as the model has positions for.
+        Returns as soon as this rank's own sequences are done, whatever the other ranks still have to do. only,
+        timeline, on_done: see Runtime.submit_step; for measurements (without computation there are no tokens: submit a
+        step with a source of your own instead). A sequence whose logits overflow or are NaN has its flag in
+        Prefilled.finite, and a warning, once. Raises InputError for bad token ids on any rank, ModelError if the model
+        code of some rank raised, on every rank.
         """
         begin = time.perf_counter()
 
         def look_at() -> list[torch.Tensor]:
             if type(keep_logits) is not bool:
-                raise InputError(f"rank {self.world.rank}: keep_logits is {shown(keep_logits)}; it must be True or False")
+                raise InputError(
+                    f"rank {self.world.rank}: keep_logits is {shown(keep_logits)}; it must be True or False"
+                )
             if isinstance(only, Only) and not only.computation:
-                raise InputError(f"rank {self.world.rank}: prefill without computation gives no tokens; use runtime.submit_step")
+                raise InputError(
+                    f"rank {self.world.rank}: prefill without computation gives no tokens; use runtime.submit_step"
+                )
             return self._check(sequences)
 
         with plain_tensors():
@@ -200,11 +212,16 @@ class Model:
         graphs = [self._graphs.graphs(self.config, slot, dtype) for slot in range(self.world.num_slots)]
         new_step = partial(self._graphs.new_step, self.config)
         source = _ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
-        step = self.runtime.submit_step([len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done)
+        step = self.runtime.submit_step(
+            [len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done
+        )
         self.runtime.result_of(step)
         found = source.prefilled(begin)
         if not all(found.finite):
-            words = f"rank {self.world.rank}: logits of sequence {found.finite.index(False)} hold NaN or infinity, so that its first token says nothing"
+            words = (
+                f"rank {self.world.rank}: logits of sequence {found.finite.index(False)} "
+                "hold NaN or infinity, so that its first token says nothing"
+            )
             warn_once(self.world, f"{words}; perhaps {self.decoder.dtype} is too narrow for this model", about="logits")
         return found
 
@@ -221,22 +238,32 @@ class Model:
             raise InputError(f"{rank}sequences is a {type(sequences).__name__}; it must be a list of token-id lists")
         for i, sequence in enumerate(sequences):
             if i == most_tokens:  # an iterator may have no end
-                raise InputError(f"{rank}more than {most_tokens} sequences, so more than max_tokens_per_rank={most_tokens} tokens")
+                raise InputError(
+                    f"{rank}more than {most_tokens} sequences, so more than max_tokens_per_rank={most_tokens} tokens"
+                )
             where = f"{rank}sequence {i}"
-            tokens, error = look(self.world.rank, f"sequence {i} is not a list of token ids", partial(token_ids, where, sequence))
+            tokens, error = look(
+                self.world.rank, f"sequence {i} is not a list of token ids", partial(token_ids, where, sequence)
+            )
             if error is not None:
                 raise error
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= vocabulary:
-                raise InputError(f"{where} holds token id {low if low < 0 else high}; ids go from 0 to {vocabulary - 1}")
+                raise InputError(
+                    f"{where} holds token id {low if low < 0 else high}; ids go from 0 to {vocabulary - 1}"
+                )
             if most is not None and len(tokens) > most:
-                raise InputError(f"{where} has {len(tokens)} tokens, but the model has positions for {most} (max_position_embeddings)")
+                raise InputError(
+                    f"{where} has {len(tokens)} tokens, but the model has positions for {most} "
+                    "(max_position_embeddings)"
+                )
             tensors.append(tokens)
         return tensors
 
 
 def token_ids(where: str, sequence: Any) -> torch.Tensor:
-    """A sequence of ids of any integer type, signed or not (files of tokens are often uint16): [T] int64 on the host, a copy.
+    """A sequence of ids of any integer type, signed or not (files of tokens are often uint16): [T] int64 on the host, a
+    copy.
 
     Raises InputError, which begins with `where`, if it is none.
     """
@@ -244,18 +271,27 @@ def token_ids(where: str, sequence: Any) -> torch.Tensor:
     import torch
 
     if isinstance(sequence, torch.Tensor):
-        is_whole = sequence.layout is torch.strided and not (sequence.is_floating_point() or sequence.is_complex() or sequence.is_quantized)
+        is_whole = sequence.layout is torch.strided and not (
+            sequence.is_floating_point() or sequence.is_complex() or sequence.is_quantized
+        )
         is_bool, ids = sequence.dtype == torch.bool, sequence
     else:
         ids = np.asarray(sequence)
-        is_whole, is_bool = ids.dtype.kind in "iub", ids.dtype.kind == "b" or (isinstance(sequence, (list, tuple)) and bool in map(type, sequence))
+        is_whole, is_bool = (
+            ids.dtype.kind in "iub",
+            ids.dtype.kind == "b" or (isinstance(sequence, (list, tuple)) and bool in map(type, sequence)),
+        )
     if ids.ndim == 1 and not len(ids):
         raise InputError(f"{where} is empty; it must be a list of at least one token id")
     if is_bool:
         raise InputError(f"{where} holds True or False; it must be a list of token ids")
     if not is_whole or ids.ndim != 1:
         raise InputError(f"{where} is not a list of token ids: it has shape {tuple(ids.shape)} and dtype {ids.dtype}")
-    wide = ids.to("cpu", torch.int64, copy=True) if isinstance(ids, torch.Tensor) else torch.from_numpy(ids.astype(np.int64))
+    wide = (
+        ids.to("cpu", torch.int64, copy=True)
+        if isinstance(ids, torch.Tensor)
+        else torch.from_numpy(ids.astype(np.int64))
+    )
     if "uint64" in str(ids.dtype) and bool((wide < 0).any()):
         raise InputError(f"{where} holds token id {int(wide.min()) + 2**64}; ids are smaller")
     return wide
@@ -321,7 +357,9 @@ class _ModelSource:
         ids = torch.cat([self._tokens[p.sequence][p.start : p.stop] for p in pieces])
         self._ended[cohort] = [p.sequence for p in pieces if p.stop == p.length]
         graphs = self._graphs[self._slots[cohort]]
-        self._microbatches[cohort] = start_microbatch(self._decoder, graphs, self._step, ids, pieces, self._results_dtype)
+        self._microbatches[cohort] = start_microbatch(
+            self._decoder, graphs, self._step, ids, pieces, self._results_dtype
+        )
 
     def _row(self, cohort: int, token: int) -> int:
         return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)

@@ -1,4 +1,5 @@
-"""What the library tells its user unasked: each thing once per process, from one rank of a host, through the logger "pipemoe".
+"""What the library tells its user unasked: each thing once per process, from one rank of a host, through the logger
+"pipemoe".
 
 As warnings, because those reach standard error where nobody has set up logging.
 """
@@ -15,8 +16,8 @@ _told: set[str] = set()
 
 
 def tell(text: str, *, once: str | None = None) -> bool:
-    """Log `text`, unless something was told under the same `once` (default: the text itself), or another rank of this host speaks.
-    Returns whether it was logged."""
+    """Log `text`, unless something was told under the same `once` (default: the text itself), or another rank of this
+    host speaks. Returns whether it was logged."""
     key = once or text
     place = next((os.environ[name] for name in _PLACE_VARIABLES if name in os.environ), "0")
     if key in _told or place != "0":

@@ -1,4 +1,6 @@
-"""Results in files: where they are to be written is looked at before the work that makes them, and they are written whole or not at all."""
+"""Results in files: where they are to be written is looked at before the work that makes them, and they are written
+whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,14 @@ from pipemoe.errors import InputError
 
 
 def check_output_file(option: str, path: Path, *, may_make_folder: bool = False) -> None:
-    """Raises InputError, naming `option`, if no file can be written at `path`. Its folder must exist, so that a slip in it makes none
-    elsewhere, unless it may_make_folder."""
+    """Raises InputError, naming `option`, if no file can be written at `path`. Its folder must exist, so that a slip in
+    it makes none elsewhere, unless it may_make_folder."""
     folder = path.parent
     with _in_words(option, path):
         if path.is_dir():
             raise InputError(f"{option} {path} is a directory; give the path of a file")
-        if path.exists() and not path.is_file():  # files are moved to their final place, which would take the place of a device
+        # files are moved to their final place, which would take the place of a device
+        if path.exists() and not path.is_file():
             raise InputError(f"{option} {path} is no file; give the path of one")
         if not may_make_folder and not folder.exists():
             raise InputError(f"{option} {path}: {folder} does not exist; make it first")
@@ -28,7 +31,9 @@ def check_output_file(option: str, path: Path, *, may_make_folder: bool = False)
 
 
 def check_output_folder(option: str, path: Path) -> None:
-    """Raises InputError, naming `option`, if the folder `path`, which need not exist yet, cannot be made or written to."""
+    """Raises InputError, naming `option`, if the folder `path`, which need not exist yet, cannot be made or written
+    to.
+    """
     there = path
     with _in_words(option, path):
         while not there.exists() and there != there.parent:
@@ -58,7 +63,9 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> None:
             os.fsync(file.fileno())
         aside.replace(target)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; it was not written, and what was there before is as it was") from error
+        raise InputError(
+            f"{path}: {error.strerror or error}; it was not written, and what was there before is as it was"
+        ) from error
     finally:
         with suppress(OSError):
             aside.unlink()

@@ -15,18 +15,18 @@ from pipemoe.errors import ConfigError, InputError
 from pipemoe.output_path import check_output_file, write_whole
 from pipemoe.plan.auto.choice import Candidate, auto_candidates
 from pipemoe.plan.auto.search import COHORT_MARGIN
-from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
+from pipemoe.plan.clock.prediction import Prediction, simulate
+from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, is_hopper
 from pipemoe.plan.cost.dimensions import Dimensions, dimensions_of, dimensions_of_facts
+from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
+from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS, model_config
 from pipemoe.plan.cost.model_limits import supported_facts
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
 from pipemoe.plan.schedule import Facts, Plan
-from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES, PlanConfig
-from pipemoe.plan.clock.prediction import Prediction, simulate
 from pipemoe.runtime.arriving import GATHERING_PERMILLE
 from pipemoe.runtime.costs import model_key
 
@@ -42,26 +42,56 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
         description="Prints the candidates of mode auto, the plan, and the predicted times to first token of one step.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory (default {_DEFAULT_MODEL})")
+    parser.add_argument(
+        "--model",
+        help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory (default {_DEFAULT_MODEL})",
+    )
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="default %(default)s")
-    parser.add_argument("--cost", metavar="FILE", help="measured costs (pipemoe tune) of --model, in place of those derived from --gpu")
+    parser.add_argument(
+        "--cost", metavar="FILE", help="measured costs (pipemoe tune) of --model, in place of those derived from --gpu"
+    )
     parser.add_argument("--ranks", type=positive, help="number of ranks (default: as many as --rank-tokens names)")
-    parser.add_argument("--rank-tokens", required=True, metavar="T,T,...", help="tokens per rank; one number is every rank's; 512+16 are two sequences")
+    parser.add_argument(
+        "--rank-tokens",
+        required=True,
+        metavar="T,T,...",
+        help="tokens per rank; one number is every rank's; 512+16 are two sequences",
+    )
     parser.add_argument("--layers", type=positive, help="MoE layers (default: the model's)")
     parser.add_argument("--mode", choices=MODES, default="auto", help="default %(default)s")
     parser.add_argument("--objective", choices=OBJECTIVES, default="mean", help="default %(default)s")
-    parser.add_argument("--makespan-budget", type=float, default=0.1, help="how much later the slowest may be (default %(default)s)")
+    parser.add_argument(
+        "--makespan-budget", type=float, default=0.1, help="how much later the slowest may be (default %(default)s)"
+    )
     parser.add_argument("--moe-max-num-tokens", type=positive, default=8192, help="default %(default)s")
     parser.add_argument("--max-tokens-per-rank", type=positive, help="default: 16384, or what --rank-tokens needs")
     parser.add_argument("--slots", type=positive, default=4, help="cohorts under way at once (default %(default)s)")
     parser.add_argument("--combine", choices=COMBINES, default="reduce", help="default %(default)s")
-    parser.add_argument("--combine-blocks", type=positive, metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
-    parser.add_argument("--arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: off)")
-    parser.add_argument("--num-sms", type=positive, metavar="N", help="that the experts' kernels fill in every plan (default: chosen)")
+    parser.add_argument(
+        "--combine-blocks",
+        type=positive,
+        metavar="N",
+        help="blocks of columns of the sums (default: chosen in mode auto, else 1)",
+    )
+    parser.add_argument(
+        "--arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: off)"
+    )
+    parser.add_argument(
+        "--num-sms", type=positive, metavar="N", help="that the experts' kernels fill in every plan (default: chosen)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
-    parser.add_argument("--ranks-per-gpu", type=positive, default=1, help="ranks that share a GPU (default %(default)s)")
-    parser.add_argument("--pareto", action="store_true", help="also the best mean for slowest times of up to 20 %% above the best")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write the predicted timeline as a Chrome trace (https://ui.perfetto.dev)")
+    parser.add_argument(
+        "--ranks-per-gpu", type=positive, default=1, help="ranks that share a GPU (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pareto", action="store_true", help="also the best mean for slowest times of up to 20 %% above the best"
+    )
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write the predicted timeline as a Chrome trace (https://ui.perfetto.dev)",
+    )
     parser.add_argument("--width", type=positive, default=100, help="columns of the timeline (default %(default)s)")
 
 
@@ -100,7 +130,9 @@ def run(options: argparse.Namespace) -> int:
     prediction = simulate(chosen, cost, spans=True)
     front = _pareto(facts, dimensions, config, cost) if options.pareto else ""
     device = f"costs of {options.cost}" if options.cost else options.gpu
-    print(f"{model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n")
+    print(
+        f"{model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n"
+    )
     if candidates:
         print(candidates_table(candidates))
         print(_rule(config, f"{100 * config.makespan_budget:g} %") + _differing(candidates, prediction) + "\n")
@@ -108,8 +140,14 @@ def run(options: argparse.Namespace) -> int:
     if config.arrivals and not chosen.arrivals:
         print(_no_arrivals(chosen))
     print("\n" + ranks_table(chosen, prediction) + "\n")
-    print(f"mean TTFT {milliseconds(prediction.mean)} ms, slowest {milliseconds(prediction.makespan)} ms, over {sum(map(len, facts.lengths))} sequences")
-    print(f"exchange buffers {exchange_bytes(config, dimensions, facts.num_ranks, value_bytes) / 2**20:.1f} MiB per rank (plus the experts' scratch)\n")
+    print(
+        f"mean TTFT {milliseconds(prediction.mean)} ms, slowest {milliseconds(prediction.makespan)} ms, over "
+        f"{sum(map(len, facts.lengths))} sequences"
+    )
+    print(
+        f"exchange buffers {exchange_bytes(config, dimensions, facts.num_ranks, value_bytes) / 2**20:.1f} MiB per "
+        "rank (plus the experts' scratch)\n"
+    )
     if front:
         print(front + "\n" + _rule(config, "the line's budget") + _differing(candidates, prediction) + "\n")
     print(timeline_text(chosen, prediction, num_layers=3, width=options.width))
@@ -120,11 +158,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def parse_facts(text: str, num_ranks: int | None = None) -> Facts:
-    """ "4096,16,0" as three ranks' sequences, "16+3" as two of one rank; a single number is every rank's. Raises InputError."""
+    """ "4096,16,0" as three ranks' sequences, "16+3" as two of one rank; a single number is every rank's. Raises
+    InputError.
+    """
     try:
         lengths = [tuple(int(n) for n in rank.split("+") if int(n)) for rank in text.split(",")]
     except ValueError:
-        raise InputError(f"--rank-tokens {text!r}: whole numbers are wanted, one per rank, as in 4096,16,0 or 512+16,64") from None
+        raise InputError(
+            f"--rank-tokens {text!r}: whole numbers are wanted, one per rank, as in 4096,16,0 or 512+16,64"
+        ) from None
     if num_ranks is not None and len(lengths) == 1:
         lengths *= num_ranks
     if num_ranks is not None and len(lengths) != num_ranks:
@@ -132,7 +174,9 @@ def parse_facts(text: str, num_ranks: int | None = None) -> Facts:
     facts = Facts(tuple(lengths))
     for rank, tokens in enumerate(facts.tokens):
         if tokens > _MOST_TOKENS:
-            raise InputError(f"--rank-tokens: rank {rank} has {tokens} tokens; at most {_MOST_TOKENS} can be planned for")
+            raise InputError(
+                f"--rank-tokens: rank {rank} has {tokens} tokens; at most {_MOST_TOKENS} can be planned for"
+            )
     return facts
 
 
@@ -141,19 +185,29 @@ def _check_positions(facts: Facts, positions: int, model: str) -> None:
     for rank, lengths in enumerate(facts.lengths):
         if max(lengths, default=0) > positions:
             longest = f"rank {rank} has a sequence of {max(lengths)} tokens, but {model} has positions for {positions}"
-            raise InputError(f"--rank-tokens: {longest} (max_position_embeddings); sequences of one rank are added up as in 512+16")
+            raise InputError(
+                f"--rank-tokens: {longest} (max_position_embeddings); sequences of one rank are added up as in 512+16"
+            )
 
 
 def exchange_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, value_bytes: int) -> int:
-    """Receive and partial-sum buffers of all slots, and staging for combine="gather": as pipemoe.runtime.workspace allocates."""
+    """Receive and partial-sum buffers of all slots, and staging for combine="gather": as pipemoe.runtime.workspace
+    allocates.
+    """
     hidden, rows = dimensions.shape.hidden, config.max_wave_rows(num_ranks)
     row_bytes = -(-(-(-hidden * value_bytes // 4) * 4 + 8 * dimensions.shape.top_k) // 128) * 128
-    staging = (num_ranks - 1) * min(rows, config.max_tokens_per_rank) * hidden * value_bytes if config.combine == "gather" else 0
+    staging = (
+        (num_ranks - 1) * min(rows, config.max_tokens_per_rank) * hidden * value_bytes
+        if config.combine == "gather"
+        else 0
+    )
     return config.max_slots * config.num_buffers * (rows * (row_bytes + hidden * value_bytes) + staging)
 
 
 def _cost(options: argparse.Namespace, dimensions: Dimensions, num_ranks: int) -> CostModel:
-    """The file's costs, or those derived from the GPU. Raises ConfigError if the file is of something else, or arrivals cannot be."""
+    """The file's costs, or those derived from the GPU. Raises ConfigError if the file is of something else, or arrivals
+    cannot be.
+    """
     if options.cost:
         subject, cost = subject_and_cost(read_cost_bytes(options.cost), options.cost)
         device = str(subject.get("device"))
@@ -161,22 +215,38 @@ def _cost(options: argparse.Namespace, dimensions: Dimensions, num_ranks: int) -
     else:
         gpu, sharing, value_bytes, device = GPUS[options.gpu], options.ranks_per_gpu, _BYTES[options.dtype], options.gpu
         ctas = default_max_ctas(gpu.num_sms // sharing, options.slots, sharing) if num_ranks > 1 else 0
-        cost = default_cost(gpu, dimensions, num_ranks, value_bytes=value_bytes, sum_bytes=value_bytes, ranks_per_device=sharing, ctas=ctas)
+        cost = default_cost(
+            gpu,
+            dimensions,
+            num_ranks,
+            value_bytes=value_bytes,
+            sum_bytes=value_bytes,
+            ranks_per_device=sharing,
+            ctas=ctas,
+        )
     if options.arrivals == "on":
         if not is_hopper(device):
-            raise ConfigError(f"--arrivals on needs Hopper GPUs (h100, h200), and these are {device}: their experts take whole waves only")
+            raise ConfigError(
+                f"--arrivals on needs Hopper GPUs (h100, h200), and these are {device}: their experts take whole "
+                "waves only"
+            )
         if not cost.experts.arrivals_permille:  # a file's, or default costs, are of experts that take whole waves
             cost = replace(cost, experts=replace(cost.experts, arrivals_permille=GATHERING_PERMILLE))
     return cost
 
 
-def _check_subject(options: argparse.Namespace, subject: dict[str, Any], dimensions: Dimensions, num_ranks: int) -> None:
+def _check_subject(
+    options: argparse.Namespace, subject: dict[str, Any], dimensions: Dimensions, num_ranks: int
+) -> None:
     """Raises ConfigError if a cost file's subject is another model, or another number of ranks."""
     key, found = model_key(dimensions), subject.get("model")
     if found != key:
         names = [name for name, config in MODEL_CONFIGS.items() if model_key(dimensions_of(config)) == found]
         measured = f"measured with model {names[0]}, {found}" if names else f"measured with model {found}"
-        raise ConfigError(f"{options.cost}: {measured}, but --model {options.model} is {key}; name that model, or run pipemoe tune for this one")
+        raise ConfigError(
+            f"{options.cost}: {measured}, but --model {options.model} is {key}; name that model, or run pipemoe "
+            "tune for this one"
+        )
     if subject.get("num_ranks") != num_ranks:
         wanted = f"measured with num_ranks {subject.get('num_ranks')}, but --ranks and --rank-tokens say {num_ranks}"
         raise ConfigError(f"{options.cost}: {wanted}; name as many, or run pipemoe tune with that many")
@@ -194,22 +264,35 @@ def _differing(candidates: Sequence[Candidate], prediction: Prediction) -> str:
     of_table = [(milliseconds(c.mean), milliseconds(c.slowest)) for c in candidates if c.chosen]
     if not candidates or of_table == [(milliseconds(prediction.mean), milliseconds(prediction.makespan))]:
         return ""
-    return "\nfigures in this table: few layers, carried on in a straight line; by rank, and over all sequences: all layers, so they differ a little"
+    return (
+        "\nfigures in this table: few layers, carried on in a straight line; "
+        "by rank, and over all sequences: all layers, so they differ a little"
+    )
 
 
 def _no_arrivals(chosen: Plan) -> str:
-    return f"--arrivals on has no effect here: it takes cohorts one after another, and this plan has {len(chosen.cohorts)} side by side"
+    return (
+        "--arrivals on has no effect here: "
+        f"it takes cohorts one after another, and this plan has {len(chosen.cohorts)} side by side"
+    )
 
 
 def _pareto(facts: Facts, dimensions: Dimensions, config: PlanConfig, cost: CostModel) -> str:
     lines = [["makespan budget", "mean ms", "slowest ms", "candidate"]]
     for percent in (0, 2, 5, 10, 15, 20):
         candidates = auto_candidates(facts, dimensions.shape, replace(config, makespan_budget=percent / 100), cost)
-        lines += [[f"{percent} %", milliseconds(c.mean), milliseconds(c.slowest), c.name] for c in candidates if c.chosen]
+        lines += [
+            [f"{percent} %", milliseconds(c.mean), milliseconds(c.slowest), c.name] for c in candidates if c.chosen
+        ]
     return table(lines)
 
 
 def _trace(prediction: Prediction) -> dict:
     from pipemoe.trace import Span, Timeline, chrome_trace
 
-    return chrome_trace([Timeline(Span(op, begin / 1e9, end / 1e9) for op, (begin, end) in spans if begin < end) for spans in prediction.spans])
+    return chrome_trace(
+        [
+            Timeline(Span(op, begin / 1e9, end / 1e9) for op, (begin, end) in spans if begin < end)
+            for spans in prediction.spans
+        ]
+    )

@@ -1,10 +1,10 @@
 """What torch and numpy do depends on states that belong to the caller: kept away from what the library does.
 
-Of a thread: grad and inference mode, autocast, the default device, numpy's error state. The engine and the lanes have threads of
-their own, so there these are as a process starts, but for grad mode (`no_grad_on_this_thread`); what runs on the caller's thread
-at set-up stands in `undisturbed`, and a layer's call, which has no time for all of it, in `plain_tensors`. Of the process:
-the default dtype, deterministic algorithms, threads. Nobody may change these under the caller's feet, so every tensor is made with
-its dtype and device said.
+Of a thread: grad and inference mode, autocast, the default device, numpy's error state. The engine and the lanes have
+threads of their own, so there these are as a process starts, but for grad mode (`no_grad_on_this_thread`); what runs on
+the caller's thread at set-up stands in `undisturbed`, and a layer's call, which has no time for all of it, in
+`plain_tensors`. Of the process: the default dtype, deterministic algorithms, threads. Nobody may change these under the
+caller's feet, so every tensor is made with its dtype and device said.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ class Timeline:
 
     @classmethod
     def from_rows(cls, rows: list[list]) -> Timeline:
-        return cls(Span(Op(OpKind(kind), cohort, layer, wave), begin, end) for kind, cohort, layer, wave, begin, end in rows)
+        return cls(
+            Span(Op(OpKind(kind), cohort, layer, wave), begin, end) for kind, cohort, layer, wave, begin, end in rows
+        )
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
@@ -90,8 +92,9 @@ def overlap_percent(overall: float, computation: float, communication: float) ->
 
 
 def chrome_trace(timelines: list[Timeline]) -> dict:
-    """All ranks' timelines as a Chrome trace document (opens in Perfetto): a process per rank, a thread per lane of each slot's
-    cohort, microseconds from the earliest span, an arrow from every dispatch to the experts that consume it."""
+    """All ranks' timelines as a Chrome trace document (opens in Perfetto): a process per rank, a thread per lane of
+    each slot's cohort, microseconds from the earliest span, an arrow from every dispatch to the experts that consume
+    it."""
     lanes = {OpKind.ATTEND: 0, OpKind.EXPERTS: 0, OpKind.FINISH: 0, OpKind.DISPATCH: 1, OpKind.COMBINE: 2}
     names = ("compute", "dispatch", "combine")
     start = min((s.begin for t in timelines for s in t.spans), default=0.0)
@@ -100,14 +103,37 @@ def chrome_trace(timelines: list[Timeline]) -> dict:
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         for cohort in sorted({s.op.cohort for s in timeline.spans}):
             for lane, name in enumerate(names):
-                events.append({"ph": "M", "name": "thread_name", "pid": rank, "tid": 3 * cohort + lane, "args": {"name": f"cohort {cohort} {name}"}})
+                events.append(
+                    {
+                        "ph": "M",
+                        "name": "thread_name",
+                        "pid": rank,
+                        "tid": 3 * cohort + lane,
+                        "args": {"name": f"cohort {cohort} {name}"},
+                    }
+                )
         for s in timeline.spans:
             where = {"pid": rank, "tid": 3 * s.op.cohort + lanes[s.op.kind]}
             begin, end = (s.begin - start) * 1e6, (s.end - start) * 1e6
             args = {"cohort": s.op.cohort, "layer": s.op.layer, "wave": s.op.wave}
-            events.append({"ph": "X", "name": s.op.kind.name.lower(), "cat": names[lanes[s.op.kind]], "ts": begin, "dur": end - begin, "args": args, **where})
+            events.append(
+                {
+                    "ph": "X",
+                    "name": s.op.kind.name.lower(),
+                    "cat": names[lanes[s.op.kind]],
+                    "ts": begin,
+                    "dur": end - begin,
+                    "args": args,
+                    **where,
+                }
+            )
             if s.op.kind in (OpKind.DISPATCH, OpKind.EXPERTS):
-                arrow = {"name": "rows", "cat": "dispatch", "id": f"{rank}.{s.op.cohort}.{s.op.layer}.{s.op.wave}", **where}
+                arrow = {
+                    "name": "rows",
+                    "cat": "dispatch",
+                    "id": f"{rank}.{s.op.cohort}.{s.op.layer}.{s.op.wave}",
+                    **where,
+                }
                 if s.op.kind is OpKind.DISPATCH:
                     events.append({"ph": "s", "ts": end, **arrow})
                 else:

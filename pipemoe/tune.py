@@ -2,9 +2,11 @@
 
     launch/mpirun.sh -n 4 -m pipemoe.cli tune --model qwen3-30b-a3b --out cost.json
 
-1. Single operations at a handful of sizes, timed in steps of one cohort: attention on one rank and on all, experts on all, dispatch
+1. Single operations at a handful of sizes, timed in steps of one cohort: attention on one rank and on all, experts on
+all, dispatch
    and combine, and what issuing takes the engine's thread.
-2. On GPUs: pairs of operations side by side (pipemoe.contention), those of experts and transfers also with experts that leave
+2. On GPUs: pairs of operations side by side (pipemoe.contention), those of experts and transfers also with experts that
+leave
    them no multiprocessors, and twice as many as usual.
 3. Whole steps in several modes, to which everything is scaled (pipemoe.plan.cost.fit).
 """
@@ -27,34 +29,37 @@ from pipemoe.arguments import look
 from pipemoe.config import Config
 from pipemoe.errors import InputError, ModelError
 from pipemoe.output_path import check_output_file
-from pipemoe.plan.cost.model import CostModel, graph_rows, rates_of
-from pipemoe.plan.cost.file import write_cost
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.clock.sms import room_for_collectives
 from pipemoe.plan.cost.dimensions import dimensions_of
+from pipemoe.plan.cost.file import write_cost
 from pipemoe.plan.cost.fit import Samples, Speeds, calibrate, fit_contention, fit_cost, fit_sms
+from pipemoe.plan.cost.model import CostModel, graph_rows, rates_of
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS, model_config
 from pipemoe.plan.cost.model_facts import cut_config, read_facts
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import table
 from pipemoe.plan.schedule import Facts, OpKind
-from pipemoe.plan.clock.prediction import simulate
-from pipemoe.plan.clock.sms import room_for_collectives
 from pipemoe.runtime.costs import model_key
 from pipemoe.trace import Span, Timeline
 
 if TYPE_CHECKING:
-    from pipemoe.world.world import World
     from pipemoe.model import Model, Prefilled
+    from pipemoe.world.world import World
 
 _LEAST_TOKENS = 16  # of --max-tokens: costs per token cannot be told from fixed ones over fewer
 _POOR_PERCENT = 20  # error of predictions after calibration, above which a file is not to be trusted
 _PAIR_SECONDS = 10e-3  # that either side of a pair takes alone
 _WHOLE_STEP_MODES = ("broadcast", "chunked", "two_batch", "pipelined", "per_rank")
-_IN_LAYER = (OpKind.ATTEND, OpKind.DISPATCH, OpKind.EXPERTS, OpKind.COMBINE)  # in the order of a step of one cohort in one wave
+# in the order of a step of one cohort in one wave
+_IN_LAYER = (OpKind.ATTEND, OpKind.DISPATCH, OpKind.EXPERTS, OpKind.COMBINE)
 _Lengths = tuple[tuple[int, ...], ...]  # per rank
 
 
 class _TimedStep(NamedTuple):
-    """One rank's step: when it was called for, when each operation ran, and kind, layer and seconds of each one's issuing."""
+    """One rank's step: when it was called for, when each operation ran, and kind, layer and seconds of each one's
+    issuing.
+    """
 
     begin: float
     timeline: Timeline
@@ -65,18 +70,33 @@ def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> 
     parser = subcommands.add_parser(
         "tune",
         help="measure this machine's costs, for mode auto",
-        description="Run it under the launcher with as many ranks as will be used: launch/mpirun.sh -n N -m pipemoe.cli tune ...",
+        description="Run it under the launcher with as many ranks as will be used: launch/mpirun.sh -n N -m "
+        "pipemoe.cli tune ...",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("--model", required=True, help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="for the costs; Config(cost=FILE) uses them")
+    parser.add_argument(
+        "--model", required=True, help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="for the costs; Config(cost=FILE) uses them"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--max-tokens", type=positive, help="most tokens of a rank that are tried, at least 16 (default: 512 on a CPU, else 4096)")
-    parser.add_argument("--layers", type=positive, default=4, help="MoE layers to measure, at least 2 (default %(default)s)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU"
+    )
+    parser.add_argument(
+        "--max-tokens",
+        type=positive,
+        help="most tokens of a rank that are tried, at least 16 (default: 512 on a CPU, else 4096)",
+    )
+    parser.add_argument(
+        "--layers", type=positive, default=4, help="MoE layers to measure, at least 2 (default %(default)s)"
+    )
     parser.add_argument("--slots", type=positive, help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)")
     parser.add_argument("--combine", choices=("reduce", "gather"), default="reduce")
-    parser.add_argument("--deterministic", action="store_true", help="for Config(deterministic=True), which combines by gather")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="for Config(deterministic=True), which combines by gather"
+    )
     parser.add_argument("--repeats", type=positive, default=3, help="of each measurement (default %(default)s)")
 
 
@@ -91,7 +111,9 @@ def run(options: argparse.Namespace) -> int:
     if options.layers < 2:
         raise InputError("--layers is 1; operations are timed in the layers after the first, so at least 2 are needed")
     if options.max_tokens is not None and options.max_tokens < _LEAST_TOKENS:
-        raise InputError(f"--max-tokens is {options.max_tokens}; sizes are tried up to that, so at least {_LEAST_TOKENS} are needed")
+        raise InputError(
+            f"--max-tokens is {options.max_tokens}; sizes are tried up to that, so at least {_LEAST_TOKENS} are needed"
+        )
     config = model_config(options.model)
     dimensions = dimensions_of(config)
     cut = cut_config(config, read_facts(config).layers_for(options.layers))
@@ -99,13 +121,21 @@ def run(options: argparse.Namespace) -> int:
     with pipemoe.init(options.device, num_slots=options.slots) as world:
         world.agree(_refused(options.out) if world.rank == 0 else None, {}, "looking at --out")
         most = options.max_tokens or (512 if world.device.type == "cpu" else 4096)
-        base = Config(mode="broadcast", max_tokens_per_rank=most, moe_max_num_tokens=most, num_slots=world.num_slots, combine=options.combine)
+        base = Config(
+            mode="broadcast",
+            max_tokens_per_rank=most,
+            moe_max_num_tokens=most,
+            num_slots=world.num_slots,
+            combine=options.combine,
+        )
         base = replace(base, deterministic=options.deterministic)
         _say(world, f"loading {options.layers} MoE layers of {options.model}")
         model = pipemoe.load_model(cut, world, random_weights=True, config=base, dtype=dtype)
         positions = num_positions(model.decoder.config)
         if positions is not None and most > positions:
-            raise InputError(f"--max-tokens is {most}, but {options.model} has positions for {positions}; give at most as many")
+            raise InputError(
+                f"--max-tokens is {most}, but {options.model} has positions for {positions}; give at most as many"
+            )
         tuner = Tuner(world, model, most, options.repeats)
         samples = tuner.measure_operations()
         cost = fit_cost(samples, model.runtime.cost, model.runtime.shape, world.size)
@@ -114,7 +144,12 @@ def run(options: argparse.Namespace) -> int:
             usual = tuner.measure_pairs(PAIRS, room)
             cost = replace(cost, contention=fit_contention(usual))
             if room:
-                cost = replace(cost, sms=fit_sms(cost.sms, usual, *(tuner.measure_pairs(BESIDE_TRANSFERS, left) for left in (0, 2 * room))))
+                cost = replace(
+                    cost,
+                    sms=fit_sms(
+                        cost.sms, usual, *(tuner.measure_pairs(BESIDE_TRANSFERS, left) for left in (0, 2 * room))
+                    ),
+                )
         steps = tuner.measure_steps(base)
         before = tuner.log_error(cost, steps)
         cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
@@ -135,7 +170,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refused(out: Path) -> InputError | None:
-    """Why the file cannot be written, before minutes of measuring. Only rank 0 writes, perhaps where other hosts have no such folder."""
+    """Why the file cannot be written, before minutes of measuring. Only rank 0 writes, perhaps where other hosts have
+    no such folder.
+    """
     try:
         check_output_file("--out", out)
     except InputError as error:
@@ -149,11 +186,19 @@ def _say(world: World, text: str) -> None:
 
 
 def accuracy(before: float, after: float) -> list[str]:
-    """How near predictions came to measured steps, in words. before, after calibration: Tuner.log_error of the costs."""
+    """How near predictions came to measured steps, in words. before, after calibration: Tuner.log_error of the
+    costs.
+    """
     unfitted, fitted = (100 * math.expm1(error) for error in (before, after))
-    lines = [f"predicted times of the whole steps were off by {unfitted:.0f} % on average; after calibration to the measured times, {fitted:.0f} %"]
+    lines = [
+        f"predicted times of the whole steps were off by {unfitted:.0f} % on average; after calibration to the "
+        f"measured times, {fitted:.0f} %"
+    ]
     if fitted > _POOR_PERCENT:
-        lines.append(f"over {_POOR_PERCENT} %: this file is poor; perhaps the machine was busy. Run pipemoe tune again when it is idle")
+        lines.append(
+            f"over {_POOR_PERCENT} %: this file is poor; perhaps the machine was busy. Run pipemoe tune again when "
+            "it is idle"
+        )
     return lines
 
 
@@ -199,10 +244,17 @@ class Tuner:
                 samples.host.setdefault("attend", []).extend(seconds * 1e9 for seconds in issued)
 
     def measure_pairs(self, pairs: Sequence[tuple[str, str]], sms_left: int) -> Speeds:
-        """How fast two operations go on side by side, as shares of their speeds alone. sms_left: multiprocessors that the experts leave."""
+        """How fast two operations go on side by side, as shares of their speeds alone. sms_left: multiprocessors that
+        the experts leave.
+        """
         from pipemoe.contention import Operations, Timer, measure_pair
 
-        operations = Operations(self._world, self._model.decoder, self._model.runtime.experts_leaving[0].leaving(sms_left), max(self._most // 2, 1))
+        operations = Operations(
+            self._world,
+            self._model.decoder,
+            self._model.runtime.experts_leaving[0].leaving(sms_left),
+            max(self._most // 2, 1),
+        )
         timer, found = Timer(self._world), {}
         for a, b in pairs:
             _say(self._world, f"side by side: {a} and {b}" + (f", {sms_left} multiprocessors left" if sms_left else ""))
@@ -229,7 +281,13 @@ class Tuner:
                     seconds = self._prefill(model, lengths).ttft_seconds
                     times += [seconds] if repeat else []
                 own = statistics.median(max(t, default=0.0) for t in times) * 1e9
-                found.append((config, lengths, [json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "times")]))
+                found.append(
+                    (
+                        config,
+                        lengths,
+                        [json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "times")],
+                    )
+                )
         return found
 
     def log_error(self, cost: CostModel, steps: Sequence[tuple[Config, _Lengths, list[float]]]) -> float:
@@ -257,7 +315,9 @@ class Tuner:
         return [[(i * 31 + 7) % vocabulary for i in range(n)] for n in lengths[self._world.rank]]
 
     def _prefill(self, model: Model, lengths: _Lengths, **options: Any) -> Prefilled:
-        """A step. What fails in one rank's model code is raised on all of them now: after it the ranks compare times, not steps."""
+        """A step. What fails in one rank's model code is raised on all of them now: after it the ranks compare times,
+        not steps.
+        """
         rank = self._world.rank
         found, error = look(rank, "a step", lambda: model.prefill(self._sequences(lengths), **options), ModelError)
         self._world.agree(error, {}, "seeing that a step went well")
@@ -269,7 +329,9 @@ class Tuner:
         self._world.all_gather(b"", "start of a step")
         begin = time.perf_counter()
         self._prefill(self._model, lengths, timeline=timeline)
-        own = json.dumps([begin, timeline.as_rows(), [[int(op.kind), op.layer, seconds] for op, seconds in timeline.issue_seconds]])
+        own = json.dumps(
+            [begin, timeline.as_rows(), [[int(op.kind), op.layer, seconds] for op, seconds in timeline.issue_seconds]]
+        )
         everywhere = [json.loads(p) for p in self._world.all_gather(own.encode(), "timelines")]
         return [_TimedStep(begin, Timeline.from_rows(rows), issued) for begin, rows, issued in everywhere]
 
@@ -282,7 +344,9 @@ class Tuner:
         attended = max(tokens[0], graph), sum(n * (n + 1) // 2 for n in lengths[0]), took[OpKind.ATTEND]
         if not any(tokens[1:]):
             samples.attend.append(attended)
-            samples.finish.append(1e9 * next(s.end - s.begin for s in timed[0].timeline.spans if s.op.kind is OpKind.FINISH))
+            samples.finish.append(
+                1e9 * next(s.end - s.begin for s in timed[0].timeline.spans if s.op.kind is OpKind.FINISH)
+            )
             first = next(s.end for s in timed[0].timeline.spans if s.op.kind is OpKind.ATTEND and not s.op.layer)
             samples.start.append((*attended[:2], 1e9 * (first - timed[0].begin) - took[OpKind.ATTEND]))
         elif not self._model.runtime.cost.cores.permille:  # cores are shared out by the simulator
@@ -290,7 +354,12 @@ class Tuner:
         samples.experts.append((rows, took[OpKind.EXPERTS]))
         samples.dispatch.append((segments, carried if self._world.size > 1 else 0, took[OpKind.DISPATCH]))
         samples.combine.append((segments, rows, took[OpKind.COMBINE]))
-        names = {OpKind.ATTEND: "graph" if graph else "attend", OpKind.EXPERTS: "experts", OpKind.COMBINE: "combine", OpKind.FINISH: "finish"}
+        names = {
+            OpKind.ATTEND: "graph" if graph else "attend",
+            OpKind.EXPERTS: "experts",
+            OpKind.COMBINE: "combine",
+            OpKind.FINISH: "finish",
+        }
         for kind, layer, seconds in timed[0].issued:
             if OpKind(kind) in names and (layer or kind == OpKind.FINISH):
                 samples.host.setdefault(names[OpKind(kind)], []).append(seconds * 1e9)
@@ -301,9 +370,9 @@ class Tuner:
     def _taken(self, timed: list[_TimedStep]) -> dict[OpKind, float]:
         """ns that each operation of a layer took, mean over layers.
 
-        Where the devices are what the step waits for: from the last rank's end of the operation before to the last rank's end of
-        this one, so that they add up to the step. Otherwise (launches come too late, clocks differ between hosts, or ranks share
-        cores): each by itself, a transfer from when the last rank was ready.
+        Where the devices are what the step waits for: from the last rank's end of the operation before to the last
+        rank's end of this one, so that they add up to the step. Otherwise (launches come too late, clocks differ
+        between hosts, or ranks share cores): each by itself, a transfer from when the last rank was ready.
         """
         layers = range(1, self._model.runtime.shape.num_layers)
         spans: dict[tuple[OpKind, int], list[Span]] = {}
@@ -325,8 +394,12 @@ class Tuner:
             for layer in layers:
                 of_kind = {kind: spans[kind, layer] for kind in _IN_LAYER}
                 took[OpKind.ATTEND].append(max(s.end - s.begin for s in of_kind[OpKind.ATTEND]))
-                took[OpKind.EXPERTS].append(statistics.median(s.end - s.begin for s in of_kind[OpKind.EXPERTS]) / shared)
+                took[OpKind.EXPERTS].append(
+                    statistics.median(s.end - s.begin for s in of_kind[OpKind.EXPERTS]) / shared
+                )
                 for kind in (OpKind.DISPATCH, OpKind.COMBINE):
                     waited = [s.end - s.begin for s in of_kind[kind]]
-                    took[kind].append(end[kind, layer] - max(s.begin for s in of_kind[kind]) if self._one_host else min(waited))
+                    took[kind].append(
+                        end[kind, layer] - max(s.begin for s in of_kind[kind]) if self._one_host else min(waited)
+                    )
         return {kind: max(1.0, 1e9 * statistics.fmean(seconds)) for kind, seconds in took.items()}

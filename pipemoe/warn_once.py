@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def warn_once(world: World, text: str, *, about: str = "", aloud: bool = True) -> None:
-    """Once in this world, with the line that called the library; of warnings `about` the same, the first. Not aloud: only where a filter
-    makes it an error, as on other ranks."""
+    """Once in this world, with the line that called the library; of warnings `about` the same, the first. Not aloud:
+    only where a filter makes it an error, as on other ranks."""
     if (about or text) in world.warned:
         return
     world.warned.add(about or text)

@@ -39,7 +39,9 @@ class WireFormat:
 
     def __post_init__(self) -> None:
         if self.num_scales and self.hidden % BLOCK:
-            raise ConfigError(f"hidden is {self.hidden}; rows travel as float8_e4m3fn only if it is a multiple of {BLOCK}")
+            raise ConfigError(
+                f"hidden is {self.hidden}; rows travel as float8_e4m3fn only if it is a multiple of {BLOCK}"
+            )
 
     @cached_property
     def num_scales(self) -> int:
@@ -79,7 +81,6 @@ class WireFormat:
             scales=buffer.view(torch.float32)[:, s:w] if self.num_scales else None,
         )
 
-
     def warm_up(self, device: torch.device, dtype: torch.dtype) -> None:
         """Write a row from hidden values of `dtype`, so that no later write on `device` compiles or loads anything."""
         import torch
@@ -109,8 +110,8 @@ class WireRows:
 
     @cached_property
     def layout(self) -> int:
-        """A number for where everything lies in a row, dtypes and the device: equal for rows that differ in nothing but how many they are,
-        and their addresses. -1 where not all views have as many rows."""
+        """A number for where everything lies in a row, dtypes and the device: equal for rows that differ in nothing but
+        how many they are, and their addresses. -1 where not all views have as many rows."""
         views = self.hidden, self.ids, self.weights
         if any(len(view) != len(self) for view in views):
             return -1
@@ -122,7 +123,9 @@ class WireRows:
         return WireRows(self.buffer[rows], self.hidden[rows], self.weights[rows], self.ids[rows], scales)
 
     def write(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Fill the rows; `hidden` [n, H] dtype, or wider if the rows' are float8_e4m3fn, `ids` [n, K] int32, `weights` [n, K] float32."""
+        """Fill the rows; `hidden` [n, H] dtype, or wider if the rows' are float8_e4m3fn, `ids` [n, K] int32, `weights`
+        [n, K] float32.
+        """
         if hidden.is_cuda and len(self) and self.scales is None and self._pack(hidden, ids, weights):
             return
         if self.scales is None:

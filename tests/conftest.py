@@ -32,7 +32,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def world():
-    """This process's world: one rank under plain pytest, one of several under launch/mpirun.sh; on a GPU where there is one."""
+    """This process's world: one rank under plain pytest, one of several under launch/mpirun.sh; on a GPU where there is
+    one.
+    """
     import torch
 
     import pipemoe

@@ -12,7 +12,9 @@ class Hostile:
     def _refuse(self, *args, **named):
         raise object.__getattribute__(self, "_error")("planted")
 
-    __len__ = __iter__ = __getitem__ = __repr__ = __str__ = __bool__ = __eq__ = __ne__ = __hash__ = __index__ = __int__ = __float__ = _refuse
+    __len__ = __iter__ = __getitem__ = __repr__ = __str__ = __bool__ = __eq__ = __ne__ = __hash__ = __index__ = (
+        __int__
+    ) = __float__ = _refuse
     __array__ = __call__ = __fspath__ = __lt__ = __gt__ = __add__ = __radd__ = __contains__ = __getattr__ = _refuse
 
 

@@ -24,7 +24,9 @@ class Layers:
     def local(self, num_ranks: int, rank: int) -> list[ExpertWeights]:
         own = local_range(NUM_EXPERTS, num_ranks, rank)
         return [
-            ExpertWeights(g[own.start : own.stop].contiguous(), d[own.start : own.stop].contiguous(), first_expert=own.start)
+            ExpertWeights(
+                g[own.start : own.stop].contiguous(), d[own.start : own.stop].contiguous(), first_expert=own.start
+            )
             for g, d in zip(self.gate_up, self.down)
         ]
 
@@ -34,7 +36,9 @@ class Layers:
         for t in range(len(x)):
             for e, w in zip(ids[t].tolist(), weights[t].tolist()):
                 h = self.gate_up[layer, e].cpu().double() @ x[t].cpu().double()
-                y[t] += w * (self.down[layer, e].cpu().double() @ (torch.nn.functional.silu(h[:INTERMEDIATE]) * h[INTERMEDIATE:]))
+                y[t] += w * (
+                    self.down[layer, e].cpu().double() @ (torch.nn.functional.silu(h[:INTERMEDIATE]) * h[INTERMEDIATE:])
+                )
         return y
 
 

@@ -19,7 +19,11 @@ def raising(error):
     return work
 
 
-@pytest.mark.parametrize("error", [ValueError("odd"), KeyboardInterrupt(), GeneratorExit(), SystemExit(3), Speechless(), RecursionError("x" * 10**6)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("odd"), KeyboardInterrupt(), GeneratorExit(), SystemExit(3), Speechless(), RecursionError("x" * 10**6)],
+    ids=lambda e: type(e).__name__,
+)
 def test_anything_becomes_the_error_that_can_be_told(error):
     found, wrong = look(2, "arguments of a step", raising(error))
     assert found is None and type(wrong) is InputError and wrong.__cause__ is error
@@ -42,19 +46,47 @@ def test_words_whatever_they_do():
     assert shown(Speechless()) == "a Speechless" and shown("x" * 100) == "a str" and shown([1]) == "[1]"
 
 
-@pytest.mark.parametrize("value", [3, np.uint8(3), np.uint64(3), np.int16(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.uint8)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [3, np.uint8(3), np.uint64(3), np.int16(3), np.array(3), torch.tensor(3), torch.tensor(3, dtype=torch.uint8)],
+    ids=repr,
+)
 def test_whole_numbers_of_any_kind(value):
     assert whole_number("n", value, 1) == 3 and type(whole_number("n", value, 1)) is int
 
 
-@pytest.mark.parametrize("value", [3.0, "3", None, True, np.True_, np.float32(3), torch.tensor(3.0), torch.tensor(True), torch.ones(2, dtype=torch.int64), np.ones(2, int), -1, 0, [3], Speechless()], ids=shown)
+@pytest.mark.parametrize(
+    "value",
+    [
+        3.0,
+        "3",
+        None,
+        True,
+        np.True_,
+        np.float32(3),
+        torch.tensor(3.0),
+        torch.tensor(True),
+        torch.ones(2, dtype=torch.int64),
+        np.ones(2, int),
+        -1,
+        0,
+        [3],
+        Speechless(),
+    ],
+    ids=shown,
+)
 def test_what_is_no_whole_number_of_at_least_1(value):
     with pytest.raises(ConfigError, match="^n is .*; it must be a whole number of at least 1"):
         whole_number("n", value, 1, ConfigError)
 
 
 def test_lengths_of_a_step():
-    assert step_lengths(3, (1, 2), 3) == (1, 2) == step_lengths(3, np.array([1, 2], np.uint16), 3) == step_lengths(3, iter([1, torch.tensor(2)]), 3)
+    assert (
+        step_lengths(3, (1, 2), 3)
+        == (1, 2)
+        == step_lengths(3, np.array([1, 2], np.uint16), 3)
+        == step_lengths(3, iter([1, torch.tensor(2)]), 3)
+    )
     assert step_lengths(3, (), 3) == ()
     for lengths in ((0,), (-1,), (2.0,), (True,), (None,), ([1],), (1, "2")):
         with pytest.raises(InputError, match="rank 3: sequence length"):
@@ -65,5 +97,7 @@ def test_lengths_of_a_step():
     with pytest.raises(InputError, match="rank 3: 11 tokens in one step, more than max_tokens_per_rank=10"):
         step_lengths(3, (5, 6), 10)
     for lengths in (itertools.repeat(1), (10**30,)):
-        with pytest.raises(InputError, match=r"rank 3: \d+ (or more )?tokens in one step, more than max_tokens_per_rank=10"):
+        with pytest.raises(
+            InputError, match=r"rank 3: \d+ (or more )?tokens in one step, more than max_tokens_per_rank=10"
+        ):
             step_lengths(3, lengths, 10)

@@ -1,4 +1,6 @@
-"""What fails inside a step on one rank, in whatever the caller has given: named on every rank, never fatal, and the step after works."""
+"""What fails inside a step on one rank, in whatever the caller has given: named on every rank, never fatal, and the
+step after works.
+"""
 
 import contextlib
 import gc
@@ -22,7 +24,13 @@ from tests.moe_cases import NUM_EXPERTS, TOP_K, make_layers, make_rows, norm_rat
 from tests.runtime.sources import RowsSource, make_runtime
 
 SMALL = {"moe_max_num_tokens": 24, "max_tokens_per_rank": 40}
-ERRORS = {"ZeroDivisionError": ZeroDivisionError, "KeyboardInterrupt": KeyboardInterrupt, "GeneratorExit": GeneratorExit, "SystemExit": SystemExit, "Speechless": Speechless}
+ERRORS = {
+    "ZeroDivisionError": ZeroDivisionError,
+    "KeyboardInterrupt": KeyboardInterrupt,
+    "GeneratorExit": GeneratorExit,
+    "SystemExit": SystemExit,
+    "Speechless": Speechless,
+}
 NUM_LAYERS = 2
 
 
@@ -33,7 +41,13 @@ def layers(world):
 
 @pytest.fixture(scope="module")
 def moe(world, layers):
-    return PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=NUM_EXPERTS, top_k=TOP_K, config=Config(**SMALL, mode="per_rank"))
+    return PipelinedMoE(
+        world,
+        layers.local(world.size, world.rank),
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        config=Config(**SMALL, mode="per_rank"),
+    )
 
 
 def rows_of(world, layer):
@@ -84,7 +98,11 @@ def test_a_call_that_fails_is_a_layer_not_done(world, layers, moe, fault, layer,
             monkeypatch.setattr(torch, "empty", no_memory)
         return rows
 
-    with pytest.raises(torch.OutOfMemoryError, match=f"planted in {fault}") if world.rank == culprit else contextlib.nullcontext():
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=f"planted in {fault}")
+        if world.rank == culprit
+        else contextlib.nullcontext()
+    ):
         run_step(world, layers, moe, meddle)
     monkeypatch.undo()
     named_everywhere_then_over(world, layers, moe, culprit, f"OutOfMemoryError: planted in {fault}")
@@ -245,7 +263,11 @@ def test_a_timeline_that_raises(world, layers):
     def run(**named):
         runtime.submit_step([5], RowsSource(5, runtime), **named).result()
 
-    with pytest.raises(ModelError, match="model code raised Speechless") if world.rank == culprit else contextlib.nullcontext():
+    with (
+        pytest.raises(ModelError, match="model code raised Speechless")
+        if world.rank == culprit
+        else contextlib.nullcontext()
+    ):
         run(timeline=BrokenTimeline() if world.rank == culprit else Timeline())
     with pytest.raises(ModelError, match=f"^rank {culprit}: model code raised Speechless"):
         run()
@@ -326,7 +348,9 @@ def when_gone(tensor):
 @pytest.mark.mpi
 @pytest.mark.parametrize("mode", ["per_rank", "two_batch", "padded"])
 def test_a_layers_tensors_are_let_go_when_it_is_done(world, mode):
-    """While the step is open, without the cycle collector: all that was given to the engine, once the caller has let go too."""
+    """While the step is open, without the cycle collector: all that was given to the engine, once the caller has let go
+    too.
+    """
     num_layers = 4
     layers = make_layers(num_layers, world.device, torch.float32)
     config = Config(**SMALL, mode=mode, combine="gather")

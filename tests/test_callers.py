@@ -1,4 +1,6 @@
-"""What one rank's caller hands in, whatever it is or raises, is one error on every rank in the same step, and the next step works."""
+"""What one rank's caller hands in, whatever it is or raises, is one error on every rank in the same step, and the next
+step works.
+"""
 
 import itertools
 
@@ -7,10 +9,10 @@ import pytest
 import torch
 
 from pipemoe import Config, ExpertWeights, PipelinedMoE, load_model
-from pipemoe.world import world as world_module
 from pipemoe.errors import CheckpointError, ConfigError, InputError, MismatchError
 from pipemoe.model import token_ids
 from pipemoe.runtime.run import Only
+from pipemoe.world import world as world_module
 from tests.hostile import Hostile, broken_off
 from tests.models.tiny import VOCAB, tiny_config
 from tests.moe_cases import NUM_EXPERTS, TOP_K, make_layers, make_rows, norm_ratio
@@ -34,7 +36,12 @@ def layers(world):
 def moes(world, layers):
     """Of one layer and of two."""
     config = Config(**SMALL)
-    return [PipelinedMoE(world, layers.local(world.size, world.rank)[:n], num_experts=NUM_EXPERTS, top_k=TOP_K, config=config) for n in (1, 2)]
+    return [
+        PipelinedMoE(
+            world, layers.local(world.size, world.rank)[:n], num_experts=NUM_EXPERTS, top_k=TOP_K, config=config
+        )
+        for n in (1, 2)
+    ]
 
 
 def raised_everywhere(world, error, culprit, call, message=""):
@@ -88,14 +95,27 @@ def test_odd_sequences_of_one_rank(world, model):
     culprit = world.size - 1
     wanted = model.prefill(PROMPT).first_tokens
     for make in SEQUENCES.values():
-        raised_everywhere(world, InputError, culprit, lambda: model.prefill(make() if world.rank == culprit else PROMPT))
+        raised_everywhere(
+            world, InputError, culprit, lambda: model.prefill(make() if world.rank == culprit else PROMPT)
+        )
         assert model.prefill(PROMPT).first_tokens == wanted
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize(
     "named",
-    [{"keep_logits": 1}, {"keep_logits": Hostile()}, {"only": None}, {"only": Only(computation=Hostile())}, {"only": Only(communication=1)}, {"only": Hostile(GeneratorExit)}, {"timeline": []}, {"timeline": Hostile()}, {"on_done": 3}, {"on_done": None}],
+    [
+        {"keep_logits": 1},
+        {"keep_logits": Hostile()},
+        {"only": None},
+        {"only": Only(computation=Hostile())},
+        {"only": Only(communication=1)},
+        {"only": Hostile(GeneratorExit)},
+        {"timeline": []},
+        {"timeline": Hostile()},
+        {"on_done": 3},
+        {"on_done": None},
+    ],
     ids=lambda named: next(iter(named)),
 )
 def test_odd_options_of_one_rank(world, model, named):
@@ -107,13 +127,17 @@ def test_odd_options_of_one_rank(world, model, named):
 def test_leaving_out_communication_on_one_rank_is_an_error_on_all(world, model):
     if world.size == 1:
         pytest.skip("needs two ranks to differ")
-    with pytest.raises(MismatchError, match=r"rank 1: what a step leaves out \(only\) is communication, but rank 0 has nothing"):
+    with pytest.raises(
+        MismatchError, match=r"rank 1: what a step leaves out \(only\) is communication, but rank 0 has nothing"
+    ):
         model.prefill(PROMPT, only=Only(communication=world.rank != 1))
     assert len(model.prefill(PROMPT).first_tokens) == 1
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, np.int32, ">u2", ">i4"], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, np.int32, ">u2", ">i4"], ids=str
+)
 def test_ids_of_any_integer_type_are_taken(world, model, dtype, tmp_path):
     wanted = model.prefill([[5, 77, 3], [9]]).first_tokens
     np.array([5, 77, 3, 9], dtype).tofile(tmp_path / "tokens")
@@ -122,7 +146,19 @@ def test_ids_of_any_integer_type_are_taken(world, model, dtype, tmp_path):
     assert model.prefill(iter([list(tokens[:3]), tuple(tokens[3:])])).first_tokens == wanted
 
 
-@pytest.mark.parametrize("ids", [[5, 6], (5, 6), range(5, 7), np.array([5, 0, 6])[::2], torch.tensor([5, 6], dtype=torch.uint16), torch.tensor([[5], [6]])[:, 0], [torch.tensor(5), np.uint8(6)]], ids=repr)
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [5, 6],
+        (5, 6),
+        range(5, 7),
+        np.array([5, 0, 6])[::2],
+        torch.tensor([5, 6], dtype=torch.uint16),
+        torch.tensor([[5], [6]])[:, 0],
+        [torch.tensor(5), np.uint8(6)],
+    ],
+    ids=repr,
+)
 def test_a_list_of_ids_in_many_forms(ids):
     found = token_ids("here", ids)
     assert found.tolist() == [5, 6] and found.dtype == torch.int64 and found.is_contiguous()
@@ -223,7 +259,9 @@ def test_odd_rows_inside_a_step_are_an_input_error_and_the_layer_can_be_called_a
 @pytest.mark.mpi
 def test_a_call_of_several_layers_on_one_rank_is_an_error_on_all(world, moes):
     right = make_rows(3, world.rank, world.device, torch.float32)
-    raised_everywhere(world, ConfigError, 0, lambda: moes[1](*right), "a call is for one MoE layer, but this PipelinedMoE has 2")
+    raised_everywhere(
+        world, ConfigError, 0, lambda: moes[1](*right), "a call is for one MoE layer, but this PipelinedMoE has 2"
+    )
 
 
 WEIGHTS = {  # what becomes of the weights, the other arguments, and the error
@@ -236,14 +274,38 @@ WEIGHTS = {  # what becomes of the weights, the other arguments, and the error
     "tensors": (lambda w: [w[0].gate_up], {}, InputError),
     "hostile tensors": (lambda w: [ExpertWeights(Hostile(), Hostile())], {}, InputError),
     "text": (lambda w: [ExpertWeights("gate", "up")], {}, InputError),
-    "meta": (lambda w: [ExpertWeights(w[0].gate_up.to("meta"), w[0].down.to("meta"), first_expert=w[0].first_expert)], {}, InputError),
-    "sparse": (lambda w: [ExpertWeights(w[0].gate_up.to_sparse(), w[0].down.to_sparse(), first_expert=w[0].first_expert)], {}, InputError),
-    "float64": (lambda w: [ExpertWeights(w[0].gate_up.double(), w[0].down.double(), first_expert=w[0].first_expert)], {}, ConfigError),
-    "whole numbers": (lambda w: [ExpertWeights(w[0].gate_up.int(), w[0].down.int(), first_expert=w[0].first_expert)], {}, ConfigError),
+    "meta": (
+        lambda w: [ExpertWeights(w[0].gate_up.to("meta"), w[0].down.to("meta"), first_expert=w[0].first_expert)],
+        {},
+        InputError,
+    ),
+    "sparse": (
+        lambda w: [ExpertWeights(w[0].gate_up.to_sparse(), w[0].down.to_sparse(), first_expert=w[0].first_expert)],
+        {},
+        InputError,
+    ),
+    "float64": (
+        lambda w: [ExpertWeights(w[0].gate_up.double(), w[0].down.double(), first_expert=w[0].first_expert)],
+        {},
+        ConfigError,
+    ),
+    "whole numbers": (
+        lambda w: [ExpertWeights(w[0].gate_up.int(), w[0].down.int(), first_expert=w[0].first_expert)],
+        {},
+        ConfigError,
+    ),
     "first expert": (lambda w: [ExpertWeights(w[0].gate_up, w[0].down, first_expert=Hostile())], {}, InputError),
     "a float": (lambda w: [ExpertWeights(w[0].gate_up, w[0].down, first_expert=0.5)], {}, InputError),
-    "activation": (lambda w: [ExpertWeights(w[0].gate_up, w[0].down, first_expert=w[0].first_expert, activation=Hostile())], {}, InputError),
-    "gated": (lambda w: [ExpertWeights(w[0].gate_up, w[0].down, first_expert=w[0].first_expert, gated=Hostile())], {}, InputError),
+    "activation": (
+        lambda w: [ExpertWeights(w[0].gate_up, w[0].down, first_expert=w[0].first_expert, activation=Hostile())],
+        {},
+        InputError,
+    ),
+    "gated": (
+        lambda w: [ExpertWeights(w[0].gate_up, w[0].down, first_expert=w[0].first_expert, gated=Hostile())],
+        {},
+        InputError,
+    ),
     "num_experts": (lambda w: w, {"num_experts": Hostile()}, (ConfigError, InputError)),
     "half an expert": (lambda w: w, {"num_experts": 6.5}, ConfigError),
     "no top_k": (lambda w: w, {"top_k": None}, ConfigError),
@@ -280,7 +342,9 @@ def test_other_numbers_on_one_rank_are_an_error_on_all(world, layers):
     if world.size == 1:
         pytest.skip("needs two ranks to differ")
     for named in ({"num_experts": NUM_EXPERTS + 1}, {"num_experts": 10**15}, {"top_k": 2}):
-        arguments = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "config": Config(**SMALL)} | (named if world.rank == 1 else {})
+        arguments = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "config": Config(**SMALL)} | (
+            named if world.rank == 1 else {}
+        )
         with pytest.raises(MismatchError, match=f"rank 1: {next(iter(named))} is "):
             PipelinedMoE(world, layers.local(world.size, world.rank), **arguments)
 
@@ -288,7 +352,9 @@ def test_other_numbers_on_one_rank_are_an_error_on_all(world, layers):
 @pytest.mark.mpi
 def test_more_experts_than_can_be_counted(world, layers):
     with pytest.raises(InputError, match="layer 0: the ranks must hold experts 0 to 99999999999999999999, each once"):
-        PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=10**20, top_k=TOP_K, config=Config(**SMALL))
+        PipelinedMoE(
+            world, layers.local(world.size, world.rank), num_experts=10**20, top_k=TOP_K, config=Config(**SMALL)
+        )
 
 
 @pytest.mark.mpi
@@ -300,9 +366,29 @@ def test_weights_from_a_generator(world, layers):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("config", [None, {}, Hostile(), Hostile(GeneratorExit), Config, Config(num_slots=99), Config(combine_dtype="bfloat16"), Config(experts="hopper"), Config(arrivals=True), Config(cost="/nowhere/cost.json"), Config(cost=Hostile())], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        {},
+        Hostile(),
+        Hostile(GeneratorExit),
+        Config,
+        Config(num_slots=99),
+        Config(combine_dtype="bfloat16"),
+        Config(experts="hopper"),
+        Config(arrivals=True),
+        Config(cost="/nowhere/cost.json"),
+        Config(cost=Hostile()),
+    ],
+    ids=lambda c: type(c).__name__,
+)
 def test_odd_configs_of_one_rank(world, model, config):
-    if world.device.type == "cuda" and isinstance(config, Config) and (config.combine_dtype or config.experts == "hopper" or config.arrivals):
+    if (
+        world.device.type == "cuda"
+        and isinstance(config, Config)
+        and (config.combine_dtype or config.experts == "hopper" or config.arrivals)
+    ):
         pytest.skip("these are right on some GPU")
     raised_everywhere(world, ConfigError, 0, lambda: model.with_config(config if world.rank == 0 else Config(**SMALL)))
     assert len(model.prefill(PROMPT).first_tokens) == 1
@@ -332,7 +418,11 @@ def test_odd_arguments_of_load_model_on_one_rank(world, model, case):
 
     def load():
         is_odd = world.rank == 0
-        load_model(source() if is_odd else tiny_config("qwen3_moe"), world, **{"config": Config(**SMALL), "dtype": torch.float32, **(named if is_odd else {})})
+        load_model(
+            source() if is_odd else tiny_config("qwen3_moe"),
+            world,
+            **{"config": Config(**SMALL), "dtype": torch.float32, **(named if is_odd else {})},
+        )
 
     raised_everywhere(world, error, 0, load)
     assert len(model.prefill(PROMPT).first_tokens) == 1
@@ -342,9 +432,13 @@ def test_odd_arguments_of_load_model_on_one_rank(world, model, case):
 @pytest.mark.parametrize("odd", [None, Hostile(), "world"], ids=lambda odd: type(odd).__name__)
 def test_what_is_no_world_on_one_rank_is_an_error_on_all(world, layers, odd):
     given = odd if world.rank == 0 else world
-    raised_everywhere(world, InputError, 0, lambda: load_model(tiny_config("qwen3_moe"), given, config=Config(**SMALL)), "world is a ")
+    raised_everywhere(
+        world, InputError, 0, lambda: load_model(tiny_config("qwen3_moe"), given, config=Config(**SMALL)), "world is a "
+    )
     weights = layers.local(world.size, world.rank)
-    raised_everywhere(world, InputError, 0, lambda: PipelinedMoE(given, weights, num_experts=NUM_EXPERTS, top_k=TOP_K), "world is a ")
+    raised_everywhere(
+        world, InputError, 0, lambda: PipelinedMoE(given, weights, num_experts=NUM_EXPERTS, top_k=TOP_K), "world is a "
+    )
 
 
 def test_what_is_no_world_where_there_is_none(monkeypatch):
@@ -364,11 +458,36 @@ def test_odd_payloads_of_one_rank(world, payload):
 @pytest.mark.parametrize("lengths", [None, 5, [0], [1.5], [True], Hostile(), "12"], ids=lambda v: type(v).__name__)
 def test_odd_lengths_of_one_rank_for_a_source(world, lengths):
     runtime = make_runtime(world, make_layers(1, world.device, torch.float32))
-    raised_everywhere(world, InputError, 0, lambda: runtime.submit_step(lengths if world.rank == 0 else [3], RowsSource(3, runtime)).result())
+    raised_everywhere(
+        world,
+        InputError,
+        0,
+        lambda: runtime.submit_step(lengths if world.rank == 0 else [3], RowsSource(3, runtime)).result(),
+    )
     runtime.submit_step([3], RowsSource(3, runtime)).result()
 
 
-@pytest.mark.parametrize("named", [{"mode": Hostile()}, {"mode": np.ones(2)}, {"combine": []}, {"experts": ["host"]}, {"cost": 5}, {"graph_tokens": True}, {"makespan_budget": float("nan")}, {"makespan_budget": Hostile()}, {"num_slots": 10**30}, {"max_tokens_per_rank": 2**31}, {"pipelined_ratio": 10**20}, {"moe_max_num_tokens": 1.0}, {"dispatch_dtype": Hostile()}, {"objective_weights": (1, Hostile(), 1)}, {"deterministic": Hostile()}], ids=lambda named: next(iter(named)))
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"mode": Hostile()},
+        {"mode": np.ones(2)},
+        {"combine": []},
+        {"experts": ["host"]},
+        {"cost": 5},
+        {"graph_tokens": True},
+        {"makespan_budget": float("nan")},
+        {"makespan_budget": Hostile()},
+        {"num_slots": 10**30},
+        {"max_tokens_per_rank": 2**31},
+        {"pipelined_ratio": 10**20},
+        {"moe_max_num_tokens": 1.0},
+        {"dispatch_dtype": Hostile()},
+        {"objective_weights": (1, Hostile(), 1)},
+        {"deterministic": Hostile()},
+    ],
+    ids=lambda named: next(iter(named)),
+)
 def test_odd_settings(named):
     for slots in ({}, {"num_slots": 2}):
         with pytest.raises(ConfigError):

@@ -1,4 +1,6 @@
-"""Functions that are compiled at their first call: not before, with or without a folder to keep them in, and told of."""
+"""Functions that are compiled at their first call: not before, with or without a folder to keep them in, and told
+of.
+"""
 
 import logging
 import os
@@ -39,7 +41,9 @@ def told(monkeypatch):
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
     path = f"import sys; sys.path[:0] = {[p for p in sys.path if p]!r}\n"
-    return subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(
+        [sys.executable, "-c", path + code], capture_output=True, text=True, env=os.environ | environment
+    )
 
 
 def test_importing_and_planning_for_one_cohort_compile_nothing():
@@ -65,8 +69,8 @@ assert not logging.getLogger().handlers and not logging.getLogger("pipemoe").han
 
 
 def test_without_a_folder_to_keep_code_in(tmp_path):
-    """Home, the cache and the package cannot be written: everything works, and that is told once. (Files in place of folders: whoever
-    runs the tests may be allowed to write anywhere.)"""
+    """Home, the cache and the package cannot be written: everything works, and that is told once. (Files in place of
+    folders: whoever runs the tests may be allowed to write anywhere.)"""
     shutil.copytree(PACKAGE, tmp_path / "pipemoe", ignore=shutil.ignore_patterns("__pycache__"))
     for folder in ("", "plan", "experts", "models"):
         (tmp_path / "pipemoe" / folder / "__pycache__").write_text("in the way")
@@ -114,7 +118,9 @@ def test_long_compiling_is_told_before_and_after(told, monkeypatch):
     function = Compiled(one_more, signatures=signatures, what="a test", seconds=7)
     assert function(1) == 2 and function(2) == 3
     assert len(texts) == 2
-    assert texts[0].startswith("pipemoe: compiling a test, which takes about 7 s") and texts[1].startswith("pipemoe: compiled a test in ")
+    assert texts[0].startswith("pipemoe: compiling a test, which takes about 7 s") and texts[1].startswith(
+        "pipemoe: compiled a test in "
+    )
 
 
 def test_quick_compiling_is_not_told(told, monkeypatch):

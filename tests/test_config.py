@@ -9,7 +9,10 @@ from pipemoe.errors import ConfigError
 
 
 @pytest.mark.parametrize("num_slots", [None, 2])
-@pytest.mark.parametrize(("name", "value"), [("deterministic", "yes"), ("deterministic", 1), ("debug", None), ("cost", 7), ("cost", b"cost.json")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("deterministic", "yes"), ("deterministic", 1), ("debug", None), ("cost", 7), ("cost", b"cost.json")],
+)
 def test_values_of_another_kind_are_refused(name, value, num_slots):
     with pytest.raises(ConfigError, match=f"^{name} is {value!r}; it must be "):
         Config(num_slots=num_slots, **{name: value})

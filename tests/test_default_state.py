@@ -1,4 +1,6 @@
-"""The caller's global state of torch, numpy, random and warnings has no influence: no error, the same bits, and stays as it is."""
+"""The caller's global state of torch, numpy, random and warnings has no influence: no error, the same bits, and stays
+as it is.
+"""
 
 import contextlib
 import os
@@ -61,7 +63,9 @@ STATES = {
     "default dtype float64": lambda: default_dtype(torch.float64),
     "default device meta": lambda: default_device("meta"),
     "default device cpu": lambda: default_device("cpu"),
-    "deterministic algorithms": lambda: changed(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
+    "deterministic algorithms": lambda: changed(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True
+    ),
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "anomaly detection": lambda: torch.autograd.detect_anomaly(),
     "numpy raises": lambda: np.errstate(all="raise"),
@@ -77,11 +81,21 @@ def given(world):
     """Layers, rows for each, and prompts, made in a plain state."""
     layers = make_layers(2, world.device, torch.float32)
     tokens = COUNTS[world.rank % len(COUNTS)]
-    return layers, [make_rows(tokens, 10 * layer + world.rank, world.device, torch.float32) for layer in range(2)], [[1, 2, 3], [4 + world.rank] * 9]
+    return (
+        layers,
+        [make_rows(tokens, 10 * layer + world.rank, world.device, torch.float32) for layer in range(2)],
+        [[1, 2, 3], [4 + world.rank] * 9],
+    )
 
 
 def make_moe(world, layers, **options):
-    return PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=NUM_EXPERTS, top_k=TOP_K, config=Config(**SMALL, **options))
+    return PipelinedMoE(
+        world,
+        layers.local(world.size, world.rank),
+        num_experts=NUM_EXPERTS,
+        top_k=TOP_K,
+        config=Config(**SMALL, **options),
+    )
 
 
 def run_step(moe, rows):
@@ -93,7 +107,13 @@ def everything(world, layers, rows, prompts):
     """All that the library computes from these, made anew: sums of the layers, first tokens and logits."""
     found = run_step(make_moe(world, layers, deterministic=True), rows)
     for family in FAMILIES:
-        model = load_model(tiny_config(family), world, dtype=torch.float32, seed=3, config=Config(**SMALL, deterministic=True, mode="two_batch"))
+        model = load_model(
+            tiny_config(family),
+            world,
+            dtype=torch.float32,
+            seed=3,
+            config=Config(**SMALL, deterministic=True, mode="two_batch"),
+        )
         prefilled = model.prefill(prompts, keep_logits=True)
         found += [prefilled.logits, torch.tensor(prefilled.first_tokens, device=world.device)]
     return found
@@ -126,7 +146,8 @@ def test_every_mode_and_combine_in_every_grad_mode(world, given, mode, combine):
     outcomes = []
     for state in PLAIN:
         with STATES[state]():
-            inside = [(x.clone(), ids.clone(), weights.clone()) for x, ids, weights in rows]  # inference tensors, in inference mode
+            # inference tensors, in inference mode
+            inside = [(x.clone(), ids.clone(), weights.clone()) for x, ids, weights in rows]
             outcomes += [run_step(moe, rows), run_step(moe, inside)]
     needs_grad = [(x.clone().requires_grad_(), ids, weights.clone().requires_grad_()) for x, ids, weights in rows]
     outcomes += [run_step(moe, needs_grad), on_another_thread(lambda: run_step(moe, inside))]
@@ -147,7 +168,9 @@ def on_another_thread(work):
 @pytest.mark.mpi
 def test_a_call_of_one_layer_in_inference_mode_and_with_gradients(world, given):
     layers, rows, _ = given
-    one = PipelinedMoE(world, layers.local(world.size, world.rank)[:1], num_experts=NUM_EXPERTS, top_k=TOP_K, config=Config(**SMALL))
+    one = PipelinedMoE(
+        world, layers.local(world.size, world.rank)[:1], num_experts=NUM_EXPERTS, top_k=TOP_K, config=Config(**SMALL)
+    )
     wanted = layers.oracle(0, *rows[0])
     for state in ("inference_mode", "default dtype bfloat16", "default device meta"):
         with STATES[state]():
@@ -163,8 +186,16 @@ def test_what_was_made_in_inference_mode_or_wants_gradients_serves_outside(world
     layers, rows, prompts = given
     with torch.inference_mode():
         model = load_model(tiny_config("qwen3_moe"), world, dtype=torch.float32, seed=3, config=Config(**SMALL))
-        weights = [ExpertWeights(w.gate_up.clone(), w.down.clone(), first_expert=w.first_expert) for w in layers.local(world.size, world.rank)]
-    trained = [ExpertWeights(torch.nn.Parameter(w.gate_up.clone()), torch.nn.Parameter(w.down.clone()), first_expert=w.first_expert) for w in weights]
+        weights = [
+            ExpertWeights(w.gate_up.clone(), w.down.clone(), first_expert=w.first_expert)
+            for w in layers.local(world.size, world.rank)
+        ]
+    trained = [
+        ExpertWeights(
+            torch.nn.Parameter(w.gate_up.clone()), torch.nn.Parameter(w.down.clone()), first_expert=w.first_expert
+        )
+        for w in weights
+    ]
     for of_layers in (weights, trained):
         moe = PipelinedMoE(world, of_layers, num_experts=NUM_EXPERTS, top_k=TOP_K, config=Config(**SMALL))
         for layer, y in enumerate(run_step(moe, rows)):
@@ -204,15 +235,15 @@ def test_the_callers_state_stays_as_it_is(world, given):
 PROGRAM = """
 import numpy as np, torch, warnings
 warnings.simplefilter("error", UserWarning)
-torch.set_default_dtype(torch.bfloat16); torch.set_default_device("meta"); torch.set_grad_enabled(False); np.seterr(all="raise")
-import pipemoe
+torch.set_default_dtype(torch.bfloat16); torch.set_default_device("meta"); torch.set_grad_enabled(False);
+np.seterr(all="raise") import pipemoe
 world = pipemoe.init("cpu", watchdog_seconds=60)
 from tests.models.tiny import tiny_config
 config = tiny_config("qwen3_moe")
-model = pipemoe.load_model(config, world, dtype=torch.float32, seed=3, config=pipemoe.Config(mode="chunked", max_tokens_per_rank=40))
-found = model.prefill([[1, 2, 3]], keep_logits=True).logits
-torch.set_default_dtype(torch.float32); torch.set_default_device(None); torch.set_grad_enabled(True); np.seterr(all="warn")
-from pipemoe.models.random_weights import reference_model
+model = pipemoe.load_model(config, world, dtype=torch.float32, seed=3, config=pipemoe.Config(mode="chunked",
+max_tokens_per_rank=40)) found = model.prefill([[1, 2, 3]], keep_logits=True).logits
+torch.set_default_dtype(torch.float32); torch.set_default_device(None); torch.set_grad_enabled(True);
+np.seterr(all="warn") from pipemoe.models.random_weights import reference_model
 wanted = reference_model(config, device="cpu", dtype=torch.float32, seed=3)(torch.tensor([[1, 2, 3]])).logits[:, -1]
 assert (found - wanted).norm() < 1e-4 * wanted.norm(), (found, wanted)
 """
@@ -221,5 +252,7 @@ assert (found - wanted).norm() < 1e-4 * wanted.norm(), (found, wanted)
 def test_a_process_that_changed_everything_before_the_import():
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")])}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,9 @@ def test_rows(n, blocks, exponent, seed):
     peaks = x.view(n, blocks, BLOCK).abs().amax(2) if n else torch.zeros(0, blocks)
     assert torch.allclose(scales * LARGEST, peaks, rtol=1e-6, atol=1e-9)
     error = (dequantise_rows(values, scales, torch.float64) - x.double()).abs()
-    assert bool((error <= (HALF_STEP + 1e-5) * x.abs() + TINY * peaks.repeat_interleave(BLOCK, 1) * 1.001 + 1e-30).all())
+    assert bool(
+        (error <= (HALF_STEP + 1e-5) * x.abs() + TINY * peaks.repeat_interleave(BLOCK, 1) * 1.001 + 1e-30).all()
+    )
 
 
 @settings(deadline=None)

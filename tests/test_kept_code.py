@@ -1,4 +1,6 @@
-"""Kept machine code: used where it is whole and current, compiled again where it is not, whatever its files are like."""
+"""Kept machine code: used where it is whole and current, compiled again where it is not, whatever its files are
+like.
+"""
 
 import hashlib
 import importlib.util
@@ -36,7 +38,10 @@ def cache(tmp_path, monkeypatch):
 def write(folder, *, factor=2, more=3):
     """Two modules, one of which calls the other; both always as long, and as old."""
     folder.mkdir(exist_ok=True)
-    for name, text in (("kept_caller", CALLER.format(package="kept")), ("kept_called", CALLED.format(factor=factor, more=more))):
+    for name, text in (
+        ("kept_caller", CALLER.format(package="kept")),
+        ("kept_called", CALLED.format(factor=factor, more=more)),
+    ):
         (folder / f"{name}.py").write_text(text)
         os.utime(folder / f"{name}.py", (1_000_000_000, 1_000_000_000))
 

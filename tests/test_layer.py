@@ -21,19 +21,24 @@ SMALL = {"moe_max_num_tokens": 24, "max_tokens_per_rank": 160}
 
 def make_moe(world, layers, **options):
     config = Config(**{**SMALL, "debug": True, **options})
-    return PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=NUM_EXPERTS, top_k=TOP_K, config=config)
+    return PipelinedMoE(
+        world, layers.local(world.size, world.rank), num_experts=NUM_EXPERTS, top_k=TOP_K, config=config
+    )
 
 
 @pytest.fixture(scope="module")
 def cases(world):
-    """cases(num_layers, dtype): the layers, and for each of TOKEN_COUNTS this rank's (rows, the oracle's sums) of every layer; made
-    once, because the naive oracle takes longer than what it judges."""
+    """cases(num_layers, dtype): the layers, and for each of TOKEN_COUNTS this rank's (rows, the oracle's sums) of every
+    layer; made once, because the naive oracle takes longer than what it judges."""
 
     @cache
     def cases(num_layers, dtype):
         layers, made = make_layers(num_layers, world.device, dtype), []
         for case, counts in enumerate(TOKEN_COUNTS):
-            tokens, seeds = counts[world.rank % len(counts)], [100 * case + 10 * layer + world.rank for layer in range(num_layers)]
+            tokens, seeds = (
+                counts[world.rank % len(counts)],
+                [100 * case + 10 * layer + world.rank for layer in range(num_layers)],
+            )
             rows_of = [make_rows(tokens, seed, world.device, dtype) for seed in seeds]
             made.append([(rows, layers.oracle(layer, *rows)) for layer, rows in enumerate(rows_of)])
         return layers, made
@@ -54,26 +59,41 @@ def test_sums_are_the_oracles(world, cases, mode, combine, dtype):
 
 
 @pytest.mark.parametrize("combine", ["reduce", "gather"])
-@pytest.mark.parametrize(("mode", "blocks", "hidden"), [("broadcast", 2, HIDDEN), ("padded", 3, 97), ("two_batch", 12, 97), ("per_rank", 5, 100), ("auto", 4, HIDDEN)])
+@pytest.mark.parametrize(
+    ("mode", "blocks", "hidden"),
+    [("broadcast", 2, HIDDEN), ("padded", 3, 97), ("two_batch", 12, 97), ("per_rank", 5, 100), ("auto", 4, HIDDEN)],
+)
 def test_sums_in_blocks_of_columns_are_the_oracles(world, mode, blocks, hidden, combine):
     """Blocks of unequal sizes, down to 8 columns; waves of fewer rows than there are blocks."""
     layers = make_layers(1, world.device, torch.float32, hidden=hidden)
     moe = make_moe(world, layers, mode=mode, combine=combine, combine_blocks=blocks)
     for case, counts in enumerate(TOKEN_COUNTS):
-        x, ids, weights = make_rows(counts[world.rank % len(counts)], 10 * case + world.rank, world.device, torch.float32, hidden=hidden)
+        x, ids, weights = make_rows(
+            counts[world.rank % len(counts)], 10 * case + world.rank, world.device, torch.float32, hidden=hidden
+        )
         assert norm_ratio(moe(x, ids, weights), layers.oracle(0, x, ids, weights)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_rows_are_the_same_bits_everywhere(world, dtype):
-    """Across modes, wave sizes and slots, and equal to one process that holds all experts: so across rank counts too."""
+    """Across modes, wave sizes and slots, and equal to one process that holds all experts: so across rank counts
+    too.
+    """
     layers = make_layers(1, world.device, dtype)
     counts = TOKEN_COUNTS[0]
     x, ids, weights = make_rows(counts[world.rank % len(counts)], world.rank, world.device, dtype)
     wanted = alone(layers, x, ids, weights)
     for mode in MODES:
         for cap, slots, blocks in ((7, world.num_slots, None), (24, 1, 3), (1000, min(2, world.num_slots), None)):
-            moe = make_moe(world, layers, mode=mode, moe_max_num_tokens=cap, num_slots=slots, combine_blocks=blocks, deterministic=True)
+            moe = make_moe(
+                world,
+                layers,
+                mode=mode,
+                moe_max_num_tokens=cap,
+                num_slots=slots,
+                combine_blocks=blocks,
+                deterministic=True,
+            )
             assert torch.equal(moe(x, ids, weights), wanted), (mode, cap, slots, blocks)
     # Equal rows in, other neighbours: every row twice, in reverse.
     flip = torch.arange(len(x) - 1, -1, -1, device=x.device).repeat(2)
@@ -84,7 +104,13 @@ def test_deterministic_rows_are_the_same_bits_everywhere(world, dtype):
 def alone(layers, x, ids, weights):
     """The rows' sums from one process with all experts, no transport."""
     experts = make_experts(
-        layers.local(1, 0), top_k=TOP_K, hidden=HIDDEN, device=x.device, dtype=x.dtype, implementation="auto", deterministic=True
+        layers.local(1, 0),
+        top_k=TOP_K,
+        hidden=HIDDEN,
+        device=x.device,
+        dtype=x.dtype,
+        implementation="auto",
+        deterministic=True,
     )
     wire = WireFormat(HIDDEN, TOP_K, x.dtype)
     buffer = torch.zeros(len(x), wire.row_bytes, dtype=torch.uint8, device=x.device)
@@ -150,7 +176,9 @@ def test_a_wrong_argument_on_one_rank_is_the_same_error_on_all(world):
 def test_more_blocks_than_there_are_columns_for_on_one_rank_is_the_same_error_on_all(world):
     culprit = world.size - 1
     with pytest.raises(ConfigError, match=f"combine_blocks is 13; {HIDDEN} columns make at most 12"):
-        make_moe(world, make_layers(1, world.device, torch.float32), combine_blocks=13 if world.rank == culprit else None)
+        make_moe(
+            world, make_layers(1, world.device, torch.float32), combine_blocks=13 if world.rank == culprit else None
+        )
 
 
 def test_too_many_tokens_on_one_rank_is_the_same_error_on_all(world):
@@ -181,12 +209,27 @@ def test_using_different_models_on_different_ranks_is_caught(world):
 
 def test_experts_that_are_no_partition_are_refused(world):
     layers = make_layers(1, world.device, torch.float32)
-    for num_experts, message in ((NUM_EXPERTS + 1, "experts 0 to 7, each once"), (NUM_EXPERTS - 1, "experts 0 to 5, each once")):
+    for num_experts, message in (
+        (NUM_EXPERTS + 1, "experts 0 to 7, each once"),
+        (NUM_EXPERTS - 1, "experts 0 to 5, each once"),
+    ):
         with pytest.raises(InputError, match=f"layer 0: the ranks must hold {message}, but rank 0 holds"):
-            PipelinedMoE(world, layers.local(world.size, world.rank), num_experts=num_experts, top_k=TOP_K, config=Config(**SMALL, num_slots=1))
+            PipelinedMoE(
+                world,
+                layers.local(world.size, world.rank),
+                num_experts=num_experts,
+                top_k=TOP_K,
+                config=Config(**SMALL, num_slots=1),
+            )
     if world.size > 1:  # everybody holds rank 0's
         with pytest.raises(InputError, match="layer 0: the ranks must hold"):
-            PipelinedMoE(world, layers.local(world.size, 0), num_experts=NUM_EXPERTS, top_k=TOP_K, config=Config(**SMALL, num_slots=1))
+            PipelinedMoE(
+                world,
+                layers.local(world.size, 0),
+                num_experts=NUM_EXPERTS,
+                top_k=TOP_K,
+                config=Config(**SMALL, num_slots=1),
+            )
 
 
 def test_no_weights_on_one_rank_is_the_same_error_on_all(world):
@@ -243,14 +286,18 @@ def test_leaving_a_step_early_is_an_error_here_and_does_not_hang_the_others(worl
         with pytest.raises(ModelError, match=f"rank 0: model code raised InputError: .*{message}"):
             forward(0, 1)
         forward(0, 1)
-    with moe.step(0) as step:
+    with moe.step(0):
         pass
     assert world.all_gather(b"still here") == [b"still here"] * world.size
 
 
 @pytest.mark.parametrize(
     ("called", "message"),
-    [((0,), "step left after 1 of 2 layers"), ((1, 0), "layer 1 called; next is 0 of 2"), ((0, 1, 2), "layer 2 called, but all 2 layers of this step are done")],
+    [
+        ((0,), "step left after 1 of 2 layers"),
+        ((1, 0), "layer 1 called; next is 0 of 2"),
+        ((0, 1, 2), "layer 2 called, but all 2 layers of this step are done"),
+    ],
 )
 def test_misuse_that_raised_on_every_rank_is_over_with_that(world, called, message):
     layers = make_layers(2, world.device, torch.float32)
@@ -327,7 +374,15 @@ def test_a_step_may_be_left_on_another_thread(world):
     assert norm_ratio(moe(*rows), layers.oracle(0, *rows)) < 1e-5
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("planted"), MemoryError("planted"), RuntimeError("DefaultCPUAllocator: can't allocate memory: planted")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("planted"),
+        MemoryError("planted"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: planted"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
 def test_out_of_memory_on_one_rank_is_an_error_on_every_rank(world, monkeypatch, error):
     layers = make_layers(1, world.device, torch.float32)
     culprit = world.size - 1
@@ -397,7 +452,10 @@ def test_sums_that_mpi_cannot_reduce_are_refused(world):
     if world.device.type == "cpu":
         with pytest.raises(ConfigError, match="combine_dtype is bfloat16, which MPI cannot reduce"):
             make_moe(world, layers, combine_dtype="bfloat16")
-    assert norm_ratio(make_moe(world, layers, combine_dtype="bfloat16", combine="gather")(*rows), layers.oracle(0, *rows)) < 2e-2
+    assert (
+        norm_ratio(make_moe(world, layers, combine_dtype="bfloat16", combine="gather")(*rows), layers.oracle(0, *rows))
+        < 2e-2
+    )
 
 
 @pytest.mark.parametrize("most", [1, 2])

@@ -1,4 +1,6 @@
-"""PipelinedMoE with rows that travel as e4m3: the right sums in every mode, the same bits, half the bytes, the same errors."""
+"""PipelinedMoE with rows that travel as e4m3: the right sums in every mode, the same bits, half the bytes, the same
+errors.
+"""
 
 from functools import cache
 
@@ -35,13 +37,15 @@ def make_tokens(num_tokens, seed, world, dtype):
 
 def oracle(weights: ExpertWeights, x, ids, router):
     """Of the rows as they arrive: quantised once, on their owner."""
-    return expected(make_rows(dequantise_rows(*quantise_rows(x.cpu()), torch.float64), ids.cpu(), router.cpu()), weights)
+    return expected(
+        make_rows(dequantise_rows(*quantise_rows(x.cpu()), torch.float64), ids.cpu(), router.cpu()), weights
+    )
 
 
 @pytest.fixture(scope="module")
 def cases(world):
-    """cases(dtype): the weights, and for each of COUNTS this rank's rows, the sums of the rows as they arrive, and of those that were
-    sent; made once."""
+    """cases(dtype): the weights, and for each of COUNTS this rank's rows, the sums of the rows as they arrive, and of
+    those that were sent; made once."""
 
     @cache
     def cases(dtype):
@@ -82,7 +86,9 @@ def test_experts_that_multiply_e4m3(world, mode):
 def test_deterministic_rows_are_the_same_bits_in_every_mode(world):
     weights = random_weights(NUM_EXPERTS, HIDDEN, INTERMEDIATE)
     rows = make_tokens(COUNTS[0][world.rank % 4], world.rank, world, torch.float32)
-    results = [make_moe(world, weights, mode=mode, deterministic=True)(*rows) for mode in ("broadcast", "per_rank", "chunked")]
+    results = [
+        make_moe(world, weights, mode=mode, deterministic=True)(*rows) for mode in ("broadcast", "per_rank", "chunked")
+    ]
     assert all(torch.equal(result, results[0]) for result in results)
 
 

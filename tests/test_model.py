@@ -1,4 +1,6 @@
-"""Whole models over the ranks of a world: parity with the plain Hugging Face forward, and bad checkpoints and inputs."""
+"""Whole models over the ranks of a world: parity with the plain Hugging Face forward, and bad checkpoints and
+inputs.
+"""
 
 import shutil
 import warnings
@@ -62,7 +64,9 @@ def plain(world, models):
 
 
 # How sums come together is nothing to a family: the second way, with one of them.
-@pytest.mark.parametrize(("family", "combine"), [*((family, "reduce") for family in FAMILIES), ("deepseek_v3", "gather")])
+@pytest.mark.parametrize(
+    ("family", "combine"), [*((family, "reduce") for family in FAMILIES), ("deepseek_v3", "gather")]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_same_first_tokens_in_float32(world, models, plain, mode, family, combine):
     model = models(family, torch.float32)[1].with_config(Config(mode=mode, combine=combine, **SMALL))
@@ -76,8 +80,9 @@ def test_same_first_tokens_in_float32(world, models, plain, mode, family, combin
 
 @pytest.fixture(scope="module")
 def roundings(models, plain):
-    """roundings(family): for each prompt of plain(family, bfloat16), logits [V] that are as right in bfloat16: the plain model's, and
-    those with its embeddings off by about one rounding, several times. They differ where a router is near a tie."""
+    """roundings(family): for each prompt of plain(family, bfloat16), logits [V] that are as right in bfloat16: the
+    plain model's, and those with its embeddings off by about one rounding, several times. They differ where a router is
+    near a tie."""
 
     @cache
     def roundings(family):
@@ -100,22 +105,30 @@ def roundings(models, plain):
 
 
 # Of deterministic sums, the bits are the same in all modes (test_layer.py).
-@pytest.mark.parametrize(("deterministic", "modes"), [(False, MODES), (True, ("per_rank",))], ids=["any sums", "deterministic"])
+@pytest.mark.parametrize(
+    ("deterministic", "modes"), [(False, MODES), (True, ("per_rank",))], ids=["any sums", "deterministic"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_stays_close(world, models, plain, roundings, family, deterministic, modes):
-    """Logits within 2e-2 by norm ratio of the nearest of `roundings`, and its token wherever its margin exceeds twice the largest error.
+    """Logits within 2e-2 by norm ratio of the nearest of `roundings`, and its token wherever its margin exceeds twice
+    the largest error.
 
     Left out are prompts on which the plain model's own bfloat16 forward is that far from its float32 forward.
     """
     exact = plain(family, torch.float32)
-    sure = [[norm_ratio(r[0], v) < 2e-2 for r, v in zip(right, wide)] for right, (_, wide) in zip(roundings(family), exact)]
+    sure = [
+        [norm_ratio(r[0], v) < 2e-2 for r, v in zip(right, wide)] for right, (_, wide) in zip(roundings(family), exact)
+    ]
     wrong = []
     for mode in modes:
         model = models(family, torch.bfloat16)[1].with_config(Config(mode=mode, deterministic=deterministic, **SMALL))
         for case, (prompts, _) in enumerate(exact):
             found = model.prefill(prompts, keep_logits=True)
             for i in (i for i, ok in enumerate(sure[case]) if ok):
-                off, wanted = min(((norm_ratio(found.logits[i], right), right) for right in roundings(family)[case][i]), key=itemgetter(0))
+                off, wanted = min(
+                    ((norm_ratio(found.logits[i], right), right) for right in roundings(family)[case][i]),
+                    key=itemgetter(0),
+                )
                 error, top = (found.logits[i] - wanted).abs().max(), wanted.topk(2)
                 same = top.values[0] - top.values[1] <= 2 * error or found.first_tokens[i] == top.indices[0]
                 if off >= 2e-2 or not same:
@@ -132,17 +145,25 @@ def test_checkpoint_on_disk_gives_the_plain_models_tokens(world, tmp_path_factor
     reference.save_pretrained(folder, max_shard_size="100KB")
     model = load_model(folder, world, dtype=torch.float32, config=Config(**SMALL))
     prompts = sequences(0, world.rank)
-    assert model.prefill(prompts).first_tokens == [int(w.argmax()) for w in plain_logits(reference, prompts, world.device)]
+    assert model.prefill(prompts).first_tokens == [
+        int(w.argmax()) for w in plain_logits(reference, prompts, world.device)
+    ]
 
 
 def test_a_bad_checkpoint_on_one_rank_is_the_same_error_on_all(world, tmp_path_factory):
     config = tiny_config("qwen3_moe", num_layers=2)
     folder = tmp_path_factory.mktemp(f"checkpoint{world.rank}")
-    reference_model(config, device=world.device, dtype=torch.float32, seed=5).save_pretrained(folder, max_shard_size="100KB")
+    reference_model(config, device=world.device, dtype=torch.float32, seed=5).save_pretrained(
+        folder, max_shard_size="100KB"
+    )
     culprit = world.size - 1
     shards = sorted(folder.glob("*.safetensors"))
     whole = shards[1].read_bytes()
-    for damage, message in (("missing", "does not exist|missing"), ("truncated", "truncated|damaged|incomplete"), ("other", "")):
+    for damage, message in (
+        ("missing", "does not exist|missing"),
+        ("truncated", "truncated|damaged|incomplete"),
+        ("other", ""),
+    ):
         if world.rank == culprit and damage == "missing":
             shards[1].unlink()
         elif world.rank == culprit and damage == "truncated":
@@ -172,7 +193,16 @@ def test_nan_weights_are_refused_at_load(world, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("bad", "message"),
-    [([[1, 2], []], "sequence 1 is empty"), ([[True]], "holds True or False"), ([[2, True]], "holds True or False"), ([[1] * 513], "sequence 0 has 513 tokens, but the model has positions for 512"), ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"), ([[-1]], "holds token id -1"), ([[1.5]], "dtype float64"), ([[1, None]], "sequence 0 is not a list of token ids")],
+    [
+        ([[1, 2], []], "sequence 1 is empty"),
+        ([[True]], "holds True or False"),
+        ([[2, True]], "holds True or False"),
+        ([[1] * 513], "sequence 0 has 513 tokens, but the model has positions for 512"),
+        ([[1, VOCAB]], f"sequence 0 holds token id {VOCAB}"),
+        ([[-1]], "holds token id -1"),
+        ([[1.5]], "dtype float64"),
+        ([[1, None]], "sequence 0 is not a list of token ids"),
+    ],
 )
 def test_bad_token_ids_on_one_rank_are_the_same_error_on_all(world, models, bad, message):
     _, model = models("mixtral", torch.float32)
@@ -202,7 +232,9 @@ def test_an_exception_in_one_ranks_model_code_does_not_end_the_others(world, mod
             model.prefill(prompts)
     with pytest.raises(ModelError, match=f"rank {culprit}: model code raised ZeroDivisionError: attention went wrong"):
         model.prefill(prompts)
-    assert model.prefill(prompts).first_tokens == [int(w.argmax()) for w in plain_logits(reference, prompts, world.device)]
+    assert model.prefill(prompts).first_tokens == [
+        int(w.argmax()) for w in plain_logits(reference, prompts, world.device)
+    ]
 
 
 def test_prefill_without_computation_is_an_error_on_every_rank(world, models):
@@ -238,20 +270,29 @@ def test_a_config_without_weights_on_one_rank_is_the_same_error_on_all(world, tm
     config, culprit = tiny_config("qwen3_moe", num_layers=2), world.size - 1
     folder = tmp_path_factory.mktemp(f"config{world.rank}")
     config.save_pretrained(folder)
-    with pytest.raises(CheckpointError, match=f"rank {culprit}: .*config.json is a file, which has no weights: .*random_weights=True"):
+    with pytest.raises(
+        CheckpointError, match=f"rank {culprit}: .*config.json is a file, which has no weights: .*random_weights=True"
+    ):
         load_model(folder / "config.json", world, random_weights=world.rank != culprit)
     model = load_model(folder, world, random_weights=True, dtype=torch.float32, seed=3, config=Config(**SMALL))
     same = load_model(config, world, dtype=torch.float32, seed=3, config=Config(**SMALL))
     prompts = sequences(0, world.rank)
-    assert model.decoder.fingerprint == same.decoder.fingerprint and model.prefill(prompts).first_tokens == same.prefill(prompts).first_tokens
+    assert (
+        model.decoder.fingerprint == same.decoder.fingerprint
+        and model.prefill(prompts).first_tokens == same.prefill(prompts).first_tokens
+    )
 
 
 def test_another_model_on_one_rank_is_an_error_on_all_that_names_the_field(world):
     if world.size == 1:
         pytest.skip("needs two ranks to differ")
     culprit = world.size - 1
-    config = tiny_config("qwen3_moe", rope_parameters={"rope_type": "default", "rope_theta": 1e6 if world.rank == culprit else 1e4})
-    with pytest.raises(MismatchError, match=f"rank {culprit}: the model's rope_parameters is .*1000000.0.*, but rank 0 has .*10000.0"):
+    config = tiny_config(
+        "qwen3_moe", rope_parameters={"rope_type": "default", "rope_theta": 1e6 if world.rank == culprit else 1e4}
+    )
+    with pytest.raises(
+        MismatchError, match=f"rank {culprit}: the model's rope_parameters is .*1000000.0.*, but rank 0 has .*10000.0"
+    ):
         load_model(config, world, config=Config(**SMALL))
 
 
@@ -281,7 +322,11 @@ def test_logits_that_are_not_finite_are_said_per_sequence_and_warned_of_once(wor
         monkeypatch.setattr(model.decoder, "finish", broken)
         monkeypatch.setattr(world, "warned", set())
     one = model.with_config(Config(mode="broadcast", **SMALL))  # one microbatch
-    with pytest.warns(UserWarning, match=f"rank {culprit}: logits of sequence 0 hold NaN or infinity") if world.rank == culprit else nullcontext() as warned:
+    with (
+        pytest.warns(UserWarning, match=f"rank {culprit}: logits of sequence 0 hold NaN or infinity")
+        if world.rank == culprit
+        else nullcontext() as warned
+    ):
         found = one.prefill(prompts)
     assert found.finite == ([False, False, False, True] if world.rank == culprit else [True] * 4)
     assert all(warning.filename == __file__ for warning in warned or [])  # the caller's line

@@ -1,4 +1,6 @@
-"""What the library tells its user: each thing once, from one rank of a host, and without touching the application's logging."""
+"""What the library tells its user: each thing once, from one rank of a host, and without touching the application's
+logging.
+"""
 
 import logging
 

@@ -18,7 +18,11 @@ def test_files(tmp_path):
     (tmp_path / "old").write_text("")
     check_output_file("--out", tmp_path / "old")
     check_output_file("--out", tmp_path / "a" / "b", may_make_folder=True)
-    for path, message in ((tmp_path, "is a directory"), (tmp_path / "a" / "b", "does not exist"), (tmp_path / "old" / "b", "is no directory")):
+    for path, message in (
+        (tmp_path, "is a directory"),
+        (tmp_path / "a" / "b", "does not exist"),
+        (tmp_path / "old" / "b", "is no directory"),
+    ):
         with pytest.raises(InputError, match=message):
             check_output_file("--out", path)
     assert [p.name for p in tmp_path.iterdir()] == ["old"]
@@ -76,12 +80,23 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path, monkeypatch, failing)
 
         def half(path, mode):
             file = opened(path, mode)
-            return type("Half", (), {"__enter__": lambda self: self, "__exit__": lambda self, *_: file.close(), "write": lambda self, data: (file.write(data[:3]), full())})()
+            return type(
+                "Half",
+                (),
+                {
+                    "__enter__": lambda self: self,
+                    "__exit__": lambda self, *_: file.close(),
+                    "write": lambda self, data: (file.write(data[:3]), full()),
+                },
+            )()
 
         monkeypatch.setattr(output_path, "open", half, raising=False)
     else:
         monkeypatch.setattr(*{"fsync": (output_path.os, "fsync"), "replace": (Path, "replace")}[failing], full)
-    with pytest.raises(InputError, match="results.json: No space left on device; it was not written, and what was there before is as it was"):
+    with pytest.raises(
+        InputError,
+        match="results.json: No space left on device; it was not written, and what was there before is as it was",
+    ):
         write_whole(target, "new content")
     assert target.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
@@ -101,13 +116,25 @@ main(arguments)  # it compiles, and keeps what it compiled in files
 limit()
 sys.exit(main([*arguments, "--trace", "out.json"]))
 """
-COST = "limit(); from pipemoe.plan.cost.file import write_cost; from pipemoe.plan.cost.model import CostModel; write_cost('out.json', {'a': 'b' * 3000}, CostModel())"
-RESULTS = "limit(); import results_schema; results_schema.validate = lambda document: None; results_schema.write_results({'a': 'b' * 3000}, 'out.json')"
+COST = """
+limit()
+from pipemoe.plan.cost.file import write_cost
+from pipemoe.plan.cost.model import CostModel
+write_cost('out.json', {'a': 'b' * 3000}, CostModel())
+"""
+RESULTS = """
+limit()
+from benchmarks import results_schema
+results_schema.validate = lambda document: None
+results_schema.write_results({'a': 'b' * 3000}, 'out.json')
+"""
 
 
 @pytest.mark.parametrize("program", [PLAN, COST, RESULTS], ids=["plan", "cost", "results"])
 def test_a_limit_on_the_size_of_files(tmp_path, program):
-    """A real failure of the system, of every writer, in a process of its own: a sentence, no half of a file, a status that is not 0."""
+    """A real failure of the system, of every writer, in a process of its own: a sentence, no half of a file, a status
+    that is not 0.
+    """
     checkout = Path(__file__).resolve().parent.parent
     script = LIMITED.format(paths=[str(checkout), str(checkout / "benchmarks")], program=program)
     found = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
@@ -121,7 +148,13 @@ def test_standard_output_that_is_full():
     """/dev/full takes nothing. (That it compiles is said on standard error, where it does.)"""
     with open("/dev/full", "w") as full:
         found = subprocess.run(
-            [sys.executable, "-m", "pipemoe.cli", "plan", "--model", "small", "--rank-tokens", "5,3", "--layers", "3"], stdout=full, stderr=subprocess.PIPE, text=True
+            [sys.executable, "-m", "pipemoe.cli", "plan", "--model", "small", "--rank-tokens", "5,3", "--layers", "3"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
         )
     assert found.returncode == 2
-    assert found.stderr.endswith("pipemoe plan: output: No space left on device; what was printed is not complete\n") and "Traceback" not in found.stderr
+    assert (
+        found.stderr.endswith("pipemoe plan: output: No space left on device; what was printed is not complete\n")
+        and "Traceback" not in found.stderr
+    )

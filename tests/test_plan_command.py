@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from pipemoe.version import __version__
 from pipemoe.cli import main
 from pipemoe.errors import InputError
-from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.cost.file import write_cost
 from pipemoe.plan.cost.dimensions import dimensions_of
+from pipemoe.plan.cost.file import write_cost
+from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan_command import parse_facts
 from pipemoe.runtime.costs import model_key
+from pipemoe.version import __version__
 
 SKEWED = ["--ranks", "8", "--rank-tokens", "4096,16,16,16,16,16,16,16", "--layers", "6"]
 
@@ -24,11 +24,22 @@ def test_report(capsys, tmp_path):
     trace = tmp_path / "trace.json"
     assert main(["plan", "--model", "deepseek-v3", "--gpu", "h200", *SKEWED, "--pareto", "--trace", str(trace)]) == 0
     text = capsys.readouterr().out
-    for wanted in ("one cohort", "<- chosen", "slowest", "MiB per rank", "exposed comm ms", "makespan budget", "20 %", "a attend"):
+    for wanted in (
+        "one cohort",
+        "<- chosen",
+        "slowest",
+        "MiB per rank",
+        "exposed comm ms",
+        "makespan budget",
+        "20 %",
+        "a attend",
+    ):
         assert wanted in text
     assert len(re.findall(r"^\d +(?:4096|16) ", text, re.MULTILINE)) == 8
     events = json.loads(trace.read_text())["traceEvents"]
-    assert {e["pid"] for e in events} == set(range(8)) and {"attend", "dispatch", "experts", "combine", "finish"} <= {e["name"] for e in events}
+    assert {e["pid"] for e in events} == set(range(8)) and {"attend", "dispatch", "experts", "combine", "finish"} <= {
+        e["name"] for e in events
+    }
 
 
 def test_waves_computed_as_they_arrive(capsys):
@@ -42,7 +53,10 @@ def test_waves_computed_as_they_arrive_are_priced_at_their_measured_speed(capsys
     """Experts that gather rows are slower than calls on whole waves, by more than a quick exchange could give them."""
     mean = {}
     for setting in ("on", "off"):
-        assert main(["plan", "--rank-tokens", "4000,4000", "--layers", "3", "--mode", "chunked", "--arrivals", setting]) == 0
+        assert (
+            main(["plan", "--rank-tokens", "4000,4000", "--layers", "3", "--mode", "chunked", "--arrivals", setting])
+            == 0
+        )
         mean[setting] = float(re.search(r"mean TTFT ([\d.]+) ms", capsys.readouterr().out).group(1))
     assert mean["on"] > 1.05 * mean["off"]
 
@@ -50,12 +64,43 @@ def test_waves_computed_as_they_arrive_are_priced_at_their_measured_speed(capsys
 @pytest.mark.parametrize("model", MODEL_CONFIGS)
 @pytest.mark.parametrize("mode", ["auto", "padded", "per_rank"])
 def test_all_models_and_modes(capsys, model, mode):
-    assert main(["plan", "--model", model, "--gpu", "b200", "--ranks", "4", "--rank-tokens", "300", "--mode", mode, "--layers", "3"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--model",
+                model,
+                "--gpu",
+                "b200",
+                "--ranks",
+                "4",
+                "--rank-tokens",
+                "300",
+                "--mode",
+                mode,
+                "--layers",
+                "3",
+            ]
+        )
+        == 0
+    )
     assert "mean TTFT" in capsys.readouterr().out
 
 
 def test_multiprocessors_left(capsys):
-    waves = ["plan", "--model", "small", "--ranks", "4", "--rank-tokens", "300", "--moe-max-num-tokens", "400", "--mode", "chunked"]
+    waves = [
+        "plan",
+        "--model",
+        "small",
+        "--ranks",
+        "4",
+        "--rank-tokens",
+        "300",
+        "--moe-max-num-tokens",
+        "400",
+        "--mode",
+        "chunked",
+    ]
     assert main(waves) == 0
     assert "experts leave 13 multiprocessors to collectives" in capsys.readouterr().out
     assert main([*waves, "--num-sms", "100"]) == 0
@@ -73,7 +118,9 @@ def test_a_step_without_tokens(capsys):
 def small_cost(tmp_path):
     """Path of a cost file of the small model on 8 ranks of a CPU."""
     path = tmp_path / "cost.json"
-    write_cost(path, {"device": "cpu", "num_ranks": 8, "model": model_key(dimensions_of(MODEL_CONFIGS["small"]))}, CostModel())
+    write_cost(
+        path, {"device": "cpu", "num_ranks": 8, "model": model_key(dimensions_of(MODEL_CONFIGS["small"]))}, CostModel()
+    )
     return str(path)
 
 
@@ -87,7 +134,10 @@ def test_measured_costs_are_used(capsys, small_cost):
     [
         (SKEWED, "say which with --model"),
         (["--model", "mixtral-8x7b", *SKEWED], "measured with model small, "),
-        (["--model", "small", "--rank-tokens", "5,3"], "measured with num_ranks 8, but --ranks and --rank-tokens say 2"),
+        (
+            ["--model", "small", "--rank-tokens", "5,3"],
+            "measured with num_ranks 8, but --ranks and --rank-tokens say 2",
+        ),
         (["--model", "small", *SKEWED, "--arrivals", "on"], "these are cpu"),
     ],
 )
@@ -111,9 +161,27 @@ def test_the_rule_is_said_and_why_figures_differ(capsys):
     assert main(["plan", "--model", "small", "--rank-tokens", "512,64", "--layers", "3"]) == 0
     text = capsys.readouterr().out
     assert rule in text and differ not in text
-    assert main(["plan", "--model", "qwen3-30b-a3b", "--rank-tokens", "4096,16,16,16,16,16,16,16", "--makespan-budget", "1", "--pareto"]) == 0
+    assert (
+        main(
+            [
+                "plan",
+                "--model",
+                "qwen3-30b-a3b",
+                "--rank-tokens",
+                "4096,16,16,16,16,16,16,16",
+                "--makespan-budget",
+                "1",
+                "--pareto",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
-    assert text.count(differ) == 2 and "at most 100 % above the least" in text and "at most the line's budget above the least" in text
+    assert (
+        text.count(differ) == 2
+        and "at most 100 % above the least" in text
+        and "at most the line's budget above the least" in text
+    )
 
 
 def test_arrivals_without_effect_are_said(capsys):
@@ -122,7 +190,9 @@ def test_arrivals_without_effect_are_said(capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    command = f"{sys.executable} -m pipemoe.cli plan --model small --rank-tokens 5,3 --layers 3 --width 100000 | head -n 1"
+    command = (
+        f"{sys.executable} -m pipemoe.cli plan --model small --rank-tokens 5,3 --layers 3 --width 100000 | head -n 1"
+    )
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert result.stdout.startswith("small on 2 ranks") and not result.stderr
 
@@ -146,7 +216,10 @@ def test_version(capsys):
         (["--rank-tokens", "5", "--trace", "."], "is a directory"),
         (["--rank-tokens", "5", "--model", "."], "config.json: No such file"),
         (["--rank-tokens", "9", "--max-tokens-per-rank", "8"], "max_tokens_per_rank=8"),
-        (["--rank-tokens", "16,100000+163841"], "rank 1 has a sequence of 163841 tokens, but deepseek-v3 has positions for 163840"),
+        (
+            ["--rank-tokens", "16,100000+163841"],
+            "rank 1 has a sequence of 163841 tokens, but deepseek-v3 has positions for 163840",
+        ),
         (["--rank-tokens", "3000000"], "rank 0 has a sequence of 3000000 tokens"),
         (["--rank-tokens", "32769", "--model", "small"], "small has positions for 32768"),
         (["--rank-tokens", "1", "--model", "missing.json"], "missing.json"),
@@ -168,5 +241,8 @@ def test_rank_tokens():
 
 
 def test_planning_needs_neither_torch_nor_mpi():
-    code = "import sys, pipemoe.plan.planner, pipemoe.plan.report, pipemoe.plan.cost.fit; print([m for m in ('torch', 'mpi4py', 'cupy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = "import sys, pipemoe.plan.planner, pipemoe.plan.report, pipemoe.plan.cost.fit\n"
+    code += "print([m for m in ('torch', 'mpi4py', 'cupy') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

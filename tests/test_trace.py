@@ -26,7 +26,9 @@ def span(kind, begin, end, cohort=0):
 
 
 def test_exposed_is_communication_without_computation():
-    timeline = Timeline([span(OpKind.DISPATCH, 0, 4), span(OpKind.EXPERTS, 1, 2), span(OpKind.ATTEND, 6, 8), span(OpKind.COMBINE, 7, 9)])
+    timeline = Timeline(
+        [span(OpKind.DISPATCH, 0, 4), span(OpKind.EXPERTS, 1, 2), span(OpKind.ATTEND, 6, 8), span(OpKind.COMBINE, 7, 9)]
+    )
     assert timeline.exposed_seconds() == 3 + 1
 
 
@@ -39,12 +41,19 @@ def test_overlap_percent_is_osus():
 
 
 def test_chrome_trace_has_processes_lanes_spans_and_arrows():
-    timelines = [Timeline([span(OpKind.DISPATCH, 10.0, 10.5), span(OpKind.EXPERTS, 10.5, 11.0)]), Timeline([span(OpKind.ATTEND, 10.25, 10.5, cohort=1)])]
+    timelines = [
+        Timeline([span(OpKind.DISPATCH, 10.0, 10.5), span(OpKind.EXPERTS, 10.5, 11.0)]),
+        Timeline([span(OpKind.ATTEND, 10.25, 10.5, cohort=1)]),
+    ]
     rows = json.loads(json.dumps([t.as_rows() for t in timelines]))
     assert [Timeline.from_rows(r).spans for r in rows] == [t.spans for t in timelines]
     document = json.loads(json.dumps(chrome_trace(timelines)))
     spans = [e for e in document["traceEvents"] if e["ph"] == "X"]
-    assert [(e["pid"], e["name"], e["ts"], e["dur"]) for e in spans] == [(0, "dispatch", 0.0, 5e5), (0, "experts", 5e5, 5e5), (1, "attend", 2.5e5, 2.5e5)]
+    assert [(e["pid"], e["name"], e["ts"], e["dur"]) for e in spans] == [
+        (0, "dispatch", 0.0, 5e5),
+        (0, "experts", 5e5, 5e5),
+        (1, "attend", 2.5e5, 2.5e5),
+    ]
     start, finish = (next(e for e in document["traceEvents"] if e["ph"] == ph) for ph in "sf")
     assert start["id"] == finish["id"] and start["tid"] != finish["tid"] and start["ts"] <= finish["ts"]
     assert {e["args"]["name"] for e in document["traceEvents"] if e["name"] == "process_name"} == {"rank 0", "rank 1"}

@@ -1,4 +1,6 @@
-"""What `pipemoe tune` measures of experts that leave multiprocessors to transfers, on any device; what it refuses, and says."""
+"""What `pipemoe tune` measures of experts that leave multiprocessors to transfers, on any device; what it refuses, and
+says.
+"""
 
 import argparse
 import errno
@@ -14,8 +16,8 @@ from pipemoe import Config, load_model, tune
 from pipemoe.cli import main
 from pipemoe.contention import BESIDE_TRANSFERS
 from pipemoe.errors import InputError
-from pipemoe.plan.cost.model import CostModel, SmsCost
 from pipemoe.plan.cost.fit import fit_sms
+from pipemoe.plan.cost.model import CostModel, SmsCost
 from pipemoe.tune import Tuner, accuracy, sequences_text
 from tests.models.tiny import tiny_config
 
@@ -37,7 +39,9 @@ def test_experts_beside_transfers_are_measured_with_any_number_left(world):
 def test_predictions_beside_measured_steps_are_a_table(world):
     config = Config(mode="broadcast", moe_max_num_tokens=64, max_tokens_per_rank=16)
     model = load_model(tiny_config("qwen3_moe"), world, dtype=torch.float32, seed=3, config=config)
-    steps = [(config.in_world(world.num_slots), ((tokens,),) * world.size, [tokens * 1e6] * world.size) for tokens in (3, 16)]
+    steps = [
+        (config.in_world(world.num_slots), ((tokens,),) * world.size, [tokens * 1e6] * world.size) for tokens in (3, 16)
+    ]
     head, columns, *lines = Tuner(world, model, most=16, repeats=1).compared(model.runtime.cost, steps)
     assert "predicted (measured)" in head and columns.split()[0] == "mode"
     assert len({len(line) for line in (columns, *lines)}) == 1
@@ -46,7 +50,11 @@ def test_predictions_beside_measured_steps_are_a_table(world):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--max-tokens", "15"], "at least 16"), (["--layers", "1"], "at least 2"), (["--model", "missing.json"], "No such file")],
+    [
+        (["--max-tokens", "15"], "at least 16"),
+        (["--layers", "1"], "at least 2"),
+        (["--model", "missing.json"], "No such file"),
+    ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(capsys, tmp_path, arguments, message):
     assert main(["tune", "--model", "small", "--out", str(tmp_path / "cost.json"), *arguments]) == 2
@@ -66,12 +74,28 @@ def quick_tune(world, monkeypatch):
             return lambda *_: 0.1 if name == "log_error" else []
 
     def run(path):
-        for name, stand_in in (("Tuner", NoTuner), ("fit_cost", lambda *_: CostModel()), ("calibrate", lambda cost, _: cost)):
+        for name, stand_in in (
+            ("Tuner", NoTuner),
+            ("fit_cost", lambda *_: CostModel()),
+            ("calibrate", lambda cost, _: cost),
+        ):
             monkeypatch.setattr(tune, name, stand_in)
         monkeypatch.setattr(pipemoe, "init", lambda *_, **__: nullcontext(world))
         parser = argparse.ArgumentParser()
         tune.add_tune_parser(parser.add_subparsers(), int)
-        arguments = ["tune", "--model", "small", "--layers", "2", "--max-tokens", "16", "--dtype", "float32", "--out", str(path)]
+        arguments = [
+            "tune",
+            "--model",
+            "small",
+            "--layers",
+            "2",
+            "--max-tokens",
+            "16",
+            "--dtype",
+            "float32",
+            "--out",
+            str(path),
+        ]
         return tune.run(parser.parse_args(arguments))
 
     return run

@@ -61,7 +61,10 @@ def test_row_sizes_of_real_models(hidden, top_k, dtype, row_bytes):
 
 def test_a_layout_has_one_number_whatever_the_rows():
     """Launches are kept ready by it: rows that lie otherwise must not share a number."""
-    wire, others = WireFormat(96, 3, torch.bfloat16), [WireFormat(97, 3, torch.bfloat16), WireFormat(96, 2, torch.bfloat16)]
+    wire, others = (
+        WireFormat(96, 3, torch.bfloat16),
+        [WireFormat(97, 3, torch.bfloat16), WireFormat(96, 2, torch.bfloat16)],
+    )
     others += [WireFormat(96, 3, torch.float16), WireFormat(96, 3, torch.float32)]
 
     def rows(wire, n):

@@ -3,10 +3,11 @@
     launch/mpirun.sh -n 4 benchmarks/comm
     launch/mpirun.sh -n 8 benchmarks/comm --max-bytes 256M --counts skewed
 
-Columns as nccl-tests has them. size: bytes of the rows that tokens own, over all ranks (padding is not counted, so it shows as
-lower bandwidth); time: median over iterations of the slowest rank, us; algbw = size / time, busbw = algbw x nccl-tests' factor,
-GB/s; #wrong: elements on all ranks with a wrong value, checked with real data. Before each timed one, all ranks meet, and on a
-GPU the L2 cache is flushed; times are CUDA events there, the host's clock on a CPU (from posting to completion).
+Columns as nccl-tests has them. size: bytes of the rows that tokens own, over all ranks (padding is not counted, so it
+shows as lower bandwidth); time: median over iterations of the slowest rank, us; algbw = size / time, busbw = algbw x
+nccl-tests' factor, GB/s; #wrong: elements on all ranks with a wrong value, checked with real data. Before each timed
+one, all ranks meet, and on a GPU the L2 cache is flushed; times are CUDA events there, the host's clock on a CPU (from
+posting to completion).
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"cpu": ("4M", 10, 2), "cuda": ("256M", 20, 5)}  # largest size, iterations, warm-up
 L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
-BURST_S = 1e-3  # of polling, between two looks of the engine at its peers; it would rest meanwhile, which is for long steps
+# of polling, between two looks of the engine at its peers; it would rest meanwhile, which is for long steps
+BURST_S = 1e-3
 COUNTS = ("equal", "skewed")
 _COLUMNS = ("exchange", "counts", "size", "count", "type", "time", "algbw", "busbw", "#wrong")
 
@@ -55,11 +57,19 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--counts", default=",".join(COUNTS), help="of the ranks' rows (default: %(default)s)")
     parser.add_argument("--min-bytes", type=num_bytes, default=num_bytes("1K"), help="smallest size (default: 1K)")
     parser.add_argument("--max-bytes", type=num_bytes, help="largest size (default: 4M on a CPU, else 256M)")
-    parser.add_argument("--factor", type=positive(int), default=4, help="from one size to the next (default: %(default)s)")
+    parser.add_argument(
+        "--factor", type=positive(int), default=4, help="from one size to the next (default: %(default)s)"
+    )
     parser.add_argument("--row-bytes", type=num_bytes, default=256, help="of one row (default: %(default)s)")
-    parser.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument(
+        "--combine-dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="default: float32 on a CPU, bfloat16 on a GPU",
+    )
     parser.add_argument("--iterations", type=positive(int), help="timed (default: 10 on a CPU, else 20)")
-    parser.add_argument("--json", type=Path, default=Path("out/comm.json"), metavar="FILE", help="results (default: %(default)s)")
+    parser.add_argument(
+        "--json", type=Path, default=Path("out/comm.json"), metavar="FILE", help="results (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     options.device = parser.device_of(options)
     options.exchanges, options.counts = options.exchanges.split(","), options.counts.split(",")
@@ -86,15 +96,24 @@ def run(world: World, options: argparse.Namespace) -> int:
     while sizes[-1] * options.factor <= largest:
         sizes.append(sizes[-1] * options.factor)
     progress, timer, rows = Progress(world.rank), LaneTimer(world), []
-    cases = [(EXCHANGES[name], counts, size) for name in options.exchanges for counts in options.counts for size in sizes]
+    cases = [
+        (EXCHANGES[name], counts, size) for name in options.exchanges for counts in options.counts for size in sizes
+    ]
     if world.rank == 0:
         print(_line(_COLUMNS))
     for done, (exchange, counts, size) in enumerate(cases):
-        row = measure(timer, exchange, counts, max(1, size // options.row_bytes), options.row_bytes, dtype, iterations, warm_up)
+        row = measure(
+            timer, exchange, counts, max(1, size // options.row_bytes), options.row_bytes, dtype, iterations, warm_up
+        )
         rows.append(row)
         if world.rank == 0:
-            print(_line([row["exchange"], row["counts"], row["size"], row["count"], row["type"]]
-                        + [f"{row[name]:.2f}" for name in ("time_us", "algbw_gbs", "busbw_gbs")] + [row["wrong"]]))
+            print(
+                _line(
+                    [row["exchange"], row["counts"], row["size"], row["count"], row["type"]]
+                    + [f"{row[name]:.2f}" for name in ("time_us", "algbw_gbs", "busbw_gbs")]
+                    + [row["wrong"]]
+                )
+            )
         progress.count(done + 1, len(cases), exchange.name)
     if world.rank == 0:
         document = results_schema.results_document("comm", rows)
@@ -103,7 +122,16 @@ def run(world: World, options: argparse.Namespace) -> int:
     return 1 if any(row["wrong"] for row in rows) else 0
 
 
-def measure(timer: LaneTimer, exchange: Exchange, counts: str, num_rows: int, row_bytes: int, dtype: Any, iterations: int, warm_up: int) -> dict[str, Any]:
+def measure(
+    timer: LaneTimer,
+    exchange: Exchange,
+    counts: str,
+    num_rows: int,
+    row_bytes: int,
+    dtype: Any,
+    iterations: int,
+    warm_up: int,
+) -> dict[str, Any]:
     """One row of the results; every rank calls and gets the same."""
     import torch
 
@@ -144,7 +172,9 @@ class LaneTimer:
         import torch
 
         self.world = world
-        self._flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=world.device) if world.device.type == "cuda" else None
+        self._flush = (
+            torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=world.device) if world.device.type == "cuda" else None
+        )
 
     def run(self, case: Case, warm: bool = True) -> float:
         """Seconds of one exchange; every rank calls. warm: its data may be anything, so the cache is flushed for it."""
@@ -176,9 +206,13 @@ class LaneTimer:
 
 def _line(cells: Sequence[Any]) -> str:
     widths = (18, 7, 10, 10, 8, 11, 8, 8, 7)
-    return "  ".join(f"{cell!s:{'<' if i < 2 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, widths, strict=True)))
+    return "  ".join(
+        f"{cell!s:{'<' if i < 2 else '>'}{width}}" for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    )
 
 
 if __name__ == "__main__":
     options = parse()
-    sys.exit(run_on_ranks("comm.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots))
+    sys.exit(
+        run_on_ranks("comm.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots)
+    )

@@ -1,7 +1,7 @@
 """The exchanges that comm.py times: for each, its wave, its buffers filled with data that can be checked, and its call.
 
-Grouped broadcast and padded all-gather bring rows to every rank (bytes); grouped reduce, reduce-scatter and gather bring
-sums to the rows' owners. All through pipemoe's own transport, on the communicators of slot 0.
+Grouped broadcast and padded all-gather bring rows to every rank (bytes); grouped reduce, reduce-scatter and gather
+bring sums to the rows' owners. All through pipemoe's own transport, on the communicators of slot 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Exchange:
     scattered: bool
 
     def bus_factor(self, num_ranks: int) -> float:
-        """Source: nccl-tests, doc/PERFORMANCE.md (broadcast and reduce 1; all-gather, reduce-scatter, gather (R - 1) / R)."""
+        """Source: nccl-tests, doc/PERFORMANCE.md (broadcast and reduce 1; all-gather, reduce-scatter, gather (R - 1) /
+        R).
+        """
         return (num_ranks - 1) / num_ranks if self.scattered else 1.0
 
 
@@ -109,7 +111,9 @@ class Case:
             return sum(int((self._part(s) != self._expected(s, [None])).sum()) for s in self._wave.segments)
         own = [s for s in self._wave.segments if s.rank == self._world.rank]
         every = list(range(self._world.size))
-        return sum(int((result != self._expected(s, every)).sum()) for s, result in zip(own, self._results, strict=True))
+        return sum(
+            int((result != self._expected(s, every)).sum()) for s, result in zip(own, self._results, strict=True)
+        )
 
     def _part(self, segment: Segment) -> torch.Tensor:
         return self._buffer[segment.row : segment.row + segment.num_rows]

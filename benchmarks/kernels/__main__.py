@@ -3,14 +3,15 @@
     python benchmarks/kernels
     python benchmarks/kernels --layers deepseek-v3 --tokens 64,16384
 
-A call must do 6 x pairs x H x I operations and read the weights of every expert that has a row. Its floor is the larger of
-operations / dense rate and bytes / copy bandwidth, both measured first, in this run. Every implementation gets the same rows and is
-checked against float64 on a sample of them before it is timed; times are medians over interleaved rounds of graph replays of the
-whole call with a flushed L2 cache. Beside pipemoe's times stand those of its router and its index by themselves, and what the
-host takes to enqueue a call that no graph has captured. liger-kernel is compared with where it is installed (kernels_liger.py).
-pipemoe_fp8 is pipemoe in e4m3, on the layers of FP8_LAYERS; that floor has half the bytes, and twice the rate. An implementation
-that fails, or a peer whose turn comes after `--seconds`, leaves a row without figures. At the end the figures are held against the
-bars (kernels_judge.py): the status is 1 if one of pipemoe's own rows is missing.
+A call must do 6 x pairs x H x I operations and read the weights of every expert that has a row. Its floor is the larger
+of operations / dense rate and bytes / copy bandwidth, both measured first, in this run. Every implementation gets the
+same rows and is checked against float64 on a sample of them before it is timed; times are medians over interleaved
+rounds of graph replays of the whole call with a flushed L2 cache. Beside pipemoe's times stand those of its router and
+its index by themselves, and what the host takes to enqueue a call that no graph has captured. liger-kernel is compared
+with where it is installed (kernels_liger.py). pipemoe_fp8 is pipemoe in e4m3, on the layers of FP8_LAYERS; that floor
+has half the bytes, and twice the rate. An implementation that fails, or a peer whose turn comes after `--seconds`,
+leaves a row without figures. At the end the figures are held against the bars (kernels_judge.py): the status is 1 if
+one of pipemoe's own rows is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from benchmarks.kernels.judge import judge, verdict_table
 from benchmarks.kernels.table import kernels_summary
 from pipemoe.errors import ConfigError
 
-MAX_ERROR = {"bf16": 1e-2, "fp8": 8e-2}  # norm ratio; e4m3 itself costs about 6e-2 on normal data (see kernels/NOTES.md)
+# norm ratio; e4m3 itself costs about 6e-2 on normal data (see kernels/NOTES.md)
+MAX_ERROR = {"bf16": 1e-2, "fp8": 8e-2}
 SAMPLE = 24  # rows compared with float64
 DEVICE = "cuda"
 OURS = "pipemoe"  # and variants of it, pipemoe_...
@@ -49,8 +51,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="default: %(default)s")
     parser.add_argument("--impls", default=",".join(IMPLS), help="default: %(default)s")
     parser.add_argument("--rounds", type=positive(int), default=9, help="default: %(default)s")
-    parser.add_argument("--seconds", type=positive(float), default=130.0, help="then no more peers, only pipemoe (default: %(default)s)")
-    parser.add_argument("--json", type=Path, default=Path("out/kernels.json"), metavar="FILE", help="results (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=positive(float), default=130.0, help="then no more peers, only pipemoe (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--json", type=Path, default=Path("out/kernels.json"), metavar="FILE", help="results (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     options.layers, options.impls = options.layers.split(","), options.impls.split(",")
     if unknown := set(options.layers) - set(LAYERS):
@@ -78,7 +84,10 @@ def run(options: argparse.Namespace) -> int:
         progress.say("liger-kernel is not installed: its rows are left out")
         options.impls.remove("liger")
     ceilings = roofline()
-    print(f"{torch.cuda.get_device_name()}: dense bf16 {ceilings['tflops']:.0f} TFLOP/s, copy {ceilings['copy_tbps']:.2f} TB/s read + written")
+    print(
+        f"{torch.cuda.get_device_name()}: dense bf16 {ceilings['tflops']:.0f} TFLOP/s, copy "
+        f"{ceilings['copy_tbps']:.2f} TB/s read + written"
+    )
     print(_line(_COLUMNS))
     rows = []
     weights, weights_of = None, None
@@ -113,8 +122,11 @@ def measure(
     *,
     ours_alone: bool = False,
 ) -> list[dict[str, Any]]:
-    """Check and time all implementations on one cell; a row of results each, without figures for one that fails or is left out."""
+    """Check and time all implementations on one cell; a row of results each, without figures for one that fails or is
+    left out.
+    """
     import torch
+
     from benchmarks.kernels.peers import PEERS
     from benchmarks.kernels.timing import captured, host_us, interleaved_ms
 
@@ -140,8 +152,10 @@ def measure(
             most = MAX_ERROR[_dtype_of(impl)]
             if not (errors[impl] < most and bool(out.isfinite().all())):
                 raise ConfigError(f"relative error {errors[impl]:.1e}, not under {most}, or values that are not finite")
-        except Exception as error:  # noqa: BLE001: whatever a library does, the others' figures count
-            print(f"{impl} on {name}, {num_tokens} tokens: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        except Exception as error:  # noqa: BLE001  (whatever a library does, the others' figures count)
+            print(
+                f"{impl} on {name}, {num_tokens} tokens: {type(error).__name__}: {error}", file=sys.stderr, flush=True
+            )
             continue
         calls[impl], outs[impl], graphs[impl] = call, out, graph
     parts = dict.fromkeys(("routing_us", "index_us", "host_us"))
@@ -187,7 +201,9 @@ def _dtype_of(impl: str) -> str:
 
 
 def time_parts(layer: Layer, weights: Any, rows: Any) -> dict[str, float | None]:
-    """Microseconds of the router's kernel for as many tokens, and of the index kernels; None where Hopper's do not run."""
+    """Microseconds of the router's kernel for as many tokens, and of the index kernels; None where Hopper's do not
+    run.
+    """
     import torch
 
     if torch.cuda.get_device_capability() != (9, 0):
@@ -195,12 +211,17 @@ def time_parts(layer: Layer, weights: Any, rows: Any) -> dict[str, float | None]
     from benchmarks.kernels.parts import index_work, routing_work
     from benchmarks.kernels.timing import repeated_us
 
-    return {"routing_us": repeated_us(routing_work(layer, len(rows))), "index_us": repeated_us(index_work(weights, rows))}
+    return {
+        "routing_us": repeated_us(routing_work(layer, len(rows))),
+        "index_us": repeated_us(index_work(weights, rows)),
+    }
 
 
 def _line(cells: Sequence[Any]) -> str:
     widths = (18, 6, 7, 12, 9, 8, 8, 6, 8, 6, 8)
-    return " ".join(f"{cell:<{w}}" if i in (0, 3) else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True)))
+    return " ".join(
+        f"{cell:<{w}}" if i in (0, 3) else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+    )
 
 
 if __name__ == "__main__":

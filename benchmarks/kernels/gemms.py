@@ -1,10 +1,11 @@
-"""Both grouped GEMMs of the "hopper" experts by themselves, with every size of row tile: which one is the better, and by how much.
+"""Both grouped GEMMs of the "hopper" experts by themselves, with every size of row tile: which one is the better, and
+by how much.
 
     python benchmarks/kernels/gemms.py
     python benchmarks/kernels/gemms.py --layers deepseek-v3 --tokens 4096,16384
 
-A cell of benchmarks/kernels a line: microseconds of graph replays with a flushed L2 cache, interleaved over all forms, and TFLOP/s.
-Results of all sizes must be the same bits. Nothing is written to disk.
+A cell of benchmarks/kernels a line: microseconds of graph replays with a flushed L2 cache, interleaved over all forms,
+and TFLOP/s. Results of all sizes must be the same bits. Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from pathlib import Path
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script
@@ -24,8 +25,6 @@ from benchmarks.kernels.cases import LAYERS, TOKENS, Layer, enumerate_cells, mak
 from pipemoe.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
     from pipemoe.experts import ExpertWeights
     from pipemoe_kernels.gemm.tile_shape import TileShape
 
@@ -68,8 +67,12 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def gemms(layer: Layer, num_tokens: int, weights: ExpertWeights, shapes: Sequence[TileShape]) -> tuple[int, dict[str, Callable[[], None]]]:
-    """Number of local pairs, and "gate_up" and "down" with each size's rows; all have run once and given the same bits."""
+def gemms(
+    layer: Layer, num_tokens: int, weights: ExpertWeights, shapes: Sequence[TileShape]
+) -> tuple[int, dict[str, Callable[[], None]]]:
+    """Number of local pairs, and "gate_up" and "down" with each size's rows; all have run once and given the same
+    bits.
+    """
     import torch
 
     from pipemoe_kernels.gemm.wgmma import down_rows, gate_up_rows, grouped_kernel
@@ -83,13 +86,16 @@ def gemms(layer: Layer, num_tokens: int, weights: ExpertWeights, shapes: Sequenc
     num_local, num_pairs = layer.num_local_experts, rows.ids.numel()
     sizes = (MAX_BLOCKS * num_local, num_local, num_pairs, num_pairs)
     counts, offsets, positions, tokens = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
-    index_local_pairs(Stream.current(device), rows.ids, 0, num_local, counts, offsets, positions.view(rows.ids.shape), tokens)
+    index_local_pairs(
+        Stream.current(device), rows.ids, 0, num_local, counts, offsets, positions.view(rows.ids.shape), tokens
+    )
     num_local_pairs = int(offsets[-1])
     works, results = {}, []
     for shape in shapes:
         kernels = [grouped_kernel(gated=gated, shape=shape) for gated in (True, False)]
         a, y = (
-            torch.zeros((num_pairs, columns), dtype=torch.bfloat16, device=device) for columns in (layer.intermediate, layer.hidden)
+            torch.zeros((num_pairs, columns), dtype=torch.bfloat16, device=device)
+            for columns in (layer.intermediate, layer.hidden)
         )
         maps = [
             device_maps([tensor_map(w.detach(), box) for box in kernel.w_boxes], device)
@@ -98,16 +104,29 @@ def gemms(layer: Layer, num_tokens: int, weights: ExpertWeights, shapes: Sequenc
         a_maps = device_maps([tensor_map(a, box) for box in shape.x_boxes], device)
 
         def gate_up(kernel=kernels[0], maps=maps[0], a=a) -> None:
-            gate_up_rows(Stream.current(device), kernel, rows.hidden, tokens, maps.data_ptr(), offsets, None, a, num_sms)
+            gate_up_rows(
+                Stream.current(device), kernel, rows.hidden, tokens, maps.data_ptr(), offsets, None, a, num_sms
+            )
 
         def down(kernel=kernels[1], maps=maps[1], a_maps=a_maps, y=y) -> None:
-            down_rows(Stream.current(device), kernel, a_maps.data_ptr(), maps.data_ptr(), offsets, layer.intermediate, y, num_sms)
+            down_rows(
+                Stream.current(device),
+                kernel,
+                a_maps.data_ptr(),
+                maps.data_ptr(),
+                offsets,
+                layer.intermediate,
+                y,
+                num_sms,
+            )
 
         gate_up()
         down()
         works[f"gate_up {shape.rows}"], works[f"down {shape.rows}"] = gate_up, down
         results.append((a, y))
-    if not all(torch.equal(found, wanted) for result in results[1:] for found, wanted in zip(result, results[0], strict=True)):
+    if not all(
+        torch.equal(found, wanted) for result in results[1:] for found, wanted in zip(result, results[0], strict=True)
+    ):
         raise ConfigError(f"{layer}, {num_tokens} tokens: sizes of row tiles give different bits")
     return num_local_pairs, works
 

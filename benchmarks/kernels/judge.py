@@ -1,6 +1,7 @@
 """The bars that the kernel benchmark's figures are held against, and the verdicts of one run in one table.
 
-Cells are compared with the best of the field (kernels_field.py) by their ratios to the floor, each with the ceilings of its own run.
+Cells are compared with the best of the field (kernels_field.py) by their ratios to the floor, each with the ceilings of
+its own run.
 """
 
 from __future__ import annotations
@@ -40,7 +41,14 @@ def judge(rows: Sequence[Row], ours: str = "pipemoe") -> list[Verdict]:
     timed = [row for row in rows if row["impl"] == ours and row["ms"] is not None]
     bf16 = {(row["layer"], row["tokens"]): row for row in timed if row["dtype"] == "bf16"}
     known = {cell: row for cell, row in bf16.items() if cell in FIELD}
-    return [*_cells(known), _mean(known), *_shares(known), *_memory_bound(known), *_parts(list(bf16.values())), *_fp8(rows, bf16)]
+    return [
+        *_cells(known),
+        _mean(known),
+        *_shares(known),
+        *_memory_bound(known),
+        *_parts(list(bf16.values())),
+        *_fp8(rows, bf16),
+    ]
 
 
 def _cells(known: Mapping[tuple[str, int], Row]) -> list[Verdict]:
@@ -50,7 +58,9 @@ def _cells(known: Mapping[tuple[str, int], Row]) -> list[Verdict]:
         ratio = known[cell]["ratio_to_floor"] if cell in known else None
         found = None if ratio is None else f"{ratio:.3f}, {best.ratio_to_floor / ratio:.2f} x as fast"
         wanted = f"at most {most:.3f} ({best.name} {best.ratio_to_floor:.3f})"
-        verdicts.append(Verdict(f"{cell[0]}, {cell[1]} tokens: ratio to floor", wanted, found, ratio is not None and ratio <= most))
+        verdicts.append(
+            Verdict(f"{cell[0]}, {cell[1]} tokens: ratio to floor", wanted, found, ratio is not None and ratio <= most)
+        )
     return verdicts
 
 
@@ -59,7 +69,9 @@ def _mean(known: Mapping[tuple[str, int], Row]) -> Verdict:
     mean = math.exp(sum(map(math.log, gains)) / len(gains)) if gains else None
     found = None if mean is None else f"{mean:.3f} over {len(gains)} cells"
     met = mean is not None and len(gains) == len(FIELD) and mean >= GEOMETRIC_MEAN
-    return Verdict("geometric mean against the best of the field", f"at least {GEOMETRIC_MEAN} over {len(FIELD)} cells", found, met)
+    return Verdict(
+        "geometric mean against the best of the field", f"at least {GEOMETRIC_MEAN} over {len(FIELD)} cells", found, met
+    )
 
 
 def _shares(known: Mapping[tuple[str, int], Row]) -> list[Verdict]:
@@ -68,7 +80,12 @@ def _shares(known: Mapping[tuple[str, int], Row]) -> list[Verdict]:
         if tokens == SHARE_TOKENS:
             found[row["H"]].append(row["tflops"] / row["dense_tflops"])
     return [
-        _least(f"H {hidden}, {SHARE_TOKENS} tokens: share of the dense rate", least, found[hidden], lambda share: f"{100 * share:.0f} %")
+        _least(
+            f"H {hidden}, {SHARE_TOKENS} tokens: share of the dense rate",
+            least,
+            found[hidden],
+            lambda share: f"{100 * share:.0f} %",
+        )
         for hidden, least in SHARE_OF_DENSE.items()
     ]
 
@@ -84,18 +101,31 @@ def _memory_bound(known: Mapping[tuple[str, int], Row]) -> list[Verdict]:
 
 def _parts(rows: Sequence[Row]) -> list[Verdict]:
     indexed = [row for row in rows if row["routing_us"] is not None and row["index_us"] is not None]
-    shares = [(row["routing_us"] + row["index_us"]) / row["ms"] / 1e3 for row in indexed if row["tokens"] >= INDEX_SHARE_TOKENS]
+    shares = [
+        (row["routing_us"] + row["index_us"]) / row["ms"] / 1e3
+        for row in indexed
+        if row["tokens"] >= INDEX_SHARE_TOKENS
+    ]
     times = [row["routing_us"] + row["index_us"] for row in indexed if row["tokens"] == INDEX_TOKENS]
     hosts = [row["host_us"] for row in rows if row["host_us"] is not None]
     return [
-        _most(f"routing + index, {INDEX_SHARE_TOKENS} tokens and more: share of the call", INDEX_SHARE, shares, lambda share: f"{100 * share:.1f} %"),
+        _most(
+            f"routing + index, {INDEX_SHARE_TOKENS} tokens and more: share of the call",
+            INDEX_SHARE,
+            shares,
+            lambda share: f"{100 * share:.1f} %",
+        ),
         _most(f"routing + index, {INDEX_TOKENS} tokens: us", INDEX_US, times, lambda us: f"{us:.1f}"),
         _most("host, eager call: us", HOST_US, hosts, lambda us: f"{us:.1f}"),
     ]
 
 
 def _fp8(rows: Sequence[Row], bf16: Mapping[tuple[str, int], Row]) -> list[Verdict]:
-    fp8 = [row for row in rows if row["dtype"] == "fp8" and row["ms"] is not None and (row["layer"], row["tokens"]) == FP8_CELL]
+    fp8 = [
+        row
+        for row in rows
+        if row["dtype"] == "fp8" and row["ms"] is not None and (row["layer"], row["tokens"]) == FP8_CELL
+    ]
     gains = [bf16[FP8_CELL]["ms"] / row["ms"] for row in fp8 if FP8_CELL in bf16]
     bar = f"fp8, {FP8_CELL[0]}, {FP8_CELL[1]} tokens"
     return [
@@ -117,7 +147,13 @@ def _most(bar: str, most: float, values: Sequence[float], text: Callable[[float]
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """One line a bar, aligned."""
     lines = [("bar", "wanted", "found", "")]
-    lines += [(v.bar, v.wanted, v.found or "-", "met" if v.met else "not measured" if v.found is None else "NOT MET") for v in verdicts]
+    lines += [
+        (v.bar, v.wanted, v.found or "-", "met" if v.met else "not measured" if v.found is None else "NOT MET")
+        for v in verdicts
+    ]
     widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    text = "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip() for line in lines)
+    text = "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
+        for line in lines
+    )
     return f"{text}\n{sum(v.met for v in verdicts)} of {len(verdicts)} bars met"

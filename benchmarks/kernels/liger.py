@@ -1,8 +1,8 @@
 """liger-kernel's fused MoE as a peer of the kernel benchmark: an option, used where the package is installed.
 
-It takes rows whose experts are all local, and synchronises the host in its index. So here the index is its own, but made
-beforehand and not timed, as for the loop over experts; and where some experts are not local, every local pair goes in as a row
-with one expert, which its kernels gather as they would, and torch adds up the results.
+It takes rows whose experts are all local, and synchronises the host in its index. So here the index is its own, but
+made beforehand and not timed, as for the loop over experts; and where some experts are not local, every local pair goes
+in as a row with one expert, which its kernels gather as they would, and torch adds up the results.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pipemoe.experts import ExpertWeights
     from pipemoe.wire import WireRows
 
-# Of its 32 and 40 configurations, (BLOCK_N, BLOCK_K, warps, stages) and (BLOCK_H, BLOCK_K, warps, stages): compiling all of them for
-# every size takes many minutes. The best of these is found anew for every cell.
+# Of its 32 and 40 configurations, (BLOCK_N, BLOCK_K, warps, stages) and (BLOCK_H, BLOCK_K, warps, stages): compiling
+# all of them for every size takes many minutes. The best of these is found anew for every cell.
 GEMM_CONFIGS = ((128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3), (64, 64, 4, 4))
 SUM_CONFIGS = ((512, 8, 4, 4), (512, 1, 4, 4))
 TUNING_MS = 10
@@ -43,7 +43,8 @@ def _limit_tuning() -> None:
         kernel = getattr(kernels, name)
         sizes = GEMM_CONFIGS if columns == "BLOCK_N" else SUM_CONFIGS
         kernel.configs = [
-            triton.Config({columns: n, "BLOCK_K": k}, num_warps=warps, num_stages=stages) for n, k, warps, stages in sizes
+            triton.Config({columns: n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+            for n, k, warps, stages in sizes
         ]
         kernel.do_bench = trial
         kernel.cache.clear()
@@ -66,7 +67,10 @@ def liger(weights: ExpertWeights, rows: WireRows) -> Callable[[torch.Tensor], No
     else:
         places = is_local.flatten().nonzero().flatten()
         tokens = places // top_k
-        ids, router = local.flatten()[places][:, None].contiguous(), rows.weights.flatten()[places][:, None].contiguous()
+        ids, router = (
+            local.flatten()[places][:, None].contiguous(),
+            rows.weights.flatten()[places][:, None].contiguous(),
+        )
         made = list(index(ids, weights.num_local_experts))
         made[2] = tokens[made[2].long()].int()  # the rows that it gathers
 

@@ -34,5 +34,12 @@ def index_work(weights: ExpertWeights, rows: WireRows) -> Callable[[], None]:
     counts, offsets, positions, tokens = (torch.empty(size, dtype=torch.int32, device="cuda") for size in sizes)
     positions = positions.view(rows.ids.shape)
     return lambda: index_local_pairs(
-        Stream.current(rows.buffer.device), rows.ids, weights.first_expert, num_local, counts, offsets, positions, tokens
+        Stream.current(rows.buffer.device),
+        rows.ids,
+        weights.first_expert,
+        num_local,
+        counts,
+        offsets,
+        positions,
+        tokens,
     )

@@ -41,7 +41,12 @@ def hopper_call(weights: ExpertWeights, rows: WireRows, *, tile_rows: int) -> Ca
     """pipemoe's "hopper" implementation with row tiles of that many rows."""
     from pipemoe.experts.hopper import HopperExperts
 
-    settings = {"top_k": rows.ids.shape[1], "hidden": weights.hidden, "device": rows.buffer.device, "dtype": torch.bfloat16}
+    settings = {
+        "top_k": rows.ids.shape[1],
+        "hidden": weights.hidden,
+        "device": rows.buffer.device,
+        "dtype": torch.bfloat16,
+    }
     experts = HopperExperts([weights], **settings, tile_rows=tile_rows)
     scratch = experts.new_scratch(len(rows))
     return lambda out: experts(0, rows, out, scratch)

@@ -35,13 +35,17 @@ def kernels_cells(rows: Sequence[Row]) -> list[list[str]]:
         times = [_digits(cell.get(other, {}).get("ms")) for other in others]
         own = [_digits(ours.get("ms")), _digits(ours.get("ratio_to_floor"), 2), _digits(ours.get("tflops"), 0)]
         parts = [_digits(ours.get(part), 1) for part in ("routing_us", "index_us", "host_us")]
-        lines.append([name, str(any_row["tokens"]), str(any_row["pairs"]), _digits(any_row["floor_ms"]), *own, *times, *parts])
+        lines.append(
+            [name, str(any_row["tokens"]), str(any_row["pairs"]), _digits(any_row["floor_ms"]), *own, *times, *parts]
+        )
     return [heading, *lines]
 
 
 def kernels_context(rows: Sequence[Row]) -> str:
     first = rows[0]
-    ceilings = f"dense bf16 {first['dense_tflops']:.0f} TFLOP/s, copy {first['copy_tbps']:.2f} TB/s read + written in that run"
+    ceilings = (
+        f"dense bf16 {first['dense_tflops']:.0f} TFLOP/s, copy {first['copy_tbps']:.2f} TB/s read + written in that run"
+    )
     return f"milliseconds; {ceilings}"
 
 
@@ -56,7 +60,10 @@ def kernels_summary(rows: Sequence[Row]) -> str:
             gains.append(min(peers) / cell[_OURS]["ms"])
     if gains:
         mean = math.exp(sum(map(math.log, gains)) / len(gains))
-        lines.append(f"against the best peer of each of {len(gains)} cells: {mean:.2f} x as fast (geometric mean), {min(gains):.2f} at worst")
+        lines.append(
+            f"against the best peer of each of {len(gains)} cells: {mean:.2f} x as fast (geometric mean), "
+            f"{min(gains):.2f} at worst"
+        )
     timed = [cell[_OURS] for cell in cells if cell[_OURS]["index_us"] is not None]
     times = [row["routing_us"] + row["index_us"] for row in timed if row["tokens"] < _LARGE_TOKENS]
     if times:

@@ -30,7 +30,9 @@ def captured(work: Callable[[], None], repeats: int = 1) -> torch.cuda.CUDAGraph
 
 
 def interleaved_ms(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each graph in each round; the L2 cache holds nothing of use at its start, and nothing to be written back."""
+    """Milliseconds of each graph in each round; the L2 cache holds nothing of use at its start, and nothing to be
+    written back.
+    """
     flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     total = torch.zeros((), device="cuda")
     events = {name: [] for name in graphs}
@@ -53,7 +55,9 @@ def repeated_us(work: Callable[[], None], rounds: int = 5) -> float:
 
 
 def host_us(call: Callable[[], None], rounds: int = 5) -> float:
-    """Microseconds that the host takes for a call that only enqueues, the median; few enough in a row that it never waits for the device."""
+    """Microseconds that the host takes for a call that only enqueues, the median; few enough in a row that it never
+    waits for the device.
+    """
     found = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -66,8 +70,8 @@ def host_us(call: Callable[[], None], rounds: int = 5) -> float:
 
 
 def roofline(rounds: int = 100) -> dict[str, float]:
-    """This device's dense bfloat16 rate once it is warm (the second half of a second and more), and its copy bandwidth, read plus
-    written, the best of two ways."""
+    """This device's dense bfloat16 rate once it is warm (the second half of a second and more), and its copy bandwidth,
+    read plus written, the best of two ways."""
     a, b = (torch.randn((GEMM_SIZE, GEMM_SIZE), device="cuda").bfloat16() for _ in range(2))
     product = torch.empty_like(a)
     source = torch.zeros(COPY_BYTES // 16, dtype=torch.int64, device="cuda")

@@ -3,17 +3,20 @@
     launch/mpirun.sh -n 4 benchmarks/ttft                                      # small model, real trace scaled down
     launch/mpirun.sh -n 8 benchmarks/ttft --model qwen3-30b-a3b --rank-tokens 4096,16,16,16,16,16,16,16
 
-1. Parity of every mode with the plain Hugging Face forward (parity.py); a mode that fails is reported, and the exit status
+1. Parity of every mode with the plain Hugging Face forward (parity.py); a mode that fails is reported, and the exit
+status
    is 1.
 2. Timing (measure.py): the requests of a step arrive together when it starts, so this is prefill under skew, not
    queueing; `--requests trace` replays the trace's own clock with queueing instead (serve.py).
-3. A table on standard output, whose last line is the results as one JSON document (results_schema.py); in --out the same
-   as ttft.json, a picture of the TTFT distribution, and a timeline per mode for Perfetto (https://ui.perfetto.dev), of the
-   step with most tokens.
+3. A table on standard output, whose last line is the results as one JSON document (results_schema.py); in --out the
+same
+   as ttft.json, a picture of the TTFT distribution, and a timeline per mode for Perfetto (https://ui.perfetto.dev), of
+   the step with most tokens.
 
---rank-tokens and --trace may be given several times and together: each is a workload of its own, on the same loaded models.
---draws adds workloads of one step with counts drawn from each trace, timed only. --budgets adds mode auto under other makespan
-budgets: the front of mean against slowest TTFT. `python benchmarks/ttft/judge.py results.json` says who is ahead of whom.
+--rank-tokens and --trace may be given several times and together: each is a workload of its own, on the same loaded
+models. --draws adds workloads of one step with counts drawn from each trace, timed only. --budgets adds mode auto under
+other makespan budgets: the front of mean against slowest TTFT. `python benchmarks/ttft/judge.py results.json` says who
+is ahead of whom.
 """
 
 from __future__ import annotations
@@ -33,19 +36,26 @@ if not __package__:  # run as a script
 
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
-from pipemoe.errors import ConfigError, PipemoeError
-from pipemoe.output_path import check_output_file, check_output_folder, write_whole
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
-from pipemoe.plan.config import COMBINES, MODES
 from benchmarks.request_trace import UNITS
-from benchmarks.ttft.inputs import Step, Workload, drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
+from benchmarks.ttft.inputs import (
+    Step,
+    Workload,
+    drawn_workloads,
+    rank_tokens_workload,
+    trace_workload,
+    without_last_rank,
+)
 from benchmarks.ttft.models import BenchModel
 from benchmarks.ttft.table import ttft_table
+from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.output_path import check_output_file, check_output_folder, write_whole
+from pipemoe.plan.config import COMBINES, MODES
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 
 if TYPE_CHECKING:
-    from pipemoe import Config, Model, World
     from benchmarks.ttft.measure import Measured
     from benchmarks.ttft.parity import Parity
+    from pipemoe import Config, Model, World
 
 TRACE = Path(__file__).resolve().parent / "traces" / "azure2023_conv.csv"
 
@@ -72,40 +82,113 @@ DEFAULTS = {
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = RankParser(description="Time to first token, every mode on the same inputs.")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help=f"{', '.join(MODEL_CONFIGS)}, or the path of a Hugging Face checkpoint (default: small on a CPU, else qwen3-30b-a3b)")
-    model.add_argument("--layers", type=positive(int), help="only the first N decoder layers (default: all; 8 where --model is not given on a GPU)")
-    model.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    model.add_argument(
+        "--model",
+        help=f"{', '.join(MODEL_CONFIGS)}, or the path of a Hugging Face checkpoint (default: small on a CPU, else "
+        "qwen3-30b-a3b)",
+    )
+    model.add_argument(
+        "--layers",
+        type=positive(int),
+        help="only the first N decoder layers (default: all; 8 where --model is not given on a GPU)",
+    )
+    model.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU"
+    )
     model.add_argument("--seed", type=int, default=0, help="of token ids, and of weights where there is no checkpoint")
     inputs = parser.add_argument_group("inputs")
-    inputs.add_argument("--trace", action="append", default=[], help="CSV or Mooncake JSON lines (default: azure2023_conv)")
-    inputs.add_argument("--rank-tokens", action="append", default=[], metavar="T,T,...", help="instead: one prompt per rank, of these lengths")
-    inputs.add_argument("--trace-unit", choices=tuple(UNITS), help="of the times in --trace (default: what its format says, unless far too dense)")
-    inputs.add_argument("--scale", type=positive(float), help="factor on the trace's lengths (default: 0.1 on a CPU, else 1)")
+    inputs.add_argument(
+        "--trace", action="append", default=[], help="CSV or Mooncake JSON lines (default: azure2023_conv)"
+    )
+    inputs.add_argument(
+        "--rank-tokens",
+        action="append",
+        default=[],
+        metavar="T,T,...",
+        help="instead: one prompt per rank, of these lengths",
+    )
+    inputs.add_argument(
+        "--trace-unit",
+        choices=tuple(UNITS),
+        help="of the times in --trace (default: what its format says, unless far too dense)",
+    )
+    inputs.add_argument(
+        "--scale", type=positive(float), help="factor on the trace's lengths (default: 0.1 on a CPU, else 1)"
+    )
     inputs.add_argument("--num-requests", type=positive(int), help="of the trace (default: 16 on a CPU, else 32)")
     inputs.add_argument("--first-request", type=int, default=0, help="number of the trace's request to begin with")
-    inputs.add_argument("--requests-per-rank", type=positive(int), default=1, help="that a step of the trace gives each rank (default 1)")
-    inputs.add_argument("--draws", type=int, default=0, metavar="N", help="also N steps with one request per rank, drawn from each trace")
-    inputs.add_argument("--requests", choices=("together", "trace"), default="together", help="when those of a step come; trace: by the trace's clock")
-    inputs.add_argument("--time-scale", type=positive(float), default=1.0, help="with --requests trace: how much faster than the trace's clock")
+    inputs.add_argument(
+        "--requests-per-rank",
+        type=positive(int),
+        default=1,
+        help="that a step of the trace gives each rank (default 1)",
+    )
+    inputs.add_argument(
+        "--draws",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also N steps with one request per rank, drawn from each trace",
+    )
+    inputs.add_argument(
+        "--requests",
+        choices=("together", "trace"),
+        default="together",
+        help="when those of a step come; trace: by the trace's clock",
+    )
+    inputs.add_argument(
+        "--time-scale",
+        type=positive(float),
+        default=1.0,
+        help="with --requests trace: how much faster than the trace's clock",
+    )
     run = parser.add_argument_group("run")
     parser.add_device()
     run.add_argument("--modes", default=",".join(MODES), help="default: %(default)s")
-    run.add_argument("--budgets", default="", metavar="P,P,...", help="also mode auto with these makespan budgets, in percent")
-    run.add_argument("--draw-rounds", type=positive(int), default=4, help="timed passes over each of --draws (default %(default)s)")
+    run.add_argument(
+        "--budgets", default="", metavar="P,P,...", help="also mode auto with these makespan budgets, in percent"
+    )
+    run.add_argument(
+        "--draw-rounds", type=positive(int), default=4, help="timed passes over each of --draws (default %(default)s)"
+    )
     run.add_argument("--rounds", type=positive(int), help="timed passes per mode (default: 3 on a CPU, else 5)")
-    run.add_argument("--parity-layers", type=positive(int), help="layers compared with the plain forward (default: all in float32 on a CPU, else 4)")
+    run.add_argument(
+        "--parity-layers",
+        type=positive(int),
+        help="layers compared with the plain forward (default: all in float32 on a CPU, else 4)",
+    )
     run.add_argument("--moe-max-num-tokens", type=positive(int), help="default: 256 on a CPU, else 8192")
     run.add_argument("--max-tokens-per-rank", type=positive(int), help="default: what the inputs need")
     run.add_argument("--combine", choices=COMBINES, default="reduce")
-    run.add_argument("--combine-blocks", type=positive(int), metavar="N", help="blocks of columns of the sums (default: chosen in mode auto, else 1)")
-    run.add_argument("--arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: chosen in mode auto, else off)")
-    run.add_argument("--num-sms", type=positive(int), metavar="N", help="that the experts' kernels fill in every plan (default: as planned)")
+    run.add_argument(
+        "--combine-blocks",
+        type=positive(int),
+        metavar="N",
+        help="blocks of columns of the sums (default: chosen in mode auto, else 1)",
+    )
+    run.add_argument(
+        "--arrivals",
+        choices=("on", "off"),
+        help="whether waves are computed as they arrive (default: chosen in mode auto, else off)",
+    )
+    run.add_argument(
+        "--num-sms",
+        type=positive(int),
+        metavar="N",
+        help="that the experts' kernels fill in every plan (default: as planned)",
+    )
     run.add_argument("--combine-dtype", choices=("float32", "bfloat16", "float16"))
     run.add_argument("--deterministic", action="store_true")
     run.add_argument("--cost", metavar="FILE", help="measured costs for mode auto (pipemoe tune)")
     run.add_argument("--experts", default="auto", help="implementation of the experts")
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, default=Path("out/ttft"), metavar="DIR", help="for results, pictures and timelines (default: %(default)s)")
+    output.add_argument(
+        "--out",
+        type=Path,
+        default=Path("out/ttft"),
+        metavar="DIR",
+        help="for results, pictures and timelines (default: %(default)s)",
+    )
     output.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
     options = parser.parse_args(arguments)
     options.device = parser.device_of(options)
@@ -143,12 +226,25 @@ def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:
 def workloads_of(options: argparse.Namespace, num_ranks: int) -> list[Workload]:
     """What the options ask for; InputError for what cannot be."""
     shape = dict(
-        first=options.first_request, num_requests=options.num_requests, scale=options.scale, prompts_per_step=options.requests_per_rank, unit=options.trace_unit
+        first=options.first_request,
+        num_requests=options.num_requests,
+        scale=options.scale,
+        prompts_per_step=options.requests_per_rank,
+        unit=options.trace_unit,
     )
     traces = options.trace or ([] if options.rank_tokens else [str(TRACE)])
-    found = [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [trace_workload(p, num_ranks, **shape) for p in traces]
+    found = [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [
+        trace_workload(p, num_ranks, **shape) for p in traces
+    ]
     for path in options.trace or ([str(TRACE)] if options.draws else []):
-        found += drawn_workloads(path, num_ranks, options.draws, scale=options.scale, most=options.moe_max_num_tokens, unit=options.trace_unit)
+        found += drawn_workloads(
+            path,
+            num_ranks,
+            options.draws,
+            scale=options.scale,
+            most=options.moe_max_num_tokens,
+            unit=options.trace_unit,
+        )
     return found
 
 
@@ -159,8 +255,14 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
     needed = max(w.max_tokens_per_rank for w in workloads)
     if options.requests == "trace":  # a rank takes more than one request when several wait
         needed = max(options.moe_max_num_tokens, *(w.longest for w in workloads))
-    if options.max_tokens_per_rank is not None and options.max_tokens_per_rank < needed and options.requests == "together":
-        raise ConfigError(f"--max-tokens-per-rank is {options.max_tokens_per_rank}, but a step gives one rank {needed} tokens")
+    if (
+        options.max_tokens_per_rank is not None
+        and options.max_tokens_per_rank < needed
+        and options.requests == "together"
+    ):
+        raise ConfigError(
+            f"--max-tokens-per-rank is {options.max_tokens_per_rank}, but a step gives one rank {needed} tokens"
+        )
     return [
         Config(
             mode=mode,
@@ -208,11 +310,25 @@ def run(world: World, options: argparse.Namespace) -> int:
     with ExitStack() as sources:
         # At least one layer with experts, or there is nothing to compare.
         layers = min(model.num_layers, max(options.parity_layers or model.num_layers, model.first_moe_layer + 1))
-        progress.say(f"{model.name}, {options.dtype}, {world.size} ranks on {world.device.type}: parity of {len(configs)} modes on {layers} layers")
-        parity = check_parity(
-            world, sources.enter_context(model.source(layers)), layers, configs, parity_steps(workloads), dtype=dtype, seed=options.seed, progress=progress
+        progress.say(
+            f"{model.name}, {options.dtype}, {world.size} ranks on {world.device.type}: parity of {len(configs)} "
+            f"modes on {layers} layers"
         )
-        progress.say("parity " + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items()) + f"; loading {model.num_layers} layers")
+        parity = check_parity(
+            world,
+            sources.enter_context(model.source(layers)),
+            layers,
+            configs,
+            parity_steps(workloads),
+            dtype=dtype,
+            seed=options.seed,
+            progress=progress,
+        )
+        progress.say(
+            "parity "
+            + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items())
+            + f"; loading {model.num_layers} layers"
+        )
         base = pipemoe.load_model(
             sources.enter_context(model.source(model.num_layers)),
             world,
@@ -229,18 +345,42 @@ def run(world: World, options: argparse.Namespace) -> int:
     for workload in workloads:
         progress.say(f"{workload.name}: {sum(map(len, workload.prompts))} requests in {len(workload.steps)} steps")
         if options.requests == "trace":
-            found = serve(world, models, workload, rounds=options.rounds, time_scale=options.time_scale, seed=options.seed, progress=progress)
+            found = serve(
+                world,
+                models,
+                workload,
+                rounds=options.rounds,
+                time_scale=options.time_scale,
+                seed=options.seed,
+                progress=progress,
+            )
         else:
             rounds = options.rounds if workload.trace is None else options.draw_rounds
-            found = Bench(world, models, workload, options.seed, progress).measure(rounds, overlap=workload.trace is None)
+            found = Bench(world, models, workload, options.seed, progress).measure(
+                rounds, overlap=workload.trace is None
+            )
         if world.rank == 0:
-            facts = {"model": model.name, "layers": model.num_layers, "num_ranks": world.size, "rank_tokens": workload.rank_tokens}
-            facts |= {"dtype": dtype_name(dtype), "moe_max_num_tokens": options.moe_max_num_tokens, "requests": options.requests}
-            facts |= {"trace": workload.trace, "rounds": options.rounds if workload.trace is None else options.draw_rounds}
+            facts = {
+                "model": model.name,
+                "layers": model.num_layers,
+                "num_ranks": world.size,
+                "rank_tokens": workload.rank_tokens,
+            }
+            facts |= {
+                "dtype": dtype_name(dtype),
+                "moe_max_num_tokens": options.moe_max_num_tokens,
+                "requests": options.requests,
+            }
+            facts |= {
+                "trace": workload.trace,
+                "rounds": options.rounds if workload.trace is None else options.draw_rounds,
+            }
             for mode, model_of_mode in models.items():
                 more = {"makespan_budget": model_of_mode.config.makespan_budget}
                 if options.requests == "together":
-                    more |= predicted_ms(model_of_mode, workload) | {"steps_with_arrivals": steps_with_arrivals(model_of_mode, workload)}
+                    more |= predicted_ms(model_of_mode, workload) | {
+                        "steps_with_arrivals": steps_with_arrivals(model_of_mode, workload)
+                    }
                 rows.append(_row(mode, facts | more, found[mode], peak_bytes[mode], parity[mode.split()[0]]))
             measured.append((workload, found))
             write(options, rows)  # should a later workload fail, what was measured is kept
@@ -257,11 +397,11 @@ def parity_steps(workloads: Sequence[Workload]) -> list[Step]:
 
 
 def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
-    """The simulator's TTFT of the slowest and the median rank, mean over steps; to be held against `ttft_ms_slowest_rank` and
-    `ttft_ms_median_rank`."""
-    from pipemoe.plan.schedule import Facts
-    from pipemoe.plan.clock.prediction import simulate
+    """The simulator's TTFT of the slowest and the median rank, mean over steps; to be held against
+    `ttft_ms_slowest_rank` and `ttft_ms_median_rank`."""
     from benchmarks.ttft.measure import step_lengths
+    from pipemoe.plan.clock.prediction import simulate
+    from pipemoe.plan.schedule import Facts
 
     runtime = model.runtime
     ttfts = [simulate(runtime.plan(Facts(step_lengths(step))), runtime.cost).ttft for step in workload.steps]
@@ -271,8 +411,8 @@ def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
 
 def steps_with_arrivals(model: Model, workload: Workload) -> int:
     """Steps whose plans have waves computed as they arrive."""
-    from pipemoe.plan.schedule import Facts
     from benchmarks.ttft.measure import step_lengths
+    from pipemoe.plan.schedule import Facts
 
     return sum(model.runtime.plan(Facts(step_lengths(step))).arrivals for step in workload.steps)
 
@@ -299,7 +439,11 @@ def _row(mode: str, facts: dict[str, Any], measured: Measured, peak_bytes: int, 
     )
     more = {name: value for name, value in facts.items() if name not in named}
     more |= {f"{name}_ms": seconds * 1e3 for name, seconds in measured.more_s.items()}
-    more |= {"parity_norm_ratio": parity.norm_ratio, "parity_wrong_tokens": parity.wrong_tokens, "parity_layers": parity.layers}
+    more |= {
+        "parity_norm_ratio": parity.norm_ratio,
+        "parity_wrong_tokens": parity.wrong_tokens,
+        "parity_layers": parity.layers,
+    }
     return row | more
 
 
@@ -311,19 +455,26 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, 
     return document
 
 
-def report(options: argparse.Namespace, rows: list[dict[str, Any]], measured: Sequence[tuple[Workload, dict[str, Measured]]]) -> None:
+def report(
+    options: argparse.Namespace, rows: list[dict[str, Any]], measured: Sequence[tuple[Workload, dict[str, Measured]]]
+) -> None:
     """Files, table and last line; rank 0."""
-    from pipemoe.trace import chrome_trace
     from benchmarks.ttft.plot import plot_ttft
+    from pipemoe.trace import chrome_trace
 
     document = write(options, rows)
     for workload, found in measured:
         if workload.trace is not None:
             continue  # one of many
-        plot_ttft([row for row in rows if row["rank_tokens"] == workload.rank_tokens], options.out / f"ttft_{workload.name}.png")
+        plot_ttft(
+            [row for row in rows if row["rank_tokens"] == workload.rank_tokens],
+            options.out / f"ttft_{workload.name}.png",
+        )
         for mode, figures in found.items():
             if figures.timelines:
-                write_whole(options.out / f"timeline_{workload.name}_{mode}.json", json.dumps(chrome_trace(figures.timelines)))
+                write_whole(
+                    options.out / f"timeline_{workload.name}_{mode}.json", json.dumps(chrome_trace(figures.timelines))
+                )
     print(ttft_table(rows))
     print(f"results, pictures and timelines: {options.out}\n")
     results_schema.print_results(document)
@@ -331,7 +482,9 @@ def report(options: argparse.Namespace, rows: list[dict[str, Any]], measured: Se
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    return run_on_ranks("ttft.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots)
+    return run_on_ranks(
+        "ttft.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots
+    )
 
 
 if __name__ == "__main__":

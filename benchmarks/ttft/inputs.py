@@ -1,7 +1,7 @@
 """What the ttft benchmark feeds to every mode: workloads, cut into steps that give every rank some prompts.
 
-A workload is a trace's requests, dealt to the ranks in turn, or one prompt per rank of given lengths. Token ids are random: a
-function of the seed and of the prompt's number, the same on every rank and for every mode.
+A workload is a trace's requests, dealt to the ranks in turn, or one prompt per rank of given lengths. Token ids are
+random: a function of the seed and of the prompt's number, the same on every rank and for every mode.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.request_trace import Request, cut, parse_rank_tokens, rank_token_requests, read_trace, round_robin, scale_lengths
+from benchmarks.request_trace import (
+    Request,
+    cut,
+    parse_rank_tokens,
+    rank_token_requests,
+    read_trace,
+    round_robin,
+    scale_lengths,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -63,17 +71,27 @@ class Workload:
 
 
 def trace_workload(
-    path: str, num_ranks: int, *, first: int, num_requests: int, scale: float, prompts_per_step: int, unit: str | None = None
+    path: str,
+    num_ranks: int,
+    *,
+    first: int,
+    num_requests: int,
+    scale: float,
+    prompts_per_step: int,
+    unit: str | None = None,
 ) -> Workload:
-    """Requests number `first` to `first + num_requests` of the trace, their lengths times `scale`; a step gives every rank its
-    next `prompts_per_step`. unit: of its times, see read_trace. Raises InputError for a bad trace."""
+    """Requests number `first` to `first + num_requests` of the trace, their lengths times `scale`; a step gives every
+    rank its next `prompts_per_step`. unit: of its times, see read_trace. Raises InputError for a bad trace."""
     requests = scale_lengths(cut(read_trace(path, unit), num_requests, first), scale)
     return _workload(Path(path).stem, round_robin(requests, num_ranks), prompts_per_step)
 
 
-def drawn_workloads(path: str, num_ranks: int, count: int, *, scale: float, most: int, unit: str | None = None) -> list[Workload]:
-    """`count` workloads of one step, each with one request per rank, drawn from the trace's requests of at most `most` tokens. Which
-    ones follows from the trace's name alone. Raises InputError for a bad trace, or one without such requests."""
+def drawn_workloads(
+    path: str, num_ranks: int, count: int, *, scale: float, most: int, unit: str | None = None
+) -> list[Workload]:
+    """`count` workloads of one step, each with one request per rank, drawn from the trace's requests of at most `most`
+    tokens. Which ones follows from the trace's name alone. Raises InputError for a bad trace, or one without such
+    requests."""
     from pipemoe.errors import InputError
 
     name = Path(path).stem
@@ -99,11 +117,16 @@ def _workload(rank_tokens: list[int] | str, dealt: Sequence[Sequence[Request]], 
     num_ranks = len(dealt)
     begin = min(request.timestamp_ms for requests in dealt for request in requests)
     prompts = tuple(
-        tuple(Prompt(i * num_ranks + rank, rank, (r.timestamp_ms - begin) / 1e3, r.input_tokens) for i, r in enumerate(requests))
+        tuple(
+            Prompt(i * num_ranks + rank, rank, (r.timestamp_ms - begin) / 1e3, r.input_tokens)
+            for i, r in enumerate(requests)
+        )
         for rank, requests in enumerate(dealt)
     )
     count = max(map(len, prompts))
-    steps = tuple(tuple(of_rank[at : at + prompts_per_step] for of_rank in prompts) for at in range(0, count, prompts_per_step))
+    steps = tuple(
+        tuple(of_rank[at : at + prompts_per_step] for of_rank in prompts) for at in range(0, count, prompts_per_step)
+    )
     by_arrival = tuple(tuple(sorted(of_rank, key=lambda p: p.arrival_s)) for of_rank in prompts)
     return Workload(rank_tokens, by_arrival, steps)
 

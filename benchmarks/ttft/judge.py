@@ -2,28 +2,29 @@
 
     python benchmarks/ttft/judge.py benchmarks/results/h200_one_gpu/ttft.json
 
-The best fixed mode of a workload is picked on the odd rounds and judged, like auto, on the even ones. Best: the lowest mean TTFT
-among the modes whose slowest rank is within the makespan budget of the earliest, as auto itself chooses.
+The best fixed mode of a workload is picked on the odd rounds and judged, like auto, on the even ones. Best: the lowest
+mean TTFT among the modes whose slowest rank is within the makespan budget of the earliest, as auto itself chooses.
 """
 
 from __future__ import annotations
 
-import sys
 import argparse
-from pathlib import Path
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from pipemoe.errors import InputError
 from benchmarks.results_schema import read_results
 from benchmarks.ttft.table import aligned, tokens_text
+from pipemoe.errors import InputError
 
 Row = Mapping[str, Any]
-_PREDICTIONS = (("predicted_ttft_ms", "ttft_ms_slowest_rank"), ("predicted_median_rank_ms", "ttft_ms_median_rank"))  # field, and its measured one
+# field, and its measured one
+_PREDICTIONS = (("predicted_ttft_ms", "ttft_ms_slowest_rank"), ("predicted_median_rank_ms", "ttft_ms_median_rank"))
 
 
 def by_workload(rows: Sequence[Row]) -> list[dict[str, Row]]:
@@ -47,8 +48,8 @@ def best_fixed(modes: Mapping[str, Row]) -> str | None:
 
 
 def verdict(modes: Mapping[str, Row]) -> dict[str, Any]:
-    """Auto's figures on the even rounds over others', below 1 where auto is ahead, and by how much its predictions were too long (0.1: by a
-    tenth); null where a mode was not run, or nothing predicted."""
+    """Auto's figures on the even rounds over others', below 1 where auto is ahead, and by how much its predictions were
+    too long (0.1: by a tenth); null where a mode was not run, or nothing predicted."""
     auto, name = modes.get("auto"), best_fixed(modes)
 
     def over(mode: str | None, figure: str) -> float | None:
@@ -74,7 +75,12 @@ def verdict(modes: Mapping[str, Row]) -> dict[str, Any]:
 
 def prediction_errors(rows: Sequence[Row]) -> list[float]:
     """|predicted / measured - 1| of the slowest and the median rank of every row."""
-    return [abs(row[predicted] / row[measured] - 1) for row in rows for predicted, measured in _PREDICTIONS if row.get(predicted)]
+    return [
+        abs(row[predicted] / row[measured] - 1)
+        for row in rows
+        for predicted, measured in _PREDICTIONS
+        if row.get(predicted)
+    ]
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
@@ -101,7 +107,14 @@ def verdict_cells(rows: Sequence[Row]) -> list[list[str]]:
     drawn = [v for v in verdicts if v["trace"] is not None]
     if drawn:
         means = [[v[name] for v in drawn if v[name] is not None] for name in ratios]
-        lines.append(["geometric mean of draws", "", *(f"{geometric_mean(m):.3f}" if m else "-" for m in means), *("" for _ in errors)])
+        lines.append(
+            [
+                "geometric mean of draws",
+                "",
+                *(f"{geometric_mean(m):.3f}" if m else "-" for m in means),
+                *("" for _ in errors),
+            ]
+        )
     return lines
 
 
@@ -109,12 +122,21 @@ def judgement(rows: Sequence[Row]) -> str:
     """All of it as text."""
     text = [aligned(verdict_cells(rows), num_words=2)]
     if errors := prediction_errors(rows):
-        text.append(f"predicted TTFT of slowest and median rank: median error {100 * median(errors):.1f} %, largest {100 * max(errors):.1f} %")
+        text.append(
+            f"predicted TTFT of slowest and median rank: median error {100 * median(errors):.1f} %, largest "
+            f"{100 * max(errors):.1f} %"
+        )
     for modes in by_workload(rows):
         if sum(mode.split()[0] == "auto" for mode in modes) > 1:
             lines = [["makespan budget", "mean ms", "slowest ms"]]
-            lines += [[f"{row['makespan_budget']:.0%}", f"{row['mean_ttft_ms']:.1f}", f"{row['ttft_ms_slowest_rank']:.1f}"] for row in front(list(modes.values()))]
-            text.append(f"front of mode auto, {tokens_text(next(iter(modes.values()))['rank_tokens'])}:\n{aligned(lines, num_words=1)}")
+            lines += [
+                [f"{row['makespan_budget']:.0%}", f"{row['mean_ttft_ms']:.1f}", f"{row['ttft_ms_slowest_rank']:.1f}"]
+                for row in front(list(modes.values()))
+            ]
+            text.append(
+                f"front of mode auto, {tokens_text(next(iter(modes.values()))['rank_tokens'])}:\n"
+                f"{aligned(lines, num_words=1)}"
+            )
     return "\n\n".join(text)
 
 

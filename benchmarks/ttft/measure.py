@@ -1,10 +1,12 @@
-"""The ttft benchmark's timing: the same steps through every mode, interleaved, and what of the communication was hidden.
+"""The ttft benchmark's timing: the same steps through every mode, interleaved, and what of the communication was
+hidden.
 
-All prompts of a step arrive together when it starts, so this measures prefill under skew, not queueing. Before each step all
-ranks meet, so that modes do not bleed into one another. A prompt's TTFT runs from its own rank's call to its first token; what
-is reported is the median over rounds. Plans are cached by then, as compiled kernels are; `plan_ms` says what one costs, and
-`plan_cached_ms` what finding it again does. Of the mean TTFT the least and the most of a round are kept, and it and the slowest
-rank's TTFT over odd and over even rounds by themselves: who picks a mode by the ones may judge it by the others.
+All prompts of a step arrive together when it starts, so this measures prefill under skew, not queueing. Before each
+step all ranks meet, so that modes do not bleed into one another. A prompt's TTFT runs from its own rank's call to its
+first token; what is reported is the median over rounds. Plans are cached by then, as compiled kernels are; `plan_ms`
+says what one costs, and `plan_cached_ms` what finding it again does. Of the mean TTFT the least and the most of a round
+are kept, and it and the slowest rank's TTFT over odd and over even rounds by themselves: who picks a mode by the ones
+may judge it by the others.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.bench_main import Progress
+from benchmarks.ttft.inputs import Step, Workload
+from benchmarks.ttft.row import ServedRequest
 from pipemoe.plan.schedule import Facts
 from pipemoe.runtime.run import Only
 from pipemoe.trace import COMMUNICATION, COMPUTATION, Timeline, overlap_percent
-from benchmarks.ttft.inputs import Step, Workload
-from benchmarks.ttft.row import ServedRequest
 
 if TYPE_CHECKING:
     import torch
@@ -57,17 +59,22 @@ class Overlap:
 class Bench:
     """The models under test, one per mode with the same weights, and this rank's side of a workload."""
 
-    def __init__(self, world: World, models: dict[str, Model], workload: Workload, seed: int, progress: Progress) -> None:
+    def __init__(
+        self, world: World, models: dict[str, Model], workload: Workload, seed: int, progress: Progress
+    ) -> None:
         self._world, self._models, self._workload, self._progress = world, models, workload, progress
         vocab_size = next(iter(models.values())).decoder.vocab_size
         self._sequences = [[p.token_ids(vocab_size, seed) for p in step[world.rank]] for step in workload.steps]
 
     def measure(self, rounds: int, *, overlap: bool = True) -> dict[str, Measured]:
-        """Every mode's figures; every rank calls. overlap: also what of the communication was hidden, in three passes more."""
+        """Every mode's figures; every rank calls. overlap: also what of the communication was hidden, in three passes
+        more.
+        """
         steps, modes = range(len(self._workload.steps)), list(self._models)
         plan_s = {mode: {"plan": self._plan_all(mode), "plan_cached": self._plan_all(mode)} for mode in modes}
         total, done = len(steps) * len(modes) * (rounds + 1 + 3 * overlap), 0
-        seconds: dict[str, list[list[list[float]]]] = {mode: [[] for _ in steps] for mode in modes}  # [step][round][prompt]
+        # [step][round][prompt]
+        seconds: dict[str, list[list[list[float]]]] = {mode: [[] for _ in steps] for mode in modes}
         for round_number in range(-1, rounds):  # the first is the warm-up
             first = max(round_number, 0) % len(modes)
             for mode in modes[first:] + modes[:first]:
@@ -76,7 +83,12 @@ class Bench:
                     if round_number >= 0:
                         seconds[mode][step].append(ttfts)
                     done += 1
-                    self._progress.count(done, total, f"{self._workload.name}: {'round ' + str(round_number + 1) if round_number >= 0 else 'warm-up'}, {mode}")
+                    self._progress.count(
+                        done,
+                        total,
+                        f"{self._workload.name}: "
+                        f"{'round ' + str(round_number + 1) if round_number >= 0 else 'warm-up'}, {mode}",
+                    )
         measured = {}
         for mode in modes:
             requests, duration_s, over_rounds_s = self._collect(seconds[mode])
@@ -86,7 +98,9 @@ class Bench:
                 done += 3 * len(steps)
                 self._progress.count(done, total, f"{self._workload.name}: overlap, {mode}")
                 more_s = {**measured[mode].more_s, **hidden.sides_s}
-                measured[mode] = Measured(requests, duration_s, hidden.exposed_comm_s, hidden.overlap_pct, hidden.timelines, more_s)
+                measured[mode] = Measured(
+                    requests, duration_s, hidden.exposed_comm_s, hidden.overlap_pct, hidden.timelines, more_s
+                )
         return measured
 
     def _plan_all(self, mode: str) -> float:
@@ -115,7 +129,9 @@ class Bench:
             runtime.submit_step(lengths, source, only=only, timeline=timeline).result()
         return timeline
 
-    def _collect(self, seconds: Sequence[Sequence[Sequence[float]]]) -> tuple[list[ServedRequest], float, dict[str, float]]:
+    def _collect(
+        self, seconds: Sequence[Sequence[Sequence[float]]]
+    ) -> tuple[list[ServedRequest], float, dict[str, float]]:
         """All ranks' requests with their medians over rounds, the time for all steps, and figures over rounds."""
         gathered = [json.loads(p) for p in self._world.all_gather(json.dumps(seconds).encode(), "times to first token")]
         requests, duration_s = [], 0.0
@@ -124,12 +140,19 @@ class Bench:
             duration_s += float(np.median(np.max([times.max(axis=1) for times in of_ranks if times.size], axis=0)))
             for prompts, times in zip(step, of_ranks, strict=True):
                 medians = np.median(times, axis=0) if times.size else []
-                requests += [ServedRequest(p.rank, p.num_tokens, float(t), s) for p, t in zip(prompts, medians, strict=True)]
-        return requests, duration_s, figures_over_rounds([[of_rank[s] for of_rank in gathered] for s in range(len(self._workload.steps))])
+                requests += [
+                    ServedRequest(p.rank, p.num_tokens, float(t), s) for p, t in zip(prompts, medians, strict=True)
+                ]
+        return (
+            requests,
+            duration_s,
+            figures_over_rounds([[of_rank[s] for of_rank in gathered] for s in range(len(self._workload.steps))]),
+        )
 
     def _overlap(self, mode: str) -> Overlap:
-        """exposed: time with communication under way on a rank and no computation there, mean over ranks and steps. overlap: OSU's
-        formula on the time until a step is over everywhere, which for R ranks on fewer cores holds the wait for a core."""
+        """exposed: time with communication under way on a rank and no computation there, mean over ranks and steps.
+        overlap: OSU's formula on the time until a step is over everywhere, which for R ranks on fewer cores holds the
+        wait for a core."""
         sides = (Only(), Only(communication=False), Only(computation=False))
         steps = range(len(self._workload.steps))
         kept = max(steps, key=lambda s: sum(map(sum, step_lengths(self._workload.steps[s]))))
@@ -148,15 +171,22 @@ class Bench:
                     exposed = timeline.exposed_seconds()
                     if step == kept:
                         rows = json.dumps(timeline.as_rows()).encode()
-                        timelines = [Timeline.from_rows(json.loads(p)) for p in self._world.all_gather(rows, "timelines")]
+                        timelines = [
+                            Timeline.from_rows(json.loads(p)) for p in self._world.all_gather(rows, "timelines")
+                        ]
             own.append([*row, exposed])
             alone.append(alone_rows)
-        everywhere = np.array([json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "overlap")])  # [R, steps, 4]
-        sides_s = dict(zip(("step", "computation", "communication"), everywhere[:, :, :3].max(axis=0).mean(axis=0).tolist()))
+        # [R, steps, 4]
+        everywhere = np.array([json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "overlap")])
+        sides_s = dict(
+            zip(("step", "computation", "communication"), everywhere[:, :, :3].max(axis=0).mean(axis=0).tolist())
+        )
         percent = overlap_percent(*sides_s.values()) if self._world.size > 1 else None
         if all(len(self._plan(mode, step).cohorts) <= 1 for step in steps):
             rows_of = [json.loads(p) for p in self._world.all_gather(json.dumps(alone).encode(), "segments alone")]
-            sides_s["segments_alone"] = float(np.mean([segments_seconds([rows[step] for rows in rows_of]) for step in steps]))
+            sides_s["segments_alone"] = float(
+                np.mean([segments_seconds([rows[step] for rows in rows_of]) for step in steps])
+            )
         return Overlap(float(everywhere[:, :, 3].mean()), percent, sides_s, timelines)
 
 
@@ -194,9 +224,11 @@ def step_lengths(step: Step) -> tuple[tuple[int, ...], ...]:
 
 
 def figures_over_rounds(seconds: Sequence[Sequence[Sequence[Sequence[float]]]]) -> dict[str, float]:
-    """seconds: [step][rank][round][prompt]. The least and the most that a round's mean TTFT was; and over odd and over even rounds
-    (the first is odd), medians per prompt: their mean, and the slowest rank's, mean over steps. With one round only the former."""
-    prompts = [[np.array(rounds) for rounds in of_ranks if np.size(rounds)] for of_ranks in seconds]  # each [rounds, prompts]
+    """seconds: [step][rank][round][prompt]. The least and the most that a round's mean TTFT was; and over odd and over
+    even rounds (the first is odd), medians per prompt: their mean, and the slowest rank's, mean over steps. With one
+    round only the former."""
+    # each [rounds, prompts]
+    prompts = [[np.array(rounds) for rounds in of_ranks if np.size(rounds)] for of_ranks in seconds]
     means = np.concatenate([times for of_ranks in prompts for times in of_ranks], axis=1).mean(axis=1)
     found = {"least_mean_ttft": float(means.min()), "most_mean_ttft": float(means.max())}
     for name, first in (("odd", 0), ("even", 1)) if len(means) > 1 else ():
@@ -207,8 +239,8 @@ def figures_over_rounds(seconds: Sequence[Sequence[Sequence[Sequence[float]]]]) 
 
 
 def segments_seconds(rows_of_ranks: Sequence[Sequence[Sequence]]) -> float:
-    """What all operations of a step took that ran without the other side, one after another: computation on the slowest rank, a
-    transfer on the one that waited least. rows: of Timeline.as_rows."""
+    """What all operations of a step took that ran without the other side, one after another: computation on the slowest
+    rank, a transfer on the one that waited least. rows: of Timeline.as_rows."""
     took: dict[tuple, list[float]] = {}
     for rows in rows_of_ranks:
         for timeline_row in rows:

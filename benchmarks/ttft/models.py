@@ -45,14 +45,18 @@ class BenchModel:
             raw = json.loads(file.read_text())
         except (OSError, ValueError) as error:
             known = ", ".join(MODEL_CONFIGS)
-            raise CheckpointError(f"cannot read {file}: {error}; a model is one of {known}, or the path of a checkpoint") from error
+            raise CheckpointError(
+                f"cannot read {file}: {error}; a model is one of {known}, or the path of a checkpoint"
+            ) from error
         if not isinstance(raw, dict):
             raise CheckpointError(f"{file} holds a {type(raw).__name__}; an object is wanted")
         return raw
 
     @staticmethod
     def _check(directory: Path) -> None:
-        """Before rank 0 alone has transformers read the checkpoint: what that raises, the other ranks would not hear of."""
+        """Before rank 0 alone has transformers read the checkpoint: what that raises, the other ranks would not hear
+        of.
+        """
         from pipemoe.models.checkpoint import Checkpoint
 
         with Checkpoint(directory):
@@ -65,8 +69,8 @@ class BenchModel:
 
     @contextmanager
     def source(self, layers: int) -> Iterator[Any]:
-        """What pipemoe.load_model takes, with `random_weights`, for the first `layers` layers: a config, or a checkpoint directory (a
-        cut one is a folder of links, which lasts as long as the context)."""
+        """What pipemoe.load_model takes, with `random_weights`, for the first `layers` layers: a config, or a
+        checkpoint directory (a cut one is a folder of links, which lasts as long as the context)."""
         config = cut_config(self._config, layers)
         if self._directory is None:
             yield config

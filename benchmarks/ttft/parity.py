@@ -1,10 +1,11 @@
-"""Parity: every mode's logits and first tokens beside those of the plain Hugging Face forward, before anything is timed.
+"""Parity: every mode's logits and first tokens beside those of the plain Hugging Face forward, before anything is
+timed.
 
 float32: the same first tokens. bfloat16 and float16: logits within 2e-2 by norm ratio, and the same token wherever the
 reference's top-2 margin exceeds twice the largest error of that prompt's logits.
 
-Rank 0 runs the reference on all ranks' prompts (the whole model, all experts, on one device: that is why large models are cut
-to their first layers for this), frees it, and compares what the ranks send it.
+Rank 0 runs the reference on all ranks' prompts (the whole model, all experts, on one device: that is why large models
+are cut to their first layers for this), frees it, and compares what the ranks send it.
 """
 
 from __future__ import annotations
@@ -41,14 +42,24 @@ class Parity:
 
 
 def check_parity(
-    world: World, source: Any, layers: int, configs: Sequence[Config], steps: Sequence[Step], *, dtype: torch.dtype, seed: int, progress: Progress
+    world: World,
+    source: Any,
+    layers: int,
+    configs: Sequence[Config],
+    steps: Sequence[Step],
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    progress: Progress,
 ) -> dict[str, Parity]:
-    """Parity of each config's mode on `steps`; every rank calls and gets the same. source: what load_model takes, already cut to
-    `layers`. Leaves no weights behind."""
+    """Parity of each config's mode on `steps`; every rank calls and gets the same. source: what load_model takes,
+    already cut to `layers`. Leaves no weights behind."""
     reference = _reference_logits(source, steps, world, dtype, seed) if world.rank == 0 else []
     free_memory(world)
     progress.say("reference done; loading the same layers on all ranks")
-    base = pipemoe.load_model(source, world, random_weights=isinstance(source, dict), config=configs[0], dtype=dtype, seed=seed)
+    base = pipemoe.load_model(
+        source, world, random_weights=isinstance(source, dict), config=configs[0], dtype=dtype, seed=seed
+    )
     found = {}
     for config in configs:
         model = base if config is configs[0] else base.with_config(config)
@@ -62,7 +73,9 @@ def check_parity(
     return {mode: Parity(**verdict) for mode, verdict in verdicts.items()}
 
 
-def compare(found: Sequence[tuple[int, np.ndarray]], reference: Sequence[np.ndarray], dtype: str, layers: int = 0) -> Parity:
+def compare(
+    found: Sequence[tuple[int, np.ndarray]], reference: Sequence[np.ndarray], dtype: str, layers: int = 0
+) -> Parity:
     """found: first token and logits [V] of every prompt; reference: its logits [V]."""
     error_squares = reference_squares = 0.0
     wrong = 0
@@ -93,7 +106,9 @@ def free_memory(world: World) -> None:
         torch.cuda.empty_cache()
 
 
-def _reference_logits(source: Any, steps: Sequence[Step], world: World, dtype: torch.dtype, seed: int) -> list[np.ndarray]:
+def _reference_logits(
+    source: Any, steps: Sequence[Step], world: World, dtype: torch.dtype, seed: int
+) -> list[np.ndarray]:
     """The plain forward's last logits [V] of every prompt, in order of step, rank and position."""
     import torch
 
@@ -114,7 +129,9 @@ def _engine_logits(world: World, model: pipemoe.Model, step: Step, seed: int) ->
     own = step[world.rank]
     prefilled = model.prefill([p.token_ids(vocab_size, seed) for p in own], keep_logits=True)
     logits = prefilled.logits.cpu().numpy() if own else np.empty((0, vocab_size), np.float32)
-    payload = np.asarray(prefilled.first_tokens, np.int64).tobytes() + np.ascontiguousarray(logits, np.float32).tobytes()
+    payload = (
+        np.asarray(prefilled.first_tokens, np.int64).tobytes() + np.ascontiguousarray(logits, np.float32).tobytes()
+    )
     payloads = world.all_gather(payload, "logits for the parity check")
     found: list[tuple[int, np.ndarray]] = []
     if world.rank == 0:

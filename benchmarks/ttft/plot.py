@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,10 @@ import numpy as np
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from pipemoe.errors import InputError
-from pipemoe.output_path import write_whole
 from benchmarks.results_schema import read_results
 from benchmarks.ttft.table import ttft_context
+from pipemoe.errors import InputError
+from pipemoe.output_path import write_whole
 
 
 def plot_ttft(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> None:

@@ -1,9 +1,9 @@
 """A row of the ttft benchmark: what one mode did with one set of requests.
 
-Names and units of vLLM's serving benchmark where it has one (`mean_ttft_ms`, `ttfts` in seconds, `input_lens`, ...), and its
-percentiles (numpy's, linear between samples); figures over ranks are ours. In a step a rank's TTFT is
-the latest of its requests; `slowest_rank` is the largest over ranks and `median_rank` the median over the ranks that had
-requests, each a mean over steps.
+Names and units of vLLM's serving benchmark where it has one (`mean_ttft_ms`, `ttfts` in seconds, `input_lens`, ...),
+and its percentiles (numpy's, linear between samples); figures over ranks are ours. In a step a rank's TTFT is
+the latest of its requests; `slowest_rank` is the largest over ranks and `median_rank` the median over the ranks that
+had requests, each a mean over steps.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from pipemoe.errors import InputError
 from benchmarks.results_schema import plain
+from pipemoe.errors import InputError
 
 PERCENTILES = (50, 90, 99)
 
@@ -50,7 +50,10 @@ def ttft_row(
     ttft_ms = np.array([request.ttft_s for request in requests]) * 1e3  # [requests]
     ranks = np.array([request.rank for request in requests])
     steps = np.array([request.step for request in requests])
-    of_steps = [[ttft_ms[(steps == step) & (ranks == rank)].max() for rank in np.unique(ranks[steps == step])] for step in np.unique(steps)]
+    of_steps = [
+        [ttft_ms[(steps == step) & (ranks == rank)].max() for rank in np.unique(ranks[steps == step])]
+        for step in np.unique(steps)
+    ]
     input_lens = [request.input_tokens for request in requests]
     percentiles = {p: float(np.percentile(ttft_ms, p)) for p in PERCENTILES}
     return plain(

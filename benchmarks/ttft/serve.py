@@ -1,7 +1,8 @@
-"""Replay of a trace with its own arrival times: each rank queues what has come and prefills it, all ranks step together.
+"""Replay of a trace with its own arrival times: each rank queues what has come and prefills it, all ranks step
+together.
 
-TTFT runs from a request's arrival, so it holds the wait for the step under way and, in lockstep modes, for the other ranks'
-prompts. There is no decoding: a request leaves with its first token.
+TTFT runs from a request's arrival, so it holds the wait for the step under way and, in lockstep modes, for the other
+ranks' prompts. There is no decoding: a request leaves with its first token.
 """
 
 from __future__ import annotations
@@ -22,15 +23,28 @@ if TYPE_CHECKING:
     from pipemoe import Model, World
 
 
-def serve(world: World, models: dict[str, Model], workload: Workload, *, rounds: int, time_scale: float, seed: int, progress: Progress) -> dict[str, Measured]:
-    """Every mode's figures: medians over `rounds` replays, interleaved over modes; the trace's times divided by `time_scale`."""
+def serve(
+    world: World,
+    models: dict[str, Model],
+    workload: Workload,
+    *,
+    rounds: int,
+    time_scale: float,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Measured]:
+    """Every mode's figures: medians over `rounds` replays, interleaved over modes; the trace's times divided by
+    `time_scale`.
+    """
     modes = list(models)
     replays: dict[str, list[list[dict]]] = {mode: [] for mode in modes}
     for round_number in range(rounds):
         first = round_number % len(modes)
         for done, mode in enumerate(modes[first:] + modes[:first]):
             if round_number == 0:
-                models[mode].prefill([p.token_ids(models[mode].decoder.vocab_size, seed) for p in workload.steps[0][world.rank]])
+                models[mode].prefill(
+                    [p.token_ids(models[mode].decoder.vocab_size, seed) for p in workload.steps[0][world.rank]]
+                )
             replays[mode].append(_replay(world, models[mode], workload, time_scale, seed))
             progress.say(f"{workload.name}: replay {round_number + 1} of {rounds}, {mode} ({done + 1} of {len(modes)})")
     return {mode: _measured(replays[mode]) for mode in modes}
@@ -47,7 +61,13 @@ def _replay(world: World, model: Model, workload: Workload, time_scale: float, s
         # One small exchange a step: is anything left anywhere, and when does the next request come?
         now = time.perf_counter() - begin
         until_next = max(0.0, waiting[0][0] - now) if waiting else None
-        left = [u for u in (json.loads(p) for p in world.all_gather(json.dumps(until_next).encode(), "when the next request comes")) if u is not None]
+        left = [
+            u
+            for u in (
+                json.loads(p) for p in world.all_gather(json.dumps(until_next).encode(), "when the next request comes")
+            )
+            if u is not None
+        ]
         if not left:
             break
         time.sleep(min(left))
@@ -55,7 +75,16 @@ def _replay(world: World, model: Model, workload: Workload, time_scale: float, s
         batch = _arrived(waiting, called, room)
         ttfts = model.prefill([ids for _, _, ids in batch]).ttft_seconds
         for (arrival, prompt, _), seconds in zip(batch, ttfts, strict=True):
-            served.append({"rank": prompt.rank, "number": prompt.number, "tokens": prompt.num_tokens, "step": step, "ttft": called + seconds - arrival, "end": called + seconds})
+            served.append(
+                {
+                    "rank": prompt.rank,
+                    "number": prompt.number,
+                    "tokens": prompt.num_tokens,
+                    "step": step,
+                    "ttft": called + seconds - arrival,
+                    "end": called + seconds,
+                }
+            )
         step += 1
     payloads = world.all_gather(json.dumps(served).encode(), "served requests")
     return [request for payload in payloads for request in json.loads(payload)]
@@ -71,11 +100,15 @@ def _arrived(waiting: deque[tuple[float, Prompt, object]], now: float, room: int
 
 
 def _measured(replays: list[list[dict]]) -> Measured:
-    """Medians over replays per request; its step is that of the first replay. Overlap has no meaning across idle gaps."""
+    """Medians over replays per request; its step is that of the first replay. Overlap has no meaning across idle
+    gaps.
+    """
     times: dict[int, list[float]] = {}
     for replay in replays:
         for request in replay:
             times.setdefault(request["number"], []).append(request["ttft"])
-    requests = [ServedRequest(r["rank"], r["tokens"], float(np.median(times[r["number"]])), r["step"]) for r in replays[0]]
+    requests = [
+        ServedRequest(r["rank"], r["tokens"], float(np.median(times[r["number"]])), r["step"]) for r in replays[0]
+    ]
     duration_s = float(np.median([max(r["end"] for r in replay) for replay in replays]))
     return Measured(requests, duration_s, None, None, [], {})

@@ -66,9 +66,7 @@ _UNKNOWN = "-"
 
 def ttft_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Heading and one line of cells per row."""
-    differing = {
-        name: column for name, column in CONTEXT.items() if len({str(row.get(name)) for row in rows}) > 1
-    }
+    differing = {name: column for name, column in CONTEXT.items() if len({str(row.get(name)) for row in rows}) > 1}
     columns = {**differing, **COLUMNS}
     lines = [[heading for heading, _ in columns.values()]]
     for row in rows:
@@ -80,7 +78,9 @@ def ttft_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def ttft_context(rows: Sequence[Mapping[str, Any]]) -> str:
     """What all rows share: "model qwen3, layers 8, ranks 4"."""
     shared = {name: column for name, column in CONTEXT.items() if len({str(row.get(name)) for row in rows}) == 1}
-    return ", ".join(f"{heading} {write(rows[0][name])}" for name, (heading, write) in shared.items() if name in rows[0])
+    return ", ".join(
+        f"{heading} {write(rows[0][name])}" for name, (heading, write) in shared.items() if name in rows[0]
+    )
 
 
 def ttft_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -93,7 +93,10 @@ def ttft_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def aligned(cells: Sequence[Sequence[str]], num_words: int) -> str:
     """Lines of cells: the first `num_words` columns to the left, numbers to the right."""
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ["  ".join(f"{cell:{'<' if column < num_words else '>'}{widths[column]}}" for column, cell in enumerate(line)) for line in cells]
+    lines = [
+        "  ".join(f"{cell:{'<' if column < num_words else '>'}{widths[column]}}" for column, cell in enumerate(line))
+        for line in cells
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -4,8 +4,10 @@ Importing this package imports neither Numba nor torch; each module with a kerne
 
     routing, largest_keys            the router's top-k (from sm_80 on)
     index/                           which rows go to which expert: portable.py for any GPU, hopper.py
-    gather, activation, combine      rows in the experts' order, gate x up, sums back in the tokens' order; combine_lanes for Hopper
-    gemm/                            grouped GEMMs: simt.py for any GPU, mma.py from sm_80 on, wgmma.py and fp8.py for Hopper
+    gather, activation, combine      rows in the experts' order, gate x up, sums back in the tokens' order;
+    combine_lanes for Hopper
+    gemm/                            grouped GEMMs: simt.py for any GPU, mma.py from sm_80 on, wgmma.py and fp8.py for
+    Hopper
     gemm/arrivals/                   the same, for rows that arrive while the kernel runs
     quantise, pack                   rows to e4m3 and back, rows to the wire format
     element                          number formats of matrices in memory

@@ -3,8 +3,8 @@
     h [pairs, 2I]:  | gate (I) | up (I) |   ->   a [pairs, I] = silu(gate) * up       rows 0 .. offsets[-1]
                     | not valid         |        untouched                            rows after that
 
-Without a gate h is [pairs, I], and a = activation(h). The number of valid rows is read on the device; the grid is bounded and
-strides over the rows.
+Without a gate h is [pairs, I], and a = activation(h). The number of valid rows is read on the device; the grid is
+bounded and strides over the rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu}
 
 
 @cache
-def activation_kernel(dtype: torch.dtype, has_bias: bool, threads: int = 256, *, name: str = "silu", gated: bool = True) -> Kernel:
+def activation_kernel(
+    dtype: torch.dtype, has_bias: bool, threads: int = 256, *, name: str = "silu", gated: bool = True
+) -> Kernel:
     """name: of ACTIVATIONS."""
     element = ELEMENTS[dtype]
     load, store = element.load, element.store

@@ -5,8 +5,8 @@
      -1  1               -  .4       and     1 | y_1' |      ->   .4 y[1]
      -1 -1               -   -               2 | y_0  |           0
 
-float32 sums, or for a float64 out: each float32 product is rounded to a multiple of 2^-32 first. Sums of such numbers are
-exact below 2^20, so the order of addition, here and over the ranks, cannot change a bit.
+float32 sums, or for a float64 out: each float32 product is rounded to a multiple of 2^-32 first. Sums of such numbers
+are exact below 2^20, so the order of addition, here and over the ranks, cannot change a bit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,20 @@ def combine_kernel(dtype: torch.dtype, out_dtype: torch.dtype, has_bias: bool, t
     zero = np.float64(0.0) if on_grid else np.float32(0.0)
 
     def combine_rows(
-        y, y_stride, positions, ids, ids_stride, first_expert, weights, weights_stride, bias, bias_stride, top_k, hidden, out, out_stride
+        y,
+        y_stride,
+        positions,
+        ids,
+        ids_stride,
+        first_expert,
+        weights,
+        weights_stride,
+        bias,
+        bias_stride,
+        top_k,
+        hidden,
+        out,
+        out_stride,
     ):
         token = cuda.blockIdx.x
         for column in range(cuda.threadIdx.x, hidden, threads):
@@ -72,10 +85,12 @@ def combine_rows(
     out: torch.Tensor,
     kernel: Kernel | None = None,
 ) -> None:
-    """out[i] = sum over k with positions[i, k] >= 0 of weights[i, k] * (y[positions[i, k]] + bias[ids[i, k] - first_expert]).
+    """out[i] = sum over k with positions[i, k] >= 0 of weights[i, k] * (y[positions[i, k]] + bias[ids[i, k] -
+    first_expert]).
 
-    y [pairs, H] float32 or 16-bit; positions [n, K] int32; ids [n, K] int32 and weights [n, K] float32, rows strided; bias
-    [E_loc, H] like y, rows strided, or None; out [n, H], rows strided, n >= 1: float32, 16-bit, or float64 (on the grid).
+    y [pairs, H] float32 or 16-bit; positions [n, K] int32; ids [n, K] int32 and weights [n, K] float32, rows strided;
+    bias [E_loc, H] like y, rows strided, or None; out [n, H], rows strided, n >= 1: float32, 16-bit, or float64 (on the
+    grid).
     """
     kernel = kernel or combine_kernel(y.dtype, out.dtype, bias is not None)
     num_rows, hidden = out.shape

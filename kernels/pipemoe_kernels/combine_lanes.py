@@ -19,9 +19,16 @@ MAX_PARTS = 4
 
 @cache
 def combine_lanes_kernel(
-    out_dtype: torch.dtype, has_bias: bool, top_k: int, columns: int, row_columns: int | None = None, on_hopper: bool = True
+    out_dtype: torch.dtype,
+    has_bias: bool,
+    top_k: int,
+    columns: int,
+    row_columns: int | None = None,
+    on_hopper: bool = True,
 ) -> Kernel:
-    """For `columns` neighbouring columns of y and bias, whose rows are row_columns apart (None: as many as `columns`)."""
+    """For `columns` neighbouring columns of y and bias, whose rows are row_columns apart (None: as many as
+    `columns`).
+    """
     size = out_dtype.itemsize
     row_bytes = 2 * (row_columns or columns)
     limit = 2 * columns
@@ -65,7 +72,9 @@ def fits(hidden: int, out: torch.Tensor) -> bool:
 
 
 class PackedCombine:
-    """combine_lanes, ready for ids, weights and an `out` of one layout (see there) and up to as many rows as `positions` has."""
+    """combine_lanes, ready for ids, weights and an `out` of one layout (see there) and up to as many rows as
+    `positions` has.
+    """
 
     def __init__(
         self,

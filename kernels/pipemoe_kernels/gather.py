@@ -5,8 +5,8 @@
     | x_1 ......... | weights | ids | pad |          | x_0 | pad |   position 1
                                                      | x_1 | pad |   position 2   (token 1 has two local experts)
 
-One block per token: it reads the row once in 16-byte vectors and writes it at each of its positions. The last vector of a
-row may reach into the weights (source) and into the padding (x); nothing reads those bytes of x.
+One block per token: it reads the row once in 16-byte vectors and writes it at each of its positions. The last vector of
+a row may reach into the weights (source) and into the padding (x); nothing reads those bytes of x.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def gather_kernel(threads: int = 128) -> Kernel:
                 if position >= 0:
                     store_vector(x, position * x_stride + vector, value)
 
-    return Kernel(
-        gather_rows, (WORD_POINTER, INT32, INT32_POINTER, INT32, INT32, WORD_POINTER, INT32), threads
-    )
+    return Kernel(gather_rows, (WORD_POINTER, INT32, INT32_POINTER, INT32, INT32, WORD_POINTER, INT32), threads)
 
 
 def padded_columns(columns: int, dtype: torch.dtype) -> int:

@@ -1,4 +1,5 @@
-"""The largest of a token's choices, in the registers of one warp: what routing.py takes experts and groups of experts by.
+"""The largest of a token's choices, in the registers of one warp: what routing.py takes experts and groups of experts
+by.
 
     lane      0     1    ...  31        a lane has the places lane, lane + 32, ...: `each` of them
     place     0     1         31
@@ -36,8 +37,10 @@ class LargestKeys:
     """For `each` keys of a lane, in a local array.
 
     take(keys, count, lane) -> the k-th largest key's place in lane k, for k < count; they become NOT_TAKEN
-    keep_groups(keys, shared, first, num_experts, num_groups, top_groups, lane)   the keys of all but the top_groups groups of
-        neighbouring places whose two largest choices have the largest sums become NOT_TAKEN; shared: words_of_groups(each) from first on
+    keep_groups(keys, shared, first, num_experts, num_groups, top_groups, lane)   the keys of all but the top_groups
+    groups of
+        neighbouring places whose two largest choices have the largest sums become NOT_TAKEN; shared:
+        words_of_groups(each) from first on
     """
 
     take: Callable

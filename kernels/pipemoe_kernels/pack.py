@@ -1,9 +1,11 @@
-"""Pack: hidden values, router weights and expert ids of tokens into their wire rows, one launch instead of three copies.
+"""Pack: hidden values, router weights and expert ids of tokens into their wire rows, one launch instead of three
+copies.
 
     x [n, H]      ids [n, K]   weights [n, K]            wire rows, row_bytes apart
     | x_0 ... |   | e ... |    | w ... |           ->    | x_0 ... | w ... | e ... | pad |
 
-One block per token; hidden values move in 16-byte vectors, weights and ids as pairs of 32 bits, the padding is left as it is.
+One block per token; hidden values move in 16-byte vectors, weights and ids as pairs of 32 bits, the padding is left as
+it is.
 """
 
 from __future__ import annotations
@@ -39,13 +41,22 @@ def pack_kernel(threads: int = 128) -> Kernel:
             wire[WORDS * (token * row_vectors + num_vectors) + pair] = word
 
     bits = types.CPointer(types.uint32)
-    return Kernel(pack_rows, (WORD_POINTER, INT32, INT32, bits, INT32, bits, INT32, INT32, WORD_POINTER, INT32), threads, key=(threads,))
+    return Kernel(
+        pack_rows,
+        (WORD_POINTER, INT32, INT32, bits, INT32, bits, INT32, INT32, WORD_POINTER, INT32),
+        threads,
+        key=(threads,),
+    )
 
 
 def fits(x: torch.Tensor) -> bool:
     """Do the rows of x [n, H] move in whole vectors?"""
     size = x.element_size()
-    return x.shape[1] * size % VECTOR_BYTES == 0 and x.stride(0) * size % VECTOR_BYTES == 0 and x.data_ptr() % VECTOR_BYTES == 0
+    return (
+        x.shape[1] * size % VECTOR_BYTES == 0
+        and x.stride(0) * size % VECTOR_BYTES == 0
+        and x.data_ptr() % VECTOR_BYTES == 0
+    )
 
 
 def pack_rows(
@@ -59,17 +70,25 @@ def pack_rows(
 ) -> None:
     """Write wire rows whose hidden values are `wire_hidden`, and whose weights and ids follow these without a gap.
 
-    x [n, H] of any dtype, n >= 1, see `fits`; ids [n, K] int32; weights [n, K] float32; rows of all three may be strided.
-    wire_hidden [n, H] of x's dtype, rows `row_bytes` apart and on boundaries of 16 bytes.
+    x [n, H] of any dtype, n >= 1, see `fits`; ids [n, K] int32; weights [n, K] float32; rows of all three may be
+    strided. wire_hidden [n, H] of x's dtype, rows `row_bytes` apart and on boundaries of 16 bytes.
     """
     kernel = kernel or pack_kernel()
     size, top_k = x.element_size(), ids.shape[1]
     assert fits(x) and len(x) >= 1, (x.shape, x.stride())
-    assert x.dtype == wire_hidden.dtype and x.shape == wire_hidden.shape, (x.dtype, wire_hidden.dtype, x.shape, wire_hidden.shape)
+    assert x.dtype == wire_hidden.dtype and x.shape == wire_hidden.shape, (
+        x.dtype,
+        wire_hidden.dtype,
+        x.shape,
+        wire_hidden.shape,
+    )
     assert ids.dtype == torch.int32 and weights.dtype == torch.float32, (ids.dtype, weights.dtype)
     assert ids.shape == weights.shape == (len(x), top_k), (ids.shape, weights.shape)
     assert x.stride(1) == 1 and all(t.stride(1) == 1 or top_k == 1 for t in (ids, weights))
-    assert wire_hidden.stride() == (row_bytes // size, 1) and wire_hidden.data_ptr() % VECTOR_BYTES == 0 == row_bytes % VECTOR_BYTES
+    assert (
+        wire_hidden.stride() == (row_bytes // size, 1)
+        and wire_hidden.data_ptr() % VECTOR_BYTES == 0 == row_bytes % VECTOR_BYTES
+    )
     assert row_bytes >= x.shape[1] * size + 8 * top_k
     kernel.launch(
         stream,

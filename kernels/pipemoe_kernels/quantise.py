@@ -1,10 +1,11 @@
 """Rows to e4m3 and back: one float32 scale for each 128 columns of a row.
 
     x [n, H]                          values [n, H] e4m3              scales [n, H/128]
-    | block 0 | block 1 | ...    ->   | block 0 * 448 / peak | ...    | peak / 448 | ...      peak: largest magnitude of the block
+    | block 0 | block 1 | ...    ->   | block 0 * 448 / peak | ...    | peak / 448 | ...      peak: largest magnitude of
+    the block
 
-One block of threads per row. A thread has 8 neighbouring columns, so that 16 threads share a scale; they exchange peaks through
-shared memory. NaN does not count as a magnitude and stays NaN. Conversions to e4m3 need compute capability 8.9.
+One block of threads per row. A thread has 8 neighbouring columns, so that 16 threads share a scale; they exchange peaks
+through shared memory. NaN does not count as a magnitude and stays NaN. Conversions to e4m3 need compute capability 8.9.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ def quantise_rows(
 def dequantise_rows(
     stream: Stream, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, kernel: Kernel | None = None
 ) -> None:
-    """values [n, H] float8_e4m3fn, scales [n, H/128] float32 -> x [n, H] float32 or 16-bit; n >= 1, rows may be strided."""
+    """values [n, H] float8_e4m3fn, scales [n, H/128] float32 -> x [n, H] float32 or 16-bit; n >= 1, rows may be
+    strided.
+    """
     kernel = kernel or dequantise_kernel(x.dtype)
     _check(x, values, scales)
     sizes = (values, values.stride(0), scales, scales.stride(0), x.shape[1], x, x.stride(0))

@@ -1,15 +1,17 @@
-"""Routing: from a router's logits to the K experts of every token and their weights, in one launch; a warp has one token.
+"""Routing: from a router's logits to the K experts of every token and their weights, in one launch; a warp has one
+token.
 
     softmax   choice = logit              weight = exp(logit) / sum over all experts
     sigmoid   choice = score + bias       weight = score = 1 / (1 + exp(-logit))        bias [E] may be left out
               of the experts in the top_groups groups whose two largest choices have the largest sums
 
-The K largest choices are taken, largest first; then weights are divided by their sum (renormalise) and multiplied by `scale`.
-Of equal choices the lower expert is taken, of equal groups the lower group. NaN loses to every number, and where only NaN is
-left the lowest expert is taken: ids are always valid and all different. A NaN logit makes all softmax weights of its token
-NaN; a sigmoid weight is NaN if its own logit is, and renormalised all of them are if one is.
+The K largest choices are taken, largest first; then weights are divided by their sum (renormalise) and multiplied by
+`scale`. Of equal choices the lower expert is taken, of equal groups the lower group. NaN loses to every number, and
+where only NaN is left the lowest expert is taken: ids are always valid and all different. A NaN logit makes all softmax
+weights of its token NaN; a sigmoid weight is NaN if its own logit is, and renormalised all of them are if one is.
 
-A lane has the experts lane, lane + 32, ...: their logits are loaded all at once, and stay in registers with their keys (largest_keys.py).
+A lane has the experts lane, lane + 32, ...: their logits are loaded all at once, and stay in registers with their keys
+(largest_keys.py).
 
 DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) has the bias and the groups; Qwen3-MoE and Mixtral are softmax.
 """
@@ -58,7 +60,12 @@ def routing_kernel(
     """For up to max_experts experts, a multiple of 32."""
     element = ELEMENTS[dtype]
     load = element.load
-    sigmoid, renormalise, rounded, scale = scoring.sigmoid, scoring.renormalise, scoring.rounded, np.float32(scoring.scale)
+    sigmoid, renormalise, rounded, scale = (
+        scoring.sigmoid,
+        scoring.renormalise,
+        scoring.rounded,
+        np.float32(scoring.scale),
+    )
     rounded = rounded and dtype != torch.float32
     round_to = warp_operations.round_to_half if dtype == torch.float16 else warp_operations.round_to_bf16
     each = max_experts // 32
@@ -68,7 +75,18 @@ def routing_kernel(
     num_words = warps * words
 
     def route_tokens(
-        logits, row_stride, bias, num_tokens, num_experts, top_k, num_groups, top_groups, ids, ids_stride, weights, weights_stride
+        logits,
+        row_stride,
+        bias,
+        num_tokens,
+        num_experts,
+        top_k,
+        num_groups,
+        top_groups,
+        ids,
+        ids_stride,
+        weights,
+        weights_stride,
     ):
         shared = cuda.shared.array(num_words, types.uint32)
         lane = cuda.threadIdx.x % 32
@@ -154,9 +172,11 @@ def route_tokens(
     top_groups: int = 1,
     kernel: Kernel | None = None,
 ) -> None:
-    """logits [T, E] float32 or 16-bit, rows strided -> ids [T, K] int32 in [0, E), weights [T, K] float32, rows strided.
+    """logits [T, E] float32 or 16-bit, rows strided -> ids [T, K] int32 in [0, E), weights [T, K] float32, rows
+    strided.
 
-    bias [E] float32 or None, and groups, E / num_groups >= 2 neighbouring experts each, for sigmoid scoring only. T may be 0.
+    bias [E] float32 or None, and groups, E / num_groups >= 2 neighbouring experts each, for sigmoid scoring only. T may
+    be 0.
     """
     num_tokens, num_experts = logits.shape
     top_k = ids.shape[1]
@@ -167,7 +187,10 @@ def route_tokens(
     assert top_k == 1 or ids.stride(1) == weights.stride(1) == 1, (ids.stride(), weights.stride())
     assert scoring.sigmoid or (bias is None and num_groups == top_groups == 1)
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and bias.shape == (num_experts,))
-    assert num_experts % num_groups == 0 and (num_groups == 1 or num_experts // num_groups >= 2), (num_experts, num_groups)
+    assert num_experts % num_groups == 0 and (num_groups == 1 or num_experts // num_groups >= 2), (
+        num_experts,
+        num_groups,
+    )
     assert 1 <= top_groups <= num_groups and 1 <= top_k <= top_groups * (num_experts // num_groups), (top_k, top_groups)
     if num_tokens == 0:
         return

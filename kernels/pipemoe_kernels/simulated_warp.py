@@ -6,7 +6,9 @@ import numpy as np
 
 
 def _of_all_lanes(value):
-    """Every lane's value, in order. The simulator runs each CUDA thread as a Python thread with a barrier for its block."""
+    """Every lane's value, in order. The simulator runs each CUDA thread as a Python thread with a barrier for its
+    block.
+    """
     thread = threading.current_thread()
     values = vars(thread._manager).setdefault("lane_values", {})
     values[thread.threadIdx.x] = value

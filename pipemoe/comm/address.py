@@ -15,8 +15,9 @@ _LONGEST_NAME = 15  # of an interface
 
 
 def own_address() -> str:
-    """That of the interface that PIPEMOE_INTERFACE names; else that of the host's own name, unless it resolves to loopback, as on
-    Debian, or to an address that this host does not have; else that of the interface of the default route.
+    """That of the interface that PIPEMOE_INTERFACE names; else that of the host's own name, unless it resolves to
+    loopback, as on Debian, or to an address that this host does not have; else that of the interface of the default
+    route.
 
     Raises ConfigError for an interface that is not there, or has no IPv4 address.
     """
@@ -43,7 +44,8 @@ def _address_of(interface: str) -> str:
     except OSError as error:
         there = ", ".join(name for _, name in socket.if_nameindex())
         raise ConfigError(
-            f"PIPEMOE_INTERFACE is {interface!r}, which has no IPv4 address on {socket.gethostname()} ({error}); it must be one of: {there}"
+            f"PIPEMOE_INTERFACE is {interface!r}, which has no IPv4 address on {socket.gethostname()} ({error}); it "
+            f"must be one of: {there}"
         ) from None
     return socket.inet_ntoa(found[20:24])
 

@@ -9,7 +9,8 @@ from pipemoe import errors
 from pipemoe.errors import MismatchError, PipemoeError, describe
 from pipemoe.plan.schedule import Facts
 
-# Fingerprint, bytes of the error text, whether this rank's caller has been told of it, which sides of the run are left out.
+# Fingerprint, bytes of the error text, whether this rank's caller has been told of it, which sides of the run are left
+# out.
 _HEADER = struct.Struct("<16sq?B")
 _SIDES = ("nothing", "computation", "communication", "computation and communication")
 _SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError")
@@ -49,20 +50,25 @@ def unpack_shared(texts: list[bytes]) -> list[bytes]:
 
 
 def encode_step(
-    fingerprint: bytes, lengths: tuple[int, ...], error: PipemoeError | None, *, is_known: bool = False, left_out: int = 0
+    fingerprint: bytes,
+    lengths: tuple[int, ...],
+    error: PipemoeError | None,
+    *,
+    is_known: bool = False,
+    left_out: int = 0,
 ) -> bytes:
     """One rank's message of a step: fingerprint (16 bytes), sequence lengths, or what went wrong on this rank.
 
-    is_known: the error was raised here in the last step, by misuse; should that be so on all ranks, nobody needs to hear of it.
-    left_out: which sides of the run do no work (0: none), the same on all ranks.
+    is_known: the error was raised here in the last step, by misuse; should that be so on all ranks, nobody needs to
+    hear of it. left_out: which sides of the run do no work (0: none), the same on all ranks.
     """
     text = encode_error(error)
     return _HEADER.pack(fingerprint, len(text), is_known, left_out) + text + struct.pack(f"<{len(lengths)}q", *lengths)
 
 
 def decode_step(payloads: list[bytes]) -> Facts:
-    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, unless all ranks know theirs, or
-    MismatchError for different fingerprints, or where not all leave out the same."""
+    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, unless all ranks know theirs,
+    or MismatchError for different fingerprints, or where not all leave out the same."""
     headers = [_HEADER.unpack_from(p) for p in payloads]
     if not all(is_known for _, _, is_known, _ in headers):
         raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, n, *_) in zip(payloads, headers)])

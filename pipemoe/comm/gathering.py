@@ -1,7 +1,8 @@
-"""One small all-gather of bytes: every rank gives some, every rank gets all. Non-blocking; whoever waits polls `done()`.
+"""One small all-gather of bytes: every rank gives some, every rank gets all. Non-blocking; whoever waits polls
+`done()`.
 
-Ranks meet in the order of their calls, whatever they call. So the bytes of each travel with what the rank is doing, and ranks that
-meet over different things all raise the same error.
+Ranks meet in the order of their calls, whatever they call. So the bytes of each travel with what the rank is doing, and
+ranks that meet over different things all raise the same error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _LONGEST_DOING = 1000  # characters
 
 class Gathering(Protocol):
     def done(self) -> bool:
-        """Poll; True once `payloads` holds every rank's bytes. Raises MismatchError, on every rank, if they are for different things."""
+        """Poll; True once `payloads` holds every rank's bytes. Raises MismatchError, on every rank, if they are for
+        different things.
+        """
 
     payloads: list[bytes]
 

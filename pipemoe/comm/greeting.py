@@ -1,4 +1,5 @@
-"""How the ranks meet for the side channel: each connects to every lower rank, and both ends prove that they know the job's token.
+"""How the ranks meet for the side channel: each connects to every lower rank, and both ends prove that they know the
+job's token.
 
     lower rank                                 higher rank
     listens                                    connects
@@ -6,8 +7,9 @@
                                     <------    _ANSWER: magic, rank, nonce, proof of "higher"
     proof of "lower"                ------>
 
-A proof is an HMAC of the token over the role, both ranks and both nonces. So the token does not travel, and what somebody has heard
-cannot be said again, nor be sent back, nor be used between other ranks. All of this has a fixed length, and nothing is parsed.
+A proof is an HMAC of the token over the role, both ranks and both nonces. So the token does not travel, and what
+somebody has heard cannot be said again, nor be sent back, nor be used between other ranks. All of this has a fixed
+length, and nothing is parsed.
 
 Everything is non-blocking and under one clock: a stranger, however slow and however many, holds up nobody but itself.
 """
@@ -29,7 +31,8 @@ from pipemoe.comm.lines import MAX_LINE, decode_line, encode_line
 from pipemoe.errors import PeerLost
 
 GREETING_SECONDS = 5.0  # for all of one connection's greeting. A rank that is late for that connects again
-MOST_GUESTS = 64  # connections that have not yet said who they are, beside one for each rank; one more, and the oldest goes
+# connections that have not yet said who they are, beside one for each rank; one more, and the oldest goes
+MOST_GUESTS = 64
 _REFUSED_SECONDS = 5.0  # how long to try again where nobody listens, or somebody else
 _SILENT_SECONDS = 30.0  # for an answer from a host: its kernel gives it, however busy the rank is
 _PAUSE_SECONDS = 0.2  # between attempts
@@ -47,11 +50,13 @@ def proof(token: str, role: str, lower: int, higher: int, nonces: bytes) -> byte
     return hmac.digest(token.encode(), message, "sha256")
 
 
-def meet(rank: int, listener: socket.socket, addresses: Sequence[tuple[str, int]], token: str, seconds: float) -> dict[int, socket.socket]:
+def meet(
+    rank: int, listener: socket.socket, addresses: Sequence[tuple[str, int]], token: str, seconds: float
+) -> dict[int, socket.socket]:
     """Connect to every lower rank and accept every higher one: a non-blocking connection for each.
 
-    addresses: of all ranks. token: the same on all ranks. seconds: for all of it. Raises PeerLost, which says which rank is not there,
-    at which address, and what to do.
+    addresses: of all ranks. token: the same on all ranks. seconds: for all of it. Raises PeerLost, which says which
+    rank is not there, at which address, and what to do.
     """
     meeting = _Meeting(rank, listener, addresses, token, seconds)
     try:
@@ -101,8 +106,16 @@ class _Call:
 
 
 class _Meeting:
-    def __init__(self, rank: int, listener: socket.socket, addresses: Sequence[tuple[str, int]], token: str, seconds: float) -> None:
-        self._rank, self._listener, self._addresses, self._token, self._seconds = rank, listener, addresses, token, seconds
+    def __init__(
+        self, rank: int, listener: socket.socket, addresses: Sequence[tuple[str, int]], token: str, seconds: float
+    ) -> None:
+        self._rank, self._listener, self._addresses, self._token, self._seconds = (
+            rank,
+            listener,
+            addresses,
+            token,
+            seconds,
+        )
         self.met: dict[int, socket.socket] = {}
         self._calls = [_Call(peer) for peer in range(rank)]
         self._guests: dict[socket.socket, _Greeting] = {}  # in the order in which they came
@@ -154,7 +167,9 @@ class _Meeting:
         last_words = decode_line(data.split(b"\n")[0]) or {}
         if "failure" in last_words:
             culprit = last_words.get("culprit")
-            raise self._error(culprit if type(culprit) is int else peer, f"is lost, as rank {peer} says: {last_words['failure']}")
+            raise self._error(
+                culprit if type(culprit) is int else peer, f"is lost, as rank {peer} says: {last_words['failure']}"
+            )
         self._selector.unregister(connection)  # it has met all, and goes on
 
     # Of the lower rank: who comes in.
@@ -252,7 +267,9 @@ class _Meeting:
             if magic != _MAGIC or not _say(greeting.connection, _ANSWER.pack(_MAGIC, self._rank, greeting.nonce, mine)):
                 self._refused(call, "what answers there is no rank of this job")
             return
-        if hmac.compare_digest(data, proof(self._token, "lower", call.peer, self._rank, greeting.peer_nonce + greeting.nonce)):
+        if hmac.compare_digest(
+            data, proof(self._token, "lower", call.peer, self._rank, greeting.peer_nonce + greeting.nonce)
+        ):
             call.greeting = None
             self._take(call.peer, greeting.connection)
         else:
@@ -266,7 +283,9 @@ class _Meeting:
         call.greeting, call.next_try = None, time.monotonic() + _PAUSE_SECONDS
 
     def _refused(self, call: _Call, why: str) -> None:
-        """Nobody of this job is there. Listeners are made before their addresses are told, so this hardly changes by waiting."""
+        """Nobody of this job is there. Listeners are made before their addresses are told, so this hardly changes by
+        waiting.
+        """
         self._hang_up(call)
         now = time.monotonic()
         call.why, call.refused_since = why, call.refused_since or now
@@ -279,8 +298,10 @@ class _Meeting:
         host, port = self._addresses[call.peer]
         return self._error(
             call.peer,
-            f"cannot be reached at {host} port {port} ({why}); the ranks' hosts must let one another connect to any TCP port:"
-            " see to the firewall, or set PIPEMOE_INTERFACE on every host to the network interface that reaches the others",
+            f"cannot be reached at {host} port {port} ({why}); the ranks' hosts must let one another connect to any "
+            "TCP port:"
+            " see to the firewall, or set PIPEMOE_INTERFACE on every host to the network interface that reaches the "
+            "others",
         )
 
     def _missing(self) -> PeerLost:
@@ -291,7 +312,8 @@ class _Meeting:
         host, port = self._addresses[self._rank]
         return self._error(
             absent[0],
-            f"has not connected to {host} port {port} within setup_seconds={self._seconds:g} ({len(absent)} of {len(self._addresses)} ranks"
+            f"has not connected to {host} port {port} within setup_seconds={self._seconds:g} ({len(absent)} of "
+            f"{len(self._addresses)} ranks"
             " have not); its own output may say why: see to the firewall, or set PIPEMOE_INTERFACE",
         )
 

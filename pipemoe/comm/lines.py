@@ -1,7 +1,7 @@
 """The side channel's lines: one JSON object each, ASCII, never longer than MAX_LINE, whatever goes in or comes in.
 
-Text is cut before it is encoded, so that a line is always whole and always JSON. What a socket does not take at once is remembered,
-so that no line ever begins in the middle of another.
+Text is cut before it is encoded, so that a line is always whole and always JSON. What a socket does not take at once is
+remembered, so that no line ever begins in the middle of another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import socket
 from collections import deque
 
 MAX_LINE = 1 << 16  # bytes, with the newline
-_HEAD, _TAIL = 3500, 1500  # characters kept of a longer text: of what it is about, and of how it ends. JSON takes up to 12 bytes for one
+# characters kept of a longer text: of what it is about, and of how it ends. JSON takes up to 12 bytes for one
+_HEAD, _TAIL = 3500, 1500
 _MOST_KEPT = 16  # lines that wait for a peer that does not read
 
 
@@ -23,8 +24,13 @@ def cut(text: str) -> str:
 
 
 def encode_line(message: dict) -> bytes:
-    """One line of at most MAX_LINE bytes. `message`: numbers, at most one text (cut if it is long), and nothing else of any size."""
-    return json.dumps({key: cut(value) if isinstance(value, str) else value for key, value in message.items()}).encode() + b"\n"
+    """One line of at most MAX_LINE bytes. `message`: numbers, at most one text (cut if it is long), and nothing else of
+    any size.
+    """
+    return (
+        json.dumps({key: cut(value) if isinstance(value, str) else value for key, value in message.items()}).encode()
+        + b"\n"
+    )
 
 
 def decode_line(line: bytes) -> dict | None:

@@ -14,8 +14,8 @@ from pipemoe.plan.schedule import Wave
 
 
 class Communicators:
-    """This process's duplicates of COMM_WORLD, for all its worlds, one after another: MPI has few, and to free one is a collective
-    call, which a rank may miss. A world that ended well leaves nothing under way on them."""
+    """This process's duplicates of COMM_WORLD, for all its worlds, one after another: MPI has few, and to free one is a
+    collective call, which a rank may miss. A world that ended well leaves nothing under way on them."""
 
     def __init__(self, world: Any) -> None:
         self.world = world  # for exchanges
@@ -85,7 +85,8 @@ class MpiTransport:
 
     def _reduce_scatter(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
         memory = _numeric(sums.partial)
-        own = sums.partial[: wave.num_rows // self.size]  # in place, the sums of this rank's block come where the first block was
+        # in place, the sums of this rank's block come where the first block was
+        own = sums.partial[: wave.num_rows // self.size]
         self._note("combine", slot, buffer, "reduce_scatter", -1, memory.nbytes)
         done = self._test([comm.Ireduce_scatter_block(self._mpi.IN_PLACE, memory, op=self._mpi.SUM)])
 
@@ -102,7 +103,9 @@ class MpiTransport:
         requests = []
         for primitive, peer, rows in gather_transfers(self.rank, self.size, wave, sums):
             self._note("combine", slot, buffer, primitive, peer, rows.nbytes)
-            requests.append(comm.Isend(_bytes(rows), dest=peer) if primitive == "send" else comm.Irecv(_bytes(rows), source=peer))
+            requests.append(
+                comm.Isend(_bytes(rows), dest=peer) if primitive == "send" else comm.Irecv(_bytes(rows), source=peer)
+            )
         done = self._test(requests)
 
         def test() -> bool:

@@ -1,7 +1,7 @@
 """The GPU transport: grouped NCCL calls through cupy, a pair of communicators per cohort slot.
 
-Operations on one communicator are one queue even across streams, so dispatch and combine of a slot have one each, and cohorts
-never share any. A group of broadcasts is one operation to NCCL (since 2.29 one fused kernel).
+Operations on one communicator are one queue even across streams, so dispatch and combine of a slot have one each, and
+cohorts never share any. A group of broadcasts is one operation to NCCL (since 2.29 one fused kernel).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 from pipemoe.comm.transport import WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError, FatalError
 from pipemoe.plan.projection import Issue
-from pipemoe.plan.schedule import Wave
 from pipemoe.plan.room import Room
+from pipemoe.plan.schedule import Wave
 
 # Results that cupy has no name for: it raises a KeyError of the number.
 _RESULTS = {6: "a peer has failed, or the network to it", 7: "in progress", 8: "timed out"}
@@ -62,7 +62,9 @@ def library() -> Any:
     try:
         from cupy.cuda import nccl
     except ImportError as error:
-        raise ConfigError(f"several ranks on GPUs need cupy with NCCL ({error}); install pipemoe[cuda12] or pipemoe[cuda13]") from None
+        raise ConfigError(
+            f"several ranks on GPUs need cupy with NCCL ({error}); install pipemoe[cuda12] or pipemoe[cuda13]"
+        ) from None
     if not nccl.available:
         raise ConfigError("cupy finds no NCCL library; install nvidia-nccl-cu12 (or -cu13) beside the cupy wheel")
     return nccl
@@ -70,7 +72,9 @@ def library() -> Any:
 
 def default_max_ctas(num_sms: int, num_slots: int, ranks_on_device: int) -> int:
     """Thread blocks per communicator that leave room for kernels (`Room`): at most 8, at least 1."""
-    fitting = Room(num_sms, ctas=1, ranks_on_device=ranks_on_device).spinning_blocks // (ranks_on_device * 2 * num_slots)
+    fitting = Room(num_sms, ctas=1, ranks_on_device=ranks_on_device).spinning_blocks // (
+        ranks_on_device * 2 * num_slots
+    )
     return max(1, min(_MOST_CTAS, fitting))
 
 
@@ -80,7 +84,9 @@ def max_ctas() -> int:
 
 
 def cluster_blocks() -> int:
-    """Thread blocks that NCCL wants to start as one cluster, on neighbouring SMs (0: none), once a world with several ranks on GPUs is made."""
+    """Thread blocks that NCCL wants to start as one cluster, on neighbouring SMs (0: none), once a world with several
+    ranks on GPUs is made.
+    """
     return int(os.environ["NCCL_CGA_CLUSTER_SIZE"])
 
 
@@ -159,7 +165,12 @@ class NcclTransport:
         own = sums.partial[self.rank * block : (self.rank + 1) * block]
         self._note("combine", slot, buffer, "reduce_scatter", -1, sums.partial.numel() * sums.partial.element_size())
         self._combine[slot].reduceScatter(
-            sums.partial.data_ptr(), own.data_ptr(), own.numel(), self._types[own.dtype], self._nccl.NCCL_SUM, _current_stream()
+            sums.partial.data_ptr(),
+            own.data_ptr(),
+            own.numel(),
+            self._types[own.dtype],
+            self._nccl.NCCL_SUM,
+            _current_stream(),
         )
         for result in sums.results:
             result.copy_(own[: len(result)])
@@ -194,11 +205,14 @@ class NcclTransport:
                 comm.abort()
 
     def close(self) -> None:
-        """Give the communicators back, by NCCL's abort: its destroy is a collective call, and would wait for ranks that go on."""
+        """Give the communicators back, by NCCL's abort: its destroy is a collective call, and would wait for ranks that
+        go on.
+        """
         self.abort()
 
 
 def _current_stream() -> int:
     import torch
 
-    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())  # torch.cuda.current_stream() takes 20 microseconds
+    # torch.cuda.current_stream() takes 20 microseconds
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())

@@ -1,8 +1,8 @@
 """A side channel that is not MPI: TCP between every two ranks, for progress counters and failures.
 
-MPI and NCCL say nothing when a peer dies on NVLink or stops; a socket does: end of file at once when the process is gone, and
-silence when it hangs. Each rank tells its peers every quarter of a second how far it is; when something goes wrong the
-message about it can name who is behind. Messages are JSON lines (lines.py), nothing is ever unpickled.
+MPI and NCCL say nothing when a peer dies on NVLink or stops; a socket does: end of file at once when the process is
+gone, and silence when it hangs. Each rank tells its peers every quarter of a second how far it is; when something goes
+wrong the message about it can name who is behind. Messages are JSON lines (lines.py), nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -58,13 +58,17 @@ class _Link:
 class SideChannel:
     """Full mesh of TCP connections, served by one daemon thread per rank."""
 
-    def __init__(self, rank: int, size: int, one_host: bool, progress: Callable[[], dict], tick: Callable[[], None]) -> None:
-        """one_host: all ranks are on this host, so listen on loopback; else on the one address that the others are told. progress: what
-        to tell the peers. tick: called about every quarter of a second on the channel's own thread, so that an engine thread stuck in a
-        library call is noticed too. Raises ConfigError if PIPEMOE_INTERFACE names no interface."""
+    def __init__(
+        self, rank: int, size: int, one_host: bool, progress: Callable[[], dict], tick: Callable[[], None]
+    ) -> None:
+        """one_host: all ranks are on this host, so listen on loopback; else on the one address that the others are
+        told. progress: what to tell the peers. tick: called about every quarter of a second on the channel's own
+        thread, so that an engine thread stuck in a library call is noticed too. Raises ConfigError if PIPEMOE_INTERFACE
+        names no interface."""
         self.rank, self.size = rank, size
         self.peers = {r: Peer() for r in range(size) if r != rank}
-        self.error: BaseException | None = None  # what went wrong on its own thread: the watch over the engine may have ended with it
+        # what went wrong on its own thread: the watch over the engine may have ended with it
+        self.error: BaseException | None = None
         self._progress, self._tick = progress, tick
         self._links: dict[int, _Link] = {}
         self._lock = threading.Lock()  # of what is sent: failures come from any thread
@@ -77,7 +81,8 @@ class SideChannel:
         return self._listener.getsockname()[:2]
 
     def connect(self, addresses: Sequence[tuple[str, int]], token: str, timeout: float) -> None:
-        """Meet every other rank, in `timeout` seconds at most; `token` (the same on all ranks) keeps strangers out, and does not travel.
+        """Meet every other rank, in `timeout` seconds at most; `token` (the same on all ranks) keeps strangers out, and
+        does not travel.
 
         Raises PeerLost, which names the rank that is not there and its address.
         """
@@ -89,20 +94,28 @@ class SideChannel:
         self._thread.start()
 
     def announce_failure(self, text: str, culprit: int | None = None) -> None:
-        """Tell every peer that this rank is ending, and why: for itself, or for rank `culprit`. Returns when that has left, or after a
-        second."""
+        """Tell every peer that this rank is ending, and why: for itself, or for rank `culprit`. Returns when that has
+        left, or after a second."""
         self._say_last({"failure": text, "culprit": culprit})
 
     def say_good_bye(self, reason: str = "") -> None:
-        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed socket for a failure.
+        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed
+        socket for a failure.
 
         reason: why, where it is not that all is done. Returns when that has left, or after a second.
         """
         self._say_last({"left": True, "reason": reason})
 
     def tell(self, **news: str | bool) -> None:
-        """Tell every peer something that is no step's matter, and outlives the world: it adds to what its `Peer.news` holds."""
-        self._send(encode_line({"news": {name: cut(value) if isinstance(value, str) else value for name, value in news.items()}}), keep=True)
+        """Tell every peer something that is no step's matter, and outlives the world: it adds to what its `Peer.news`
+        holds.
+        """
+        self._send(
+            encode_line(
+                {"news": {name: cut(value) if isinstance(value, str) else value for name, value in news.items()}}
+            ),
+            keep=True,
+        )
 
     def all_have_left(self) -> bool:
         """Has every peer said good-bye, or ended?"""
@@ -116,7 +129,9 @@ class SideChannel:
         self.disown()
 
     def disown(self) -> None:
-        """Let go of the sockets. So must a process forked from this one: its copies would keep them open when this one ends."""
+        """Let go of the sockets. So must a process forked from this one: its copies would keep them open when this one
+        ends.
+        """
         self._closing = True
         self._listener.close()
         for link in self._links.values():  # without the lock, which somebody may have held at the fork
@@ -145,8 +160,12 @@ class SideChannel:
         return f"its process ended, connection closed; last heard {time.monotonic() - peer.heard:.1f} s ago"
 
     def silent(self) -> tuple[int, float] | None:
-        """The rank that was not heard for longest, and for how many seconds, if that is so long that it must have stopped."""
-        heard, rank = min(((peer.heard, rank) for rank, peer in self.peers.items() if not peer.left), default=(math.inf, -1))
+        """The rank that was not heard for longest, and for how many seconds, if that is so long that it must have
+        stopped.
+        """
+        heard, rank = min(
+            ((peer.heard, rank) for rank, peer in self.peers.items() if not peer.left), default=(math.inf, -1)
+        )
         seconds = time.monotonic() - heard
         return (rank, seconds) if seconds > SILENT_SECONDS else None
 
@@ -162,7 +181,10 @@ class SideChannel:
         lines = []
         for rank, peer in sorted(self.peers.items()):
             p = peer.progress
-            lines.append(f"rank {rank}: step {p.get('step', '?')}, {p.get('ops', '?')} operations done, {p.get('doing', '?')}, heard {now - peer.heard:.1f} s ago")
+            lines.append(
+                f"rank {rank}: step {p.get('step', '?')}, {p.get('ops', '?')} operations done, "
+                f"{p.get('doing', '?')}, heard {now - peer.heard:.1f} s ago"
+            )
         return "; ".join(lines)
 
     # Sending, from any thread; a connection takes what it can, and the rest waits in its outbox.

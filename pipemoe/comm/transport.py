@@ -1,7 +1,8 @@
 """The transport seam: how a wave's rows travel. Implementations: `local` (one rank), `mpi` (host), `nccl` (GPUs).
 
-`dispatch` and `combine` are called as work of the slot's dispatch or combine lane, on every rank in the plan's order. On a GPU
-they enqueue on the current stream and return None; on the host they post and return a function that tests for completion.
+`dispatch` and `combine` are called as work of the slot's dispatch or combine lane, on every rank in the plan's order.
+On a GPU they enqueue on the current stream and return None; on the host they post and return a function that tests for
+completion.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ Test = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class WaveSums:
-    """The buffers of one combine on this rank, of all columns or of a block of them. n rows of the wave, m of them this rank's own."""
+    """The buffers of one combine on this rank, of all columns or of a block of them. n rows of the wave, m of them this
+    rank's own.
+    """
 
     partial: torch.Tensor  # [n, columns] this rank's partial sums, contiguous; a reduce may leave sums there
-    results: Sequence[torch.Tensor]  # per own segment, in the wave's order: [segment rows, columns], written by the combine
+    # per own segment, in the wave's order: [segment rows, columns], written by the combine
+    results: Sequence[torch.Tensor]
     staging: torch.Tensor | None  # [R - 1, >= m, columns] peers' partial sums, contiguous, for combine="gather"
 
 
 def column_blocks(memory: torch.Tensor, rows: tuple[int, ...], columns: Sequence[range]) -> list[torch.Tensor]:
-    """The beginning of `memory` (contiguous) as one matrix [*rows, len(c)] for each range c of columns, one after another: what a
-    collective takes is contiguous."""
+    """The beginning of `memory` (contiguous) as one matrix [*rows, len(c)] for each range c of columns, one after
+    another: what a collective takes is contiguous."""
     flat, num_rows = memory.view(-1), math.prod(rows)
     return [flat[num_rows * c.start : num_rows * c.stop].view(*rows, len(c)) for c in columns]
 
@@ -42,10 +46,14 @@ class Transport(Protocol):
     log: list[Issue] | None  # every call really issued, when not None
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> Test | None:
-        """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8; each rank has written its own."""
+        """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8; each rank has written its
+        own.
+        """
 
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test | None:
-        """Sum the ranks' partial sums of every segment into its owner's results. A wave's blocks of columns come one after another."""
+        """Sum the ranks' partial sums of every segment into its owner's results. A wave's blocks of columns come one
+        after another.
+        """
 
     def check(self) -> None:
         """Raise what the library noticed by itself."""
@@ -78,7 +86,8 @@ class LocalTransport:
 
 
 def gather_transfers(rank: int, num_ranks: int, wave: Wave, sums: WaveSums) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """What this rank calls for combine="gather", in order: ("send" or "recv", the other side, the rows [n, H] to read or write).
+    """What this rank calls for combine="gather", in order: ("send" or "recv", the other side, the rows [n, H] to read
+    or write).
 
     In the staging, the peers stand in the order of their ranks, and under each the own segments in the wave's order.
     """
@@ -92,7 +101,9 @@ def gather_transfers(rank: int, num_ranks: int, wave: Wave, sums: WaveSums) -> I
 
 
 def sum_in_rank_order(rank: int, wave: Wave, sums: WaveSums) -> None:
-    """Add own and staged partial sums in ascending rank order, in float32 (float64 sums stay float64 until rounded once)."""
+    """Add own and staged partial sums in ascending rank order, in float32 (float64 sums stay float64 until rounded
+    once).
+    """
     import torch
 
     at = 0

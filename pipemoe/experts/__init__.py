@@ -6,5 +6,13 @@ from pipemoe.experts.quantised import dequantise_experts, quantise_experts
 from pipemoe.experts.weights import ExpertWeights, check_finite, local_range
 
 __all__ = [
-    *("Experts", "ExpertWeights", "Scratch", "check_finite", "column_ranges", "dequantise_experts", "local_range", "make_experts", "quantise_experts"),
+    "Experts",
+    "ExpertWeights",
+    "Scratch",
+    "check_finite",
+    "column_ranges",
+    "dequantise_experts",
+    "local_range",
+    "make_experts",
+    "quantise_experts",
 ]

@@ -1,4 +1,6 @@
-"""Experts on any GPU from compute capability 8.0 on: as hopper.py, with GEMMs through the tensor cores that all of them have."""
+"""Experts on any GPU from compute capability 8.0 on: as hopper.py, with GEMMs through the tensor cores that all of them
+have.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 
 
 class AmpereExperts(HopperExperts):
-    """Only enqueues on torch's current stream, and gives a row the same bits whatever its neighbours. Implementation name "ampere"."""
+    """Only enqueues on torch's current stream, and gives a row the same bits whatever its neighbours. Implementation
+    name "ampere".
+    """
 
     implementation = "ampere"
     supports_arrivals = False
@@ -26,7 +30,13 @@ class AmpereExperts(HopperExperts):
         pass
 
     def _pack_gate_up(
-        self, layer: int, shape: TileShape, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+        self,
+        layer: int,
+        shape: TileShape,
+        scratch: HopperScratch,
+        hidden: torch.Tensor,
+        offsets: torch.Tensor,
+        a: torch.Tensor,
     ) -> PackedGateUp:
         w = self.weights[layer]
         form = {"gated": w.gated, "activation": w.activation}
@@ -35,7 +45,14 @@ class AmpereExperts(HopperExperts):
         )
 
     def _pack_down(
-        self, layer: int, shape: TileShape, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+        self,
+        layer: int,
+        shape: TileShape,
+        scratch: HopperScratch,
+        a: torch.Tensor,
+        offsets: torch.Tensor,
+        y: torch.Tensor,
+        first_column: int,
     ) -> PackedDown:
         down = self.weights[layer].down.detach()[:, first_column : first_column + y.shape[1]]
         packed, address = PackedMma(y.get_device(), a, None, down, offsets, None, y, self.num_sms), a.data_ptr()

@@ -3,15 +3,16 @@
     lane of the dispatch   rows of part 0 | arrived(0): index, flag | rows of part 1 | arrived(1) | ...
     lane of the experts    gate_up: waits for flags, takes what is there | down | combine
 
-The rows of the result are the same bits as in a call on the whole wave at once. Weights are read once for all parts that arrive
-while the GPU is busy with others.
+The rows of the result are the same bits as in a call on the whole wave at once. Weights are read once for all parts
+that arrive while the GPU is busy with others.
 
 Who calls this keeps to three rules, or the GPU stands still:
-- Everything that a flag waits for is enqueued before the experts call, which checks that, and never waits for this call.
+- Everything that a flag waits for is enqueued before the experts call, which checks that, and never waits for this
+call.
 - The experts leave room to all collectives that may be under way (`Experts.leaving`). Room for the index is left here.
 - One object of this class for all cohorts of a GPU: it has one call at a time wait for parts.
-A call whose parts do not come spins until the lane that should bring them goes on: an aborted collective does, and the flags behind it
-are written. The end of the process ends it too.
+A call whose parts do not come spins until the lane that should bring them goes on: an aborted collective does, and the
+flags behind it are written. The end of the process ends it too.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from pipemoe.experts.hopper import HopperExperts, HopperScratch
 from pipemoe.experts.protocol import Recordable, column_ranges
 from pipemoe.plan.arrivals import INDEX_SMS
 from pipemoe.wire import WireFormat
-from pipemoe_kernels.launch import driver
-from pipemoe_kernels.gemm.arrivals.raster import MAX_PARTS
 from pipemoe_kernels.combine import combine_rows
 from pipemoe_kernels.combine_lanes import combine_lanes, fits
 from pipemoe_kernels.gemm.arrivals.gemm import MAX_OUT_BYTES, W_BOXES, arrivals_kernel, down_arrived, gate_up_arriving
-from pipemoe_kernels.index.hopper import MAX_BLOCKS, index_kernels, index_local_pairs
-from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.gemm.arrivals.parts import Parts
+from pipemoe_kernels.gemm.arrivals.raster import MAX_PARTS
+from pipemoe_kernels.index.hopper import MAX_BLOCKS, index_kernels, index_local_pairs
+from pipemoe_kernels.launch import driver
+from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps, tensor_map
 
 if TYPE_CHECKING:
@@ -46,13 +47,18 @@ def too_many_rows(experts: HopperExperts, max_rows: int) -> str | None:
     widest = max(experts.hidden, experts.max_intermediate)
     if 2 * widest * experts.top_k * max_rows < MAX_OUT_BYTES:
         return None
-    return f"{max_rows} rows of {experts.top_k} pairs of {widest} columns; arrival-driven calls take less than 4 GiB of these: make waves smaller"
+    return (
+        f"{max_rows} rows of {experts.top_k} pairs of {widest} columns; "
+        "arrival-driven calls take less than 4 GiB of these: make waves smaller"
+    )
 
 
 class Arrivals:
-    """What is known of the rows in one receive buffer of up to `max_rows` rows: their parts, which are there, and their index.
+    """What is known of the rows in one receive buffer of up to `max_rows` rows: their parts, which are there, and their
+    index.
 
-    For one wave at a time, as the buffer itself; the next one's parts wait on the GPU until the last one's call is over.
+    For one wave at a time, as the buffer itself; the next one's parts wait on the GPU until the last one's call is
+    over.
     """
 
     def __init__(self, experts: HopperExperts, max_rows: int):
@@ -86,14 +92,19 @@ class ArrivingExperts:
 
     def __init__(self, experts: HopperExperts):
         if not experts.supports_arrivals:
-            raise ConfigError(f"{experts.implementation} experts take whole waves only; arrival-driven calls need \"hopper\" experts")
+            raise ConfigError(
+                f'{experts.implementation} experts take whole waves only; arrival-driven calls need "hopper" experts'
+            )
         self.experts = experts
         self._down_kernel = arrivals_kernel(gated=False)
         self._gate_up_kernels = [
-            arrivals_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation) for w in experts.weights
+            arrivals_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation)
+            for w in experts.weights
         ]
         with_experts = [w for w in experts.weights if w.num_local_experts]
-        maps = [tensor_map(matrix.detach(), box) for w in with_experts for matrix in (w.gate_up, w.down) for box in W_BOXES]
+        maps = [
+            tensor_map(matrix.detach(), box) for w in with_experts for matrix in (w.gate_up, w.down) for box in W_BOXES
+        ]
         self._maps = device_maps(maps, experts.device)
         self._map_of_layer = {}
         for layer, w in enumerate(experts.weights):
@@ -129,12 +140,17 @@ class ArrivingExperts:
     def expect(self, arrivals: Arrivals, layer: int, rows: WireRows, part_rows: Sequence[int]) -> None:
         """Begin a wave: `rows` will arrive as parts of so many rows each, one behind the other. Enqueues nothing.
 
-        Raises InputError: the wave before has not been called for; other counts than rows; more than MAX_PARTS parts with rows.
+        Raises InputError: the wave before has not been called for; other counts than rows; more than MAX_PARTS parts
+        with rows.
         """
         if arrivals.missing or arrivals.rows is not None:
-            raise InputError(f"layer {layer}: the wave of layer {arrivals.layer} in this buffer has not been called for yet")
+            raise InputError(
+                f"layer {layer}: the wave of layer {arrivals.layer} in this buffer has not been called for yet"
+            )
         if min(part_rows, default=0) < 0 or sum(part_rows) != len(rows) or len(rows) > arrivals.max_rows:
-            raise InputError(f"layer {layer}: {len(rows)} rows of at most {arrivals.max_rows} in parts of {list(part_rows)}")
+            raise InputError(
+                f"layer {layer}: {len(rows)} rows of at most {arrivals.max_rows} in parts of {list(part_rows)}"
+            )
         num_parts = sum(count > 0 for count in part_rows)
         if num_parts > MAX_PARTS:
             raise InputError(f"layer {layer}: {num_parts} parts with rows; at most {MAX_PARTS} are possible: join some")
@@ -147,12 +163,15 @@ class ArrivingExperts:
         arrivals.epoch += 1
 
     def arrived(self, arrivals: Arrivals, part: int) -> None:
-        """Enqueue on torch's current stream, behind what brings the part's rows: their index, and the word that they are there.
+        """Enqueue on torch's current stream, behind what brings the part's rows: their index, and the word that they
+        are there.
 
         Raises InputError for a part that is not expected, or not any more.
         """
         if part not in arrivals.missing:
-            raise InputError(f"layer {arrivals.layer}: part {part} is not among the expected {sorted(arrivals.missing)}")
+            raise InputError(
+                f"layer {arrivals.layer}: part {part} is not among the expected {sorted(arrivals.missing)}"
+            )
         layer, rows = arrivals.layer, arrivals.rows
         weights = self.experts.weights[layer]
         slot, first, stop = arrivals.slots[part], arrivals.first_rows[part], arrivals.first_rows[part + 1]
@@ -163,20 +182,35 @@ class ArrivingExperts:
         stream = Stream.current(rows.buffer.device)
         first_place, num_local = first * self.experts.top_k, weights.num_local_experts
         index_local_pairs(
-            *(stream, rows.ids[first:stop], weights.first_expert, num_local, arrivals.block_counts[slot]),
-            *(arrivals.ends[slot * num_local : (slot + 1) * num_local], arrivals.positions[first:stop], arrivals.tokens[first_place:]),
+            stream,
+            rows.ids[first:stop],
+            weights.first_expert,
+            num_local,
+            arrivals.block_counts[slot],
+            arrivals.ends[slot * num_local : (slot + 1) * num_local],
+            arrivals.positions[first:stop],
+            arrivals.tokens[first_place:],
             first_place=first_place,
         )
         driver.write_word(stream.handle, arrivals.flags.data_ptr() + 4 * slot, arrivals.epoch)
 
     @torch.no_grad()
-    def __call__(self, arrivals: Arrivals, out: torch.Tensor | Sequence[torch.Tensor], scratch: HopperScratch, events: Sequence[Recordable] = ()) -> None:
+    def __call__(
+        self,
+        arrivals: Arrivals,
+        out: torch.Tensor | Sequence[torch.Tensor],
+        scratch: HopperScratch,
+        events: Sequence[Recordable] = (),
+    ) -> None:
         """As the experts' own call on the wave that `arrivals` expects, on torch's current stream.
 
         Raises InputError if a part has not been announced by `arrived`, and as the experts' own call.
         """
         if arrivals.rows is None or arrivals.missing:
-            raise InputError(f"layer {arrivals.layer}: parts {sorted(arrivals.missing)} of the wave are not announced: call `arrived` first")
+            raise InputError(
+                f"layer {arrivals.layer}: parts {sorted(arrivals.missing)} of the wave are not announced: call "
+                "`arrived` first"
+            )
         experts, layer, rows = self.experts, arrivals.layer, arrivals.rows
         blocks = experts.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
         arrivals.rows = None

@@ -61,17 +61,25 @@ class DequantisingExperts:
 
     def warm_up(self, scratch: DequantisingScratch, column_blocks: Sequence[int] = (1,)) -> None:
         num_rows = min(1, scratch.max_rows)
-        rows = self._narrow.rows(torch.zeros((num_rows, self._narrow.row_bytes), dtype=torch.uint8, device=self._device))
+        rows = self._narrow.rows(
+            torch.zeros((num_rows, self._narrow.row_bytes), dtype=torch.uint8, device=self._device)
+        )
         self._dequantise(rows, scratch.rows[:num_rows])
         self._inner.warm_up(scratch.inner, column_blocks)
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: DequantisingScratch, events: Sequence[Recordable] = ()
+        self,
+        layer: int,
+        rows: WireRows,
+        out: torch.Tensor | Sequence[torch.Tensor],
+        scratch: DequantisingScratch,
+        events: Sequence[Recordable] = (),
     ) -> None:
         if rows.hidden.dtype != self.wire_dtype or len(rows) > scratch.max_rows:
             raise InputError(
-                f"layer {layer}: {len(rows)} rows of {rows.hidden.dtype}; at most {scratch.max_rows} of {self.wire_dtype} are wanted"
+                f"layer {layer}: {len(rows)} rows of {rows.hidden.dtype}; at most {scratch.max_rows} of "
+                f"{self.wire_dtype} are wanted"
             )
         wide = scratch.rows[: len(rows)]
         self._dequantise(rows, wide)

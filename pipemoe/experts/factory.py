@@ -32,16 +32,17 @@ def make_experts(
 ) -> Experts:
     """Build the experts call over `weights`, one entry per MoE layer, which stay referenced and are not copied.
 
-    implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "hopper_fp8" (the same
-    in e4m3: rows travel as e4m3, unquantised weights are quantised into a copy), "ampere" (as "hopper" from 8.0 on, by the
-    instructions that all these have), "torch" (CUDA: grouped_mm between Numba kernels) or "auto" (by device: "hopper" where it can
-    run, else "ampere" where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights, which no other
-    one takes). deterministic: a row's result is the same bits whatever its neighbours and however experts are spread over ranks;
-    `out` is float64 then. num_sms: multiprocessors that the GEMMs of "hopper", "hopper_fp8" and "ampere" may fill, None: all; the
-    others take no notice. num_experts: of all ranks together, by which "hopper" chooses its tiles; None: always the same ones.
-    dispatch_dtype: what hidden values of the rows are; None: what the implementation computes in (its `wire_dtype`);
-    torch.float8_e4m3fn: with scales, for any implementation.
-    Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
+    implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "hopper_fp8"
+    (the same in e4m3: rows travel as e4m3, unquantised weights are quantised into a copy), "ampere" (as "hopper" from
+    8.0 on, by the instructions that all these have), "torch" (CUDA: grouped_mm between Numba kernels) or "auto" (by
+    device: "hopper" where it can
+    run, else "ampere" where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights,
+    which no other one takes). deterministic: a row's result is the same bits whatever its neighbours and however
+    experts are spread over ranks; `out` is float64 then. num_sms: multiprocessors that the GEMMs of "hopper",
+    "hopper_fp8" and "ampere" may fill, None: all; the others take no notice. num_experts: of all ranks together, by
+    which "hopper" chooses its tiles; None: always the same ones. dispatch_dtype: what hidden values of the rows are;
+    None: what the implementation computes in (its `wire_dtype`); torch.float8_e4m3fn: with scales, for any
+    implementation. Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
     """
     import torch
 
@@ -51,21 +52,27 @@ def make_experts(
             raise ConfigError(f"device is {device}; experts run on one of {sorted(set(IMPLEMENTATIONS.values()))}")
         implementation = "host" if device.type == "cpu" else _for_cuda(weights, hidden, device, dtype)
     if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(f"experts implementation is {implementation!r}; it must be one of {['auto', *IMPLEMENTATIONS]}")
+        raise ConfigError(
+            f"experts implementation is {implementation!r}; it must be one of {['auto', *IMPLEMENTATIONS]}"
+        )
     if IMPLEMENTATIONS[implementation] != device.type:
         raise ConfigError(
-            f"experts implementation {implementation!r} runs on {IMPLEMENTATIONS[implementation]}, but device is {device}"
+            f"experts implementation {implementation!r} runs on {IMPLEMENTATIONS[implementation]}, but device is "
+            f"{device}"
         )
     if any(w.is_quantised for w in weights) and implementation != "hopper_fp8":
         raise ConfigError(
-            f"the weights are quantised, which experts implementation {implementation!r} does not take; use \"hopper_fp8\" on a Hopper GPU, "
+            f"the weights are quantised, which experts implementation {implementation!r} does not take; "
+            'use "hopper_fp8" on a Hopper GPU, '
             "or pass them through pipemoe.experts.dequantise_experts"
         )
     e4m3_rows = dispatch_dtype == torch.float8_e4m3fn
     if dispatch_dtype is not None and not e4m3_rows:
         raise ConfigError(f"dispatch_dtype is {dispatch_dtype}; it must be torch.float8_e4m3fn or None")
     if e4m3_rows and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        raise ConfigError(f"dispatch_dtype is {dispatch_dtype}, but {device} is of compute capability under 8.9, which cannot make it")
+        raise ConfigError(
+            f"dispatch_dtype is {dispatch_dtype}, but {device} is of compute capability under 8.9, which cannot make it"
+        )
     settings = {"top_k": top_k, "hidden": hidden, "device": device, "dtype": dtype, "deterministic": deterministic}
     if implementation == "host":
         from pipemoe.experts.host import HostExperts as implementation_class

@@ -3,8 +3,8 @@
     rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, activation)--> a [pairs, I]
       for each block of columns:  --down_rows--> y [pairs, block] --combine--> out [n, block]
 
-Nothing is allocated and nothing synchronises the host; launches are packed at a layer's first call with a scratch and a layout of rows
-and out (prepared_call.py). The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
+Nothing is allocated and nothing synchronises the host; launches are packed at a layer's first call with a scratch and a
+layout of rows and out (prepared_call.py). The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
 """
 
 from __future__ import annotations
@@ -22,21 +22,26 @@ from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
 from pipemoe_kernels.gemm import wgmma as grouped_wgmma
 from pipemoe_kernels.gemm.roles import PART_COLUMNS
+from pipemoe_kernels.gemm.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
 from pipemoe_kernels.gemm.wgmma import GroupedKernel, grouped_kernel
 from pipemoe_kernels.index.hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
 from pipemoe_kernels.launch.kernel import Kernel
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps, tensor_map
-from pipemoe_kernels.gemm.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
 CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
-MAX_LAYOUTS = 64  # of a layer's calls that a scratch keeps ready; more are of a caller whose tensors have no steady layout
+# of a layer's calls that a scratch keeps ready; more are of a caller whose tensors have no steady layout
+MAX_LAYOUTS = 64
 
 
 def unsupported(
-    weights: Sequence[ExpertWeights], hidden: int, device: torch.device, dtype: torch.dtype, implementation: str = "hopper"
+    weights: Sequence[ExpertWeights],
+    hidden: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    implementation: str = "hopper",
 ) -> str | None:
     """Why these experts cannot run here as `implementation`, one of "hopper", "hopper_fp8" and "ampere", or None."""
     capability = torch.cuda.get_device_capability(device)
@@ -75,7 +80,8 @@ class HopperScratch:
         self.block_counts = empty(MAX_BLOCKS * num_local)
         self.a = empty(num_pairs * experts.max_intermediate, dtype=torch.bfloat16)
         self.y = empty(num_pairs, experts.hidden, dtype=torch.bfloat16)
-        # A layer's intermediate and a shape of tiles -> address of the maps of `a` with rows of that length and the shape's boxes.
+        # A layer's intermediate and a shape of tiles -> address of the maps of `a` with rows of that length and the
+        # shape's boxes.
         sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs and experts.on_hopper else []
         views = {size: self.a[: num_pairs * size].view(num_pairs, size) for size in sizes}
         places, maps = {}, []
@@ -91,10 +97,11 @@ class HopperScratch:
 class HopperExperts(ExpertsShape):
     """The experts call on CUDA tensors: only enqueues on torch's current stream. Implementation name "hopper".
 
-    Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a row's bits
-    depend on the row alone; deterministic adds that the sum over ranks is exact (see pipemoe_kernels.combine).
-    num_sms: blocks of the GEMMs; None: one for each multiprocessor. num_experts: of all ranks together; with it, the shape of the
-    bfloat16 GEMMs' tiles is chosen by the rows that an expert can expect of a call. tile_rows: always that one of tile_shape.SHAPES.
+    Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a
+    row's bits depend on the row alone; deterministic adds that the sum over ranks is exact (see
+    pipemoe_kernels.combine). num_sms: blocks of the GEMMs; None: one for each multiprocessor. num_experts: of all ranks
+    together; with it, the shape of the bfloat16 GEMMs' tiles is chosen by the rows that an expert can expect of a call.
+    tile_rows: always that one of tile_shape.SHAPES.
     """
 
     implementation = "hopper"
@@ -115,13 +122,12 @@ class HopperExperts(ExpertsShape):
         num_experts: int | None = None,
         tile_rows: int | None = None,
     ):
-        super().__init__(
-            weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
-        )
+        super().__init__(weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic)
         if reason := unsupported(weights, hidden, device, dtype, self.implementation):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
-        self._leaves_sms = False  # to others: then blocks of the second GEMM and the sums must not sit there and wait for the kernel before
+        # to others: then blocks of the second GEMM and the sums must not sit there and wait for the kernel before
+        self._leaves_sms = False
         self._num_experts = num_experts
         self._shape_of: dict[tuple[int, int], TileShape] = {}  # by layer and rows
         self.shapes = (SHAPES[tile_rows],) if tile_rows else tuple(SHAPES.values()) if num_experts else (ROWS_128,)
@@ -195,14 +201,22 @@ class HopperExperts(ExpertsShape):
         """Those whose shape a call on one row may not have."""
         if len(self.shapes) == 1:
             return []
-        gate_ups = [self._gate_up_kernel(layer, shape).kernel for layer in range(len(self.weights)) for shape in self.shapes]
+        gate_ups = [
+            self._gate_up_kernel(layer, shape).kernel for layer in range(len(self.weights)) for shape in self.shapes
+        ]
         return [*gate_ups, *(self._down_kernel(shape).kernel for shape in self.shapes)]
 
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: HopperScratch, events: Sequence[Recordable] = ()
+        self,
+        layer: int,
+        rows: WireRows,
+        out: torch.Tensor | Sequence[torch.Tensor],
+        scratch: HopperScratch,
+        events: Sequence[Recordable] = (),
     ) -> None:
         num_rows, out_layout = _layout_of_out(out)
-        # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor where.
+        # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor
+        # where.
         shape = self._shape(layer, num_rows)
         layout = self, layer, shape.rows, len(events), rows.layout, out_layout
         call = scratch.calls.get(layout)
@@ -226,7 +240,14 @@ class HopperExperts(ExpertsShape):
         num_local, first_expert = weights.num_local_experts, weights.first_expert
         offsets, positions, tokens = scratch.offsets[:num_local], scratch.positions, scratch.tokens
         index = PackedIndex(
-            *(rows.ids.get_device(), rows.ids, first_expert, num_local, scratch.block_counts, offsets, positions, tokens),
+            rows.ids.get_device(),
+            rows.ids,
+            first_expert,
+            num_local,
+            scratch.block_counts,
+            offsets,
+            positions,
+            tokens,
             on_hopper=self.on_hopper,
         )
         a = scratch.a[: len(tokens) * weights.intermediate].view(len(tokens), weights.intermediate)
@@ -241,21 +262,49 @@ class HopperExperts(ExpertsShape):
         return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, **how)
 
     def _pack_gate_up(
-        self, layer: int, shape: TileShape, scratch: HopperScratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+        self,
+        layer: int,
+        shape: TileShape,
+        scratch: HopperScratch,
+        hidden: torch.Tensor,
+        offsets: torch.Tensor,
+        a: torch.Tensor,
     ) -> PackedGateUp:
         """a [pairs, I] from the rows scratch.tokens of `hidden`."""
-        kernel, maps = self._gate_up_kernel(layer, shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][0]
+        kernel, maps = (
+            self._gate_up_kernel(layer, shape),
+            self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][0],
+        )
         bias = self.weights[layer].gate_up_bias
-        return grouped_wgmma.PackedGateUp(a.get_device(), kernel, hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms)
+        return grouped_wgmma.PackedGateUp(
+            a.get_device(), kernel, hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms
+        )
 
     def _pack_down(
-        self, layer: int, shape: TileShape, scratch: HopperScratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+        self,
+        layer: int,
+        shape: TileShape,
+        scratch: HopperScratch,
+        a: torch.Tensor,
+        offsets: torch.Tensor,
+        y: torch.Tensor,
+        first_column: int,
     ) -> PackedDown | None:
-        """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them too."""
+        """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them
+        too.
+        """
         kernel, maps = self._down_kernel(shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][1]
         a_maps, intermediate = scratch.a_maps[a.shape[1], shape], a.shape[1]
         return grouped_wgmma.PackedDown(
-            *(y.get_device(), kernel, a_maps, maps, offsets, intermediate, y, self.num_sms, first_column),
+            y.get_device(),
+            kernel,
+            a_maps,
+            maps,
+            offsets,
+            intermediate,
+            y,
+            self.num_sms,
+            first_column,
             may_start_early=not self._leaves_sms,
         )
 

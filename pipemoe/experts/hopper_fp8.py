@@ -77,8 +77,8 @@ class HopperFp8Scratch:
 class HopperFp8Experts(HopperExperts):
     """The experts call on CUDA tensors with e4m3 rows. Implementation name "hopper_fp8".
 
-    weights: quantised, or bfloat16, of which a quantised copy is made here; the latter may then be freed by the caller. With
-    events, out comes in blocks of columns, but y is computed at once before the first of them.
+    weights: quantised, or bfloat16, of which a quantised copy is made here; the latter may then be freed by the caller.
+    With events, out comes in blocks of columns, but y is computed at once before the first of them.
     """
 
     implementation = "hopper_fp8"
@@ -103,7 +103,13 @@ class HopperFp8Experts(HopperExperts):
         return HopperFp8Scratch(self, max_rows)
 
     def _pack_gate_up(
-        self, layer: int, shape: TileShape, scratch: HopperFp8Scratch, hidden: torch.Tensor, offsets: torch.Tensor, a: torch.Tensor
+        self,
+        layer: int,
+        shape: TileShape,
+        scratch: HopperFp8Scratch,
+        hidden: torch.Tensor,
+        offsets: torch.Tensor,
+        a: torch.Tensor,
     ) -> PackedGateUp:
         weight_map, scales = self._maps.data_ptr() + MAP_BYTES * self._layers[layer], self.weights[layer].gate_up_scales
         a_scales = scratch.a_scales[: a.shape[1] // BLOCK]
@@ -112,12 +118,28 @@ class HopperFp8Experts(HopperExperts):
         )
 
     def _pack_down(
-        self, layer: int, shape: TileShape, scratch: HopperFp8Scratch, a: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor, first_column: int
+        self,
+        layer: int,
+        shape: TileShape,
+        scratch: HopperFp8Scratch,
+        a: torch.Tensor,
+        offsets: torch.Tensor,
+        y: torch.Tensor,
+        first_column: int,
     ) -> PackedDown | None:
         if first_column:
             return None
-        weight_map, scales = self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1), self.weights[layer].down_scales
+        weight_map, scales = (
+            self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1),
+            self.weights[layer].down_scales,
+        )
         return PackedDownFp8(
-            *(y.get_device(), scratch.a_maps[a.shape[1]], weight_map, scales, offsets, scratch.y, self.num_sms),
+            y.get_device(),
+            scratch.a_maps[a.shape[1]],
+            weight_map,
+            scales,
+            offsets,
+            scratch.y,
+            self.num_sms,
             may_start_early=not self._leaves_sms,
         )

@@ -3,8 +3,8 @@
     rows [n] --index_pairs--> sorted order --gather_rows--> x [tile, H] --mm--> h [tile, 2I] --activation--> a [tile, I]
          --mm--> y [pairs, H] --combine_rows--> out [n, H]
 
-All arithmetic is float32. 16-bit weights are widened one expert at a time: few CPUs multiply 16-bit floats fast, and the
-rest lose more than the copy costs. Only y and the index grow with max_rows; all of it is allocated in the scratch.
+All arithmetic is float32. 16-bit weights are widened one expert at a time: few CPUs multiply 16-bit floats fast, and
+the rest lose more than the copy costs. Only y and the index grow with max_rows; all of it is allocated in the scratch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class HostScratch:
-    """Memory of one slot: the sorted order of up to `max_rows` rows, their expert results, and one tile of each GEMM."""
+    """Memory of one slot: the sorted order of up to `max_rows` rows, their expert results, and one tile of each
+    GEMM.
+    """
 
     def __init__(self, shape: ExpertsShape, max_rows: int, tile_rows: int):
         max_pairs = shape.max_pairs(max_rows)
@@ -81,9 +83,7 @@ class HostExperts(ExpertsShape):
     ):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype}; host experts take one of {DTYPES}")
-        super().__init__(
-            weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
-        )
+        super().__init__(weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic)
         no_bias = np.empty(0, np.float32)
         self._gate_up_biases = [
             [no_bias] * w.num_local_experts if w.gate_up_bias is None else list(w.gate_up_bias.detach().float().numpy())
@@ -109,7 +109,12 @@ class HostExperts(ExpertsShape):
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: HostScratch, events: Sequence[Recordable] = ()
+        self,
+        layer: int,
+        rows: WireRows,
+        out: torch.Tensor | Sequence[torch.Tensor],
+        scratch: HostScratch,
+        events: Sequence[Recordable] = (),
     ) -> None:
         """Blocks of columns are complete all at once."""
         self._compute(layer, rows, self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events))), scratch)
@@ -135,7 +140,9 @@ class HostExperts(ExpertsShape):
             gate_up, down = self._float32_weights(weights, expert, scratch)
             for start in range(begin, end, self.tile_rows):
                 stop = min(start + self.tile_rows, end)
-                a = self._activations(weights, gate_up, self._gate_up_biases[layer][expert], values, start, stop, scratch)
+                a = self._activations(
+                    weights, gate_up, self._gate_up_biases[layer][expert], values, start, stop, scratch
+                )
                 y = scratch.y[start:stop]
                 if self.deterministic:
                     y.copy_(torch.mm(a, down.t(), out=scratch.y_tile)[: stop - start])
@@ -158,7 +165,14 @@ class HostExperts(ExpertsShape):
         )
 
     def _activations(
-        self, weights: ExpertWeights, gate_up: torch.Tensor, bias: np.ndarray, values: np.ndarray, start: int, stop: int, s: HostScratch
+        self,
+        weights: ExpertWeights,
+        gate_up: torch.Tensor,
+        bias: np.ndarray,
+        values: np.ndarray,
+        start: int,
+        stop: int,
+        s: HostScratch,
     ) -> torch.Tensor:
         """activation(gate(x)) * up(x) [rows of the tile, I] for the sorted pairs [start, stop) of one expert."""
         num_rows = self.tile_rows if self.deterministic else stop - start
@@ -191,7 +205,9 @@ class HostExperts(ExpertsShape):
 
     @torch.no_grad()
     def _library_treats_rows_alike(self) -> bool:
-        """Whether a row gives the same bits at every place of a tile, for the shapes of the first layer with experts."""
+        """Whether a row gives the same bits at every place of a tile, for the shapes of the first layer with
+        experts.
+        """
         weights = next((w for w in self.weights if w.num_local_experts), None)
         if weights is None:
             return True

@@ -7,9 +7,10 @@
                                                 3: token 2 (expert 7)  |
     (local experts 2..7)  -1: no local expert   within an expert: ascending token, then ascending k
 
-Numba functions that release the GIL, so that several worker threads run at once. Every loop runs along one row at a time:
-a row's bits cannot depend on its neighbours. They are compiled in warming up, or at the first call, for the layouts that are written
-out here alone, so that no later call compiles. The vocabulary follows scattermoe (sorted order, expert offsets).
+Numba functions that release the GIL, so that several worker threads run at once. Every loop runs along one row at a
+time: a row's bits cannot depend on its neighbours. They are compiled in warming up, or at the first call, for the
+layouts that are written out here alone, so that no later call compiles. The vocabulary follows scattermoe (sorted
+order, expert offsets).
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ def compiled(signatures: Callable[[Any], list]) -> Callable[[Callable], Compiled
     """Compile for `signatures`, which it makes of numba.types."""
 
     def decorate(function: Callable) -> Compiled:
-        return Compiled(function, signatures=lambda: signatures(_numba_types()), what="the experts of the host", nogil=True, error_model="numpy")
+        return Compiled(
+            function,
+            signatures=lambda: signatures(_numba_types()),
+            what="the experts of the host",
+            nogil=True,
+            error_model="numpy",
+        )
 
     return decorate
 
@@ -99,7 +106,8 @@ def gather_rows(rows, sorted_tokens, start, stop, out):
 def activate_rows(h, bias, activation, out):
     """out[i, j] = activation(h[i, j] + bias[j]) * (h[i, I + j] + bias[I + j]); float32, bias [2I] or [0].
 
-    activation: its place in weights.ACTIVATIONS. h [tile, I] has no second half and no second factor; bias is [I] or [0].
+    activation: its place in weights.ACTIVATIONS. h [tile, I] has no second half and no second factor; bias is [I] or
+    [0].
     """
     intermediate = out.shape[1]
     zero, half, one, root_of_half = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(0.5**0.5)
@@ -124,7 +132,9 @@ def activate_rows(h, bias, activation, out):
 
 @compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.float32[:, :], t.int64, t.float32[:, ::1])])
 def combine_rows(y, positions, weights, start, out):
-    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]], float32, every row written."""
+    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]], float32, every row
+    written.
+    """
     for i in range(out.shape[0]):
         for h in range(out.shape[1]):
             out[i, h] = 0

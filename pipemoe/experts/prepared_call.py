@@ -1,10 +1,11 @@
-"""One layer's experts call with one scratch, for rows and an out of one layout: every launch packed once, ready for the next rows.
+"""One layer's experts call with one scratch, for rows and an out of one layout: every launch packed once, ready for the
+next rows.
 
     launches    index        gate_up      for each block of columns:  down   combine
     rewritten   ids, pairs   hidden                                   -      ids, weights, out
 
-A call is then a few addresses and numbers written into place, and the driver's calls. It is used as its scratch is: by one call
-at a time.
+A call is then a few addresses and numbers written into place, and the driver's calls. It is used as its scratch is: by
+one call at a time.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class ColumnBlock:
 
 
 class PreparedCall:
-    """Enqueues on torch's current stream. rows, parts of out: of the call that this is made for; later ones have the same layout.
+    """Enqueues on torch's current stream. rows, parts of out: of the call that this is made for; later ones have the
+    same layout.
 
     parts: a matrix for each block.
     """
@@ -66,7 +68,14 @@ class PreparedCall:
             combine = None
             if fits(len(block.columns), part):
                 combine = PackedCombine(
-                    *(self._device_index, block.y, positions, rows.ids, weights.first_expert, rows.weights, block.bias, part),
+                    self._device_index,
+                    block.y,
+                    positions,
+                    rows.ids,
+                    weights.first_expert,
+                    rows.weights,
+                    block.bias,
+                    part,
                     on_hopper=on_hopper,
                     may_start_early=may_start_early,
                 )
@@ -75,7 +84,9 @@ class PreparedCall:
     def __call__(
         self, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], num_rows: int, events: Sequence[Recordable]
     ) -> None:
-        """num_rows: of rows and of out, at least 1. events: as many as there are blocks, or none. out: one matrix, or the blocks."""
+        """num_rows: of rows and of out, at least 1. events: as many as there are blocks, or none. out: one matrix, or
+        the blocks.
+        """
         stream = current_stream(self._device_index)
         num_pairs = num_rows * self._top_k
         ids, weights = rows.ids.data_ptr(), rows.weights.data_ptr()
@@ -93,7 +104,9 @@ class PreparedCall:
             if events:
                 events[i].record()
 
-    def _combine_any(self, stream: Stream, block: ColumnBlock, rows: WireRows, part: torch.Tensor, num_rows: int) -> None:
+    def _combine_any(
+        self, stream: Stream, block: ColumnBlock, rows: WireRows, part: torch.Tensor, num_rows: int
+    ) -> None:
         """For rows of out that are not on 16-byte boundaries."""
         y, positions = block.y[: num_rows * self._top_k], self._positions[:num_rows]
         combine_rows(stream, y, positions, rows.ids, self._first_expert, rows.weights, block.bias, part)

@@ -39,12 +39,15 @@ class Experts(Protocol):
     implementation: str
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
-    sliced_permille: int  # about the part of a call's time, in thousandths, that goes block by block of columns where events ask for it
+    # about the part of a call's time, in thousandths, that goes block by block of columns where events ask for it
+    sliced_permille: int
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
     supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
     def leaving(self, num_sms: int) -> Experts:
-        """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve both."""
+        """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve
+        both.
+        """
 
     def new_scratch(self, max_rows: int) -> Scratch:
         """Allocate what calls with up to `max_rows` rows need."""
@@ -56,16 +59,22 @@ class Experts(Protocol):
         """
 
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: Scratch, events: Sequence[Recordable] = ()
+        self,
+        layer: int,
+        rows: WireRows,
+        out: torch.Tensor | Sequence[torch.Tensor],
+        scratch: Scratch,
+        events: Sequence[Recordable] = (),
     ) -> None:
-        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * expert ids[i, k] of x_i (see ExpertWeights).
+        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * expert ids[i, k] of x_i (see
+        ExpertWeights).
 
         rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
         float16, or float64 (on the grid of 2^-32) when deterministic. Raises InputError for other shapes or dtypes.
 
-        events: if given, out comes in as many blocks of columns as there are events, column_ranges(H, number of events), one
-        after the other, and each event is recorded when its block is complete. Every weight is still read once, and no bit differs.
-        out may then be these blocks, each a matrix of its own, as collectives want them.
+        events: if given, out comes in as many blocks of columns as there are events, column_ranges(H, number of
+        events), one after the other, and each event is recorded when its block is complete. Every weight is still read
+        once, and no bit differs. out may then be these blocks, each a matrix of its own, as collectives want them.
         """
 
 
@@ -93,11 +102,17 @@ class ExpertsShape:
         for layer, layer_weights in enumerate(weights):
             layer_weights.validate(layer)
             if layer_weights.hidden != hidden:
-                raise InputError(f"layer {layer}: the weights are for hidden {layer_weights.hidden}; {hidden} is wanted")
+                raise InputError(
+                    f"layer {layer}: the weights are for hidden {layer_weights.hidden}; {hidden} is wanted"
+                )
             if layer_weights.row_dtype != dtype:
-                raise InputError(f"layer {layer}: the weights are {layer_weights.dtype}; {dtype} is wanted, convert them")
+                raise InputError(
+                    f"layer {layer}: the weights are {layer_weights.dtype}; {dtype} is wanted, convert them"
+                )
             if layer_weights.gate_up.device.type != device.type:
-                raise InputError(f"layer {layer}: the weights are on {layer_weights.gate_up.device}; move them to {device}")
+                raise InputError(
+                    f"layer {layer}: the weights are on {layer_weights.gate_up.device}; move them to {device}"
+                )
         self.weights = tuple(weights)
         self.top_k = top_k
         self.hidden = hidden
@@ -110,8 +125,9 @@ class ExpertsShape:
         self.out_dtypes = tuple(getattr(torch, name) for name in names)
 
     def leaving(self, num_sms: int) -> Self:
-        """These experts with kernels that leave so many multiprocessors to collectives beside them. A persistent kernel with a block
-        for every one would have a block wait for its place, and all others for that. Here: no persistent kernels, the same object."""
+        """These experts with kernels that leave so many multiprocessors to collectives beside them. A persistent kernel
+        with a block for every one would have a block wait for its place, and all others for that. Here: no persistent
+        kernels, the same object."""
         return self
 
     def max_pairs(self, max_rows: int) -> int:
@@ -135,7 +151,9 @@ class ExpertsShape:
     def check_call(
         self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], max_rows: int, num_blocks: int = 1
     ) -> list[torch.Tensor]:
-        """Raise InputError unless the call fits the layer, the scratch and this object's dtypes. Returns the blocks of out."""
+        """Raise InputError unless the call fits the layer, the scratch and this object's dtypes. Returns the blocks of
+        out.
+        """
         import torch
 
         num_rows = len(rows)
@@ -152,13 +170,16 @@ class ExpertsShape:
             raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")
         whole, ranges = isinstance(out, torch.Tensor), column_ranges(self.hidden, num_blocks)
         if not whole and len(out) != num_blocks:
-            raise InputError(f"layer {layer}: out is {len(out)} blocks of columns; {num_blocks} are wanted, one per event")
+            raise InputError(
+                f"layer {layer}: out is {len(out)} blocks of columns; {num_blocks} are wanted, one per event"
+            )
         for matrix, columns in [(out, range(self.hidden))] if whole else zip(out, ranges, strict=True):
             wanted = (num_rows, len(columns))
             if matrix.shape != wanted or matrix.dtype not in self.out_dtypes or (num_rows and matrix.stride(1) != 1):
                 raise InputError(
                     f"layer {layer}: out is {matrix.dtype} {tuple(matrix.shape)} with strides {matrix.stride()}; "
-                    f"{wanted} with adjacent columns is wanted, in one of {self.out_dtypes} (deterministic={self.deterministic})"
+                    f"{wanted} with adjacent columns is wanted, in one of {self.out_dtypes} "
+                    f"(deterministic={self.deterministic})"
                 )
         for tensor in (rows.buffer, *((out,) if whole else out)):
             if tensor.device.type != self.device.type:

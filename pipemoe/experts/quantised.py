@@ -22,12 +22,16 @@ def quantise_experts(weights: ExpertWeights) -> ExpertWeights:
     if weights.gate_up_bias is not None or weights.down_bias is not None:
         raise InputError("experts with biases cannot be float8_e4m3fn; leave them in bfloat16")
     if not weights.gated or weights.activation != "silu":
-        raise InputError(f"{weights.activation} experts, gated: {weights.gated}, cannot be float8_e4m3fn; only gated ones with silu")
+        raise InputError(
+            f"{weights.activation} experts, gated: {weights.gated}, cannot be float8_e4m3fn; only gated ones with silu"
+        )
 
     def quantised(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         experts, rows, columns = matrices.shape
         values = torch.empty(matrices.shape, dtype=torch.float8_e4m3fn, device=matrices.device)
-        scales = torch.empty((experts, num_blocks(rows), num_blocks(columns)), dtype=torch.float32, device=matrices.device)
+        scales = torch.empty(
+            (experts, num_blocks(rows), num_blocks(columns)), dtype=torch.float32, device=matrices.device
+        )
         for expert in range(experts):
             values[expert], scales[expert] = quantise_weight(matrices[expert])
         return values, scales

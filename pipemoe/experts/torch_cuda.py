@@ -1,13 +1,14 @@
 """Experts on a GPU: grouped GEMMs between Numba CUDA kernels. Implementation name "torch".
 
-    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --activation--> a [pairs, I]
+    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --activation--> a [pairs,
+    I]
          --grouped_mm--> y [pairs, H] --combine--> out [n, H]
 
-The host knows only n: how many pairs are local stays on the device. GEMMs therefore get matrices of one of two fixed heights,
-of which they compute the rows below offsets[-1]: the scratch's full height, or the largest for which torch picks its tile for
-few rows, when all pairs fit that. So torch's allocator is asked for the same few sizes again and again. grouped_mm serves
-bfloat16 on Hopper and Blackwell; elsewhere torch would fall back to a loop that synchronises with the host, and the SIMT
-kernel takes its place.
+The host knows only n: how many pairs are local stays on the device. GEMMs therefore get matrices of one of two fixed
+heights, of which they compute the rows below offsets[-1]: the scratch's full height, or the largest for which torch
+picks its tile for few rows, when all pairs fit that. So torch's allocator is asked for the same few sizes again and
+again. grouped_mm serves bfloat16 on Hopper and Blackwell; elsewhere torch would fall back to a loop that synchronises
+with the host, and the SIMT kernel takes its place.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED_MM_MAJORS = (9, 10)  # compute capabilities (major) whose grouped_mm needs no host synchronisation
 GROUPED_MM_ALIGNMENT = 8  # columns: it wants rows on 16-byte boundaries
-# torch takes a smaller tile when the matrix has at most this many rows per expert (its GroupMM.cu). The order of a sum may
-# follow the tile, so the deterministic mode always keeps above it.
+# torch takes a smaller tile when the matrix has at most this many rows per expert (its GroupMM.cu). The order of a sum
+# may follow the tile, so the deterministic mode always keeps above it.
 SMALL_TILE_ROWS_PER_EXPERT = 128
 
 
@@ -91,12 +92,11 @@ class TorchExperts(ExpertsShape):
     ):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype}; torch experts take one of {DTYPES}")
-        super().__init__(
-            weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic
-        )
+        super().__init__(weights, top_k=top_k, hidden=hidden, device=device, dtype=dtype, deterministic=deterministic)
         if self.max_local_experts > MAX_LOCAL_EXPERTS:
             raise ConfigError(
-                f"a rank would hold {self.max_local_experts} experts; the index kernels take at most {MAX_LOCAL_EXPERTS}: "
+                f"a rank would hold {self.max_local_experts} experts; the index kernels take at most "
+                f"{MAX_LOCAL_EXPERTS}: "
                 "use more ranks"
             )
         aligned = hidden % GROUPED_MM_ALIGNMENT == 0 and all(
@@ -129,7 +129,12 @@ class TorchExperts(ExpertsShape):
 
     @torch.no_grad()
     def __call__(
-        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], scratch: TorchScratch, events: Sequence[Recordable] = ()
+        self,
+        layer: int,
+        rows: WireRows,
+        out: torch.Tensor | Sequence[torch.Tensor],
+        scratch: TorchScratch,
+        events: Sequence[Recordable] = (),
     ) -> None:
         blocks = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
         weights = self.weights[layer]
@@ -158,7 +163,9 @@ class TorchExperts(ExpertsShape):
         for block, columns in enumerate(column_ranges(self.hidden, len(blocks))):
             part = slice(columns.start, columns.stop)
             bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            combine_rows(stream, y[:, part], positions, rows.ids, weights.first_expert, rows.weights, bias, blocks[block])
+            combine_rows(
+                stream, y[:, part], positions, rows.ids, weights.first_expert, rows.weights, bias, blocks[block]
+            )
             if events:
                 events[block].record()
 

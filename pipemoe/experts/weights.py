@@ -1,7 +1,7 @@
 """Expert weights of one MoE layer that one rank holds.
 
-    rank:      0            1            2
-    experts: | 0 1 2 | 3 4 5 | 6 7 8 9 |        E = 10, R = 3: uneven counts are fine, zero too
+rank:      0            1            2
+experts: | 0 1 2 | 3 4 5 | 6 7 8 9 |        E = 10, R = 3: uneven counts are fine, zero too
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
     """Global ids of the experts that `rank` of `num_ranks` holds: contiguous, counts differ by at most one."""
     where = f"rank {shown(rank)}: "
     num_experts = whole_number(f"{where}num_experts", num_experts, 0, ConfigError)
-    num_ranks, rank = whole_number(f"{where}num_ranks", num_ranks, 1, ConfigError), whole_number(f"{where}rank", rank, 0, ConfigError)
+    num_ranks, rank = (
+        whole_number(f"{where}num_ranks", num_ranks, 1, ConfigError),
+        whole_number(f"{where}rank", rank, 0, ConfigError),
+    )
     if not 0 <= rank < num_ranks:
         raise ConfigError(f"rank {rank}: a rank must be in [0, {num_ranks}), the number of ranks")
     return range(num_experts * rank // num_ranks, num_experts * (rank + 1) // num_ranks)
@@ -34,8 +37,8 @@ def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
 class ExpertWeights:
     """Weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
 
-    An expert is down(activation(gate x) * (up x)), or if not gated, down(activation(up x)) with the rows of up alone in gate_up.
-    Raises InputError from `validate` alone, so that a loader may build it from views in any order.
+    An expert is down(activation(gate x) * (up x)), or if not gated, down(activation(up x)) with the rows of up alone in
+    gate_up. Raises InputError from `validate` alone, so that a loader may build it from views in any order.
     """
 
     gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection; [E_loc, I, H] if not gated
@@ -99,7 +102,9 @@ class ExpertWeights:
     def validate(self, layer: int) -> None:
         """Raise InputError, naming the layer and the tensor, unless shapes, dtypes and devices agree."""
         if self.activation not in ACTIVATIONS:
-            raise InputError(f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted")
+            raise InputError(
+                f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted"
+            )
         whole_number(f"layer {layer}: first_expert", self.first_expert, 0)
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
             raise InputError(
@@ -130,16 +135,20 @@ class ExpertWeights:
         """Values and scales belong together."""
         import torch
 
-        both = [scales is not None and scales.dtype == torch.float32 for scales in (self.gate_up_scales, self.down_scales)]
+        both = [
+            scales is not None and scales.dtype == torch.float32 for scales in (self.gate_up_scales, self.down_scales)
+        ]
         if (self.dtype == torch.float8_e4m3fn) != all(both) or any(both) != all(both):
             raise InputError(
-                f"layer {layer}: weights are {self.dtype}; torch.float8_e4m3fn ones, and only they, come with float32 gate_up_scales and down_scales"
+                f"layer {layer}: weights are {self.dtype}; torch.float8_e4m3fn ones, and only they, come with "
+                "float32 gate_up_scales and down_scales"
             )
         if not all(both):
             return
         if self.hidden % BLOCK or self.intermediate % BLOCK:
             raise InputError(
-                f"layer {layer}: hidden is {self.hidden} and intermediate is {self.intermediate}; quantised experts take multiples of {BLOCK}"
+                f"layer {layer}: hidden is {self.hidden} and intermediate is {self.intermediate}; quantised experts "
+                f"take multiples of {BLOCK}"
             )
         if self.gate_up_bias is not None or self.down_bias is not None:
             raise InputError(f"layer {layer}: quantised experts cannot have biases; leave them in bfloat16")
@@ -148,8 +157,8 @@ class ExpertWeights:
 def check_finite(weights: Sequence[ExpertWeights]) -> None:
     """Raise InputError at the first NaN or infinite weight, naming layer, tensor and global expert id.
 
-    Reads every weight once (a load-time check, it synchronises a GPU); one expert at a time, so that the extra memory is
-    that of one expert.
+    Reads every weight once (a load-time check, it synchronises a GPU); one expert at a time, so that the extra memory
+    is that of one expert.
     """
     import torch
 

@@ -1,11 +1,11 @@
 """Attention over packed sequence pieces, called by transformers' own attention modules.
 
-Registered with transformers' AttentionInterface under the name PACKED; what varies per microbatch arrives in the keyword
-argument `packing`, so there is no global state and any number of threads may attend at once.
+Registered with transformers' AttentionInterface under the name PACKED; what varies per microbatch arrives in the
+keyword argument `packing`, so there is no global state and any number of threads may attend at once.
 
-On CUDA in half precision all pieces are one launch of FlashAttention-2's variable-length kernel, which aligns the causal
-diagonal to the last key and so needs no mask for a piece with earlier tokens. Elsewhere (float32, the host) it is one call
-of scaled_dot_product_attention per piece.
+On CUDA in half precision all pieces are one launch of FlashAttention-2's variable-length kernel, which aligns the
+causal diagonal to the last key and so needs no mask for a piece with earlier tokens. Elsewhere (float32, the host) it
+is one call of scaled_dot_product_attention per piece.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def packed_attention(
 ) -> tuple[torch.Tensor, None]:
     """Each piece's queries look, causally, at all tokens of their own sequence so far.
 
-    query [1, Hq, T, D], key [1, Hkv, S, D], value [1, Hkv, S, Dv] with S = packing.num_keys, or all rows of StepKeys; Hkv divides Hq.
-    Returns [1, T, Hq, Dv] in query's dtype.
+    query [1, Hq, T, D], key [1, Hkv, S, D], value [1, Hkv, S, Dv] with S = packing.num_keys, or all rows of StepKeys;
+    Hkv divides Hq. Returns [1, T, Hq, Dv] in query's dtype.
     """
     head_dim, value_dim = query.shape[-1], value.shape[-1]
     if value_dim < head_dim:  # the fused kernels want one head size (MLA: 192 and 128)

@@ -4,11 +4,12 @@
       config.json
       model.safetensors                  or  model.safetensors.index.json + model-00001-of-000NN.safetensors ...
 
-Headers of all shards are read first, so that a missing tensor or a truncated shard is found before any weight moves. Weights
-are then read tensor by tensor (experts: only this rank's) out of memory-mapped files.
+Headers of all shards are read first, so that a missing tensor or a truncated shard is found before any weight moves.
+Weights are then read tensor by tensor (experts: only this rank's) out of memory-mapped files.
 
-DeepSeek-V3's own checkpoints hold matrices `name` as e4m3 beside `name`_scale_inv, a float32 for each 128 x 128 of them (the word
-says inverse; it is what to multiply by). They are widened while reading, or for fp8 experts taken as they are.
+DeepSeek-V3's own checkpoints hold matrices `name` as e4m3 beside `name`_scale_inv, a float32 for each 128 x 128 of them
+(the word says inverse; it is what to multiply by). They are widened while reading, or for fp8 experts taken as they
+are.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class Checkpoint:
         if stored.shape != shape:
             raise self._error(
                 stored.file,
-                f"tensor {name} has shape {stored.shape}; the config wants {shape}. Check that config.json belongs to it",
+                f"tensor {name} has shape {stored.shape}; the config wants {shape}. Check that config.json belongs "
+                "to it",
             )
         if stored.dtype == QUANTISED and self.scales_of(name) and len(shape) == 2:
             self._check_scales(name, (num_blocks(shape[0]), num_blocks(shape[1])))
@@ -97,7 +99,8 @@ class Checkpoint:
             missing = f", and {name}{SCALES_SUFFIX} is missing" if stored.dtype == QUANTISED else ""
             raise self._error(
                 stored.file,
-                f"tensor {name} is stored as {stored.dtype}{missing}; {', '.join(READABLE)} can be read, and {QUANTISED} matrices with their "
+                f"tensor {name} is stored as {stored.dtype}{missing}; {', '.join(READABLE)} can be read, and "
+                f"{QUANTISED} matrices with their "
                 f"{SCALES_SUFFIX}. Is the checkpoint quantised in another way? Convert it to bfloat16 first",
             )
         return name
@@ -112,12 +115,14 @@ class Checkpoint:
         if scales.shape != shape or scales.dtype not in READABLE:
             raise self._error(
                 scales.file,
-                f"tensor {name}{SCALES_SUFFIX} has shape {scales.shape} and is stored as {scales.dtype}; one of {', '.join(READABLE)} for each "
+                f"tensor {name}{SCALES_SUFFIX} has shape {scales.shape} and is stored as {scales.dtype}; one of "
+                f"{', '.join(READABLE)} for each "
                 f"128 x 128 values of {name} is wanted, shape {shape}. Fetch the checkpoint again",
             )
 
     def read(self, names: Sequence[str], shape: tuple[int, ...], rows: range | None = None) -> torch.Tensor:
-        """Read the first of `names` that is stored, on the host in its stored dtype; with `rows`, those of its first axis.
+        """Read the first of `names` that is stored, on the host in its stored dtype; with `rows`, those of its first
+        axis.
 
         shape: the whole tensor's. A quantised matrix is widened to float32. Raises what `locate` raises.
         """
@@ -174,7 +179,11 @@ class Checkpoint:
         for layer in family.moe_layers(config):
             # Where a projection ends within a block, its scales are not those of gate and up together.
             whole = experts and width % BLOCK == 0
-            if quantised and whole and self._holds_quantised([n for e in experts for n in family.expert_names(layer, e)]):
+            if (
+                quantised
+                and whole
+                and self._holds_quantised([n for e in experts for n in family.expert_names(layer, e)])
+            ):
                 result.append(self._read_quantised_experts(family, layer, experts, hidden, width, device))
                 continue
             gate_up = torch.empty(len(experts), 2 * width, hidden, dtype=dtype, device=device)
@@ -202,7 +211,9 @@ class Checkpoint:
     ) -> ExpertWeights:
         def empty(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
             values = torch.empty(len(experts), rows, columns, dtype=torch.float8_e4m3fn, device=device)
-            return values, torch.empty(len(experts), num_blocks(rows), num_blocks(columns), dtype=torch.float32, device=device)
+            return values, torch.empty(
+                len(experts), num_blocks(rows), num_blocks(columns), dtype=torch.float32, device=device
+            )
 
         gate_up, gate_up_scales = empty(2 * width, hidden)
         down, down_scales = empty(hidden, width)
@@ -248,22 +259,38 @@ class Checkpoint:
         return shards, place_of
 
     def _check_shard_name(self, index: Path, name: object) -> None:
-        """An index comes from elsewhere: it must not lead out of the directory. (Links may: downloads are kept as links to one store.)"""
+        """An index comes from elsewhere: it must not lead out of the directory. (Links may: downloads are kept as links
+        to one store.)
+        """
         parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-        if not parts or ".." in parts or PurePosixPath(name).is_absolute() or "\\" in name or "\0" in name or not name.endswith(".safetensors"):
-            raise self._error(index, f"lists the shard {name!r}; a shard is a .safetensors file inside of {self.directory}. Fetch the index again")
+        if (
+            not parts
+            or ".." in parts
+            or PurePosixPath(name).is_absolute()
+            or "\\" in name
+            or "\0" in name
+            or not name.endswith(".safetensors")
+        ):
+            raise self._error(
+                index,
+                f"lists the shard {name!r}; a shard is a .safetensors file inside of {self.directory}. Fetch the "
+                "index again",
+            )
 
     def _why_nothing(self) -> str:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in self.directory.glob(pattern))
         if pickles:
             return (
-                f"holds no safetensors, only {pickles[0]}{' and others' if len(pickles) > 1 else ''}, which is pickle: loading it "
+                f"holds no safetensors, only {pickles[0]}{' and others' if len(pickles) > 1 else ''}, which is "
+                "pickle: loading it "
                 "can run code, so pipemoe never does. Convert it with save_pretrained of transformers"
             )
         return f"holds neither {SINGLE} nor {INDEX}; fetch the checkpoint's safetensors files"
 
     def _read_header(self, shard: Path, place_of: Mapping[str, str]) -> None:
-        """Index one shard; the layout is 8 bytes little-endian header size, JSON header, data. place_of: see _shards."""
+        """Index one shard; the layout is 8 bytes little-endian header size, JSON header, data. place_of: see
+        _shards.
+        """
         size = shard.stat().st_size
         with shard.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
@@ -287,7 +314,10 @@ class Checkpoint:
             if name in place_of and self.directory / place_of[name] != shard:
                 continue  # the index says that it is another shard's
             if name in self.tensors:
-                raise self._error(shard, f"tensor {name} is in {self.tensors[name].file.name} as well, and no index says which one holds")
+                raise self._error(
+                    shard,
+                    f"tensor {name} is in {self.tensors[name].file.name} as well, and no index says which one holds",
+                )
             self.tensors[name] = tensor
 
     def _error(self, file: Path, what: str) -> CheckpointError:

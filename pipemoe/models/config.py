@@ -37,7 +37,8 @@ def read_config(
     if type(random_weights) is not bool:
         raise ConfigError(f"{where}random_weights is {random_weights!r}; it must be True or False")
     if isinstance(source, PreTrainedConfig):
-        return _with_head_dim(copy.deepcopy(source)), None  # building a model writes its attention's name into the config
+        # building a model writes its attention's name into the config
+        return _with_head_dim(copy.deepcopy(source)), None
     directory = None
     if isinstance(source, dict):
         raw, name = copy.deepcopy(source), "the config given"

@@ -1,10 +1,11 @@
-"""A decoder model cut open at its MoE layers: attend(layer) up to the router, finish() from the last experts to the logits.
+"""A decoder model cut open at its MoE layers: attend(layer) up to the router, finish() from the last experts to the
+logits.
 
     start -> attend(0) -> [experts 0] -> attend(1) -> [experts 1] -> ... -> attend(L-1) -> [experts L-1] -> finish
 
-The routed experts are not here: the caller carries (x, ids, weights) to the ranks that hold them and brings the sums back as
-`y`. Everything else is transformers' own modules, run unchanged on one microbatch that packs several sequence pieces into
-the rows of one batch [1, T_mb, H].
+The routed experts are not here: the caller carries (x, ids, weights) to the ranks that hold them and brings the sums
+back as `y`. Everything else is transformers' own modules, run unchanged on one microbatch that packs several sequence
+pieces into the rows of one batch [1, T_mb, H].
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ class MicrobatchState:
 class Decoder:
     """Everything of a model but its routed experts, on one device.
 
-    Made by pipemoe.models.loading.load_decoder. Methods run on the current torch stream (on the host: in the calling thread),
-    never wait for the device, and may be called from any number of threads as long as each MicrobatchState stays with one
-    of them at a time. Microbatches that hold pieces of one sequence must pass each layer in the order of the pieces.
+    Made by pipemoe.models.loading.load_decoder. Methods run on the current torch stream (on the host: in the calling
+    thread), never wait for the device, and may be called from any number of threads as long as each MicrobatchState
+    stays with one of them at a time. Microbatches that hold pieces of one sequence must pass each layer in the order of
+    the pieces.
     """
 
     def __init__(
@@ -112,7 +114,9 @@ class Decoder:
 
     @property
     def caches_keys(self) -> bool:
-        """Do attention modules cache the keys and values that they attend to, not something to compute them from (MLA's latents)?"""
+        """Do attention modules cache the keys and values that they attend to, not something to compute them from (MLA's
+        latents)?
+        """
         return not hasattr(self._blocks[0].self_attn, "kv_lora_rank")
 
     def kept_bytes_per_token(self) -> int:
@@ -166,8 +170,8 @@ class Decoder:
 
     @torch.no_grad()
     def run_shared(self, state: MicrobatchState) -> None:
-        """Compute the shared experts of the layer attended last, which hides the dispatch's time; the next attend or finish does
-        it otherwise."""
+        """Compute the shared experts of the layer attended last, which hides the dispatch's time; the next attend or
+        finish does it otherwise."""
         if state.moe_input is not None:
             state.shared = self._shared_experts[state.layer](state.moe_input)
             state.moe_input = None
@@ -189,7 +193,8 @@ class Decoder:
         if state.layer != layer - 1 or (y is None) != (layer == 0):
             given = "no y" if y is None else "a y"
             raise InputError(
-                f"MoE layer {layer} of {len(self._blocks)} was asked for with {given} after layer {state.layer}; layers run in "
+                f"MoE layer {layer} of {len(self._blocks)} was asked for with {given} after layer {state.layer}; "
+                "layers run in "
                 "order, each but the first with the result of the one before"
             )
         if y is None:

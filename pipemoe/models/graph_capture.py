@@ -9,7 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_held() -> Iterator[None]:
-    """No cyclic garbage is collected inside: a tensor or graph that is freed in the middle of a capture makes it invalid."""
+    """No cyclic garbage is collected inside: a tensor or graph that is freed in the middle of a capture makes it
+    invalid.
+    """
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

@@ -48,14 +48,16 @@ class GraphStore:
             return
         if self.serves_cuts(config) and config.max_tokens_per_rank not in self._keys:
             self._keys[config.max_tokens_per_rank] = StepKeys(self._decoder, config.max_tokens_per_rank)
-        self._graphs[key] = AttendGraphs(self._decoder, results_dtype, self.most_rows(config), self._keys.get(config.max_tokens_per_rank))
+        self._graphs[key] = AttendGraphs(
+            self._decoder, results_dtype, self.most_rows(config), self._keys.get(config.max_tokens_per_rank)
+        )
 
     def graphs(self, config: Config, slot: int, results_dtype: torch.dtype) -> AttendGraphs | None:
         """What was captured for a slot, if anything."""
         return self._graphs.get(self._key(config, slot, results_dtype))
 
     def new_step(self, config: Config, begins: Sequence[int]) -> StepCache | StepOfKeys:
-        """Where a step keeps keys and values: at fixed addresses if graphs read them there. begins: of each sequence, its first token
-        among the rank's."""
+        """Where a step keeps keys and values: at fixed addresses if graphs read them there. begins: of each sequence,
+        its first token among the rank's."""
         keys = self._keys.get(config.max_tokens_per_rank) if self.serves_cuts(config) else None
         return self._decoder.new_step() if keys is None else keys.step(begins)

@@ -42,7 +42,14 @@ def load_decoder(
     Arguments and errors: see PreparedDecoder.
     """
     prepared = PreparedDecoder(
-        path_or_config, rank=rank, num_ranks=num_ranks, device=device, dtype=dtype, seed=seed, quantised=quantised, random_weights=random_weights
+        path_or_config,
+        rank=rank,
+        num_ranks=num_ranks,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        quantised=quantised,
+        random_weights=random_weights,
     )
     return prepared.load()
 
@@ -64,14 +71,17 @@ class PreparedDecoder:
     ) -> None:
         """
         path_or_config: a checkpoint directory (config.json and safetensors), or, for random weights made from `seed`, a
-        transformers config; with random_weights also a dict like config.json, the path of a .json file or of a directory with one.
-        The other ranks' experts are never allocated and never read. quantised: experts in e4m3 (see pipemoe.e4m3), all else in `dtype`.
-        Raises CheckpointError that names rank, file and tensor: here for all that headers say, in `load` for NaN weights.
+        transformers config; with random_weights also a dict like config.json, the path of a .json file or of a
+        directory with one. The other ranks' experts are never allocated and never read. quantised: experts in e4m3 (see
+        pipemoe.e4m3), all else in `dtype`. Raises CheckpointError that names rank, file and tensor: here for all that
+        headers say, in `load` for NaN weights.
         """
         self._where = f"rank {rank}: "
         self.device = _indexed(torch.device(device))
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ConfigError(f"{self._where}dtype is {dtype}; it must be torch.float32, torch.bfloat16 or torch.float16")
+            raise ConfigError(
+                f"{self._where}dtype is {dtype}; it must be torch.float32, torch.bfloat16 or torch.float16"
+            )
         self._dtype, self._seed, self._quantised = dtype, seed, quantised
         self._config, directory = read_config(path_or_config, self._where, random_weights=random_weights)
         self._family = check_config(self._config, self._where)
@@ -94,7 +104,9 @@ class PreparedDecoder:
         hidden, width = self._config.hidden_size, self._family.intermediate(self._config)
         of_expert = 3 * hidden * width * self._dtype.itemsize
         if self._quantised:
-            of_expert = 3 * hidden * width + 4 * (num_blocks(2 * width) * num_blocks(hidden) + num_blocks(hidden) * num_blocks(width))
+            of_expert = 3 * hidden * width + 4 * (
+                num_blocks(2 * width) * num_blocks(hidden) + num_blocks(hidden) * num_blocks(width)
+            )
         of_experts = len(self._moe_layers) * len(self._experts) * of_expert
         return sum(self._shared_values()) * self._dtype.itemsize + of_experts + self.largest_bytes
 
@@ -115,7 +127,10 @@ class PreparedDecoder:
         if self._checkpoint is None:
             fill_random(model, seed=self._seed, **place)
             shape = dict(hidden=config.hidden_size, intermediate=family.intermediate(config))
-            weights = [random_experts(layer, experts, **shape, seed=self._seed, **place) for layer in range(len(self._moe_layers))]
+            weights = [
+                random_experts(layer, experts, **shape, seed=self._seed, **place)
+                for layer in range(len(self._moe_layers))
+            ]
             if self._quantised:
                 weights = [quantise_experts(layer_weights) for layer_weights in weights]
             identity = f"random weights, seed {self._seed}"
@@ -132,7 +147,9 @@ class PreparedDecoder:
     def _check_headers(self, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError for what is missing, of a wrong shape or dtype, or would be left out."""
         checkpoint.check_experts(self._family, self._config, self._experts)
-        shapes = {name: tuple(meta.shape) for name, meta in self._model.state_dict().items() if name != tied_name(self._model)}
+        shapes = {
+            name: tuple(meta.shape) for name, meta in self._model.state_dict().items() if name != tied_name(self._model)
+        }
         for name, shape in shapes.items():
             checkpoint.locate(self._family.checkpoint_names(name), shape)
         check_placeless(checkpoint, self._family, self._config, [*shapes, HEAD], self._where)
@@ -140,7 +157,9 @@ class PreparedDecoder:
 
 def _has_own_head(checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> bool:
     """Is an output projection stored that is not the embedding again?"""
-    head, embedding = (next((n for n in family.checkpoint_names(name) if n in checkpoint.tensors), None) for name in (HEAD, EMBEDDING))
+    head, embedding = (
+        next((n for n in family.checkpoint_names(name) if n in checkpoint.tensors), None) for name in (HEAD, EMBEDDING)
+    )
     if head is None or embedding is None:
         return head is not None
     shape = checkpoint.tensors[head].shape
@@ -162,7 +181,9 @@ def _check_finite(model: PreTrainedModel, weights: list[ExpertWeights], where: s
     """NaN in any weight would spread over the ranks' sums and show up far from its cause."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise CheckpointError(f"{where}{name} holds NaN or infinite values; every weight must be finite, check the checkpoint")
+            raise CheckpointError(
+                f"{where}{name} holds NaN or infinite values; every weight must be finite, check the checkpoint"
+            )
     try:
         check_finite(weights)
     except InputError as error:

@@ -1,9 +1,10 @@
-"""Whether a model's weights fit the memory there is, before any is taken: the system ends a process that takes too much without a word.
+"""Whether a model's weights fit the memory there is, before any is taken: the system ends a process that takes too much
+without a word.
 
-The rule. On a GPU all ranks that share it must find room in what is free. On a host all its ranks together must stay below the limit of
-their control group, if there is one (a container's, a batch job's), else below the machine's memory and swap. Free memory decides
-nothing there: caches give way, and the memory of some virtual machines grows as it is used. Where less is free than needed, a
-warning says so.
+The rule. On a GPU all ranks that share it must find room in what is free. On a host all its ranks together must stay
+below the limit of their control group, if there is one (a container's, a batch job's), else below the machine's memory
+and swap. Free memory decides nothing there: caches give way, and the memory of some virtual machines grows as it is
+used. Where less is free than needed, a warning says so.
 """
 
 from __future__ import annotations
@@ -28,24 +29,41 @@ _NO_LIMIT = 1 << 60  # control groups of version 1 say "no limit" with a number 
 
 
 def shortage(world: World, num_bytes: int) -> ConfigError | None:
-    """What is wrong if this rank's weights, with those of the ranks beside it, do not fit; every rank calls. num_bytes: of this rank."""
+    """What is wrong if this rank's weights, with those of the ranks beside it, do not fit; every rank calls. num_bytes:
+    of this rank.
+    """
     place = _place(world.device)
-    told = [json.loads(payload) for payload in world.all_gather(json.dumps([place, num_bytes]).encode(), "bytes of the model's weights")]
+    told = [
+        json.loads(payload)
+        for payload in world.all_gather(json.dumps([place, num_bytes]).encode(), "bytes of the model's weights")
+    ]
     needed, sharing = sum(count for where, count in told if where == place), sum(where == place for where, _ in told)
     what = f"rank {world.rank}: the weights need {_gib(num_bytes)}"
     if sharing > 1:
-        what += f", and with those of the {sharing - 1} other ranks on this {'GPU' if world.device.type == 'cuda' else 'host'} {_gib(needed)}"
+        shared = "GPU" if world.device.type == "cuda" else "host"
+        what += f", and with those of the {sharing - 1} other ranks on this {shared} {_gib(needed)}"
     if world.device.type == "cuda":
         free, total = _gpu_bytes(world.device)
         if needed > free:
-            return ConfigError(f"{what}, but {_gib(free)} of the GPU's {_gib(total)} are free; use more ranks, a narrower dtype, or end what else runs there")
+            return ConfigError(
+                f"{what}, but {_gib(free)} of the GPU's {_gib(total)} are free; use more ranks, a narrower dtype, "
+                "or end what else runs there"
+            )
         return None
     limit, whose = host_limit()
     if limit is not None and needed > limit:
         return ConfigError(f"{what}, but {whose} {_gib(limit)}; use more hosts, a narrower dtype, or raise that limit")
     free = _meminfo().get("MemAvailable")
-    if free is not None and needed > free and world.rank == next(rank for rank, (where, _) in enumerate(told) if where == place):
-        _log.warning("%s, but only %s are free at present; the system may end a process that takes more than there is", what, _gib(free))
+    if (
+        free is not None
+        and needed > free
+        and world.rank == next(rank for rank, (where, _) in enumerate(told) if where == place)
+    ):
+        _log.warning(
+            "%s, but only %s are free at present; the system may end a process that takes more than there is",
+            what,
+            _gib(free),
+        )
     return None
 
 

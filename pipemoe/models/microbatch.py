@@ -1,13 +1,13 @@
 """A microbatch on its way through a decoder: attention launched kernel by kernel, or as CUDA graphs.
 
-Launching the some fifty kernels of a layer's attention takes the host about a millisecond; the GPU is done with 2000 tokens in
-less than that. Graphs are captured at set-up, one per MoE layer and bucket of token counts:
+Launching the some fifty kernels of a layer's attention takes the host about a millisecond; the GPU is done with 2000
+tokens in less than that. Graphs are captured at set-up, one per MoE layer and bucket of token counts:
 
     tokens of the microbatch    |  7 tokens | 9 rows of padding |     bucket of 16: the graph always computes 16 rows
     rows handed on              |  7 tokens |                         padding is never dispatched
 
-A slot holds one microbatch at a time, so all graphs of a slot share their inputs, outputs and memory. With StepKeys they serve
-pieces of sequences that are cut over several microbatches as well, else only whole sequences.
+A slot holds one microbatch at a time, so all graphs of a slot share their inputs, outputs and memory. With StepKeys
+they serve pieces of sequences that are cut over several microbatches as well, else only whole sequences.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class EagerMicrobatch:
 
     def __init__(self, decoder: Decoder, state: MicrobatchState, results_dtype: torch.dtype) -> None:
         self._decoder, self._state = decoder, state
-        self.sums = torch.zeros((state.packing.num_tokens, decoder.shape.hidden), dtype=results_dtype, device=decoder.device)
+        self.sums = torch.zeros(
+            (state.packing.num_tokens, decoder.shape.hidden), dtype=results_dtype, device=decoder.device
+        )
 
     def attend(self, layer: int) -> Routed:
         """From the sums of layer - 1 to the router of `layer`; see Decoder.attend."""
@@ -50,7 +52,9 @@ class EagerMicrobatch:
 
 
 class _Bucket:
-    """One graph per MoE layer over the first `num_rows` rows of a slot's tensors, and one for its shared experts if it has any."""
+    """One graph per MoE layer over the first `num_rows` rows of a slot's tensors, and one for its shared experts if it
+    has any.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
@@ -61,9 +65,11 @@ class _Bucket:
 class AttendGraphs:
     """The captured attention of one decoder in one slot."""
 
-    def __init__(self, decoder: Decoder, results_dtype: torch.dtype, num_rows: int, keys: StepKeys | None = None) -> None:
-        """Capture for microbatches of up to `num_rows` tokens, one of GRAPH_ROWS, on the current stream, which must not be the
-        default one. keys: what the slots of a step share, if cut sequences are to be served.
+    def __init__(
+        self, decoder: Decoder, results_dtype: torch.dtype, num_rows: int, keys: StepKeys | None = None
+    ) -> None:
+        """Capture for microbatches of up to `num_rows` tokens, one of GRAPH_ROWS, on the current stream, which must not
+        be the default one. keys: what the slots of a step share, if cut sequences are to be served.
 
         Set-up work: allocates, and needs about 5 ms per layer and bucket.
         """
@@ -78,10 +84,17 @@ class AttendGraphs:
         self._sums = zeros(num_rows, shape.hidden, dtype=results_dtype)
         self._query_offsets = zeros(MAX_PIECES + 1, dtype=torch.int32)
         if keys is not None:
-            self._key_offsets, self._key_lengths = zeros(MAX_PIECES + 1, dtype=torch.int32), zeros(MAX_PIECES, dtype=torch.int32)
+            self._key_offsets, self._key_lengths = (
+                zeros(MAX_PIECES + 1, dtype=torch.int32),
+                zeros(MAX_PIECES, dtype=torch.int32),
+            )
             self._key_rows = torch.full((num_rows,), keys.padding_row, dtype=torch.long, device=decoder.device)
         top_k = num_rows, shape.top_k
-        self._routed = zeros(num_rows, shape.hidden), zeros(*top_k, dtype=torch.int32), zeros(*top_k, dtype=torch.float32)
+        self._routed = (
+            zeros(num_rows, shape.hidden),
+            zeros(*top_k, dtype=torch.int32),
+            zeros(*top_k, dtype=torch.float32),
+        )
         self._shared = zeros(1, num_rows, shape.hidden) if decoder.has_shared_experts else None
         with collection_held():
             self._buckets = [self._capture(bucket) for bucket in GRAPH_ROWS if bucket <= num_rows]
@@ -97,7 +110,11 @@ class AttendGraphs:
         packing.query_offsets = packing.key_offsets = self._query_offsets
         if self._keys is not None:
             state.cache = KeysOfMicrobatch(self._keys, self._key_rows[:num_rows])
-            packing.key_offsets, packing.key_lengths, packing.max_key = self._key_offsets, self._key_lengths, len(self._keys)
+            packing.key_offsets, packing.key_lengths, packing.max_key = (
+                self._key_offsets,
+                self._key_lengths,
+                len(self._keys),
+            )
 
     def _capture(self, num_rows: int) -> _Bucket:
         decoder, sums = self._decoder, self._sums[:num_rows]
@@ -167,7 +184,9 @@ class AttendGraphs:
 class GraphedMicrobatch:
     """One graph launch per layer. As EagerMicrobatch."""
 
-    def __init__(self, decoder: Decoder, state: MicrobatchState, bucket: _Bucket, routed: Routed, sums: torch.Tensor) -> None:
+    def __init__(
+        self, decoder: Decoder, state: MicrobatchState, bucket: _Bucket, routed: Routed, sums: torch.Tensor
+    ) -> None:
         self._decoder, self._state, self._bucket, self._routed, self.sums = decoder, state, bucket, routed, sums
         self._layer = -1  # attended last
 
@@ -195,7 +214,9 @@ def start_microbatch(
     pieces: Sequence[Piece],
     results_dtype: torch.dtype,
 ) -> EagerMicrobatch | GraphedMicrobatch:
-    """Embed a microbatch (see Decoder.start) and take the graphs for it if they serve. step: with StepKeys, those of the graphs."""
+    """Embed a microbatch (see Decoder.start) and take the graphs for it if they serve. step: with StepKeys, those of
+    the graphs.
+    """
     state = decoder.start(step, token_ids, pieces)
     graphed = graphs.start(state) if graphs is not None else None
     return graphed or EagerMicrobatch(decoder, state, results_dtype)

@@ -1,9 +1,11 @@
 """How sequence pieces lie in the rows of one microbatch.
 
     rows of the microbatch     | piece 0 | piece 1      | piece 2 |       queries: only the piece's own tokens
-    keys and values      | earlier | piece 0 | piece 1      | earlier of 2 | piece 2 |    ... and its sequence's earlier ones
+    keys and values      | earlier | piece 0 | piece 1      | earlier of 2 | piece 2 |    ... and its sequence's earlier
+    ones
 
-Where keys and values have places of their own (StepKeys), a piece's begin where its sequence does, and are `key_lengths` many.
+Where keys and values have places of their own (StepKeys), a piece's begin where its sequence does, and are
+`key_lengths` many.
 """
 
 from __future__ import annotations
@@ -73,8 +75,10 @@ class Packing:
             packed = packed.pin_memory().to(device, non_blocking=True)
         self.num_ends = len(ends)
         split = packed.split([len(part) for part in parts])  # all int32
-        self.token_ids, self.positions, self.end_rows, self.query_offsets, self.key_offsets = split[:5]  # offsets [num_pieces + 1]
-        self.key_lengths, self.key_rows = (split[5], split[6].long()) if begins is not None else (None, None)  # [num_pieces], [T]
+        # offsets [num_pieces + 1]
+        self.token_ids, self.positions, self.end_rows, self.query_offsets, self.key_offsets = split[:5]
+        # [num_pieces], [T]
+        self.key_lengths, self.key_rows = (split[5], split[6].long()) if begins is not None else (None, None)
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def mask(self, index: int, window: int | None) -> torch.Tensor:
@@ -91,13 +95,19 @@ class Packing:
 def _key_parts(
     pieces: Sequence[Piece], spans: Sequence[Span], positions: Sequence[np.ndarray], begins: Sequence[int] | None
 ) -> list[np.ndarray]:
-    """Offsets of the pieces' keys; and, if keys have places of their own, how many each piece reads and where its own go."""
+    """Offsets of the pieces' keys; and, if keys have places of their own, how many each piece reads and where its own
+    go.
+    """
     if begins is None:
         return [np.asarray([0, *(s.key_stop for s in spans)])]
     first = [begins[p.sequence] for p in pieces]
     last = first[-1] + pieces[-1].stop if pieces else 0
     rows = [begin + of_piece for begin, of_piece in zip(first, positions)]
-    return [np.asarray([*first, last]), np.asarray([p.stop for p in pieces]), np.concatenate(rows) if rows else np.empty(0)]
+    return [
+        np.asarray([*first, last]),
+        np.asarray([p.stop for p in pieces]),
+        np.concatenate(rows) if rows else np.empty(0),
+    ]
 
 
 def _spans(pieces: Sequence[Piece]) -> list[Span]:

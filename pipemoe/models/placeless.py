@@ -1,7 +1,9 @@
-"""Tensors that a checkpoint stores and the model has no place for: refused by name, as dropping them would change what it computes.
+"""Tensors that a checkpoint stores and the model has no place for: refused by name, as dropping them would change what
+it computes.
 
-Two kinds are left out by rule, and said through `logging`: buffers that are computed anew (rotary frequencies), and decoder layers
-beyond num_hidden_layers (DeepSeek-V3's layers for multi-token prediction; a config cut to its first layers).
+Two kinds are left out by rule, and said through `logging`: buffers that are computed anew (rotary frequencies), and
+decoder layers beyond num_hidden_layers (DeepSeek-V3's layers for multi-token prediction; a config cut to its first
+layers).
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _SHOWN = 3
 
 
-def check_placeless(checkpoint: Checkpoint, family: Family, config: PreTrainedConfig, names: Iterable[str], where: str) -> None:
+def check_placeless(
+    checkpoint: Checkpoint, family: Family, config: PreTrainedConfig, names: Iterable[str], where: str
+) -> None:
     """names: of the model's own parameters, without routed experts. Raises CheckpointError."""
     taken = set(_experts_names(checkpoint, family, config, where))
     for name in names:
@@ -46,21 +50,35 @@ def check_placeless(checkpoint: Checkpoint, family: Family, config: PreTrainedCo
         shown = ", ".join(f"{name} (in {checkpoint.tensors[name].file.name})" for name in sorted(left)[:_SHOWN])
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         raise CheckpointError(
-            f"{where}{checkpoint.directory}: a {family.model_type} model of this config has no place for the stored tensor{'s' * (len(left) > 1)} "
-            f"{shown}{more}; without what is stored it would compute something else. Check that config.json belongs to the shards"
+            f"{where}{checkpoint.directory}: a {family.model_type} model of this config has no place for the stored "
+            f"tensor{'s' * (len(left) > 1)} "
+            f"{shown}{more}; without what is stored it would compute something else. Check that config.json belongs "
+            "to the shards"
         )
     if beyond:
         promised = getattr(config, "num_nextn_predict_layers", None) or 0
         level = logging.INFO if len(beyond) <= promised else logging.WARNING
         layers = ", ".join(map(str, sorted(beyond)))
-        _log.log(level, "%s%s: num_hidden_layers is %d; the stored layers %s are not read", where, checkpoint.directory, config.num_hidden_layers, layers)
+        _log.log(
+            level,
+            "%s%s: num_hidden_layers is %d; the stored layers %s are not read",
+            where,
+            checkpoint.directory,
+            config.num_hidden_layers,
+            layers,
+        )
 
 
 def _experts_names(checkpoint: Checkpoint, family: Family, config: PreTrainedConfig, where: str) -> Iterable[str]:
     """Stored names of the routed experts' weights, of all ranks."""
     for layer in family.moe_layers(config):
         fused = [name for name in family.fused_names(layer) if name in checkpoint.tensors]
-        single = [n for e in range(family.num_experts(config)) for n in family.expert_names(layer, e) if n in checkpoint.tensors]
+        single = [
+            n
+            for e in range(family.num_experts(config))
+            for n in family.expert_names(layer, e)
+            if n in checkpoint.tensors
+        ]
         if fused and single:
             _check_once(checkpoint, [fused[0], single[0]], where)
         yield from fused or single
@@ -69,5 +87,6 @@ def _experts_names(checkpoint: Checkpoint, family: Family, config: PreTrainedCon
 def _check_once(checkpoint: Checkpoint, names: list[str], where: str) -> None:
     if len(names) > 1:
         raise CheckpointError(
-            f"{where}{checkpoint.directory}: {' and '.join(names)} are both stored, but are the same weights of the model; leave one of them out"
+            f"{where}{checkpoint.directory}: {' and '.join(names)} are both stored, but are the same weights of the "
+            "model; leave one of them out"
         )

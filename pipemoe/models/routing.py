@@ -2,14 +2,17 @@
 
 Two scorings, as in transformers' own routers (which the tests compare with):
 
-- softmax top-k (Mixtral; Qwen3-MoE, Switch Transformer lineage): probabilities over all experts, the K largest, optionally
+- softmax top-k (Mixtral; Qwen3-MoE, Switch Transformer lineage): probabilities over all experts, the K largest,
+optionally
   renormalised to sum to one;
-- sigmoid with a bias-corrected, group-limited choice (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the bias and the groups
+- sigmoid with a bias-corrected, group-limited choice (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the bias and the
+groups
   decide who is chosen, the unbiased scores weigh.
 
-On the host the choice is a numba kernel that holds no GIL, on CUDA one kernel (pipemoe_kernels.routing); both break ties towards
-the lower expert and the lower group. What that kernel does not take (more than 512 experts or 16 of them a token, GPUs older
-than sm_80) is a handful of torch operations, without a host synchronisation; ties are as torch.topk has them there.
+On the host the choice is a numba kernel that holds no GIL, on CUDA one kernel (pipemoe_kernels.routing); both break
+ties towards the lower expert and the lower group. What that kernel does not take (more than 512 experts or 16 of them a
+token, GPUs older than sm_80) is a handful of torch operations, without a host synchronisation; ties are as torch.topk
+has them there.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def tied_name(model: PreTrainedModel) -> str | None:
 
 
 def fuse_norms(model: PreTrainedModel) -> None:
-    """Replace the RMS norms by torch's, the same function in one kernel instead of eight; weights are shared, not copied.
+    """Replace the RMS norms by torch's, the same function in one kernel instead of eight; weights are shared, not
+    copied.
 
     Rounds once, at the end, where transformers rounds before the weight too: in bfloat16 the results differ by that.
     """

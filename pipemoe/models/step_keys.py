@@ -3,9 +3,10 @@
     keys of one decoder layer   | sequence 0 | sequence 1 ........ | sequence 2 |  not used  | padding |
     rows                        in the order of this rank's tokens, whichever microbatch computed them    max_tokens
 
-A microbatch writes its rows and reads those of its sequences so far. Microbatches of a sequence may run on different streams; the
-caller orders them by events, layer by layer, and steps one after the other. Serves attention that FlashAttention finds by offsets
-in device memory (see attention.py), and whose cache holds the keys themselves (not multi-head latent attention).
+A microbatch writes its rows and reads those of its sequences so far. Microbatches of a sequence may run on different
+streams; the caller orders them by events, layer by layer, and steps one after the other. Serves attention that
+FlashAttention finds by offsets in device memory (see attention.py), and whose cache holds the keys themselves (not
+multi-head latent attention).
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class StepKeys:
         self.padding_row = max_tokens
         sizes = decoder.key_sizes()
         self._rows = [
-            tuple(torch.zeros((max_tokens + 1, heads, dim), dtype=decoder.dtype, device=decoder.device) for heads, dim in sizes)
+            tuple(
+                torch.zeros((max_tokens + 1, heads, dim), dtype=decoder.dtype, device=decoder.device)
+                for heads, dim in sizes
+            )
             for _ in range(decoder.config.num_hidden_layers)
         ]
 
@@ -39,8 +43,12 @@ class StepKeys:
         """For a step whose sequence i begins at this rank's token begins[i]."""
         return StepOfKeys(self, begins)
 
-    def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put key, value [1, heads, T, D] of a decoder layer into `rows` [T] int64; all rows [1, heads, len(self), D]."""
+    def write(
+        self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put key, value [1, heads, T, D] of a decoder layer into `rows` [T] int64; all rows [1, heads, len(self),
+        D].
+        """
         for kept, new in zip(self._rows[layer], (key, value), strict=True):
             kept.index_copy_(0, rows, new[0].transpose(0, 1))
         return tuple(kept.transpose(0, 1).unsqueeze(0) for kept in self._rows[layer])
@@ -66,5 +74,7 @@ class KeysOfMicrobatch:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """key, value: [1, heads, T, D] of the microbatch. Returns the keys and values of all the step's tokens so far, in their rows."""
+        """key, value: [1, heads, T, D] of the microbatch. Returns the keys and values of all the step's tokens so far,
+        in their rows.
+        """
         return self._keys.write(layer_idx, self._rows, key, value)

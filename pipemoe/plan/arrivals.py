@@ -1,14 +1,17 @@
-"""Waves that are computed as they arrive: the groups in which they are dispatched, and the parts in which a rank has their rows.
+"""Waves that are computed as they arrive: the groups in which they are dispatched, and the parts in which a rank has
+their rows.
 
     wave              | rank 2 | rank 0 ...... | rank 3 ... | rank 1 ........... |
     groups            | 0                      | 1                               |
     parts of rank 3   | 0                      | own        | 1                  |
 
-Groups are neighbouring segments, the same on all ranks. A rank's own rows are there before the dispatch, all others of a group with it.
-A group of one rank's rows alone would leave all links idle but those that lead away from it, so a group holds about two ranks' or more.
+Groups are neighbouring segments, the same on all ranks. A rank's own rows are there before the dispatch, all others of
+a group with it. A group of one rank's rows alone would leave all links idle but those that lead away from it, so a
+group holds about two ranks' or more.
 
-All cohorts run one after another in the first slot: experts that wait for rows hold the multiprocessors that another cohort's attention
-would need, perhaps that which these very rows come from. In one slot a rank has attended and packed before it waits.
+All cohorts run one after another in the first slot: experts that wait for rows hold the multiprocessors that another
+cohort's attention would need, perhaps that which these very rows come from. In one slot a rank has attended and packed
+before it waits.
 """
 
 from __future__ import annotations
@@ -43,18 +46,24 @@ def most_groups(num_waves):
 
 @compiled_part
 def groups_for(num_ranks, num_waves):
-    """Into how many groups of equal rows a wave with segments of so many ranks is cut; for large segments there are fewer."""
+    """Into how many groups of equal rows a wave with segments of so many ranks is cut; for large segments there are
+    fewer.
+    """
     return max(1, min(num_ranks // 2, most_groups(num_waves)))
 
 
 @compiled_part
 def group_of(row, num_rows, wave_rows, num_groups):
-    """The group of the segment at rows [row, row + num_rows), by where its middle lies. Not every number need have a segment."""
+    """The group of the segment at rows [row, row + num_rows), by where its middle lies. Not every number need have a
+    segment.
+    """
     return (2 * row + num_rows) * num_groups // (2 * wave_rows)
 
 
 def groups_of(plan: Plan, cohort: int, wave: int) -> tuple[Wave, ...]:
-    """A wave's dispatch as one group of collectives, or as several if the plan has arrivals: the wave with some of its segments each."""
+    """A wave's dispatch as one group of collectives, or as several if the plan has arrivals: the wave with some of its
+    segments each.
+    """
     num_waves, whole = len(plan.cohorts[cohort].waves), plan.cohorts[cohort].waves[wave]
     if not plan.arrivals or plan.exchange(whole) == "padded":
         return (whole,)

@@ -1,13 +1,13 @@
 """Which microbatches share a cohort: one rule per fixed mode.
 
-An assignment is a list of cohorts, each a list of microbatches; earlier cohorts get the higher priority, and a later chunk of
-a sequence never stands in an earlier cohort than the chunks before it.
+An assignment is a list of cohorts, each a list of microbatches; earlier cohorts get the higher priority, and a later
+chunk of a sequence never stands in an earlier cohort than the chunks before it.
 """
 
 from __future__ import annotations
 
-from pipemoe.plan.schedule import Facts, Microbatch
 from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch
 
 Assignment = list[list[Microbatch]]
 
@@ -29,7 +29,8 @@ def assign(facts: Facts, config: PlanConfig) -> Assignment:
 
 def _by_similar_count(by_length: list[Microbatch], config: PlanConfig) -> Assignment:
     """Neighbours in length share a cohort while the longest is at most `pipelined_ratio` times the shortest; never more
-    cohorts than slots (a cohort that has to queue for a slot is worse off than one that travels with longer company)."""
+    cohorts than slots (a cohort that has to queue for a slot is worse off than one that travels with longer
+    company)."""
     cohorts: Assignment = []
     for m in by_length:
         if cohorts and (m.stop <= config.pipelined_ratio * cohorts[-1][0].stop or len(cohorts) == config.num_slots):

@@ -1,4 +1,6 @@
-"""How the planner's core is compiled: see pipemoe.compiled. Ranks with code of different sources would plan differently."""
+"""How the planner's core is compiled: see pipemoe.compiled. Ranks with code of different sources would plan
+differently.
+"""
 
 from __future__ import annotations
 

@@ -21,16 +21,17 @@ class PlanConfig:
 
     moe_max_num_tokens: rows that enter the fused MoE at once. max_tokens_per_rank: tokens a rank may bring to one step;
     it sizes the workspace of the uncapped baselines. num_slots: cohorts that may be under way at once.
-    combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank order. pipelined_ratio: ranks
-    whose token counts differ by no more than this factor share a cohort. Mode "auto" takes the cohorts with the lowest predicted
-    `objective` of the sequences' times to first token ("mean", "slowest", "p50", or "weighted": the three together, by
-    `objective_weights` in this order) among those whose slowest is at most `makespan_budget` (a fraction) above the lowest possible.
-    combine_blocks: blocks of columns in which a wave's sums are computed and combined, each combined while the next is computed; None:
-    one, or what mode "auto" chooses.
-    arrivals: whether experts take a wave's rows as they arrive, in one launch (see plan.arrivals), in every plan whose cohorts run in one
-    slot; None: not, or what mode "auto" chooses. num_sms: multiprocessors that the experts' persistent kernels fill, in every plan; None: all
-    but those that the plan leaves to collectives beside them, where there are such; mode "auto" chooses how many. Experts that take rows as
-    they arrive leave what Room.kept_from_arrivals says, whatever num_sms is.
+    combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank order.
+    pipelined_ratio: ranks whose token counts differ by no more than this factor share a cohort. Mode "auto" takes the
+    cohorts with the lowest predicted `objective` of the sequences' times to first token ("mean", "slowest", "p50", or
+    "weighted": the three together, by `objective_weights` in this order) among those whose slowest is at most
+    `makespan_budget` (a fraction) above the lowest possible. combine_blocks: blocks of columns in which a wave's sums
+    are computed and combined, each combined while the next is computed; None: one, or what mode "auto" chooses.
+    arrivals: whether experts take a wave's rows as they arrive, in one launch (see plan.arrivals), in every plan whose
+    cohorts run in one slot; None: not, or what mode "auto" chooses. num_sms: multiprocessors that the experts'
+    persistent kernels fill, in every plan; None: all but those that the plan leaves to collectives beside them, where
+    there are such; mode "auto" chooses how many. Experts that take rows as they arrive leave what
+    Room.kept_from_arrivals says, whatever num_sms is.
     """
 
     mode: str = "auto"
@@ -54,15 +55,29 @@ class PlanConfig:
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
         weights = self.objective_weights
-        if not (isinstance(weights, tuple) and len(weights) == 3 and all(type(w) is int and 0 <= w <= 100 for w in weights) and any(weights)):
-            raise ConfigError(f"objective_weights is {weights!r}; it must be three whole numbers from 0 to 100, for mean, slowest and p50")
+        if not (
+            isinstance(weights, tuple)
+            and len(weights) == 3
+            and all(type(w) is int and 0 <= w <= 100 for w in weights)
+            and any(weights)
+        ):
+            raise ConfigError(
+                f"objective_weights is {weights!r}; it must be three whole numbers from 0 to 100, for mean, slowest "
+                "and p50"
+            )
         if not isinstance(self.makespan_budget, (int, float)) or not 0 <= self.makespan_budget <= 100:
-            raise ConfigError(f"makespan_budget is {self.makespan_budget!r}; it must be a fraction from 0 (0.1 is 10 %) to 100")
+            raise ConfigError(
+                f"makespan_budget is {self.makespan_budget!r}; it must be a fraction from 0 (0.1 is 10 %) to 100"
+            )
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
-        if self.combine_blocks is not None and (type(self.combine_blocks) is not int or not 1 <= self.combine_blocks <= MOST_BLOCKS):
-            raise ConfigError(f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None")
+        if self.combine_blocks is not None and (
+            type(self.combine_blocks) is not int or not 1 <= self.combine_blocks <= MOST_BLOCKS
+        ):
+            raise ConfigError(
+                f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None"
+            )
         if self.arrivals is not None and type(self.arrivals) is not bool:
             raise ConfigError(f"arrivals is {self.arrivals!r}; it must be True, False, or None")
         if self.num_sms is not None and (type(self.num_sms) is not int or self.num_sms < 1):
@@ -86,7 +101,13 @@ class PlanConfig:
     @property
     def max_slots(self) -> int:
         """Slots that a plan of this mode can use."""
-        return 1 if self.mode in (*UNCAPPED_MODES, "chunked") else min(2, self.num_slots) if self.mode == "two_batch" else self.num_slots
+        return (
+            1
+            if self.mode in (*UNCAPPED_MODES, "chunked")
+            else min(2, self.num_slots)
+            if self.mode == "two_batch"
+            else self.num_slots
+        )
 
     def block_choices(self, hidden: int) -> tuple[int, ...]:
         """Numbers of blocks of columns that a plan may have, the usual one first."""

@@ -1,4 +1,6 @@
-"""The planner: from exchanged facts to a plan. Pure and deterministic: whole numbers only, every tie broken by index."""
+"""The planner: from exchanged facts to a plan. Pure and deterministic: whole numbers only, every tie broken by
+index.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,31 @@ from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.assignment import Assignment, assign
 from pipemoe.plan.auto.choice import auto_assignment
 from pipemoe.plan.clock.columns import cut_columns
+from pipemoe.plan.clock.layer import LAYER_OF, attention_waits, cut_waves, layer_costs
+from pipemoe.plan.clock.order import cohort_order, merge_orders, order_keys
+from pipemoe.plan.clock.sms import forced_sms_left, usual_sms_left
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.compiled import compiled
-from pipemoe.plan.cost.model import CostModel, rates_of
-from pipemoe.plan.clock.layer import LAYER_OF, attention_waits, cut_waves, layer_costs
-from pipemoe.plan.cost.magnitude import check_magnitude
-from pipemoe.plan.clock.order import cohort_order, merge_orders, order_keys
-from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, Segment, Wave
 from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.clock.sms import forced_sms_left, usual_sms_left
+from pipemoe.plan.cost.magnitude import check_magnitude
+from pipemoe.plan.cost.model import CostModel, rates_of
+from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, Segment, Wave
 
 
-def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = CostModel(), assignment: Assignment | None = None) -> Plan:
+def plan(
+    facts: Facts,
+    shape: ModelShape,
+    config: PlanConfig,
+    cost: CostModel = CostModel(),
+    assignment: Assignment | None = None,
+) -> Plan:
     """Plan one forward pass.
 
-    facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by default
-    what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, or the step is too long for
-    the planner's arithmetic (see magnitude), ConfigError if the assignment puts a later chunk of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs, or
-    fewer multiprocessors than `num_sms`.
+    facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by
+    default what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, or
+    the step is too long for the planner's arithmetic (see magnitude), ConfigError if the assignment puts a later chunk
+    of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs, or fewer
+    multiprocessors than `num_sms`.
     """
     num_blocks, most = config.combine_blocks or 1, most_blocks(shape.hidden)
     if num_blocks > most:
@@ -33,7 +42,9 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     sms_left = forced_sms_left(config, cost.sms)
     for rank, tokens in enumerate(facts.tokens):
         if tokens > config.max_tokens_per_rank:
-            raise InputError(f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}")
+            raise InputError(
+                f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}"
+            )
     check_magnitude(facts, shape, config, cost)
     arrivals = bool(config.arrivals)
     if assignment is None and config.mode == "auto":
@@ -48,7 +59,15 @@ def plan(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel = 
     starts, first = facts.flat_boundaries
     padded_rows = max(facts.tokens) if config.exchange == "padded" else 0
     arrivals = arrivals and min(len(assignment), config.num_slots) == 1
-    limits = (config.max_wave_rows(facts.num_ranks), config.num_slots, shape.num_layers, num_blocks, padded_rows, -1 if sms_left is None else sms_left, arrivals)
+    limits = (
+        config.max_wave_rows(facts.num_ranks),
+        config.num_slots,
+        shape.num_layers,
+        num_blocks,
+        padded_rows,
+        -1 if sms_left is None else sms_left,
+        arrivals,
+    )
     if len(assignment) == 1:
         segments, wave_rows, num_waves, order, sms_left = _tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
     else:
@@ -69,17 +88,26 @@ def planner_is_kept() -> bool:
 
 
 def compile_planner(num_ranks: int, shape: ModelShape, config: PlanConfig, cost: CostModel) -> None:
-    """Plan a little something, so that all is compiled that plans of this configuration may need, and no step compiles."""
+    """Plan a little something, so that all is compiled that plans of this configuration may need, and no step
+    compiles.
+    """
     tokens = min(2, config.max_tokens_per_rank)
     facts = Facts(((tokens,), *((1,),) * (num_ranks - 1)))
     plan(facts, shape, config, cost)
-    several = [[Microbatch(0, 0, 1)], [Microbatch(0, 1, 2)] if tokens > 1 else [Microbatch(1, 0, 1)] if num_ranks > 1 else []]
-    if several[1] and (config.mode in ("two_batch", "auto") or (config.mode in ("per_rank", "pipelined") and num_ranks > 1)):
+    several = [
+        [Microbatch(0, 0, 1)],
+        [Microbatch(0, 1, 2)] if tokens > 1 else [Microbatch(1, 0, 1)] if num_ranks > 1 else [],
+    ]
+    if several[1] and (
+        config.mode in ("two_batch", "auto") or (config.mode in ("per_rank", "pipelined") and num_ranks > 1)
+    ):
         plan(facts, shape, config, cost, several)
 
 
 def _tables_of_one(microbatches, num_ranks, rates, limits):
-    """What _tables returns, for one cohort, whose order needs no costs: so modes that never have several need no compiled code."""
+    """What _tables returns, for one cohort, whose order needs no costs: so modes that never have several need no
+    compiled code.
+    """
     most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
     segments, wave_rows, num_waves = cut_waves(microbatches, 1, most_rows)
     if padded_rows:
@@ -92,9 +120,9 @@ def _tables_of_one(microbatches, num_ranks, rates, limits):
 
 @compiled(seconds=5)
 def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gather, gathered):
-    """Segments, rows of the waves, waves of the cohorts, order_keys, the multiprocessors left (-1 in `limits`: as usual); and a
-    cohort with a later one whose sequences it continues (-1: there is none). In one compiled call: passing all that costs would take
-    longer than computing it."""
+    """Segments, rows of the waves, waves of the cohorts, order_keys, the multiprocessors left (-1 in `limits`: as
+    usual); and a cohort with a later one whose sequences it continues (-1: there is none). In one compiled call:
+    passing all that costs would take longer than computing it."""
     most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
     num_cohorts = microbatches[-1, 0] + 1
     waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
@@ -108,7 +136,9 @@ def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gath
         wave_rows = np.full((1, 1), (len(first) - 1) * padded_rows)
     if sms_left < 0:
         sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
-    costs = layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left)
+    costs = layer_costs(
+        segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
+    )
     costs = cut_columns(costs, rates, num_blocks)
     return segments, wave_rows, num_waves, order_keys(costs, rates, num_slots, num_layers), sms_left, wrong
 
@@ -121,6 +151,10 @@ def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_
         of_wave.append(Segment(rank, start, stop, row))
     rows = wave_rows.tolist()
     return tuple(
-        Cohort(c % num_slots, tuple(microbatches), tuple(Wave(tuple(of_wave), rows[c][w]) for w, of_wave in enumerate(waves[c])))
+        Cohort(
+            c % num_slots,
+            tuple(microbatches),
+            tuple(Wave(tuple(of_wave), rows[c][w]) for w, of_wave in enumerate(waves[c])),
+        )
         for c, microbatches in enumerate(assignment)
     )

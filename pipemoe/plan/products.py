@@ -1,4 +1,6 @@
-"""Products of whole numbers that need more than 64 bits before they are divided. Compiled: int64 wraps around without a word."""
+"""Products of whole numbers that need more than 64 bits before they are divided. Compiled: int64 wraps around without a
+word.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ _MOST_DIVISOR = 1 << 31  # its square fits int64
 
 @compiled_part
 def scaled(value, numerator, denominator):
-    """value * numerator // denominator, exact wherever the result fits and the denominator is below 2**31; no operand is negative."""
+    """value * numerator // denominator, exact wherever the result fits and the denominator is below 2**31; no operand
+    is negative.
+    """
     a, b = value // denominator, value % denominator
     c, d = numerator // denominator, numerator % denominator
     return a * c * denominator + a * d + b * c + b * d // denominator

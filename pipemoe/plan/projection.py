@@ -12,7 +12,9 @@ POINT_TO_POINT = ("send", "recv")
 
 
 class Issue(NamedTuple):
-    """One call of one rank on a communicator. `peer` is the root, or the other side of a send or recv; -1 for all ranks."""
+    """One call of one rank on a communicator. `peer` is the root, or the other side of a send or recv; -1 for all
+    ranks.
+    """
 
     communicator: str  # "dispatch" or "combine", with `slot`
     slot: int
@@ -23,7 +25,9 @@ class Issue(NamedTuple):
 
 
 def project(plan: Plan, rank: int, row_bytes: int, sum_bytes: int) -> list[Issue]:
-    """The calls of `rank`, in the plan's order. A dispatch row has `row_bytes`, a value of a partial sum `sum_bytes`."""
+    """The calls of `rank`, in the plan's order. A dispatch row has `row_bytes`, a value of a partial sum
+    `sum_bytes`.
+    """
     issues: list[Issue] = []
     for op in plan.ops:
         if op.kind not in (OpKind.DISPATCH, OpKind.COMBINE):
@@ -34,7 +38,16 @@ def project(plan: Plan, rank: int, row_bytes: int, sum_bytes: int) -> list[Issue
         sizes = [row_bytes] if op.kind is OpKind.DISPATCH else [sum_bytes * len(columns) for columns in plan.columns]
         for size in sizes:
             for primitive, peer, rows in _calls(plan, rank, op.kind, wave):
-                issues.append(Issue(communicator, cohort.slot, plan.buffer(op.cohort, op.layer, op.wave), primitive, peer, rows * size))
+                issues.append(
+                    Issue(
+                        communicator,
+                        cohort.slot,
+                        plan.buffer(op.cohort, op.layer, op.wave),
+                        primitive,
+                        peer,
+                        rows * size,
+                    )
+                )
     return issues
 
 
@@ -57,7 +70,9 @@ def _calls(plan: Plan, rank: int, kind: OpKind, wave: Wave) -> Iterator[tuple[st
 
 
 def gather_calls(wave: Wave, rank: int, num_ranks: int) -> Iterator[tuple[str, int, Segment]]:
-    """What `rank` calls for combine="gather", in order: ("send" or "recv", the other side, the segment whose partial sums travel)."""
+    """What `rank` calls for combine="gather", in order: ("send" or "recv", the other side, the segment whose partial
+    sums travel).
+    """
     for segment in wave.segments:
         if segment.rank != rank:
             yield "send", segment.rank, segment
@@ -66,22 +81,30 @@ def gather_calls(wave: Wave, rank: int, num_ranks: int) -> Iterator[tuple[str, i
 
 
 def match(issues_of: list[list[Issue]]) -> None:
-    """Check that the ranks' issues fit together on every communicator: the same collectives in the same order with the same
-    root and bytes, and every send met by a receive. Raises PlanError naming communicator, position and both sides."""
+    """Check that the ranks' issues fit together on every communicator: the same collectives in the same order with the
+    same root and bytes, and every send met by a receive. Raises PlanError naming communicator, position and both
+    sides."""
     for key in sorted({(i.communicator, i.slot) for issues in issues_of for i in issues}):
         on = [[i for i in issues if (i.communicator, i.slot) == key] for issues in issues_of]
         name = f"communicator {key[0]} of slot {key[1]}"
         collectives = [[i for i in issues if i.primitive not in POINT_TO_POINT] for issues in on]
         for rank, mine in enumerate(collectives):
             if mine != collectives[0]:
-                at = next((n for n, (a, b) in enumerate(zip(mine, collectives[0])) if a != b), min(len(mine), len(collectives[0])))
-                raise PlanError(f"{name}: collective {at} is {_at(mine, at)} on rank {rank}, {_at(collectives[0], at)} on rank 0")
+                at = next(
+                    (n for n, (a, b) in enumerate(zip(mine, collectives[0])) if a != b),
+                    min(len(mine), len(collectives[0])),
+                )
+                raise PlanError(
+                    f"{name}: collective {at} is {_at(mine, at)} on rank {rank}, {_at(collectives[0], at)} on rank 0"
+                )
         for a in range(len(on)):
             for b in range(len(on)):
                 sent = [i.num_bytes for i in on[a] if i.primitive == "send" and i.peer == b]
                 received = [i.num_bytes for i in on[b] if i.primitive == "recv" and i.peer == a]
                 if sent != received:
-                    raise PlanError(f"{name}: rank {a} sends {sent[:8]} bytes to rank {b}, which receives {received[:8]}")
+                    raise PlanError(
+                        f"{name}: rank {a} sends {sent[:8]} bytes to rank {b}, which receives {received[:8]}"
+                    )
 
 
 def _at(issues: list[Issue], at: int) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pipemoe.plan.arrivals import groups_of
 from pipemoe.plan.auto.choice import Candidate
-from pipemoe.plan.schedule import OpKind, Plan
 from pipemoe.plan.clock.prediction import Prediction
+from pipemoe.plan.schedule import OpKind, Plan
 
 _LETTERS = {OpKind.ATTEND: "a", OpKind.EXPERTS: "E", OpKind.FINISH: "f", OpKind.DISPATCH: ">", OpKind.COMBINE: "<"}
 _LANES = (("compute", (OpKind.ATTEND, OpKind.EXPERTS, OpKind.FINISH)), ("exchange", (OpKind.DISPATCH, OpKind.COMBINE)))
@@ -21,7 +21,10 @@ def table(lines: Sequence[Sequence[str]]) -> str:
     """Columns as wide as need be; all but the first to the right. The first line is the heading."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip() for line in lines
+        "  ".join(
+            [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]
+        ).rstrip()
+        for line in lines
     )
 
 
@@ -37,7 +40,9 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
 def ranks_table(plan: Plan, prediction: Prediction) -> str:
     lines = [["rank", "tokens", "TTFT ms", "exposed comm ms"]]
     for rank, tokens in enumerate(plan.facts.tokens):
-        lines.append([str(rank), str(tokens), milliseconds(prediction.ttft[rank]), milliseconds(prediction.exposed[rank])])
+        lines.append(
+            [str(rank), str(tokens), milliseconds(prediction.ttft[rank]), milliseconds(prediction.exposed[rank])]
+        )
     return table(lines)
 
 
@@ -48,11 +53,15 @@ def cohorts_lines(plan: Plan) -> str:
         parts = [f"{m.rank}[{m.start}:{m.stop}]" for m in cohort.microbatches]
         rows = sum(wave.num_rows for wave in cohort.waves)
         count = len(cohort.waves)
-        lines.append(f"cohort {c}: {rows} rows in {count} wave{'s' if count > 1 else ''}, rank[tokens] {' '.join(parts)}")
+        lines.append(
+            f"cohort {c}: {rows} rows in {count} wave{'s' if count > 1 else ''}, rank[tokens] {' '.join(parts)}"
+        )
     if plan.num_column_blocks > 1:
         lines.append(f"sums in {plan.num_column_blocks} blocks of columns, each combined while the next is computed")
     if plan.arrivals:
-        most = max(len(groups_of(plan, c, w)) for c, cohort in enumerate(plan.cohorts) for w in range(len(cohort.waves)))
+        most = max(
+            len(groups_of(plan, c, w)) for c, cohort in enumerate(plan.cohorts) for w in range(len(cohort.waves))
+        )
         lines.append(f"waves computed as they arrive, dispatched in up to {most} group{'s' if most > 1 else ''}")
     if plan.sms_left and not plan.arrivals:
         lines.append(f"experts leave {plan.sms_left} multiprocessors to collectives")
@@ -71,7 +80,9 @@ def timeline_text(plan: Plan, prediction: Prediction, *, num_layers: int, width:
     ranks = sorted({chosen[max(chosen)], chosen[min(chosen)]})
     spans = {rank: [s for s in prediction.spans[rank] if s[0].layer in layers and s[1][0] < s[1][1]] for rank in ranks}
     end = max((stop for of_rank in spans.values() for _, (_, stop) in of_rank), default=1)
-    lines = [f"first {len(layers)} layers, {milliseconds(end)} ms; a attend, E experts, f finish, > dispatch, < combine"]
+    lines = [
+        f"first {len(layers)} layers, {milliseconds(end)} ms; a attend, E experts, f finish, > dispatch, < combine"
+    ]
     for rank in ranks:
         for c in range(len(plan.cohorts)):
             for name, kinds in _LANES:
@@ -79,6 +90,8 @@ def timeline_text(plan: Plan, prediction: Prediction, *, num_layers: int, width:
                 for op, (begin, stop) in spans[rank]:
                     if op.cohort == c and op.kind in kinds:
                         first = min(begin * width // end, width - 1)
-                        row[first : max(stop * width // end, first + 1)] = _LETTERS[op.kind] * max(stop * width // end - first, 1)
+                        row[first : max(stop * width // end, first + 1)] = _LETTERS[op.kind] * max(
+                            stop * width // end - first, 1
+                        )
                 lines.append(f"rank {rank} cohort {c} {name:8} |{''.join(row)}|")
     return "\n".join(lines)

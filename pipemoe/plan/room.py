@@ -12,18 +12,19 @@ from pipemoe.plan.arrivals import INDEX_SMS
 class Room:
     """Thread blocks that may be spinning at once, against the SMs they need.
 
-    num_sms: that this rank may use. ctas: NCCL_MAX_CTAS. ranks_on_device: ranks that share this GPU, and whose blocks may all lie on
-    this rank's SMs: a share under MPS says how many, not which. arrival_blocks: grid of the experts that wait for rows, in plans with
-    arrivals. cluster_blocks: NCCL_CGA_CLUSTER_SIZE.
+    num_sms: that this rank may use. ctas: NCCL_MAX_CTAS. ranks_on_device: ranks that share this GPU, and whose blocks
+    may all lie on this rank's SMs: a share under MPS says how many, not which. arrival_blocks: grid of the experts that
+    wait for rows, in plans with arrivals. cluster_blocks: NCCL_CGA_CLUSTER_SIZE.
 
-    A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by kernels that
-    need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave those no room, so
-    spinning blocks may fill half of the SMs; fewer on a GPU that a rank has for itself, where experts may run in pairs of blocks: wherever
-    the spinning ones lie, two neighbours are free somewhere.
+    A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by
+    kernels that need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave
+    those no room, so spinning blocks may fill half of the SMs; fewer on a GPU that a rank has for itself, where experts
+    may run in pairs of blocks: wherever the spinning ones lie, two neighbours are free somewhere.
 
-    Experts that wait for rows may fill all others. What their rows come from needs no SM of this rank any more: in a plan of one slot a rank
-    has attended to, and packed, all that it sends before it waits. Only what brings the rows needs room, one slot's collectives and the
-    index of what has come. Each block there takes a whole SM, wherever one is free, which clusters of blocks could not.
+    Experts that wait for rows may fill all others. What their rows come from needs no SM of this rank any more: in a
+    plan of one slot a rank has attended to, and packed, all that it sends before it waits. Only what brings the rows
+    needs room, one slot's collectives and the index of what has come. Each block there takes a whole SM, wherever one
+    is free, which clusters of blocks could not.
     """
 
     num_sms: int
@@ -38,29 +39,41 @@ class Room:
         return (self.num_sms - (self.ranks_on_device == 1)) // 2
 
     def check(self, num_slots: int) -> None:
-        """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave half the SMs free."""
+        """Raise ConfigError unless all communicators of `num_slots` slots fit beside one another and leave half the SMs
+        free.
+        """
         needed = self.ranks_on_device * 2 * num_slots * self.ctas
         if needed > self.spinning_blocks:
             raise ConfigError(
-                f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x 2 x {num_slots} slots x NCCL_MAX_CTAS={self.ctas}"
+                f"no room for thread blocks: {self.ranks_on_device} ranks on this GPU x 2 x {num_slots} slots x "
+                f"NCCL_MAX_CTAS={self.ctas}"
                 f" = {needed} blocks, more than {self.spinning_blocks} of {self.num_sms} SMs;"
                 " lower NCCL_MAX_CTAS (an environment variable, the same on all ranks) or num_slots"
             )
 
     @property
     def kept_from_arrivals(self) -> int:
-        """SMs that experts which wait for rows leave to the collectives of one slot; to the index they leave INDEX_SMS besides."""
+        """SMs that experts which wait for rows leave to the collectives of one slot; to the index they leave INDEX_SMS
+        besides.
+        """
         return 2 * self.ctas
 
     def check_arrivals(self) -> None:
         """Raise ConfigError unless experts may wait for rows on `arrival_blocks` SMs."""
         if self.ranks_on_device > 1:
-            raise ConfigError(f"no arrivals: {self.ranks_on_device} ranks share this GPU, and experts that wait on one could take the SMs of the others")
+            raise ConfigError(
+                f"no arrivals: {self.ranks_on_device} ranks share this GPU, and experts that wait on one could take "
+                "the SMs of the others"
+            )
         if self.cluster_blocks > 1:
-            raise ConfigError(f"no arrivals: NCCL_CGA_CLUSTER_SIZE is {self.cluster_blocks}, but so many neighbouring SMs may never be free; set it to 0")
+            raise ConfigError(
+                f"no arrivals: NCCL_CGA_CLUSTER_SIZE is {self.cluster_blocks}, but so many neighbouring SMs may "
+                "never be free; set it to 0"
+            )
         needed = self.arrival_blocks + self.kept_from_arrivals + INDEX_SMS
         if needed > self.num_sms:
             raise ConfigError(
-                f"no arrivals: {self.arrival_blocks} blocks that wait for rows, 2 x NCCL_MAX_CTAS={self.ctas} of collectives and {INDEX_SMS}"
+                f"no arrivals: {self.arrival_blocks} blocks that wait for rows, 2 x NCCL_MAX_CTAS={self.ctas} of "
+                f"collectives and {INDEX_SMS}"
                 f" for the index need {needed} SMs, of which there are {self.num_sms}; lower NCCL_MAX_CTAS"
             )

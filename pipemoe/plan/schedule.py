@@ -1,9 +1,9 @@
 """The schedule types: what a plan is made of. Data, not code; no torch, no MPI.
 
-    Plan
-      facts     tokens and sequence lengths of every rank, as exchanged
-      cohorts   microbatches that travel together; each cut into waves, each wave into segments
-      order     every operation of every rank, in one total order: int32 [num_ops, 4] = kind, cohort, layer, wave
+Plan
+  facts     tokens and sequence lengths of every rank, as exchanged
+  cohorts   microbatches that travel together; each cut into waves, each wave into segments
+  order     every operation of every rank, in one total order: int32 [num_ops, 4] = kind, cohort, layer, wave
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Microbatch(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A microbatch's part in one wave: tokens [start, stop) of `rank`, at rows [row, row + stop - start) of the wave."""
+    """A microbatch's part in one wave: tokens [start, stop) of `rank`, at rows [row, row + stop - start) of the
+    wave.
+    """
 
     rank: int
     start: int
@@ -79,7 +81,11 @@ class Wave(NamedTuple):
     def is_even(self, num_ranks: int) -> bool:
         """Has every rank one segment, all of a size, in order?"""
         size, left = divmod(self.num_rows, num_ranks)
-        return not left and all(s[0] == rank and s[2] - s[1] == size for rank, s in enumerate(self.segments)) and len(self.segments) == num_ranks
+        return (
+            not left
+            and all(s[0] == rank and s[2] - s[1] == size for rank, s in enumerate(self.segments))
+            and len(self.segments) == num_ranks
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,9 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Facts:
-    """What every rank brings to a step, equal on all ranks after the exchange: `lengths[r]` are the sequence lengths."""
+    """What every rank brings to a step, equal on all ranks after the exchange: `lengths[r]` are the sequence
+    lengths.
+    """
 
     lengths: tuple[tuple[int, ...], ...]
 
@@ -140,7 +148,9 @@ class ModelShape:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             if not isinstance(getattr(self, name), numbers.Integral) or getattr(self, name) <= 0:
-                raise ConfigError(f"ModelShape.{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+                raise ConfigError(
+                    f"ModelShape.{name} is {getattr(self, name)!r}; it must be a whole number of at least 1"
+                )
         if self.top_k > self.num_experts:
             raise ConfigError(f"ModelShape.top_k is {self.top_k}, more than num_experts {self.num_experts}")
 
@@ -168,8 +178,8 @@ class Plan:
         return tuple(Op(kinds[kind], cohort, layer, wave) for kind, cohort, layer, wave in self.order.tolist())
 
     def exchange(self, wave: Wave) -> str:
-        """"padded" (all-gather and reduce-scatter), or "broadcast" (one broadcast and one reduce per segment). Mode auto gathers what
-        needs no padding: one collective of equal parts is quicker than as many as there are ranks."""
+        """ "padded" (all-gather and reduce-scatter), or "broadcast" (one broadcast and one reduce per segment). Mode
+        auto gathers what needs no padding: one collective of equal parts is quicker than as many as there are ranks."""
         even = self.config.mode == "auto" and self.facts.num_ranks > 1 and wave.is_even(self.facts.num_ranks)
         return "padded" if even else self.config.exchange
 
@@ -193,8 +203,9 @@ class Plan:
 
     @cached_property
     def pacemakers(self) -> tuple[tuple[int, ...], ...]:
-        """Per cohort: those that continue its sequences and take the slots in the same turn. Its attention of a layer waits for theirs
-        of the layer before: further ahead it would gain nothing, and leave the rest of its sequences to end alone."""
+        """Per cohort: those that continue its sequences and take the slots in the same turn. Its attention of a layer
+        waits for theirs of the layer before: further ahead it would gain nothing, and leave the rest of its sequences
+        to end alone."""
         paces: list[list[int]] = [[] for _ in self.cohorts]
         for later, predecessors in enumerate(self.causal_predecessors):
             for earlier in predecessors:
@@ -206,7 +217,11 @@ class Plan:
     def digest(self) -> bytes:
         """16 bytes that are equal on two ranks exactly when their plans are."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(repr((self.facts.lengths, self.shape, self.config, self.num_column_blocks, self.arrivals, self.sms_left)).encode())
+        h.update(
+            repr(
+                (self.facts.lengths, self.shape, self.config, self.num_column_blocks, self.arrivals, self.sms_left)
+            ).encode()
+        )
         for cohort in self.cohorts:
             flat = [cohort.slot, *(v for m in cohort.microbatches for v in m)]
             flat += [v for w in cohort.waves for v in (w.num_rows, *(x for s in w.segments for x in s))]

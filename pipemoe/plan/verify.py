@@ -13,7 +13,14 @@ from pipemoe.plan.room import Room
 from pipemoe.plan.schedule import MAX_GROUPS, OpKind, Plan, Wave
 
 
-def verify(plan: Plan, *, row_bytes: int = 128, sum_bytes: int = 4, room: Room | None = None, issues: list[list[Issue]] | None = None) -> None:
+def verify(
+    plan: Plan,
+    *,
+    row_bytes: int = 128,
+    sum_bytes: int = 4,
+    room: Room | None = None,
+    issues: list[list[Issue]] | None = None,
+) -> None:
     """Prove the properties of DESIGN.md for `plan`; raise PlanError naming the first that does not hold.
 
     issues: what each rank issued, in place of what the plan makes it issue (a debug run's real logs).
@@ -47,7 +54,9 @@ def _fail(name: str, text: str) -> None:
 
 
 def _every_token_once(plan: Plan) -> None:
-    """The segments of all waves hold every token of every rank exactly once, inside their wave and their cohort's chunks."""
+    """The segments of all waves hold every token of every rank exactly once, inside their wave and their cohort's
+    chunks.
+    """
     name = "every token once"
     spans: list[list[tuple[int, int]]] = [[] for _ in plan.facts.tokens]
     for index, cohort in enumerate(plan.cohorts):
@@ -66,7 +75,11 @@ def _every_token_once(plan: Plan) -> None:
         at = 0
         for start, stop in sorted(spans[rank]):
             if start != at:
-                _fail(name, f"rank {rank}: tokens from {min(at, start)} to {max(at, start)} are {'missing' if start > at else 'there twice'}")
+                _fail(
+                    name,
+                    f"rank {rank}: tokens from {min(at, start)} to {max(at, start)} are "
+                    f"{'missing' if start > at else 'there twice'}",
+                )
             at = stop
         if at != tokens:
             _fail(name, f"rank {rank}: segments end at token {at} of {tokens}")
@@ -86,7 +99,9 @@ def _every_column_once(plan: Plan) -> None:
 
 
 def _every_op_once(plan: Plan) -> None:
-    """Each cohort attends once a layer, each wave is dispatched, computed and combined once a layer, each cohort finishes once."""
+    """Each cohort attends once a layer, each wave is dispatched, computed and combined once a layer, each cohort
+    finishes once.
+    """
     expected = Counter()
     for c, cohort in enumerate(plan.cohorts):
         for layer in range(plan.shape.num_layers):
@@ -102,7 +117,9 @@ def _every_op_once(plan: Plan) -> None:
 
 
 def _order_respects_dependencies(plan: Plan) -> None:
-    """Attend after the last layer's combines, dispatch after attend, experts after dispatch, combine after experts, finish last."""
+    """Attend after the last layer's combines, dispatch after attend, experts after dispatch, combine after experts,
+    finish last.
+    """
     at = {tuple(op): i for i, op in enumerate(plan.ops)}
 
     def after(op: tuple, *earlier: tuple) -> None:
@@ -125,8 +142,8 @@ def _order_respects_dependencies(plan: Plan) -> None:
 
 
 def _buffers_have_one_user(plan: Plan) -> None:
-    """A receive buffer is refilled only after its experts have read it, a partial-sum buffer only after its combine, and a
-    slot is handed on only after its cohort has finished."""
+    """A receive buffer is refilled only after its experts have read it, a partial-sum buffer only after its combine,
+    and a slot is handed on only after its cohort has finished."""
     name = "buffers have one user"
     received: dict[tuple[int, int], tuple] = {}
     partial: dict[tuple[int, int], tuple] = {}
@@ -168,48 +185,59 @@ def _workspace_is_bounded(plan: Plan) -> None:
         size = plan.cohorts[op.cohort].waves[op.wave].num_rows
         rows += size if op.kind is OpKind.DISPATCH else -size if op.kind is OpKind.COMBINE else 0
         most = max(most, rows)
-    budget = plan.config.max_slots * 2 * plan.config.num_buffers * limit  # a wave may be received while another's sums wait
+    # a wave may be received while another's sums wait
+    budget = plan.config.max_slots * 2 * plan.config.num_buffers * limit
     if most > budget:
         _fail(name, f"{most} rows are live at once, more than {budget}")
 
 
 def _chunks_in_causal_order(plan: Plan) -> None:
-    """In every layer, a chunk of a sequence attends after (or with) the chunks that hold the sequence's earlier tokens, and after what
-    paces it: or a rank would wait for what it is to issue later."""
+    """In every layer, a chunk of a sequence attends after (or with) the chunks that hold the sequence's earlier tokens,
+    and after what paces it: or a rank would wait for what it is to issue later."""
     at = {(op.cohort, op.layer): i for i, op in enumerate(plan.ops) if op.kind is OpKind.ATTEND}
     for rank, starts in enumerate(plan.facts.boundaries):
-        chunks = sorted((m.start, m.stop, c) for c, cohort in enumerate(plan.cohorts) for m in cohort.microbatches if m.rank == rank)
+        chunks = sorted(
+            (m.start, m.stop, c) for c, cohort in enumerate(plan.cohorts) for m in cohort.microbatches if m.rank == rank
+        )
         for (_, stop, earlier), (start, _, later) in zip(chunks, chunks[1:]):
             if earlier == later or stop in starts:
                 continue
             for layer in range(plan.shape.num_layers):
                 if at[earlier, layer] > at[later, layer]:
-                    _fail("chunks in causal order", f"rank {rank}, layer {layer}: tokens from {start} attend before those up to {stop}")
-
+                    _fail(
+                        "chunks in causal order",
+                        f"rank {rank}, layer {layer}: tokens from {start} attend before those up to {stop}",
+                    )
 
     for cohort, pacemakers in enumerate(plan.pacemakers):
         for other in pacemakers:
             for layer in range(1, plan.shape.num_layers):
                 if at[other, layer - 1] > at[cohort, layer]:
-                    _fail("chunks in causal order", f"cohort {cohort} is to wait in layer {layer} for cohort {other}, which comes later")
+                    _fail(
+                        "chunks in causal order",
+                        f"cohort {cohort} is to wait in layer {layer} for cohort {other}, which comes later",
+                    )
 
 
 def _arrivals_in_one_slot(plan: Plan) -> None:
-    """With arrivals no cohort runs beside another: it might never get the SMs for what the other's experts wait for. And before the
-    experts of a wave stand, on every rank, the attention of its rows and the dispatch that brings them (order respects dependencies)."""
+    """With arrivals no cohort runs beside another: it might never get the SMs for what the other's experts wait for.
+    And before the experts of a wave stand, on every rank, the attention of its rows and the dispatch that brings them
+    (order respects dependencies)."""
     slots = {cohort.slot for cohort in plan.cohorts}
     if plan.arrivals and slots - {0}:
         _fail("arrivals in one slot", f"cohorts run in slots {sorted(slots)}; with arrivals all must run in slot 0")
 
 
 def _every_row_arrives_once(plan: Plan) -> None:
-    """The groups of a dispatch hold each segment once, in order. With arrivals, the parts in which a rank has a wave hold each row once, in
-    order, and no row that comes with another group."""
+    """The groups of a dispatch hold each segment once, in order. With arrivals, the parts in which a rank has a wave
+    hold each row once, in order, and no row that comes with another group."""
     name = "every row arrives once"
     for c, cohort in enumerate(plan.cohorts):
         for w, wave in enumerate(cohort.waves):
             groups, of_wave = groups_of(plan, c, w), f"cohort {c}, wave {w}"
-            if not 1 <= len(groups) <= MAX_GROUPS or [s for group in groups for s in group.segments] != list(wave.segments):
+            if not 1 <= len(groups) <= MAX_GROUPS or [s for group in groups for s in group.segments] != list(
+                wave.segments
+            ):
                 _fail(name, f"{of_wave}: {len(groups)} groups (at most {MAX_GROUPS}) must hold every segment once")
             for rank in range(plan.facts.num_ranks) if plan.arrivals else ():
                 parts, at = parts_of(plan, c, w, rank), 0
@@ -243,10 +271,15 @@ def _kernels_have_room(plan: Plan, room: Room | None) -> None:
 
 
 def _issued_as_planned(projected: list[list[Issue]], issues: list[list[Issue]]) -> None:
-    """Per communicator, each rank issued what the plan makes it issue (ranks may interleave communicators differently)."""
+    """Per communicator, each rank issued what the plan makes it issue (ranks may interleave communicators
+    differently).
+    """
     for rank, (wanted, found) in enumerate(zip(projected, issues, strict=True)):
         for key in sorted({(i.communicator, i.slot) for i in wanted + found}):
             a, b = ([i for i in of if (i.communicator, i.slot) == key] for of in (wanted, found))
             if a != b:
                 at = next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-                _fail("issued as planned", f"rank {rank}, communicator {key}: call {at} of {len(a)} planned and {len(b)} issued differs")
+                _fail(
+                    "issued as planned",
+                    f"rank {rank}, communicator {key}: call {at} of {len(a)} planned and {len(b)} issued differs",
+                )

@@ -1,4 +1,6 @@
-"""Experts that take waves as they arrive: whether this machine has them, and how much of their speed is left to them meanwhile."""
+"""Experts that take waves as they arrive: whether this machine has them, and how much of their speed is left to them
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,28 @@ from pipemoe.errors import ConfigError
 from pipemoe.plan.arrivals import INDEX_SMS
 
 if TYPE_CHECKING:
-    from pipemoe.world.world import World
     from pipemoe.plan.room import Room
+    from pipemoe.world.world import World
 
-# Of the speed of calls on whole waves: GEMMs that gather the rows of both, in tiles of 128 (one H100, kernels/NOTES.md, version A1: .52 to .65).
+# Of the speed of calls on whole waves: GEMMs that gather the rows of both, in tiles of 128 (one H100, kernels/NOTES.md,
+# version A1: .52 to .65).
 GATHERING_PERMILLE = 600
 
 
 def arrivals_permille(world: World, experts: Any, config: Config) -> tuple[int, str | None]:
-    """Thousandths of the experts' speed that waiting for rows leaves them, on the rank with the least; 0, and why, where some rank cannot.
+    """Thousandths of the experts' speed that waiting for rows leaves them, on the rank with the least; 0, and why,
+    where some rank cannot.
 
     The same on all ranks; every rank calls.
     """
     refused = refusal(world, experts, config)
     speed = 0 if refused else speed_permille(world, experts)
-    gathered = [json.loads(p) for p in world.all_gather(json.dumps([refused, speed]).encode(), "asking for experts that take waves as they arrive")]
+    gathered = [
+        json.loads(p)
+        for p in world.all_gather(
+            json.dumps([refused, speed]).encode(), "asking for experts that take waves as they arrive"
+        )
+    ]
     first = next((f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(gathered) if reason), None)
     return (0 if first else min(speed for _, speed in gathered)), first
 

@@ -1,4 +1,6 @@
-"""Which cost model a runtime plans by: the measured one that the configuration names, or one derived from the device."""
+"""Which cost model a runtime plans by: the measured one that the configuration names, or one derived from the
+device.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +15,19 @@ from pipemoe.arguments import look
 from pipemoe.comm.exchange import encode_error, raise_first
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError, PipemoeError
-from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.cost.file import cost_of_bytes, read_cost_bytes
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import cpu, gpu_named
 from pipemoe.plan.cost.dimensions import Dimensions
+from pipemoe.plan.cost.file import cost_of_bytes, read_cost_bytes
+from pipemoe.plan.cost.model import CostModel
 from pipemoe.version import __version__
 from pipemoe.warn_once import warn_once
 
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.world.world import World
     from pipemoe.wire import WireFormat
+    from pipemoe.world.world import World
 
 
 def runtime_cost(
@@ -42,22 +44,28 @@ def runtime_cost(
     arrivals_permille: int = 0,
     num_sms: int | None = 0,
 ) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
-    """The cost model, the subject of a file that holds it, and what went wrong on this rank alone; every rank calls. graph_rows: most tokens whose attention is launched
-    as a graph, graph_cuts: also of cut sequences. sliced_permille, arrivals_permille, num_sms: of the experts that run here
-    (None: there are none, for want of something that is an error later).
+    """The cost model, the subject of a file that holds it, and what went wrong on this rank alone; every rank calls.
+    graph_rows: most tokens whose attention is launched as a graph, graph_cuts: also of cut sequences. sliced_permille,
+    arrivals_permille, num_sms: of the experts that run here (None: there are none, for want of something that is an
+    error later).
 
-    A file that cannot be read on some rank is a ConfigError on all of them. One of another subject or version is refused with a warning, by
-    the ranks whose file is not rank 0's and by rank 0. What ranks then plan by is compared like everything else that plans
-    depend on, so a rank alone with another file is an error on all of them.
+    A file that cannot be read on some rank is a ConfigError on all of them. One of another subject or version is
+    refused with a warning, by the ranks whose file is not rank 0's and by rank 0. What ranks then plan by is compared
+    like everything else that plans depend on, so a rank alone with another file is an error on all of them.
     """
     import torch
 
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     cores = len(os.sched_getaffinity(0))
     place = f"{socket.gethostname()} {world.device if world.device.type == 'cuda' else ''}"
-    file, error = look(world.rank, "cost file", lambda: b"" if config.cost is None else read_cost_bytes(config.cost), ConfigError)
+    file, error = look(
+        world.rank, "cost file", lambda: b"" if config.cost is None else read_cost_bytes(config.cost), ConfigError
+    )
     if error is not None:
-        file, error = b"", error if str(error).startswith("rank ") else ConfigError(f"rank {world.rank}: cost file {error}")
+        file, error = (
+            b"",
+            error if str(error).startswith("rank ") else ConfigError(f"rank {world.rank}: cost file {error}"),
+        )
     own = [name, cores, place, num_sms, hashlib.sha256(file).hexdigest(), encode_error(error).decode()]
     everywhere = [json.loads(p) for p in world.all_gather(json.dumps(own).encode(), "exchange of device names")]
     raise_first([text.encode() for *_, text in everywhere])
@@ -92,17 +100,34 @@ def runtime_cost(
         try:
             return _as_here(cost_of_bytes(file, config.cost, subject), **as_here), subject, None
         except ConfigError as refusal:
-            text, aloud = f"cost file refused, defaults used: {refusal}", world.rank == 0 or files[world.rank] != files[0]
-            _, error = look(world.rank, "a warning made an error", lambda: warn_once(world, text, aloud=aloud), ConfigError)
+            text, aloud = (
+                f"cost file refused, defaults used: {refusal}",
+                world.rank == 0 or files[world.rank] != files[0],
+            )
+            _, error = look(
+                world.rank, "a warning made an error", lambda: warn_once(world, text, aloud=aloud), ConfigError
+            )
     ranks_per_device = sharing if world.device.type == "cuda" else 1
     cost = default_cost(
-        device, dimensions, world.size, value_bytes=dtype.itemsize, sum_bytes=sum_dtype.itemsize, ranks_per_device=ranks_per_device, row_bytes=wire.row_bytes
+        device,
+        dimensions,
+        world.size,
+        value_bytes=dtype.itemsize,
+        sum_bytes=sum_dtype.itemsize,
+        ranks_per_device=ranks_per_device,
+        row_bytes=wire.row_bytes,
     )
     return _as_here(cost, **as_here), subject, error
 
 
 def _as_here(
-    cost: CostModel, graph_rows: int, graph_cuts: bool, sliced_permille: int, arrivals_permille: int, num_sms: int, ctas: int
+    cost: CostModel,
+    graph_rows: int,
+    graph_cuts: bool,
+    sliced_permille: int,
+    arrivals_permille: int,
+    num_sms: int,
+    ctas: int,
 ) -> CostModel:
     host = replace(cost.host, graph_rows=graph_rows, graph_cuts=int(graph_cuts))
     experts = replace(cost.experts, sliced_permille=sliced_permille, arrivals_permille=arrivals_permille)
@@ -113,4 +138,12 @@ def model_key(dimensions: Dimensions) -> list[int]:
     """What of a model decides its costs; not how many MoE layers it has."""
     shape = dimensions.shape
     dense = [dimensions.num_dense_layers, dimensions.dense_layer_weights] if dimensions.num_dense_layers else []
-    return [shape.hidden, shape.intermediate, shape.num_experts, shape.top_k, dimensions.dense_weights, dimensions.pair_flops, *dense]
+    return [
+        shape.hidden,
+        shape.intermediate,
+        shape.num_experts,
+        shape.top_k,
+        dimensions.dense_weights,
+        dimensions.pair_flops,
+        *dense,
+    ]

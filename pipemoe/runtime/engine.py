@@ -1,8 +1,9 @@
 """The engine: one thread per rank that owns all issuing and all MPI. Callers hold futures.
 
-Whatever it waits for has a deadline: no progress for `watchdog_seconds`, or a peer that died, ends the wait with an error
-that names rank, operation and time. Such an error is final: the futures get it, the peers are told, the communicators are
-aborted (in a thread of their own, since abort may block) and the process ends after a grace period, whoever may hang.
+Whatever it waits for has a deadline: no progress for `watchdog_seconds`, or a peer that died, ends the wait with an
+error that names rank, operation and time. Such an error is final: the futures get it, the peers are told, the
+communicators are aborted (in a thread of their own, since abort may block) and the process ends after a grace period,
+whoever may hang.
 """
 
 from __future__ import annotations
@@ -24,18 +25,27 @@ if TYPE_CHECKING:
 
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
-_NAMED_SECONDS = 0.5  # for the side channel to say which rank is behind an error of MPI or NCCL, which may be there first
+# for the side channel to say which rank is behind an error of MPI or NCCL, which may be there first
+_NAMED_SECONDS = 0.5
 _IN_CALL_SECONDS = 3.0  # in a library's call; from then on, a peer that is lost ends it
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
-# MPI goes on only when it is polled, every stage of a collective at each rank in turn; but nobody polls like that for long in vain.
+# MPI goes on only when it is polled, every stage of a collective at each rank in turn; but nobody polls like that for
+# long in vain.
 _LONGEST_PAUSE_OF_MPI, _OFTEN_SECONDS = 50e-6, 0.05
 
 
 class Engine:
     """Runs the tasks handed to it one after another on its own thread."""
 
-    def __init__(self, rank: int, *, watchdog_seconds: float, grace_seconds: float, set_up_thread: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        *,
+        watchdog_seconds: float,
+        grace_seconds: float,
+        set_up_thread: Callable[[], None] = lambda: None,
+    ) -> None:
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
         self.side_channel: SideChannel | None = None
@@ -47,7 +57,8 @@ class Engine:
         self.failure: FatalError | None = None
         self._closed, self._unusable = False, FatalError(f"rank {rank}: the world is closed")
         self.step = 0
-        self.step_seconds = 0.0  # that the step under way may take without progress; peers that wait for it wait as long
+        # that the step under way may take without progress; peers that wait for it wait as long
+        self.step_seconds = 0.0
         self.ops_done = 0
         self.doing: object = "idle"  # anything whose str() names it
         self._alive: float | None = None  # when the thread last looked around; None while idle
@@ -61,7 +72,9 @@ class Engine:
         atexit.register(self._at_exit)
 
     def submit(self, task: Callable[[], Any], future: Future | None = None) -> Future:
-        """Run `task` on the engine's thread. The future gets its result, or may be resolved earlier by the task itself."""
+        """Run `task` on the engine's thread. The future gets its result, or may be resolved earlier by the task
+        itself.
+        """
         future = future or Future()
         with self._lock:
             if self.failure is not None or self._closed:
@@ -80,15 +93,20 @@ class Engine:
         return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
 
     def note(self, doing: object, seconds: float | None = None) -> None:
-        """Record what the engine is about to do: named in errors, and a sign of life. It may take `seconds` (watchdog_seconds)."""
+        """Record what the engine is about to do: named in errors, and a sign of life. It may take `seconds`
+        (watchdog_seconds).
+        """
         self.doing, self._patience = doing, seconds or self.watchdog_seconds
         self._alive = time.monotonic()
 
-    def wait(self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False) -> None:
+    def wait(
+        self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False
+    ) -> None:
         """Poll `ready` until it is true, at most `seconds` (watchdog_seconds) without progress.
 
-        needs_all: every peer must take part, in a collective of MPI, so one that has closed its world is an error. Between polls the thread
-        rests: the longer nothing happened the longer, so that ranks that share a core leave it to those that compute, and until `wake`.
+        needs_all: every peer must take part, in a collective of MPI, so one that has closed its world is an error.
+        Between polls the thread rests: the longer nothing happened the longer, so that ranks that share a core leave it
+        to those that compute, and until `wake`.
         """
         limit = seconds or self.watchdog_seconds
         self.note(doing, limit)
@@ -109,7 +127,9 @@ class Engine:
             pause = min(1.5 * pause, _LONGEST_PAUSE_OF_MPI if now - since < often else _LONGEST_PAUSE)
 
     def _check_peers(self, waited: float, needs_all: bool) -> None:
-        """Raise if a peer is lost, or, with `needs_all`, has closed its world. waited: seconds without progress so far."""
+        """Raise if a peer is lost, or, with `needs_all`, has closed its world. waited: seconds without progress so
+        far.
+        """
         if self.failure is not None:
             raise self.failure
         for check in self.health:
@@ -121,7 +141,9 @@ class Engine:
             raise lost
         broken = self.side_channel.error
         if broken is not None:
-            raise FatalError(f"rank {self.rank}: {type(broken).__name__} on the side channel's thread: {broken}") from broken
+            raise FatalError(
+                f"rank {self.rank}: {type(broken).__name__} on the side channel's thread: {broken}"
+            ) from broken
         if needs_all:
             left = self._left_peer(f"waited {waited:.1f} s")
             if left is not None:
@@ -135,14 +157,19 @@ class Engine:
         lost = self.side_channel.failed() if self.side_channel is not None else None
         if lost is None:
             return None
-        return PeerLost(f"rank {self.rank}: lost rank {lost[0]} ({lost[1]}) during {self.doing}, {when}", culprit=lost[0])
+        return PeerLost(
+            f"rank {self.rank}: lost rank {lost[0]} ({lost[1]}) during {self.doing}, {when}", culprit=lost[0]
+        )
 
     def _left_peer(self, when: str) -> PeerLost | None:
         """The error of a peer that has closed its world, if there is one."""
         for rank, peer in self.side_channel.peers.items() if self.side_channel is not None else ():
             if peer.left:
                 why = f" ({peer.reason})" if peer.reason else ""
-                text = f"rank {self.rank}: rank {rank} has closed its world{why}, but {self.doing} needs every rank; {when}"
+                text = (
+                    f"rank {self.rank}: rank {rank} has closed its world{why}, "
+                    f"but {self.doing} needs every rank; {when}"
+                )
                 return PeerLost(text, culprit=rank)
         return None
 
@@ -153,14 +180,23 @@ class Engine:
         silent = self.side_channel.silent()
         if silent is None:
             return WatchdogTimeout(text)
-        text += f"; rank {silent[0]} says nothing, heard {silent[1]:.1f} s ago: it has stopped, or its host cannot be reached"
+        text += (
+            f"; rank {silent[0]} says nothing, heard {silent[1]:.1f} s ago: "
+            "it has stopped, or its host cannot be reached"
+        )
         return WatchdogTimeout(text, culprit=silent[0])
 
     def _named(self, error: BaseException) -> FatalError:
-        """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and not which."""
+        """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and
+        not which.
+        """
         if isinstance(error, self.library_errors):
             begin, when = time.monotonic(), f"where the library says: {words(error)}"
-            while (lost := self._lost_peer(when)) is None and self.side_channel is not None and time.monotonic() - begin < _NAMED_SECONDS:
+            while (
+                (lost := self._lost_peer(when)) is None
+                and self.side_channel is not None
+                and time.monotonic() - begin < _NAMED_SECONDS
+            ):
                 time.sleep(_PEER_CHECK_SECONDS)
             lost = lost or self._left_peer(when)
             if lost is not None:
@@ -173,7 +209,9 @@ class Engine:
         return fatal
 
     def watch(self) -> None:
-        """Called from another thread now and then: notices that the engine's own thread is stuck in a call, perhaps for a lost peer."""
+        """Called from another thread now and then: notices that the engine's own thread is stuck in a call, perhaps for
+        a lost peer.
+        """
         alive = self._alive
         if alive is None or self.failure is not None:
             return
@@ -215,8 +253,9 @@ class Engine:
     def close(self, last: Callable[[], None] = lambda: None, *, because: str = "") -> None:
         """Finish the tasks handed in, say good-bye, then `last`, which may take watchdog_seconds, and end the thread.
 
-        `last` runs once the peers have said good-bye too, unless they go on for long: until then their last operations may be under way.
-        because: what went wrong here, which the peers are told; then the caller is not held up (`join` waits), so that it can say it first.
+        `last` runs once the peers have said good-bye too, unless they go on for long: until then their last operations
+        may be under way. because: what went wrong here, which the peers are told; then the caller is not held up
+        (`join` waits), so that it can say it first.
         """
         with self._lock:
             self._closed = True
@@ -244,7 +283,9 @@ class Engine:
             atexit.unregister(self._at_exit)
 
     def disown(self, error: PipemoeError) -> None:
-        """In a process forked from this one, where the thread is not: whatever is called raises `error`, and nothing is waited for."""
+        """In a process forked from this one, where the thread is not: whatever is called raises `error`, and nothing is
+        waited for.
+        """
         self._lock = threading.Lock()  # somebody may have held it
         self._closed, self._unusable = True, error
         atexit.unregister(self._at_exit)

@@ -1,7 +1,8 @@
 """Lanes and events: in-order queues of work and the points in them that other lanes wait for.
 
-The executor is written once against these two protocols. On a GPU a lane is a CUDA stream and an event a CUDA event. On the
-host a compute lane is a worker thread, a communication lane a queue of non-blocking operations that the engine polls.
+The executor is written once against these two protocols. On a GPU a lane is a CUDA stream and an event a CUDA event. On
+the host a compute lane is a worker thread, a communication lane a queue of non-blocking operations that the engine
+polls.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Event(Protocol):
 
 
 class Mark(Event, Protocol):
-    """An event that a piece of work records itself, on its way; others may wait for it once that work has been handed in."""
+    """An event that a piece of work records itself, on its way; others may wait for it once that work has been handed
+    in.
+    """
 
     def record(self) -> None: ...
 
@@ -145,8 +148,8 @@ class WorkerLane:
 class PolledLane:
     """A queue of non-blocking host operations, posted and tested by the engine's thread.
 
-    Work posts its operation when it may begin and returns a `test` function (True once complete), or None if it is complete
-    at once. Posting is in order; what is posted may be under way together, as MPI allows on one communicator.
+    Work posts its operation when it may begin and returns a `test` function (True once complete), or None if it is
+    complete at once. Posting is in order; what is posted may be under way together, as MPI allows on one communicator.
     """
 
     MAX_POSTED = 4
@@ -256,7 +259,9 @@ class StreamLane:
 
         self.stream, self._clock, self._default = stream, clock, torch.cuda.default_stream(stream.device)
 
-    def submit(self, work: Callable[[], Any], waits: Iterable[StreamEvent | None] = (), timed: bool = False) -> StreamEvent:
+    def submit(
+        self, work: Callable[[], Any], waits: Iterable[StreamEvent | None] = (), timed: bool = False
+    ) -> StreamEvent:
         import torch
 
         # Not torch.cuda.stream(): for what it asks on the way it takes ten times as long.
@@ -312,16 +317,18 @@ class Lanes:
 
 def host_lanes(num_slots: int, on_done: Callable[[], None]) -> Lanes:
     """on_done: called from worker threads whenever a piece of work is done."""
-    slots = [SlotLanes(WorkerLane(f"pipemoe compute {i}", on_done), PolledLane(), PolledLane()) for i in range(num_slots)]
+    slots = [
+        SlotLanes(WorkerLane(f"pipemoe compute {i}", on_done), PolledLane(), PolledLane()) for i in range(num_slots)
+    ]
     return Lanes(slots, HostClock(), lambda: HostMark(on_done))
 
 
 def stream_lanes(device: Any, num_slots: int) -> Lanes:
-    """Streams whose priority falls with the slot; communication goes before all computation, since its few thread blocks
-    must not queue behind a kernel that fills the GPU.
+    """Streams whose priority falls with the slot; communication goes before all computation, since its few thread
+    blocks must not queue behind a kernel that fills the GPU.
 
-    They are made here, one after another: torch would make 128 at once, and streams beyond CUDA_DEVICE_MAX_CONNECTIONS share
-    hardware queues, where a cohort that waits holds up another.
+    They are made here, one after another: torch would make 128 at once, and streams beyond CUDA_DEVICE_MAX_CONNECTIONS
+    share hardware queues, where a cohort that waits holds up another.
     """
     lowest, highest = _priorities()
     clock = StreamClock(_new_stream(device, lowest))
@@ -346,7 +353,9 @@ def _new_stream(device: Any, priority: int) -> Any:
     import torch
 
     stream, non_blocking = ctypes.c_void_p(), ctypes.c_uint(1)
-    status = ctypes.CDLL("libcuda.so.1").cuStreamCreateWithPriority(ctypes.byref(stream), non_blocking, ctypes.c_int(priority))
+    status = ctypes.CDLL("libcuda.so.1").cuStreamCreateWithPriority(
+        ctypes.byref(stream), non_blocking, ctypes.c_int(priority)
+    )
     if status:
         raise FatalError(f"cuStreamCreateWithPriority failed: CUDA driver error {status}")
     return torch.cuda.ExternalStream(stream.value, device=device)

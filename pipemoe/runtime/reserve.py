@@ -1,9 +1,9 @@
 """Memory reserved ahead of the steps, so that no step makes CUDA allocate.
 
-CUDA runs nothing that is issued after an allocation of device or pinned memory beside what was issued before it (CUDA C++
-Programming Guide, "Implicit Synchronization"). A collective issued before then waits for a peer, the peer for this rank's
-kernels issued after, and everything stands still. So torch's caching allocator is filled at set-up: what it holds for a stream
-it hands out without asking CUDA.
+CUDA runs nothing that is issued after an allocation of device or pinned memory beside what was issued before it (CUDA
+C++ Programming Guide, "Implicit Synchronization"). A collective issued before then waits for a peer, the peer for this
+rank's kernels issued after, and everything stands still. So torch's caching allocator is filled at set-up: what it
+holds for a stream it hands out without asking CUDA.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ def reserve_pinned(num_tensors: int) -> None:
     """Let torch hold `num_tensors` pieces of pinned memory of every size up to 8 MiB."""
     import torch
 
-    held = [torch.empty(1 << power, dtype=torch.uint8, device="cpu", pin_memory=True) for power in range(_LARGEST_PINNED + 1) for _ in range(num_tensors)]
+    held = [
+        torch.empty(1 << power, dtype=torch.uint8, device="cpu", pin_memory=True)
+        for power in range(_LARGEST_PINNED + 1)
+        for _ in range(num_tensors)
+    ]
     del held
 
 

@@ -4,17 +4,19 @@
     dispatch lane                 bcast w0  bcast w1                             bcast w2
     combine lane                                                  reduce w0           reduce w1
 
-With several blocks of columns, experts mark each one that is complete, and its reduce goes ahead while the next is computed.
-With arrivals, a dispatch is several groups, each with the word to the experts behind it, and experts wait for rows, not for dispatches:
+With several blocks of columns, experts mark each one that is complete, and its reduce goes ahead while the next is
+computed. With arrivals, a dispatch is several groups, each with the word to the experts behind it, and experts wait for
+rows, not for dispatches:
 
     compute lane    attend  pack w0, own rows  pack w1, own rows  experts w0                        experts w1 ...
-    dispatch lane                            bcast, rows of w0 | bcast, rows of w0 | bcast, rows of w1 | bcast, rows of w1
+    dispatch lane                            bcast, rows of w0 | bcast, rows of w0 | bcast, rows of w1 | bcast, rows of
+    w1
 
 Order: each cohort's operations in the plan's order; between cohorts the plan's order too, except that a cohort with
-`MAX_GROUPS` groups of dispatches under way, or whose next operation must wait for the caller, is passed over. That keeps the host queues
-short without tying a short cohort to a long one. Every communicator sees the plan's order, but ranks may interleave
-communicators differently, which is safe only as long as one stream never holds up another: room for all thread blocks
-(`Room`), a hardware queue per stream, and no allocation inside a step (`reserve`).
+`MAX_GROUPS` groups of dispatches under way, or whose next operation must wait for the caller, is passed over. That
+keeps the host queues short without tying a short cohort to a long one. Every communicator sees the plan's order, but
+ranks may interleave communicators differently, which is safe only as long as one stream never holds up another: room
+for all thread blocks (`Room`), a hardware queue per stream, and no allocation inside a step (`reserve`).
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ LANE_OF = {
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """Which side of a run really does its work; the other side's operations become empty. For measuring one side alone."""
+    """Which side of a run really does its work; the other side's operations become empty. For measuring one side
+    alone.
+    """
 
     computation: bool = True
     communication: bool = True
@@ -94,12 +98,18 @@ class Run:
         on_progress_made: Callable[[], None] = lambda: None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> None:
-        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an operation is issued,
-        on_progress_made when one has completed. on_done: the caller's, called then too; what it raises fails as model code does."""
+        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an
+        operation is issued, on_progress_made when one has completed. on_done: the caller's, called then too; what it
+        raises fails as model code does."""
         self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
         self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
         self._arriving = arriving if only.computation else None
-        self._only, self._on_progress, self._on_progress_made, self._on_done = only, on_progress, on_progress_made, on_done
+        self._only, self._on_progress, self._on_progress_made, self._on_done = (
+            only,
+            on_progress,
+            on_progress_made,
+            on_done,
+        )
         self._failure: BaseException | None = None  # of the caller's functions
         self._ops = plan.ops
         self._cohorts = [_CohortState(bool(c.tokens_of(rank))) for c in plan.cohorts]
@@ -117,7 +127,9 @@ class Run:
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
-        self._num_groups = [max(len(groups_of(plan, c, w)) for w in range(len(cohort.waves))) for c, cohort in enumerate(plan.cohorts)]
+        self._num_groups = [
+            max(len(groups_of(plan, c, w)) for w in range(len(cohort.waves))) for c, cohort in enumerate(plan.cohorts)
+        ]
         self._awaited = {other for cohorts in (*plan.causal_predecessors, *plan.pacemakers) for other in cohorts}
         lanes.clock.start(timed)
         self.of_caller(lambda: source.begin(plan, rank))
@@ -130,7 +142,9 @@ class Run:
         return next((c.failure for c in self._cohorts if c.failure is not None), self._failure)
 
     def of_caller(self, work: Callable[[], None]) -> None:
-        """Call what the caller has given; what it raises is the step's failure, and from then on nothing of the kind is called."""
+        """Call what the caller has given; what it raises is the step's failure, and from then on nothing of the kind is
+        called.
+        """
         if self._failure is None:
             try:
                 work()
@@ -138,7 +152,9 @@ class Run:
                 self._failure = error
 
     def advance(self) -> bool:
-        """Issue what may be issued, see what has completed; True when the whole plan has. Sets `failed_op` if it raises."""
+        """Issue what may be issued, see what has completed; True when the whole plan has. Sets `failed_op` if it
+        raises.
+        """
         op = None
         try:
             self._poll()
@@ -149,7 +165,9 @@ class Run:
                 event = self._issue(op)
                 if self._timed:
                     self.issue_seconds.append((op, time.perf_counter() - begin))
-                self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append((op, event))
+                self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append(
+                    (op, event)
+                )
                 self._lanes.poll()
         except BaseException as error:
             self.failed_op = self._op_of(error) or self.failed_op or op or self.oldest()
@@ -168,7 +186,10 @@ class Run:
 
     def _op_of(self, error: BaseException) -> Op | None:
         """The operation under way that has raised this, as far as events on the host say."""
-        return next((op for queue in self._under_way.values() for op, event in queue if getattr(event, "error", None) is error), None)
+        return next(
+            (op for queue in self._under_way.values() for op, event in queue if getattr(event, "error", None) is error),
+            None,
+        )
 
     def _poll(self) -> None:
         op = None
@@ -198,7 +219,11 @@ class Run:
         """The first operation in the plan's order that may be issued."""
         best = None
         for c, state in enumerate(self._cohorts):
-            if state.positions and (best is None or state.positions[0] < best) and self._may_issue(c, self._ops[state.positions[0]]):
+            if (
+                state.positions
+                and (best is None or state.positions[0] < best)
+                and self._may_issue(c, self._ops[state.positions[0]])
+            ):
                 best = state.positions[0]
         return None if best is None else self._ops[best]
 
@@ -220,11 +245,14 @@ class Run:
 
     def _issue(self, op: Op) -> Event:
         lanes = self._lanes.slots[self._plan.cohorts[op.cohort].slot]
-        issue = _ISSUE[op.kind]  # functions, not bound methods kept by the run: a finished run must not wait for the cycle collector
+        # functions, not bound methods kept by the run: a finished run must not wait for the cycle collector
+        issue = _ISSUE[op.kind]
         return issue(self, op, self._cohorts[op.cohort], lanes)
 
     def _attends_before(self, op: Op) -> list[tuple[int, int]]:
-        """Cohort and layer of the attentions that this one waits for: keys and values of earlier chunks, and the pace of later ones."""
+        """Cohort and layer of the attentions that this one waits for: keys and values of earlier chunks, and the pace
+        of later ones.
+        """
         before = [(e, op.layer) for e in self._plan.causal_predecessors[op.cohort]]
         return before + [(e, op.layer - 1) for e in self._plan.pacemakers[op.cohort] if op.layer]
 
@@ -240,7 +268,8 @@ class Run:
         views, used = self._place(op)
         free = [used.read]
         if self._arriving is not None:
-            free.append(used.dispatched)  # experts that had all rows by themselves may be ahead of what still sends these
+            # experts that had all rows by themselves may be ahead of what still sends these
+            free.append(used.dispatched)
             self._arriving.expect(views.arrivals, op.layer, views.rows, [part.num_rows for part in views.parts])
         if self._only.computation and views.is_sent_from_here:
             free = [lanes.compute.submit(lambda: self._pack(op, state, views), free)]
@@ -285,7 +314,12 @@ class Run:
         if views.exchange == "padded":
             views.own_block_ids.fill_(-1)
         for segment, part in views.own:
-            self._of_source(state, lambda segment=segment, part=part: part.write(*self._source.rows(op.cohort, segment.start, segment.stop)))
+            self._of_source(
+                state,
+                lambda segment=segment, part=part: part.write(
+                    *self._source.rows(op.cohort, segment.start, segment.stop)
+                ),
+            )
             if state.failure is not None:  # the others still expect rows, so send some that no expert takes
                 part.ids.fill_(-1)
         self._announce(views, OWN)
@@ -317,7 +351,9 @@ class Run:
                 results.extend(self._results(op.cohort, state, segment) for segment, _ in views.own)
             parts = [result[:, views.columns[block]] for result in results] if len(views.columns) > 1 else results
             sums = WaveSums(views.partial[block], parts, views.staging[block])
-            return self._transport.combine(views.slot, views.buffer, views.wave, views.exchange, self._plan.config.combine, sums)
+            return self._transport.combine(
+                views.slot, views.buffer, views.wave, views.exchange, self._plan.config.combine, sums
+            )
 
         pieces = [self._transport_work(lambda block=block: work(block)) for block in range(len(views.columns))]
         events = [lanes.combine.submit(piece, [summed]) for piece, summed in zip(pieces, used.summed, strict=True)]
@@ -359,9 +395,11 @@ class Run:
 
         return guarded
 
-    def _of_source(self, state: _CohortState, ask: Callable[[], Any], otherwise: Any = None, *, always: bool = False) -> Any:
-        """What the source says, or `otherwise`: what it raises, of whatever kind, fails its cohort's rows on this rank, not the step.
-        It is asked nothing more about a cohort that has failed, unless `always`."""
+    def _of_source(
+        self, state: _CohortState, ask: Callable[[], Any], otherwise: Any = None, *, always: bool = False
+    ) -> Any:
+        """What the source says, or `otherwise`: what it raises, of whatever kind, fails its cohort's rows on this rank,
+        not the step. It is asked nothing more about a cohort that has failed, unless `always`."""
         if state.failure is None or always:
             try:
                 return ask()

@@ -18,13 +18,13 @@ from pipemoe.arguments import look, step_lengths
 from pipemoe.comm.exchange import decode_step, encode_step
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError, describe
+from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.cost.dimensions import Dimensions, dimensions_of_shape
 from pipemoe.plan.planner import compile_planner, planner_is_kept
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
-from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.verify import verify
 from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_experts
 from pipemoe.runtime.costs import runtime_cost
@@ -69,13 +69,14 @@ class Runtime:
         hands_out_results: bool = False,
         error: PipemoeError | None = None,
     ) -> None:
-        """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. facts: whatever else must
-        be equal on all ranks, by name. dimensions: of the whole model, for its cost (default: attention as of `shape`). trial: model
-        code as large as an attend may run; on a GPU it is run once in every lane, and the memory it takes reserved, beside
-        `kept_bytes` that model code may keep from layer to layer. prepare: run there once after that, with the number of the slot
-        and the results' dtype. graph_rows: most tokens whose attention the model launches as a graph, graph_cuts: also
-        where sequences are cut. hands_out_results: calls inside a step take memory for a layer's results on the caller's
-        stream, the current one; on a GPU it is reserved as well. error: what went wrong on this rank before it got here; raised on every rank."""
+        """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. facts:
+        whatever else must be equal on all ranks, by name. dimensions: of the whole model, for its cost (default:
+        attention as of `shape`). trial: model code as large as an attend may run; on a GPU it is run once in every
+        lane, and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer.
+        prepare: run there once after that, with the number of the slot and the results' dtype. graph_rows: most tokens
+        whose attention the model launches as a graph, graph_cuts: also where sequences are cut. hands_out_results:
+        calls inside a step take memory for a layer's results on the caller's stream, the current one; on a GPU it is
+        reserved as well. error: what went wrong on this rank before it got here; raised on every rank."""
         import torch
 
         self.world, self.shape, self.config, self.dtype = world, shape, config, dtype
@@ -85,7 +86,12 @@ class Runtime:
         speed, refused = arrivals_permille(world, experts, self.config)
         self._has_arrivals = speed > 0 and self.config.may_arrive and (world.size > 1 or bool(self.config.arrivals))
         self.cost, self.cost_subject, error = runtime_cost(
-            *(world, dimensions or dimensions_of_shape(shape), self.config, dtype, self.combine_dtype, self.wire),
+            world,
+            dimensions or dimensions_of_shape(shape),
+            self.config,
+            dtype,
+            self.combine_dtype,
+            self.wire,
             graph_rows=graph_rows,
             graph_cuts=graph_cuts,
             sliced_permille=experts.sliced_permille,
@@ -95,7 +101,12 @@ class Runtime:
         if self.config.arrivals and refused:
             error = error or ConfigError(refused)
         world.num_runtimes += 1
-        compared, found = look(world.rank, "looking at the costs", lambda: (possible_sms_left(self.config, self.cost.sms), self._facts(facts)), ConfigError)
+        compared, found = look(
+            world.rank,
+            "looking at the costs",
+            lambda: (possible_sms_left(self.config, self.cost.sms), self._facts(facts)),
+            ConfigError,
+        )
         sms_left, facts = compared or ((), {})
         world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
@@ -103,7 +114,9 @@ class Runtime:
         self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
         if hands_out_results and world.device.type == "cuda":
             self._callers_stream = torch.cuda.current_stream(world.device)
-        _, error = world.engine.call(lambda: look(world.rank, "setting up", lambda: self._set_up(sms_left), ConfigError))
+        _, error = world.engine.call(
+            lambda: look(world.rank, "setting up", lambda: self._set_up(sms_left), ConfigError)
+        )
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._is_first_step = True  # the callers' own code may compile in it
@@ -113,22 +126,33 @@ class Runtime:
         world, shape = self.world, self.shape
         self.config = config = self.config.in_world(world.num_slots)
         if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
-            raise ConfigError(f"combine_blocks is {config.combine_blocks}; {shape.hidden} columns make at most {most_blocks(shape.hidden)}")
+            raise ConfigError(
+                f"combine_blocks is {config.combine_blocks}; {shape.hidden} columns make at most "
+                f"{most_blocks(shape.hidden)}"
+            )
         self.wire = WireFormat(shape.hidden, shape.top_k, self._experts.wire_dtype)
         self.combine_dtype = self._combine_dtype(self.dtype)
         if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
-            raise ConfigError(f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or use combine='gather'")
+            raise ConfigError(
+                f"combine_dtype is {config.combine_dtype}, which MPI cannot reduce on the host; leave it out, or "
+                "use combine='gather'"
+            )
 
     def _compile_planner(self) -> None:
-        """The first rank of each host compiles what planning needs (once per machine), then the others find it on disk; where nothing
-        can be kept there, all do so at once."""
+        """The first rank of each host compiles what planning needs (once per machine), then the others find it on disk;
+        where nothing can be kept there, all do so at once."""
         world, config = self.world, replace(self.config, combine_blocks=None, num_sms=None)
         hosts = world.all_gather(socket.gethostname().encode(), "compiling the planner")
         waits = hosts.index(hosts[world.rank]) != world.rank and planner_is_kept()
         for turn in (not waits, waits):
             error = None
             if turn:
-                _, error = look(world.rank, "planning", lambda: compile_planner(world.size, self.shape, config, self.cost), ConfigError)
+                _, error = look(
+                    world.rank,
+                    "planning",
+                    lambda: compile_planner(world.size, self.shape, config, self.cost),
+                    ConfigError,
+                )
             world.agree(error, {}, "compiling the planner")
 
     @property
@@ -144,28 +168,41 @@ class Runtime:
     def _set_up(self, sms_left: Sequence[int]) -> None:
         """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does.
 
-        sms_left: all that plans may leave to collectives. On the engine's thread. Raises ConfigError when memory does not suffice.
+        sms_left: all that plans may leave to collectives. On the engine's thread. Raises ConfigError when memory does
+        not suffice.
         """
         import torch
 
         world, experts = self.world, self._experts
         try:
-            self.experts_leaving = {num_sms: experts.leaving(num_sms) if num_sms else experts for num_sms in sms_left}  # for every plan
+            # for every plan
+            self.experts_leaving = {num_sms: experts.leaving(num_sms) if num_sms else experts for num_sms in sms_left}
             self._arriving = arriving_experts(world, self._experts) if self._has_arrivals else None
-            self._workspace = Workspace(self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving)
+            self._workspace = Workspace(
+                self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving
+            )
             lanes = world.lanes.slots[: len(self._workspace.slots)]
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
                 self._reserve(lanes)
                 if self._prepare is not None:
-                    self._in_lanes([(lane.compute, lambda s=slot: self._prepare(s, self.results_dtype)) for slot, lane in enumerate(lanes)], "preparing the model")
+                    self._in_lanes(
+                        [
+                            (lane.compute, lambda s=slot: self._prepare(s, self.results_dtype))
+                            for slot, lane in enumerate(lanes)
+                        ],
+                        "preparing the model",
+                    )
             warm_ups = [lambda s=slot: self._warm_up(s) for slot in self._workspace.slots]
-            self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
+            self._in_lanes(
+                [(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts"
+            )
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise ConfigError(
-                f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank or num_slots"
+                f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, "
+                "max_tokens_per_rank or num_slots"
             ) from error
 
     def _warm_up(self, slot: SlotBuffers) -> None:
@@ -183,7 +220,8 @@ class Runtime:
             before = torch.cuda.memory_allocated(device)
             self._in_lanes([(lane.compute, self._trial)], "trial of the model's attention")
             activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
-        torch.cuda.empty_cache()  # in one piece again, and for every lane: this dropped what earlier runtimes had reserved
+        # in one piece again, and for every lane: this dropped what earlier runtimes had reserved
+        torch.cuda.empty_cache()
         for slot, buffers in enumerate(self._workspace.slots):
             needed = int(_RESERVE_FACTOR * activations) + self._kept_bytes + buffers.scratch.transient_bytes
             reserved["compute", slot] = max(reserved.get(("compute", slot), 0), needed)
@@ -203,8 +241,11 @@ class Runtime:
         reserve_pinned(len(lanes) + 1)
 
     def _results_bytes(self) -> int:
-        """What a call takes of the caller's stream, twice: a caller holds a layer's results while the next are computed."""
-        of_row = self.shape.hidden * self.results_dtype.itemsize + 8 * self.shape.top_k  # ids and weights as rows have them
+        """What a call takes of the caller's stream, twice: a caller holds a layer's results while the next are
+        computed.
+        """
+        # ids and weights as rows have them
+        of_row = self.shape.hidden * self.results_dtype.itemsize + 8 * self.shape.top_k
         if self.results_dtype != self.dtype:
             of_row += self.shape.hidden * self.dtype.itemsize
         return 2 * self.config.max_tokens_per_rank * of_row
@@ -234,7 +275,9 @@ class Runtime:
         facts = facts | {"number of this model or PipelinedMoE": str(self.world.num_runtimes)}
         facts |= {"pipemoe": __version__, "torch": torch.__version__, "device": self.world.device.type}
         facts |= {"dtype": str(self.dtype), "dispatch": str(self.wire.dtype)}
-        facts |= {name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items() if name != "cost"}
+        facts |= {
+            name: str(value) for name, value in (asdict(self.config) | asdict(self.shape)).items() if name != "cost"
+        }
         facts |= {f"cost of {name}": str(value) for name, value in asdict(self.cost).items()}
         if self.world.device.type == "cuda" and self.world.size > 1:
             from pipemoe.comm import nccl
@@ -254,33 +297,43 @@ class Runtime:
     ) -> Future:
         """Run one step: exchange, plan, all operations. Every rank calls.
 
-        lengths: this rank's sequences, in tokens. error: a reason why this rank cannot take part; raised on every rank before any
-        row moves. The future is resolved as soon as this rank's own cohorts have finished, and the engine goes on with the rest; with
-        `timeline` or debug, when the whole plan has. Raises InputError on a thread that is inside a PipelinedMoE's step: this one would
-        wait for that one, which waits for the thread.
+        lengths: this rank's sequences, in tokens. error: a reason why this rank cannot take part; raised on every rank
+        before any row moves. The future is resolved as soon as this rank's own cohorts have finished, and the engine
+        goes on with the rest; with `timeline` or debug, when the whole plan has. Raises InputError on a thread that is
+        inside a PipelinedMoE's step: this one would wait for that one, which waits for the thread.
         """
         self.world.check_no_step_is_open()
         future: Future = Future()
-        looked, wrong = look(self.world.rank, "arguments of a step", lambda: self._look_at(lengths, only, timeline, on_done))
+        looked, wrong = look(
+            self.world.rank, "arguments of a step", lambda: self._look_at(lengths, only, timeline, on_done)
+        )
         if looked is None:
             looked, error = ((), Only(), None, on_done), error or wrong
         return self.world.engine.submit(lambda: self._step(*looked, source, error, future), future)
 
     def result_of(self, future: Future) -> Any:
-        """What a step's future gives; who waits here looks after the engine meanwhile, as nobody else does in a world of one rank."""
+        """What a step's future gives; who waits here looks after the engine meanwhile, as nobody else does in a world
+        of one rank.
+        """
         while not wait_for([future], _WATCH_SECONDS).done:
             self.world.engine.watch()
         return future.result()
 
-    def _look_at(self, lengths: Any, only: Any, timeline: Any, on_done: Any) -> tuple[tuple[int, ...], Only, Timeline | None, Callable]:
+    def _look_at(
+        self, lengths: Any, only: Any, timeline: Any, on_done: Any
+    ) -> tuple[tuple[int, ...], Only, Timeline | None, Callable]:
         rank = f"rank {self.world.rank}: "
         if not isinstance(only, Only):
             raise InputError(f"{rank}only is a {type(only).__name__}; it must be a pipemoe.runtime.run.Only")
         for name in ("computation", "communication"):
             if type(getattr(only, name)) is not bool:
-                raise InputError(f"{rank}only.{name} is a {type(getattr(only, name)).__name__}; it must be True or False")
+                raise InputError(
+                    f"{rank}only.{name} is a {type(getattr(only, name)).__name__}; it must be True or False"
+                )
         if timeline is not None and not isinstance(timeline, Timeline):
-            raise InputError(f"{rank}timeline is a {type(timeline).__name__}; it must be a pipemoe.trace.Timeline, or None")
+            raise InputError(
+                f"{rank}timeline is a {type(timeline).__name__}; it must be a pipemoe.trace.Timeline, or None"
+            )
         if not callable(on_done):
             raise InputError(f"{rank}on_done is a {type(on_done).__name__}; it must be a function of one operation")
         return step_lengths(self.world.rank, lengths, self.config.max_tokens_per_rank), only, timeline, on_done
@@ -293,7 +346,11 @@ class Runtime:
         engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
-            verify(plan, row_bytes=self.wire.row_bytes, room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room)
+            verify(
+                plan,
+                row_bytes=self.wire.row_bytes,
+                room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room,
+            )
             self.world.transport.log = []
         digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(
@@ -373,7 +430,9 @@ class Runtime:
         error = announced or error
         doing = f"exchange of step {world.engine.step + 1}"
         left_out = (not only.computation) + 2 * (not only.communication)
-        message = encode_step(self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known, left_out=left_out)
+        message = encode_step(
+            self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known, left_out=left_out
+        )
         gathering = world.start_gathering(message, doing)
         world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         return decode_step(gathering.payloads)

@@ -1,8 +1,9 @@
 """The source seam: where a run's tokens come from and where their results go, on this rank.
 
-`attend` and `finish` are called as work of the cohort's compute lane, `rows` there as well, `results` when a combine is posted.
-Cohorts are named by their index in the plan; only cohorts that hold tokens of this rank are asked for. Gradients are off in all of them.
-What any of them raises fails its cohort's rows on this rank, not the step: the caller hears of it, and every rank at the next step.
+`attend` and `finish` are called as work of the cohort's compute lane, `rows` there as well, `results` when a combine is
+posted. Cohorts are named by their index in the plan; only cohorts that hold tokens of this rank are asked for.
+Gradients are off in all of them. What any of them raises fails its cohort's rows on this rank, not the step: the caller
+hears of it, and every rank at the next step.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Source(Protocol):
         """hidden [n, H], ids [n, K] int32, weights [n, K] float32 of this rank's tokens [start, stop)."""
 
     def side_work(self, cohort: int) -> None:
-        """What needs no experts of other ranks, such as shared experts: runs in the compute lane while rows are dispatched."""
+        """What needs no experts of other ranks, such as shared experts: runs in the compute lane while rows are
+        dispatched.
+        """
 
     def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
         """Where the sums of tokens [start, stop) go: [n, H], contiguous."""

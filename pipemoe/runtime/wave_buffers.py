@@ -1,4 +1,6 @@
-"""The views of a workspace that one wave uses in one of its slot's double buffers; the same in every layer, so they are made once."""
+"""The views of a workspace that one wave uses in one of its slot's double buffers; the same in every layer, so they are
+made once.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
 class WaveBuffers:
     """Of wave number `wave` of cohort number `cohort`, for `rank`."""
 
-    def __init__(self, plan: Plan, rank: int, cohort: int, wave: int, buffer: int, workspace: Workspace, wire: WireFormat) -> None:
+    def __init__(
+        self, plan: Plan, rank: int, cohort: int, wave: int, buffer: int, workspace: Workspace, wire: WireFormat
+    ) -> None:
         self.slot, self.buffer = plan.cohorts[cohort].slot, buffer
         self.wave = plan.cohorts[cohort].waves[wave]
         self.exchange = plan.exchange(self.wave)
@@ -27,7 +31,8 @@ class WaveBuffers:
         self.received = slot.receive[buffer][:num_rows]  # [n, row_bytes] uint8
         self.rows = wire.rows(self.received)
         own = [s for s in self.wave.segments if s.rank == rank]
-        self.own = [(s, self.rows[s.row : s.row + s.num_rows]) for s in own]  # this rank's segments, with their wire rows
+        # this rank's segments, with their wire rows
+        self.own = [(s, self.rows[s.row : s.row + s.num_rows]) for s in own]
         block = num_rows // plan.facts.num_ranks
         self.own_block_ids = self.rows.ids[rank * block : (rank + 1) * block]  # of a padded exchange, padding included
         # Blocks of columns of the partial sums, [n, columns] each, and of the peers' for combine="gather".

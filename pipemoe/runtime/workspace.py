@@ -1,4 +1,6 @@
-"""The workspace: every buffer that the exchange and the experts need, allocated once, sized by the configuration alone."""
+"""The workspace: every buffer that the exchange and the experts need, allocated once, sized by the configuration
+alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class SlotBuffers:
     partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave lays its blocks of columns there one after another
     staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"; by blocks as well
     scratch: Any  # of the experts
-    arrivals: list[Any]  # what experts know of the rows in each receive buffer, where they may take waves as they arrive; else None
+    # what experts know of the rows in each receive buffer, where they may take waves as they arrive; else None
+    arrivals: list[Any]
 
 
 class Workspace:
@@ -49,16 +52,21 @@ class Workspace:
         self.sum_bytes = 2 * own_rows * wire.hidden * max(4, combine_dtype.itemsize) if gathers else 0
 
         def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device).zero_()  # touched: no page is first used inside a step
+            # touched: no page is first used inside a step
+            return torch.empty(shape, dtype=dtype, device=device).zero_()
 
         def slot(number: int) -> SlotBuffers:
             buffers = range(config.num_buffers)
             return SlotBuffers(
                 receive=[filled((rows, wire.row_bytes), torch.uint8) for _ in buffers],
                 partial=[filled((rows, wire.hidden), combine_dtype) for _ in buffers],
-                staging=[filled((num_ranks - 1, own_rows, wire.hidden), combine_dtype) if gathers else None for _ in buffers],
+                staging=[
+                    filled((num_ranks - 1, own_rows, wire.hidden), combine_dtype) if gathers else None for _ in buffers
+                ],
                 scratch=experts.new_scratch(rows),
-                arrivals=[arriving.new_arrivals(rows) if arriving is not None and number == 0 else None for _ in buffers],
+                arrivals=[
+                    arriving.new_arrivals(rows) if arriving is not None and number == 0 else None for _ in buffers
+                ],
             )
 
         self.slots = [slot(number) for number in range(config.max_slots)]
@@ -73,4 +81,8 @@ class Workspace:
     def num_bytes(self) -> int:
         tensors = [t for s in self.slots for t in (*s.receive, *s.partial, *s.staging) if t is not None]
         arrivals = [a for s in self.slots for a in s.arrivals if a is not None]
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(s.scratch.num_bytes for s in self.slots) + sum(a.num_bytes for a in arrivals)
+        return (
+            sum(t.numel() * t.element_size() for t in tensors)
+            + sum(s.scratch.num_bytes for s in self.slots)
+            + sum(a.num_bytes for a in arrivals)
+        )

@@ -1,4 +1,6 @@
-"""The arguments of `pipemoe.init`, looked at before anything is started: what cannot work is a ConfigError, whatever it is."""
+"""The arguments of `pipemoe.init`, looked at before anything is started: what cannot work is a ConfigError, whatever it
+is.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ _MOST_SECONDS = 366 * 24 * 3600.0  # more is no limit, and the system's timers w
 
 @dataclass(frozen=True, slots=True)
 class InitArguments:
-    """What `init` was given, once it is known to be good. These values are those of a rank whose own cannot be, until all have heard so."""
+    """What `init` was given, once it is known to be good. These values are those of a rank whose own cannot be, until
+    all have heard so.
+    """
 
     device: str = "cpu"
     num_slots: int = 1
@@ -27,8 +31,12 @@ class InitArguments:
     grace_seconds: float = 5.0
 
 
-def init_arguments(device: Any, num_slots: Any, watchdog_seconds: Any, setup_seconds: Any, grace_seconds: Any) -> InitArguments:
-    """Raises ConfigError, naming the argument, its value and what it may be. num_slots: None for PIPEMOE_NUM_SLOTS, or 4."""
+def init_arguments(
+    device: Any, num_slots: Any, watchdog_seconds: Any, setup_seconds: Any, grace_seconds: Any
+) -> InitArguments:
+    """Raises ConfigError, naming the argument, its value and what it may be. num_slots: None for PIPEMOE_NUM_SLOTS, or
+    4.
+    """
     if not isinstance(device, str) or device not in _DEVICES:  # an array would be compared element by element
         raise ConfigError(f"device is {_shown(device)}; it must be 'auto', 'cpu' or 'cuda'")
     return InitArguments(
@@ -57,7 +65,10 @@ def _seconds(name: str, value: Any, *, may_be_zero: bool = False) -> float:
     good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < 0 or (value == 0 and not may_be_zero) or value > _MOST_SECONDS:
         least = "at least 0" if may_be_zero else "more than 0"
-        raise ConfigError(f"{name} is {_shown(value)}; it must be a number of seconds, {least} and at most {_MOST_SECONDS:.0f} (a year)")
+        raise ConfigError(
+            f"{name} is {_shown(value)}; it must be a number of seconds, {least} and at most {_MOST_SECONDS:.0f} (a "
+            "year)"
+        )
     return float(value)
 
 

@@ -1,8 +1,9 @@
 """From a rank's good-bye to the end of its process.
 
-MPI's finalisation waits for every rank, without end and without a word. So the side channel outlives the world: at the end of
-the process each rank first waits for the others to be there too. That may take long, since others may have other work to do; but one
-that has ended without, or has stopped, ends the wait. Only then comes the finalisation, under the watchdog's clock.
+MPI's finalisation waits for every rank, without end and without a word. So the side channel outlives the world: at the
+end of the process each rank first waits for the others to be there too. That may take long, since others may have other
+work to do; but one that has ended without, or has stopped, ends the wait. Only then comes the finalisation, under the
+watchdog's clock.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.world.meeting import ranks_text
 from pipemoe.errors import ConfigError, FatalError
 from pipemoe.runtime.last_words import exit_after, exit_now, say
+from pipemoe.world.meeting import ranks_text
 
 if TYPE_CHECKING:
     from pipemoe.comm.side_channel import SideChannel
@@ -49,7 +50,8 @@ class Departure:
             return
         self._mpi = mpi
         atexit.register(self._at_exit)  # so it comes after what a world registers later
-        set_status = getattr(mpi, "_set_abort_status", None)  # what `python -m mpi4py` calls for a rank that ends by an error
+        # what `python -m mpi4py` calls for a rank that ends by an error
+        set_status = getattr(mpi, "_set_abort_status", None)
         if set_status is not None:
 
             def heard(status: int) -> None:
@@ -90,7 +92,8 @@ class Departure:
         """Raises ConfigError in a process forked from one that runs MPI."""
         if self.forked_from is not None:
             raise ConfigError(
-                f"this process was forked from process {self.forked_from} after that had started MPI, which does not work in a child;"
+                f"this process was forked from process {self.forked_from} after that had started MPI, which does "
+                "not work in a child;"
                 " start it with subprocess, or multiprocessing's 'spawn'"
             )
 
@@ -114,9 +117,12 @@ class Departure:
                 return  # mpi4py aborts
         if self.ends_mpi:
             done = threading.Event()
-            threading.Thread(target=self._watch_finalisation, args=(done,), name="pipemoe end of MPI", daemon=True).start()
+            threading.Thread(
+                target=self._watch_finalisation, args=(done,), name="pipemoe end of MPI", daemon=True
+            ).start()
             _finalise(self._mpi)
-            if self.channel is not None:  # where MPI lets a rank go before the others, the launcher would wait for them without a word
+            # where MPI lets a rank go before the others, the launcher would wait for them without a word
+            if self.channel is not None:
                 self.channel.tell(finalised=True)
                 while not all(peer.news.get("finalised") or peer.gone for peer in self.channel.peers.values()):
                     time.sleep(_POLL_SECONDS)
@@ -141,10 +147,14 @@ class Departure:
         elif peer.gone:
             self._give_up(f"rank {rank} has ended without MPI's finalisation, which needs every rank")
         elif silent > self._watchdog_seconds and not self._is_busy(place):
-            self._give_up(f"rank {rank}, which MPI's finalisation needs, was not heard for {silent:.1f} s: it must have stopped")
+            self._give_up(
+                f"rank {rank}, which MPI's finalisation needs, was not heard for {silent:.1f} s: it must have stopped"
+            )
 
     def _is_busy(self, place: tuple[str, int]) -> bool:
-        """Does a silent rank run all the same? A long call may keep its other threads from speaking. Only a process of this host shows."""
+        """Does a silent rank run all the same? A long call may keep its other threads from speaking. Only a process of
+        this host shows.
+        """
         if place[0] != self._places[self._rank][0]:
             return False
         try:
@@ -155,7 +165,9 @@ class Departure:
     def _watch_finalisation(self, done: threading.Event) -> None:
         if not done.wait(self._watchdog_seconds):
             others = ranks_text([r for r in range(len(self._places)) if r != self._rank])
-            self._give_up(f"MPI's finalisation, which waits for {others}, takes more than {self._watchdog_seconds:.1f} s")
+            self._give_up(
+                f"MPI's finalisation, which waits for {others}, takes more than {self._watchdog_seconds:.1f} s"
+            )
 
     def _give_up(self, why: str) -> None:
         say(f"pipemoe: rank {self._rank}: at the end of the process: {why}")

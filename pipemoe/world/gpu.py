@@ -1,4 +1,6 @@
-"""A rank's GPU, before CUDA starts and when it has: what CUDA reads from the environment, and streams that no others queue behind."""
+"""A rank's GPU, before CUDA starts and when it has: what CUDA reads from the environment, and streams that no others
+queue behind.
+"""
 
 from __future__ import annotations
 
@@ -42,30 +44,40 @@ def lanes_of(device: torch.device, num_slots: int) -> Lanes:
 def _prepare_cuda(num_slots: int) -> None:
     """Settings that CUDA reads when it starts.
 
-    A kernel loaded at its first launch may wait for all that runs on the GPU, also for a collective that waits for this very
-    kernel; so everything is loaded at the start. Streams that share a hardware queue may wait for one another.
+    A kernel loaded at its first launch may wait for all that runs on the GPU, also for a collective that waits for this
+    very kernel; so everything is loaded at the start. Streams that share a hardware queue may wait for one another.
     """
     import torch
 
     if torch.cuda.is_initialized() and os.environ.get("CUDA_MODULE_LOADING") != "EAGER":
-        warnings.warn("CUDA was started before pipemoe.init(); set CUDA_MODULE_LOADING=EAGER before, or cohorts may block one another", stacklevel=3)
+        warnings.warn(
+            "CUDA was started before pipemoe.init(); set CUDA_MODULE_LOADING=EAGER before, or cohorts may block one "
+            "another",
+            stacklevel=3,
+        )
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-    # NCCL sets the stack size of its kernels at once, instead of having CUDA rearrange memory when one is first launched.
+    # NCCL sets the stack size of its kernels at once, instead of having CUDA rearrange memory when one is first
+    # launched.
     os.environ.setdefault("NCCL_SET_STACK_SIZE", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if _queues(num_slots) <= 16 else "32")
 
 
 def _queues(num_slots: int) -> int:
-    """Hardware queues so that no stream shares one: three lanes a slot, a stream of NCCL's own for each of its communicators."""
+    """Hardware queues so that no stream shares one: three lanes a slot, a stream of NCCL's own for each of its
+    communicators.
+    """
     return 5 * num_slots + 2
 
 
 def _check_queues(num_slots: int) -> None:
     needed, text = _queues(num_slots), os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
     if not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"CUDA_DEVICE_MAX_CONNECTIONS is {text!r}; it must be a whole number from {needed} to 32, or not set")
+        raise ConfigError(
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {text!r}; it must be a whole number from {needed} to 32, or not set"
+        )
     found = int(text)
     if found < needed:
         raise ConfigError(
-            f"{num_slots} slots need {needed} hardware queues, but CUDA_DEVICE_MAX_CONNECTIONS is {found}; raise it (at most 32) or lower num_slots"
+            f"{num_slots} slots need {needed} hardware queues, but CUDA_DEVICE_MAX_CONNECTIONS is {found}; raise it "
+            "(at most 32) or lower num_slots"
         )

@@ -1,7 +1,7 @@
 """How many ranks this process was started with, by what launchers leave in the environment.
 
-Only MPI brings ranks together here. So a launcher that starts several processes without MPI (torchrun) is refused by name, as
-every one of them would take itself for the whole world.
+Only MPI brings ranks together here. So a launcher that starts several processes without MPI (torchrun) is refused by
+name, as every one of them would take itself for the whole world.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from pipemoe.errors import ConfigError
 
-# Set for each process that they start, the innermost launcher first. Slurm's is that of the job step (srun): SLURM_NTASKS is also
-# set in the shell of an allocation, and a launcher of MPI under Slurm may be started by a step of one process a node.
+# Set for each process that they start, the innermost launcher first. Slurm's is that of the job step (srun):
+# SLURM_NTASKS is also set in the shell of an allocation, and a launcher of MPI under Slurm may be started by a step of
+# one process a node.
 _SIZE_VARIABLES = (
-    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE"),  # Open MPI, MPICH and Intel, MVAPICH, jsrun
+    # Open MPI, MPICH and Intel, MVAPICH, jsrun
+    *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE"),
     *("PALS_SIZE", "ALPS_APP_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS"),
 )
 # A process management interface that names the process, but not always how many there are.
@@ -33,7 +35,9 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
-    """What the environment says. Raises ConfigError for a variable that makes no sense, and for launchers that speak no MPI."""
+    """What the environment says. Raises ConfigError for a variable that makes no sense, and for launchers that speak no
+    MPI.
+    """
     sizes = {name: _number(environment, name, least=1) for name in _SIZE_VARIABLES if name in environment}
     ranks = {name: _number(environment, name, least=0) for name in _RANK_VARIABLES if name in environment}
     inner = [name for name in _SIZE_VARIABLES[:-1] if name in sizes]
@@ -53,9 +57,12 @@ def _check_torch(environment: Mapping[str, str]) -> None:
     """For a world of one rank."""
     if "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE", least=1) > 1:
         found = ", ".join(f"{name}={environment[name]}" for name in _TORCH_VARIABLES if name in environment)
-        launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "a launcher of torch.distributed (such as torchrun)"
+        launcher = (
+            "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "a launcher of torch.distributed (such as torchrun)"
+        )
         raise ConfigError(
-            f"{found} says that {launcher} started {environment['WORLD_SIZE']} processes, but pipemoe's ranks meet over MPI, and each"
+            f"{found} says that {launcher} started {environment['WORLD_SIZE']} processes, but pipemoe's ranks meet "
+            "over MPI, and each"
             f" of these would be alone; {HOW_TO_START}. For one process on its own, unset WORLD_SIZE"
         )
 
@@ -72,7 +79,8 @@ def check_size(launch: Launch, size: int, environment: Mapping[str, str]) -> Non
             _check_torch(environment)
         return
     raise ConfigError(
-        f"{said}, but the MPI that mpi4py loads sees {size} rank{'s' * (size > 1)}: it is not the launcher's; `pipemoe doctor` shows"
+        f"{said}, but the MPI that mpi4py loads sees {size} rank{'s' * (size > 1)}: it is not the launcher's; "
+        "`pipemoe doctor` shows"
         f" both; {HOW_TO_START}"
     )
 

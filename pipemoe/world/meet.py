@@ -8,13 +8,13 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipemoe.comm.mpi import Communicators
+from pipemoe.errors import WatchdogTimeout
 from pipemoe.world.arguments import InitArguments
 from pipemoe.world.departure import departure
 from pipemoe.world.launcher import Launch
 from pipemoe.world.meeting import Meeting, Patience, ranks_text, wait_for
-from pipemoe.comm.mpi import Communicators
 from pipemoe.world.mpi_start import start_mpi
-from pipemoe.errors import WatchdogTimeout
 
 _communicators: Communicators | None = None  # of this process
 
@@ -66,7 +66,9 @@ def _everyones(meeting: Meeting, patience: Patience) -> list[tuple[str, int]]:
 
 
 def _host() -> str:
-    """This host among others: two may have the same name, and two containers of one host have their own GPUs and network."""
+    """This host among others: two may have the same name, and two containers of one host have their own GPUs and
+    network.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -40,7 +40,11 @@ class Meeting:
                 self.payloads[rank] = bytes(self._heard.pop(rank)[: status.Get_count(self._mpi.BYTE)])
         if self._receives or self._mpi.Request.Testall(self._sends):
             return sorted(self._receives)
-        return [r for r, request in zip((r for r in sorted(self.payloads) if r != self.rank), self._sends) if not request.Test()]
+        return [
+            r
+            for r, request in zip((r for r in sorted(self.payloads) if r != self.rank), self._sends)
+            if not request.Test()
+        ]
 
 
 class Patience:
@@ -53,7 +57,10 @@ class Patience:
         """Call it now and then. Raises WatchdogTimeout once the time is over."""
         waited = time.monotonic() - self._begin
         if waited > self._seconds:
-            raise WatchdogTimeout(f"{self._who}: waited {waited:.1f} s for {waits_for}; is there a rank that does not call pipemoe.init()?")
+            raise WatchdogTimeout(
+                f"{self._who}: waited {waited:.1f} s for {waits_for}; is there a rank that does not call "
+                "pipemoe.init()?"
+            )
         if waited > self._next_word:
             self._next_word = waited + _NEXT_WORD_SECONDS
             say(f"pipemoe: {self._who}: has waited {waited:.0f} of at most {self._seconds:.0f} s for {waits_for}")

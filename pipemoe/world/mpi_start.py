@@ -10,21 +10,22 @@ import os
 import threading
 from typing import Any
 
+from pipemoe.errors import ConfigError, WatchdogTimeout
+from pipemoe.runtime.last_words import exit_now, note, say
 from pipemoe.world.departure import departure
 from pipemoe.world.launcher import HOW_TO_START, Launch, check_size, rank_text, ranks_on_this_host
 from pipemoe.world.meeting import Patience
 from pipemoe.world.shared_memory import check_shared_memory, segments_mapped_here
-from pipemoe.errors import ConfigError, WatchdogTimeout
-from pipemoe.runtime.last_words import exit_now, note, say
 
-# MPICH's default schedules take a poll per round, and a poll is late on a rank that computes; its trees need fewer rounds.
+# MPICH's default schedules take a poll per round, and a poll is late on a rank that computes; its trees need fewer
+# rounds.
 _MPICH_TREES = ("MPIR_CVAR_IREDUCE_INTRA_ALGORITHM", "MPIR_CVAR_IBCAST_INTRA_ALGORITHM")
 _LOOK_SECONDS = 0.1
 
 
 def start_mpi(launch: Launch, setup_seconds: float) -> Any:
-    """mpi4py's MPI, running. Raises ConfigError when it cannot be, or is not the launcher's; ends the process with status 70 when
-    some rank does not start it in `setup_seconds`."""
+    """mpi4py's MPI, running. Raises ConfigError when it cannot be, or is not the launcher's; ends the process with
+    status 70 when some rank does not start it in `setup_seconds`."""
     for name in _MPICH_TREES:  # read when MPI starts
         os.environ.setdefault(name, "tsp_tree")
     mpi = _imported(launch)
@@ -36,7 +37,9 @@ def start_mpi(launch: Launch, setup_seconds: float) -> Any:
         _initialise(mpi, launch, setup_seconds)
         departure.ends_mpi = True
     if mpi.Query_thread() < mpi.THREAD_SERIALIZED:
-        raise ConfigError("MPI was started without thread support; let mpi4py initialise it, with its default thread level")
+        raise ConfigError(
+            "MPI was started without thread support; let mpi4py initialise it, with its default thread level"
+        )
     check_size(launch, mpi.COMM_WORLD.Get_size(), os.environ)
     note(f"segments.{os.getpid()}", "".join(f"{path}\n" for path in segments_mapped_here()))
     departure.uses(mpi)
@@ -55,7 +58,10 @@ def _imported(launch: Launch) -> Any:
             mpi4py.rc.initialize = usual
     except (ImportError, RuntimeError) as error:  # the second: it finds no library of MPI
         said = f"({' '.join(str(error).split())})"
-        text = f"a launcher started several ranks ({launch.said_by}), but mpi4py cannot be imported {said}; install pipemoe[mpi]"
+        text = (
+            f"a launcher started several ranks ({launch.said_by}), "
+            f"but mpi4py cannot be imported {said}; install pipemoe[mpi]"
+        )
         raise ConfigError(text) from None
     return MPI
 

@@ -17,7 +17,9 @@ _START_SECONDS = 60.0  # ranks of a job start within that time of one another
 
 
 def check_shared_memory(num_ranks: int) -> None:
-    """Raises ConfigError when /dev/shm has no room for as many ranks on this host: MPI would end them by a bus error."""
+    """Raises ConfigError when /dev/shm has no room for as many ranks on this host: MPI would end them by a bus
+    error.
+    """
     try:
         status = os.statvfs(FOLDER)
     except OSError:
@@ -29,8 +31,10 @@ def check_shared_memory(num_ranks: int) -> None:
     if size - used < needed:
         left = f", and {used >> 20} MiB of it are in use" if used else ""
         raise ConfigError(
-            f"{FOLDER} has {size / 2**20:.0f} MiB{left}, but MPI needs {needed / 2**20:.0f} MiB there for {num_ranks} ranks;"
-            " make it larger (in a container: --shm-size=1g), or remove what old jobs left there (`pipemoe doctor` names it)"
+            f"{FOLDER} has {size / 2**20:.0f} MiB{left}, but MPI needs {needed / 2**20:.0f} MiB there for "
+            f"{num_ranks} ranks;"
+            " make it larger (in a container: --shm-size=1g), or remove what old jobs left there (`pipemoe doctor` "
+            "names it)"
         )
 
 

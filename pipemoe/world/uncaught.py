@@ -1,8 +1,8 @@
 """What a rank prints of an error that nobody catches.
 
-An error that only this rank has: as Python does, before the rank says good-bye, as the others' end may be that of this process. An error
-that all ranks share, such as what one of them was called with wrongly: once, from one rank, with the caller's own frames only.
-PIPEMOE_DEBUG=1 shows all frames of all ranks.
+An error that only this rank has: as Python does, before the rank says good-bye, as the others' end may be that of this
+process. An error that all ranks share, such as what one of them was called with wrongly: once, from one rank, with the
+caller's own frames only. PIPEMOE_DEBUG=1 shows all frames of all ranks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from pipemoe.world.departure import departure
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.runtime.last_words import say
+from pipemoe.world.departure import departure
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
-_FOREIGN = (_PACKAGE, "<frozen ", f"{os.sep}mpi4py{os.sep}", f"{os.sep}concurrent{os.sep}futures{os.sep}", f"{os.sep}runpy.py")
+_FOREIGN = (
+    _PACKAGE,
+    "<frozen ",
+    f"{os.sep}mpi4py{os.sep}",
+    f"{os.sep}concurrent{os.sep}futures{os.sep}",
+    f"{os.sep}runpy.py",
+)
 _HEARING_SECONDS, _PRINTING_SECONDS = 3.0, 5.0
 _POLL_SECONDS = 0.005
 _REASON_LENGTH = 300
@@ -47,14 +53,20 @@ def remove() -> None:
 
 
 def reason_to_leave() -> str:
-    """Why a world that is closed now is closed: an exception under way here, or one that nobody caught; empty where there is none."""
+    """Why a world that is closed now is closed: an exception under way here, or one that nobody caught; empty where
+    there is none.
+    """
     error = sys.exception()
     return _reason if error is None else reason(error)
 
 
 def reason(error: BaseException) -> str:
     """An error in a line for the peers; empty for what is no error, or one that they have themselves."""
-    if is_shared(error) or isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and error.code in (None, 0)):
+    if (
+        is_shared(error)
+        or isinstance(error, GeneratorExit)
+        or (isinstance(error, SystemExit) and error.code in (None, 0))
+    ):
         return ""
     try:
         text = " ".join(str(error).split())[:_REASON_LENGTH]
@@ -90,7 +102,8 @@ def say_once(error: PipemoeError, text: str) -> None:
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     global _reason
     _reason = reason(error)
-    has_been_said = isinstance(error, FatalError) and error.__cause__ is None  # by the engine, with what there is to know
+    # by the engine, with what there is to know
+    has_been_said = isinstance(error, FatalError) and error.__cause__ is None
     if not (is_shared(error) or has_been_said) or os.environ.get("PIPEMOE_DEBUG", "0") not in ("", "0"):
         (_previous or sys.__excepthook__)(kind, error, trace)
         return

@@ -1,8 +1,8 @@
 """The first use of a world's communicators, at set-up: nothing is connected or loaded inside a step.
 
-Every kind of collective on every communicator, from one root and from all, small and large, as libraries take other ways by size. What
-is in the buffers does not matter, so all share the same few. They grow with the ranks only by the blocks that a collective of all
-takes: a block for each rank.
+Every kind of collective on every communicator, from one root and from all, small and large, as libraries take other
+ways by size. What is in the buffers does not matter, so all share the same few. They grow with the ranks only by the
+blocks that a collective of all takes: a block for each rank.
 """
 
 from __future__ import annotations
@@ -19,22 +19,27 @@ if TYPE_CHECKING:
     from pipemoe.runtime.lanes import Event, Lanes
 
 _WIDTH = 256
-# Bytes of a rank's block. NCCL's protocols differ up to a megabyte, which lies on the GPU; MPI sends what is more than some tens of
-# kilobytes in another way.
+# Bytes of a rank's block. NCCL's protocols differ up to a megabyte, which lies on the GPU; MPI sends what is more than
+# some tens of kilobytes in another way.
 _DEVICE_BYTES, _HOST_BYTES = 1 << 20, 1 << 16
 
 
 class WarmUp:
-    """Makes the buffers; `start` hands in the work. Raises torch's error, or MemoryError, when memory does not suffice."""
+    """Makes the buffers; `start` hands in the work. Raises torch's error, or MemoryError, when memory does not
+    suffice.
+    """
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         import torch
 
         self._rank, self._size = rank, size
         self._block = _DEVICE_BYTES if device.type == "cuda" else _HOST_BYTES
-        self._dtypes = [torch.float32, torch.float64] + ([torch.bfloat16, torch.float16] if device.type == "cuda" else [])
+        self._dtypes = [torch.float32, torch.float64] + (
+            [torch.bfloat16, torch.float16] if device.type == "cuda" else []
+        )
         self._wave, self._staging, self._result = (
-            torch.zeros(num_blocks * self._block, dtype=torch.uint8, device=device) for num_blocks in (size, size - 1, 1)
+            torch.zeros(num_blocks * self._block, dtype=torch.uint8, device=device)
+            for num_blocks in (size, size - 1, 1)
         )
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the buffers are filled on another stream than the lanes'
@@ -53,10 +58,14 @@ class WarmUp:
                     combines += [(combine, of_sums, self._sums(of_sums, partial)) for combine in ("reduce", "gather")]
                 for slot, lane in enumerate(lanes.slots):
                     events.append(
-                        lane.dispatch.submit(lambda s=slot, w=wave, e=exchange, r=rows: transport.dispatch(s, 0, w, e, r))
+                        lane.dispatch.submit(
+                            lambda s=slot, w=wave, e=exchange, r=rows: transport.dispatch(s, 0, w, e, r)
+                        )
                     )
                     events += [
-                        lane.combine.submit(lambda s=slot, w=w, e=exchange, c=c, x=x: transport.combine(s, 0, w, e, c, x))
+                        lane.combine.submit(
+                            lambda s=slot, w=w, e=exchange, c=c, x=x: transport.combine(s, 0, w, e, c, x)
+                        )
                         for c, w, x in combines
                     ]
 

@@ -16,23 +16,23 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look
-from pipemoe.world import uncaught
-from pipemoe.world.arguments import InitArguments, init_arguments
-from pipemoe.world.departure import departure, disown_in_children
 from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, unpack_shared
 from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
-from pipemoe.world.gpu import lanes_of, runs_on_gpu
-from pipemoe.world.launcher import launched
-from pipemoe.world.meet import Met, meet
 from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport
-from pipemoe.world.warm_up import WarmUp
 from pipemoe.errors import ConfigError, InputError, ModelError, PipemoeError
 from pipemoe.plan.room import Room
 from pipemoe.runtime.engine import Engine
 from pipemoe.runtime.lanes import Lanes, host_lanes
 from pipemoe.runtime.last_words import say
 from pipemoe.torch_state import no_grad_on_this_thread
+from pipemoe.world import uncaught
+from pipemoe.world.arguments import InitArguments, init_arguments
+from pipemoe.world.departure import departure, disown_in_children
+from pipemoe.world.gpu import lanes_of, runs_on_gpu
+from pipemoe.world.launcher import launched
+from pipemoe.world.meet import Met, meet
+from pipemoe.world.warm_up import WarmUp
 
 if TYPE_CHECKING:
     import torch
@@ -49,21 +49,26 @@ def init(
     setup_seconds: float = 600.0,
     grace_seconds: float = 5.0,
 ) -> World:
-    """Start this rank and meet the others; every rank calls it, with the same arguments. Again only after `World.close()`.
+    """Start this rank and meet the others; every rank calls it, with the same arguments. Again only after
+    `World.close()`.
 
-    device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each has a pair
-    of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds: how long an operation
-    may make no progress. setup_seconds: the same for what ranks may do at very different speeds, such as reading a checkpoint.
-    grace_seconds: from a fatal error to the end of the process. All are numbers of seconds, above 0 (grace_seconds: 0 too).
-    While other ranks have not called, says so every few seconds on standard error; after setup_seconds the process ends (status 70).
-    Raises ConfigError, on every rank, for an argument of any rank that cannot be; for a launcher that does not speak MPI; when the
-    communicators' thread blocks have no room on the GPU; when the machine lacks what `device` needs, or memory; when this process's
-    world is open, or that of the process that it was forked from. MismatchError where the ranks' arguments differ.
+    device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each
+    has a pair of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds:
+    how long an operation may make no progress. setup_seconds: the same for what ranks may do at very different speeds,
+    such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process. All are numbers of
+    seconds, above 0 (grace_seconds: 0 too). While other ranks have not called, says so every few seconds on standard
+    error; after setup_seconds the process ends (status 70). Raises ConfigError, on every rank, for an argument of any
+    rank that cannot be; for a launcher that does not speak MPI; when the communicators' thread blocks have no room on
+    the GPU; when the machine lacks what `device` needs, or memory; when this process's world is open, or that of the
+    process that it was forked from. MismatchError where the ranks' arguments differ.
     """
     global _open_world
     departure.check_process()
     if _open_world is not None:
-        raise ConfigError(f"rank {_open_world.rank}: pipemoe.init() has been called, and a process has one world; use that, or close() it first")
+        raise ConfigError(
+            f"rank {_open_world.rank}: pipemoe.init() has been called, and a process has one world; use that, or "
+            "close() it first"
+        )
     departure.join()
     arguments, on_gpu, error = InitArguments(), False, None
     try:
@@ -101,7 +106,9 @@ def world_of(world: Any) -> tuple[World, InputError | None]:
 
 
 class World:
-    """`rank` of `size`, on `device`; made by `init`. At most one is open in a process: two engines must not use MPI at once."""
+    """`rank` of `size`, on `device`; made by `init`. At most one is open in a process: two engines must not use MPI at
+    once.
+    """
 
     def __init__(self, met: Met | None, arguments: InitArguments, on_gpu: bool, error: PipemoeError | None) -> None:
         """error: why this rank cannot go on, which the others are to hear."""
@@ -120,8 +127,10 @@ class World:
         self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
         self.reserved_callers: dict[torch.cuda.Stream, int] = {}  # the same, by stream of a caller
         self.num_runtimes = 0  # made so far; the ranks make the same ones in the same order
-        self.announced: ModelError | None = None  # model code that failed in the last step; every rank hears of it in the next
-        self.threads_in_step: set[int] = set()  # of callers who give a step its rows; until they leave it, no other step begins
+        # model code that failed in the last step; every rank hears of it in the next
+        self.announced: ModelError | None = None
+        # of callers who give a step its rows; until they leave it, no other step begins
+        self.threads_in_step: set[int] = set()
         self.warned: set[str] = set()  # what was said once needs no second time
         self._closed = False
         self.engine = Engine(
@@ -134,7 +143,9 @@ class World:
         try:
             if met is not None:
                 self.engine.call(lambda: self._meet(error))
-            self.lanes: Lanes = lanes_of(self.device, self.num_slots) if on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
+            self.lanes: Lanes = (
+                lanes_of(self.device, self.num_slots) if on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
+            )
             if met is not None:
                 self.engine.call(self._connect)
         except BaseException as error:
@@ -154,7 +165,9 @@ class World:
         self._open_side_channel()
         self._raise_on_all(error, "looking at the arguments of init")
         settings = {"num_slots": str(self.num_slots), "device": self.device.type}
-        check_equal([json.loads(p) for p in self._exchange(json.dumps(settings).encode(), "comparing the arguments of init")])
+        check_equal(
+            [json.loads(p) for p in self._exchange(json.dumps(settings).encode(), "comparing the arguments of init")]
+        )
 
     def _connect(self) -> None:
         self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
@@ -173,7 +186,10 @@ class World:
             error = e if isinstance(e, ConfigError) else ConfigError(f"no socket to hear the other ranks at: {e}")
         self._raise_on_all(error, "opening the side channel")
         host, port = channel.address()
-        met = [p.decode().split() for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")]
+        met = [
+            p.decode().split()
+            for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")
+        ]
         channel.connect([(h, int(p)) for h, p, _ in met], met[0][2], self.setup_seconds)
         engine.side_channel = channel
         departure.keep(channel)
@@ -212,11 +228,15 @@ class World:
         for name, least in (("NCCL_MAX_CTAS", 1), ("NCCL_CGA_CLUSTER_SIZE", 0)):
             text = os.environ.get(name, str(least))
             if not (text.isascii() and text.isdigit() and int(text) >= least):
-                raise ConfigError(f"rank {self.rank}: {name} is {text!r}; it must be a whole number of at least {least}, or not set")
+                raise ConfigError(
+                    f"rank {self.rank}: {name} is {text!r}; it must be a whole number of at least {least}, or not set"
+                )
 
     @property
     def ctas(self) -> int:
-        """Thread blocks of a collective, each on a multiprocessor; none where ranks use no GPU, or there is one rank."""
+        """Thread blocks of a collective, each on a multiprocessor; none where ranks use no GPU, or there is one
+        rank.
+        """
         return 0 if self.block_room is None else self.block_room.ctas
 
     def room(self) -> Room:
@@ -245,14 +265,22 @@ class World:
             warm_up = WarmUp(self.rank, self.size, self.device)
         except (MemoryError, RuntimeError, torch.OutOfMemoryError) as e:  # on the host torch says it by a RuntimeError
             said = " ".join(str(e).split())[:300]
-            error = ConfigError(f"rank {self.rank}: out of memory at set-up ({said}); give each rank more, or start fewer")
+            error = ConfigError(
+                f"rank {self.rank}: out of memory at set-up ({said}); give each rank more, or start fewer"
+            )
         self._raise_on_all(error, "making room for the first use of the communicators")
         done = warm_up.start(self.transport, self.lanes)
         self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
 
     def start_gathering(self, payload: bytes, doing: str) -> Gathering:
-        """Begin a small all-gather; engine's thread only. `doing` must be the same on every rank (MismatchError otherwise)."""
-        return LocalGathering(payload) if self._met is None else MpiGathering(self._met.communicators.world, payload, doing)
+        """Begin a small all-gather; engine's thread only. `doing` must be the same on every rank (MismatchError
+        otherwise).
+        """
+        return (
+            LocalGathering(payload)
+            if self._met is None
+            else MpiGathering(self._met.communicators.world, payload, doing)
+        )
 
     def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
         """A small all-gather on the engine's thread, waited for as patiently as set-up needs."""
@@ -266,7 +294,8 @@ class World:
     def all_gather(self, payload: bytes, doing: str = "all_gather") -> list[bytes]:
         """Every rank's `payload`, in rank order; every rank calls. For results and set-up, not for a step's rows.
 
-        Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something else.
+        Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something
+        else.
         """
         self.check_no_step_is_open()
         looked, error = look(self.rank, "payload of all_gather", lambda: (bytes(memoryview(payload)), str(doing)))
@@ -275,7 +304,10 @@ class World:
         return unpack_shared(texts)
 
     def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
-        """Every rank calls: raises the first rank's error on all of them, or MismatchError if `facts` are not the same."""
+        """Every rank calls: raises the first rank's error on all of them, or MismatchError if `facts` are not the
+        same.
+        """
+
         def task() -> None:
             self._raise_on_all(error, doing)
             check_equal([json.loads(p) for p in self._exchange(json.dumps(facts).encode(), doing)])
@@ -284,15 +316,20 @@ class World:
         self.engine.call(task)
 
     def check_no_step_is_open(self) -> None:
-        """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before that has ended."""
+        """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before
+        that has ended.
+        """
         if threading.get_ident() in self.threads_in_step:
-            raise InputError(f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, exchange or close()")
+            raise InputError(
+                f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, "
+                "exchange or close()"
+            )
 
     def close(self) -> None:
         """Finish what is under way, leave the others in peace. Called again, does nothing.
 
-        While an exception is under way here, the peers are told of it, and this returns at once: what went wrong is to be seen first.
-        Raises InputError on a thread that is inside a PipelinedMoE's step, which it would wait for.
+        While an exception is under way here, the peers are told of it, and this returns at once: what went wrong is to
+        be seen first. Raises InputError on a thread that is inside a PipelinedMoE's step, which it would wait for.
         """
         if not self._closed:
             self.check_no_step_is_open()
@@ -327,13 +364,16 @@ class World:
             self.lanes.close()
 
     def disown(self, parent: int) -> None:
-        """In a process forked from that of this world: whatever is called raises InputError, and nothing here disturbs the parent."""
+        """In a process forked from that of this world: whatever is called raises InputError, and nothing here disturbs
+        the parent.
+        """
         global _open_world
         _open_world, self._closed = None, True
         atexit.unregister(self._close)
         self.engine.disown(
             InputError(
-                f"rank {self.rank}: this process was forked from process {parent}, whose world it is; only that can use it."
+                f"rank {self.rank}: this process was forked from process {parent}, whose world it is; only that can "
+                "use it."
                 " Start workers before pipemoe.init(), or by subprocess or multiprocessing's 'spawn'"
             )
         )

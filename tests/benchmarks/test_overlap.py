@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import overlap
-from benchmarks import results_schema
+from benchmarks import overlap, results_schema
 from pipemoe.contention import MAX_REPEATS, PairTimes
 from pipemoe.errors import ConfigError
 
@@ -30,7 +29,9 @@ def test_every_pair_gets_a_row(world, tmp_path, capsys):
         return
     document = json.loads(lines[-1])
     assert document == results_schema.read_results(tmp_path / "overlap.json")
-    assert [(row["a"], row["b"]) for row in document["rows"]] == list(overlap.PAIRS) and len(lines) == len(overlap.PAIRS) + 2
+    assert [(row["a"], row["b"]) for row in document["rows"]] == list(overlap.PAIRS) and len(lines) == len(
+        overlap.PAIRS
+    ) + 2
     for row in document["rows"]:
         assert row["a_slowdown"] == pytest.approx(row["a_together_ms"] / row["a_alone_ms"])
         assert row["gain"] == pytest.approx((row["a_alone_ms"] + row["b_alone_ms"]) / row["both_together_ms"])

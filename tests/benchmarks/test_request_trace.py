@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from pipemoe.errors import InputError
 from benchmarks.request_trace import (
     Request,
     cut,
@@ -15,6 +14,7 @@ from benchmarks.request_trace import (
     round_robin,
     scale_lengths,
 )
+from pipemoe.errors import InputError
 
 TRACES = Path(__file__).resolve().parents[2] / "benchmarks" / "traces"
 HEADER = "timestamp_ms,input_tokens,output_tokens\n"
@@ -58,7 +58,10 @@ def mooncake(times):
 def test_times_in_seconds_under_mooncakes_names(trace):
     """Read as milliseconds they were a thousand times too dense, without a word."""
     path = trace(mooncake(i / 3 for i in range(12)))  # three requests a second
-    with pytest.raises(InputError, match=r"trace.csv: 12 requests within 3.66667 ms, if timestamp is in ms.*--trace-unit s .*--trace-unit ms"):
+    with pytest.raises(
+        InputError,
+        match=r"trace.csv: 12 requests within 3.66667 ms, if timestamp is in ms.*--trace-unit s .*--trace-unit ms",
+    ):
         read_trace(path)
     assert [r.timestamp_ms for r in read_trace(path, "s")] == pytest.approx([1000 * i / 3 for i in range(12)])
     assert [r.timestamp_ms for r in read_trace(path, "ms")] == pytest.approx([i / 3 for i in range(12)])
@@ -72,17 +75,26 @@ def test_requests_that_come_together_have_no_unit(trace):
 
 def test_the_unit_of_csv_is_in_its_header(trace):
     seconds = trace("timestamp_s,input_tokens,output_tokens\n0,1,1\n0.5,1,1\n")
-    assert [r.timestamp_ms for r in read_trace(seconds)] == [r.timestamp_ms for r in read_trace(seconds, "s")] == [0.0, 500.0]
+    assert (
+        [r.timestamp_ms for r in read_trace(seconds)]
+        == [r.timestamp_ms for r in read_trace(seconds, "s")]
+        == [0.0, 500.0]
+    )
     with pytest.raises(InputError, match="line 1: the column timestamp_s says its unit, which is not ms"):
         read_trace(seconds, "ms")
     dense = trace(HEADER + "".join(f"{i / 3},1,1\n" for i in range(300)))
-    with pytest.raises(InputError, match="300 requests within 99.6667 ms, if timestamp_ms is in ms.*a column timestamp_s"):
+    with pytest.raises(
+        InputError, match="300 requests within 99.6667 ms, if timestamp_ms is in ms.*a column timestamp_s"
+    ):
         read_trace(dense)
     assert len(read_trace(dense, "ms")) == 300
 
 
 def test_times_out_of_order(trace):
-    with pytest.raises(InputError, match="trace.csv, line 4: timestamp_ms is 4, which is before that of the request before; sort the trace"):
+    with pytest.raises(
+        InputError,
+        match="trace.csv, line 4: timestamp_ms is 4, which is before that of the request before; sort the trace",
+    ):
         read_trace(trace(HEADER + "3,1,1\n5,1,1\n4,1,1\n"))
     with pytest.raises(InputError, match="line 2: timestamp is 1, which is before"):
         read_trace(trace(mooncake([3000, 1])))
@@ -141,8 +153,11 @@ def test_bad_json_lines_are_named_by_file_line_and_value(trace, row, complaint):
         (" \n\n", "the file is empty"),
         (HEADER, "a header, but no request"),
         ("timestamp_ms,input_tokens,output_tokens,input_tokens\n0,1,1,1\n", "input_tokens twice; one is wanted"),
-        ("timestamp_ms,timestamp_s,input_tokens,output_tokens\n0,1,1,1\n", "has timestamp_ms and timestamp_s; one is wanted"),
-        (HEADER + "0,1,\"" + "x" * 200_000 + "\n", "line 2: not CSV: field larger than field limit"),
+        (
+            "timestamp_ms,timestamp_s,input_tokens,output_tokens\n0,1,1,1\n",
+            "has timestamp_ms and timestamp_s; one is wanted",
+        ),
+        (HEADER + '0,1,"' + "x" * 200_000 + "\n", "line 2: not CSV: field larger than field limit"),
         ('[{"timestamp": 0}]', "line 1: no column timestamp_ms"),
         ('{"a":' * 100_000, "line 1: not JSON"),
         ("timestamp_ms,input_tokens\n0,1\n", "line 1: no column output_tokens"),

@@ -57,5 +57,7 @@ def test_an_interface_may_be_named(monkeypatch):
 @pytest.mark.parametrize("name", ["nowhere0", "x" * 300, "br\u00fccke"])
 def test_an_interface_that_is_not_there_is_an_error(monkeypatch, name):
     monkeypatch.setenv("PIPEMOE_INTERFACE", name)
-    with pytest.raises(ConfigError, match=f"PIPEMOE_INTERFACE is '{name}', which has no IPv4 address on .*; it must be one of: .*lo"):
+    with pytest.raises(
+        ConfigError, match=f"PIPEMOE_INTERFACE is '{name}', which has no IPv4 address on .*; it must be one of: .*lo"
+    ):
         own_address()

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipemoe.comm.exchange import check_equal, decode_step, encode_error, encode_step, pack_shared, raise_first, unpack_shared
+from pipemoe.comm.exchange import (
+    check_equal,
+    decode_step,
+    encode_error,
+    encode_step,
+    pack_shared,
+    raise_first,
+    unpack_shared,
+)
 from pipemoe.errors import FatalError, InputError, MismatchError, ModelError
 
 SAME = b"f" * 16
@@ -17,13 +25,20 @@ def test_lengths_come_through(lengths_of):
 
 
 def test_the_lowest_ranks_error_is_raised():
-    payloads = [encode_step(SAME, (5,), None), encode_step(SAME, (), InputError("rank 1: bad x")), encode_step(SAME, (), ModelError("rank 2: y"))]
+    payloads = [
+        encode_step(SAME, (5,), None),
+        encode_step(SAME, (), InputError("rank 1: bad x")),
+        encode_step(SAME, (), ModelError("rank 2: y")),
+    ]
     with pytest.raises(InputError, match="^rank 1: bad x$"):
         decode_step(payloads)
 
 
 def test_errors_that_every_rank_knows_are_raised_on_none():
-    known, unknown = ([encode_step(SAME, (r + 1,), InputError(f"rank {r}: x"), is_known=is_known or r == 0) for r in range(2)] for is_known in (True, False))
+    known, unknown = (
+        [encode_step(SAME, (r + 1,), InputError(f"rank {r}: x"), is_known=is_known or r == 0) for r in range(2)]
+        for is_known in (True, False)
+    )
     assert decode_step(known).lengths == ((1,), (2,))
     with pytest.raises(InputError, match="^rank 0: x$"):
         decode_step(unknown)
@@ -35,7 +50,9 @@ def test_an_error_without_a_rank_gets_one_and_a_foreign_class_becomes_a_model_er
 
 
 def test_different_fingerprints_are_told_apart():
-    with pytest.raises(MismatchError, match="differ in configuration, model or checkpoint: rank 0 has 66.*, rank 1 has 67"):
+    with pytest.raises(
+        MismatchError, match="differ in configuration, model or checkpoint: rank 0 has 66.*, rank 1 has 67"
+    ):
         decode_step([encode_step(SAME, (), None), encode_step(b"g" * 16, (), None)])
 
 
@@ -47,7 +64,9 @@ def test_the_differing_setting_is_named():
 
 
 def test_what_a_step_leaves_out_must_be_the_same():
-    with pytest.raises(MismatchError, match=r"rank 1: what a step leaves out \(only\) is communication, but rank 0 has nothing"):
+    with pytest.raises(
+        MismatchError, match=r"rank 1: what a step leaves out \(only\) is communication, but rank 0 has nothing"
+    ):
         decode_step([encode_step(SAME, (1,), None), encode_step(SAME, (1,), None, left_out=2)])
 
 

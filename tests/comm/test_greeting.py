@@ -96,7 +96,9 @@ def test_the_right_ranks_are_connected(job):
 
 
 def test_strangers_hold_up_nobody(job, monkeypatch):
-    """Silent ones, more than are kept; one that feeds a byte at a time for as long as the ranks would let it; and one who reads along."""
+    """Silent ones, more than are kept; one that feeds a byte at a time for as long as the ranks would let it; and one
+    who reads along.
+    """
     monkeypatch.setattr(greeting, "GREETING_SECONDS", 10 * WAIT_SECONDS)  # so that time does not help the ranks
     monkeypatch.setattr(greeting, "MOST_GUESTS", 8)
     ranks = job(3)
@@ -154,14 +156,16 @@ def test_no_stranger_becomes_a_rank(job, attempts):
     assert set(ranks.met) == {0, 1}
 
 
-ODD_GREETINGS = [
-    {"token": TOKEN, "rank": rank} for rank in (True, "1", [1], 1.0, -1, 0, 1, None, {"a": 1}, 10**30)
-]
+ODD_GREETINGS = [{"token": TOKEN, "rank": rank} for rank in (True, "1", [1], 1.0, -1, 0, 1, None, {"a": 1}, 10**30)]
 
 
 def test_the_old_greeting_in_clear_is_a_strangers(job):
     ranks = job(2)
-    lines = [json.dumps(odd).encode() + b"\n" for odd in ODD_GREETINGS] + [b"\xff\n", b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n"]
+    lines = [json.dumps(odd).encode() + b"\n" for odd in ODD_GREETINGS] + [
+        b"\xff\n",
+        b"[" * 100_000 + b"\n",
+        b"9" * 5000 + b"\n",
+    ]
     strangers = [ranks.stranger(0) for _ in lines]
     ranks.begin([0])
     for line, stranger in zip(lines, strangers):
@@ -197,7 +201,9 @@ def test_a_rank_may_connect_once(job):
 
 
 def test_the_token_does_not_travel_and_what_travels_is_of_no_use_again(job):
-    """A relay between the ranks hears everything; neither said again, nor sent back, nor to another rank, does it open a door."""
+    """A relay between the ranks hears everything; neither said again, nor sent back, nor to another rank, does it open
+    a door.
+    """
     ranks = job(3)
     relay = socket.create_server(("127.0.0.1", 0))
     real, heard = ranks.addresses[0], []
@@ -263,7 +269,9 @@ def test_a_host_that_does_not_know_the_token_is_named(job, monkeypatch):
     threading.Thread(target=pretend, daemon=True).start()
     ranks.end()
     host, port = ranks.addresses[0]
-    assert f"rank 1: rank 0 cannot be reached at {host} port {port} (what answers there is no rank of this job" in str(ranks.errors[1])
+    assert f"rank 1: rank 0 cannot be reached at {host} port {port} (what answers there is no rank of this job" in str(
+        ranks.errors[1]
+    )
     assert ranks.errors[1].culprit == 0
 
 
@@ -305,12 +313,17 @@ def test_a_rank_that_does_not_come_is_named(job):
         ranks.begin([2], seconds[1])
         ranks.end()
         (low_host, low_port), (host, port) = ranks.addresses[:2]
-        absent = f"rank 0: rank 1 has not connected to {low_host} port {low_port} within setup_seconds=1 (1 of 3 ranks have not)"
+        absent = (
+            f"rank 0: rank 1 has not connected to {low_host} port {low_port} "
+            "within setup_seconds=1 (1 of 3 ranks have not)"
+        )
         mute = f"rank 2: rank 1 cannot be reached at {host} port {port} (no answer, within setup_seconds=1)"
         first = seconds.index(1.0)
         assert (absent, mute)[first] in str(ranks.errors[2 * first])
         other = 2 - 2 * first
-        assert str(ranks.errors[other]).startswith(f"rank {other}: rank 1 is lost, as rank {2 * first} says: {(absent, mute)[first]}")
+        assert str(ranks.errors[other]).startswith(
+            f"rank {other}: rank 1 is lost, as rank {2 * first} says: {(absent, mute)[first]}"
+        )
         assert ranks.errors[0].culprit == ranks.errors[2].culprit == 1
 
 

@@ -37,7 +37,12 @@ def test_a_megabyte_of_text_keeps_its_beginning_and_its_end(unit):
     assert found.startswith("rank 1: why") and found.endswith("the end") and "characters left out" in found
 
 
-@given(st.lists(st.one_of(st.binary(max_size=50), st.integers(MAX_LINE - 2, 2 * MAX_LINE).map(lambda n: b"y" * n)), max_size=6), st.data())
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=50), st.integers(MAX_LINE - 2, 2 * MAX_LINE).map(lambda n: b"y" * n)), max_size=6
+    ),
+    st.data(),
+)
 def test_lines_come_through_in_any_pieces_and_long_ones_are_dropped(parts, data):
     parts = [part.replace(b"\n", b" ") for part in parts]
     stream = b"".join(part + b"\n" for part in parts)
@@ -55,13 +60,31 @@ def test_a_peer_that_never_ends_its_line_takes_no_memory(sizes):
     assert lines[-1] == b"next"
 
 
-@given(st.one_of(st.binary(max_size=300), st.recursive(st.none() | st.floats() | st.text(), st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode())))
+@given(
+    st.one_of(
+        st.binary(max_size=300),
+        st.recursive(st.none() | st.floats() | st.text(), st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode()),
+    )
+)
 def test_what_is_no_object_is_no_message(line):
     found = decode_line(line)
     assert found is None or isinstance(found, dict)
 
 
-@pytest.mark.parametrize("line", [b"[" * 60_000, b'{"a":' * 12_000, b'{"failure": ' + b"9" * 60_000 + b"}", b"\xff\xfe", b"", b"7", b"[1, 2]", b"null", b'"x"'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"[" * 60_000,
+        b'{"a":' * 12_000,
+        b'{"failure": ' + b"9" * 60_000 + b"}",
+        b"\xff\xfe",
+        b"",
+        b"7",
+        b"[1, 2]",
+        b"null",
+        b'"x"',
+    ],
+)
 def test_odd_json_is_no_message(line):
     assert decode_line(line) is None
 

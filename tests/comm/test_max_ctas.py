@@ -9,7 +9,9 @@ from pipemoe.errors import ConfigError
 from pipemoe.plan.room import Room
 
 
-@pytest.mark.parametrize("num_sms, num_slots, ranks, ctas", [(132, 4, 1, 8), (132, 1, 1, 8), (108, 4, 1, 6), (32, 2, 4, 1), (16, 4, 8, 1)])
+@pytest.mark.parametrize(
+    "num_sms, num_slots, ranks, ctas", [(132, 4, 1, 8), (132, 1, 1, 8), (108, 4, 1, 6), (32, 2, 4, 1), (16, 4, 8, 1)]
+)
 def test_known_devices(num_sms, num_slots, ranks, ctas):
     assert default_max_ctas(num_sms, num_slots, ranks) == ctas
 

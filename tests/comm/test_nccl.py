@@ -7,10 +7,10 @@ from pipemoe.comm import nccl
 from pipemoe.comm.nccl import NcclTransport
 from pipemoe.comm.transport import WaveSums, column_blocks
 from pipemoe.plan.columns import column_ranges
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
 from pipemoe.plan.schedule import Facts, ModelShape, Segment, Wave
-from pipemoe.plan.config import PlanConfig
 from tests.comm.nccl_stand_in import STREAM, Communicator, StandIn
 from tests.comm.wave_cases import broadcast_waves, padded_wave
 

@@ -64,7 +64,9 @@ def transports(monkeypatch):
 
 def sums_of(wave, dtype=torch.float32):
     results = [torch.zeros(s.num_rows, WIDTH, dtype=dtype) for s in wave.segments if s.rank == 0]
-    return WaveSums(torch.zeros(wave.num_rows, WIDTH, dtype=dtype), results, torch.zeros(2, wave.num_rows, WIDTH, dtype=dtype))
+    return WaveSums(
+        torch.zeros(wave.num_rows, WIDTH, dtype=dtype), results, torch.zeros(2, wave.num_rows, WIDTH, dtype=dtype)
+    )
 
 
 WAVE = Wave((Segment(0, 0, 3, 0), Segment(1, 0, 3, 3), Segment(2, 0, 3, 6)), 9)

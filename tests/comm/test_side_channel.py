@@ -66,7 +66,9 @@ def test_news_add_up(channels):
     channels[1].tell(exiting=True)
     channels[1].tell(finalised=True, why="x")
     until(lambda: len(channels[0].peers[1].news) == 3)
-    assert channels[0].peers[1].news == {"exiting": True, "finalised": True, "why": "x"} and channels[0].failed() is None
+    assert (
+        channels[0].peers[1].news == {"exiting": True, "finalised": True, "why": "x"} and channels[0].failed() is None
+    )
 
 
 @pytest.mark.parametrize("unit", ["x", "\U0001f4a9", "\ud800"])
@@ -108,7 +110,9 @@ def test_what_was_said_before_the_end_is_heard(channels):
 
 
 def test_a_rank_that_ends_for_another_is_not_blamed(channels):
-    """Rank 2 ends for rank 3, and rank 1 for rank 2, in whatever order that is heard, and whether or not rank 3's end is seen here."""
+    """Rank 2 ends for rank 3, and rank 1 for rank 2, in whatever order that is heard, and whether or not rank 3's end
+    is seen here.
+    """
     channels[1].announce_failure("rank 1: lost rank 2", culprit=2)
     until(lambda: channels[0].peers[1].failure is not None)
     assert channels[0].failed() == (2, "rank 1: lost rank 2")
@@ -165,7 +169,16 @@ def test_a_closed_channel_gives_its_sockets_and_thread_back(channels):
 
 def test_what_is_no_message_is_ignored(channels):
     raw = channels[1]._links[0].connection
-    odd = [b"\xff not json", b"[1, 2]", b"7", b"[" * 60_000, b'{"failure": ["list"]}', b'{"failure": null}', b'{"left": 1}', b'{"step": "x", "doing": [[[]]], "patience": "1"}']
+    odd = [
+        b"\xff not json",
+        b"[1, 2]",
+        b"7",
+        b"[" * 60_000,
+        b'{"failure": ["list"]}',
+        b'{"failure": null}',
+        b'{"left": 1}',
+        b'{"step": "x", "doing": [[[]]], "patience": "1"}',
+    ]
     raw.setblocking(True)
     with channels[1]._lock:
         raw.sendall(b"\n".join(odd) + b"\n" + b"y" * (3 * MAX_LINE) + b"\n")
@@ -253,7 +266,9 @@ def test_across_hosts_it_listens_on_the_address_that_it_tells(monkeypatch):
     channel.close()
 
 
-@pytest.mark.parametrize(("told", "wanted"), [(600, 600), (600.5, 600.5), (None, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), ("9", 0.0)])
+@pytest.mark.parametrize(
+    ("told", "wanted"), [(600, 600), (600.5, 600.5), (None, 0.0), (float("nan"), 0.0), (float("inf"), 0.0), ("9", 0.0)]
+)
 def test_peers_may_ask_for_patience_within_reason(told, wanted):
     made = opened(2, lambda rank: {"step": 1, "patience": told if rank else 0.0})
     try:

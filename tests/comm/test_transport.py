@@ -5,10 +5,10 @@ import torch
 
 from pipemoe.comm.transport import WaveSums, column_blocks
 from pipemoe.plan.columns import column_ranges
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
 from pipemoe.plan.schedule import Facts, ModelShape, OpKind
-from pipemoe.plan.config import PlanConfig
 from tests.comm.wave_cases import broadcast_waves, padded_wave
 
 pytestmark = pytest.mark.mpi
@@ -60,16 +60,26 @@ def test_dispatch_brings_every_row_to_every_rank(world, exchange, counts):
         for s in wave.segments:
             if s.rank == world.rank:
                 buffer[s.row : s.row + s.num_rows] = rows_of(s.rank, s.num_rows, world.device)
-        on_lane(world, world.lanes.slots[slot].dispatch, lambda: world.transport.dispatch(slot, 0, wave, exchange, buffer))
+        on_lane(
+            world, world.lanes.slots[slot].dispatch, lambda: world.transport.dispatch(slot, 0, wave, exchange, buffer)
+        )
         for s in wave.segments:
             assert torch.equal(buffer[s.row : s.row + s.num_rows], rows_of(s.rank, s.num_rows, world.device))
 
 
-@pytest.mark.parametrize(("exchange", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce"), ("padded", "gather")])
+@pytest.mark.parametrize(
+    ("exchange", "combine"),
+    [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce"), ("padded", "gather")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_combine_sums_every_ranks_part_at_the_owner(world, exchange, combine, dtype, counts):
-    if world.device.type == "cpu" and combine == "reduce" and dtype in (torch.bfloat16, torch.float16) and world.size > 1:
+    if (
+        world.device.type == "cpu"
+        and combine == "reduce"
+        and dtype in (torch.bfloat16, torch.float16)
+        and world.size > 1
+    ):
         pytest.skip("MPI has no 16-bit sums")
     made = wave_of(world, counts, exchange)
     if made is None:
@@ -77,18 +87,34 @@ def test_combine_sums_every_ranks_part_at_the_owner(world, exchange, combine, dt
     _, wave = made
     own = [s for s in wave.segments if s.rank == world.rank]
     for slot in range(world.num_slots):
-        of_rows = torch.arange(wave.num_rows, device=world.device).unsqueeze(1) % 7 + torch.zeros(WIDTH, device=world.device)
+        of_rows = torch.arange(wave.num_rows, device=world.device).unsqueeze(1) % 7 + torch.zeros(
+            WIDTH, device=world.device
+        )
         partial = (of_rows * (world.rank + 1)).to(dtype)
         wanted = [of_rows[s.row : s.row + s.num_rows] * sum(range(1, world.size + 1)) for s in own]
-        results = [torch.full((s.num_rows, WIDTH), torch.nan, dtype=torch.float32 if combine == "gather" else dtype, device=world.device) for s in own]
+        results = [
+            torch.full(
+                (s.num_rows, WIDTH),
+                torch.nan,
+                dtype=torch.float32 if combine == "gather" else dtype,
+                device=world.device,
+            )
+            for s in own
+        ]
         staging = torch.zeros((world.size - 1, wave.num_rows, WIDTH), dtype=dtype, device=world.device)
         sums = WaveSums(partial, results, staging)
-        on_lane(world, world.lanes.slots[slot].combine, lambda: world.transport.combine(slot, 0, wave, exchange, combine, sums))
+        on_lane(
+            world,
+            world.lanes.slots[slot].combine,
+            lambda: world.transport.combine(slot, 0, wave, exchange, combine, sums),
+        )
         for r, w in zip(results, wanted):
             assert torch.equal(r.float(), w)  # whole numbers up to 256 with 8 ranks: exact in every dtype
 
 
-@pytest.mark.parametrize(("exchange", "combine"), [("broadcast", "reduce"), ("padded", "reduce"), ("broadcast", "gather")])
+@pytest.mark.parametrize(
+    ("exchange", "combine"), [("broadcast", "reduce"), ("padded", "reduce"), ("broadcast", "gather")]
+)
 @pytest.mark.parametrize("counts", COUNTS[:3], ids=str)
 def test_blocks_of_columns_come_to_where_they_belong(world, exchange, combine, counts):
     """One after another on one lane, into parts of the results' rows."""
@@ -109,12 +135,16 @@ def test_blocks_of_columns_come_to_where_they_belong(world, exchange, combine, c
     results = [torch.full((s.num_rows, WIDTH), torch.nan, device=world.device) for s in own]
     for block, into, part in zip(partial, staging, columns):
         sums = WaveSums(block, [result[:, part.start : part.stop] for result in results], into)
-        on_lane(world, world.lanes.slots[0].combine, lambda: world.transport.combine(0, 0, wave, exchange, combine, sums))
+        on_lane(
+            world, world.lanes.slots[0].combine, lambda: world.transport.combine(0, 0, wave, exchange, combine, sums)
+        )
     for s, result in zip(own, results):
         assert torch.equal(result, values[s.row : s.row + s.num_rows] * sum(range(1, world.size + 1)))
 
 
-@pytest.mark.parametrize(("exchange", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce")])
+@pytest.mark.parametrize(
+    ("exchange", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce")]
+)
 def test_the_log_is_what_the_plan_projects(world, exchange, combine):
     if world.size == 1:
         pytest.skip("a world of one issues nothing")

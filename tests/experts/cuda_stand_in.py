@@ -17,8 +17,8 @@ NUM_SMS = 132
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch: of which kernel, in how many blocks, on which stream, with which arguments; may its blocks start before the kernel
-    in front of it has ended?"""
+    """One launch: of which kernel, in how many blocks, on which stream, with which arguments; may its blocks start
+    before the kernel in front of it has ended?"""
 
     kernel: Kernel
     grid: tuple[int, int]
@@ -31,7 +31,9 @@ class Launched:
         values = (ctypes.cast(address, ctypes.POINTER(ctypes.c_int64))[0] for address in addresses)
         assert (config.grid_z, *config.block, config.shared_bytes) == (1, kernel.threads, 1, 1, kernel.shared_bytes)
         others = kernel.cluster > 1  # the other attribute that a launch may have
-        return Launched(kernel, (config.grid_x, config.grid_y), config.stream or 0, tuple(values), config.num_attributes > others)
+        return Launched(
+            kernel, (config.grid_x, config.grid_y), config.stream or 0, tuple(values), config.num_attributes > others
+        )
 
 
 def install(monkeypatch: pytest.MonkeyPatch, stream: int = 7) -> list[Launched]:

@@ -45,7 +45,16 @@ def _fields(weights: ExpertWeights):
 
 
 def random_weights(
-    num_experts, hidden, intermediate, *, dtype=torch.float32, bias=False, seed=0, first_expert=0, activation="silu", gated=True
+    num_experts,
+    hidden,
+    intermediate,
+    *,
+    dtype=torch.float32,
+    bias=False,
+    seed=0,
+    first_expert=0,
+    activation="silu",
+    gated=True,
 ) -> ExpertWeights:
     generator = torch.Generator().manual_seed(seed)
     rows = 2 * intermediate if gated else intermediate
@@ -72,7 +81,9 @@ def make_rows(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, de
     return rows
 
 
-def random_rows(num_rows, hidden, num_experts, top_k, *, dtype=torch.float32, seed=0, device="cpu", ids=None) -> WireRows:
+def random_rows(
+    num_rows, hidden, num_experts, top_k, *, dtype=torch.float32, seed=0, device="cpu", ids=None
+) -> WireRows:
     """Rows with distinct experts where there are enough of them; about one id in eight is -1."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_rows, hidden, generator=generator).to(dtype)

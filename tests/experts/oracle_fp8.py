@@ -1,4 +1,6 @@
-"""Oracle of experts in e4m3, and its cases: expert by expert in float64, with activations quantised between the GEMMs."""
+"""Oracle of experts in e4m3, and its cases: expert by expert in float64, with activations quantised between the
+GEMMs.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ from pipemoe.experts import ExpertWeights
 from pipemoe.wire import WireFormat, WireRows
 
 F64 = torch.float64
-# Norm ratios. Against the definition on unquantised data the format itself costs 2.4 % for each of x, gate_up, a and down, and
-# the product of gate and up doubles the square of what went into it: about 6 % together, for normal data.
+# Norm ratios. Against the definition on unquantised data the format itself costs 2.4 % for each of x, gate_up, a and
+# down, and the product of gate and up doubles the square of what went into it: about 6 % together, for normal data.
 TOLERANCE, FORMAT_TOLERANCE = 1e-2, 8e-2
 
 

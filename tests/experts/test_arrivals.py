@@ -156,8 +156,16 @@ def test_order_of_the_work():
         arriving(arrivals, out, scratch)
         free, turn = arrivals.free, arriving._turn
         assert log == [
-            *(("wait", free), ("index", 6), ("flag", 1), ("wait", free), ("index", 4), ("flag", 0)),
-            *(("wait", turn), ("gate_up", 91), ("record", turn), ("record", free)),
+            ("wait", free),
+            ("index", 6),
+            ("flag", 1),
+            ("wait", free),
+            ("index", 4),
+            ("flag", 0),
+            ("wait", turn),
+            ("gate_up", 91),
+            ("record", turn),
+            ("record", free),
         ]
 
 
@@ -204,7 +212,9 @@ def test_mistakes():
 
 
 def test_experts_that_take_whole_waves_only():
-    experts = AmpereExperts([random_weights(2, 16, 16, dtype=BF16)], top_k=2, hidden=16, device=torch.device("cpu"), dtype=BF16, num_sms=4)
+    experts = AmpereExperts(
+        [random_weights(2, 16, 16, dtype=BF16)], top_k=2, hidden=16, device=torch.device("cpu"), dtype=BF16, num_sms=4
+    )
     with pytest.raises(ConfigError, match="ampere experts"):
         ArrivingExperts(experts)
     assert not HopperFp8Experts.supports_arrivals

@@ -1,6 +1,7 @@
 """Arrival-driven calls on a GPU: the bits of an ordinary call, whenever and in whatever order the parts arrive.
 
-A call that waits for ever would hold the GPU: every wait here has a deadline, and writes the missing flags when it passes.
+A call that waits for ever would hold the GPU: every wait here has a deadline, and writes the missing flags when it
+passes.
 """
 
 import ctypes
@@ -28,7 +29,15 @@ from pipemoe.experts import make_experts
 from pipemoe.experts.arrivals import ArrivingExperts
 from pipemoe.runtime.lanes import stream_lanes
 from pipemoe_kernels.launch import driver
-from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error, slice_experts, to_device
+from tests.experts.oracle import (
+    TOLERANCE,
+    expected,
+    random_rows,
+    random_weights,
+    relative_error,
+    slice_experts,
+    to_device,
+)
 
 BF16 = torch.bfloat16
 DEADLINE_S = 20
@@ -38,7 +47,9 @@ _WAIT_UNTIL_EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 
 @cache
 def streams():
-    """Two for parts, and one to free the GPU by; made one after the other, so that none shares a hardware queue with another."""
+    """Two for parts, and one to free the GPU by; made one after the other, so that none shares a hardware queue with
+    another.
+    """
     lanes = stream_lanes(torch.device("cuda"), 1).slots[0]
     return lanes.dispatch.stream, lanes.combine.stream, lanes.compute.stream
 
@@ -47,7 +58,13 @@ class Layer:
     """Experts of one layer, with everything that a call needs."""
 
     def __init__(self, weights, top_k, max_rows, *, deterministic=False, column_blocks=(1,)):
-        settings = {"top_k": top_k, "hidden": weights.hidden, "device": "cuda", "dtype": BF16, "deterministic": deterministic}
+        settings = {
+            "top_k": top_k,
+            "hidden": weights.hidden,
+            "device": "cuda",
+            "dtype": BF16,
+            "deterministic": deterministic,
+        }
         self.experts = make_experts([to_device(weights, "cuda")], implementation="hopper", **settings)
         self.arriving = ArrivingExperts(self.experts.leaving(8))
         self.scratch = self.experts.new_scratch(max_rows)
@@ -62,9 +79,21 @@ class Layer:
         self.experts(0, rows, out, self.scratch)
         return out
 
-    def call(self, rows, part_rows, order, *, buffer=0, delay=DELAY_CYCLES, held=(), gate=None, events=(), before_release=None):
-        """Every part's rows are copied, late, into a poisoned buffer on a side stream, in this order; those `held` on another one
-        once gate[0] is 1, which it becomes here after the launch."""
+    def call(
+        self,
+        rows,
+        part_rows,
+        order,
+        *,
+        buffer=0,
+        delay=DELAY_CYCLES,
+        held=(),
+        gate=None,
+        events=(),
+        before_release=None,
+    ):
+        """Every part's rows are copied, late, into a poisoned buffer on a side stream, in this order; those `held` on
+        another one once gate[0] is 1, which it becomes here after the launch."""
         arrivals = self.buffers[buffer]
         received = random_rows(len(rows), rows.hidden.shape[1], 1, rows.ids.shape[1], dtype=BF16, device="cuda")
         received.buffer.fill_(0xAB)
@@ -77,7 +106,10 @@ class Layer:
             side.wait_stream(torch.cuda.current_stream())
         if held:
             result = driver._library().cuStreamWaitValue32_v2(
-                ctypes.c_void_p(self.sides[1].cuda_stream), ctypes.c_uint64(gate.data_ptr()), ctypes.c_uint32(1), _WAIT_UNTIL_EQUAL
+                ctypes.c_void_p(self.sides[1].cuda_stream),
+                ctypes.c_uint64(gate.data_ptr()),
+                ctypes.c_uint32(1),
+                _WAIT_UNTIL_EQUAL,
             )
             assert result == 0, result
         for part in order:
@@ -143,7 +175,9 @@ def gate():
 def test_every_order(layer):
     rows = random_rows(600, 256, 6, 3, dtype=BF16, device="cuda")
     wanted = layer.ordinary(rows)
-    assert relative_error(wanted[::29], expected(rows[::29], to_device(layer.experts.weights[0], "cpu"))) < TOLERANCE[BF16]
+    assert (
+        relative_error(wanted[::29], expected(rows[::29], to_device(layer.experts.weights[0], "cpu"))) < TOLERANCE[BF16]
+    )
     for i, order in enumerate(itertools.permutations(range(4))):
         out = layer.call(rows, [37, 300, 1, 262], order, buffer=i % 2, delay=DELAY_CYCLES * (i % 2))
         assert torch.equal(out, wanted), order
@@ -221,7 +255,9 @@ def test_awkward_sizes(hidden, intermediate, activation, gated, bias):
 @pytest.mark.parametrize("hidden, num_blocks", [(2048, 3), (96, 5)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_columns_in_blocks(hidden, num_blocks, deterministic):
-    layer = Layer(random_weights(6, hidden, 144, dtype=BF16), 3, 300, deterministic=deterministic, column_blocks=(1, num_blocks))
+    layer = Layer(
+        random_weights(6, hidden, 144, dtype=BF16), 3, 300, deterministic=deterministic, column_blocks=(1, num_blocks)
+    )
     rows = random_rows(300, hidden, 6, 3, dtype=BF16, device="cuda")
     wanted = layer.ordinary(rows)
     events = [torch.cuda.Event() for _ in range(num_blocks)]
@@ -230,7 +266,9 @@ def test_columns_in_blocks(hidden, num_blocks, deterministic):
 
 
 def test_many_rounds_and_calls_one_after_the_other():
-    """Enough tiles for several rounds of all blocks; calls are enqueued while the one before runs, with two buffers in turns."""
+    """Enough tiles for several rounds of all blocks; calls are enqueued while the one before runs, with two buffers in
+    turns.
+    """
     layer = Layer(random_weights(16, 2048, 768, dtype=BF16), 8, 3000)
     calls = [random_rows(n, 2048, 16, 8, dtype=BF16, device="cuda", seed=n) for n in (3000, 40, 1500, 3000)]
     wanted = [layer.ordinary(rows) for rows in calls]

@@ -1,4 +1,6 @@
-"""The "hopper" and "ampere" experts on a GPU: against the oracle, deterministic, without host synchronisation or allocation."""
+"""The "hopper" and "ampere" experts on a GPU: against the oracle, deterministic, without host synchronisation or
+allocation.
+"""
 
 import importlib.util
 import threading
@@ -89,7 +91,14 @@ def test_awkward_sizes(num_rows, bias, hidden, intermediate):
 
 
 @pytest.mark.parametrize(
-    "activation, gated, bias", [("silu", False, False), ("gelu", True, True), ("gelu", False, False), ("relu", True, False), ("relu", False, True)]
+    "activation, gated, bias",
+    [
+        ("silu", False, False),
+        ("gelu", True, True),
+        ("gelu", False, False),
+        ("relu", True, False),
+        ("relu", False, True),
+    ],
 )
 def test_activations(activation, gated, bias):
     weights = random_weights(6, 208, 144, dtype=BF16, bias=bias, activation=activation, gated=gated)

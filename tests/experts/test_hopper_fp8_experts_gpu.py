@@ -17,7 +17,15 @@ if importlib.util.find_spec("numba_cuda") is None:
 from pipemoe.e4m3 import dequantise_rows
 from pipemoe.errors import ConfigError
 from pipemoe.experts import local_range, make_experts, quantise_experts
-from tests.experts.oracle import expected, make_rows, random_rows, random_weights, relative_error, slice_experts, to_device
+from tests.experts.oracle import (
+    expected,
+    make_rows,
+    random_rows,
+    random_weights,
+    relative_error,
+    slice_experts,
+    to_device,
+)
 from tests.experts.oracle_fp8 import FORMAT_TOLERANCE, TOLERANCE, expected_e4m3, make_e4m3_rows
 
 BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
@@ -51,7 +59,9 @@ def run(rows, weights, *, deterministic=False, max_rows=None, num_sms=None):
         weights, rows.ids.shape[1], max_rows or len(rows), deterministic=deterministic, num_sms=num_sms
     )
     poison(scratch)
-    out = torch.full(rows.hidden.shape, torch.nan, dtype=torch.float64 if deterministic else torch.float32, device="cuda")
+    out = torch.full(
+        rows.hidden.shape, torch.nan, dtype=torch.float64 if deterministic else torch.float32, device="cuda"
+    )
     experts(0, rows, out, scratch)
     return out
 
@@ -64,7 +74,10 @@ def test_awkward_sizes(num_rows, hidden, intermediate):
     narrow = make_e4m3_rows(rows, "cuda")
     out = run(narrow, weights)
     assert relative_error(out, expected_e4m3(narrow, quantise_experts(weights))) < TOLERANCE
-    assert relative_error(run(narrow, weights, deterministic=True), expected_e4m3(narrow, quantise_experts(weights))) < TOLERANCE
+    assert (
+        relative_error(run(narrow, weights, deterministic=True), expected_e4m3(narrow, quantise_experts(weights)))
+        < TOLERANCE
+    )
     sample = slice(0, num_rows, 7)
     assert relative_error(out[sample], expected(rows[sample], weights)) < FORMAT_TOLERANCE
 
@@ -176,7 +189,9 @@ def test_other_experts_take_the_same_rows(implementation):
     out = torch.full((150, 256), torch.nan, device="cuda")
     experts(0, narrow, out, scratch)
     assert experts.implementation == implementation
-    wide = make_rows(dequantise_rows(narrow.hidden.cpu(), narrow.scales.cpu(), torch.float64), narrow.ids.cpu(), narrow.weights.cpu())
+    wide = make_rows(
+        dequantise_rows(narrow.hidden.cpu(), narrow.scales.cpu(), torch.float64), narrow.ids.cpu(), narrow.weights.cpu()
+    )
     assert relative_error(out, expected(wide, weights)) < TOLERANCE
 
 

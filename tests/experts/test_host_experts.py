@@ -180,8 +180,12 @@ def test_every_block_of_columns_has_its_event():
 def test_out_may_be_its_blocks_of_columns(num_rows, hidden, num_blocks, deterministic):
     weights, rows = random_weights(4, hidden, 24), random_rows(num_rows, hidden, 4, 2)
     dtype = torch.float64 if deterministic else torch.bfloat16
-    experts = make_experts([weights], top_k=2, hidden=hidden, device="cpu", dtype=torch.float32, deterministic=deterministic)
-    blocks = [torch.full((num_rows, len(columns)), torch.nan, dtype=dtype) for columns in column_ranges(hidden, num_blocks)]
+    experts = make_experts(
+        [weights], top_k=2, hidden=hidden, device="cpu", dtype=torch.float32, deterministic=deterministic
+    )
+    blocks = [
+        torch.full((num_rows, len(columns)), torch.nan, dtype=dtype) for columns in column_ranges(hidden, num_blocks)
+    ]
     recorded = []
     mark = type("Mark", (), {"record": lambda self: recorded.append(self)})
     marks = [mark() for _ in range(num_blocks)]
@@ -194,9 +198,18 @@ def test_blocks_that_do_not_fit_are_refused():
     weights, rows = random_weights(4, 32, 24), random_rows(3, 32, 4, 2)
     experts = make_experts([weights], top_k=2, hidden=32, device="cpu", dtype=torch.float32)
     mark = type("Mark", (), {"record": lambda self: None})
-    for widths, num_events, message in (((16, 16), 3, "out is 2 blocks of columns; 3 are wanted"), ((24, 8), 2, r"\(3, 16\) with adjacent")):
+    for widths, num_events, message in (
+        ((16, 16), 3, "out is 2 blocks of columns; 3 are wanted"),
+        ((24, 8), 2, r"\(3, 16\) with adjacent"),
+    ):
         with pytest.raises(InputError, match=message):
-            experts(0, rows, [torch.empty(3, n) for n in widths], experts.new_scratch(3), [mark() for _ in range(num_events)])
+            experts(
+                0,
+                rows,
+                [torch.empty(3, n) for n in widths],
+                experts.new_scratch(3),
+                [mark() for _ in range(num_events)],
+            )
 
 
 def test_threads_with_a_scratch_each():

@@ -1,4 +1,6 @@
-"""Launches packed once say the same, whatever calls came before, as launches of a call that is the first of its scratch."""
+"""Launches packed once say the same, whatever calls came before, as launches of a call that is the first of its
+scratch.
+"""
 
 import importlib.util
 
@@ -40,7 +42,10 @@ def launched(monkeypatch):
 
 def make(implementation, num_layers=2, first_expert=3, bias=False, **settings):
     bias = bias and implementation is not HopperFp8Experts
-    layers = [random_weights(5, HIDDEN, 128 * (i + 1), dtype=BF16, first_expert=first_expert, bias=bias) for i in range(num_layers)]
+    layers = [
+        random_weights(5, HIDDEN, 128 * (i + 1), dtype=BF16, first_expert=first_expert, bias=bias)
+        for i in range(num_layers)
+    ]
     return implementation(layers, top_k=TOP_K, hidden=HIDDEN, device=CPU, dtype=BF16, **settings)
 
 
@@ -50,8 +55,17 @@ def make_rows(experts, num_rows):
 
 
 def calls():
-    """Layer, rows, events, columns left of out, dtype of out: few pairs and many, out off 16-byte boundaries, layouts that come again."""
-    return [(0, 3000, 1, 0, BF16), (1, 5, 0, 0, BF16), (0, 7, 2, 0, BF16), (0, 1, 1, 1, torch.float32), (0, 2999, 1, 0, BF16), (1, 1500, 0, 0, BF16)]
+    """Layer, rows, events, columns left of out, dtype of out: few pairs and many, out off 16-byte boundaries, layouts
+    that come again.
+    """
+    return [
+        (0, 3000, 1, 0, BF16),
+        (1, 5, 0, 0, BF16),
+        (0, 7, 2, 0, BF16),
+        (0, 1, 1, 1, torch.float32),
+        (0, 2999, 1, 0, BF16),
+        (1, 1500, 0, 0, BF16),
+    ]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -72,7 +86,9 @@ def test_later_calls_launch_what_first_ones_would(implementation, bias, launched
         of_second_block = 0 if num_events < 2 else 1 if implementation is HopperFp8Experts else 2
         assert found == launched and len(found) == (4 if num_rows * TOP_K <= 4096 else 5) + of_second_block
         assert all(launch.stream == 7 and launch.grid[0] >= 1 for launch in launched)
-        assert [mark.before for mark in marks] == [2 * before for before in found_marks] and found_marks == sorted(found_marks)
+        assert [mark.before for mark in marks] == [2 * before for before in found_marks] and found_marks == sorted(
+            found_marks
+        )
         assert len(set(map(tuple, found_marks))) == num_events
         scratch.calls = kept
     assert len(scratch.calls) == 4
@@ -86,15 +102,30 @@ def test_what_a_call_says(launched):
     for _ in range(2):
         launched.clear()
         experts(1, rows, out, scratch)
-    index, gate_up, down, combine = ({name: launch.arguments[launch.kernel.slot(name)] for name in _names(launch)} for launch in launched)
+    index, gate_up, down, combine = (
+        {name: launch.arguments[launch.kernel.slot(name)] for name in _names(launch)} for launch in launched
+    )
     stride = rows.buffer.shape[1]
-    assert index["ids"] == rows.ids.data_ptr() and index["row_stride"] == stride // 4 and index["num_pairs"] == 600 * TOP_K
+    assert (
+        index["ids"] == rows.ids.data_ptr() and index["row_stride"] == stride // 4 and index["num_pairs"] == 600 * TOP_K
+    )
     assert index["tokens"] == scratch.tokens.data_ptr() and index["first_expert"] == 3 and index["num_local"] == 5
     assert gate_up["x"] == rows.hidden.data_ptr() and gate_up["x_stride"] == stride // 16 and gate_up["depth"] == HIDDEN
     assert gate_up["out"] == scratch.a.data_ptr() and gate_up["bias"] == experts.weights[1].gate_up_bias.data_ptr()
-    assert down["x"] == scratch.a_maps[256, ROWS_128] and down["out"] == scratch.y.data_ptr() and down["num_columns"] == HIDDEN
-    assert combine["weights"] == rows.weights.data_ptr() and combine["out"] == out.data_ptr() and combine["out_stride"] == HIDDEN
-    assert combine["positions"] == scratch.positions.data_ptr() and combine["bias"] == experts.weights[1].down_bias.data_ptr()
+    assert (
+        down["x"] == scratch.a_maps[256, ROWS_128]
+        and down["out"] == scratch.y.data_ptr()
+        and down["num_columns"] == HIDDEN
+    )
+    assert (
+        combine["weights"] == rows.weights.data_ptr()
+        and combine["out"] == out.data_ptr()
+        and combine["out_stride"] == HIDDEN
+    )
+    assert (
+        combine["positions"] == scratch.positions.data_ptr()
+        and combine["bias"] == experts.weights[1].down_bias.data_ptr()
+    )
     assert [launch.grid for launch in launched] == [(1, 1), (132, 1), (132, 1), (600, 1)]
 
 
@@ -103,12 +134,22 @@ def test_tiles_by_the_rows_that_an_expert_can_expect(launched, monkeypatch):
     monkeypatch.setattr(tile_shape, "PAIRED_OPERATIONS", 0)
     experts = make(HopperExperts, num_experts=8)
     scratch = experts.new_scratch(MAX_ROWS)
-    for num_rows, shape in ((256, ROWS_192), (100, ROWS_128), (500, ROWS_128), (2048, ROWS_256), (300, ROWS_192), (256, ROWS_192)):
+    for num_rows, shape in (
+        (256, ROWS_192),
+        (100, ROWS_128),
+        (500, ROWS_128),
+        (2048, ROWS_256),
+        (300, ROWS_192),
+        (256, ROWS_192),
+    ):
         rows, out = make_rows(experts, num_rows), torch.empty((num_rows, HIDDEN), dtype=BF16)
         launched.clear()
         experts(0, rows, out, scratch)
         *_, gate_up, down, _ = launched
-        assert gate_up.kernel is experts._gate_up_kernel(0, shape).kernel and down.kernel is experts._down_kernel(shape).kernel
+        assert (
+            gate_up.kernel is experts._gate_up_kernel(0, shape).kernel
+            and down.kernel is experts._down_kernel(shape).kernel
+        )
         assert down.arguments[down.kernel.slot("x")] == scratch.a_maps[128, shape]
     assert len(scratch.calls) == 3
 

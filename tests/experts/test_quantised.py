@@ -113,4 +113,6 @@ def test_settings_that_cannot_work():
     with pytest.raises(ConfigError, match="dispatch_dtype is torch.float16"):
         make_experts([weights], **settings, dispatch_dtype=torch.float16)
     with pytest.raises(ConfigError, match="hidden is 96; .* multiple of 128"):
-        make_experts([random_weights(2, 96, 64)], **{**settings, "hidden": 96, "dtype": torch.float32}, dispatch_dtype=E4M3)
+        make_experts(
+            [random_weights(2, 96, 64)], **{**settings, "hidden": 96, "dtype": torch.float32}, dispatch_dtype=E4M3
+        )

@@ -192,7 +192,9 @@ def test_memory_stays_within_the_scratch(dtype):
     assert torch.cuda.memory_reserved() == reserved
     own = scratch.num_bytes * 1.05 + 2**20
     assert torch.cuda.max_memory_allocated() - resident <= own
-    assert resident - before <= own + weights.num_bytes + sum(2**20 + r.buffer.nbytes + outs[n].nbytes for n, r in inputs.items())
+    assert resident - before <= own + weights.num_bytes + sum(
+        2**20 + r.buffer.nbytes + outs[n].nbytes for n, r in inputs.items()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,7 +25,9 @@ class FaultJob:
         self.folder, self._num_ranks = folder, num_ranks
         self._token = f"fault-{uuid.uuid4().hex}"
         environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+        )
         launcher = ["launch/gpu_ranks.sh"] if torch.cuda.is_available() else ["launch/mpirun.sh", "-n"]
         command = [*launcher, str(num_ranks), "-m", "tests.faults.ranks", fault, str(folder)]
         pipe = subprocess.PIPE
@@ -61,12 +63,16 @@ class FaultJob:
         return {path.name: path.read_text() for path in self.folder.glob("rank*")}
 
     def reasons(self) -> list[str]:
-        """The lines in which ranks say why they end, survivors first: a stopped rank speaks too if its launcher wakes it."""
+        """The lines in which ranks say why they end, survivors first: a stopped rank speaks too if its launcher wakes
+        it.
+        """
         said = sorted(self.said().items(), key=lambda item: item[0] == f"rank{CULPRIT}")
         return [line for _, text in said for line in text.splitlines() if line.startswith("pipemoe: ")]
 
     def seconds_to_end(self) -> list[float]:
-        """For each survivor, from the fault to the end of its process. Raises TimeoutError if there was no fault, or one stays."""
+        """For each survivor, from the fault to the end of its process. Raises TimeoutError if there was no fault, or
+        one stays.
+        """
         deadline = time.monotonic() + START_SECONDS + 5 * WATCHDOG_SECONDS
         fault, ended = self.folder / "fault", {}
         survivors = [rank for rank in range(self._num_ranks) if rank != CULPRIT]

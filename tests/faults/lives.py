@@ -1,4 +1,5 @@
-"""The program of test_lives: every rank starts a world, and its end, or that of its process, goes another way than usual.
+"""The program of test_lives: every rank starts a world, and its end, or that of its process, goes another way than
+usual.
 
 Arguments: the case, and a folder for what each rank writes on standard error (a launcher may drop it).
 """
@@ -12,13 +13,12 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
 import pipemoe
-from pipemoe.world.departure import departure
 from pipemoe.errors import ConfigError, InputError, PipemoeError
+from pipemoe.world.departure import departure
 from tests.faults.ranks import detach
 
 WATCHDOG_SECONDS = 2.0
@@ -35,7 +35,9 @@ def write_to(folder: str) -> None:
 
 
 def start(**settings) -> pipemoe.World:
-    return pipemoe.init("cpu", **{"num_slots": 1, "watchdog_seconds": WATCHDOG_SECONDS, "grace_seconds": 0.5, **settings})
+    return pipemoe.init(
+        "cpu", **{"num_slots": 1, "watchdog_seconds": WATCHDOG_SECONDS, "grace_seconds": 0.5, **settings}
+    )
 
 
 def stop() -> None:
@@ -147,7 +149,10 @@ def shared_error_caught_by_the_first() -> None:
 
 def bad_arguments() -> None:
     cases = [
-        *({"watchdog_seconds": value} for value in (float("nan"), float("inf"), 0, -1, "60", True, None, np.array([1.0, 2.0]))),
+        *(
+            {"watchdog_seconds": value}
+            for value in (float("nan"), float("inf"), 0, -1, "60", True, None, np.array([1.0, 2.0]))
+        ),
         *({"grace_seconds": value} for value in ("5", -0.1, float("nan"))),
         *({"setup_seconds": value} for value in (0, [600], 1e30)),
         *({"num_slots": value} for value in ("4", 0, 2000, True, 2.0, np.array([1, 1]))),

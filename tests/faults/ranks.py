@@ -1,7 +1,7 @@
 """The program of the fault tests: every rank runs steps, and one of them meets a fault.
 
-Arguments: the fault, and a folder for each rank's errors (a launcher may drop what survivors say) and process number, and for the
-time of a signal.
+Arguments: the fault, and a folder for each rank's errors (a launcher may drop what survivors say) and process number,
+and for the time of a signal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ WATCHDOG_SECONDS = 4.0
 NUM_LAYERS = 6
 CULPRIT = 1
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
-# Where else a rank is killed: inside a call of the experts, behind its part of a collective that it has posted, or between steps.
+# Where else a rank is killed: inside a call of the experts, behind its part of a collective that it has posted, or
+# between steps.
 KILLED_IN = ("experts", "dispatch", "combine", "exchange", "idle")
 
 
@@ -45,8 +46,8 @@ class DyingExperts:
 
 
 def detach() -> None:
-    """Go on in a process and session of its own, of which the launcher knows only the parent: when a rank dies, launchers end
-    the others, also those told not to (MPICH 5.0's `-disable-auto-cleanup` does so now and then)."""
+    """Go on in a process and session of its own, of which the launcher knows only the parent: when a rank dies,
+    launchers end the others, also those told not to (MPICH 5.0's `-disable-auto-cleanup` does so now and then)."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -109,7 +110,8 @@ def main(fault: str, folder: str) -> None:
     elif fault == "engine" and culprit:
         world.engine.note = broken_note
     elif fault == "plan" and culprit:
-        # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run ahead.
+        # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run
+        # ahead.
         runtime.cost = CostModel(attend=AttendCost(row_ps=10**12), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
         runtime._plans.clear()
     elif fault == "absent" and culprit:

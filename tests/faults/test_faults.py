@@ -1,4 +1,6 @@
-"""Faults that end a step for good: every survivor says what happened on which rank and ends in time; nothing is left behind."""
+"""Faults that end a step for good: every survivor says what happened on which rank and ends in time; nothing is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,11 @@ FAULTS = {
 
 
 # Ranks take seconds to start, and one survivor is enough, but where the launcher does not end the others for it.
-NUM_RANKS = dict.fromkeys(FAULTS, 2) | {fault: 3 for fault in FAULTS if fault.startswith("kill")} | {"kill experts": 4, "stop": 3}
+NUM_RANKS = (
+    dict.fromkeys(FAULTS, 2)
+    | {fault: 3 for fault in FAULTS if fault.startswith("kill")}
+    | {"kill experts": 4, "stop": 3}
+)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -37,8 +43,13 @@ def test_survivors_end_with_the_reason(fault, tmp_path):
     assert not left, f"processes left behind: {left}"
     said = job.said()
     assert any(re.search(FAULTS[fault], line) for line in job.reasons()), said
-    if fault.startswith("kill"):  # out of the launcher's reach: the survivors ended by themselves, and each named the one that was killed
+    # out of the launcher's reach: the survivors ended by themselves, and each named the one that was killed
+    if fault.startswith("kill"):
         for rank in range(NUM_RANKS[fault]):
-            named = re.findall(rf"^pipemoe: PeerLost: rank {rank}: lost rank (\d+) .* during (.*), (?:after|where|in one call)", said[f"rank{rank}"], re.M)
+            named = re.findall(
+                rf"^pipemoe: PeerLost: rank {rank}: lost rank (\d+) .* during (.*), (?:after|where|in one call)",
+                said[f"rank{rank}"],
+                re.M,
+            )
             assert [name for name, _ in named] == ([] if rank == 1 else ["1"]), said
             assert not named or "idle" not in named[0][1]

@@ -1,5 +1,5 @@
-"""How a world starts and how it ends, in real jobs: whoever does not come, stops or raises, the others end in time and say why, and
-what is no fault ends no job."""
+"""How a world starts and how it ends, in real jobs: whoever does not come, stops or raises, the others end in time and
+say why, and what is no fault ends no job."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 150  # ranks start and import for some seconds; a hang is what takes this long
 
 
-def run_job(case: str, num_ranks: int, folder: Path, **settings: str) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
+def run_job(
+    case: str, num_ranks: int, folder: Path, **settings: str
+) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
     """The job once it has ended, and what each rank wrote on standard error, by name ("rank0")."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
@@ -29,11 +31,16 @@ def run_job(case: str, num_ranks: int, folder: Path, **settings: str) -> tuple[s
 
 # What the ranks that wait say, who is missing, stopped or gone named.
 LOST = {
-    "absent_with_mpi": r"has waited \d+ of at most 6 s for rank 1 to call pipemoe.init\(\)\n(.*\n)*.*WatchdogTimeout: rank 0: waited \d+\.\d s for rank 1 to call",
-    "absent_without_mpi": r"WatchdogTimeout: rank 0: waited \d+\.\d s for all 2 ranks to start MPI; is there a rank that does not call pipemoe.init",
-    "stopped_in_good_bye": r"rank 0: at the end of the process: rank 1, which MPI's finalisation needs, was not heard for \d+\.\d s",
-    "stopped_after_close": r"rank 0: at the end of the process: rank 1, which MPI's finalisation needs, was not heard for \d+\.\d s",
-    "stopped_in_finalisation": r"rank 0: at the end of the process: MPI's finalisation, which waits for rank 1, takes more than 2.0 s",
+    "absent_with_mpi": r"has waited \d+ of at most 6 s for rank 1 to call pipemoe.init\(\)\n(.*\n)*"
+    r".*WatchdogTimeout: rank 0: waited \d+\.\d s for rank 1 to call",
+    "absent_without_mpi": r"WatchdogTimeout: rank 0: waited \d+\.\d s for all 2 ranks to start MPI; "
+    r"is there a rank that does not call pipemoe.init",
+    "stopped_in_good_bye": r"rank 0: at the end of the process: rank 1, which MPI's finalisation needs, "
+    r"was not heard for \d+\.\d s",
+    "stopped_after_close": r"rank 0: at the end of the process: rank 1, which MPI's finalisation needs, "
+    r"was not heard for \d+\.\d s",
+    "stopped_in_finalisation": r"rank 0: at the end of the process: MPI's finalisation, "
+    r"which waits for rank 1, takes more than 2.0 s",
     "killed_after_close": r"rank 0: at the end of the process: rank 1 has ended without MPI's finalisation",
 }
 
@@ -58,7 +65,9 @@ def test_the_cause_is_written_before_the_good_bye_and_travels_with_it(case, tmp_
     result, said = run_job(case, 2, tmp_path)
     assert result.returncode != 0
     planted = r"ValueError: planted \w+"
-    assert re.search(rf"lost|rank 1 has closed its world \({planted}.*\), but something needs every rank", said["rank0"]), said
+    assert re.search(
+        rf"lost|rank 1 has closed its world \({planted}.*\), but something needs every rank", said["rank0"]
+    ), said
     assert re.search(planted, said["rank1"]), said
     if case != "own_error_in_finally":  # there the rank goes on for too long, before Python may print it
         assert "Traceback" in said["rank1"] and "/tests/faults/lives.py" in said["rank1"], said
@@ -70,7 +79,9 @@ def test_an_error_of_all_ranks_is_printed_once_and_without_internal_frames(case,
     assert result.returncode == 1, result.stdout + result.stderr
     assert not said["rank1"] and not said["rank2"], said
     text = said["rank0"]
-    assert re.search(r"(InputError: rank 1: planted for all|ConfigError: rank 1: num_slots is 'many'; .*)\n$", text), text
+    assert re.search(r"(InputError: rank 1: planted for all|ConfigError: rank 1: num_slots is 'many'; .*)\n$", text), (
+        text
+    )
     files = set(re.findall(r'File "(.*?)"', text))
     assert {Path(file).name for file in files} == {"lives.py"}, text
     assert "MPI_Abort" not in result.stdout + result.stderr + text  # all ended in order

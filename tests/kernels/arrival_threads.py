@@ -1,7 +1,9 @@
-"""The arrival-driven kernel as Python threads: the function itself, with tiles of few rows and stand-ins for what only a GPU has.
+"""The arrival-driven kernel as Python threads: the function itself, with tiles of few rows and stand-ins for what only
+a GPU has.
 
-Every block is 32 producers and two consumer warps of the 8 lanes whose rows differ. Copies and products are left out: a stand-in for
-them notes which rows a tile reads, and which it writes. Barriers, batches, rasters and what producers tell consumers are the real ones.
+Every block is 32 producers and two consumer warps of the 8 lanes whose rows differ. Copies and products are left out: a
+stand-in for them notes which rows a tile reads, and which it writes. Barriers, batches, rasters and what producers tell
+consumers are the real ones.
 """
 
 from __future__ import annotations
@@ -14,13 +16,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pipemoe_kernels.gemm.arrivals import raster as arrival_raster
-
+from pipemoe_kernels.gemm import raster, ring
 from pipemoe_kernels.gemm.arrivals import gemm as grouped_arrivals
-
-from pipemoe_kernels.gemm import raster
-
-from pipemoe_kernels.gemm import ring
+from pipemoe_kernels.gemm.arrivals import raster as arrival_raster
 
 ROWS, GROUP, LANES = 32, 16, range(0, 32, 4)  # rows of a tile, of a consumer warp; lanes of the latter
 PATIENCE_S = 20  # until a test that stands still fails
@@ -158,11 +156,21 @@ def stand_ins(wave, monkeypatch):
     def sync_lanes():
         _here.block.warps[_here.thread >> 7].wait()
 
-    shared = {"load_shared_u32": load_shared, "store_shared_u32": store_shared, "add_shared_u32": add_shared, "load_u32": load_u32}
+    shared = {
+        "load_shared_u32": load_shared,
+        "store_shared_u32": store_shared,
+        "add_shared_u32": add_shared,
+        "load_u32": load_u32,
+    }
     gpu = SimpleNamespace(
         **shared,
         **{"shared_address": lambda array: np.uint32(5000), "of_first_lane": lambda value: value},
-        **{"barrier_init": barrier_init, "barrier_arrive": barrier_arrive, "barrier_wait": barrier_wait, "barrier_fence": nothing},
+        **{
+            "barrier_init": barrier_init,
+            "barrier_arrive": barrier_arrive,
+            "barrier_wait": barrier_wait,
+            "barrier_fence": nothing,
+        },
         **{"wait_for_earlier": nothing, "launch_dependents": launch_dependents, "MAX_TRIES": 0},
         **{"keep_registers": lambda count: nothing, "take_registers": lambda count: nothing},
     )
@@ -179,7 +187,24 @@ def stand_ins(wave, monkeypatch):
             _here.block.all_threads.wait()
 
     def gathering_producer(gated, listed):
-        def produce(thread, issued, barriers, ring_at, stage, parity, steps, x, x_stride, rows_at, w_map, expert, row, end, w_row, *rest):
+        def produce(
+            thread,
+            issued,
+            barriers,
+            ring_at,
+            stage,
+            parity,
+            steps,
+            x,
+            x_stride,
+            rows_at,
+            w_map,
+            expert,
+            row,
+            end,
+            w_row,
+            *rest,
+        ):
             if thread == 0:
                 sources = [int(load_shared(rows_at + 4 * i)) for i in range(int(end))]
                 with wave.changed:
@@ -200,7 +225,9 @@ def stand_ins(wave, monkeypatch):
     def consumer(width, gated, has_bias, activation):
         columns_of_slice = width // 2 if gated else width
 
-        def consume(barriers, ring_at, stage, parity, steps, together, group, lane, target, eighth, rows, columns, bias, up_bias):
+        def consume(
+            barriers, ring_at, stage, parity, steps, together, group, lane, target, eighth, rows, columns, bias, up_bias
+        ):
             for _ in range(-(-int(steps) // 2 ** int(together))):
                 full = barriers + 8 * stage
                 barrier_wait(full, parity)
@@ -247,11 +274,12 @@ def stand_ins(wave, monkeypatch):
 
 def launch(wave, function, arguments):
     """Start all threads of all blocks; a function that waits for their end, and raises what one of them raised."""
+
     def run(block, thread):
         _here.block, _here.thread = block, thread
         try:
             function(*arguments)
-        except BaseException as error:  # noqa: BLE001: raised again by the test's thread
+        except BaseException as error:  # noqa: BLE001  (raised again by the test's thread)
             with wave.changed:
                 wave.failures.append(error)
                 wave.changed.notify_all()

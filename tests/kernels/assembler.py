@@ -12,7 +12,8 @@ import pytest
 from pipemoe_kernels.launch.kernel import Kernel
 
 NUM_REGISTERS = 65536  # of a multiprocessor, on all devices
-MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024}  # of a block; sm_80: the least of all devices from there on
+# of a block; sm_80: the least of all devices from there on
+MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024}
 
 
 @cache
@@ -21,9 +22,11 @@ def compiled(kernel: Kernel, cc: tuple[int, int]) -> str:
     return kernel.compile_ptx(cc)
 
 
-def build(kernel: Kernel, cc: tuple[int, int], arch: str, folder: Path, *, every_call_inlined: bool = True) -> tuple[int, str | None]:
-    """Compile for `cc` and assemble for `arch`, which may be newer: registers of a thread, and the machine code (None without a
-    disassembler), after the checks that hold for every kernel."""
+def build(
+    kernel: Kernel, cc: tuple[int, int], arch: str, folder: Path, *, every_call_inlined: bool = True
+) -> tuple[int, str | None]:
+    """Compile for `cc` and assemble for `arch`, which may be newer: registers of a thread, and the machine code (None
+    without a disassembler), after the checks that hold for every kernel."""
     ptx, own_arch = compiled(kernel, cc), f"sm_{cc[0]}{cc[1]}"
     assert re.search(rf"\.target {arch if arch.startswith(own_arch) else own_arch}\b", ptx) and ".local" not in ptx
     report = assemble(ptx, arch, folder)
@@ -60,4 +63,6 @@ def disassemble(folder: Path) -> str | None:
     nvdisasm = _find("nvdisasm")
     if nvdisasm is None:
         return None
-    return subprocess.run([nvdisasm, "-c", str(folder / "kernel.cubin")], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [nvdisasm, "-c", str(folder / "kernel.cubin")], capture_output=True, text=True, check=True
+    ).stdout

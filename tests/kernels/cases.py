@@ -77,7 +77,9 @@ def expert_of_rows(offsets: torch.Tensor) -> torch.Tensor:
 
 
 def expected_combine(y, positions, ids, first, weights, bias, *, on_grid=False) -> torch.Tensor:
-    """[n, H] float64, one pair at a time; on the grid, products are rounded to float32 and then to multiples of 2^-32."""
+    """[n, H] float64, one pair at a time; on the grid, products are rounded to float32 and then to multiples of
+    2^-32.
+    """
     out = torch.zeros(len(positions), y.shape[1], dtype=torch.float64)
     for i in range(len(positions)):
         for k in range(positions.shape[1]):

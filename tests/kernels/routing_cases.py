@@ -49,12 +49,18 @@ def make_logits(case: RoutingCase, num_tokens: int, dtype: torch.dtype, *, ties:
 
 def take_largest(values: list[float], count: int) -> list[int]:
     """Places of the largest values; NaN after all numbers, lower places first."""
-    order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i] if values[i] == values[i] else 0.0, i))
+    order = sorted(
+        range(len(values)), key=lambda i: (math.isnan(values[i]), -values[i] if values[i] == values[i] else 0.0, i)
+    )
     return order[:count]
 
 
-def expected_routing(logits: torch.Tensor, bias: torch.Tensor | None, case: RoutingCase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids [T, K]; weights [T, K] float64, not rounded; clear [T]: no two different choices are so close that float32 may swap them."""
+def expected_routing(
+    logits: torch.Tensor, bias: torch.Tensor | None, case: RoutingCase
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids [T, K]; weights [T, K] float64, not rounded; clear [T]: no two different choices are so close that float32
+    may swap them.
+    """
     found_ids, found_weights, clear = [], [], []
     for row in logits.double():
         scores = row.sigmoid() if case.scoring.sigmoid else row
@@ -93,6 +99,8 @@ def check_routing(ids, weights, logits, bias, case: RoutingCase) -> None:
     assert torch.equal(ids[clear], wanted_ids[clear])
     rounded = case.scoring.rounded and logits.dtype != torch.float32
     tolerance = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[logits.dtype] if rounded else 2e-6
-    torch.testing.assert_close(weights[clear].double(), wanted_weights[clear], rtol=tolerance, atol=1e-7, equal_nan=True)
+    torch.testing.assert_close(
+        weights[clear].double(), wanted_weights[clear], rtol=tolerance, atol=1e-7, equal_nan=True
+    )
     if rounded:
         assert torch.equal(weights, weights.to(logits.dtype).float())

@@ -1,4 +1,6 @@
-"""One small launch or two of every kernel family, with its check; launch/sanitize.sh runs this file under compute-sanitizer."""
+"""One small launch or two of every kernel family, with its check; launch/sanitize.sh runs this file under
+compute-sanitizer.
+"""
 
 import pytest
 import torch

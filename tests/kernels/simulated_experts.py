@@ -73,7 +73,9 @@ def test_call(dtype, major, bias, deterministic, uses_grouped_mm, monkeypatch):
     assert relative_error(out, expected(rows, weights)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("activation, gated", [("silu", False), ("gelu", True), ("gelu", False), ("relu", True), ("relu", False)])
+@pytest.mark.parametrize(
+    "activation, gated", [("silu", False), ("gelu", True), ("gelu", False), ("relu", True), ("relu", False)]
+)
 def test_activations(activation, gated, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for dtype in (torch.float32, torch.bfloat16):

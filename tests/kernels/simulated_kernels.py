@@ -7,6 +7,15 @@ import pytest
 import torch
 
 from pipemoe import e4m3
+from pipemoe_kernels.activation import activate_rows, activation_kernel
+from pipemoe_kernels.combine import combine_kernel, combine_rows
+from pipemoe_kernels.gather import gather_kernel, gather_rows, padded_columns
+from pipemoe_kernels.gemm.simt import grouped_gemm, grouped_simt_kernel
+from pipemoe_kernels.index.portable import index_kernels, index_pairs, num_tiles
+from pipemoe_kernels.launch.kernel import Stream
+from pipemoe_kernels.numba_cuda import SIMULATOR
+from pipemoe_kernels.pack import pack_kernel
+from pipemoe_kernels.quantise import dequantise_kernel, dequantise_rows, quantise_kernel, quantise_rows
 from tests.kernels.cases import (
     ROUTINGS,
     check_pack,
@@ -17,15 +26,6 @@ from tests.kernels.cases import (
     make_ids,
     wire_rows,
 )
-from pipemoe_kernels.activation import activate_rows, activation_kernel
-from pipemoe_kernels.combine import combine_kernel, combine_rows
-from pipemoe_kernels.gather import gather_kernel, gather_rows, padded_columns
-from pipemoe_kernels.gemm.simt import grouped_gemm, grouped_simt_kernel
-from pipemoe_kernels.index.portable import index_kernels, index_pairs, num_tiles
-from pipemoe_kernels.launch.kernel import Stream
-from pipemoe_kernels.numba_cuda import SIMULATOR
-from pipemoe_kernels.pack import pack_kernel, pack_rows
-from pipemoe_kernels.quantise import dequantise_kernel, dequantise_rows, quantise_kernel, quantise_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float64: 1e-7}
@@ -54,7 +54,9 @@ def test_pack(hidden, dtype):
     check_pack(hidden, dtype, "cpu", STREAM, pack_kernel(4))
 
 
-@pytest.mark.parametrize("hidden, dtype", [(8, torch.float32), (31, torch.float32), (31, torch.bfloat16), (48, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "hidden, dtype", [(8, torch.float32), (31, torch.float32), (31, torch.bfloat16), (48, torch.bfloat16)]
+)
 def test_gather(hidden, dtype):
     ids, first, num_local = make_ids("several tiles")
     ids = ids[:40]
@@ -105,7 +107,9 @@ def test_combine(dtype, out_dtype, has_bias):
     assert out[:, 9:].isnan().all()
 
 
-@pytest.mark.parametrize("dtype, num_columns, depth", [(torch.float32, 9, 7), (torch.bfloat16, 11, 19), (torch.float16, 3, 5)])
+@pytest.mark.parametrize(
+    "dtype, num_columns, depth", [(torch.float32, 9, 7), (torch.bfloat16, 11, 19), (torch.float16, 3, 5)]
+)
 def test_grouped_gemm(dtype, num_columns, depth):
     offsets = torch.tensor([0, 3, 3, 21, 22, 22]).int()
     x = torch.randn(30, depth + 2).to(dtype)[:, :depth]

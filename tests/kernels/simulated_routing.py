@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.kernels.routing_cases import CASES, RoutingCase, check_routing, make_logits
 
 from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.routing import Scoring, route_tokens, routing_kernel
+from tests.kernels.routing_cases import CASES, RoutingCase, check_routing, make_logits
 
 STREAM = Stream.current(torch.device("cpu"))
 

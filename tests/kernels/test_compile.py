@@ -12,11 +12,14 @@ from tests.kernels.assembler import build, compiled
 from tests.kernels.variants import enumerate_kernels
 
 KERNELS = dict(enumerate_kernels())
-# The newest architecture for all variants, but sums without a bias, which are those with one less an addition; for sm_80 one of
-# each family.
+# The newest architecture for all variants, but sums without a bias, which are those with one less an addition; for
+# sm_80 one of each family.
 CASES = [(name, (9, 0)) for name in KERNELS if not (name.startswith("combine_rows") and name.endswith("False"))]
 CASES += [("combine_rows-torch.bfloat16-torch.bfloat16-False", (9, 0))]
-CASES += [(name, (8, 0)) for name in ("count_pairs", "scan_counts", "place_pairs", "gather_rows", "grouped_gemm-torch.bfloat16")]
+CASES += [
+    (name, (8, 0))
+    for name in ("count_pairs", "scan_counts", "place_pairs", "gather_rows", "grouped_gemm-torch.bfloat16")
+]
 CASES += [("activate_rows-torch.bfloat16-True", (8, 0)), ("combine_rows-torch.bfloat16-torch.float32-True", (8, 0))]
 CASES += [("route_tokens-softmax-bfloat16", (8, 0)), ("route_tokens-sigmoid-float32", (8, 0))]
 MAX_REGISTERS = 80

@@ -1,4 +1,6 @@
-"""The arrival-driven GEMMs compile without a GPU: tensor cores and bulk copies as meant, registers in budget, nothing in local memory."""
+"""The arrival-driven GEMMs compile without a GPU: tensor cores and bulk copies as meant, registers in budget, nothing
+in local memory.
+"""
 
 import importlib.util
 import re

@@ -1,4 +1,6 @@
-"""Kernels in e4m3 compile without a GPU: tensor cores and conversions as meant, registers in budget, nothing in local memory."""
+"""Kernels in e4m3 compile without a GPU: tensor cores and conversions as meant, registers in budget, nothing in local
+memory.
+"""
 
 import importlib.util
 import re
@@ -9,8 +11,8 @@ import torch
 if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("nvidia") is None:
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
-from pipemoe_kernels.gemm.fp8_roles import SHARED_BYTES
 from pipemoe_kernels.gemm.fp8 import CONSUMER_REGISTERS, PRODUCER_REGISTERS, THREADS, grouped_fp8_kernel
+from pipemoe_kernels.gemm.fp8_roles import SHARED_BYTES
 from pipemoe_kernels.quantise import dequantise_kernel, quantise_kernel
 from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, compiled, disassemble
 

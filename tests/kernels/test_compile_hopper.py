@@ -1,4 +1,6 @@
-"""Hopper's kernels compile without a GPU: tensor cores, bulk copies and register budgets as meant, nothing in local memory."""
+"""Hopper's kernels compile without a GPU: tensor cores, bulk copies and register budgets as meant, nothing in local
+memory.
+"""
 
 import importlib.util
 import re
@@ -11,9 +13,9 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes_kernel
+from pipemoe_kernels.gemm.tile_shape import ROWS_128, ROWS_192, ROWS_256, SHAPES
 from pipemoe_kernels.gemm.wgmma import grouped_kernel
 from pipemoe_kernels.index.hopper import index_kernels
-from pipemoe_kernels.gemm.tile_shape import ROWS_128, ROWS_192, ROWS_256, SHAPES
 from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, disassemble
 
 HOPPER = (9, 0), "sm_90a"
@@ -43,7 +45,9 @@ def test_budgets():
 
 
 def test_tiles_of_three_consumers_as_they_are_linked(tmp_path):
-    """They multiply with nothing in local memory, and no warning of the linker; the producer alone, with its few registers, has spills."""
+    """They multiply with nothing in local memory, and no warning of the linker; the producer alone, with its few
+    registers, has spills.
+    """
     grouped = grouped_kernel(gated=True, shape=ROWS_192)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

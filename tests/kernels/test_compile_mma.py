@@ -16,7 +16,11 @@ from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build
 AMPERE = (8, 0), "sm_80"
 FORMS = [(True, False, "silu"), (True, True, "gelu"), (False, True, "relu"), (False, False, None)]
 # Compiling takes seconds, assembling does not: the PTX of sm_80 stands in for that of sm_90 in all forms but one.
-CASES = [(*form, *AMPERE) for form in FORMS] + [(*form, (8, 0), "sm_90") for form in FORMS[1:]] + [(*FORMS[0], (9, 0), "sm_90")]
+CASES = (
+    [(*form, *AMPERE) for form in FORMS]
+    + [(*form, (8, 0), "sm_90") for form in FORMS[1:]]
+    + [(*FORMS[0], (9, 0), "sm_90")]
+)
 
 
 @pytest.mark.parametrize("name", ["alone", "count", "place"])
@@ -29,7 +33,9 @@ def test_index(name, tmp_path):
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_combine(out_dtype, has_bias, tmp_path):
-    _, code = build(combine_lanes_kernel(out_dtype, has_bias, 8, 2048, 7168, False), *AMPERE, tmp_path, every_call_inlined=False)
+    _, code = build(
+        combine_lanes_kernel(out_dtype, has_bias, 8, 2048, 7168, False), *AMPERE, tmp_path, every_call_inlined=False
+    )
     if code is not None:
         assert "LDG.E.128" in code and "STG.E.128" in code
 

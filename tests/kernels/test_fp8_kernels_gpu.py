@@ -1,4 +1,6 @@
-"""Kernels in e4m3 on a GPU against their oracles: quantisation, and both grouped GEMMs on sizes that do not fit tiles."""
+"""Kernels in e4m3 on a GPU against their oracles: quantisation, and both grouped GEMMs on sizes that do not fit
+tiles.
+"""
 
 import importlib.util
 
@@ -20,7 +22,7 @@ from pipemoe_kernels import quantise
 from pipemoe_kernels.gemm.fp8 import down_fp8, gate_up_fp8, row_maps, weight_map
 from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.launch.tensor_map import device_maps
-from tests.kernels.cases import expected_grouped_gemm, expected_activations
+from tests.kernels.cases import expected_activations, expected_grouped_gemm
 
 E4M3, F64 = torch.float8_e4m3fn, torch.float64
 COUNTS = {
@@ -73,7 +75,9 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms):
         return torch.randn(*shape, generator=generator)
 
     tokens = torch.randperm(total + 9, generator=generator)[:total].int()
-    gate_up, gate_up_scales, wide_gate_up = quantised_weights(normal(num_local, 2 * intermediate, hidden) * hidden**-0.5)
+    gate_up, gate_up_scales, wide_gate_up = quantised_weights(
+        normal(num_local, 2 * intermediate, hidden) * hidden**-0.5
+    )
     down, down_scales, wide_down = quantised_weights(normal(num_local, hidden, intermediate) * intermediate**-0.5)
     wire = WireFormat(hidden, 2, E4M3)
     rows = wire.rows(torch.full((total + 9, wire.row_bytes), 0xFF, dtype=torch.uint8))
@@ -85,7 +89,9 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms):
     a = torch.full((height, intermediate), 0xFF, dtype=torch.uint8, device="cuda").view(E4M3)
     a_scales = torch.full((intermediate // BLOCK, height), torch.nan, device="cuda")
     y = torch.full((height, hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
-    maps = device_maps([weight_map(gate_up, gated=True), weight_map(down, gated=False), *row_maps(a, a_scales)], y.device)
+    maps = device_maps(
+        [weight_map(gate_up, gated=True), weight_map(down, gated=False), *row_maps(a, a_scales)], y.device
+    )
     gate_up_fp8(
         stream(), on_gpu.hidden, tokens.cuda(), maps[0].data_ptr(), gate_up_scales, offsets_gpu, a, a_scales, num_sms
     )

@@ -15,11 +15,11 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes
+from pipemoe_kernels.gemm.tile_shape import SHAPES
 from pipemoe_kernels.gemm.wgmma import down_rows, gate_up_rows, grouped_kernel
 from pipemoe_kernels.index.hopper import MAX_BLOCKS, index_local_pairs
 from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.launch.tensor_map import device_maps, tensor_map
-from pipemoe_kernels.gemm.tile_shape import SHAPES
 from tests.kernels.cases import (
     ROUTINGS,
     expected_activations,
@@ -86,7 +86,10 @@ def test_index_with_all_rows_on_one_expert():
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("hidden, intermediate", [(64, 32), (200, 136), (512, 384)])
 @pytest.mark.parametrize("num_sms", [132, 5])
-@pytest.mark.parametrize("has_bias, activation, gated", [(False, "silu", True), (True, "gelu", True), (True, "relu", False), (False, "silu", False)])
+@pytest.mark.parametrize(
+    "has_bias, activation, gated",
+    [(False, "silu", True), (True, "gelu", True), (True, "relu", False), (False, "silu", False)],
+)
 @pytest.mark.parametrize("tile_rows", SHAPES)
 def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias, activation, gated, tile_rows):
     """Both GEMMs on rows of a wire buffer that is poisoned where they must not look."""
@@ -112,16 +115,21 @@ def test_grouped_gemms(name, hidden, intermediate, num_sms, has_bias, activation
     down_maps = device_maps([tensor_map(on_gpu[1], box) for box in down_kernel.w_boxes], device)
     a_maps = device_maps([tensor_map(a, box) for box in down_kernel.shape.x_boxes], device)
     gate_up_rows(
-        *(stream(), gate_up_kernel, rows.hidden, on_gpu[3], gate_up_maps.data_ptr(), on_gpu[2]),
-        *(None if bias is None else bias.cuda(), a, num_sms),
+        stream(),
+        gate_up_kernel,
+        rows.hidden,
+        on_gpu[3],
+        gate_up_maps.data_ptr(),
+        on_gpu[2],
+        None if bias is None else bias.cuda(),
+        a,
+        num_sms,
     )
     h = expected_grouped_gemm(x[tokens.long()], gate_up, offsets)
     wanted = expected_activations(h, bias, offsets, activation, gated)
     assert (a[:total].cpu().double() - wanted).norm() <= TOLERANCE[torch.bfloat16] * wanted.norm()
     assert bool(a[total:].isnan().all())
-    down_rows(
-        stream(), down_kernel, a_maps.data_ptr(), down_maps.data_ptr(), on_gpu[2], intermediate, y, num_sms
-    )
+    down_rows(stream(), down_kernel, a_maps.data_ptr(), down_maps.data_ptr(), on_gpu[2], intermediate, y, num_sms)
     wanted = expected_grouped_gemm(a.cpu(), down, offsets)
     assert (y[:total].cpu().double() - wanted).norm() <= TOLERANCE[torch.bfloat16] * wanted.norm()
     assert bool(y[total:].isnan().all())

@@ -37,7 +37,9 @@ def stream() -> Stream:
     return Stream.current(torch.device("cuda"))
 
 
-@pytest.mark.parametrize("hidden, dtype", [(8, torch.float32), (1000, torch.float16), (2048, torch.bfloat16), (7168, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "hidden, dtype", [(8, torch.float32), (1000, torch.float16), (2048, torch.bfloat16), (7168, torch.bfloat16)]
+)
 def test_pack(hidden, dtype):
     check_pack(hidden, dtype, "cuda", stream())
 

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs sm_80"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0), reason="needs sm_80"
+    ),
 ]
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
@@ -87,7 +89,9 @@ def test_models_routing_is_the_same_on_both_devices(spec, dtype):
     assert ids.dtype == torch.int32 and weights.dtype == torch.float32
     same = (ids.cpu() == wanted_ids).all(dim=1)
     assert same.float().mean() > (0.98 if spec.num_experts <= 512 else 0.3)  # torch.topk breaks ties as it likes
-    torch.testing.assert_close(weights.cpu()[same], wanted_weights[same], rtol=2**-7 if spec.round_weights else 1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        weights.cpu()[same], wanted_weights[same], rtol=2**-7 if spec.round_weights else 1e-5, atol=1e-7
+    )
 
 
 def test_one_launch_that_graphs_capture():

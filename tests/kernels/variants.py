@@ -35,4 +35,7 @@ def enumerate_kernels():
         for out_dtype in (*DTYPES, torch.float64):
             yield f"combine_rows-{dtype}-{out_dtype}-{bias}", combine_kernel(dtype, out_dtype, bias)
     for dtype, (name, scoring) in product(DTYPES, SCORINGS.items()):
-        yield f"route_tokens-{name}-{str(dtype).removeprefix('torch.')}", routing_kernel(dtype, scoring, scoring.sigmoid)
+        yield (
+            f"route_tokens-{name}-{str(dtype).removeprefix('torch.')}",
+            routing_kernel(dtype, scoring, scoring.sigmoid),
+        )

@@ -54,7 +54,11 @@ def test_a_fault_makes_the_exit_status_1(monkeypatch, capsys):
     finding = doctor.Finding("thing", "FAIL", "broken", "mend it")
     monkeypatch.setattr(doctor, "examine", lambda **_: [finding, doctor.Finding("other", "OK", "fine")])
     assert main(["doctor"]) == 1
-    assert capsys.readouterr().out.splitlines() == ["FAIL  thing  broken", "             -> mend it", "OK    other  fine"]
+    assert capsys.readouterr().out.splitlines() == [
+        "FAIL  thing  broken",
+        "             -> mend it",
+        "OK    other  fine",
+    ]
     assert main(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["healthy"] is False
 
@@ -134,7 +138,15 @@ def test_cupy_without_nccl_is_a_fault(monkeypatch):
 
 @pytest.mark.parametrize(
     "setting, slots, ranks_per_gpu, status",
-    [("2", 4, 4, "OK"), ("3", 4, 4, "FAIL"), ("8", 4, 1, "OK"), ("", 4, 1, "OK"), ("", 32, 1, "OK"), ("", 33, 1, "FAIL"), ("1", 17, 4, "FAIL")],
+    [
+        ("2", 4, 4, "OK"),
+        ("3", 4, 4, "FAIL"),
+        ("8", 4, 1, "OK"),
+        ("", 4, 1, "OK"),
+        ("", 32, 1, "OK"),
+        ("", 33, 1, "FAIL"),
+        ("1", 17, 4, "FAIL"),
+    ],
 )
 def test_room_for_thread_blocks(monkeypatch, setting, slots, ranks_per_gpu, status):
     monkeypatch.setenv("NCCL_MAX_CTAS", setting)

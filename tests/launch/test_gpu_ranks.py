@@ -22,12 +22,19 @@ def run(folder: Path, num_gpus: int, *arguments: str) -> subprocess.CompletedPro
         (folder / name).write_text(f"#!/usr/bin/env bash\n{text}")
         (folder / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PIPEMOE_PYTHON": "bash"}
-    return subprocess.run([folder / "gpu_ranks.sh", *arguments], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [folder / "gpu_ranks.sh", *arguments], env=environment, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.mark.parametrize(
     "num_gpus, became",
-    [(8, "mpirun.sh -n 4 -m module --fast"), (4, "mpirun.sh -n 4 -m module --fast"), (3, "one_gpu.sh 4 -m module --fast"), (1, "one_gpu.sh 4 -m module --fast")],
+    [
+        (8, "mpirun.sh -n 4 -m module --fast"),
+        (4, "mpirun.sh -n 4 -m module --fast"),
+        (3, "one_gpu.sh 4 -m module --fast"),
+        (1, "one_gpu.sh 4 -m module --fast"),
+    ],
 )
 def test_a_gpu_each_where_there_are_as_many(tmp_path, num_gpus, became):
     done = run(tmp_path, num_gpus, "4", "-m", "module", "--fast")

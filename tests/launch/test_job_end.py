@@ -1,4 +1,6 @@
-"""What launch/mpirun.sh does when a job ends: its exit status, the signals that it hands on, and what it leaves on the machine."""
+"""What launch/mpirun.sh does when a job ends: its exit status, the signals that it hands on, and what it leaves on the
+machine.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ def start(tmp_path):
         mpirun.chmod(0o755)
         (tmp_path / "tmp").mkdir(exist_ok=True)
         environment = clean_environment(PIPEMOE_MPIRUN=str(mpirun), TMPDIR=str(tmp_path / "tmp"), STATE=str(tmp_path))
-        running.append(subprocess.Popen([MPIRUN, "-n", "2", "x.py"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        running.append(
+            subprocess.Popen(
+                [MPIRUN, "-n", "2", "x.py"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
         return running[-1]
 
     yield start
@@ -61,7 +67,7 @@ def test_standard_input_reaches_the_ranks(start):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_mpirun_and_leaves_nothing(start, tmp_path, number):
-    process = start("trap 'touch \"$STATE/ended\"; exit 143' TERM; touch \"$STATE/started\"; sleep 60 & wait")
+    process = start('trap \'touch "$STATE/ended"; exit 143\' TERM; touch "$STATE/started"; sleep 60 & wait')
     while not (tmp_path / "started").exists():
         assert process.poll() is None
         time.sleep(0.01)

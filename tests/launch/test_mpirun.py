@@ -98,7 +98,15 @@ def test_other_ranks_write_to_their_logs(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["-n"], ["-n", "two", "script.py"], ["-n", "0", "script.py"], ["-n", "2"], ["-n", "2", "-m"], ["-n", "2", "-x", "y"]],
+    [
+        [],
+        ["-n"],
+        ["-n", "two", "script.py"],
+        ["-n", "0", "script.py"],
+        ["-n", "2"],
+        ["-n", "2", "-m"],
+        ["-n", "2", "-x", "y"],
+    ],
 )
 def test_bad_command_line_shows_usage(arguments):
     result = subprocess.run([MPIRUN, *arguments], capture_output=True, text=True, env=clean_environment(), timeout=20)
@@ -131,7 +139,13 @@ def test_open_mpi_may_oversubscribe_binds_nothing_and_forwards_settings(tmp_path
     assert command[:5] == ["-n", "4", "--oversubscribe", "--bind-to", "none"]
     assert ("--allow-run-as-root" in command) == (os.geteuid() == 0)
     forwarded = {name for flag, name in zip(command, command[1:], strict=False) if flag == "-x"}
-    assert {"NCCL_MAX_CTAS", "OMP_NUM_THREADS", "PIPEMOE_COMMAND", "PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS"} <= forwarded
+    assert {
+        "NCCL_MAX_CTAS",
+        "OMP_NUM_THREADS",
+        "PIPEMOE_COMMAND",
+        "PYTHONPATH",
+        "CUDA_DEVICE_MAX_CONNECTIONS",
+    } <= forwarded
     assert command[-len(COMMAND) :] == COMMAND
 
 
@@ -144,7 +158,9 @@ def test_hosts_are_given_as_each_mpi_wants_them(tmp_path):
     hosts.write_text("# two\nfirst\nsecond\n")
     mpich = printed_command(tmp_path, "HYDRA build details:", "--hostfile", str(hosts))
     assert mpich == ["-n", "4", "-f", str(hosts), *COMMAND]
-    open_mpi = printed_command(tmp_path, "mpirun (Open MPI) 4.1.6", "--hostfile", str(hosts), PIPEMOE_MPIRUN_FLAGS="-v -q")
+    open_mpi = printed_command(
+        tmp_path, "mpirun (Open MPI) 4.1.6", "--hostfile", str(hosts), PIPEMOE_MPIRUN_FLAGS="-v -q"
+    )
     assert open_mpi[open_mpi.index("--hostfile") + 1] == str(hosts)
     assert open_mpi[-len(COMMAND) - 2 : -len(COMMAND)] == ["-v", "-q"]
 

@@ -65,7 +65,14 @@ def start(tmp_path):
         }
         command = [ONE_GPU, str(num_ranks), "script.py"]
         running.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals)
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                preexec_fn=heed_signals,
+            )
         )
         return running[-1]
 

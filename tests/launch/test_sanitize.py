@@ -1,4 +1,6 @@
-"""launch/sanitize.sh against a stand-in compute-sanitizer: what it runs, its exit status, and what it says where there is none."""
+"""launch/sanitize.sh against a stand-in compute-sanitizer: what it runs, its exit status, and what it says where there
+is none.
+"""
 
 import os
 import subprocess

@@ -30,7 +30,11 @@ def test_whole_sequences_are_passed_through_and_not_kept():
 
 def test_a_cut_sequence_gets_its_earlier_rows_in_front_layer_by_layer():
     cache = StepCache()
-    first, second, third = [Piece(9, 0, 2, 8), Piece(1, 0, 3, 3)], [Piece(9, 2, 5, 8)], [Piece(4, 0, 1, 1), Piece(9, 5, 8, 8)]
+    first, second, third = (
+        [Piece(9, 0, 2, 8), Piece(1, 0, 3, 3)],
+        [Piece(9, 2, 5, 8)],
+        [Piece(4, 0, 1, 1), Piece(9, 5, 8, 8)],
+    )
     given = {layer: [rows(5), rows(3), rows(4)] for layer in range(2)}
     for layer, (a, b, c) in given.items():
         microbatch(cache, first).update(*a, layer)

@@ -15,8 +15,8 @@ from pipemoe.experts.weights import local_range
 from pipemoe.models import checkpoint as checkpoint_module
 from pipemoe.models.loading import load_decoder
 from pipemoe.models.random_weights import reference_model
-from tests.models.tiny import FAMILIES, run_microbatches, tiny_config
 from tests.models.test_decoder import assert_same_as_reference, packed, sequences_of
+from tests.models.tiny import FAMILIES, run_microbatches, tiny_config
 
 
 def save(directory, family, *, fused=False, shard="10GB", dtype=torch.float32, **changes):

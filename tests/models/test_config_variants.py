@@ -12,7 +12,14 @@ from tests.models.tiny import FAMILIES, run_microbatches, tiny_config
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 VARIANTS = [(family, {"rope_parameters": rope}) for family in FAMILIES for rope in (LINEAR, YARN, LLAMA3)] + [
     ("qwen3_moe", {"attention_bias": True}),
     ("qwen3_moe", {"norm_topk_prob": False}),
@@ -33,11 +40,15 @@ VARIANTS = [(family, {"rope_parameters": rope}) for family in FAMILIES for rope 
 ]
 
 
-@pytest.mark.parametrize(("family", "changes"), VARIANTS, ids=lambda value: str(value)[:60] if isinstance(value, dict) else value)
+@pytest.mark.parametrize(
+    ("family", "changes"), VARIANTS, ids=lambda value: str(value)[:60] if isinstance(value, dict) else value
+)
 def test_the_same_logits_as_the_whole_model(family, changes):
     config = tiny_config(family, **({"num_layers": 2} | changes))
     decoder, weights = load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.float32)
     sequences = sequences_of([21, 4])
-    logits = run_microbatches(decoder, [weights], [packed(sequences, [(0, 0, 9), (1, 0, 4)]), packed(sequences, [(0, 9, 21)])])
+    logits = run_microbatches(
+        decoder, [weights], [packed(sequences, [(0, 0, 9), (1, 0, 4)]), packed(sequences, [(0, 9, 21)])]
+    )
     config.head_dim = decoder.config.to_dict().get("head_dim", 16)  # transformers' yarn does not take None
     assert_same_as_reference(reference_model(config, "cpu", torch.float32), sequences, logits)

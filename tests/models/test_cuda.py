@@ -41,9 +41,7 @@ def test_nothing_waits_for_the_device(family, dtype):
 
     def prefill():
         step = decoder.new_step()
-        states = [
-            decoder.start(step, *packed(sequences, pieces)) for pieces in ([(0, 0, 9), (1, 0, 6)], [(1, 6, 14)])
-        ]
+        states = [decoder.start(step, *packed(sequences, pieces)) for pieces in ([(0, 0, 9), (1, 0, 6)], [(1, 6, 14)])]
         logits = []
         for state in states:
             y = None
@@ -64,7 +62,9 @@ def test_nothing_waits_for_the_device(family, dtype):
 
 
 def test_pieces_of_one_sequence_on_two_streams():
-    decoder, weights = load_decoder(tiny_config("deepseek_v3"), rank=0, num_ranks=1, device="cuda", dtype=torch.bfloat16)
+    decoder, weights = load_decoder(
+        tiny_config("deepseek_v3"), rank=0, num_ranks=1, device="cuda", dtype=torch.bfloat16
+    )
     (tokens,) = sequences_of([40])
     whole = run_microbatches(decoder, [weights], [(tokens, [Piece(0, 0, 40, 40)])])[0]
     torch.cuda.synchronize()

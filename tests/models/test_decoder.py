@@ -21,7 +21,10 @@ from tests.models.tiny import FAMILIES, VOCAB, naive_experts, run_microbatches, 
 def loaded(family, dtype=torch.float32, num_ranks=1, seed=0, **changes):
     """Decoder of rank 0, the ranks' expert weights, and the reference model."""
     config = tiny_config(family, **changes)
-    parts = [load_decoder(config, rank=r, num_ranks=num_ranks, device="cpu", dtype=dtype, seed=seed) for r in range(num_ranks)]
+    parts = [
+        load_decoder(config, rank=r, num_ranks=num_ranks, device="cpu", dtype=dtype, seed=seed)
+        for r in range(num_ranks)
+    ]
     return parts[0][0], [weights for _, weights in parts], reference_model(config, "cpu", dtype, seed)
 
 
@@ -66,7 +69,9 @@ def test_packed_and_cut_sequences_in_float32(family, num_ranks):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("seed", range(3))
 def test_bfloat16_within_norm_ratio_and_same_tokens_where_decided(family, seed):
-    decoder, experts, reference = loaded(family, torch.bfloat16, seed=seed, num_layers=5 if family == "deepseek_v3" else 4)
+    decoder, experts, reference = loaded(
+        family, torch.bfloat16, seed=seed, num_layers=5 if family == "deepseek_v3" else 4
+    )
     sequences = sequences_of([7, 23, 2], seed)
     microbatches = [packed(sequences, [(0, 0, 7), (1, 0, 11)]), packed(sequences, [(1, 11, 23), (2, 0, 2)])]
     logits = run_microbatches(decoder, experts, microbatches)

@@ -24,7 +24,9 @@ class Olmoe(Family):
         return config.intermediate_size
 
     def routing(self, config):
-        return RoutingSpec(self.num_experts(config), self.top_k(config), renormalise=config.norm_topk_prob, round_weights=True)
+        return RoutingSpec(
+            self.num_experts(config), self.top_k(config), renormalise=config.norm_topk_prob, round_weights=True
+        )
 
 
 FAMILY = Olmoe()
@@ -42,9 +44,16 @@ def test_a_fourth_family_is_one_module_and_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setitem(MODULES, "olmoe", __name__)
     config = OlmoeConfig(
-        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, num_experts=6,
-        num_experts_per_tok=3, pad_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+        num_experts=6,
+        num_experts_per_tok=3,
+        pad_token_id=None,
+        eos_token_id=None,
+    )
     reference = reference_model(config, "cpu", torch.float32)
     reference.save_pretrained(tmp_path)
     sequences = sequences_of([9, 4])

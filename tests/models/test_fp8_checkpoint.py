@@ -64,7 +64,9 @@ def test_experts_are_taken_as_they_are(directories):
         assert torch.equal(again.gate_up, wide.gate_up) and torch.equal(again.down, wide.down)
     up = stored["model.layers.2.mlp.experts.5.up_proj.weight"]
     assert torch.equal(weights[1].gate_up[1, 128:].view(torch.uint8), up.view(torch.uint8))
-    assert torch.equal(weights[1].gate_up_scales[1, 1:], stored["model.layers.2.mlp.experts.5.up_proj.weight_scale_inv"])
+    assert torch.equal(
+        weights[1].gate_up_scales[1, 1:], stored["model.layers.2.mlp.experts.5.up_proj.weight_scale_inv"]
+    )
 
 
 def test_others_are_quantised_while_loading(directories):
@@ -125,7 +127,9 @@ def test_experts_that_end_within_a_block(tmp_path):
         stored[name], stored[f"{name}_scale_inv"] = quantise_weight(stored[name])
     save_file(stored, tmp_path / SHARD, metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((wide / "config.json").read_text())
-    found, wanted = (dequantise_experts(load(folder, quantised=True)[1][0], torch.float32) for folder in (tmp_path, wide))
+    found, wanted = (
+        dequantise_experts(load(folder, quantised=True)[1][0], torch.float32) for folder in (tmp_path, wide)
+    )
     assert torch.allclose(found.gate_up, wanted.gate_up, rtol=0.15, atol=1e-3)
 
 
@@ -139,7 +143,9 @@ def test_scales_that_are_not_finite(directories, tmp_path):
             load(tmp_path, quantised=quantised)
 
 
-@pytest.mark.parametrize(("field", "value"), [("activation_scheme", "static"), ("fmt", "e5m2"), ("weight_block_size", [64, 64])])
+@pytest.mark.parametrize(
+    ("field", "value"), [("activation_scheme", "static"), ("fmt", "e5m2"), ("weight_block_size", [64, 64])]
+)
 def test_other_ways_of_fp8_are_refused_by_name(directories, tmp_path, field, value):
     config = json.loads((directories[0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": FORMAT | {field: value}}))

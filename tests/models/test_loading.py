@@ -15,7 +15,9 @@ from tests.models.tiny import FAMILIES, tiny_config
 
 
 def load(source, rank=0, num_ranks=2, dtype=torch.float32, seed=0, random_weights=False):
-    return load_decoder(source, rank=rank, num_ranks=num_ranks, device="cpu", dtype=dtype, seed=seed, random_weights=random_weights)
+    return load_decoder(
+        source, rank=rank, num_ranks=num_ranks, device="cpu", dtype=dtype, seed=seed, random_weights=random_weights
+    )
 
 
 @pytest.mark.parametrize(
@@ -44,17 +46,28 @@ def test_random_weights_for_an_object_and_where_asked_for(tmp_path):
 
 
 def test_random_weights_are_never_a_surprise(tmp_path):
-    """A dict, the path of a config.json, or a file of any other name, once gave a model of random weights without a word."""
+    """A dict, the path of a config.json, or a file of any other name, once gave a model of random weights without a
+    word.
+    """
     raw = json.loads(tiny_config("qwen3_moe").to_json_string(use_diff=False))
     for name in ("config.json", "config"):
         (tmp_path / name).write_text(json.dumps(raw))
-    for source, what in ((raw, "a dict"), (tmp_path / "config.json", "config.json is a file"), (str(tmp_path / "config"), "config is a file")):
-        with pytest.raises(CheckpointError, match=f"^rank 1: .*{what}.* has no weights: give a checkpoint directory, or random_weights=True"):
+    for source, what in (
+        (raw, "a dict"),
+        (tmp_path / "config.json", "config.json is a file"),
+        (str(tmp_path / "config"), "config is a file"),
+    ):
+        with pytest.raises(
+            CheckpointError,
+            match=f"^rank 1: .*{what}.* has no weights: give a checkpoint directory, or random_weights=True",
+        ):
             load(source, rank=1)
     with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
         load(tmp_path)
     for source in (None, 7, ["a"]):
-        with pytest.raises(CheckpointError, match="cannot be loaded from a (NoneType|int|list); give a checkpoint directory"):
+        with pytest.raises(
+            CheckpointError, match="cannot be loaded from a (NoneType|int|list); give a checkpoint directory"
+        ):
             load(source)
     with pytest.raises(ConfigError, match="random_weights is 'yes'"):
         load(raw, random_weights="yes")
@@ -68,7 +81,9 @@ def test_loading_leaves_the_callers_config_alone():
 
 
 def test_configs_in_the_older_style_are_understood():
-    raw = dict(model_type="deepseek_v3", rope_theta=1234.0, rope_scaling=dict(type="yarn", factor=4.0, mscale_all_dim=1.0))
+    raw = dict(
+        model_type="deepseek_v3", rope_theta=1234.0, rope_scaling=dict(type="yarn", factor=4.0, mscale_all_dim=1.0)
+    )
     config, directory = read_config(raw, random_weights=True)
     assert directory is None
     assert config.rope_parameters["rope_theta"] == 1234.0 and config.rope_parameters["rope_type"] == "yarn"
@@ -78,8 +93,10 @@ def test_configs_in_the_older_style_are_understood():
     ("rope", "positions"),
     [
         ({"rope_type": "default"}, 512),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),  # as in Qwen3's instructions
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),  # as in DeepSeek-V3's config
+        # as in Qwen3's instructions
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        # as in DeepSeek-V3's config
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
         ({"rope_type": "linear", "factor": 2.0}, 1024),
     ],
 )
@@ -105,7 +122,10 @@ def test_fingerprint_differs_with_config_seed_and_dtype():
         (dict(model_type="llama"), r"model_type is 'llama'; known are deepseek_v3, mixtral, qwen3_moe"),
         (dict(model_type=None), "model_type is None"),
         (dict(quantization_config=dict(quant_method="fp8")), "quantised.*'fp8'.*bfloat16"),
-        (dict(quantization_config=dict(quant_method="gptq", weight_block_size=[128, 128])), "quantised.*'gptq'.*bfloat16"),
+        (
+            dict(quantization_config=dict(quant_method="gptq", weight_block_size=[128, 128])),
+            "quantised.*'gptq'.*bfloat16",
+        ),
         (dict(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (dict(mlp_only_layers=[0, 1, 2]), "none of the 3 decoder layers"),
         (dict(rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "rope_type is 'dynamic'"),

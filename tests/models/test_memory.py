@@ -17,7 +17,9 @@ from tests.models.tiny import FAMILIES, tiny_config
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("dtype", "quantised"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("dtype", "quantised"), [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_the_bytes_foretold_are_those_taken(family, dtype, quantised):
     config = tiny_config(family, num_layers=2, hidden_size=128, tie_word_embeddings=family == "mixtral")
     prepared = PreparedDecoder(config, rank=1, num_ranks=3, device="cpu", dtype=dtype, quantised=quantised)
@@ -59,7 +61,11 @@ RAM = {"MemTotal": 1000, "MemAvailable": 10, "SwapTotal": 500}
         ("0::/job/step\n", {"job/step/memory.max": 200 * MIB, "job/memory.max": 300 * MIB}, 200),
         ("0::/\n", {"memory.max": 4000 * MIB}, 4000),  # a machine whose memory grows as it is used
         ("5:devices:/\n4:cpu,memory:/c1\n0::/\n", {"memory/c1/memory.limit_in_bytes": 250 * MIB}, 250),
-        ("4:memory:/c1\n", {"memory/c1/memory.limit_in_bytes": 9223372036854771712, "memory/memory.limit_in_bytes": 700 * MIB}, 700),
+        (
+            "4:memory:/c1\n",
+            {"memory/c1/memory.limit_in_bytes": 9223372036854771712, "memory/memory.limit_in_bytes": 700 * MIB},
+            700,
+        ),
         ("4:memory:/c1\n", {"memory/c1/memory.limit_in_bytes": 9223372036854771712}, 1500),
         ("rubbish\n", {"memory.max": "rubbish"}, 1500),
     ],
@@ -93,7 +99,10 @@ def test_too_little_memory_is_said_first_and_on_every_rank(world, monkeypatch, t
             patch.setattr(loading, name, None)
         for source in (config, folder):
             beside = f", and with those of the {world.size - 1} other ranks on this host" if world.size > 1 else ""
-            message = rf"^rank 0: the weights need [\d.]+ MiB{beside}.*, but this host's memory and swap are [\d.]+ MiB; use more hosts"
+            message = (
+                rf"^rank 0: the weights need [\d.]+ MiB{beside}.*, "
+                r"but this host's memory and swap are [\d.]+ MiB; use more hosts"
+            )
             with pytest.raises(ConfigError, match=message):
                 load_model(source, world, config=small, dtype=torch.float32)
     with monkeypatch.context() as patch:
@@ -127,4 +136,12 @@ def test_too_little_memory_of_a_gpu(world, monkeypatch):
 
 def test_expert_weights_have_no_other_tensors():
     """Those that num_bytes counts."""
-    assert [f for f in ExpertWeights.__slots__ if "bias" not in f] == ["gate_up", "down", "first_expert", "activation", "gated", "gate_up_scales", "down_scales"]
+    assert [f for f in ExpertWeights.__slots__ if "bias" not in f] == [
+        "gate_up",
+        "down",
+        "first_expert",
+        "activation",
+        "gated",
+        "gate_up_scales",
+        "down_scales",
+    ]

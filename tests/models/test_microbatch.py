@@ -64,16 +64,23 @@ def test_graphs_give_what_eager_attention_gives(family, in_places):
 @pytest.mark.parametrize("changes", [{}, dict(sliding_window=7)])
 def test_pieces_of_cut_sequences(changes, graphed):
     """Microbatches of a step run side by side, each in a slot of its own, from graphs or kernel by kernel."""
-    decoder, weights = load_decoder(tiny_config("mixtral", **changes), rank=0, num_ranks=1, device="cuda", dtype=torch.bfloat16)
+    decoder, weights = load_decoder(
+        tiny_config("mixtral", **changes), rank=0, num_ranks=1, device="cuda", dtype=torch.bfloat16
+    )
     lengths = [30, 41, 1, 60, 18]
     sequences = sequences_of(lengths)
     cut = ([(0, 0, 30), (1, 0, 25)], [(1, 25, 26)], [(1, 26, 41), (2, 0, 1), (3, 0, 60), (4, 0, 18)])
     with torch.cuda.stream(torch.cuda.Stream()):
-        _, wanted = logits_of(decoder, None, decoder.new_step(), weights, sequences, [(i, 0, n) for i, n in enumerate(lengths)])
+        _, wanted = logits_of(
+            decoder, None, decoder.new_step(), weights, sequences, [(i, 0, n) for i, n in enumerate(lengths)]
+        )
         keys = StepKeys(decoder, MAX_TOKENS)
         slots = [AttendGraphs(decoder, torch.bfloat16, NUM_ROWS, keys) for _ in cut]
         step = keys.step(begins_of(lengths))
-        microbatches = [started(decoder, slot if use else None, step, sequences, pieces) for slot, use, pieces in zip(slots, graphed, cut)]
+        microbatches = [
+            started(decoder, slot if use else None, step, sequences, pieces)
+            for slot, use, pieces in zip(slots, graphed, cut)
+        ]
         assert [isinstance(m, GraphedMicrobatch) for m in microbatches] == list(graphed)
         for layer in range(decoder.shape.num_layers):
             for microbatch in microbatches:
@@ -86,6 +93,10 @@ def test_what_graphs_do_not_serve_runs_eagerly():
     decoder, weights = load_decoder(tiny_config("mixtral"), rank=0, num_ranks=1, device="cuda", dtype=torch.bfloat16)
     with torch.cuda.stream(torch.cuda.Stream()):
         graphs = AttendGraphs(decoder, torch.bfloat16, NUM_ROWS)
-        for lengths, pieces in (([129], [(0, 0, 129)]), ([40], [(0, 0, 25)]), ([1] * 17, [(i, 0, 1) for i in range(17)])):
+        for lengths, pieces in (
+            ([129], [(0, 0, 129)]),
+            ([40], [(0, 0, 25)]),
+            ([1] * 17, [(i, 0, 1) for i in range(17)]),
+        ):
             microbatch, _ = logits_of(decoder, graphs, decoder.new_step(), weights, sequences_of(lengths), pieces)
             assert isinstance(microbatch, EagerMicrobatch)

@@ -1,4 +1,6 @@
-"""What a checkpoint stores is loaded or refused by name: nothing is dropped in silence, and of two of a kind the right one is taken."""
+"""What a checkpoint stores is loaded or refused by name: nothing is dropped in silence, and of two of a kind the right
+one is taken.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,17 @@ def saved(tmp_path_factory):
         for tied in (False, True):
             found[family, tied] = tmp_path_factory.mktemp(f"{family}_{tied}")
             config = tiny_config(family, num_layers=2, num_experts=8, tie_word_embeddings=tied)
-            reference_model(config, "cpu", torch.float32, seed=3).save_pretrained(found[family, tied], save_original_format=True)
+            reference_model(config, "cpu", torch.float32, seed=3).save_pretrained(
+                found[family, tied], save_original_format=True
+            )
     return found
 
 
 @pytest.fixture
 def copy_of(saved, tmp_path):
-    """Makes a copy of one of them, with tensors changed: copy_of(family, {name: tensor, or None to leave it out}, config fields)."""
+    """Makes a copy of one of them, with tensors changed: copy_of(family, {name: tensor, or None to leave it out},
+    config fields).
+    """
 
     def make(family, changes=(), tied=False, **fields):
         folder = shutil.copytree(saved[family, tied], tmp_path / "copy")
@@ -60,7 +66,9 @@ def test_a_stored_head_wins_over_tied_embeddings(copy_of, family):
     head = torch.randn(VOCAB, 64, generator=torch.Generator().manual_seed(1))
     folder = copy_of(family, {"lm_head.weight": head}, tied=True)
     sequences, logits = logits_of(folder)
-    untied = reference_model(tiny_config(family, num_layers=2, num_experts=8, tie_word_embeddings=False), "cpu", torch.float32, seed=3)
+    untied = reference_model(
+        tiny_config(family, num_layers=2, num_experts=8, tie_word_embeddings=False), "cpu", torch.float32, seed=3
+    )
     untied.lm_head.weight = torch.nn.Parameter(head)
     assert_same_as_reference(untied, sequences, logits)
     tied = load(folder)[0]
@@ -99,12 +107,18 @@ def test_untied_embeddings_need_a_stored_head(copy_of):
 )
 def test_a_tensor_without_a_place_is_refused_by_name(copy_of, family, name, shape):
     folder = copy_of(family, {name: torch.zeros(shape)})
-    with pytest.raises(CheckpointError, match=f"^rank 1: .*no place for the stored tensor {name} .in {SINGLE}.*config.json"):
+    with pytest.raises(
+        CheckpointError, match=f"^rank 1: .*no place for the stored tensor {name} .in {SINGLE}.*config.json"
+    ):
         load(folder, 1, 2)
 
 
 def test_biases_that_the_config_asks_for_are_loaded(copy_of):
-    names = {f"model.layers.{layer}.self_attn.{part}_proj.bias": torch.ones(size) for layer in range(2) for part, size in zip("qkvo", (64, 32, 32, 64))}
+    names = {
+        f"model.layers.{layer}.self_attn.{part}_proj.bias": torch.ones(size)
+        for layer in range(2)
+        for part, size in zip("qkvo", (64, 32, 32, 64))
+    }
     folder = copy_of("qwen3_moe", names, attention_bias=True)
     sequences, logits = logits_of(folder)
     assert_same_as_reference(reference_model(folder, "cpu", torch.float32), sequences, logits)
@@ -117,7 +131,10 @@ def test_a_missing_router_bias_is_named(copy_of):
 
 
 def test_what_is_left_out_by_rule_is_said(copy_of, caplog):
-    extra = {"model.layers.2.eh_proj.weight": torch.zeros(64, 128), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+    extra = {
+        "model.layers.2.eh_proj.weight": torch.zeros(64, 128),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+    }
     folder = copy_of("deepseek_v3", extra, num_nextn_predict_layers=1)
     with caplog.at_level(logging.INFO, "pipemoe"):
         load(folder)
@@ -126,23 +143,34 @@ def test_what_is_left_out_by_rule_is_said(copy_of, caplog):
 
 def test_a_config_cut_to_its_first_layers_warns(copy_of, caplog):
     load(copy_of("mixtral", num_hidden_layers=1))
-    assert [r.levelname for r in caplog.records if "num_hidden_layers is 1; the stored layers 1 are not read" in r.getMessage()] == ["WARNING"]
+    assert [
+        r.levelname
+        for r in caplog.records
+        if "num_hidden_layers is 1; the stored layers 1 are not read" in r.getMessage()
+    ] == ["WARNING"]
 
 
 def test_weights_under_two_names_are_refused(saved, copy_of):
     gate = load_file(saved["mixtral", False] / SINGLE)["model.layers.0.block_sparse_moe.gate.weight"]
     folder = copy_of("mixtral", {"model.layers.0.mlp.gate.weight": gate + 1})
-    with pytest.raises(CheckpointError, match="block_sparse_moe.gate.weight and model.layers.0.mlp.gate.weight are both stored"):
+    with pytest.raises(
+        CheckpointError, match="block_sparse_moe.gate.weight and model.layers.0.mlp.gate.weight are both stored"
+    ):
         load(folder)
     shutil.rmtree(folder)
-    fused = {"model.layers.1.mlp.experts.gate_up_proj": torch.zeros(8, 96, 64), "model.layers.1.mlp.experts.down_proj": torch.zeros(8, 64, 48)}
+    fused = {
+        "model.layers.1.mlp.experts.gate_up_proj": torch.zeros(8, 96, 64),
+        "model.layers.1.mlp.experts.down_proj": torch.zeros(8, 64, 48),
+    }
     with pytest.raises(CheckpointError, match="gate_up_proj and .*w1.weight are both stored"):
         load(copy_of("mixtral", fused))
 
 
 @pytest.fixture
 def in_two_shards(saved, tmp_path):
-    """Writes a qwen3_moe checkpoint as shards a and b, with `twice` in both (other values in b); returns its directory and the index."""
+    """Writes a qwen3_moe checkpoint as shards a and b, with `twice` in both (other values in b); returns its directory
+    and the index.
+    """
 
     def make(twice):
         folder = shutil.copytree(saved["qwen3_moe", False], tmp_path / "shards")
@@ -175,22 +203,39 @@ def test_a_tensor_in_two_shards_that_no_index_places(in_two_shards):
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.float8_e5m2, torch.float8_e4m3fn, torch.int64, torch.bool]
+)
 def test_odd_dtypes(copy_of, dtype):
-    folder = copy_of("mixtral", {"model.layers.0.block_sparse_moe.experts.1.w2.weight": torch.zeros(64, 48, dtype=dtype)})
+    folder = copy_of(
+        "mixtral", {"model.layers.0.block_sparse_moe.experts.1.w2.weight": torch.zeros(64, 48, dtype=dtype)}
+    )
     with pytest.raises(CheckpointError, match="experts.1.w2.weight is stored as .*Convert it to bfloat16 first"):
         load(folder)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/etc/passwd", "/etc/x.safetensors", "a/../../x.safetensors", "..", "", "x.bin", "a\\..\\x.safetensors", 7, None],
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "/etc/x.safetensors",
+        "a/../../x.safetensors",
+        "..",
+        "",
+        "x.bin",
+        "a\\..\\x.safetensors",
+        7,
+        None,
+    ],
 )
 def test_a_shard_outside_of_the_directory(saved, tmp_path, name):
     folder = shutil.copytree(saved["mixtral", False], tmp_path / "folder")
     shutil.copy(folder / SINGLE, tmp_path / "outside.safetensors")
     (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    with pytest.raises(CheckpointError, match=r"^rank 0: .*index.json.*(lists the shard .*inside of|is not a shard index)"):
+    with pytest.raises(
+        CheckpointError, match=r"^rank 0: .*index.json.*(lists the shard .*inside of|is not a shard index)"
+    ):
         load(folder)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipemoe.models.loading import load_decoder
-from pipemoe.models.random_weights import reference_model
-from pipemoe.models.random_weights import random_experts, random_parameter
+from pipemoe.models.random_weights import random_experts, random_parameter, reference_model
 from tests.models.tiny import tiny_config
 
 CPU = torch.device("cpu")

@@ -61,7 +61,9 @@ def test_agrees_with_transformers(family, changes, dtype, path, monkeypatch):
     if path == "torch":  # what CUDA runs, on the host
         monkeypatch.setattr(routing, "_route_host", torch_route)
     ids, weights = route(logits, spec, bias)
-    assert ids.dtype == torch.int32 and weights.dtype == torch.float32 and ids.shape == weights.shape == (200, spec.top_k)
+    assert (
+        ids.dtype == torch.int32 and weights.dtype == torch.float32 and ids.shape == weights.shape == (200, spec.top_k)
+    )
     clear = torch.ones(200, dtype=torch.bool)
     if dtype == torch.bfloat16 and spec.num_experts > 1:  # equal logits occur; transformers leaves those to torch.topk
         clear = logits.sort(dim=-1).values.diff(dim=-1).min(dim=-1).values > 0

@@ -21,12 +21,18 @@ def test_rows_have_places_of_their_own():
         num_tokens = sum(p.stop - p.start for p in pieces)
         packing = Packing(torch.zeros(num_tokens, dtype=torch.long), pieces, 1, torch.device("cpu"), step.begins)
         for layer in range(decoder.config.num_hidden_layers):
-            new = given[pieces[0], layer] = torch.randn(1, heads, num_tokens, size), torch.randn(1, heads, num_tokens, size)
+            new = given[pieces[0], layer] = (
+                torch.randn(1, heads, num_tokens, size),
+                torch.randn(1, heads, num_tokens, size),
+            )
             seen = step.of(packing).update(*new, layer)
             assert [t.shape for t in seen] == [(1, heads, 10, size)] * 2
     for layer in range(decoder.config.num_hidden_layers):
         for which in range(2):
-            whole = torch.cat([given[piece, layer][which] for piece in (Piece(0, 0, 2, 5), Piece(0, 2, 5, 5), Piece(1, 0, 4, 4))], dim=2)
+            whole = torch.cat(
+                [given[piece, layer][which] for piece in (Piece(0, 0, 2, 5), Piece(0, 2, 5, 5), Piece(1, 0, 4, 4))],
+                dim=2,
+            )
             found = keys.write(layer, torch.tensor([9]), *(torch.zeros(1, heads, 1, size),) * 2)[which]
             assert torch.equal(found[:, :, :9], whole)
 

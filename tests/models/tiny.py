@@ -63,7 +63,9 @@ def tiny_config(family: str, num_layers: int = 3, num_experts: int = 8, **change
 
 
 def naive_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, layer_weights) -> torch.Tensor:
-    """The routed experts' sum [T, H] float32, token by token; `layer_weights` are all ranks' ExpertWeights of one layer."""
+    """The routed experts' sum [T, H] float32, token by token; `layer_weights` are all ranks' ExpertWeights of one
+    layer.
+    """
     where = {w.first_expert + i: (w, i) for w in layer_weights for i in range(w.num_local_experts)}
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for t in range(len(x)):

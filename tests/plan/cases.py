@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
 from pipemoe.plan.config import COMBINES, MODES, PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
 
 SHAPE = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=3)
 MOST_TOKENS = 100_000

@@ -1,6 +1,8 @@
-"""Recorded cases: what is planned for them, and what is predicted, as short digests. `python -m tests.plan.golden` records them anew.
+"""Recorded cases: what is planned for them, and what is predicted, as short digests. `python -m tests.plan.golden`
+records them anew.
 
-A change that is to leave plans as they are must leave these. One that changes plans on purpose records them anew and says why.
+A change that is to leave plans as they are must leave these. One that changes plans on purpose records them anew and
+says why.
 """
 
 from __future__ import annotations
@@ -10,16 +12,16 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.cost.file import read_cost
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, cpu
 from pipemoe.plan.cost.dimensions import dimensions_of
+from pipemoe.plan.cost.file import read_cost
+from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Plan
-from pipemoe.plan.config import MODES, PlanConfig
-from pipemoe.plan.clock.prediction import simulate
 
 RECORDED = Path(__file__).with_name("golden.json")
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -54,7 +56,11 @@ def _costs() -> Iterator[tuple[str, str, CostModel | None]]:
             if (device == "cpu") == (model == "small"):
                 yield device, model, None
     for path in sorted(RESULTS.glob("*/cost*.json")):
-        yield f"{path.parent.name}/{path.stem}", "deepseek-v3" if "deepseek" in path.stem else "qwen3-30b-a3b", read_cost(path)
+        yield (
+            f"{path.parent.name}/{path.stem}",
+            "deepseek-v3" if "deepseek" in path.stem else "qwen3-30b-a3b",
+            read_cost(path),
+        )
 
 
 def enumerate_cases() -> Iterator[tuple[str, Plan, CostModel]]:
@@ -64,7 +70,9 @@ def enumerate_cases() -> Iterator[tuple[str, Plan, CostModel]]:
         shape = dimensions.shape
         device = cpu(2) if name == "cpu" else GPUS.get(name, GPUS["h100"])
         for number, lengths in enumerate(FACTS):
-            cost = measured or default_cost(device, dimensions, len(lengths), value_bytes=2, sum_bytes=2, ctas=8 if device.num_sms else 0)
+            cost = measured or default_cost(
+                device, dimensions, len(lengths), value_bytes=2, sum_bytes=2, ctas=8 if device.num_sms else 0
+            )
             for mode in MODES:
                 config = PlanConfig(mode=mode, moe_max_num_tokens=4096, max_tokens_per_rank=16384)
                 yield f"{name} {model} {number} {mode}", plan(Facts(lengths), shape, config, cost), cost
@@ -72,7 +80,12 @@ def enumerate_cases() -> Iterator[tuple[str, Plan, CostModel]]:
 
 def digest(made: Plan, cost: CostModel) -> str:
     """Of the plan's content, whatever its configuration is called, and of the predicted times."""
-    said = [made.num_column_blocks, made.arrivals, made.sms_left, [[c.slot, c.microbatches, c.waves] for c in made.cohorts]]
+    said = [
+        made.num_column_blocks,
+        made.arrivals,
+        made.sms_left,
+        [[c.slot, c.microbatches, c.waves] for c in made.cohorts],
+    ]
     prediction = simulate(made, cost)
     said += [prediction.sequence_ttft, prediction.exposed]
     digest = hashlib.blake2b(json.dumps(said).encode(), digest_size=6)

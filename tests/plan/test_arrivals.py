@@ -1,4 +1,6 @@
-"""Waves that are computed as they arrive: groups, parts, what they are predicted to gain, and when mode auto takes them."""
+"""Waves that are computed as they arrive: groups, parts, what they are predicted to gain, and when mode auto takes
+them.
+"""
 
 import importlib.util
 from dataclasses import fields, replace
@@ -10,11 +12,11 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError
 from pipemoe.plan.arrivals import MAX_PARTS, OWN, Part, groups_of, parts_of
 from pipemoe.plan.auto.choice import auto_candidates, auto_effort
+from pipemoe.plan.clock.prediction import costs_of, simulate
+from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import MAX_GROUPS, Facts, ModelShape
-from pipemoe.plan.config import MODES, PlanConfig
-from pipemoe.plan.clock.prediction import costs_of, simulate
 from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, configs
 
@@ -37,7 +39,9 @@ def test_groups_and_parts(data):
     for c, cohort in enumerate(p.cohorts):
         for w, wave in enumerate(cohort.waves):
             groups = groups_of(p, c, w)
-            assert len(groups) <= max(1, len(wave.ranks()) // 2) and len(groups) * min(2, len(cohort.waves)) <= MAX_GROUPS
+            assert (
+                len(groups) <= max(1, len(wave.ranks()) // 2) and len(groups) * min(2, len(cohort.waves)) <= MAX_GROUPS
+            )
             assert len(groups) == 1 or p.arrivals
             for rank in range(facts.num_ranks) if p.arrivals else ():
                 parts = parts_of(p, c, w, rank)
@@ -48,7 +52,13 @@ def test_groups_and_parts(data):
 def test_groups_hold_about_as_many_rows():
     p = plan(facts_of(*(10,) * 8), SHAPE, PlanConfig(mode="broadcast", max_tokens_per_rank=100, arrivals=True))
     assert [[s.rank for s in group.segments] for group in groups_of(p, 0, 0)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert parts_of(p, 0, 0, 3) == (Part(0, 20, 0), Part(20, 30, 1), Part(30, 40, OWN), Part(40, 60, 2), Part(60, 80, 3))
+    assert parts_of(p, 0, 0, 3) == (
+        Part(0, 20, 0),
+        Part(20, 30, 1),
+        Part(30, 40, OWN),
+        Part(40, 60, 2),
+        Part(60, 80, 3),
+    )
     long = plan(facts_of(1, 90, 1, 1), SHAPE, PlanConfig(mode="broadcast", max_tokens_per_rank=100, arrivals=True))
     assert [[s.rank for s in group.segments] for group in groups_of(long, 0, 0)] == [[0, 2, 3], [1]]
     assert parts_of(long, 0, 0, 1) == (Part(0, 3, 0), Part(3, 93, OWN))
@@ -89,18 +99,27 @@ def test_experts_tell_as_many_parts_apart():
 def without_launches(**changes):
     """Experts 9 ns a row and rank (two ranks: one of two pairs is local), of which 300 permille are the output."""
     experts, exchanges = ExpertsCost(0, 0, 0, 9_000, 1, 300, 1000), (ExchangeCost(0, 0, 6_000), ExchangeCost(0, 0, 0))
-    cost = CostModel(AttendCost(0, 0, 0, 0), experts, *exchanges, HostCost(*(0,) * 9), contention=FREE, start_ns=0, finish_ns=0)
+    cost = CostModel(
+        AttendCost(0, 0, 0, 0), experts, *exchanges, HostCost(*(0,) * 9), contention=FREE, start_ns=0, finish_ns=0
+    )
     return replace(cost, **changes)
 
 
 def makespan(facts, cost, arrivals, **options):
-    p = plan(facts, replace(SHAPE, num_layers=2), PlanConfig(mode=options.pop("mode", "broadcast"), arrivals=arrivals, **options), cost)
+    p = plan(
+        facts,
+        replace(SHAPE, num_layers=2),
+        PlanConfig(mode=options.pop("mode", "broadcast"), arrivals=arrivals, **options),
+        cost,
+    )
     verify(p)
     return simulate(p, cost).makespan
 
 
 def test_own_rows_are_computed_while_the_others_come():
-    """By hand: 50 and 50 rows, the broadcasts 300, experts 900, of which 630 are the first GEMM, half of that for own rows."""
+    """By hand: 50 and 50 rows, the broadcasts 300, experts 900, of which 630 are the first GEMM, half of that for own
+    rows.
+    """
     facts, cost = facts_of(50, 50), without_launches()
     assert makespan(facts, cost, False) == 2 * 1200
     assert makespan(facts, cost, True) == 2 * (315 + 585)  # the rows come at 300, within the own ones' 315
@@ -149,7 +168,10 @@ def test_auto_takes_arrivals_where_that_hides_the_dispatch(tokens):
     assert (1, False) in forms and {arrivals for _, arrivals in forms} == {False, True}
 
 
-@pytest.mark.parametrize("lengths", [((4096,), *((16,),) * 7), ((2048,),) * 8, tuple((100 << i,) for i in range(8)), tuple((i,) for i in range(1, 9))])
+@pytest.mark.parametrize(
+    "lengths",
+    [((4096,), *((16,),) * 7), ((2048,),) * 8, tuple((100 << i,) for i in range(8)), tuple((i,) for i in range(1, 9))],
+)
 @pytest.mark.parametrize("cap", [2048, 8192])
 @pytest.mark.parametrize("slots", [1, 4])
 def test_choosing_takes_a_bounded_number_of_events(lengths, cap, slots):

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.assignment import assign
+from pipemoe.plan.config import MODES, UNCAPPED_MODES, PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind
-from pipemoe.plan.config import MODES, UNCAPPED_MODES, PlanConfig
 from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 
@@ -46,7 +46,8 @@ def test_waves_stay_below_the_cap_and_are_even(data):
         rows = [w.num_rows for w in cohort.waves]
         assert max(rows) <= config.moe_max_num_tokens
         assert len(rows) == -(-sum(rows) // config.moe_max_num_tokens)
-        assert all(n == max(rows) for n in rows[:-1]) and rows[-1] > max(rows) - len(rows)  # the last one has what is left
+        # the last one has what is left
+        assert all(n == max(rows) for n in rows[:-1]) and rows[-1] > max(rows) - len(rows)
 
 
 @pytest.mark.parametrize("cap", [1, 7, 16])

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from pipemoe.errors import PlanError
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import Issue, gather_calls, match, project
 from pipemoe.plan.schedule import Facts, ModelShape, OpKind, Segment, Wave
-from pipemoe.plan.config import PlanConfig
 
 SHAPE = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=2)
 ROW, VALUE = 384, 2  # bytes

@@ -12,12 +12,12 @@ import pytest
 
 from pipemoe.plan import planner
 from pipemoe.plan.auto.choice import auto_candidates
-from pipemoe.plan.cost.model import CoresCost, CostModel, ExpertsCost, HostCost, rates_of
 from pipemoe.plan.clock.order import merge_orders
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.cost.model import CoresCost, CostModel, ExpertsCost, HostCost, rates_of
 from pipemoe.plan.planner import compile_planner, plan
 from pipemoe.plan.schedule import Facts, ModelShape
-from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.clock.prediction import simulate
 
 FILE = Path(__file__).with_name("recorded_steps.json")
 
@@ -34,12 +34,17 @@ def found(case: dict) -> dict:
     result = {"plan": digest.hexdigest()[:32], "ttft": list(prediction.ttft), "exposed": list(prediction.exposed)}
     if config.mode == "auto":
         candidates = auto_candidates(facts, shape, config, cost)
-        result["candidates"] = [[c.index, c.num_column_blocks, c.arrivals, c.sms_left, c.mean, c.slowest, c.p50, c.chosen] for c in candidates]
+        result["candidates"] = [
+            [c.index, c.num_column_blocks, c.arrivals, c.sms_left, c.mean, c.slowest, c.p50, c.chosen]
+            for c in candidates
+        ]
     return result
 
 
 def cost_of(case: dict) -> CostModel:
-    return CostModel(experts=ExpertsCost(**case["experts"]), cores=CoresCost(**case["cores"]), host=HostCost(**case["host"]))
+    return CostModel(
+        experts=ExpertsCost(**case["experts"]), cores=CoresCost(**case["cores"]), host=HostCost(**case["host"])
+    )
 
 
 def cases() -> list[dict]:
@@ -58,12 +63,24 @@ def test_one_cohort_is_planned_as_compiled_code_would():
     for case in cases():
         config, cost = PlanConfig(**case["config"]), cost_of(case)
         facts, shape = Facts(tuple(map(tuple, case["lengths"]))), ModelShape(**case["shape"])
-        table = np.array([(0, rank, 0, tokens) for rank, tokens in enumerate(facts.tokens) if tokens], np.int64).reshape(-1, 4)
+        table = np.array(
+            [(0, rank, 0, tokens) for rank, tokens in enumerate(facts.tokens) if tokens], np.int64
+        ).reshape(-1, 4)
         for padded_rows in (0, max(facts.tokens)) if len(table) else ():
             rows = facts.num_ranks * padded_rows or config.max_wave_rows(facts.num_ranks)
-            limits = (rows, config.num_slots, shape.num_layers, config.combine_blocks or 1, padded_rows, -1, bool(config.arrivals))
+            limits = (
+                rows,
+                config.num_slots,
+                shape.num_layers,
+                config.combine_blocks or 1,
+                padded_rows,
+                -1,
+                bool(config.arrivals),
+            )
             one = planner._tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
-            *of_all, wrong = planner._tables(table, *facts.flat_boundaries, rates_of(cost), shape.num_experts, shape.top_k, limits, False, 0)
+            *of_all, wrong = planner._tables(
+                table, *facts.flat_boundaries, rates_of(cost), shape.num_experts, shape.top_k, limits, False, 0
+            )
             assert wrong == (-1, -1)
             of_all[3] = merge_orders(of_all[3], of_all[2], shape.num_layers)
             for mine, theirs in zip(one, of_all, strict=True):

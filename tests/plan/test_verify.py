@@ -7,12 +7,12 @@ import pytest
 
 from pipemoe.errors import ConfigError, PlanError
 from pipemoe.plan.arrivals import OWN, groups_of, parts_of
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
-from pipemoe.plan.schedule import Facts, Microbatch, OpKind, Plan, Segment, Wave
-from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.verify import verify
 from pipemoe.plan.room import Room
+from pipemoe.plan.schedule import Facts, Microbatch, OpKind, Plan, Segment, Wave
+from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE
 
 FACTS = Facts(((40, 9), (5,), (), (7, 8)))
@@ -218,7 +218,10 @@ def test_a_plan_that_makes_ranks_issue_different_things(sound, monkeypatch):
 def test_a_block_of_columns_of_another_size():
     """Bytes of what one rank, and of what all ranks, really issued; and blocks one after another, not by segment."""
     p = plan(FACTS, SHAPE, PlanConfig(mode="per_rank", moe_max_num_tokens=20, combine_blocks=3))
-    combines = lambda rank: [i for i, x in enumerate(project(p, rank, 128, 4)) if x.communicator == "combine"]  # noqa: E731
+
+    def combines(rank):
+        return [i for i, x in enumerate(project(p, rank, 128, 4)) if x.communicator == "combine"]
+
     issues = [project(p, rank, 128, 4) for rank in range(4)]
     verify(p, issues=issues)
     sizes = [issues[0][i].num_bytes for i in combines(0)[:3]]
@@ -237,7 +240,14 @@ def test_a_block_of_columns_of_another_size():
 
 
 @pytest.mark.parametrize(
-    "columns", [(range(0, 32), range(40, 64)), (range(0, 32), range(24, 64)), (range(0, 32), range(32, 56)), (range(32, 64), range(0, 32)), (range(0), range(64))]
+    "columns",
+    [
+        (range(0, 32), range(40, 64)),
+        (range(0, 32), range(24, 64)),
+        (range(0, 32), range(32, 56)),
+        (range(32, 64), range(0, 32)),
+        (range(0), range(64)),
+    ],
 )
 def test_blocks_that_do_not_hold_every_column_once(columns):
     p = plan(FACTS, SHAPE, PlanConfig(mode="broadcast", max_tokens_per_rank=100, combine_blocks=2))
@@ -275,7 +285,11 @@ def test_room_for_thread_blocks(sound):
 @pytest.fixture
 def arriving() -> Plan:
     """One cohort of five ranks, whose dispatches are two groups."""
-    p = plan(Facts(((51, 9), (5,), (), (7, 8), (20,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=60, arrivals=True))
+    p = plan(
+        Facts(((51, 9), (5,), (), (7, 8), (20,))),
+        SHAPE,
+        PlanConfig(mode="chunked", moe_max_num_tokens=60, arrivals=True),
+    )
     verify(p)
     assert p.arrivals and [len(groups_of(p, 0, w)) for w in (0, 1)] == [2, 1]
     return p
@@ -291,7 +305,10 @@ def test_arrivals_without_room(arriving):
         verify(arriving, room=Room(**{"num_sms": 132, "ctas": 8, "arrival_blocks": 115, **changes}))
 
     check()
-    with pytest.raises(PlanError, match="116 blocks that wait for rows, 2 x NCCL_MAX_CTAS=8 of collectives and 1 for the index need 133 SMs"):
+    with pytest.raises(
+        PlanError,
+        match="116 blocks that wait for rows, 2 x NCCL_MAX_CTAS=8 of collectives and 1 for the index need 133 SMs",
+    ):
         check(arrival_blocks=116)
     with pytest.raises(PlanError, match="no arrivals: 2 ranks share this GPU"):
         check(ranks_on_device=2, ctas=1)
@@ -311,7 +328,9 @@ def test_more_parts_than_experts_tell_apart():
 def test_groups_that_are_not_the_wave(arriving, monkeypatch):
     first, second = groups_of(arriving, 0, 0)
     for wrong in ((first,), (second, first), (first, first, second), ()):
-        monkeypatch.setattr("pipemoe.plan.verify.groups_of", lambda p, c, w, wrong=wrong: wrong if w == 0 else groups_of(p, c, w))
+        monkeypatch.setattr(
+            "pipemoe.plan.verify.groups_of", lambda p, c, w, wrong=wrong: wrong if w == 0 else groups_of(p, c, w)
+        )
         with pytest.raises(PlanError, match=r"every row arrives once: cohort 0, wave 0: \d groups"):
             verify(arriving)
 

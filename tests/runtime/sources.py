@@ -18,12 +18,20 @@ class RowsSource:
 
     has_side_work = False
 
-    def __init__(self, num_tokens: int, runtime: Runtime, before_attend: Callable[[int, int], None] = lambda cohort, layer: None) -> None:
+    def __init__(
+        self, num_tokens: int, runtime: Runtime, before_attend: Callable[[int, int], None] = lambda cohort, layer: None
+    ) -> None:
         world = runtime.world
         self._before = before_attend
-        self.inputs = [make_rows(num_tokens, 1000 * layer + world.rank, world.device, runtime.dtype) for layer in range(runtime.shape.num_layers)]
+        self.inputs = [
+            make_rows(num_tokens, 1000 * layer + world.rank, world.device, runtime.dtype)
+            for layer in range(runtime.shape.num_layers)
+        ]
         self.inputs = [(x, ids.int(), weights) for x, ids, weights in self.inputs]
-        self.sums = [torch.full((num_tokens, HIDDEN), torch.nan, dtype=runtime.results_dtype, device=world.device) for _ in self.inputs]
+        self.sums = [
+            torch.full((num_tokens, HIDDEN), torch.nan, dtype=runtime.results_dtype, device=world.device)
+            for _ in self.inputs
+        ]
         self._layer: dict[int, int] = {}
         self.finished_cohorts: list[int] = []
         if world.device.type == "cuda":
@@ -59,5 +67,9 @@ def make_runtime(world, layers: Layers, **options) -> Runtime:
     config = Config(**{"moe_max_num_tokens": 24, "max_tokens_per_rank": 160, **options})
     weights = layers.local(world.size, world.rank)
     dtype = layers.gate_up.dtype
-    experts = make_experts(weights, top_k=TOP_K, hidden=HIDDEN, device=world.device, dtype=dtype, deterministic=config.deterministic)
-    return Runtime(world, ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, len(weights)), config, experts, dtype, {})
+    experts = make_experts(
+        weights, top_k=TOP_K, hidden=HIDDEN, device=world.device, dtype=dtype, deterministic=config.deterministic
+    )
+    return Runtime(
+        world, ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, len(weights)), config, experts, dtype, {}
+    )

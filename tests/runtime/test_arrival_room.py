@@ -14,7 +14,17 @@ if importlib.util.find_spec("numba_cuda") is None:
 
 
 def experts(num_sms=132, **changes):
-    made = SimpleNamespace(**{"supports_arrivals": True, "implementation": "hopper", "num_sms": num_sms, "top_k": 8, "hidden": 7168, "max_intermediate": 2048, **changes})
+    made = SimpleNamespace(
+        **{
+            "supports_arrivals": True,
+            "implementation": "hopper",
+            "num_sms": num_sms,
+            "top_k": 8,
+            "hidden": 7168,
+            "max_intermediate": 2048,
+            **changes,
+        }
+    )
     made.leaving = lambda left: experts(num_sms - left)
     return made
 
@@ -25,7 +35,10 @@ def world(**changes):
 
 
 def test_the_grid_leaves_one_slots_collectives_and_the_index():
-    assert arrival_room(world(), experts()).arrival_blocks == 132 - 16 - 1 and refusal(world(), experts(), Config(num_slots=4)) is None
+    assert (
+        arrival_room(world(), experts()).arrival_blocks == 132 - 16 - 1
+        and refusal(world(), experts(), Config(num_slots=4)) is None
+    )
     assert speed_permille(world(), experts()) == GATHERING_PERMILLE * 115 // 132
     alone = SimpleNamespace(size=1, block_room=None)
     assert arrival_room(alone, experts()) is None and refusal(alone, experts(), Config(num_slots=4)) is None

@@ -1,5 +1,5 @@
-"""Waves that are computed as they arrive, over the ranks of a world: on the host by experts that wait in their thread, on GPUs by the
-kernels that do (skipped where these cannot be, as with several ranks on one GPU)."""
+"""Waves that are computed as they arrive, over the ranks of a world: on the host by experts that wait in their thread,
+on GPUs by the kernels that do (skipped where these cannot be, as with several ranks on one GPU)."""
 
 from types import SimpleNamespace
 
@@ -68,7 +68,10 @@ def sums(world, layers, counts, **options):
 def test_the_same_bits_with_arrivals_and_without(world, waiting, mode, blocks, combine):
     """Every distribution of tokens, zero-token ranks included; ranks' logs are compared with the plan (debug)."""
     layers = make_layers(NUM_LAYERS, world.device, dtype_of(world))
-    on, off = (sums(world, layers, TOKEN_COUNTS, mode=mode, combine=combine, combine_blocks=blocks, arrivals=arrivals) for arrivals in (True, False))
+    on, off = (
+        sums(world, layers, TOKEN_COUNTS, mode=mode, combine=combine, combine_blocks=blocks, arrivals=arrivals)
+        for arrivals in (True, False)
+    )
     bound = 1e-2 if world.device.type == "cuda" else 1e-5
     for number, ((rows, with_arrivals), (_, without)) in enumerate(zip(on, off, strict=True)):
         assert torch.equal(with_arrivals, without)
@@ -79,7 +82,10 @@ def test_the_same_bits_with_arrivals_and_without(world, waiting, mode, blocks, c
 @pytest.mark.parametrize("mode", ["broadcast", "chunked", "auto"])
 def test_deterministic_sums_are_the_same_bits_too(world, waiting, mode):
     layers = make_layers(NUM_LAYERS, world.device, dtype_of(world))
-    on, off = (sums(world, layers, TOKEN_COUNTS, mode=mode, deterministic=True, arrivals=arrivals) for arrivals in (True, False))
+    on, off = (
+        sums(world, layers, TOKEN_COUNTS, mode=mode, deterministic=True, arrivals=arrivals)
+        for arrivals in (True, False)
+    )
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(on, off, strict=True))
 
 
@@ -91,7 +97,12 @@ def test_a_model_gives_the_same_first_tokens(world, waiting, mode):
         g = torch.Generator().manual_seed(world.rank)
         steps = [[30, 1, 8], [], [60, 20], [5]]
         return [
-            model.prefill([torch.randint(0, VOCAB, (n,), generator=g).tolist() for n in (lengths if (number + world.rank) % 3 else [])])
+            model.prefill(
+                [
+                    torch.randint(0, VOCAB, (n,), generator=g).tolist()
+                    for n in (lengths if (number + world.rank) % 3 else [])
+                ]
+            )
             for number, lengths in enumerate(steps)
         ]
 
@@ -105,7 +116,9 @@ class OneResult(RowsSource):
         return self.sums[0][start:stop]
 
 
-@pytest.mark.parametrize("only", [Only(computation=False), Only(communication=False)], ids=["exchange alone", "experts alone"])
+@pytest.mark.parametrize(
+    "only", [Only(computation=False), Only(communication=False)], ids=["exchange alone", "experts alone"]
+)
 def test_one_side_alone(world, waiting, only):
     layers = make_layers(NUM_LAYERS, world.device, dtype_of(world))
     runtime = make_runtime(world, layers, mode="chunked", arrivals=True)
@@ -132,7 +145,9 @@ def test_model_code_that_fails_leaves_the_others_their_sums(world, waiting):
             future.result()
     else:
         future.result()
-        assert norm_ratio(source.sums[2], layers.oracle(2, *source.inputs[2])) < (1e-2 if world.device.type == "cuda" else 1e-5)
+        assert norm_ratio(source.sums[2], layers.oracle(2, *source.inputs[2])) < (
+            1e-2 if world.device.type == "cuda" else 1e-5
+        )
     with pytest.raises(Exception, match="planted"):
         runtime.submit_step([3], RowsSource(3, runtime)).result()
     runtime.submit_step([3], RowsSource(3, runtime)).result()
@@ -142,15 +157,19 @@ def test_memory_is_counted_and_only_taken_where_plans_may_arrive(world, waiting)
     layers = make_layers(1, world.device, dtype_of(world))
     off, on = (make_runtime(world, layers, mode="chunked", arrivals=arrivals) for arrivals in (None, True))
     more = sum(arrivals.num_bytes for slot in on._workspace.slots for arrivals in slot.arrivals if arrivals is not None)
-    assert on.workspace_bytes - off.workspace_bytes == more > 0 and off._arriving is None and off.cost.experts.arrivals_permille == 0
+    assert (
+        on.workspace_bytes - off.workspace_bytes == more > 0
+        and off._arriving is None
+        and off.cost.experts.arrivals_permille == 0
+    )
     auto = make_runtime(world, layers, mode="auto")
     assert (auto._arriving is None) == (world.size == 1) == (auto.cost.experts.arrivals_permille == 0)
     assert make_runtime(world, layers, mode="auto", arrivals=False)._arriving is None
 
 
 def test_experts_begin_before_the_dispatch_is_complete(world, waiting, monkeypatch):
-    """Proven without a clock: the last group of each dispatch is not complete on a rank before its experts have begun, with their own
-    rows. Experts that waited for the dispatch could never begin."""
+    """Proven without a clock: the last group of each dispatch is not complete on a rank before its experts have begun,
+    with their own rows. Experts that waited for the dispatch could never begin."""
     if world.device.type == "cuda" or world.size < 2:
         pytest.skip("of several ranks on the host; the kernels are tested by themselves")
     layers = make_layers(NUM_LAYERS, world.device, torch.float32)

@@ -1,5 +1,6 @@
-"""The combine of a block of columns goes ahead while the next block is computed, proven without a clock: rank 0's experts are held
-after their first block until that block has been combined on rank 0. A combine that waited for the whole output could never end.
+"""The combine of a block of columns goes ahead while the next block is computed, proven without a clock: rank 0's
+experts are held after their first block until that block has been combined on rank 0. A combine that waited for the
+whole output could never end.
 """
 
 import pytest
@@ -19,7 +20,9 @@ class HeldExperts:
         self._inner, self._hold = inner, hold
 
     def __call__(self, layer, rows, out, scratch, events=()):
-        self._inner(layer, rows, out, scratch, [_HeldAfter(events[0], self._hold), *events[1:]] if layer == 1 else events)
+        self._inner(
+            layer, rows, out, scratch, [_HeldAfter(events[0], self._hold), *events[1:]] if layer == 1 else events
+        )
 
 
 class _HeldAfter:

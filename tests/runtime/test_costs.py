@@ -25,7 +25,8 @@ def model(world):
 def test_a_file_of_this_machine_and_model_is_used(world, model, tmp_path):
     cost = replace(model.runtime.cost, finish_ns=12345)
     write_cost(tmp_path / "cost.json", model.runtime.cost_subject, cost)
-    tuned = model.with_config(Config(cost=tmp_path / "cost.json", **SMALL))  # each rank's own folder: the content counts
+    # each rank's own folder: the content counts
+    tuned = model.with_config(Config(cost=tmp_path / "cost.json", **SMALL))
     assert tuned.runtime.cost == cost
     assert len(tuned.prefill([[1, 2, 3], [4]]).first_tokens) == 2
 
@@ -37,16 +38,23 @@ def warns_on_rank_0(world, match):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_a_file_measured_on_fewer_moe_layers_is_used(world, family, recwarn, tmp_path):
-    few, many = (load_model(tiny_config(family, num_layers=n), world, dtype=torch.float32, seed=3, config=Config(**SMALL)) for n in (2, 4))
+    few, many = (
+        load_model(tiny_config(family, num_layers=n), world, dtype=torch.float32, seed=3, config=Config(**SMALL))
+        for n in (2, 4)
+    )
     cost = replace(few.runtime.cost, finish_ns=12345)
     write_cost(tmp_path / "cost.json", few.runtime.cost_subject, cost)
     assert many.with_config(Config(cost=str(tmp_path / "cost.json"), **SMALL)).runtime.cost.finish_ns == 12345
     assert not [warning for warning in recwarn if "cost file refused" in str(warning.message)]
 
 
-@pytest.mark.parametrize("change", [{"device": "another"}, {"torch": "0.1"}, {"pipemoe": "0.0"}, {"model": [1]}, {"num_ranks": 99}])
+@pytest.mark.parametrize(
+    "change", [{"device": "another"}, {"torch": "0.1"}, {"pipemoe": "0.0"}, {"model": [1]}, {"num_ranks": 99}]
+)
 def test_a_file_of_another_is_refused(world, model, tmp_path, change):
-    write_cost(tmp_path / "cost.json", {**model.runtime.cost_subject, **change}, replace(model.runtime.cost, finish_ns=12345))
+    write_cost(
+        tmp_path / "cost.json", {**model.runtime.cost_subject, **change}, replace(model.runtime.cost, finish_ns=12345)
+    )
     config = Config(cost=str(tmp_path / "cost.json"), **SMALL)
     with warns_on_rank_0(world, "refused.*" + next(iter(change))) as warned:
         other = model.with_config(config)

@@ -86,7 +86,9 @@ def test_a_library_that_fails_before_the_channel_knows_is_put_down_to_the_peer(e
     engine.side_channel = Channel(None, None, None, (2, "its process ended"))
     error = error_of(engine, fails(engine, LibraryError("MPI_ERR_OTHER")))
     assert isinstance(error, PeerLost) and error.culprit == 2
-    assert str(error) == "rank 0: lost rank 2 (its process ended) during dispatch 7, where the library says: MPI_ERR_OTHER"
+    assert (
+        str(error) == "rank 0: lost rank 2 (its process ended) during dispatch 7, where the library says: MPI_ERR_OTHER"
+    )
     assert isinstance(error.__cause__, LibraryError)
     assert engine.side_channel.announced == [(str(error), 2)]
 
@@ -94,7 +96,9 @@ def test_a_library_that_fails_before_the_channel_knows_is_put_down_to_the_peer(e
 def test_a_library_that_fails_for_a_rank_that_left(engine):
     engine.side_channel.peers[1].left, engine.side_channel.peers[1].reason = True, "ValueError: why"
     error = error_of(engine, fails(engine, LibraryError("MPI_ERR_OTHER")))
-    assert str(error).startswith("rank 0: rank 1 has closed its world (ValueError: why), but dispatch 7 needs every rank; where the library")
+    assert str(error).startswith(
+        "rank 0: rank 1 has closed its world (ValueError: why), but dispatch 7 needs every rank; where the library"
+    )
     assert error.culprit == 1
 
 
@@ -107,7 +111,10 @@ def test_a_library_that_fails_by_itself(engine, has_channel):
     assert error.culprit is None
 
 
-@pytest.mark.parametrize(("raised", "text"), [(ValueError("own"), "own"), (Unspeakable(), "(its own words cannot be had: __str__ raises RuntimeError)")])
+@pytest.mark.parametrize(
+    ("raised", "text"),
+    [(ValueError("own"), "own"), (Unspeakable(), "(its own words cannot be had: __str__ raises RuntimeError)")],
+)
 def test_other_errors_are_this_ranks_own(engine, raised, text):
     error = error_of(engine, fails(engine, raised))
     assert str(error) == f"rank 0: {type(raised).__name__} in dispatch 7: {text}" and engine.side_channel.asked == 0
@@ -117,23 +124,33 @@ def test_a_lost_peer_is_named_with_what_is_waited_for_and_for_how_long(engine):
     engine.side_channel = Channel(None, (1, "why"))
     error = error_of(engine, lambda: engine.wait(lambda: False, "exchange of step 2"))
     assert isinstance(error, PeerLost) and error.culprit == 1
-    assert str(error).startswith("rank 0: lost rank 1 (why) during exchange of step 2, after 0.") and str(error).endswith(" s of waiting")
+    assert str(error).startswith("rank 0: lost rank 1 (why) during exchange of step 2, after 0.") and str(
+        error
+    ).endswith(" s of waiting")
 
 
 def test_a_rank_that_left_is_named_with_its_reason(engine, monkeypatch):
     monkeypatch.setattr(engine_module, "_LEFT_SECONDS", 0.0)
     engine.side_channel.peers[2].left, engine.side_channel.peers[2].reason = True, "disk full"
     error = error_of(engine, lambda: engine.wait(lambda: False, "exchange of step 2", needs_all=True))
-    assert str(error).startswith("rank 0: rank 2 has closed its world (disk full), but exchange of step 2 needs every rank; waited 0.")
+    assert str(error).startswith(
+        "rank 0: rank 2 has closed its world (disk full), but exchange of step 2 needs every rank; waited 0."
+    )
     assert error.culprit == 2
 
 
-@pytest.mark.parametrize(("silent", "culprit", "text"), [(None, None, "the peers"), ((2, 7.0), 2, "rank 2 says nothing, heard 7.0 s ago")])
+@pytest.mark.parametrize(
+    ("silent", "culprit", "text"), [(None, None, "the peers"), ((2, 7.0), 2, "rank 2 says nothing, heard 7.0 s ago")]
+)
 def test_a_timeout_is_put_down_to_a_silent_peer(engine, silent, culprit, text):
     engine.side_channel.silent_peer = silent
     error = error_of(engine, lambda: engine.wait(lambda: False, "step 3", seconds=0.05))
     assert isinstance(error, WatchdogTimeout) and error.culprit == culprit
-    assert str(error).startswith("rank 0: no progress for 0.") and " s in step 3; peers: the peers" in str(error) and text in str(error)
+    assert (
+        str(error).startswith("rank 0: no progress for 0.")
+        and " s in step 3; peers: the peers" in str(error)
+        and text in str(error)
+    )
     assert engine.side_channel.announced == [(str(error), culprit)]
 
 
@@ -146,7 +163,10 @@ def test_peers_in_their_first_step_are_waited_for_and_then_no_longer(engine):
 def test_what_went_wrong_on_the_channels_thread_is_named(engine):
     engine.side_channel.error = KeyError("planted")
     error = error_of(engine, lambda: engine.wait(lambda: False, "step 3"))
-    assert str(error) == "rank 0: KeyError on the side channel's thread: 'planted'" and error.__cause__ is engine.side_channel.error
+    assert (
+        str(error) == "rank 0: KeyError on the side channel's thread: 'planted'"
+        and error.__cause__ is engine.side_channel.error
+    )
 
 
 @pytest.mark.parametrize(
@@ -204,6 +224,8 @@ time.sleep(60)
 
 @pytest.mark.parametrize("main_thread", ["sleeps", "ends"])
 def test_the_peers_are_told_before_the_process_ends(tmp_path, main_thread):
-    process = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path / "said"), main_thread], timeout=WAIT_SECONDS, capture_output=True)
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "said"), main_thread], timeout=WAIT_SECONDS, capture_output=True
+    )
     assert process.returncode == EXIT_CODE
     assert (tmp_path / "said").read_text() == "planted"

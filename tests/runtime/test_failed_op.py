@@ -1,4 +1,6 @@
-"""The operation that an error names is the one that failed, or the one that is waited for; not the one that was issued last."""
+"""The operation that an error names is the one that failed, or the one that is waited for; not the one that was issued
+last.
+"""
 
 import time
 from types import SimpleNamespace
@@ -61,18 +63,37 @@ class Source:
 
 
 class Stage:
-    """Rank 0 of two; a cohort each, under way at once. Collectives are done at once, unless a test makes them something else."""
+    """Rank 0 of two; a cohort each, under way at once. Collectives are done at once, unless a test makes them something
+    else.
+    """
 
     def __init__(self, *, on_done=lambda op: None, experts=lambda *arguments: None):
         config = Config(mode="per_rank", moe_max_num_tokens=200, max_tokens_per_rank=100, num_slots=2)
-        self.plan = plan(Facts(((10,), (20,))), ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, NUM_LAYERS), config)
+        self.plan = plan(
+            Facts(((10,), (20,))), ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, NUM_LAYERS), config
+        )
         wire, device = WireFormat(HIDDEN, TOP_K, torch.float32), torch.device("cpu")
-        real = make_experts(make_layers(NUM_LAYERS, device, torch.float32).local(2, 0), top_k=TOP_K, hidden=HIDDEN, device="cpu", dtype=torch.float32)
+        real = make_experts(
+            make_layers(NUM_LAYERS, device, torch.float32).local(2, 0),
+            top_k=TOP_K,
+            hidden=HIDDEN,
+            device="cpu",
+            dtype=torch.float32,
+        )
         workspace = Workspace(config, wire, torch.float32, 2, real, device, None)
         self.transport = SimpleNamespace(dispatch=lambda *arguments: None, combine=lambda *arguments: None)
         self.lanes, self.source, self.issued = host_lanes(2, lambda: None), Source(), []
         self.run = Run(
-            *(self.plan, 0, self.lanes, self.transport, workspace, wire, experts, self.source), on_progress=self.issued.append, on_done=on_done
+            self.plan,
+            0,
+            self.lanes,
+            self.transport,
+            workspace,
+            wire,
+            experts,
+            self.source,
+            on_progress=self.issued.append,
+            on_done=on_done,
         )
 
     def slot_of(self, cohort):
@@ -113,7 +134,7 @@ def test_a_collective_that_fails_while_others_are_under_way(stage, kind, cohort)
     slot, fails = one.slot_of(cohort), []
 
     def post(its_slot, *arguments):
-        return lambda: (raise_planted() if its_slot == slot and fails else False)
+        return lambda: raise_planted() if its_slot == slot and fails else False
 
     setattr(one.transport, kind.name.lower(), post)
     one.advance_until(lambda: {(op.kind, op.cohort) for op, _ in _under_way(one.run)} >= {(kind, 0), (kind, 1)})
@@ -143,7 +164,9 @@ def test_experts_that_fail(stage):
 
 
 def test_a_callback_that_fails(stage):
-    one = stage(on_done=lambda op: raise_planted() if (op.kind, op.layer, op.cohort) == (OpKind.COMBINE, 1, 0) else None)
+    one = stage(
+        on_done=lambda op: raise_planted() if (op.kind, op.layer, op.cohort) == (OpKind.COMBINE, 1, 0) else None
+    )
     failed = one.fail()
     assert (failed.kind, failed.layer, failed.cohort) == (OpKind.COMBINE, 1, 0)
 

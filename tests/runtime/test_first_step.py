@@ -1,4 +1,6 @@
-"""A runtime's first step may take as long as set-up: a caller's own code may compile in it. On every rank, and on the engine's thread too."""
+"""A runtime's first step may take as long as set-up: a caller's own code may compile in it. On every rank, and on the
+engine's thread too.
+"""
 
 import time
 
@@ -34,7 +36,9 @@ def test_the_first_step_of_a_runtime_may_take_longer_than_the_watchdog_allows(wo
     assert world.engine.step_seconds == 0.0
     monkeypatch.undo()
     waits = []
-    monkeypatch.setattr(world.engine, "wait", lambda *a, wait=world.engine.wait, **k: (waits.append(k["seconds"]), wait(*a, **k)))
+    monkeypatch.setattr(
+        world.engine, "wait", lambda *a, wait=world.engine.wait, **k: (waits.append(k["seconds"]), wait(*a, **k))
+    )
     runtime.submit_step([3], RowsSource(3, runtime)).result()
     world.all_gather(b"")
     assert waits[:2] == [world.engine.watchdog_seconds] * 2  # the second has no more than that

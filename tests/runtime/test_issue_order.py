@@ -28,8 +28,8 @@ def test_own_rows_first_and_the_word_behind_each_group():
 
 
 def test_a_buffer_is_filled_again_when_it_has_been_read_and_sent():
-    """Waves of 35 rows in two buffers: the third one's rows are packed behind the first one's experts, and behind its dispatch, which
-    experts with all rows of their own do not wait for."""
+    """Waves of 35 rows in two buffers: the third one's rows are packed behind the first one's experts, and behind its
+    dispatch, which experts with all rows of their own do not wait for."""
     run, p, log = make_run(4, hold={"compute"}, moe_max_num_tokens=35)
     run.advance()
     assert len(p.cohorts[0].waves) == 3

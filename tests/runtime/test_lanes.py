@@ -12,8 +12,17 @@ import torch
 
 from pipemoe.errors import FatalError
 from pipemoe.runtime import lanes as lanes_module
-from pipemoe.runtime.lanes import HostEvent, HostMark, PolledLane, StreamClock, StreamEvent, StreamLane, WorkerLane
-from pipemoe.runtime.lanes import host_lanes, stream_lanes
+from pipemoe.runtime.lanes import (
+    HostEvent,
+    HostMark,
+    PolledLane,
+    StreamClock,
+    StreamEvent,
+    StreamLane,
+    WorkerLane,
+    host_lanes,
+    stream_lanes,
+)
 
 PATIENCE = 60  # seconds for a thread that is to do something: only a fault takes so long
 

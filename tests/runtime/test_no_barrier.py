@@ -1,7 +1,8 @@
-"""No barrier, proven without a clock: rank 0's first attention is held until another cohort has finished its last layer.
+"""No barrier, proven without a clock: rank 0's first attention is held until another cohort has finished its last
+layer.
 
-A cohort that waited for rank 0 anywhere could never finish, so completing is the proof. (That lockstep modes cannot pass is
-shown in tests/faults: there the watchdog must end the ranks.)
+A cohort that waited for rank 0 anywhere could never finish, so completing is the proof. (That lockstep modes cannot
+pass is shown in tests/faults: there the watchdog must end the ranks.)
 """
 
 import pytest

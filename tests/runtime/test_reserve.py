@@ -42,7 +42,9 @@ def test_the_hosts_way_to_say_that_memory_does_not_suffice():
             torch.empty(num_bytes, 1 << (num_bytes == 1 << 62) * 4, dtype=torch.uint8)
         assert is_out_of_memory(caught.value), caught.value
     assert is_out_of_memory(MemoryError()) and is_out_of_memory(torch.OutOfMemoryError("x"))
-    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(ValueError("memory"))
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(
+        ValueError("memory")
+    )
 
 
 @pytest.mark.gpu
@@ -82,7 +84,9 @@ def test_calls_with_ones_own_rows_allocate_nothing(world, combine):
 
 
 def test_results_of_two_layers_are_reserved(world):
-    """Per row [H] of what is summed, [H] of what is returned where that is another dtype, and K ids and weights; twice."""
+    """Per row [H] of what is summed, [H] of what is returned where that is another dtype, and K ids and weights;
+    twice.
+    """
     for combine, of_row in (("reduce", HIDDEN * 4), ("gather", HIDDEN * (4 + 2))):
         dtype = torch.float32 if combine == "reduce" else torch.bfloat16
         runtime = make_runtime(world, make_layers(1, world.device, dtype), combine=combine, combine_dtype="float32")

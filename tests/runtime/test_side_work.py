@@ -1,4 +1,6 @@
-"""Work that needs no other rank runs once per layer and cohort that holds tokens of this rank, and the sums stay right."""
+"""Work that needs no other rank runs once per layer and cohort that holds tokens of this rank, and the sums stay
+right.
+"""
 
 import pytest
 import torch

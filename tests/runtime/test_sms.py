@@ -1,4 +1,6 @@
-"""Multiprocessors that plans leave to collectives: what a step computes with follows its plan; the result does not depend on it."""
+"""Multiprocessors that plans leave to collectives: what a step computes with follows its plan; the result does not
+depend on it.
+"""
 
 import copy
 from dataclasses import replace
@@ -8,8 +10,8 @@ import torch
 
 from pipemoe.errors import ConfigError
 from pipemoe.experts.host import HostExperts
-from pipemoe.plan.config import MODES
 from pipemoe.plan.clock.sms import possible_sms_left, room_for_collectives
+from pipemoe.plan.config import MODES
 from pipemoe.runtime import runtime as runtime_module
 from tests.moe_cases import make_layers, norm_ratio
 from tests.runtime.sources import RowsSource, make_runtime
@@ -90,7 +92,9 @@ def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mod
         room = room_for_collectives(total, max(1, world.ctas), 2)
         left = {"none": 0, "room": room, "twice": 2 * room, "nearly all": total - 1}[chosen]
         runtime.experts_leaving[left] = runtime.experts_leaving[0].leaving(left)
-        monkeypatch.setattr(runtime_module, "make_plan", lambda *arguments, left=left: replace(make_plan(*arguments), sms_left=left))
+        monkeypatch.setattr(
+            runtime_module, "make_plan", lambda *arguments, left=left: replace(make_plan(*arguments), sms_left=left)
+        )
         source = step(world, runtime)
         monkeypatch.undo()
         assert source.plan.sms_left == left

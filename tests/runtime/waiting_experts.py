@@ -1,4 +1,6 @@
-"""On the host, what stands for experts that take waves as they arrive: a call waits in its thread for the parts of the rows."""
+"""On the host, what stands for experts that take waves as they arrive: a call waits in its thread for the parts of the
+rows.
+"""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import pipemoe
+from pipemoe.errors import ConfigError
 from pipemoe.world import world as world_module
 from pipemoe.world.arguments import MOST_SLOTS, init_arguments
-from pipemoe.errors import ConfigError
 
 GOOD = {"device": "cpu", "num_slots": 4, "watchdog_seconds": 60.0, "setup_seconds": 600, "grace_seconds": 0}
 
@@ -20,7 +20,24 @@ class Odd:
         raise RuntimeError("no words")
 
 
-ODD = (None, True, "1", float("nan"), float("inf"), -1, -0.5, 1e300, 1j, [1], (), {}, b"1", np.array([1, 2]), np.array(["cpu", "cpu"]), Odd())
+ODD = (
+    None,
+    True,
+    "1",
+    float("nan"),
+    float("inf"),
+    -1,
+    -0.5,
+    1e300,
+    1j,
+    [1],
+    (),
+    {},
+    b"1",
+    np.array([1, 2]),
+    np.array(["cpu", "cpu"]),
+    Odd(),
+)
 
 
 @pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
@@ -35,7 +52,15 @@ def test_odd_values_are_refused(name, value, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_slots", 0), ("num_slots", 2000), ("num_slots", 2.0), ("watchdog_seconds", 0), ("setup_seconds", 0.0), ("device", "gpu"), ("device", "cuda:0")],
+    [
+        ("num_slots", 0),
+        ("num_slots", 2000),
+        ("num_slots", 2.0),
+        ("watchdog_seconds", 0),
+        ("setup_seconds", 0.0),
+        ("device", "gpu"),
+        ("device", "cuda:0"),
+    ],
 )
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ConfigError, match=f"^{name} is .*must be"):
@@ -44,7 +69,12 @@ def test_values_out_of_range_are_refused(name, value):
 
 def test_numbers_of_any_kind_are_taken():
     arguments = init_arguments("auto", np.int64(3), np.float32(1.5), Fraction(1, 2), 0)
-    assert (arguments.num_slots, arguments.watchdog_seconds, arguments.setup_seconds, arguments.grace_seconds) == (3, 1.5, 0.5, 0.0)
+    assert (arguments.num_slots, arguments.watchdog_seconds, arguments.setup_seconds, arguments.grace_seconds) == (
+        3,
+        1.5,
+        0.5,
+        0.0,
+    )
     assert [type(v) for v in (arguments.num_slots, arguments.watchdog_seconds)] == [int, float]
 
 

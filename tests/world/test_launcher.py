@@ -7,9 +7,9 @@ import os
 import pytest
 
 import pipemoe
+from pipemoe.errors import ConfigError
 from pipemoe.world import world as world_module
 from pipemoe.world.launcher import Launch, check_size, launched, rank_text
-from pipemoe.errors import ConfigError
 
 TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}
 
@@ -19,7 +19,8 @@ TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "TORCHELASTIC_RUN
     [
         ({}, 1),
         ({"WORLD_SIZE": "1", "RANK": "0"}, 1),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, 1),  # plain python in the shell of an allocation
+        # plain python in the shell of an allocation
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "7"}, 1),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "8", "PMIX_RANK": "0"}, 1),  # ... that is a step of its own
         ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3", "PMIX_RANK": "3"}, 8),  # srun --mpi=pmix
         ({"SLURM_STEP_NUM_TASKS": "4", "PMI_SIZE": "4", "PMI_RANK": "1"}, 4),  # srun --mpi=pmi2
@@ -40,7 +41,10 @@ def test_number_of_ranks(environment, num_ranks):
     assert launched(environment).num_ranks == num_ranks
 
 
-@pytest.mark.parametrize("environment", [TORCHRUN, {"WORLD_SIZE": "2"}, {**TORCHRUN, "PMI_SIZE": "1"}, {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "1"}])
+@pytest.mark.parametrize(
+    "environment",
+    [TORCHRUN, {"WORLD_SIZE": "2"}, {**TORCHRUN, "PMI_SIZE": "1"}, {"WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "1"}],
+)
 def test_launchers_without_mpi_are_refused_by_name(environment):
     with pytest.raises(ConfigError, match=rf"WORLD_SIZE={environment['WORLD_SIZE']}.* torchrun.*launch/mpirun.sh -n N"):
         launched(environment)
@@ -49,16 +53,28 @@ def test_launchers_without_mpi_are_refused_by_name(environment):
 @pytest.mark.parametrize("text", ["", " ", "abc", "0", "-2", "2.0", "²", "1e3"])
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "WORLD_SIZE"])
 def test_odd_values_are_named(name, text):
-    with pytest.raises(ConfigError, match=f"^{name} is {text!r}, but a launcher sets it to a whole number of at least 1"):
+    with pytest.raises(
+        ConfigError, match=f"^{name} is {text!r}, but a launcher sets it to a whole number of at least 1"
+    ):
         launched({name: text})
 
 
 @pytest.mark.parametrize(
     ("launch", "size", "environment", "said"),
     [
-        (Launch(4, "SLURM_STEP_NUM_TASKS"), 1, {}, r"started 4 ranks \(SLURM_STEP_NUM_TASKS\), but the MPI that mpi4py loads sees 1 rank:"),
+        (
+            Launch(4, "SLURM_STEP_NUM_TASKS"),
+            1,
+            {},
+            r"started 4 ranks \(SLURM_STEP_NUM_TASKS\), but the MPI that mpi4py loads sees 1 rank:",
+        ),
         (Launch(2, "PMI_SIZE"), 4, {}, r"started 2 ranks \(PMI_SIZE\), but the MPI that mpi4py loads sees 4 ranks:"),
-        (Launch(None, "PMIX_RANK"), 1, {"PMIX_RANK": "1"}, r"PMIX_RANK says that this is rank 1, but the MPI that mpi4py loads sees 1 rank:"),
+        (
+            Launch(None, "PMIX_RANK"),
+            1,
+            {"PMIX_RANK": "1"},
+            r"PMIX_RANK says that this is rank 1, but the MPI that mpi4py loads sees 1 rank:",
+        ),
         (Launch(None, "PMIX_RANK"), 1, {"PMIX_RANK": "0", **TORCHRUN}, "torchrun"),
     ],
 )

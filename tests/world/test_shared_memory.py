@@ -9,9 +9,9 @@ import time
 
 import pytest
 
+from pipemoe.errors import ConfigError
 from pipemoe.world import shared_memory
 from pipemoe.world.shared_memory import BYTES_OF_RANK, check_shared_memory
-from pipemoe.errors import ConfigError
 
 # As root in a container of its own kind: /dev/shm of one MiB, and a rank that a launcher of two started.
 PROGRAM = """

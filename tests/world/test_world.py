@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import pipemoe
+from pipemoe.errors import ConfigError, InputError, MismatchError
 from pipemoe.world import meet as meet_module
 from pipemoe.world import world as world_module
 from pipemoe.world.warm_up import WarmUp
-from pipemoe.errors import ConfigError, InputError, MismatchError
 from tests.moe_cases import make_layers
 from tests.runtime.sources import RowsSource, make_runtime
 

@@ -1,14 +1,16 @@
-"""Grouped GEMM on Hopper's tensor cores in e4m3: scales for 1 x 128 of x and 128 x 128 of w, one persistent launch over all experts.
+"""Grouped GEMM on Hopper's tensor cores in e4m3: scales for 1 x 128 of x and 128 x 128 of w, one persistent launch over
+all experts.
 
     rows [n, H] e4m3 | scales [n, H/128]   w [E_loc, N, Kd] e4m3, scales [E_loc, N/128, Kd/128]   out [pairs, columns]
       gate_up: out = silu(x gate^T) * (x up^T) as e4m3, with scales [I/128, pitch] (a row's scales one below the other)
       down:    out = x w^T as bfloat16; x as gate_up left it
 
-Blocks, ring, gather and order of tiles are those of wgmma.py. A step takes 128 columns of both operands: the bytes and cycles
-of a bfloat16 step of 64. After each the products are scaled and added to float32 sums: a consumer has 64 x 256 sums, and
-products of 64 x 128 at a time, the registers of a thread allowing no more; while one consumer adds, the tensor cores work for the
-other. A tile of gate_up gives 128 columns of out, which is what one scale is for: so it leaves quantised.
-Ideas: the format from DeepSeek-V3's report, scales beside the ring and promotion between two consumers from DeepGEMM.
+Blocks, ring, gather and order of tiles are those of wgmma.py. A step takes 128 columns of both operands: the bytes and
+cycles of a bfloat16 step of 64. After each the products are scaled and added to float32 sums: a consumer has 64 x 256
+sums, and products of 64 x 128 at a time, the registers of a thread allowing no more; while one consumer adds, the
+tensor cores work for the other. A tile of gate_up gives 128 columns of out, which is what one scale is for: so it
+leaves quantised. Ideas: the format from DeepSeek-V3's report, scales beside the ring and promotion between two
+consumers from DeepGEMM.
 """
 
 from __future__ import annotations
@@ -17,14 +19,32 @@ from functools import cache
 
 import torch
 
-from pipemoe_kernels.ptx import hopper as ptx
-from pipemoe_kernels.gemm.fp8_roles import ENDS_AT, RING_AT, SCALE_COLUMNS, SHARED_BYTES, TILE_COLUMNS, consumer, gathering_producer, sorted_producer
-from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
-from pipemoe_kernels.numba_cuda import cuda, types
-from pipemoe_kernels.ptx.fp8 import STEP, WIDTH
+from pipemoe_kernels.gemm.fp8_roles import (
+    ENDS_AT,
+    RING_AT,
+    SCALE_COLUMNS,
+    SHARED_BYTES,
+    TILE_COLUMNS,
+    consumer,
+    gathering_producer,
+    sorted_producer,
+)
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert
-from pipemoe_kernels.gemm.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, X_BOXES, announce_rest, skip_tile
+from pipemoe_kernels.gemm.ring import (
+    CONSUMERS,
+    EMPTY_AT,
+    GROUP_ROWS,
+    NUM_STAGES,
+    TILE_ROWS,
+    X_BOXES,
+    announce_rest,
+    skip_tile,
+)
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.launch.tensor_map import line_map, tensor_map
+from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx import hopper as ptx
+from pipemoe_kernels.ptx.fp8 import STEP, WIDTH
 
 THREADS = 128 * (1 + CONSUMERS)
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224
@@ -34,7 +54,9 @@ E4M3 = torch.float8_e4m3fn
 
 @cache
 def grouped_fp8_kernel(*, gated: bool) -> Kernel:
-    """gated: x is gathered from wire rows and the result is SwiGLU of both halves of w's rows; else x is in sorted order already."""
+    """gated: x is gathered from wire rows and the result is SwiGLU of both halves of w's rows; else x is in sorted
+    order already.
+    """
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     full_arrivals = 5 if gated else 1  # the bulk copies' thread, and one of each warp that gathers
     consume = consumer(gated)
@@ -42,7 +64,19 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
     keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
 
     def grouped_fp8_gemm(
-        x, x_stride, tokens, w_map, w_scales, offsets, num_local, num_columns, steps, out, out_row_bytes, out_scales, out_scales_pitch
+        x,
+        x_stride,
+        tokens,
+        w_map,
+        w_scales,
+        offsets,
+        num_local,
+        num_columns,
+        steps,
+        out,
+        out_row_bytes,
+        out_scales,
+        out_scales_pitch,
     ):
         barriers = (ptx.shared_address(cuda.shared.array(0, types.uint8)) + UINT32(1023)) & UINT32(0xFFFFFC00)
         ends = UINT32(barriers + ENDS_AT)
@@ -72,13 +106,29 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
             issued = UINT32(0)
             if gated or thread == 0:
                 while True:
-                    expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                    expert, first_tile, begin, end = next_expert(
+                        tile, expert, first_tile, begin, ends, num_local, column_tiles
+                    )
                     if expert >= num_local:
                         break
                     row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
                     stage, parity, issued = produce(
-                        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
-                        row, end, UINT32(column * output_columns), num_columns,
+                        thread,
+                        issued,
+                        barriers,
+                        ring,
+                        stage,
+                        parity,
+                        steps,
+                        x,
+                        x_stride,
+                        tokens,
+                        w_map,
+                        expert,
+                        row,
+                        end,
+                        UINT32(column * output_columns),
+                        num_columns,
                     )
                     tile = UINT32(tile + num_blocks)
             if gated:
@@ -93,7 +143,9 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
             if gated:
                 scale_rows = UINT32(2 * scale_rows)
             while True:
-                expert, first_tile, begin, end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+                expert, first_tile, begin, end = next_expert(
+                    tile, expert, first_tile, begin, ends, num_local, column_tiles
+                )
                 if expert >= num_local:
                     break
                 row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles)
@@ -118,8 +170,21 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
                     second_scales = scales + 4 * ADDRESS(second_block * steps)
                     scales_target = out_scales + 4 * (ADDRESS(column) * out_scales_pitch + ADDRESS(line))
                     stage, parity = consume(
-                        barriers, ring, stage, parity, steps, group, lane, scale_line, scales, second_scales, target,
-                        out_row_bytes, rows_left, columns_left, scales_target,
+                        barriers,
+                        ring,
+                        stage,
+                        parity,
+                        steps,
+                        group,
+                        lane,
+                        scale_line,
+                        scales,
+                        second_scales,
+                        target,
+                        out_row_bytes,
+                        rows_left,
+                        columns_left,
+                        scales_target,
                     )
                 tile = UINT32(tile + num_blocks)
 
@@ -173,8 +238,19 @@ class PackedGateUpFp8:
         kernel = grouped_fp8_kernel(gated=True)
         self._launch = kernel.pack(
             device_index,
-            *(hidden, row_bytes // 16, tokens, gate_up_map, gate_up_scales, offsets, len(offsets), intermediate, depth // STEP),
-            *(a, intermediate, a_scales, a_scales.stride(0)),
+            hidden,
+            row_bytes // 16,
+            tokens,
+            gate_up_map,
+            gate_up_scales,
+            offsets,
+            len(offsets),
+            intermediate,
+            depth // STEP,
+            a,
+            intermediate,
+            a_scales,
+            a_scales.stride(0),
         )
         self._x = kernel.slot("x")
         self._sizes = len(offsets), intermediate // WIDTH, num_sms
@@ -199,11 +275,14 @@ def gate_up_fp8(
 ) -> None:
     """a[p] = silu(gate x) * (up x), x = hidden[tokens[p]], for every place p < offsets[-1] of the sorted order.
 
-    hidden [n, H] e4m3, rows on 16-byte boundaries, each followed by its H/128 float32 scales; tokens [pairs] int32; gate_up_map:
-    address of the map of [E_loc, 2I, H]; gate_up_scales [E_loc, 2I/128, H/128] float32; offsets [E_loc] int32 ends; a [pairs, I]
-    e4m3 and a_scales [I/128, >= pairs] float32: a value times its scale, a_scales[column // 128, row], is meant.
+    hidden [n, H] e4m3, rows on 16-byte boundaries, each followed by its H/128 float32 scales; tokens [pairs] int32;
+    gate_up_map: address of the map of [E_loc, 2I, H]; gate_up_scales [E_loc, 2I/128, H/128] float32; offsets [E_loc]
+    int32 ends; a [pairs, I] e4m3 and a_scales [I/128, >= pairs] float32: a value times its scale, a_scales[column //
+    128, row], is meant.
     """
-    gate_up = PackedGateUpFp8(stream.device_index, hidden, tokens, gate_up_map, gate_up_scales, offsets, a, a_scales, num_sms)
+    gate_up = PackedGateUpFp8(
+        stream.device_index, hidden, tokens, gate_up_map, gate_up_scales, offsets, a, a_scales, num_sms
+    )
     gate_up(stream.handle, hidden.data_ptr(), len(a))
 
 
@@ -223,13 +302,26 @@ class PackedDownFp8:
         may_start_early: bool = True,
     ):
         hidden, steps = y.shape[1], down_scales.shape[2]
-        assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0 and hidden % BLOCK == 0, y.shape
+        assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0 and hidden % BLOCK == 0, (
+            y.shape
+        )
         assert offsets.dtype == torch.int32 and len(offsets) <= MAX_EXPERTS
         _check_scales(down_scales, (len(offsets), hidden // BLOCK, steps))
         self._launch = grouped_fp8_kernel(gated=False).pack(
             device_index,
-            *(a_maps, 0, offsets, down_map, down_scales, offsets, len(offsets), hidden, steps),
-            *(y, 2 * hidden, y, 0),
+            a_maps,
+            0,
+            offsets,
+            down_map,
+            down_scales,
+            offsets,
+            len(offsets),
+            hidden,
+            steps,
+            y,
+            2 * hidden,
+            y,
+            0,
             may_start_early=may_start_early,
         )
         self._sizes = len(offsets), -(-hidden // TILE_COLUMNS), num_sms
@@ -250,14 +342,18 @@ def down_fp8(
 ) -> None:
     """y[p] = down a[p] for every place p < offsets[-1] of the sorted order.
 
-    a_maps: address of row_maps of a [pairs, I]; down_map: of the map of [E_loc, H, I]; down_scales [E_loc, H/128, I/128] float32;
-    offsets [E_loc] int32 ends; y [pairs, H] bfloat16.
+    a_maps: address of row_maps of a [pairs, I]; down_map: of the map of [E_loc, H, I]; down_scales [E_loc, H/128,
+    I/128] float32; offsets [E_loc] int32 ends; y [pairs, H] bfloat16.
     """
     PackedDownFp8(stream.device_index, a_maps, down_map, down_scales, offsets, y, num_sms)(stream.handle, len(y))
 
 
 def _check_scales(scales: torch.Tensor, shape: tuple[int, ...]) -> None:
-    assert scales.dtype == torch.float32 and scales.is_contiguous() and scales.shape == shape, (scales.dtype, scales.shape, shape)
+    assert scales.dtype == torch.float32 and scales.is_contiguous() and scales.shape == shape, (
+        scales.dtype,
+        scales.shape,
+        shape,
+    )
 
 
 def _num_blocks(num_pairs: int, num_local: int, column_tiles: int, num_sms: int) -> int:

@@ -4,21 +4,21 @@
     full[s]   the producer's copies of stage s have landed      parity flips with every turn of the ring
     empty[s]  all consumer warps are done with stage s
 
-A stage holds STEP columns of 128 rows of x and of 256 rows of w, and the 128 scales of that x. As in roles.py, whose tiles
-are bfloat16 and may be cut; here they are always whole. Every function here is inlined into the kernel.
+A stage holds STEP columns of 128 rows of x and of 256 rows of w, and the 128 scales of that x. As in roles.py, whose
+tiles are bfloat16 and may be cut; here they are always whole. Every function here is inlined into the kernel.
 """
 
 from __future__ import annotations
 
-from pipemoe_kernels.ptx import fp8 as fp8
-from pipemoe_kernels.ptx import hopper as ptx
-from pipemoe_kernels.launch.kernel import ADDRESS, UINT32
-from pipemoe_kernels.numba_cuda import cuda
-from pipemoe_kernels.ptx.fp8 import STEP, WIDTH
-from pipemoe_kernels.ptx.wgmma import TILE_DESCRIPTOR, accumulators
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS
 from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, X_BOXES, next_stage
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES
+from pipemoe_kernels.numba_cuda import cuda
+from pipemoe_kernels.ptx import fp8 as fp8
+from pipemoe_kernels.ptx import hopper as ptx
+from pipemoe_kernels.ptx.fp8 import STEP, WIDTH
+from pipemoe_kernels.ptx.wgmma import TILE_DESCRIPTOR, accumulators
 
 TILE_COLUMNS = 2 * WIDTH  # rows of w in a stage
 X_BYTES = TILE_ROWS * STEP
@@ -35,11 +35,28 @@ SHARED_BYTES = 1024 + RING_AT + NUM_STAGES * STAGE_BYTES  # the first 1024 to al
 
 
 def gathering_producer():
-    """x: rows of the wire buffer and their scales, which follow `depth` values, by 128 threads' copies; w: boxes of gate and of up rows."""
+    """x: rows of the wire buffer and their scales, which follow `depth` values, by 128 threads' copies; w: boxes of
+    gate and of up rows.
+    """
 
     @cuda.jit(device=True, inline="always")
     def produce(
-        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert, row, end, first_column, num_columns
+        thread,
+        issued,
+        barriers,
+        ring,
+        stage,
+        parity,
+        steps,
+        x,
+        x_stride,
+        tokens,
+        w_map,
+        expert,
+        row,
+        end,
+        first_column,
+        num_columns,
     ):
         part = thread & UINT32(7)
         line = thread >> UINT32(3)
@@ -55,7 +72,9 @@ def gathering_producer():
             if thread == 0:
                 ptx.barrier_expect(full, 2 * HALF_BYTES)
                 ptx.load_box_3d(x_tile + X_BYTES, w_map, full, step * STEP, first_column, expert)
-                ptx.load_box_3d(x_tile + X_BYTES + HALF_BYTES, w_map, full, step * STEP, num_columns + first_column, expert)
+                ptx.load_box_3d(
+                    x_tile + X_BYTES + HALF_BYTES, w_map, full, step * STEP, num_columns + first_column, expert
+                )
             ptx.copy_rows(rows, x, x_tile + line_at, UINT32(step * 8) + part, 16)
             fp8.copy_scale(own_row, scales + ADDRESS(4 * step), barriers + SCALES_AT + stage * SCALE_PITCH + 4 * thread)
             ptx.commit_copies()
@@ -77,7 +96,22 @@ def sorted_producer():
 
     @cuda.jit(device=True, inline="always")
     def produce(
-        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert, row, end, first_column, num_columns
+        thread,
+        issued,
+        barriers,
+        ring,
+        stage,
+        parity,
+        steps,
+        x,
+        x_stride,
+        tokens,
+        w_map,
+        expert,
+        row,
+        end,
+        first_column,
+        num_columns,
     ):
         # The smallest box that holds the tile's rows.
         halvings = UINT32(0)
@@ -117,14 +151,29 @@ def sorted_producer():
 def consumer(gated: bool):
     """A warpgroup's 64 rows times two blocks of 128 rows of w, and their way out.
 
-    line: where the scale of this thread's first row is; w_scales, second_w_scales: addresses of both blocks' scales, by step.
+    line: where the scale of this thread's first row is; w_scales, second_w_scales: addresses of both blocks' scales, by
+    step.
     """
     sums = accumulators(WIDTH, has_bias=False)
     zero, store = sums.zero, sums.store
 
     @cuda.jit(device=True, inline="always")
     def consume(
-        barriers, ring, stage, parity, steps, group, lane, line, w_scales, second_w_scales, target, out_row_bytes, rows, columns, out_scales
+        barriers,
+        ring,
+        stage,
+        parity,
+        steps,
+        group,
+        lane,
+        line,
+        w_scales,
+        second_w_scales,
+        target,
+        out_row_bytes,
+        rows,
+        columns,
+        out_scales,
     ):
         first, second, products = zero(), zero(), zero()
         step = UINT32(0)
@@ -151,7 +200,9 @@ def consumer(gated: bool):
             fp8.store_swiglu_e4m3(first, second, target, out_row_bytes, out_scales, lane, rows)
         else:
             store(first, target, out_row_bytes, lane, rows, columns)
-            store(second, target + 2 * WIDTH, out_row_bytes, lane, rows, columns - WIDTH if columns > WIDTH else UINT32(0))
+            store(
+                second, target + 2 * WIDTH, out_row_bytes, lane, rows, columns - WIDTH if columns > WIDTH else UINT32(0)
+            )
         return stage, parity
 
     return consume

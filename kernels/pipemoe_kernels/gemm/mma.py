@@ -1,14 +1,15 @@
 """Grouped GEMM on the tensor cores of sm_80 and newer: what wgmma.py computes, without Hopper's instructions.
 
-    shared memory:  | experts' ends | stage 0: x tile, w tile | stage 1 | ... |      ring of NUM_STAGES stages of 32 columns
+    shared memory:  | experts' ends | stage 0: x tile, w tile | stage 1 | ... |      ring of NUM_STAGES stages of 32
+    columns
 
     block = 8 warps; a tile of 128 rows and 256 rows of w, 64 x 64 each:      | 0 1 2 3 |
                                                                               | 4 5 6 7 |
     a slice of 128 or 64 rows of w (see raster.py), 32 x 64 or 16 x 64 each:  | 0 1 |, ...
 
-All threads copy one stage (`cp.async`, rows of x through `tokens` where they are gathered) while they multiply another; the
-copies of the next tile's first stages begin within the last steps of a tile. Sums run over ascending k in steps of 16: the same
-order in every tile and slice. Idea: the multistage GEMM of CUTLASS.
+All threads copy one stage (`cp.async`, rows of x through `tokens` where they are gathered) while they multiply another;
+the copies of the next tile's first stages begin within the last steps of a tile. Sums run over ascending k in steps of
+16: the same order in every tile and slice. Idea: the multistage GEMM of CUTLASS.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from functools import cache
 
 import torch
 
-from pipemoe_kernels.ptx import hopper as ptx
-from pipemoe_kernels.ptx import mma as mma
+from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, tile_of
 from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx import hopper as ptx
+from pipemoe_kernels.ptx import mma as mma
 from pipemoe_kernels.ptx.mma import NO_ROW, ROW_BYTES, STEP, warp_sums
-from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, tile_of
 
 TILE_ROWS, TILE_COLUMNS = 128, 256
 WARPS = 8
@@ -41,9 +42,30 @@ LINES = THREADS // PARTS  # rows of a stage that all threads copy at once
 
 @cuda.jit(device=True, inline="always")
 def copy_stage(
-    thread, ring, stage, x, w, step, steps, units, x_0, x_1, w_0, w_1, w_2, w_3, next_x_0, next_x_1, next_w_0, next_w_1, next_w_2, next_w_3
+    thread,
+    ring,
+    stage,
+    x,
+    w,
+    step,
+    steps,
+    units,
+    x_0,
+    x_1,
+    w_0,
+    w_1,
+    w_2,
+    w_3,
+    next_x_0,
+    next_x_1,
+    next_w_0,
+    next_w_1,
+    next_w_2,
+    next_w_3,
 ):
-    """Start the copies of the step AHEAD of `step`, of this tile or of the next one. x_i, w_i: 16-byte units, or NO_ROW."""
+    """Start the copies of the step AHEAD of `step`, of this tile or of the next one. x_i, w_i: 16-byte units, or
+    NO_ROW.
+    """
     step = UINT32(step + AHEAD)
     if step >= steps:
         step = UINT32(step - steps)
@@ -77,8 +99,33 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
 
     @cuda.jit(device=True, inline="always")
     def consume(
-        thread, ring, stage, x, w, steps, units, x_0, x_1, w_0, w_1, w_2, w_3, next_x_0, next_x_1, next_w_0, next_w_1, next_w_2, next_w_3,
-        row, end, first_column, num_columns, out, out_row_bytes, bias, bias_stride,
+        thread,
+        ring,
+        stage,
+        x,
+        w,
+        steps,
+        units,
+        x_0,
+        x_1,
+        w_0,
+        w_1,
+        w_2,
+        w_3,
+        next_x_0,
+        next_x_1,
+        next_w_0,
+        next_w_1,
+        next_w_2,
+        next_w_3,
+        row,
+        end,
+        first_column,
+        num_columns,
+        out,
+        out_row_bytes,
+        bias,
+        bias_stride,
     ):
         warp = ptx.of_first_lane(thread >> UINT32(5))
         lane = thread & UINT32(31)
@@ -91,8 +138,26 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
             mma.wait_for_copies_but_two()
             cuda.syncthreads()
             copy_stage(
-                thread, ring, stage, x, w, UINT32(step), steps, units, x_0, x_1, w_0, w_1, w_2, w_3,
-                next_x_0, next_x_1, next_w_0, next_w_1, next_w_2, next_w_3,
+                thread,
+                ring,
+                stage,
+                x,
+                w,
+                UINT32(step),
+                steps,
+                units,
+                x_0,
+                x_1,
+                w_0,
+                w_1,
+                w_2,
+                w_3,
+                next_x_0,
+                next_x_1,
+                next_w_0,
+                next_w_1,
+                next_w_2,
+                next_w_3,
             )
             if works:
                 x_tile = UINT32(ring + stage * STAGE_BYTES)
@@ -119,7 +184,9 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
     gathers = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     halves = 2 if gated else 1
-    consume_whole, consume_half, consume_quarter = (consumer(c, gated, has_bias, activation) for c in range(MAX_CUTS + 1))
+    consume_whole, consume_half, consume_quarter = (
+        consumer(c, gated, has_bias, activation) for c in range(MAX_CUTS + 1)
+    )
 
     @cuda.jit(device=True, inline="always")
     def x_row(tokens, row, end, x_stride):
@@ -163,7 +230,9 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
         while True:
             # The tile after the present one: its first stages are copied at the end of the present one.
             tile, next_cuts, part = tile_of(slot, whole, rest_cuts)
-            expert, first_tile, begin, next_end = next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles)
+            expert, first_tile, begin, next_end = next_expert(
+                tile, expert, first_tile, begin, ends, num_local, column_tiles
+            )
             next_x_0, next_x_1, next_w_0, next_w_1 = UINT32(NO_ROW), UINT32(NO_ROW), UINT32(NO_ROW), UINT32(NO_ROW)
             next_w_2, next_w_3 = UINT32(NO_ROW), UINT32(NO_ROW)
             next_row, next_column = UINT32(0), UINT32(0)
@@ -182,8 +251,26 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
                 # No present tile: copy what its last steps would.
                 for i in range(AHEAD):
                     copy_stage(
-                        thread, ring, UINT32(i - AHEAD), x, w, UINT32(steps - AHEAD + i), steps, units, x_0, x_1, w_0, w_1, w_2, w_3,
-                        next_x_0, next_x_1, next_w_0, next_w_1, next_w_2, next_w_3,
+                        thread,
+                        ring,
+                        UINT32(i - AHEAD),
+                        x,
+                        w,
+                        UINT32(steps - AHEAD + i),
+                        steps,
+                        units,
+                        x_0,
+                        x_1,
+                        w_0,
+                        w_1,
+                        w_2,
+                        w_3,
+                        next_x_0,
+                        next_x_1,
+                        next_w_0,
+                        next_w_1,
+                        next_w_2,
+                        next_w_3,
                     )
                 is_first = False
             else:
@@ -191,18 +278,93 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
                 bias_stride = ADDRESS(2 * num_columns)
                 if cuts == 0:
                     stage = consume_whole(
-                        thread, ring, stage, x, w, steps, units, x_0, x_1, w_0, w_1, w_2, w_3, next_x_0, next_x_1,
-                        next_w_0, next_w_1, next_w_2, next_w_3, row, end, first_column, num_columns, out, out_row_bytes, own_bias, bias_stride,
+                        thread,
+                        ring,
+                        stage,
+                        x,
+                        w,
+                        steps,
+                        units,
+                        x_0,
+                        x_1,
+                        w_0,
+                        w_1,
+                        w_2,
+                        w_3,
+                        next_x_0,
+                        next_x_1,
+                        next_w_0,
+                        next_w_1,
+                        next_w_2,
+                        next_w_3,
+                        row,
+                        end,
+                        first_column,
+                        num_columns,
+                        out,
+                        out_row_bytes,
+                        own_bias,
+                        bias_stride,
                     )
                 elif cuts == 1:
                     stage = consume_half(
-                        thread, ring, stage, x, w, steps, units, x_0, x_1, w_0, w_1, w_2, w_3, next_x_0, next_x_1,
-                        next_w_0, next_w_1, next_w_2, next_w_3, row, end, first_column, num_columns, out, out_row_bytes, own_bias, bias_stride,
+                        thread,
+                        ring,
+                        stage,
+                        x,
+                        w,
+                        steps,
+                        units,
+                        x_0,
+                        x_1,
+                        w_0,
+                        w_1,
+                        w_2,
+                        w_3,
+                        next_x_0,
+                        next_x_1,
+                        next_w_0,
+                        next_w_1,
+                        next_w_2,
+                        next_w_3,
+                        row,
+                        end,
+                        first_column,
+                        num_columns,
+                        out,
+                        out_row_bytes,
+                        own_bias,
+                        bias_stride,
                     )
                 else:
                     stage = consume_quarter(
-                        thread, ring, stage, x, w, steps, units, x_0, x_1, w_0, w_1, w_2, w_3, next_x_0, next_x_1,
-                        next_w_0, next_w_1, next_w_2, next_w_3, row, end, first_column, num_columns, out, out_row_bytes, own_bias, bias_stride,
+                        thread,
+                        ring,
+                        stage,
+                        x,
+                        w,
+                        steps,
+                        units,
+                        x_0,
+                        x_1,
+                        w_0,
+                        w_1,
+                        w_2,
+                        w_3,
+                        next_x_0,
+                        next_x_1,
+                        next_w_0,
+                        next_w_1,
+                        next_w_2,
+                        next_w_3,
+                        row,
+                        end,
+                        first_column,
+                        num_columns,
+                        out,
+                        out_row_bytes,
+                        own_bias,
+                        bias_stride,
                     )
             if expert >= num_local:
                 break
@@ -211,7 +373,9 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
             slot = UINT32(slot + num_blocks)
 
     parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, UINT32, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
-    return Kernel(grouped_gemm, parameters, THREADS, shared_bytes=SHARED_BYTES, key=("mma", gated, has_bias, activation))
+    return Kernel(
+        grouped_gemm, parameters, THREADS, shared_bytes=SHARED_BYTES, key=("mma", gated, has_bias, activation)
+    )
 
 
 class PackedMma:
@@ -238,15 +402,29 @@ class PackedMma:
         assert num_rows_of_w == num_columns * (2 if gated else 1), (w.shape, out.shape)
         assert depth % PART_COLUMNS == 0 and num_columns % PART_COLUMNS == 0, (w.shape, out.shape)
         assert x.stride(1) == w.stride(2) == out.stride(1) == 1 and w.stride(1) == depth and w.stride(0) % depth == 0
-        assert all(t.stride(0) % PART_COLUMNS == 0 for t in (x, w, out)) and w.data_ptr() % 16 == out.data_ptr() % 16 == 0
+        assert (
+            all(t.stride(0) % PART_COLUMNS == 0 for t in (x, w, out)) and w.data_ptr() % 16 == out.data_ptr() % 16 == 0
+        )
         assert offsets.dtype == torch.int32 and len(offsets) == num_local <= MAX_EXPERTS
         assert tokens is None or tokens.dtype == torch.int32
-        assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, num_rows_of_w))
+        assert bias is None or (
+            bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, num_rows_of_w)
+        )
         kernel = grouped_mma_kernel(gated=gated, has_bias=bias is not None, activation=activation)
         self._launch = kernel.pack(
             device_index,
-            *(x, x.stride(0) // PART_COLUMNS, offsets if tokens is None else tokens, w, w.stride(0) // depth),
-            *(offsets, num_local, num_columns, depth, offsets if bias is None else bias, out, 2 * out.stride(0)),
+            x,
+            x.stride(0) // PART_COLUMNS,
+            offsets if tokens is None else tokens,
+            w,
+            w.stride(0) // depth,
+            offsets,
+            num_local,
+            num_columns,
+            depth,
+            offsets if bias is None else bias,
+            out,
+            2 * out.stride(0),
         )
         self._x = kernel.slot("x")
         output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
@@ -274,11 +452,15 @@ def grouped_mma(
     gated: bool = False,
     activation: str | None = None,
 ) -> None:
-    """out[p] = activation(gate x) * (up x) or activation(w x), x = x[tokens[p]]; or w x[p] where tokens and activation are None.
+    """out[p] = activation(gate x) * (up x) or activation(w x), x = x[tokens[p]]; or w x[p] where tokens and activation
+    are None.
 
-    For every place p < offsets[-1] of the sorted order; rows after that are neither read nor written. x [n, Kd] bfloat16, rows
-    strided on 16-byte boundaries; tokens [pairs] int32; w [E_loc, N, Kd], experts strided; offsets [E_loc] int32 ends; bias
-    [E_loc, N] or None; out [pairs, N], or [pairs, N / 2] if gated, rows strided on 16-byte boundaries.
+    For every place p < offsets[-1] of the sorted order; rows after that are neither read nor written. x [n, Kd]
+    bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; w [E_loc, N, Kd], experts strided; offsets
+    [E_loc] int32 ends; bias [E_loc, N] or None; out [pairs, N], or [pairs, N / 2] if gated, rows strided on 16-byte
+    boundaries.
     """
     form = {"gated": gated, "activation": activation}
-    PackedMma(stream.device_index, x, tokens, w, offsets, bias, out, num_sms, **form)(stream.handle, x.data_ptr(), len(out))
+    PackedMma(stream.device_index, x, tokens, w, offsets, bias, out, num_sms, **form)(
+        stream.handle, x.data_ptr(), len(out)
+    )

@@ -1,26 +1,28 @@
 """Raster: which tile of which expert a block takes, from the experts' ends alone; no schedule is stored.
 
-    tiles of one expert: row tiles x column tiles       numbered so that blocks of neighbouring numbers share operands in
-    | 0  3  6 |                                         the L2 cache: bands of at most BAND_ROWS rows, in a band down the
+    tiles of one expert: row tiles x column tiles       numbered so that blocks of neighbouring numbers share operands
+    in
+    | 0  3  6 |                                         the L2 cache: bands of at most BAND_ROWS rows, in a band down
+    the
     | 1  4  7 |   one band of 3 row tiles               row tiles first
     | 2  5  8 |
 
-All blocks take one tile in each round. The tiles of the last round, if they are few, are cut into 2, 4 or 8 slices of columns, so
-that it keeps more blocks busy for less time.
+All blocks take one tile in each round. The tiles of the last round, if they are few, are cut into 2, 4 or 8 slices of
+columns, so that it keeps more blocks busy for less time.
 """
 
 from __future__ import annotations
 
-from pipemoe_kernels.ptx import hopper as ptx
 from pipemoe_kernels.launch.kernel import UINT32
 from pipemoe_kernels.numba_cuda import cuda
+from pipemoe_kernels.ptx import hopper as ptx
 
 MAX_EXPERTS = 512
 BAND_ROWS = UINT32(2048)
 TILE_ROWS = UINT32(128)  # unless a kernel says otherwise
 ONE = UINT32(1)
-# A step of a whole tile of 128 rows multiplies for 1024 cycles, and takes 32 KB of w and 16 KB of x from the L2 cache, which gives
-# one multiprocessor at most 64 bytes a cycle, and all of them together about half of that each.
+# A step of a whole tile of 128 rows multiplies for 1024 cycles, and takes 32 KB of w and 16 KB of x from the L2 cache,
+# which gives one multiprocessor at most 64 bytes a cycle, and all of them together about half of that each.
 WHOLE_KB, ROWS_OF_KB, CYCLES_OF_KB, SHARED_CYCLES_OF_KB = UINT32(32), UINT32(8), UINT32(16), UINT32(32)
 ROUND_CYCLES = UINT32(64)  # what a step costs besides, with its share of the tile's start and end
 
@@ -43,7 +45,8 @@ def load_ends(thread, threads, offsets, num_local, ends, tile_rows=TILE_ROWS):
 
 @cuda.jit(device=True, inline="always")
 def plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows=TILE_ROWS, blocks=ONE):
-    """How many tiles are whole, and cuts: the others have 2 ** cuts slices, as the estimate of their rounds' time has it.
+    """How many tiles are whole, and cuts: the others have 2 ** cuts slices, as the estimate of their rounds' time has
+    it.
 
     blocks: that share a tile's rows and w; num_blocks counts such pairs then.
     """
@@ -60,7 +63,9 @@ def plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_ro
         w_kb = UINT32(WHOLE_KB >> UINT32(c))
         kb = UINT32(x_kb + w_kb // blocks)
         shared = UINT32(UINT32(kb * SHARED_CYCLES_OF_KB * slices) // UINT32(max(rounds * num_blocks, ONE)))
-        cycles = UINT32(max(max(UINT32(w_kb * (block_rows >> UINT32(2))), UINT32(kb * CYCLES_OF_KB)), shared) + ROUND_CYCLES)
+        cycles = UINT32(
+            max(max(UINT32(w_kb * (block_rows >> UINT32(2))), UINT32(kb * CYCLES_OF_KB)), shared) + ROUND_CYCLES
+        )
         if UINT32(rounds * cycles) < least:
             least = UINT32(rounds * cycles)
             cuts = UINT32(c)
@@ -69,7 +74,9 @@ def plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_ro
 
 @cuda.jit(device=True, inline="always")
 def steps_in_stage(num_rows, cuts, tile_rows=TILE_ROWS):
-    """log2 of the steps of k that one stage holds: a slice leaves room for several, each of w's slice and of a box for the rows of x."""
+    """log2 of the steps of k that one stage holds: a slice leaves room for several, each of w's slice and of a box for
+    the rows of x.
+    """
     stage_kb = UINT32(WHOLE_KB + tile_rows // ROWS_OF_KB)
     box_rows = tile_rows
     half = UINT32(64)

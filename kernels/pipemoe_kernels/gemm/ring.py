@@ -1,14 +1,15 @@
-"""The ring of stages between the warpgroups of a grouped GEMM on Hopper: what bfloat16 (roles.py) and e4m3 (fp8_roles.py) share.
+"""The ring of stages between the warpgroups of a grouped GEMM on Hopper: what bfloat16 (roles.py) and e4m3
+(fp8_roles.py) share.
 
 Every function here is inlined into the kernel.
 """
 
 from __future__ import annotations
 
-from pipemoe_kernels.ptx import cluster as ptx_cluster
-from pipemoe_kernels.ptx import hopper as ptx
 from pipemoe_kernels.launch.kernel import UINT32
 from pipemoe_kernels.numba_cuda import cuda
+from pipemoe_kernels.ptx import cluster as ptx_cluster
+from pipemoe_kernels.ptx import hopper as ptx
 
 TILE_ROWS = 128
 GROUP_ROWS = 64  # rows of one consumer warpgroup
@@ -41,7 +42,9 @@ def announce_rest(thread, barriers, stage, issued):
 
 @cuda.jit(device=True, inline="always")
 def release(barrier, blocks):
-    """Say at an "empty" barrier that a consumer warp is done with the stage; to both blocks of a pair, as either fills both."""
+    """Say at an "empty" barrier that a consumer warp is done with the stage; to both blocks of a pair, as either fills
+    both.
+    """
     ptx.barrier_arrive(barrier)
     if blocks == 2:
         ptx_cluster.barrier_arrive_at_other(barrier)

@@ -1,31 +1,33 @@
 """What the warpgroups of wgmma.py do with one tile: fill the ring, use it up, or only keep it turning.
 
-    shared memory:  | barriers | experts' ends | stage 0: x tile, w tile | stage 1 | ... |       ring of NUM_STAGES stages
+    shared memory:  | barriers | experts' ends | stage 0: x tile, w tile | stage 1 | ... |       ring of NUM_STAGES
+    stages
     full[s]   the producer's copies of stage s have landed      parity flips with every turn of the ring
     empty[s]  all consumer warps are done with stage s
 
-A slice of a tile (see raster.py) needs less of a stage's w tile, and may have few rows. Then a stage holds 2 ** together steps of k:
-an equal share of it each, w's slice taken off for the rows of x.
+A slice of a tile (see raster.py) needs less of a stage's w tile, and may have few rows. Then a stage holds 2 **
+together steps of k: an equal share of it each, w's slice taken off for the rows of x.
 
     whole tile   | x: 128 rows, one step     | w: 256 rows, one step                       |
     slice        | x: 32 rows | 32 | 32 | 32 | w: 64 rows | 64 rows | 64 rows | 64 rows     |   together = 2
 
-The blocks of a pair have the same stages at the same time, with rows of x of their own: w's tile comes in two halves, each fetched by
-one of them for both. A stage is filled when both have used it up. Rows that a block has none of are not fetched.
+The blocks of a pair have the same stages at the same time, with rows of x of their own: w's tile comes in two halves,
+each fetched by one of them for both. A stage is filled when both have used it up. Rows that a block has none of are not
+fetched.
 
 Every function here is inlined into the kernel.
 """
 
 from __future__ import annotations
 
+from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, next_stage, release
+from pipemoe_kernels.gemm.tile_shape import ROWS_128, STEP_BYTES, TILE_COLUMNS, W_BYTES, TileShape
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32
+from pipemoe_kernels.launch.tensor_map import MAP_BYTES
+from pipemoe_kernels.numba_cuda import cuda
 from pipemoe_kernels.ptx import cluster as ptx_cluster
 from pipemoe_kernels.ptx import hopper as ptx
-from pipemoe_kernels.launch.kernel import ADDRESS, UINT32
-from pipemoe_kernels.numba_cuda import cuda
 from pipemoe_kernels.ptx.wgmma import STEP, TILE_DESCRIPTOR, accumulators
-from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, next_stage, release
-from pipemoe_kernels.launch.tensor_map import MAP_BYTES
-from pipemoe_kernels.gemm.tile_shape import ROWS_128, STEP_BYTES, TILE_COLUMNS, W_BYTES, TileShape
 
 GROUP_BYTES = GROUP_ROWS * STEP * 2
 PART_COLUMNS = 8  # of a 16-byte part
@@ -33,12 +35,15 @@ PART_COLUMNS = 8  # of a 16-byte part
 
 @cuda.jit(device=True, inline="always")
 def x_step_bytes(stage_bytes, w_bytes, together):
-    """From one step's rows of x to the next one's in a stage; w_bytes: of a step. The steps of w begin behind all of x."""
+    """From one step's rows of x to the next one's in a stage; w_bytes: of a step. The steps of w begin behind all of
+    x.
+    """
     return UINT32((UINT32(stage_bytes) >> together) - w_bytes)
 
 
 def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool = False):
-    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its rows.
+    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its
+    rows.
 
     listed: `tokens` is in shared memory.
     """
@@ -47,8 +52,25 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
 
     @cuda.jit(device=True, inline="always")
     def produce(
-        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
-        row, end, first_column, num_columns, depth, cuts, together,
+        thread,
+        issued,
+        barriers,
+        ring,
+        stage,
+        parity,
+        steps,
+        x,
+        x_stride,
+        tokens,
+        w_map,
+        expert,
+        row,
+        end,
+        first_column,
+        num_columns,
+        depth,
+        cuts,
+        together,
     ):
         part = thread & UINT32(7)
         line = thread >> UINT32(3)
@@ -74,10 +96,14 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
                     if is_pair:
                         half = ptx_cluster.rank()
                         w_row = UINT32(first_column + half * to_second)
-                        ptx_cluster.load_box_3d_to_both(gate + half * half_bytes, w_map, full, (step + i) * STEP, w_row, expert)
+                        ptx_cluster.load_box_3d_to_both(
+                            gate + half * half_bytes, w_map, full, (step + i) * STEP, w_row, expert
+                        )
                     else:
                         ptx.load_box_3d(gate, w_map, full, (step + i) * STEP, first_column, expert)
-                        ptx.load_box_3d(gate + half_bytes, w_map, full, (step + i) * STEP, first_column + to_second, expert)
+                        ptx.load_box_3d(
+                            gate + half_bytes, w_map, full, (step + i) * STEP, first_column + to_second, expert
+                        )
             for i in range(count):
                 from_part = UINT32((step + i) * (STEP // PART_COLUMNS)) + part
                 size = UINT32(16) if from_part * PART_COLUMNS < depth else UINT32(0)
@@ -98,7 +124,9 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
 
 
 def sorted_producer(*, shape: TileShape = ROWS_128):
-    """x: boxes of rows in sorted order; w: boxes of its rows, the first column of out being row `first_w_row`. One thread."""
+    """x: boxes of rows in sorted order; w: boxes of its rows, the first column of out being row `first_w_row`. One
+    thread.
+    """
     stage_bytes, is_pair = shape.stage_bytes, shape.blocks == 2
     tile_bytes, first_half, num_boxes = shape.x_bytes, shape.x_boxes[1], len(shape.x_boxes)
 
@@ -111,14 +139,33 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
                 half_bytes = w_bytes >> UINT32(1)
                 half_row = UINT32(w_row + half * (half_bytes // STEP_BYTES))
                 half_map = w_map + MAP_BYTES  # the box of half as many rows
-                ptx_cluster.load_box_3d_to_both(shared + half * half_bytes, half_map, full, (step + i) * STEP, half_row, expert)
+                ptx_cluster.load_box_3d_to_both(
+                    shared + half * half_bytes, half_map, full, (step + i) * STEP, half_row, expert
+                )
             else:
                 ptx.load_box_3d(shared, w_map, full, (step + i) * STEP, w_row, expert)
 
     @cuda.jit(device=True, inline="always")
     def produce(
-        thread, issued, barriers, ring, stage, parity, steps, x, first_w_row, tokens, w_map, expert,
-        row, end, first_column, num_columns, depth, cuts, together,
+        thread,
+        issued,
+        barriers,
+        ring,
+        stage,
+        parity,
+        steps,
+        x,
+        first_w_row,
+        tokens,
+        w_map,
+        expert,
+        row,
+        end,
+        first_column,
+        num_columns,
+        depth,
+        cuts,
+        together,
     ):
         w_map += MAP_BYTES * cuts
         w_row = UINT32(first_w_row + first_column)
@@ -181,7 +228,20 @@ def consumer(width: int, gated: bool, has_bias: bool, activation: str | None, *,
 
     @cuda.jit(device=True, inline="always")
     def consume(
-        barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes, rows, columns, gate_bias, up_bias
+        barriers,
+        ring,
+        stage,
+        parity,
+        steps,
+        together,
+        group,
+        lane,
+        target,
+        out_row_bytes,
+        rows,
+        columns,
+        gate_bias,
+        up_bias,
     ):
         acc = zero()
         x_bytes = UINT32(stage_bytes - w_bytes)

@@ -6,8 +6,9 @@
     | rows of expert 1 |  tile 2        from one expert into
     | ...              |                the next
 
-The grid covers the most tiles that any routing can give; a block walks the offsets to find its tile, and leaves when there is
-none. Each sum runs over ascending k with fused multiply-adds: a row's bits do not depend on its neighbours or its place.
+The grid covers the most tiles that any routing can give; a block walks the offsets to find its tile, and leaves when
+there is none. Each sum runs over ascending k with fused multiply-adds: a row's bits do not depend on its neighbours or
+its place.
 """
 
 from __future__ import annotations
@@ -82,7 +83,9 @@ def grouped_simt_kernel(dtype: torch.dtype, side: int = 16) -> Kernel:
             for k in range(DEPTH):
                 for i in range(EACH):
                     for j in range(EACH):
-                        sums[i * EACH + j] += x_tile[k * pitch + i * side + row_lane] * w_tile[k * pitch + j * side + column_lane]
+                        sums[i * EACH + j] += (
+                            x_tile[k * pitch + i * side + row_lane] * w_tile[k * pitch + j * side + column_lane]
+                        )
             cuda.syncthreads()
         for i in range(EACH):
             row = first_row + i * side + row_lane
@@ -93,9 +96,7 @@ def grouped_simt_kernel(dtype: torch.dtype, side: int = 16) -> Kernel:
                         store(out, row * num_columns + column, sums[i * EACH + j])
 
     pointer = element.pointer
-    return Kernel(
-        grouped_gemm, (pointer, INT32, pointer, INT32_POINTER, INT32, INT32, INT32, pointer), threads
-    )
+    return Kernel(grouped_gemm, (pointer, INT32, pointer, INT32_POINTER, INT32, INT32, INT32, pointer), threads)
 
 
 def grouped_gemm(

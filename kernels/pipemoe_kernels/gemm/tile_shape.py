@@ -7,8 +7,9 @@
 
 The last is a pair of blocks (a cluster) with 128 rows each: either fetches half of the w tile, for both.
 
-Two consumers get by with equal shares of the registers, three do not: their kernels must be linked whole (Kernel.moves_registers). The
-assembler refuses products of 256 columns where threads have 128 registers before they move, so three consumers' have 128.
+Two consumers get by with equal shares of the registers, three do not: their kernels must be linked whole
+(Kernel.moves_registers). The assembler refuses products of 256 columns where threads have 128 registers before they
+move, so three consumers' have 128.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class TileShape:
 
     @property
     def x_boxes(self) -> tuple[int, ...]:
-        """Rows of the boxes of x's tensor maps, in the order in which the maps stand; the first holds all rows of a block."""
+        """Rows of the boxes of x's tensor maps, in the order in which the maps stand; the first holds all rows of a
+        block.
+        """
         return X_BOXES if self.block_rows == X_BOXES[0] else (self.block_rows, *X_BOXES)
 
     @property
@@ -71,7 +74,9 @@ class TileShape:
 
 
 ROWS_128 = TileShape(consumers=2, consumer_registers=224)
-ROWS_192 = TileShape(consumers=3, consumer_registers=160, producer_registers=32, moves_registers=True, product_columns=128)
+ROWS_192 = TileShape(
+    consumers=3, consumer_registers=160, producer_registers=32, moves_registers=True, product_columns=128
+)
 ROWS_256 = TileShape(consumers=2, consumer_registers=224, blocks=2)
 SHAPES = {shape.rows: shape for shape in (ROWS_128, ROWS_192, ROWS_256)}
 PAIRED_ROWS = 768
@@ -80,11 +85,13 @@ PAIRED_SMS = 100  # in a share of a GPU, neighbours that no other rank's collect
 
 
 def shape_for(expected_rows: float, operations: float, num_sms: int) -> TileShape:
-    """Where an expert can expect that many rows, give or take their square root, of a call of so many operations on `num_sms` multiprocessors.
+    """Where an expert can expect that many rows, give or take their square root, of a call of so many operations on
+    `num_sms` multiprocessors.
 
-    192 rows where that is more than one tile of 128 and one of 192 holds it (measured at 128: 1.3 times as fast). 256 where there is
-    so much to do that the GPU comes to its limit of power, which lets what moves fewer bytes run faster: 1.03 to 1.15 times, where
-    pairs of blocks, which wait for each other, take 1.03 to 1.12 times as long otherwise. Else 128.
+    192 rows where that is more than one tile of 128 and one of 192 holds it (measured at 128: 1.3 times as fast). 256
+    where there is so much to do that the GPU comes to its limit of power, which lets what moves fewer bytes run faster:
+    1.03 to 1.15 times, where pairs of blocks, which wait for each other, take 1.03 to 1.12 times as long otherwise.
+    Else 128.
     """
     if expected_rows >= PAIRED_ROWS and operations >= PAIRED_OPERATIONS and num_sms >= PAIRED_SMS:
         return ROWS_256

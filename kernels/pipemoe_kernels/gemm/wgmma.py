@@ -6,13 +6,15 @@
                                 | x_1 | expert 1                        (or another activation; without gate: of x w^T)
 
     block = warpgroups:     producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
-                                       `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the latter
-                            consumers  each multiplies 64 of the tile's rows with all its columns, and writes the results
+                                       `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the
+                                       latter
+                            consumers  each multiplies 64 of the tile's rows with all its columns, and writes the
+                            results
 
 A tile never crosses from one expert into the next; a warpgroup whose 64 rows all lie after its expert's end multiplies
-nothing. Blocks, or pairs of blocks with half of a tile's rows each (tile_shape.py), take tiles as far apart as there are of
-them, in an order that keeps neighbours on the same weights (raster.py). All sums run over ascending k in steps of 16, whatever
-the tile: a row's bits depend on the row alone.
+nothing. Blocks, or pairs of blocks with half of a tile's rows each (tile_shape.py), take tiles as far apart as there
+are of them, in an order that keeps neighbours on the same weights (raster.py). All sums run over ascending k in steps
+of 16, whatever the tile: a row's bits depend on the row alone.
 Ideas: warp specialisation and the ring from CUTLASS, the gather inside the GEMM from SonicMoE, the raster from Triton.
 """
 
@@ -24,22 +26,32 @@ from functools import cache
 
 import torch
 
-from pipemoe_kernels.ptx import cluster as ptx_cluster
-from pipemoe_kernels.ptx import hopper as ptx
+from pipemoe_kernels.gemm.raster import (
+    MAX_EXPERTS,
+    find_tile,
+    load_ends,
+    next_expert,
+    plan_rounds,
+    steps_in_stage,
+    tile_of,
+)
+from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, announce_rest, skip_tile
 from pipemoe_kernels.gemm.roles import PART_COLUMNS, consumer, gathering_producer, sorted_producer
+from pipemoe_kernels.gemm.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS, TileShape
 from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx import cluster as ptx_cluster
+from pipemoe_kernels.ptx import hopper as ptx
 from pipemoe_kernels.ptx.wgmma import STEP
-from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, steps_in_stage, tile_of
-from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, announce_rest, skip_tile
-from pipemoe_kernels.gemm.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS, TileShape
 
 
 @dataclass(frozen=True)
 class GroupedKernel:
-    """One launchable form. output_columns: columns of out that a whole tile gives; max_cuts: a tile has up to 2 ** that slices.
+    """One launchable form. output_columns: columns of out that a whole tile gives; max_cuts: a tile has up to 2 ** that
+    slices.
 
-    w_boxes: rows of the boxes of w's tensor maps, which stand in this order at w_map, whole tiles first; the same for all shapes.
+    w_boxes: rows of the boxes of w's tensor maps, which stand in this order at w_map, whole tiles first; the same for
+    all shapes.
     """
 
     kernel: Kernel
@@ -61,9 +73,11 @@ class GroupedKernel:
 def grouped_kernel(
     *, gated: bool, has_bias: bool = False, activation: str | None = None, shape: TileShape = ROWS_128
 ) -> GroupedKernel:
-    """With an activation x is gathered, and the result is activation(x w^T), or if gated, activation(left half) * right half.
+    """With an activation x is gathered, and the result is activation(x w^T), or if gated, activation(left half) * right
+    half.
 
-    activation: a name of ptx_activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already and none follows.
+    activation: a name of ptx_activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already and none
+    follows.
     """
     if gated and activation is None:
         activation = "silu"
@@ -78,13 +92,19 @@ def grouped_kernel(
     consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation, shape=shape)
     produce = gathering_producer(gated, shape=shape) if gathers else sorted_producer(shape=shape)
     w_rows_of_column = 2 if gated else 1
-    keep_registers, take_registers = ptx.keep_registers(shape.producer_registers), ptx.take_registers(shape.consumer_registers)
-    threads, tile_rows, block_rows, consumer_warps = shape.threads, UINT32(shape.rows), UINT32(shape.block_rows), 4 * shape.consumers
+    keep_registers, take_registers = (
+        ptx.keep_registers(shape.producer_registers),
+        ptx.take_registers(shape.consumer_registers),
+    )
+    threads, tile_rows, block_rows, consumer_warps = (
+        shape.threads,
+        UINT32(shape.rows),
+        UINT32(shape.block_rows),
+        4 * shape.consumers,
+    )
     blocks, is_pair = UINT32(shape.blocks), shape.blocks == 2
 
-    def grouped_gemm(
-        x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes
-    ):
+    def grouped_gemm(x, x_stride, tokens, w_map, offsets, num_local, num_columns, depth, bias, out, out_row_bytes):
         array = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
         barriers = (array + UINT32(ALIGNMENT - 1)) & UINT32(0xFFFFFFFF - (ALIGNMENT - 1))
         ends = UINT32(barriers + ENDS_AT)
@@ -132,8 +152,25 @@ def grouped_kernel(
                     row = UINT32(row + rank * block_rows)
                     first_column = UINT32(column * output_columns + part * (UINT32(output_columns) >> cuts))
                     stage, parity, issued = produce(
-                        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, tokens, w_map, expert,
-                        row, end, first_column, num_columns, depth, cuts, together,
+                        thread,
+                        issued,
+                        barriers,
+                        ring,
+                        stage,
+                        parity,
+                        steps,
+                        x,
+                        x_stride,
+                        tokens,
+                        w_map,
+                        expert,
+                        row,
+                        end,
+                        first_column,
+                        num_columns,
+                        depth,
+                        cuts,
+                        together,
                     )
                     slot = UINT32(slot + num_blocks)
             if gathers:
@@ -147,8 +184,8 @@ def grouped_kernel(
             while True:
                 tile, cuts, part = tile_of(slot, whole, rest_cuts)
                 expert, first_tile, begin, end = next_expert(
-                        tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
-                    )
+                    tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
+                )
                 if expert >= num_local:
                     break
                 row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, tile_rows)
@@ -166,23 +203,71 @@ def grouped_kernel(
                     up_bias = gate_bias + 2 * num_columns
                     if cuts == 0:
                         stage, parity = consume_whole(
-                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
-                            rows_left, columns_left, gate_bias, up_bias,
+                            barriers,
+                            ring,
+                            stage,
+                            parity,
+                            steps,
+                            together,
+                            group,
+                            lane,
+                            target,
+                            out_row_bytes,
+                            rows_left,
+                            columns_left,
+                            gate_bias,
+                            up_bias,
                         )
                     elif cuts == 1:
                         stage, parity = consume_half(
-                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
-                            rows_left, columns_left, gate_bias, up_bias,
+                            barriers,
+                            ring,
+                            stage,
+                            parity,
+                            steps,
+                            together,
+                            group,
+                            lane,
+                            target,
+                            out_row_bytes,
+                            rows_left,
+                            columns_left,
+                            gate_bias,
+                            up_bias,
                         )
                     elif cuts == 2 or gathers:
                         stage, parity = consume_quarter(
-                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
-                            rows_left, columns_left, gate_bias, up_bias,
+                            barriers,
+                            ring,
+                            stage,
+                            parity,
+                            steps,
+                            together,
+                            group,
+                            lane,
+                            target,
+                            out_row_bytes,
+                            rows_left,
+                            columns_left,
+                            gate_bias,
+                            up_bias,
                         )
                     else:
                         stage, parity = consume_eighth(
-                            barriers, ring, stage, parity, steps, together, group, lane, target, out_row_bytes,
-                            rows_left, columns_left, gate_bias, up_bias,
+                            barriers,
+                            ring,
+                            stage,
+                            parity,
+                            steps,
+                            together,
+                            group,
+                            lane,
+                            target,
+                            out_row_bytes,
+                            rows_left,
+                            columns_left,
+                            gate_bias,
+                            up_bias,
                         )
                 slot = UINT32(slot + num_blocks)
         if is_pair:
@@ -206,7 +291,9 @@ def grouped_kernel(
 
 
 class PackedGateUp:
-    """gate_up_rows, ready for hidden values of one layout (see there) and any number of pairs for which `a` has room."""
+    """gate_up_rows, ready for hidden values of one layout (see there) and any number of pairs for which `a` has
+    room.
+    """
 
     def __init__(
         self,
@@ -228,11 +315,22 @@ class PackedGateUp:
         assert hidden.stride(1) == 1 and row_bytes % 16 == 0, hidden.stride()
         assert a.is_contiguous() and a.data_ptr() % 16 == 0
         assert tokens.dtype == offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
-        assert bias is None or (bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, w_rows))
+        assert bias is None or (
+            bias.dtype == torch.bfloat16 and bias.is_contiguous() and bias.shape == (num_local, w_rows)
+        )
         self._launch = kernel.kernel.pack(
             device_index,
-            *(hidden, row_bytes // 16, tokens, gate_up_maps, offsets, num_local, intermediate, hidden.shape[1]),
-            *(offsets if bias is None else bias, a, 2 * intermediate),
+            hidden,
+            row_bytes // 16,
+            tokens,
+            gate_up_maps,
+            offsets,
+            num_local,
+            intermediate,
+            hidden.shape[1],
+            offsets if bias is None else bias,
+            a,
+            2 * intermediate,
         )
         self._x = kernel.kernel.slot("x")
         self._num_blocks = kernel.num_blocks(num_local, intermediate, num_sms)
@@ -257,9 +355,9 @@ def gate_up_rows(
 ) -> None:
     """a[p] = activation(gate x) * (up x), x = hidden[tokens[p]], for every place p < offsets[-1] of the sorted order.
 
-    hidden [n, H] bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; gate_up_maps: address of the tensor maps
-    of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or None; a [pairs, I].
-    A kernel that is not gated computes activation(x w^T), with I in the place of 2I.
+    hidden [n, H] bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; gate_up_maps: address of the
+    tensor maps of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or
+    None; a [pairs, I]. A kernel that is not gated computes activation(x w^T), with I in the place of 2I.
     """
     gate_up = PackedGateUp(stream.device_index, kernel, hidden, tokens, gate_up_maps, offsets, bias, a, num_sms)
     gate_up(stream.handle, hidden.data_ptr(), len(a))
@@ -289,8 +387,17 @@ class PackedDown:
         assert offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
         self._launch = kernel.kernel.pack(
             device_index,
-            *(a_maps, first_column, offsets, down_maps, offsets, num_local, num_columns, intermediate, offsets),
-            *(y, 2 * y.stride(0)),
+            a_maps,
+            first_column,
+            offsets,
+            down_maps,
+            offsets,
+            num_local,
+            num_columns,
+            intermediate,
+            offsets,
+            y,
+            2 * y.stride(0),
             may_start_early=may_start_early,
         )
         self._num_blocks = kernel.num_blocks(num_local, num_columns, num_sms)
@@ -311,9 +418,12 @@ def down_rows(
     num_sms: int,
     first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column` on.
+    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column`
+    on.
 
-    a_maps: address of the tensor maps of a [pairs, I] with boxes of the kernel's shape.x_boxes; down_maps: of [E_loc, H, I] with boxes of the kernel's
-    w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
+    a_maps: address of the tensor maps of a [pairs, I] with boxes of the kernel's shape.x_boxes; down_maps: of [E_loc,
+    H, I] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
     """
-    PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms, first_column)(stream.handle, len(y))
+    PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms, first_column)(
+        stream.handle, len(y)
+    )

@@ -8,9 +8,10 @@
     count_pairs   block_counts [blocks, E_loc]   how many pairs of each expert every block of place_pairs has
     place_pairs   all the rest; alone if one block does
 
-Every warp has a run of neighbouring pairs, 32 at a time, and counts them by expert. Counts become starts by sums over the warps
-of a block, the blocks, and the experts. A second pass over the pairs writes their positions, always ascending token, then
-ascending k: lanes with the same expert find one another by a vote on each bit of its number. index.py is the form for other GPUs.
+Every warp has a run of neighbouring pairs, 32 at a time, and counts them by expert. Counts become starts by sums over
+the warps of a block, the blocks, and the experts. A second pass over the pairs writes their positions, always ascending
+token, then ascending k: lanes with the same expert find one another by a vote on each bit of its number. index.py is
+the form for other GPUs.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from functools import cache
 
 import torch
 
-from pipemoe_kernels.ptx import hopper as ptx
 from pipemoe_kernels.launch.kernel import INT32, INT32_POINTER, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx import hopper as ptx
 
 MAX_EXPERTS = 512
 THREADS = 1024
@@ -100,7 +101,9 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
     pairs = (INT32_POINTER, *[INT32] * 4, INT32_POINTER)
 
     def placing(is_alone: bool) -> Kernel:
-        def place_pairs(ids, row_stride, first_expert, num_local, num_pairs, block_counts, offsets, positions, tokens, first_place):
+        def place_pairs(
+            ids, row_stride, first_expert, num_local, num_pairs, block_counts, offsets, positions, tokens, first_place
+        ):
             counts = cuda.shared.array(0, types.int32)  # [E_loc, PITCH]
             starts = counts[PITCH * num_local :]  # [E_loc]: of this block's pairs
             totals = counts[(PITCH + 1) * num_local :]  # [E_loc]
@@ -256,14 +259,23 @@ def index_local_pairs(
     on_hopper: bool = True,
     first_place: int = 0,
 ) -> None:
-    """ids [n, K] int32, rows strided, n >= 1 -> offsets [E_loc], positions [n, K] (-1: not local), tokens [>= pairs], all int32.
+    """ids [n, K] int32, rows strided, n >= 1 -> offsets [E_loc], positions [n, K] (-1: not local), tokens [>= pairs],
+    all int32.
 
     block_counts: int32 workspace of MAX_BLOCKS * E_loc. What follows the last pair's place in tokens is untouched.
-    first_place: what positions count from, where these rows are a part of more; offsets and tokens count from 0 all the same.
+    first_place: what positions count from, where these rows are a part of more; offsets and tokens count from 0 all the
+    same.
     """
     assert positions.shape == ids.shape and offsets.numel() == num_local, (positions.shape, ids.shape, offsets.shape)
     index = PackedIndex(
-        *(stream.device_index, ids, first_expert, num_local, block_counts, offsets, positions, tokens),
+        stream.device_index,
+        ids,
+        first_expert,
+        num_local,
+        block_counts,
+        offsets,
+        positions,
+        tokens,
         on_hopper=on_hopper,
         first_place=first_place,
     )

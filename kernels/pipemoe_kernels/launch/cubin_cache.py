@@ -1,12 +1,14 @@
 """Compiled kernels on disk, so that only the first process compiles them; the large ones take seconds.
 
-One file per kernel: the entry's name, a digest of entry and cubin, and the cubin, with line ends between. The file's name is a hash of
-all that the code depends on: this package's sources, the kernel's key (the constants in it), its signature and launch bounds, the
-architecture, and the compilers' versions. As in DeepGEMM's cache a file is written aside under a name that no other process has, flushed
-to the disk and renamed: homes are shared between hosts, and hosts lose power. What fails its digest is compiled anew.
+One file per kernel: the entry's name, a digest of entry and cubin, and the cubin, with line ends between. The file's
+name is a hash of all that the code depends on: this package's sources, the kernel's key (the constants in it), its
+signature and launch bounds, the architecture, and the compilers' versions. As in DeepGEMM's cache a file is written
+aside under a name that no other process has, flushed to the disk and renamed: homes are shared between hosts, and hosts
+lose power. What fails its digest is compiled anew.
 
-Folder: $PIPEMOE_CACHE, else pipemoe in $XDG_CACHE_HOME or ~/.cache, made for its user alone. What lies there is run on the GPU, so a
-folder or file that others own or may write to is not used; that is said once, and nothing is kept, as where it cannot be written.
+Folder: $PIPEMOE_CACHE, else pipemoe in $XDG_CACHE_HOME or ~/.cache, made for its user alone. What lies there is run on
+the GPU, so a folder or file that others own or may write to is not used; that is said once, and nothing is kept, as
+where it cannot be written.
 """
 
 from __future__ import annotations
@@ -66,7 +68,9 @@ def _digest(entry: bytes, cubin: bytes) -> bytes:
 
 
 def _refused(folder: Path) -> bool:
-    """Is the folder one that others may have put something into? Says so once. Raises FileNotFoundError if there is none."""
+    """Is the folder one that others may have put something into? Says so once. Raises FileNotFoundError if there is
+    none.
+    """
     if not _is_others(folder.stat()):
         return False
     _say_refused(folder)
@@ -76,7 +80,8 @@ def _refused(folder: Path) -> bool:
 @cache
 def _say_refused(folder: Path) -> None:
     _log.warning(
-        "kernels are compiled anew by every process: %s is not this user's alone (owned by it, and written to by nobody else). "
+        "kernels are compiled anew by every process: %s is not this user's alone (owned by it, and written to by "
+        "nobody else). "
         "chmod 700 it, or name another folder in PIPEMOE_CACHE",
         folder,
     )

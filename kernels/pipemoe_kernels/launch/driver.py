@@ -1,4 +1,6 @@
-"""The few CUDA driver calls behind a launch, by ctypes: a launch costs microseconds, Numba's dispatcher tens of them."""
+"""The few CUDA driver calls behind a launch, by ctypes: a launch costs microseconds, Numba's dispatcher tens of
+them.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ _threads = threading.local()
 
 
 def enter_context(device_index: int) -> None:
-    """Make the device's primary context current if the calling thread has none: a new thread could not launch otherwise.
+    """Make the device's primary context current if the calling thread has none: a new thread could not launch
+    otherwise.
 
     Asked of the driver once a thread: nobody takes a thread's context away again.
     """
@@ -89,7 +92,9 @@ class LaunchConfig(ctypes.Structure):
 
 @cache
 def _attributes(starts_early: bool, cluster: int) -> tuple[ctypes.Array, int]:
-    """An array of CUlaunchAttribute, each an int kind, 4 bytes of padding and 64 bytes of value; how many of them count."""
+    """An array of CUlaunchAttribute, each an int kind, 4 bytes of padding and 64 bytes of value; how many of them
+    count.
+    """
     wanted = []
     if starts_early:
         wanted.append((_PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
@@ -105,11 +110,13 @@ def _attributes(starts_early: bool, cluster: int) -> tuple[ctypes.Array, int]:
 def launch_config(threads: int, shared_bytes: int, starts_early: bool, cluster: int = 1) -> LaunchConfig:
     """Of a launch whose grid and stream are still to be filled in.
 
-    starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch). cluster: blocks that are
-    started together, side by side; grids are multiples of it.
+    starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch). cluster:
+    blocks that are started together, side by side; grids are multiples of it.
     """
     attributes, count = _attributes(starts_early, cluster)  # its cache keeps them for every launch
-    return LaunchConfig(1, 1, 1, (threads, 1, 1), shared_bytes, None, ctypes.addressof(attributes) if count else None, count)
+    return LaunchConfig(
+        1, 1, 1, (threads, 1, 1), shared_bytes, None, ctypes.addressof(attributes) if count else None, count
+    )
 
 
 def launch_call() -> Callable[..., int]:
@@ -118,9 +125,13 @@ def launch_call() -> Callable[..., int]:
 
 
 def write_word(stream: int, address: int, value: int) -> None:
-    """Enqueue the write of one 32-bit word of device memory; who sees it sees all that was enqueued before it on the stream."""
+    """Enqueue the write of one 32-bit word of device memory; who sees it sees all that was enqueued before it on the
+    stream.
+    """
     # The name without _v2 is that of an older call, which needs a setting of the driver.
-    result = _library().cuStreamWriteValue32_v2(ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER)
+    result = _library().cuStreamWriteValue32_v2(
+        ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER
+    )
     check(result, "cuStreamWriteValue32_v2")
 
 

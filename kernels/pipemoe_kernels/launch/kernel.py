@@ -1,7 +1,8 @@
 """A kernel: a Numba function compiled once per device, launched by our own launcher.
 
-Numba is the compiler only (PTX), nvJitLink makes the cubin, the driver loads it, `Kernel.launch` packs the arguments (`Kernel.pack`: once, for
-many launches). In the simulator the same call runs the function on NumPy views of CPU tensors.
+Numba is the compiler only (PTX), nvJitLink makes the cubin, the driver loads it, `Kernel.launch` packs the arguments
+(`Kernel.pack`: once, for many launches). In the simulator the same call runs the function on NumPy views of CPU
+tensors.
 """
 
 from __future__ import annotations
@@ -16,11 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipemoe_kernels.launch import cubin_cache
-
-from pipemoe_kernels.launch import driver
-from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
+from pipemoe_kernels.launch import cubin_cache, driver
 from pipemoe_kernels.launch.packed_launch import PackedLaunch
+from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 
 _log = logging.getLogger("pipemoe")
 INT32 = types.int32
@@ -49,19 +48,22 @@ class Stream:
 
 
 def current_stream(device_index: int) -> int:
-    """The handle of torch's current stream on a device, whose context becomes current in the calling thread if none was."""
+    """The handle of torch's current stream on a device, whose context becomes current in the calling thread if none
+    was.
+    """
     driver.enter_context(device_index)
-    return torch._C._cuda_getCurrentRawStream(device_index)  # torch.cuda.current_stream makes an object, for microseconds
+    # torch.cuda.current_stream makes an object, for microseconds
+    return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 class Kernel:
     """`function` with parameters of the Numba types `parameters` (pointers, integers), in blocks of `threads` threads.
 
     shared_bytes: dynamic shared memory. hopper_only: for sm_90a, whose instructions no other architecture has, with
-    registers for `blocks_per_sm` blocks on a multiprocessor. starts_early: its blocks may start before the kernel in front of it in the
-    stream has ended, and must wait for that themselves (ptx_hopper.wait_for_earlier); also Hopper's. moves_registers: its warpgroups
-    must not have equal shares of the registers (ptx_hopper.take_registers). cluster: blocks that run side by side on neighbouring
-    multiprocessors (ptx_cluster.py); also Hopper's.
+    registers for `blocks_per_sm` blocks on a multiprocessor. starts_early: its blocks may start before the kernel in
+    front of it in the stream has ended, and must wait for that themselves (ptx_hopper.wait_for_earlier); also Hopper's.
+    moves_registers: its warpgroups must not have equal shares of the registers (ptx_hopper.take_registers). cluster:
+    blocks that run side by side on neighbouring multiprocessors (ptx_cluster.py); also Hopper's.
     key: all constants in `function` besides its sources; with it the compiled kernel is kept on disk (cubin_cache).
     """
 
@@ -123,7 +125,7 @@ class Kernel:
         """Load what was kept on disk; False if the driver does not take it, so that it has to be built."""
         try:
             self._handles[device_index] = self._function(kept, device_index)
-        except Exception as error:  # noqa: BLE001: whatever it is, a new build shows whether it is the kept file's fault
+        except Exception as error:  # noqa: BLE001  (a new build shows whether it is the kept file's fault)
             _log.warning("%s as kept on disk cannot be loaded (%s); it is compiled anew", self.name, error)
             return False
         return True
@@ -135,7 +137,8 @@ class Kernel:
     def build(self, cc: tuple[int, int], arch: str) -> tuple[str, bytes]:
         """Entry name and cubin; needs no GPU.
 
-        The linker takes PTX for a part of a program, in which it ignores setmaxnreg. Link-time optimisation sees the whole of it.
+        The linker takes PTX for a part of a program, in which it ignores setmaxnreg. Link-time optimisation sees the
+        whole of it.
         """
         from cuda.core import Linker, LinkerOptions, ObjectCode
 
@@ -145,9 +148,10 @@ class Kernel:
         if self.moves_registers:
             try:
                 cubin = linked(ObjectCode.from_ltoir(self._compiled(cc, "ltoir")), link_time_optimization=True)
-                # Sections of code: the kernel's, whose name is a mangled one, and those of subroutines such as division.
+                # Sections of code: the kernel's, whose name is a mangled one, and those of subroutines such as
+                # division.
                 return re.search(rb"\.text\.(_Z[\w$]+)\0", cubin).group(1).decode(), cubin
-            except Exception as error:  # noqa: BLE001: such as a linker older than the compiler
+            except Exception as error:  # noqa: BLE001  (such as a linker older than the compiler)
                 warnings.warn(f"{self.name} cannot be linked whole, and will be slow: {error}", stacklevel=3)
         ptx = self.compile_ptx(cc)
         entry = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)
@@ -156,18 +160,27 @@ class Kernel:
     def pack(self, device_index: int, *arguments: torch.Tensor | int, may_start_early: bool = True) -> PackedLaunch:
         """A launch with these arguments to use again and again; tensors are passed as their first element's address.
 
-        The tensors are not kept: whoever keeps the launch keeps them. Compiles and loads the kernel. may_start_early: False has a
-        kernel that `starts_early` wait in the stream instead, where its blocks must not take multiprocessors meanwhile.
+        The tensors are not kept: whoever keeps the launch keeps them. Compiles and loads the kernel. may_start_early:
+        False has a kernel that `starts_early` wait in the stream instead, where its blocks must not take
+        multiprocessors meanwhile.
         """
         self.load(device_index)
         values = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
-        config = driver.launch_config(self.threads, self.shared_bytes, self.starts_early and may_start_early, self.cluster)
+        config = driver.launch_config(
+            self.threads, self.shared_bytes, self.starts_early and may_start_early, self.cluster
+        )
         return PackedLaunch(self._handles[device_index], config, values)
 
-    def launch(self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int, may_start_early: bool = True) -> None:
-        """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here. may_start_early: as of pack."""
+    def launch(
+        self, stream: Stream, grid: tuple[int, int], *arguments: torch.Tensor | int, may_start_early: bool = True
+    ) -> None:
+        """Enqueue on `stream`; tensors are passed as their first element's address, and are not checked here.
+        may_start_early: as of pack.
+        """
         if self._simulated is not None:
-            self._simulated[grid, self.threads, 0, self.shared_bytes](*map(_simulator_argument, self.parameters, arguments))
+            self._simulated[grid, self.threads, 0, self.shared_bytes](
+                *map(_simulator_argument, self.parameters, arguments)
+            )
             return
         self.pack(stream.device_index, *arguments, may_start_early=may_start_early)(stream.handle, *grid)
 

@@ -1,11 +1,13 @@
 """A kernel's launch, laid out once as the driver reads it, of which each use rewrites only what has moved.
 
-    slots       | address | stride | ... |      8 bytes an argument; a 32-bit parameter reads the low half (little endian)
+    slots       | address | stride | ... |      8 bytes an argument; a 32-bit parameter reads the low half (little
+    endian)
     addresses   | &slots[0] | &slots[1] | ...   what the driver takes
     config      grid, threads, shared memory, stream, attributes
 
-The driver copies all of it before a launch returns, also into a graph that is being captured. So a launch may be used again at
-once, but by one thread at a time: its owner is whatever must not be used by two calls at once anyway, such as a scratch.
+The driver copies all of it before a launch returns, also into a graph that is being captured. So a launch may be used
+again at once, but by one thread at a time: its owner is whatever must not be used by two calls at once anyway, such as
+a scratch.
 """
 
 from __future__ import annotations

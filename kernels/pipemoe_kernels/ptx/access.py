@@ -1,10 +1,11 @@
 """Every PTX string of the kernels, behind Numba intrinsics.
 
-load_vector(p, i), store_vector(p, i, v)   the i-th 16 bytes of p, a pointer to uint64 on a 16-byte boundary, as two uint64
-load_plain(p, i), store_plain(p, i, x)     p[i], converted to the pointer's type when written
+load_vector(p, i), store_vector(p, i, v)   the i-th 16 bytes of p, a pointer to uint64 on a 16-byte boundary, as two
+uint64 load_plain(p, i), store_plain(p, i, x)     p[i], converted to the pointer's type when written
 load_bf16(p, i), store_bf16(p, i, x)       p[i] of bfloat16 bits as float32; written to nearest even
 load_half(p, i), store_half(p, i, x)       the same for float16
-load_e4m3(p, i), to_e4m3(x)                p[i] of e4m3 bits as float32; the e4m3 bits of x, to nearest even, at most 448
+load_e4m3(p, i), to_e4m3(x)                p[i] of e4m3 bits as float32; the e4m3 bits of x, to nearest even, at most
+448
 
 Intrinsics, and not device functions: those can only be compiled where there is a GPU.
 """
@@ -104,7 +105,10 @@ load_half = _load_converted("cvt.f32.f16 $0, $1;")
 store_bf16 = _store_converted("cvt.rn.bf16.f32 $0, $1;")
 store_half = _store_converted("cvt.rn.f16.f32 $0, $1;")
 
-_FROM_E4M3 = "{ .reg .b16 low, high; .reg .b32 both; cvt.rn.f16x2.e4m3x2 both, $1; mov.b32 {low, high}, both; cvt.f32.f16 $0, low; }"
+_FROM_E4M3 = (
+    "{ .reg .b16 low, high; .reg .b32 both; cvt.rn.f16x2.e4m3x2 both, $1; "
+    "mov.b32 {low, high}, both; cvt.f32.f16 $0, low; }"
+)
 _TO_E4M3 = "{ .reg .f32 zero; mov.f32 zero, 0f00000000; cvt.rn.satfinite.e4m3x2.f32 $0, zero, $1; }"
 
 

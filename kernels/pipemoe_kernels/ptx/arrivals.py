@@ -1,8 +1,11 @@
-"""PTX of the arrival-driven GEMM: words in device memory by which blocks, and the stream that brings rows, tell one another things.
+"""PTX of the arrival-driven GEMM: words in device memory by which blocks, and the stream that brings rows, tell one
+another things.
 
-    load_flag(global)                     a 32-bit word, and with it all that was written before it by whom it is from (acquire)
+    load_flag(global)                     a 32-bit word, and with it all that was written before it by whom it is from
+    (acquire)
     load_batch(global)                    the same for a 64-bit word that a block of this grid has written
-    replace_batch(global, old, new)       `new` instead of `old`, if that is there; what was there. Acquires and releases.
+    replace_batch(global, old, new)       `new` instead of `old`, if that is there; what was there. Acquires and
+    releases.
     pause()                               a few hundred nanoseconds
     barrier_of_producers()                the 128 threads of the first warpgroup wait for one another; whole warps only
 """

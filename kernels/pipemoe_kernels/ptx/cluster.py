@@ -1,13 +1,19 @@
-"""PTX of pairs of thread blocks on neighbouring multiprocessors of Hopper (clusters of two), which see each other's shared memory.
+"""PTX of pairs of thread blocks on neighbouring multiprocessors of Hopper (clusters of two), which see each other's
+shared memory.
 
     rank()                                    of this block in its pair, 0 or 1
-    sync_pair()                               until all threads of both blocks are here; of what they wrote, only barriers that
+    sync_pair()                               until all threads of both blocks are here; of what they wrote, only
+    barriers that
                                               barrier_fence has announced are sure to be seen after it
-    leave_pair()                              the same, behind all that they wrote and all their arrivals at the other block's barriers: a
+    leave_pair()                              the same, behind all that they wrote and all their arrivals at the other
+    block's barriers: a
                                               block that has ended takes none any more
-    barrier_arrive_at_other(bar)              one arrival at the other block's barrier of the same place, which waits for no write
-                                              of this thread (a release for the cluster would wait for memory, at each stage)
-    load_box_3d_to_both(shared, map, bar, x, y, z)   bulk copy of one box to the same place of both blocks, announced at bar in each
+    barrier_arrive_at_other(bar)              one arrival at the other block's barrier of the same place, which waits
+    for no write
+                                              of this thread (a release for the cluster would wait for memory, at each
+                                              stage)
+    load_box_3d_to_both(shared, map, bar, x, y, z)   bulk copy of one box to the same place of both blocks, announced at
+    bar in each
 """
 
 from __future__ import annotations
@@ -32,8 +38,13 @@ load_box_3d_to_both = instruction(
     """{
 .reg .b16 both;
 mov.b16 both, 3;
-cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [$0], [$1, {$3, $4, $5}], [$2], both;
-}""",
+cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [$0], [$1, {$3, $4, $5}],
+[$2], both; }""",
     None,
-    *(U32, U64, U32, U32, U32, U32),
+    U32,
+    U64,
+    U32,
+    U32,
+    U32,
+    U32,
 )

@@ -2,12 +2,13 @@
 
     multiply(products, a, b) -> products      64 x 128 new ones over STEP columns, complete; a, b: descriptors
     promote(sums, products, low, high) -> sums      sums + products * low (rows l // 4) or * high (rows l // 4 + 8)
-    store_swiglu_e4m3(gate, up, address, row_bytes, scales, lane, rows)     silu(gate) * up, one scale for a row's 128 columns
-    row_offset(tokens, row, end, stride), copy_scale(row, base, shared)     of gathered rows, see ptx_hopper.RowOffsets
-    load_f32(global), load_shared_f32(shared)       numbers that do not change while the kernel runs, or of a stage
+    store_swiglu_e4m3(gate, up, address, row_bytes, scales, lane, rows)     silu(gate) * up, one scale for a row's 128
+    columns row_offset(tokens, row, end, stride), copy_scale(row, base, shared)     of gathered rows, see
+    ptx_hopper.RowOffsets load_f32(global), load_shared_f32(shared)       numbers that do not change while the kernel
+    runs, or of a stage
 
-Sums and products are Accumulators of ptx_wgmma.py. The tensor cores add e4m3 products with some 14 bits: so no more than 128 at a
-time, the rest in float32 (DeepSeek-V3's report, section 3.3.2).
+Sums and products are Accumulators of ptx_wgmma.py. The tensor cores add e4m3 products with some 14 bits: so no more
+than 128 at a time, the rest in float32 (DeepSeek-V3's report, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ setp.lt.u32 in_tile, $2, $3;
 @!in_tile mov.b32 token, {NO_ROW};
 mov.b32 $0, token;
 }}""",
-    *(U32, U64, U32, U32, U32),
+    U32,
+    U64,
+    U32,
+    U32,
+    U32,
 )
 copy_scale = instruction(
     f"""{{
@@ -51,7 +56,10 @@ mul.wide.u32 address, $0, 16;
 add.s64 address, address, $1;
 @exists cp.async.ca.shared.global [$2], [address], 4;
 }}""",
-    *(None, U32, U64, U32),
+    None,
+    U32,
+    U64,
+    U32,
 )
 
 
@@ -61,7 +69,13 @@ def _values(builder, sums):
 
 def _products_text():
     registers = "{" + ",".join(f"${i}" for i in range(COUNT)) + "}"
-    lines = ["{", ".reg .b64 a, b;", f"mov.b64 a, ${2 * COUNT};", f"mov.b64 b, ${2 * COUNT + 1};", "wgmma.fence.sync.aligned;"]
+    lines = [
+        "{",
+        ".reg .b64 a, b;",
+        f"mov.b64 a, ${2 * COUNT};",
+        f"mov.b64 b, ${2 * COUNT + 1};",
+        "wgmma.fence.sync.aligned;",
+    ]
     for part in range(STEP // 32):
         keep = 0 if part == 0 else 1
         lines.append(f"wgmma.mma_async.sync.aligned.m64n{WIDTH}k32.f32.e4m3.e4m3 {registers}, a, b, {keep}, 1, 1;")
@@ -76,7 +90,13 @@ _PRODUCTS = _products_text()
 def multiply(typingctx, products, a, b):
     def codegen(context, builder, signature, args):
         operands = [*_values(builder, args[0]), *args[1:]]
-        return asm(builder, _PRODUCTS, _STRUCT, operands, ",".join(["=f"] * COUNT + [str(i) for i in range(COUNT)] + ["l", "l"]))
+        return asm(
+            builder,
+            _PRODUCTS,
+            _STRUCT,
+            operands,
+            ",".join(["=f"] * COUNT + [str(i) for i in range(COUNT)] + ["l", "l"]),
+        )
 
     return _KIND(_KIND, U64, U64), codegen
 
@@ -115,7 +135,8 @@ def store_swiglu_e4m3(typingctx, gate, up, address, row_bytes, scales, lane, row
         results = activated(builder, "silu", _values(builder, args[0]), _values(builder, args[1]))
         lane_of_row = builder.and_(lane, ir.Constant(I32, 3))
         lane_bits = [
-            builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(I32, bit)), ir.Constant(I32, 0)) for bit in (1, 2)
+            builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(I32, bit)), ir.Constant(I32, 0))
+            for bit in (1, 2)
         ]
         is_first = builder.icmp_unsigned("==", lane_of_row, ir.Constant(I32, 0))
         base = builder.add(address, builder.zext(builder.shl(lane_of_row, ir.Constant(I32, 4)), I64))
@@ -125,7 +146,9 @@ def store_swiglu_e4m3(typingctx, gate, up, address, row_bytes, scales, lane, row
             values = [results[4 * j + 2 * half + c] for j in range(COUNT // 4) for c in range(2)]
             scale, values = _scaled(builder, values)
             target = builder.add(scales, ir.Constant(I64, 32 * half))
-            asm(builder, _STORE_SCALE, VOID, [target, scale, builder.zext(builder.and_(exists, is_first), I32)], "l,f,r")
+            asm(
+                builder, _STORE_SCALE, VOID, [target, scale, builder.zext(builder.and_(exists, is_first), I32)], "l,f,r"
+            )
             for block in range(0, len(values) // 4, 4):
                 words = [
                     asm(builder, _TWO_PAIRS, I32, values[4 * m : 4 * m + 4], "=r,f,f,f,f", side_effect=False)
@@ -151,7 +174,9 @@ def _scaled(builder, values):
 
 
 def _in_order(builder, words):
-    """Words of lanes 0 to 3, each with two columns of one block of 8 and two of the next, to 16 neighbouring columns."""
+    """Words of lanes 0 to 3, each with two columns of one block of 8 and two of the next, to 16 neighbouring
+    columns.
+    """
     return [
         asm(builder, halves, I32, words[i : i + 2], "=r,r,r", side_effect=False)
         for halves in (_LOW_HALVES, _HIGH_HALVES)

@@ -1,6 +1,7 @@
 """PTX of Hopper (sm_90a) behind Numba intrinsics: barriers, the bulk copy engine, gathering copies, register budgets.
 
-Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit generic ones. ptx_wgmma.py has the tensor cores.
+Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit generic ones. ptx_wgmma.py has the tensor
+cores.
 
     shared_address(array)                     of a shared array; one of size 0 is the dynamic shared memory
     barrier_init(bar, count), barrier_fence() an mbarrier that a phase of `count` arrivals completes
@@ -12,7 +13,8 @@ Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit g
     element_address(pointer, index)           the global address of pointer[index]
     load_u32(global), load_shared_u32(shared), store_shared_u32(shared, value), add_shared_u32(shared, value)
     tile_rows(tokens, first, end, stride), copy_rows(rows, base, shared, part, size)   see RowOffsets
-    rows_of_thread(count, listed)             makes a tile_rows for `count` rows of a thread instead of ROWS_EACH, from a list of tokens
+    rows_of_thread(count, listed)             makes a tile_rows for `count` rows of a thread instead of ROWS_EACH, from
+    a list of tokens
                                               in shared memory if `listed`
     of_first_lane(value)                      lane 0's value, which the compiler then knows to be the same in all lanes
     lanes_with(flag)                          the lanes of the warp whose flag is not 0, as bits
@@ -66,7 +68,9 @@ def instruction(text, result, *parameters, side_effect=True):
 
     def typed(*arguments):
         def codegen(context, builder, signature, values):
-            values = [context.cast(builder, v, k, p) for v, k, p in zip(values, signature.args, parameters, strict=True)]
+            values = [
+                context.cast(builder, v, k, p) for v, k, p in zip(values, signature.args, parameters, strict=True)
+            ]
             llvm_result = ir.VoidType() if result is None else _LLVM[result]
             out = asm(builder, text, llvm_result, values, constraints, side_effect=side_effect)
             return context.get_dummy_value() if result is None else out
@@ -98,7 +102,6 @@ setp.gt.u32 done, tries, {MAX_TRIES};
 bra AGAIN;
 DONE:
 }}"""
-
 
 
 @intrinsic
@@ -166,8 +169,8 @@ def element_address(typingctx, pointer, index):
 class RowOffsets(types.Type):
     """Where the gathered rows of one thread start, in 16-byte units from the matrix; NO_ROW for rows that do not exist.
 
-        thread t of 128 copies part t % 8 of the rows t // 8 + 16 i of a tile, i in 0 .. count
-        a row of a tile is 128 bytes: 8 parts of 16 bytes, in shared memory at part ^ (row % 8)
+    thread t of 128 copies part t % 8 of the rows t // 8 + 16 i of a tile, i in 0 .. count
+    a row of a tile is 128 bytes: 8 parts of 16 bytes, in shared memory at part ^ (row % 8)
     """
 
     def __init__(self, count: int):
@@ -205,7 +208,8 @@ setp.ne.b32 exists, $3, {NO_ROW};
 
 
 def rows_of_thread(count: int, *, listed: bool = False):
-    """An intrinsic: RowOffsets of the `count` rows first, first + 16, ... below `end`: row r is row tokens[r] of the matrix.
+    """An intrinsic: RowOffsets of the `count` rows first, first + 16, ... below `end`: row r is row tokens[r] of the
+    matrix.
 
     listed: `tokens` is a shared-memory address.
     """
@@ -217,7 +221,9 @@ def rows_of_thread(count: int, *, listed: bool = False):
     def tile_rows(typingctx, tokens, first, end, stride):
         def codegen(context, builder, signature, args):
             kinds = (address_kind, U32, U32, U32)
-            tokens, first, end, stride = (context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True))
+            tokens, first, end, stride = (
+                context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True)
+            )
             rows = ir.Constant(kind.llvm, ir.Undefined)
             for i in range(count):
                 row = builder.add(first, ir.Constant(I32, 16 * i))
@@ -237,7 +243,9 @@ tile_rows = rows_of_thread(ROWS_EACH)
 
 @intrinsic
 def copy_rows(typingctx, rows, base, shared, part, size):
-    """Start copying 16 bytes of each row, from `part` x 16 bytes on, `size` of them (0 or 16) and zeros for the rest."""
+    """Start copying 16 bytes of each row, from `part` x 16 bytes on, `size` of them (0 or 16) and zeros for the
+    rest.
+    """
 
     def codegen(context, builder, signature, args):
         kinds = (signature.args[0], U64, U32, U32, U32)

@@ -6,9 +6,10 @@
                                                     weights[k] * (y[positions[k]] + bias[ids[k] - first])
         store(address, sums, column, limit)         to a row of out, on a boundary of 16 bytes
 
-row_bytes: of y and bias; column: of this thread's first part, in bytes of y; parts from `limit` on do not exist. The sums are
-float32, or for a float64 out float64 sums of float32 products rounded to multiples of 2^-32 (see combine.py). The branch on
-positions[k] is the same for a whole block; the loads of all parts of a row are under way before the first is used.
+row_bytes: of y and bias; column: of this thread's first part, in bytes of y; parts from `limit` on do not exist. The
+sums are float32, or for a float64 out float64 sums of float32 products rounded to multiples of 2^-32 (see combine.py).
+The branch on positions[k] is the same for a whole block; the loads of all parts of a row are under way before the first
+is used.
 """
 
 from __future__ import annotations
@@ -159,7 +160,9 @@ def row_sum(top_k: int, has_bias: bool, out_dtype: torch.dtype, num_parts: int, 
             values = [builder.extract_value(sums, i) for i in range(WIDTH * num_parts)]
             for i, exists in enumerate(_exist(builder, column, limit, stride, num_parts)):
                 start = ir.Constant(I64, i * stride * out_dtype.itemsize // 2)
-                _store_part(builder, builder.add(address, start), values[WIDTH * i : WIDTH * (i + 1)], out_dtype, exists)
+                _store_part(
+                    builder, builder.add(address, start), values[WIDTH * i : WIDTH * (i + 1)], out_dtype, exists
+                )
             return context.get_dummy_value()
 
         return types.void(U64, sums_kind, U64, U64), codegen

@@ -5,8 +5,8 @@ A warp holds `blocks` blocks of 16 rows and 64 columns. In a block, lane l, q = 
     row l // 4         columns 8 j + 2 q, 8 j + 2 q + 1     values 4 j,     4 j + 1
     row l // 4 + 8     the same columns                     values 4 j + 2, 4 j + 3
 
-A tile in shared memory has rows of 32 columns, 64 bytes: part c of row r, 16 bytes, lies at part c ^ (r // 2 % 4), so that eight
-rows that one instruction reads together meet all banks. The sums are ptx_wgmma's Accumulator.
+A tile in shared memory has rows of 32 columns, 64 bytes: part c of row r, 16 bytes, lies at part c ^ (r // 2 % 4), so
+that eight rows that one instruction reads together meet all banks. The sums are ptx_wgmma's Accumulator.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ commit_copies = instruction("cp.async.commit_group;", None)
 wait_for_copies_but_two = instruction("cp.async.wait_group 2;", None)
 
 _LOAD = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-_PRODUCT = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};"
+_PRODUCT = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};"
+)
 _WORDS, _SUMS = ir.LiteralStructType([I32] * 4), ir.LiteralStructType([F32] * 4)
 
 
@@ -50,14 +52,18 @@ def lane_part_x(typingctx, lane):
     """Offset in a tile of what a lane names when a warp loads 16 rows and 16 columns of x."""
 
     def codegen(context, builder, signature, args):
-        return _lane_offset(builder, args[0], builder.and_(args[0], ir.Constant(I32, 15)), builder.lshr(args[0], ir.Constant(I32, 4)))
+        return _lane_offset(
+            builder, args[0], builder.and_(args[0], ir.Constant(I32, 15)), builder.lshr(args[0], ir.Constant(I32, 4))
+        )
 
     return U32(U32), codegen
 
 
 @intrinsic
 def lane_part_w(typingctx, lane):
-    """The same of w, whose rows are the columns of the result: 8 rows' first halves, their second halves, 8 more rows'."""
+    """The same of w, whose rows are the columns of the result: 8 rows' first halves, their second halves, 8 more
+    rows'.
+    """
 
     def codegen(context, builder, signature, args):
         lane = args[0]
@@ -80,7 +86,8 @@ class WarpSums:
     """Intrinsics for one number of blocks.
 
     zero() -> sums
-    multiply(sums, x, x_part, w, w_part, to_second) -> sums: one stage's columns; x, w: shared addresses of the warp's first rows,
+    multiply(sums, x, x_part, w, w_part, to_second) -> sums: one stage's columns; x, w: shared addresses of the warp's
+    first rows,
         a multiple of 64; *_part: this lane's offset; to_second: bytes from the first 32 rows of w to the other 32
     store(sums, address, row_bytes, lane, rows, columns, bias, up_bias): as ptx_wgmma's store or store_activated
     """
@@ -92,7 +99,9 @@ class WarpSums:
 
 @cache
 def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: bool) -> WarpSums:
-    """For `blocks` x 16 rows; activation None: the bare sums are stored. gated: the second 32 columns are those of up."""
+    """For `blocks` x 16 rows; activation None: the bare sums are stored. gated: the second 32 columns are those of
+    up.
+    """
     kind = Accumulator(blocks * VALUES)
     struct = ir.LiteralStructType([F32] * kind.count)
 
@@ -121,7 +130,10 @@ def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: boo
                 bit = ir.Constant(I32, 32 * half)
                 x_at, w_at = (builder.add(a, builder.xor(p, bit)) for a, p in ((x, x_part), (w, w_part)))
                 second = builder.add(w_at, to_second)
-                rows = [load(builder, builder.add(x_at, ir.Constant(I32, BLOCK_ROWS * ROW_BYTES * m))) for m in range(blocks)]
+                rows = [
+                    load(builder, builder.add(x_at, ir.Constant(I32, BLOCK_ROWS * ROW_BYTES * m)))
+                    for m in range(blocks)
+                ]
                 columns = []
                 for start in (w_at, second):
                     for j in range(2):
@@ -133,7 +145,9 @@ def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: boo
                     for n, column in enumerate(columns):
                         first = VALUES * m + 4 * n
                         operands = [*values[first : first + 4], *row, *column]
-                        product = asm(builder, _PRODUCT, _SUMS, operands, "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r", side_effect=False)
+                        product = asm(
+                            builder, _PRODUCT, _SUMS, operands, "=f,=f,=f,=f,f,f,f,f,r,r,r,r,r,r", side_effect=False
+                        )
                         values[first : first + 4] = [builder.extract_value(product, i) for i in range(4)]
             return packed(builder, values)
 
@@ -147,11 +161,15 @@ def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: boo
                 values = [builder.extract_value(sums, VALUES * m + i) for i in range(VALUES)]
                 halves = [values[: VALUES // 2], values[VALUES // 2 :]] if gated else [values]
                 if has_bias:
-                    halves = [with_bias(builder, half, b, lane, columns) for half, b in zip(halves, biases, strict=False)]
+                    halves = [
+                        with_bias(builder, half, b, lane, columns) for half, b in zip(halves, biases, strict=False)
+                    ]
                 if activation is not None:
                     values = activated(builder, activation, *halves)
                 before = ir.Constant(I32, BLOCK_ROWS * m)
-                left = builder.select(builder.icmp_unsigned(">", rows, before), builder.sub(rows, before), ir.Constant(I32, 0))
+                left = builder.select(
+                    builder.icmp_unsigned(">", rows, before), builder.sub(rows, before), ir.Constant(I32, 0)
+                )
                 target = builder.add(address, builder.zext(builder.mul(row_bytes, before), I64))
                 store_values(builder, values, target, row_bytes, lane, left, columns)
             return context.get_dummy_value()

@@ -5,8 +5,8 @@ A warpgroup's sums, as wgmma has them; warp w of 4, lane l, q = l % 4:
     row 16 w + l // 4         columns 8 j + 2 q, 8 j + 2 q + 1     values 4 j,     4 j + 1
     row 16 w + l // 4 + 8     the same columns                     values 4 j + 2, 4 j + 3
 
-They live in an Accumulator: a Numba type over an LLVM struct, which stays in registers as long as every index is known when
-the code is generated. So loops over values are unrolled here and not in the kernel.
+They live in an Accumulator: a Numba type over an LLVM struct, which stays in registers as long as every index is known
+when the code is generated. So loops over values are unrolled here and not in the kernel.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Accumulators:
     zero() -> sums          multiply(sums, a, b, keep) -> sums; a, b: descriptors; keep 0 forgets the sums that were
     wait_all(sums), wait_but_one(sums) -> sums: until all, or all but the last product are done
     store(sums, address, row_bytes, lane, rows, columns)                         sums as bfloat16
-    store_activated(sums, address, row_bytes, lane, rows, columns, bias, up_bias)   activation(left half) * right half if gated,
+    store_activated(sums, address, row_bytes, lane, rows, columns, bias, up_bias)   activation(left half) * right half
+    if gated,
                                                                                    else activation(sums)
     address: of this thread's first row; rows, columns: how many from there on exist. Biases: addresses, or absent.
     """
@@ -91,7 +92,10 @@ def accumulators(
             sums = "{" + ",".join(f"${i}" for i in range(first // 2, (first + width_of_product) // 2)) + "}"
             w = "b" if first == 0 else "w"
             text += "" if first == 0 else f"add.s64 w, b, {8 * first};\n"
-            text += f"wgmma.mma_async.sync.aligned.m64n{width_of_product}k16.f32.bf16.bf16 {sums}, a, {w}, {keep}, 1, 1, 0, 0;\n"
+            text += (
+                f"wgmma.mma_async.sync.aligned.m64n{width_of_product}k16.f32.bf16.bf16 "
+                f"{sums}, a, {w}, {keep}, 1, 1, 0, 0;\n"
+            )
         return text
 
     # 16 columns of bfloat16 are 32 bytes, 2 in a descriptor's units.
@@ -142,7 +146,9 @@ def accumulators(
             values = _values(builder, args[0])
             halves = [values[: count // 2], values[count // 2 :]] if gated else [values]
             if has_bias:
-                halves = [with_bias(builder, half, a, args[3], args[5]) for half, a in zip(halves, args[6:], strict=False)]
+                halves = [
+                    with_bias(builder, half, a, args[3], args[5]) for half, a in zip(halves, args[6:], strict=False)
+                ]
             store_values(builder, activated(builder, activation, *halves), *args[1:6])
             return context.get_dummy_value()
 
@@ -174,7 +180,8 @@ def with_bias(builder, values, address, lane, columns):
 def store_values(builder, values, address, row_bytes, lane, rows, columns):
     """Values in wgmma's order to bfloat16 rows, 16 bytes a store: the 4 lanes of a row exchange parts first.
 
-    Of four blocks of 8 columns a lane holds 2 columns each; a 4 x 4 transposition gives lane q all 8 columns of block q.
+    Of four blocks of 8 columns a lane holds 2 columns each; a 4 x 4 transposition gives lane q all 8 columns of block
+    q.
     """
     lane_of_row = builder.and_(lane, ir.Constant(I32, 3))
     odd = builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(I32, 1)), ir.Constant(I32, 0))

@@ -22,7 +22,9 @@ MODULES = {  # model_type in config.json -> module with FAMILY
 
 
 def find_family(model_type: str | None, where: str = "") -> Family:
-    """The family of a config.json's model_type; CheckpointError (its message begins with `where`) for an unknown one."""
+    """The family of a config.json's model_type; CheckpointError (its message begins with `where`) for an unknown
+    one.
+    """
     if not isinstance(model_type, str) or model_type not in MODULES:
         raise CheckpointError(
             f"{where}model_type is {model_type!r}; known are {', '.join(sorted(MODULES))}. "

@@ -13,15 +13,16 @@ if TYPE_CHECKING:
 class Family:
     """Base of the families; a new one overrides what differs.
 
-    Its transformers model must have `model.layers[i]` with input_layernorm, self_attn, post_attention_layernorm and an mlp
-    that is dense, or has `gate` and SwiGLU `experts` (and perhaps `shared_experts`, added to the routed sum).
+    Its transformers model must have `model.layers[i]` with input_layernorm, self_attn, post_attention_layernorm and an
+    mlp that is dense, or has `gate` and SwiGLU `experts` (and perhaps `shared_experts`, added to the routed sum).
     """
 
     model_type: ClassVar[str]
     # Path in a checkpoint of one MoE block, and of the gate, up and down projections of one of its experts.
     block_name: ClassVar[str] = "model.layers.{layer}.mlp"
     expert_parts: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
-    # Whether every module of a class named ...RMSNorm is weight * x / rms(x), so that one fused kernel may replace its eight.
+    # Whether every module of a class named ...RMSNorm is weight * x / rms(x), so that one fused kernel may replace its
+    # eight.
     plain_rms_norm: ClassVar[bool] = False
 
     def num_experts(self, config: PreTrainedConfig) -> int:

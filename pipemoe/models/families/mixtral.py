@@ -1,4 +1,6 @@
-"""Mixtral (8x7B, 8x22B): softmax top-2, always renormalised; checkpoints say block_sparse_moe, w1 (gate), w3 (up), w2 (down)."""
+"""Mixtral (8x7B, 8x22B): softmax top-2, always renormalised; checkpoints say block_sparse_moe, w1 (gate), w3 (up), w2
+(down).
+"""
 
 from __future__ import annotations
 

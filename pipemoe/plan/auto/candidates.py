@@ -1,8 +1,8 @@
 """The cohorts that mode "auto" chooses from. Compiled.
 
-A unit is what stays together if it can: a whole rank's tokens, or one sequence. Units are sorted by length; candidates split them
-at the largest relative gaps, or into groups of equally many, or cut units into causal chunks, each a cohort of its own. What the
-capped fixed modes do is among them.
+A unit is what stays together if it can: a whole rank's tokens, or one sequence. Units are sorted by length; candidates
+split them at the largest relative gaps, or into groups of equally many, or cut units into causal chunks, each a cohort
+of its own. What the capped fixed modes do is among them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def candidate_name(index: int) -> str:
 
 @compiled_part
 def stable_order(values):
-    """Indices of `values` from the smallest on, equal ones in order. (A merge sort; numba's own takes seconds to compile.)"""
+    """Indices of `values` from the smallest on, equal ones in order. (A merge sort; numba's own takes seconds to
+    compile.)
+    """
     order, spare = np.arange(len(values)), np.empty(len(values), np.int64)
     width = 1
     while width < len(values):
@@ -76,8 +78,9 @@ def stable_order(values):
 
 @compiled_part
 def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
-    """The candidate's microbatches int64 [M, 4] = cohort, rank, start, stop, by cohort and in wave order; none if it does not
-    apply. units [U, 3]: rank, start, stop, without empty ones, by rank and start. ratio, num_slots: of SIMILAR, as in mode pipelined."""
+    """The candidate's microbatches int64 [M, 4] = cohort, rank, start, stop, by cohort and in wave order; none if it
+    does not apply. units [U, 3]: rank, start, stop, without empty ones, by rank and start. ratio, num_slots: of
+    SIMILAR, as in mode pipelined."""
     num_units = len(units)
     lengths = np.empty(num_units, np.int64)
     for u in range(num_units):
@@ -107,7 +110,8 @@ def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
                 if split[place] or lengths[by_length[place]] == lengths[by_length[place - 1]]:
                     continue
                 wider = widest == 0 or (
-                    lengths[by_length[place]] * lengths[by_length[widest - 1]] > lengths[by_length[widest]] * lengths[by_length[place - 1]]
+                    lengths[by_length[place]] * lengths[by_length[widest - 1]]
+                    > lengths[by_length[widest]] * lengths[by_length[place - 1]]
                 )
                 if wider:
                     widest = place
@@ -122,7 +126,8 @@ def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
     num_groups = 1
     for u in range(num_units):
         num_groups = max(num_groups, group[u] + 1)
-    cut = num_groups - 1 if kind == LONG_IN_CHUNKS else 0 if kind == CHUNKS else num_groups  # groups from here on are cut
+    # groups from here on are cut
+    cut = num_groups - 1 if kind == LONG_IN_CHUNKS else 0 if kind == CHUNKS else num_groups
     num_cohorts = cut + parts if kind >= CHUNKS else num_groups
     out = np.empty((num_units * max(1, parts), 4), np.int64)
     count, cohorts = 0, 0

@@ -1,4 +1,6 @@
-"""Mode "auto": every candidate priced and run on the clock, the best by the objective taken (auto_search.py, auto_figures.py)."""
+"""Mode "auto": every candidate priced and run on the clock, the best by the objective taken (auto_search.py,
+auto_figures.py).
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.auto.search import in_one_slot, microbatches_of, search, try_forms
 from pipemoe.plan.auto.candidates import CANDIDATES, candidate_name
-from pipemoe.plan.cost.model import CostModel, rates_of, speeds_of
-from pipemoe.plan.cost.magnitude import check_magnitude
-from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
-from pipemoe.plan.config import OBJECTIVES, PlanConfig
+from pipemoe.plan.auto.search import in_one_slot, microbatches_of, search, try_forms
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import forced_sms_left
+from pipemoe.plan.config import OBJECTIVES, PlanConfig
+from pipemoe.plan.cost.magnitude import check_magnitude
+from pipemoe.plan.cost.model import CostModel, rates_of, speeds_of
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +35,11 @@ class Candidate:
     chosen: bool
 
 
-def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> tuple[list[list[Microbatch]], int, bool, int]:
-    """Cohorts, the number of blocks of columns, whether waves are computed as they arrive, and multiprocessors that the experts leave, by
-    cost."""
+def auto_assignment(
+    facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel
+) -> tuple[list[list[Microbatch]], int, bool, int]:
+    """Cohorts, the number of blocks of columns, whether waves are computed as they arrive, and multiprocessors that the
+    experts leave, by cost."""
     found = _evaluate(facts, shape, config, cost, only_chosen=True)[0]
     if not found:
         return [], config.combine_blocks or 1, False, forced_sms_left(config, cost.sms) or 0
@@ -43,8 +47,8 @@ def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: C
 
 
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
-    """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in another
-    form, and with other numbers of multiprocessors left."""
+    """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in
+    another form, and with other numbers of multiprocessors left."""
     check_magnitude(facts, shape, config, cost)
     return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
@@ -54,7 +58,9 @@ def auto_effort(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostM
     return _evaluate(facts, shape, config, cost, only_chosen=True)[1]
 
 
-def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel, *, only_chosen: bool) -> tuple[list[Candidate], int]:
+def _evaluate(
+    facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel, *, only_chosen: bool
+) -> tuple[list[Candidate], int]:
     if not any(facts.tokens):
         return [], 0
     starts, first = facts.flat_boundaries
@@ -67,14 +73,30 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
     goal[3], goal[4] = round(config.makespan_budget * 1000), config.pipelined_ratio
     sms_left = forced_sms_left(config, cost.sms)
     most_rows, forced = config.max_wave_rows(facts.num_ranks), -1 if sms_left is None else sms_left
-    limits = np.array([shape.num_layers, most_rows, config.num_slots, config.num_buffers, config.combine == "gather", forced])
+    limits = np.array(
+        [shape.num_layers, most_rows, config.num_slots, config.num_buffers, config.combine == "gather", forced]
+    )
     forms = _forms(facts, shape, config, cost)
-    problem = (tokens, starts, first, rates_of(cost), speeds_of(cost), shape.num_experts, shape.top_k, limits.astype(np.int64), goal)
-    figures, lefts, margins, there, best, lowest, events, rest = search(CANDIDATES, np.array(forms), *problem, only_chosen)
+    problem = (
+        tokens,
+        starts,
+        first,
+        rates_of(cost),
+        speeds_of(cost),
+        shape.num_experts,
+        shape.top_k,
+        limits.astype(np.int64),
+        goal,
+    )
+    figures, lefts, margins, there, best, lowest, events, rest = search(
+        CANDIDATES, np.array(forms), *problem, only_chosen
+    )
     if best[0] < 0:
         raise PlanError("no candidate can be carried out")
     if len(forms) > 1 or cost.sms.num_sms:  # where there is nothing to try, its code is not even compiled
-        best, events = try_forms(CANDIDATES, np.array(forms), *problem, figures, lefts, margins, there, best, lowest, events)
+        best, events = try_forms(
+            CANDIDATES, np.array(forms), *problem, figures, lefts, margins, there, best, lowest, events
+        )
     figures = np.minimum(figures, rest)
     candidates = []
     for index, form, left in [best] if only_chosen else np.argwhere(figures[..., 1] < NEVER).tolist():
@@ -85,8 +107,15 @@ def _evaluate(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMod
         for cohort, rank, start, stop in table.tolist():
             assignment[cohort].append(Microbatch(rank, start, stop))
         num_blocks, arrivals = forms[form]
-        arrivals, sms_left = bool(arrivals) and in_one_slot(len(assignment), config.num_slots), int(lefts[index, form, left])
-        candidates.append(Candidate(index, candidate_name(index), assignment, num_blocks, arrivals, sms_left, mean, slowest, p50, chosen))
+        arrivals, sms_left = (
+            bool(arrivals) and in_one_slot(len(assignment), config.num_slots),
+            int(lefts[index, form, left]),
+        )
+        candidates.append(
+            Candidate(
+                index, candidate_name(index), assignment, num_blocks, arrivals, sms_left, mean, slowest, p50, chosen
+            )
+        )
     return candidates, events
 
 
@@ -95,4 +124,8 @@ def _forms(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel)
     if facts.num_ranks == 1:
         return [(config.combine_blocks or 1, int(config.arrivals or False))]
     may = config.arrivals is None and cost.experts.arrivals_permille > 0
-    return [(n, arrivals) for arrivals in ((0, 1) if may else (int(config.arrivals or False),)) for n in config.block_choices(shape.hidden)]
+    return [
+        (n, arrivals)
+        for arrivals in ((0, 1) if may else (int(config.arrivals or False),))
+        for n in config.block_choices(shape.hidden)
+    ]

@@ -1,19 +1,19 @@
 """What a candidate of mode "auto" takes: bounds and a guess without a clock, and the clock's prediction.
 
-Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that run side
-by side finish in proportion to the number of layers. Compiled.
+Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that
+run side by side finish in proportion to the number of layers. Compiled.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from pipemoe.plan.clock.clock import run_clock
 from pipemoe.plan.clock.columns import issuing_ns
-from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FIRST_ATTEND
 from pipemoe.plan.clock.order import order_keys
-from pipemoe.plan.clock.clock import run_clock
 from pipemoe.plan.clock.sms import speeds_where_left
+from pipemoe.plan.compiled import compiled_part
 
 LAYERS = 16  # that are simulated at most, and half of them
 EVENTS = 550  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
@@ -21,9 +21,9 @@ EVENTS = 550  # on the clock, about as many as simulating a candidate may take: 
 
 @compiled_part
 def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
-    """bound: mean, slowest and p50 are no less than if every cohort ran alone, held up only by its slot; and nothing ends before each
-    rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed everything at full speed.
-    guess: what they may be like, if earlier cohorts go first."""
+    """bound: mean, slowest and p50 are no less than if every cohort ran alone, held up only by its slot; and nothing
+    ends before each rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed
+    everything at full speed. guess: what they may be like, if earlier cohorts go first."""
     num_cohorts, num_ranks = costs.ends.shape
     num_blocks, heads, num_waves, ends = costs.num_blocks, costs.num_heads, costs.num_waves, costs.ends
     works = heads + num_blocks
@@ -40,7 +40,9 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
         for r in range(num_ranks):
             last = -1
             computed[r] += compute[c, r, 0, BUSY]
-            issued[r] += issue[c, r] + num_waves[c] * (rates.host_dispatch_ns * costs.groups[c] + host_experts_ns + host_combine_ns)
+            issued[r] += issue[c, r] + num_waves[c] * (
+                rates.host_dispatch_ns * costs.groups[c] + host_experts_ns + host_combine_ns
+            )
             for w in range(num_waves[c]):
                 for work in range(1 + w * works, 1 + (w + 1) * works):
                     computed[r] += compute[c, r, work, BUSY]
@@ -71,14 +73,18 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
 def layers_and_events(costs, num_layers):
     """How many layers to simulate (and then half of them), and about how many events on the clock that takes."""
     num_cohorts, num_ranks = costs.ends.shape
-    in_layer = (num_cohorts + costs.num_waves.sum() * (1 + costs.num_heads + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
+    in_layer = (
+        (num_cohorts + costs.num_waves.sum() * (1 + costs.num_heads + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
+    )
     layers = min(num_layers, max(4, min(LAYERS, 2 * (EVENTS // (3 * in_layer)))))
     return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
 
 
 @compiled_part
 def predict(costs, weight, rates, speeds, limits, lefts, at, figures):
-    """Fill in figures[at], mean, largest and median ns to the first token, over sequences; returns the events that it took."""
+    """Fill in figures[at], mean, largest and median ns to the first token, over sequences; returns the events that it
+    took.
+    """
     num_layers, num_slots, num_buffers = limits[0], limits[2], limits[3]
     num_cohorts = len(costs.num_waves)
     slots = np.empty(num_cohorts, np.int64)
@@ -88,7 +94,9 @@ def predict(costs, weight, rates, speeds, limits, lefts, at, figures):
     table = speeds_where_left(rates, speeds, lefts[at], min(num_cohorts, num_slots))
     layers, _ = layers_and_events(costs, num_layers)
     keys = order_keys(costs, rates, num_slots, layers)
-    finish, _, events = run_clock(costs, keys, slots, weight, layers, num_buffers, rates, table, nothing, nothing, False)
+    finish, _, events = run_clock(
+        costs, keys, slots, weight, layers, num_buffers, rates, table, nothing, nothing, False
+    )
     if layers < num_layers:
         few = layers // 2
         keys = order_keys(costs, rates, num_slots, few)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.arrivals import group_of, groups_for, most_groups
+from pipemoe.plan.clock.layer import ALONE, BUSY, DISPATCH, LayerCosts
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost.model import experts_busy
-from pipemoe.plan.clock.layer import ALONE, BUSY, DISPATCH, LayerCosts
 from pipemoe.plan.products import scaled
 
 
@@ -15,9 +15,9 @@ from pipemoe.plan.products import scaled
 def take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k):
     """The same layer, its dispatches in groups, and `heads`: what of a wave's experts goes ahead of its last group.
 
-    Behind that come the first GEMM of the last group's rows (all weights that these need are read again, unless nothing is left to go
-    ahead), the second one and the sums, of all rows. Fewer multiprocessors make all of that longer (arrivals_permille). A gathered wave
-    is one group. Blocks of columns are cut afterwards.
+    Behind that come the first GEMM of the last group's rows (all weights that these need are read again, unless nothing
+    is left to go ahead), the second one and the sums, of all rows. Fewer multiprocessors make all of that longer
+    (arrivals_permille). A gathered wave is one group. Blocks of columns are cut afterwards.
     """
     num_cohorts, num_ranks, num_waves = costs.own.shape
     compute, exchange = costs.compute.copy(), costs.exchange.copy()
@@ -63,4 +63,17 @@ def take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k):
             heads[c, r, w] = scaled(max(0, busy - of_late), ahead, 1000)
             compute[c, r, 1 + w, ALONE] += busy - compute[c, r, 1 + w, BUSY]
             compute[c, r, 1 + w, BUSY] = busy
-    return LayerCosts(costs.num_waves, compute, exchange, costs.own, costs.ends, costs.waits, costs.issue, costs.num_blocks, costs.gathered, groups, heads, 1)
+    return LayerCosts(
+        costs.num_waves,
+        compute,
+        exchange,
+        costs.own,
+        costs.ends,
+        costs.waits,
+        costs.issue,
+        costs.num_blocks,
+        costs.gathered,
+        groups,
+        heads,
+        1,
+    )

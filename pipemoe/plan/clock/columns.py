@@ -1,15 +1,15 @@
 """What a layer costs when sums are computed and combined in blocks of columns. Compiled.
 
-Of LayerCosts, `compute` then has an entry per wave and block where it had one per wave, and so have the combines of `exchange`. With
-heads (arrival_costs) `compute` has one more per wave, ahead of its blocks.
+Of LayerCosts, `compute` then has an entry per wave and block where it had one per wave, and so have the combines of
+`exchange`. With heads (arrival_costs) `compute` has one more per wave, ahead of its blocks.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LayerCosts
+from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.products import scaled
 
 
@@ -17,8 +17,9 @@ from pipemoe.plan.products import scaled
 def cut_columns(costs, rates, num_blocks):
     """The same layer in `num_blocks` blocks, behind the heads if there are any.
 
-    The first block of a wave's experts takes all that comes before the output, and each one its part of that. A further block is
-    two of an experts call's six launches (GEMM and sum), so a third of its gaps again; and a group of collectives of its own.
+    The first block of a wave's experts takes all that comes before the output, and each one its part of that. A further
+    block is two of an experts call's six launches (GEMM and sum), so a third of its gaps again; and a group of
+    collectives of its own.
     """
     heads = costs.num_heads
     if num_blocks + heads == 1:
@@ -54,7 +55,18 @@ def cut_columns(costs, rates, num_blocks):
                 exchange[c, COMBINE, w * num_blocks + b, BUSY] = part
                 exchange[c, COMBINE, w * num_blocks + b, ALONE] = alone - busy + part
     return LayerCosts(
-        costs.num_waves, compute, exchange, costs.own, costs.ends, costs.waits, costs.issue, num_blocks, costs.gathered, costs.groups, costs.heads, heads
+        costs.num_waves,
+        compute,
+        exchange,
+        costs.own,
+        costs.ends,
+        costs.waits,
+        costs.issue,
+        num_blocks,
+        costs.gathered,
+        costs.groups,
+        costs.heads,
+        heads,
     )
 
 
@@ -71,8 +83,8 @@ def issuing_ns(rates, num_blocks):
 
 @compiled_look
 def gained_ns(whole, cut):
-    """What a layer of the cohort that gains most, by itself, gains by being `cut`: of the time from the begin of its last wave's
-    dispatch to the end of the combine, on the rank where that takes longest."""
+    """What a layer of the cohort that gains most, by itself, gains by being `cut`: of the time from the begin of its
+    last wave's dispatch to the end of the combine, on the rank where that takes longest."""
     most = 0
     for c in range(len(whole.num_waves)):
         most = max(most, _last_wave_ns(whole, c) - _last_wave_ns(cut, c))

@@ -1,8 +1,9 @@
 """What one layer of every cohort costs on every rank: cohorts cut into waves, and their operations priced. Compiled.
 
-    microbatches  int64 [M, 4]  cohort, rank, start, stop; by cohort, in the order in which they fill its waves
-    segments      int64 [S, 5]  cohort, wave, rank, start, stop
-    starts        int64 [.]     where each sequence starts, rank after rank, each with its end; rank r's from first[r] on
+microbatches  int64 [M, 4]  cohort, rank, start, stop; by cohort, in the order in which they fill its waves
+segments      int64 [S, 5]  cohort, wave, rank, start, stop
+starts        int64 [.]     where each sequence starts, rank after rank, each with its end; rank r's from first[r]
+on
 """
 
 from __future__ import annotations
@@ -20,22 +21,36 @@ FINISH, FIRST_ATTEND = -2, -1  # the last works in `compute`
 DISPATCH, COMBINE = 0, 1
 LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 
-# num_waves [C]. compute [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns alone and ns busy.
-# exchange [C, 2, W, 2]: dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends [C, R]: sequences whose last token the
-# cohort holds. waits [C, C]: the cohort's attention waits for the other's, of the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not
-# at all. issue [C, R]: ns to issue an attend. num_blocks: of columns; with more than one see column_costs. gathered [C, W]: is the wave
-# dispatched by one all-gather? groups [C]: of a dispatch, at most. heads [C, R, W]: ns that experts are busy ahead of the last group,
-# see arrival_costs; num_heads: 1 if there are such, else 0 (and heads are, too).
+# num_waves [C]. compute [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns alone and
+# ns busy. exchange [C, 2, W, 2]: dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends
+# [C, R]: sequences whose last token the cohort holds. waits [C, C]: the cohort's attention waits for the other's, of
+# the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not at all. issue [C, R]: ns to issue an attend. num_blocks: of
+# columns; with more than one see column_costs. gathered [C, W]: is the wave dispatched by one all-gather? groups [C]:
+# of a dispatch, at most. heads [C, R, W]: ns that experts are busy ahead of the last group, see arrival_costs;
+# num_heads: 1 if there are such, else 0 (and heads are, too).
 LayerCosts = namedtuple(
     "LayerCosts",
-    ["num_waves", "compute", "exchange", "own", "ends", "waits", "issue", "num_blocks", "gathered", "groups", "heads", "num_heads"],
+    [
+        "num_waves",
+        "compute",
+        "exchange",
+        "own",
+        "ends",
+        "waits",
+        "issue",
+        "num_blocks",
+        "gathered",
+        "groups",
+        "heads",
+        "num_heads",
+    ],
 )
 
 
 @compiled_part
 def cut_waves(microbatches, num_cohorts, limit):
-    """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even sizes (no
-    tiny last wave)."""
+    """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even
+    sizes (no tiny last wave)."""
     rows = np.zeros(num_cohorts, np.int64)
     for m in range(len(microbatches)):
         rows[microbatches[m, 0]] += microbatches[m, 3] - microbatches[m, 2]
@@ -66,10 +81,12 @@ def cut_waves(microbatches, num_cohorts, limit):
 
 
 @compiled
-def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left):
+def layer_costs(
+    segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
+):
     """Price the operations of a layer. gather: peers send partial sums to the owner. gathered: one
-    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2). sms_left: that the
-    experts leave to collectives."""
+    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2).
+    sms_left: that the experts leave to collectives."""
     num_cohorts, most_waves = wave_rows.shape
     num_ranks = len(first) - 1
     compute = np.zeros((num_cohorts, num_ranks, 3 + most_waves, 2), np.int64)
@@ -79,7 +96,8 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
     issue = np.full((num_cohorts, num_ranks), rates.host_idle_ns, np.int64)
     rows = np.zeros((num_cohorts, num_ranks), np.int64)
     pairs = np.zeros((num_cohorts, num_ranks), np.int64)
-    begun = np.zeros((num_cohorts, num_ranks), np.int64)  # tokens of the sequences that begin in the cohort, and that end there
+    # tokens of the sequences that begin in the cohort, and that end there
+    begun = np.zeros((num_cohorts, num_ranks), np.int64)
     ended = np.zeros((num_cohorts, num_ranks), np.int64)
     busy_of, first_of = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
@@ -142,7 +160,10 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
                     busy += crowd
                 compute[c, r, 0, ALONE], compute[c, r, 0, BUSY] = rates.attend_fixed_ns + busy, busy
                 first_busy_ns = busy + first_of[r]
-                compute[c, r, FIRST_ATTEND, ALONE], compute[c, r, FIRST_ATTEND, BUSY] = rates.attend_fixed_ns + first_busy_ns, first_busy_ns
+                compute[c, r, FIRST_ATTEND, ALONE], compute[c, r, FIRST_ATTEND, BUSY] = (
+                    rates.attend_fixed_ns + first_busy_ns,
+                    first_busy_ns,
+                )
                 compute[c, r, FINISH, ALONE] = compute[c, r, FINISH, BUSY] = rates.finish_ns
     groups, heads = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
     return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, heads, 0)
@@ -150,7 +171,9 @@ def layer_costs(segments, wave_rows, num_waves, waits, starts, first, rates, num
 
 @compiled_part
 def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left):
-    """The same layer, not yet in blocks of columns, with experts of `num_ranks` ranks that leave `sms_left` multiprocessors."""
+    """The same layer, not yet in blocks of columns, with experts of `num_ranks` ranks that leave `sms_left`
+    multiprocessors.
+    """
     compute = costs.compute.copy()
     for c in range(len(costs.num_waves)):
         for w in range(costs.num_waves[c]):
@@ -158,14 +181,26 @@ def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left
             for r in range(compute.shape[1]):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
     return LayerCosts(
-        costs.num_waves, compute, costs.exchange, costs.own, costs.ends, costs.waits, costs.issue, 1, costs.gathered, costs.groups, costs.heads, 0
+        costs.num_waves,
+        compute,
+        costs.exchange,
+        costs.own,
+        costs.ends,
+        costs.waits,
+        costs.issue,
+        1,
+        costs.gathered,
+        costs.groups,
+        costs.heads,
+        0,
     )
 
 
 @compiled_part
 def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
-    """[C, C]: which attention the row's cohort waits for. It reads keys and values of the earlier chunks of a sequence; and no chunk
-    runs further ahead than a layer of what continues it, where both take the slots in the same turn (Plan.pacemakers)."""
+    """[C, C]: which attention the row's cohort waits for. It reads keys and values of the earlier chunks of a sequence;
+    and no chunk runs further ahead than a layer of what continues it, where both take the slots in the same turn
+    (Plan.pacemakers)."""
     waits = np.zeros((num_cohorts, num_cohorts), np.int64)
     for later in range(len(microbatches)):
         c, r, start = microbatches[later, 0], microbatches[later, 1], microbatches[later, 2]
@@ -176,7 +211,12 @@ def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
             continue
         for earlier in range(len(microbatches)):
             e = microbatches[earlier, 0]
-            if microbatches[earlier, 1] == r and microbatches[earlier, 2] < start and microbatches[earlier, 3] > starts[s] and e != c:
+            if (
+                microbatches[earlier, 1] == r
+                and microbatches[earlier, 2] < start
+                and microbatches[earlier, 3] > starts[s]
+                and e != c
+            ):
                 waits[c, e] = LAYER_OF
                 if e // num_slots == c // num_slots:
                     waits[e, c] = LAYER_BEFORE
@@ -208,9 +248,9 @@ def _attention(compute, r):
 
 @compiled_part
 def merge_alike_ranks(costs, on_cores):
-    """The same costs with one rank for all that are alike, and how many it stands for: ranks of the same cohorts and waves, whose
-    attention differs by less than a sixteenth. Where that leaves more than three, by whatever: the longest one holds up the others (but on cores
-    that all share, every one counts)."""
+    """The same costs with one rank for all that are alike, and how many it stands for: ranks of the same cohorts and
+    waves, whose attention differs by less than a sixteenth. Where that leaves more than three, by whatever: the longest
+    one holds up the others (but on cores that all share, every one counts)."""
     of_ranks, own_of, issue_of, ends_of, heads_of = costs.compute, costs.own, costs.issue, costs.ends, costs.heads
     num_cohorts, num_ranks, num_works = of_ranks.shape[0], of_ranks.shape[1], of_ranks.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
@@ -247,6 +287,17 @@ def merge_alike_ranks(costs, on_cores):
     for r in range(num_ranks):
         weight[class_of[r]] += 1
     merged = LayerCosts(
-        costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue, costs.num_blocks, costs.gathered, costs.groups, heads, costs.num_heads
+        costs.num_waves,
+        compute,
+        costs.exchange,
+        own,
+        ends,
+        costs.waits,
+        issue,
+        costs.num_blocks,
+        costs.gathered,
+        costs.groups,
+        heads,
+        costs.num_heads,
     )
     return merged, weight

@@ -1,20 +1,23 @@
-"""The total order: operations by when they would start if every cohort ran alone, held up only by causality and by its slot."""
+"""The total order: operations by when they would start if every cohort ran alone, held up only by causality and by its
+slot.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pipemoe.plan.clock.columns import issuing_ns
-from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.clock.layer import ALONE, COMBINE, DISPATCH, FIRST_ATTEND, LAYER_OF
 from pipemoe.plan.clock.rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
+from pipemoe.plan.compiled import compiled_part
 
 
 @compiled_part
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
     num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_heads + costs.num_blocks
-    compute, exchange, waits, issue = costs.compute, costs.exchange, costs.waits, costs.issue  # outside of loops: taking them out counts references
+    # outside of loops: taking them out counts references
+    compute, exchange, waits, issue = costs.compute, costs.exchange, costs.waits, costs.issue
     num_cohorts, most_waves = len(num_waves), costs.own.shape[2]
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     keys = np.zeros((num_cohorts, num_layers * (1 + 3 * most_waves) + 1), np.int64)
@@ -60,9 +63,12 @@ def order_keys(costs, rates, num_slots, num_layers):
 
 
 def merge_orders(keys, num_waves, num_layers):
-    """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower cohort."""
+    """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower
+    cohort.
+    """
     orders = [cohort_order(cohort, waves, num_layers) for cohort, waves in enumerate(num_waves.tolist())]
-    times = np.concatenate([of_cohort[: len(order)] for of_cohort, order in zip(keys, orders, strict=True)])  # never falling, within a cohort
+    # never falling, within a cohort
+    times = np.concatenate([of_cohort[: len(order)] for of_cohort, order in zip(keys, orders, strict=True)])
     return np.concatenate(orders)[np.argsort(times, kind="stable")]
 
 

@@ -8,14 +8,14 @@ import numpy as np
 
 from pipemoe.errors import PlanError
 from pipemoe.plan.clock.arrivals import take_as_they_arrive
-from pipemoe.plan.clock.columns import cut_columns
-from pipemoe.plan.cost.model import CostModel, rates_of, speeds_of
-from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
-from pipemoe.plan.cost.magnitude import check_magnitude
-from pipemoe.plan.schedule import Op, OpKind, Plan
 from pipemoe.plan.clock.clock import run_clock
+from pipemoe.plan.clock.columns import cut_columns
+from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import speeds_where_left
+from pipemoe.plan.cost.magnitude import check_magnitude
+from pipemoe.plan.cost.model import CostModel, rates_of, speeds_of
+from pipemoe.plan.schedule import Op, OpKind, Plan
 
 Interval = tuple[int, int]
 
@@ -41,8 +41,8 @@ class Prediction:
 
 
 def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
-    """Predict `plan`. spans: also when each operation runs. Raises PlanError if it can never end (no sound plan does), InputError if it
-    takes longer than can be reckoned with."""
+    """Predict `plan`. spans: also when each operation runs. Raises PlanError if it can never end (no sound plan does),
+    InputError if it takes longer than can be reckoned with."""
     num_ranks, num_cohorts, num_layers = plan.facts.num_ranks, len(plan.cohorts), plan.shape.num_layers
     if not plan.cohorts:
         return Prediction((None,) * num_ranks, ((),) * num_ranks, (0,) * num_ranks, ((),) * num_ranks)
@@ -60,10 +60,14 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
     weight = np.ones(num_ranks, np.int64)
     rates = rates_of(cost)
     speeds = speeds_where_left(rates, speeds_of(cost), plan.sms_left, plan.num_slots_used)
-    finish, exposed, _ = run_clock(costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates, speeds, computed, moved, spans)
+    finish, exposed, _ = run_clock(
+        costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates, speeds, computed, moved, spans
+    )
     if (finish == NEVER).any():
         raise PlanError("simulation: the plan comes to a standstill")
-    sequences = tuple(tuple(cost.start_ns + int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan)))
+    sequences = tuple(
+        tuple(cost.start_ns + int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan))
+    )
     ttft = tuple(max(of_rank, default=None) for of_rank in sequences)
     found = _spans(plan, costs, computed, moved) if spans else ((),) * num_ranks
     return Prediction(ttft, sequences, tuple(exposed.tolist()), found)
@@ -71,7 +75,12 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
 
 def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     """A layer of the plan, priced."""
-    segments = [(c, w, s.rank, s.start, s.stop) for c, cohort in enumerate(plan.cohorts) for w, wave in enumerate(cohort.waves) for s in wave.segments]
+    segments = [
+        (c, w, s.rank, s.start, s.stop)
+        for c, cohort in enumerate(plan.cohorts)
+        for w, wave in enumerate(cohort.waves)
+        for s in wave.segments
+    ]
     num_waves = np.array([len(cohort.waves) for cohort in plan.cohorts], dtype=np.int64)
     rows = np.zeros((len(num_waves), num_waves.max()), np.int64)
     waits = np.zeros((len(num_waves), len(num_waves)), np.int64)
@@ -85,7 +94,9 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     gather, gathered = config.combine == "gather", config.gathered_waves
     rates = rates_of(cost)
     sms_left = 0 if plan.arrivals else plan.sms_left  # what arrivals leave is in their own price
-    costs = layer_costs(table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered, sms_left)
+    costs = layer_costs(
+        table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered, sms_left
+    )
     if plan.arrivals:
         costs = take_as_they_arrive(costs, table, rows, rates, shape.num_experts, shape.top_k)
     return cut_columns(costs, rates, plan.num_column_blocks)
@@ -103,7 +114,9 @@ def _last_cohorts(plan: Plan) -> list[list[int]]:
     ]
 
 
-def _spans(plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarray) -> tuple[tuple[tuple[Op, Interval], ...], ...]:
+def _spans(
+    plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarray
+) -> tuple[tuple[tuple[Op, Interval], ...], ...]:
     of_ranks = []
     for rank in range(plan.facts.num_ranks):
         spans = []
@@ -123,4 +136,3 @@ def _spans(plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarra
                 spans.append((op, (int(of_layer[first, 0]), int(of_layer[last, 1]))))
         of_ranks.append(tuple(sorted(spans, key=lambda span: (span[1], span[0]))))
     return tuple(of_ranks)
-

@@ -8,15 +8,15 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.clock.columns import issuing_ns
-from pipemoe.plan.compiled import compiled_part, compiled_rule
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LAYER_OF
+from pipemoe.plan.compiled import compiled_part, compiled_rule
 from pipemoe.plan.schedule import MAX_GROUPS
 
 NEVER = 1 << 60
 ATTEND_OP, DISPATCH_OP, EXPERTS_OP, COMBINE_OP, FINISH_OP = 0, 1, 2, 3, 4  # values of OpKind
 
-# The state is a few arrays, not an object: compiled code counts references to every array that it passes on. Layers, places and
-# waves are counted along, not divided out: divisions would take most of the time.
+# The state is a few arrays, not an object: compiled code counts references to every array that it passes on. Layers,
+# places and waves are counted along, not divided out: divisions would take most of the time.
 # state [., C, R], of C cohorts on R ranks; speeds in thousandths:
 LAST_OWN = 0  # last combine, of a layer, of rows of the rank, or -1
 ISSUED = 1  # operations
@@ -31,7 +31,8 @@ DEMAND = 11  # share of the device that it takes by itself, in thousandths
 SPEED = 12
 END = 13  # when it will end at that speed, or NEVER
 ISSUE_LAYER, ISSUE_PLACE = 14, 15  # of the next operation to issue: its layer, and its place in layer_template
-WORK_LAYER, WORK_PLACE = 16, 17  # of the next computation: its layer; 0 attend or finish, then each wave's experts: head, block by block
+# of the next computation: its layer; 0 attend or finish, then each wave's experts: head, block by block
+WORK_LAYER, WORK_PLACE = 16, 17
 # host [., R]: the operation that the rank's engine is issuing
 HOST_END, HOST_KIND, HOST_COHORT = 0, 1, 2
 # transfers [2, ., C]: of dispatches and of combines
@@ -55,7 +56,9 @@ GROUPS = 5  # of a dispatch
 
 @compiled_part
 def layer_template(num_waves):
-    """One layer of a cohort, [1 + 3 W, 2] = kind, wave; the dispatch of a wave goes ahead of the experts of the one before."""
+    """One layer of a cohort, [1 + 3 W, 2] = kind, wave; the dispatch of a wave goes ahead of the experts of the one
+    before.
+    """
     template = np.empty((1 + 3 * num_waves, 2), np.int64)
     template[0, 0], template[0, 1] = ATTEND_OP, 0
     template[1, 0], template[1, 1] = DISPATCH_OP, 0
@@ -78,7 +81,23 @@ def _attended(at_layer, at_place, layer, wait):
 
 
 @compiled_rule
-def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, keys, rates, num_layers, num_blocks, num_heads, r, now):
+def issue_next(
+    state,
+    host,
+    transfers,
+    cohorts,
+    templates,
+    waits,
+    own,
+    issue,
+    keys,
+    rates,
+    num_layers,
+    num_blocks,
+    num_heads,
+    r,
+    now,
+):
     """Let rank r's engine take the first operation in the plan's order that may be issued, if there is one."""
     best, best_key, best_kind = -1, NEVER, 0
     for c in range(cohorts.shape[1]):
@@ -94,7 +113,9 @@ def issue_next(state, host, transfers, cohorts, templates, waits, own, issue, ke
             if layer == 0 and before >= 0:
                 may = state[r, before, ISSUE_LAYER] > num_layers
             for e in range(cohorts.shape[1]):
-                if waits[c, e] and not _attended(state[r, e, ISSUE_LAYER], state[r, e, ISSUE_PLACE], layer, waits[c, e]):
+                if waits[c, e] and not _attended(
+                    state[r, e, ISSUE_LAYER], state[r, e, ISSUE_PLACE], layer, waits[c, e]
+                ):
                     may = False
         if may:
             best, best_key, best_kind = c, keys[c, state[r, c, ISSUED]], kind
@@ -144,14 +165,26 @@ def demand_of(alone, busy, takes, rates):
 
 
 @compiled_rule
-def begin_computation(state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, num_heads, c, r, now):
-    """Begin the next computation of cohort c on rank r if it may; returns whether. A head waits for no dispatch, what follows it does."""
+def begin_computation(
+    state, host, transfers, cohorts, waits, compute, rates, num_layers, num_buffers, num_blocks, num_heads, c, r, now
+):
+    """Begin the next computation of cohort c on rank r if it may; returns whether. A head waits for no dispatch, what
+    follows it does.
+    """
     op, before = state[r, c, DONE], cohorts[BEFORE, c]
-    if state[r, c, ACTIVE] or state[r, c, QUEUED] <= op or (op == 0 and before >= 0 and state[r, before, WORK_LAYER] <= num_layers):
+    if (
+        state[r, c, ACTIVE]
+        or state[r, c, QUEUED] <= op
+        or (op == 0 and before >= 0 and state[r, before, WORK_LAYER] <= num_layers)
+    ):
         return False
     layer, work = state[r, c, WORK_LAYER], state[r, c, WORK_PLACE]
     if work == 0:  # attend or finish
-        if layer and state[r, c, LAST_OWN] >= 0 and not _has_arrived(transfers, COMBINE, c, layer - 1, state[r, c, LAST_OWN]):
+        if (
+            layer
+            and state[r, c, LAST_OWN] >= 0
+            and not _has_arrived(transfers, COMBINE, c, layer - 1, state[r, c, LAST_OWN])
+        ):
             return False
         if layer == num_layers:
             work = compute.shape[2] + FINISH
@@ -168,7 +201,9 @@ def begin_computation(state, host, transfers, cohorts, waits, compute, rates, nu
             return False
         if part == 0:
             before_layer, before_wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])
-            if before_layer >= 0 and not _has_arrived(transfers, COMBINE, c, before_layer, (before_wave + 1) * num_blocks - 1):
+            if before_layer >= 0 and not _has_arrived(
+                transfers, COMBINE, c, before_layer, (before_wave + 1) * num_blocks - 1
+            ):
                 return False
     takes = compute[c, r, work, ALONE]
     being_issued = num_heads + num_blocks if host[HOST_KIND, r] == EXPERTS_OP else 1  # the last of those queued
@@ -183,7 +218,9 @@ def begin_computation(state, host, transfers, cohorts, waits, compute, rates, nu
 
 @compiled_rule
 def share_cores(state, rates, total, r, now):
-    """Set the speeds of rank r's computations anew where all ranks compute on the same cores, of which `total` is demanded."""
+    """Set the speeds of rank r's computations anew where all ranks compute on the same cores, of which `total` is
+    demanded.
+    """
     beside = 0
     for c in range(state.shape[1]):
         beside += state[r, c, ACTIVE]
@@ -196,8 +233,8 @@ def share_cores(state, rates, total, r, now):
 
 @compiled_rule
 def share_device(state, cohorts, speeds, r, now):
-    """Set the speeds of rank r's computations anew by the table of contention. A collective takes its thread blocks as soon as this
-    rank is ready for it, also while it waits for the others."""
+    """Set the speeds of rank r's computations anew by the table of contention. A collective takes its thread blocks as
+    soon as this rank is ready for it, also while it waits for the others."""
     for c in range(state.shape[1]):
         if not state[r, c, ACTIVE]:
             continue
@@ -205,7 +242,9 @@ def share_device(state, cohorts, speeds, r, now):
         for e in range(state.shape[1]):
             if state[r, e, ACTIVE] and e != c:
                 under = 1 if cohorts[SLOT, e] < cohorts[SLOT, c] else 0
-                speed = speed * _beside(speeds[under, kind, min(1, state[r, e, WORK_PLACE])], state[r, e, DEMAND]) // 1000
+                speed = (
+                    speed * _beside(speeds[under, kind, min(1, state[r, e, WORK_PLACE])], state[r, e, DEMAND]) // 1000
+                )
             for side in range(2):
                 if state[r, e, READY + side]:
                     speed = speed * speeds[0, kind, 2 + side] // 1000
@@ -238,7 +277,9 @@ def slow_links(state, beside, speeds, r):
         speed = 1000
         for e in range(state.shape[1]):
             if state[r, e, ACTIVE]:
-                speed = speed * _beside(speeds[0, 2 + side, min(1, state[r, e, WORK_PLACE])], state[r, e, DEMAND]) // 1000
+                speed = (
+                    speed * _beside(speeds[0, 2 + side, min(1, state[r, e, WORK_PLACE])], state[r, e, DEMAND]) // 1000
+                )
         beside[side, r] = speed
 
 
@@ -281,4 +322,6 @@ def is_ready(state, transfers, cohorts, own, num_buffers, num_blocks, num_heads,
     if own[c, r, wave] and (work_layer < layer or (work_layer == layer and work_place == 0)):
         return False
     layer, wave = _earlier(layer, wave, num_buffers, cohorts[WAVES, c])  # of the buffer's reader before
-    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > (1 + wave) * (num_heads + num_blocks))
+    return (
+        layer < 0 or work_layer > layer or (work_layer == layer and work_place > (1 + wave) * (num_heads + num_blocks))
+    )

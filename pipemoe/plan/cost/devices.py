@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Peak rates of one device. `flops`: dense bfloat16 (float32 on a CPU), per second. `link`: bytes per second, one direction.
+    """Peak rates of one device. `flops`: dense bfloat16 (float32 on a CPU), per second. `link`: bytes per second, one
+    direction.
 
     `cores`: what computes side by side at full speed: 0 for a GPU of its own per rank, else cores that all ranks share.
     """
@@ -20,9 +21,9 @@ class Device:
     cores: int = 0
 
 
-# Sources: NVIDIA's data sheets. H200 and H100 SXM (sparse 1,979 TFLOP/s bf16, so 989 dense; HBM3e 4.8, HBM3 3.35 TB/s; NVLink
-# 900 GB/s both ways), A100 SXM 80 GB (312 TFLOP/s, 2,039 GB/s, 600 GB/s), HGX B200 per GPU (4.5 PFLOP/s sparse bf16, so 2.25
-# dense; 8 TB/s; NVLink 1.8 TB/s both ways; 148 SMs). SM counts: the architecture white papers.
+# Sources: NVIDIA's data sheets. H200 and H100 SXM (sparse 1,979 TFLOP/s bf16, so 989 dense; HBM3e 4.8, HBM3 3.35 TB/s;
+# NVLink 900 GB/s both ways), A100 SXM 80 GB (312 TFLOP/s, 2,039 GB/s, 600 GB/s), HGX B200 per GPU (4.5 PFLOP/s sparse
+# bf16, so 2.25 dense; 8 TB/s; NVLink 1.8 TB/s both ways; 148 SMs). SM counts: the architecture white papers.
 GPUS: dict[str, Device] = {
     "h200": Device("h200", 989 * 10**12, 4800 * 10**9, 450 * 10**9, 132),
     "h100": Device("h100", 989 * 10**12, 3350 * 10**9, 450 * 10**9, 132),
@@ -39,7 +40,9 @@ def is_hopper(name: str) -> bool:
 
 
 def cpu(cores: int) -> Device:
-    """A host of `cores` cores, with the rates per core of a present server core: the peak in float32, memory, and copies between processes."""
+    """A host of `cores` cores, with the rates per core of a present server core: the peak in float32, memory, and
+    copies between processes.
+    """
     return Device("cpu", 150 * 10**9, 20 * 10**9, 16 * 10**9, 0, cores)
 
 

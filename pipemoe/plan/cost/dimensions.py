@@ -29,7 +29,9 @@ class Dimensions:
 
 
 def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
-    """From a config.json's content: Qwen3-MoE, Mixtral or DeepSeek-V3. Raises ConfigError for others, and for what these do not do."""
+    """From a config.json's content: Qwen3-MoE, Mixtral or DeepSeek-V3. Raises ConfigError for others, and for what
+    these do not do.
+    """
     return dimensions_of_facts(supported_facts(config))
 
 
@@ -47,7 +49,9 @@ def dimensions_of_shape(shape: ModelShape) -> Dimensions:
 
 
 def dimensions_of_facts(facts: ModelFacts) -> Dimensions:
-    """Dense layers behind the first MoE layer count to the MoE layers, in equal parts: a layer is attended to once they are through."""
+    """Dense layers behind the first MoE layer count to the MoE layers, in equal parts: a layer is attended to once they
+    are through.
+    """
     hidden, num_moe = facts.hidden, len(facts.moe_layers)
     shape = ModelShape(hidden, facts.intermediate, facts.num_experts, facts.top_k, num_moe)
     if facts.latent:
@@ -65,7 +69,9 @@ def dimensions_of_facts(facts: ModelFacts) -> Dimensions:
 
 
 def _latent(facts: ModelFacts, latent: Latent) -> tuple[int, int]:
-    """Weights, and flops for a pair of tokens, of DeepSeek's latent attention, computed with keys and values written out (prefill)."""
+    """Weights, and flops for a pair of tokens, of DeepSeek's latent attention, computed with keys and values written
+    out (prefill).
+    """
     hidden, heads, keys = facts.hidden, facts.num_heads, latent.nope + latent.rope
     queries = latent.query_rank * (hidden + heads * keys) if latent.query_rank else hidden * heads * keys
     key_values = hidden * (latent.key_rank + latent.rope) + latent.key_rank * heads * (latent.nope + latent.values)

@@ -2,8 +2,8 @@
 
     {"schema": "pipemoe.cost/6", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
 
-The subject says what was measured; a file is used for exactly that and refused for all else. Files of version 3 lack what SmsCost says,
-those of versions 4 and 3 what the first layer takes on top, and are read with defaults for that.
+The subject says what was measured; a file is used for exactly that and refused for all else. Files of version 3 lack
+what SmsCost says, those of versions 4 and 3 what the first layer takes on top, and are read with defaults for that.
 """
 
 from __future__ import annotations
@@ -44,18 +44,22 @@ def read_cost_bytes(path: str | os.PathLike[str]) -> bytes:
 
 
 def cost_of_bytes(raw: bytes, path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:
-    """The cost model in `raw`, read from `path`. Raises ConfigError, naming the first difference, if it is of another `subject` (None:
-    any will do) or another version."""
+    """The cost model in `raw`, read from `path`. Raises ConfigError, naming the first difference, if it is of another
+    `subject` (None: any will do) or another version."""
     found, cost = subject_and_cost(raw, path)
     for key in sorted({*found, *(subject or found)}):
         wanted = found.get(key) if subject is None else subject.get(key)
         if found.get(key) != wanted:
-            raise ConfigError(f"{path}: measured with {key} {found.get(key)!r}, but here it is {wanted!r}; run pipemoe tune again")
+            raise ConfigError(
+                f"{path}: measured with {key} {found.get(key)!r}, but here it is {wanted!r}; run pipemoe tune again"
+            )
     return cost
 
 
 def subject_and_cost(raw: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, Any], CostModel]:
-    """What was measured, and the cost model, in `raw`, read from `path`. Raises ConfigError if that is of another version, or no cost file."""
+    """What was measured, and the cost model, in `raw`, read from `path`. Raises ConfigError if that is of another
+    version, or no cost file.
+    """
     try:
         document = json.loads(raw)
         schema, found = document["schema"], dict(document["subject"])

@@ -1,4 +1,6 @@
-"""From measured times to a cost model: non-negative least squares on relative errors, one kind of operation at a time."""
+"""From measured times to a cost model: non-negative least squares on relative errors, one kind of operation at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,17 @@ from itertools import combinations
 
 import numpy as np
 
-from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, experts_busy, rates_of
+from pipemoe.plan.cost.model import (
+    AttendCost,
+    ContentionCost,
+    CostModel,
+    ExchangeCost,
+    ExpertsCost,
+    HostCost,
+    SmsCost,
+    experts_busy,
+    rates_of,
+)
 from pipemoe.plan.schedule import ModelShape
 
 _LEAST_SPEED = 0.05  # nothing stops for good
@@ -20,17 +32,21 @@ class Samples:
     """What was measured, all times in ns. host: by the names of HostCost, without the unit."""
 
     attend: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, pairs of query and key; on one rank
-    crowded: list[tuple[int, int, float]] = field(default_factory=list)  # the same while every other rank attends to as much
+    # the same while every other rank attends to as much
+    crowded: list[tuple[int, int, float]] = field(default_factory=list)
     experts: list[tuple[int, float]] = field(default_factory=list)  # rows of the wave
     dispatch: list[tuple[int, int, float]] = field(default_factory=list)  # segments, rows that the busiest link carries
     combine: list[tuple[int, int, float]] = field(default_factory=list)
     host: dict[str, list[float]] = field(default_factory=dict)
-    start: list[tuple[int, int, float]] = field(default_factory=list)  # tokens and pairs: to the first MoE layer's attention
+    # tokens and pairs: to the first MoE layer's attention
+    start: list[tuple[int, int, float]] = field(default_factory=list)
     finish: list[float] = field(default_factory=list)
 
 
 def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: int) -> CostModel:
-    """`start` with everything replaced that the samples tell. Raises ValueError if a kind of operation was never measured."""
+    """`start` with everything replaced that the samples tell. Raises ValueError if a kind of operation was never
+    measured.
+    """
     # A thread that issues is held up now and then, by others or by full queues: what it takes shows in the quick ones.
     host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
@@ -38,7 +54,10 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
     start_ns = start.start_ns
     # A rank that was held up in its other layers looks as if it had begun before the call.
     begun = [(rows, pairs, ns) for rows, pairs, ns in samples.start if ns > 0]
-    typical = {size: float(np.median([ns for *of_size, ns in begun if tuple(of_size) == size])) for size in sorted({sample[:2] for sample in begun})}
+    typical = {
+        size: float(np.median([ns for *of_size, ns in begun if tuple(of_size) == size]))
+        for size in sorted({sample[:2] for sample in begun})
+    }
     if typical:
         begin, row, pair = least_squares([(1, rows, pairs) for rows, pairs in typical], list(typical.values()))
         start_ns = round(begin)
@@ -68,11 +87,21 @@ def fit_contention(speeds: Speeds) -> ContentionCost:
 
 
 def fit_sms(start: SmsCost, usual: Speeds, crowded: Speeds, roomy: Speeds) -> SmsCost:
-    """From the measured speeds of experts and transfers side by side, by pairs of which the first is "experts", where the experts leave
-    room for the transfers, no room, and twice as much."""
+    """From the measured speeds of experts and transfers side by side, by pairs of which the first is "experts", where
+    the experts leave room for the transfers, no room, and twice as much."""
 
     def permille(other: Speeds, side: int) -> int:
-        return round(1000 * float(np.mean([max(speeds[side], _LEAST_SPEED) / max(usual[pair][side], _LEAST_SPEED) for pair, speeds in other.items()])))
+        return round(
+            1000
+            * float(
+                np.mean(
+                    [
+                        max(speeds[side], _LEAST_SPEED) / max(usual[pair][side], _LEAST_SPEED)
+                        for pair, speeds in other.items()
+                    ]
+                )
+            )
+        )
 
     return replace(
         start,
@@ -101,20 +130,34 @@ def least_squares(features: Sequence[Sequence[float]], values: Sequence[float]) 
 
 
 def _fit_attend(samples: Samples, start: AttendCost, host_ns: int) -> AttendCost:
-    fixed, row, pair = least_squares([(1, rows, pairs) for rows, pairs, _ in samples.attend], [ns for *_, ns in samples.attend])
-    longer = [ns / (fixed + row * rows + pair * pairs) - 1 for rows, pairs, ns in samples.crowded if row * rows + pair * pairs > fixed]
+    fixed, row, pair = least_squares(
+        [(1, rows, pairs) for rows, pairs, _ in samples.attend], [ns for *_, ns in samples.attend]
+    )
+    longer = [
+        ns / (fixed + row * rows + pair * pairs) - 1
+        for rows, pairs, ns in samples.crowded
+        if row * rows + pair * pairs > fixed
+    ]
     crowd = max(0, round(1e3 * float(np.median(longer)))) if longer else 0
-    if fixed <= 1.2 * host_ns and host_ns > start.fixed_ns:  # bound by its issuing: what the device alone takes stays unseen
+    # bound by its issuing: what the device alone takes stays unseen
+    if fixed <= 1.2 * host_ns and host_ns > start.fixed_ns:
         fixed, weights = start.fixed_ns, start.weights_ns
     else:
         weights = min(start.weights_ns, round(fixed))
         fixed = round(fixed) - weights
-    return replace(start, fixed_ns=fixed, weights_ns=weights, row_ps=round(row * 1e3), pair_fs=round(pair * 1e6), crowd_permille=crowd)
+    return replace(
+        start,
+        fixed_ns=fixed,
+        weights_ns=weights,
+        row_ps=round(row * 1e3),
+        pair_fs=round(pair * 1e6),
+        crowd_permille=crowd,
+    )
 
 
 def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, host: HostCost) -> ExpertsCost:
-    """Two scales: of what grows with the experts hit, of what grows with the rows; with the tile height that explains the samples best
-    (where weights are read meanwhile, rows that a tile lacks cost nothing)."""
+    """Two scales: of what grows with the experts hit, of what grows with the rows; with the tile height that explains
+    the samples best (where weights are read meanwhile, rows that a tile lacks cost nothing)."""
     measured = np.array([ns for _, ns in samples], float)
 
     def busy(cost: ExpertsCost, rows: int) -> int:
@@ -131,25 +174,33 @@ def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, h
             least = error
             if fixed <= 1.2 * host.experts_ns and host.experts_ns > old.fixed_ns:
                 fixed = old.fixed_ns
-            by_scale = {"expert_ns": round(read * old.expert_ns), "pair_ps": round(compute * old.pair_ps), "row_ps": round(compute * old.row_ps)}
+            by_scale = {
+                "expert_ns": round(read * old.expert_ns),
+                "pair_ps": round(compute * old.pair_ps),
+                "row_ps": round(compute * old.row_ps),
+            }
             best = replace(old, fixed_ns=round(fixed), **by_scale)
     return best
 
 
 def _fit_exchange(samples) -> ExchangeCost:
-    fixed, segment, row = least_squares([(1, segments, rows) for segments, rows, _ in samples], [ns for *_, ns in samples])
+    fixed, segment, row = least_squares(
+        [(1, segments, rows) for segments, rows, _ in samples], [ns for *_, ns in samples]
+    )
     return ExchangeCost(round(fixed), round(segment), round(row * 1e3))
 
 
 _SCALES = {  # in thousandths
-    "compute": (600, 700, 800, 900, 1000, 1050, 1100, 1150, 1200, 1300, 1500, 2000),  # attention and experts alike, before either
+    # attention and experts alike, before either
+    "compute": (600, 700, 800, 900, 1000, 1050, 1100, 1150, 1200, 1300, 1500, 2000),
     "attend": (700, 800, 900, 950, 1000, 1050, 1100, 1200, 1300),
     "experts": (700, 800, 900, 950, 1000, 1050, 1100, 1200, 1300),
     "crowd": (0, 500, 1000, 1500, 2000, 3000),
     "latency": (300, 500, 700, 850, 1000, 1150, 1300, 1600, 2000),
     "volume": (600, 800, 900, 1000, 1100, 1200, 1400),
     "host": (400, 600, 800, 900, 1000, 1100, 1200),
-    "contention": (0, 250, 500, 750, 1000),  # of computations side by side: in steps no worse than in pairs without a gap
+    # of computations side by side: in steps no worse than in pairs without a gap
+    "contention": (0, 250, 500, 750, 1000),
     "crossing": (0, 250, 500, 750, 1000),  # of a transfer and anything, the same
     "slowdown": (0, 500, 1000, 2000, 4000),
     "gaps": (0, 250, 500, 750, 1000),  # as such, not scaled
@@ -160,8 +211,9 @@ _PASSES, _WORTHWHILE = 10, 2e-3  # over all scales; of the error
 
 
 def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
-    """Adjust what single operations do not show to whole steps. log_error: of predictions by a cost model, the smaller the better.
-    Everything is scaled, one after another as long as it helps, from several starts; what is lost by contention as well."""
+    """Adjust what single operations do not show to whole steps. log_error: of predictions by a cost model, the smaller
+    the better. Everything is scaled, one after another as long as it helps, from several starts; what is lost by
+    contention as well."""
     best, least = cost, log_error(cost)
     for start in _STARTS:
         at = dict.fromkeys(_SCALES, 1000) | {"gaps": cost.gap_permille} | start

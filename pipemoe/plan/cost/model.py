@@ -1,9 +1,9 @@
 """What the operations of a plan cost, in whole numbers, so that every rank computes the same.
 
-Each operation takes `alone` nanoseconds by itself, of which it is `busy` with what it shares (a GPU's SMs, the cores, a link);
-the rest are gaps, launches and latencies, in which others may go on. What operations do to one another side by side is a table of
-speeds (ContentionCost), or shares of cores (CoresCost). Defaults come from `pipemoe.plan.cost.default`, measured values from
-`pipemoe tune`.
+Each operation takes `alone` nanoseconds by itself, of which it is `busy` with what it shares (a GPU's SMs, the cores, a
+link); the rest are gaps, launches and latencies, in which others may go on. What operations do to one another side by
+side is a table of speeds (ContentionCost), or shares of cores (CoresCost). Defaults come from
+`pipemoe.plan.cost.default`, measured values from `pipemoe tune`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pipemoe.plan.products import scaled
 GRAPH_ROWS = (16, 64, *range(128, 1025, 128), *range(1280, 4097, 256), *range(4608, 8193, 512))
 KINDS = ("attend", "experts", "dispatch", "combine")  # rows and columns of the table of contention
 _MOST_OF_A_KIND, _MOST_SPEED = 1 << 20, 10_000  # more is a mistake, and the planner's products would not fit int64
-CROWDED, USUAL, ROOMY = 0, 1, 2  # tables: the experts leave less than room for the plan's collectives, that much, twice as much
+# tables: the experts leave less than room for the plan's collectives, that much, twice as much
+CROWDED, USUAL, ROOMY = 0, 1, 2
 
 
 class _Whole:
@@ -32,16 +33,18 @@ class _Whole:
         for f in fields(self):
             value = getattr(self, f.name)
             if type(value) is not int or not 0 <= value < 1 << 53:
-                raise ConfigError(f"{type(self).__name__}.{f.name} is {value!r}; it must be a whole number from 0 to 2**53")
+                raise ConfigError(
+                    f"{type(self).__name__}.{f.name} is {value!r}; it must be a whole number from 0 to 2**53"
+                )
 
 
 @dataclass(frozen=True, slots=True)
 class AttendCost(_Whole):
-    """Attention, router and what else a rank computes for its own tokens, per MoE layer: busy for the larger of `weights_ns`
-    (reading them) and `row_ps` per token, and `pair_fs` per pair of a query and a key (causal, so a quadratic term).
-    crowd_permille: how much longer that takes while every other rank attends to as much (ranks that share a GPU).
-    first_weights_ns, first_row_ps, first_pair_fs: the same of what the first MoE layer's attention takes on top, as dense layers and
-    embedding come before it."""
+    """Attention, router and what else a rank computes for its own tokens, per MoE layer: busy for the larger of
+    `weights_ns` (reading them) and `row_ps` per token, and `pair_fs` per pair of a query and a key (causal, so a
+    quadratic term). crowd_permille: how much longer that takes while every other rank attends to as much (ranks that
+    share a GPU). first_weights_ns, first_row_ps, first_pair_fs: the same of what the first MoE layer's attention takes
+    on top, as dense layers and embedding come before it."""
 
     fixed_ns: int = 60_000
     weights_ns: int = 8_000
@@ -55,11 +58,11 @@ class AttendCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class ExpertsCost(_Whole):
-    """The fused experts of one wave on one rank: `expert_ns` per distinct expert hit (reading its weights), `pair_ps` per row
-    and local expert, an expert's rows rounded up to whole tiles, and `row_ps` per row of the wave (sorting, gathering).
-    sliced_permille: the part of that in which the output is computed, if it comes block by block of columns where that is asked for.
-    arrivals_permille: of their speed, what is left to them where they take rows as they arrive, and leave multiprocessors to collectives
-    meanwhile; 0: they cannot."""
+    """The fused experts of one wave on one rank: `expert_ns` per distinct expert hit (reading its weights), `pair_ps`
+    per row and local expert, an expert's rows rounded up to whole tiles, and `row_ps` per row of the wave (sorting,
+    gathering). sliced_permille: the part of that in which the output is computed, if it comes block by block of columns
+    where that is asked for. arrivals_permille: of their speed, what is left to them where they take rows as they
+    arrive, and leave multiprocessors to collectives meanwhile; 0: they cannot."""
 
     fixed_ns: int = 60_000
     expert_ns: int = 2_300
@@ -80,8 +83,9 @@ class ExpertsCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class ExchangeCost(_Whole):
-    """One group of collectives: a latency, a part per segment (a broadcast or reduce each), and what the busiest link of the ring
-    carries, `row_ps` per row: of a dispatch all rows but those of the rank that it leads to, of a combine all rows."""
+    """One group of collectives: a latency, a part per segment (a broadcast or reduce each), and what the busiest link
+    of the ring carries, `row_ps` per row: of a dispatch all rows but those of the rank that it leads to, of a combine
+    all rows."""
 
     fixed_ns: int = 25_000
     segment_ns: int = 5_000
@@ -90,9 +94,10 @@ class ExchangeCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class HostCost(_Whole):
-    """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On a GPU the
-    attention of a model is many small launches, but for at most `graph_rows` tokens one of a graph, which takes `graph_ns` and
-    computes GRAPH_ROWS rows. graph_cuts: 1 if graphs serve sequences that are cut as well, 0 if only whole ones."""
+    """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On
+    a GPU the attention of a model is many small launches, but for at most `graph_rows` tokens one of a graph, which
+    takes `graph_ns` and computes GRAPH_ROWS rows. graph_cuts: 1 if graphs serve sequences that are cut as well, 0 if
+    only whole ones."""
 
     attend_ns: int = 1_300_000
     graph_rows: int = 4096
@@ -108,8 +113,9 @@ class HostCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class CoresCost(_Whole):
-    """Where all ranks compute on the same cores (0: every rank has a device, or its share of one). permille: so many run at full
-    speed, in thousandths. slowdown_permille: what each further cohort computing on the same rank costs all of them."""
+    """Where all ranks compute on the same cores (0: every rank has a device, or its share of one). permille: so many
+    run at full speed, in thousandths. slowdown_permille: what each further cohort computing on the same rank costs all
+    of them."""
 
     permille: int = 0
     slowdown_permille: int = 200
@@ -117,9 +123,10 @@ class CoresCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class ContentionCost(_Whole):
-    """How fast an operation goes on, in thousandths of its speed alone, while one of another kind of the same rank is under way
-    beside it: `attend_beside_dispatch` is the attention's. Of two computations, the one of the earlier slot runs on the stream with
-    the higher priority; the other one is `under` it. Holds for the part of its time that the other is busy."""
+    """How fast an operation goes on, in thousandths of its speed alone, while one of another kind of the same rank is
+    under way beside it: `attend_beside_dispatch` is the attention's. Of two computations, the one of the earlier slot
+    runs on the stream with the higher priority; the other one is `under` it. Holds for the part of its time that the
+    other is busy."""
 
     attend_beside_attend: int = 840
     attend_beside_experts: int = 510
@@ -148,18 +155,22 @@ class ContentionCost(_Whole):
             if getattr(self, f.name) == 0:
                 raise ConfigError(f"ContentionCost.{f.name} is 0; nothing would ever end")
             if getattr(self, f.name) > _MOST_SPEED:
-                raise ConfigError(f"ContentionCost.{f.name} is {getattr(self, f.name)} thousandths; it must be at most {_MOST_SPEED}")
+                raise ConfigError(
+                    f"ContentionCost.{f.name} is {getattr(self, f.name)} thousandths; it must be at most {_MOST_SPEED}"
+                )
 
 
 @dataclass(frozen=True, slots=True)
 class SmsCost(_Whole):
-    """The multiprocessors of a rank, where the experts' kernels are persistent, and what leaving some to collectives does to both.
+    """The multiprocessors of a rank, where the experts' kernels are persistent, and what leaving some to collectives
+    does to both.
 
-    num_sms: that the experts' kernels can fill (0: they are not persistent, and leave none). ctas: thread blocks of a collective.
-    The arithmetic of experts that leave some takes longer in proportion, reading weights does not. ContentionCost holds where they leave
-    room for the collectives of all slots in use. crowded: in thousandths of those speeds, what experts beside a transfer and a transfer
-    beside experts have where less is left; roomy: where twice as much is. Defaults: on quarters of an H200, NCCL_MAX_CTAS=1, leaving 3
-    of 32 saved experts beside a transfer 25 %; nothing is known of the others.
+    num_sms: that the experts' kernels can fill (0: they are not persistent, and leave none). ctas: thread blocks of a
+    collective. The arithmetic of experts that leave some takes longer in proportion, reading weights does not.
+    ContentionCost holds where they leave room for the collectives of all slots in use. crowded: in thousandths of those
+    speeds, what experts beside a transfer and a transfer beside experts have where less is left; roomy: where twice as
+    much is. Defaults: on quarters of an H200, NCCL_MAX_CTAS=1, leaving 3 of 32 saved experts beside a transfer 25 %;
+    nothing is known of the others.
     """
 
     num_sms: int = 132
@@ -178,7 +189,9 @@ class SmsCost(_Whole):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Everything that the planner and the simulator know about speed. The defaults: one H200 per rank, Qwen3-30B-A3B, bfloat16."""
+    """Everything that the planner and the simulator know about speed. The defaults: one H200 per rank, Qwen3-30B-A3B,
+    bfloat16.
+    """
 
     attend: AttendCost = field(default_factory=AttendCost)
     experts: ExpertsCost = field(default_factory=ExpertsCost)
@@ -188,14 +201,17 @@ class CostModel:
     cores: CoresCost = field(default_factory=CoresCost)
     contention: ContentionCost = field(default_factory=ContentionCost)
     sms: SmsCost = field(default_factory=SmsCost)
-    gap_permille: int = 750  # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
+    # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
+    gap_permille: int = 750
     start_ns: int = 1_300_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
 
     def __post_init__(self) -> None:
         for name, most in (("gap_permille", 1000), ("start_ns", 1 << 53), ("finish_ns", 1 << 53)):
             if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) <= most:
-                raise ConfigError(f"CostModel.{name} is {getattr(self, name)!r}; it must be a whole number from 0 to {most}")
+                raise ConfigError(
+                    f"CostModel.{name} is {getattr(self, name)!r}; it must be a whole number from 0 to {most}"
+                )
 
     def __hash__(self) -> int:
         return self._hash
@@ -215,13 +231,16 @@ Rates = namedtuple("Rates", _NAMES)  # a cost model as compiled code takes it: a
 @lru_cache(maxsize=64)
 def rates_of(cost: CostModel) -> Rates:
     """The cost model, flat, but for contention."""
-    return Rates(*(value for part in _FLAT for value in asdict(getattr(cost, part)).values()), *(getattr(cost, name) for name in _SINGLE))
+    return Rates(
+        *(value for part in _FLAT for value in asdict(getattr(cost, part)).values()),
+        *(getattr(cost, name) for name in _SINGLE),
+    )
 
 
 @lru_cache(maxsize=64)
 def speeds_of(cost: CostModel) -> np.ndarray:
-    """int64 [3, 2, 4, 4], by CROWDED, USUAL, ROOMY, and by KINDS: thousandths of its speed that an operation has beside another, and a
-    computation under another."""
+    """int64 [3, 2, 4, 4], by CROWDED, USUAL, ROOMY, and by KINDS: thousandths of its speed that an operation has beside
+    another, and a computation under another."""
     contention, sms = cost.contention, cost.sms
     speeds = np.empty((3, 2, len(KINDS), len(KINDS)), np.int64)
     for i, one in enumerate(KINDS):
@@ -247,8 +266,13 @@ def cost_from_dict(document: dict) -> CostModel:
                 raise ConfigError(f"cost model: {name} lacks {', '.join(sorted(missing))}")
         parts = {name: kind(**document[name]) for name, kind in _PARTS.items()}
         single = {name: document[name] for name in _SINGLE}
-        if set(document) != {*_PARTS, *_SINGLE} or any(type(value) is not int or value < 0 for value in single.values()):
-            raise ConfigError(f"cost model: fields {', '.join(sorted(document))}; {', '.join((*_PARTS, *_SINGLE))} are wanted, the last three whole numbers")
+        if set(document) != {*_PARTS, *_SINGLE} or any(
+            type(value) is not int or value < 0 for value in single.values()
+        ):
+            raise ConfigError(
+                f"cost model: fields {', '.join(sorted(document))}; {', '.join((*_PARTS, *_SINGLE))} are wanted, "
+                "the last three whole numbers"
+            )
         return CostModel(**parts, **single)
     except (KeyError, TypeError) as error:
         raise ConfigError(f"cost model: {error}") from None
@@ -268,22 +292,30 @@ def graph_rows(rates, rows):
 @compiled_part
 def attend_busy(rates, rows, pairs):
     """ns that attention of `rows` tokens with `pairs` pairs of query and key is busy."""
-    return max(rates.attend_weights_ns, scaled(rows, rates.attend_row_ps, 1000)) + scaled(pairs, rates.attend_pair_fs, 1_000_000)
+    return max(rates.attend_weights_ns, scaled(rows, rates.attend_row_ps, 1000)) + scaled(
+        pairs, rates.attend_pair_fs, 1_000_000
+    )
 
 
 @compiled_part
 def first_busy(rates, rows, pairs):
     """ns that the first layer's is busy on top."""
-    return max(rates.attend_first_weights_ns, scaled(rows, rates.attend_first_row_ps, 1000)) + scaled(pairs, rates.attend_first_pair_fs, 1_000_000)
+    return max(rates.attend_first_weights_ns, scaled(rows, rates.attend_first_row_ps, 1000)) + scaled(
+        pairs, rates.attend_first_pair_fs, 1_000_000
+    )
 
 
 @compiled_part
 def experts_busy(rates, rows, num_experts, top_k, num_ranks, sms_left=0):
-    """ns that a rank's experts are busy with a wave of `rows` rows, routed evenly over all experts. sms_left: see SmsCost."""
+    """ns that a rank's experts are busy with a wave of `rows` rows, routed evenly over all experts. sms_left: see
+    SmsCost.
+    """
     local = -(-num_experts // num_ranks)
     hit = local * _share_hit(rows, num_experts, top_k) >> 10  # distinct experts x 2**20
     pairs = -(-rows * top_k * local // num_experts)
-    padded = max(pairs + scaled(hit, rates.experts_tile_rows - 1, 1 << 21), scaled(hit, rates.experts_tile_rows, 1 << 20))
+    padded = max(
+        pairs + scaled(hit, rates.experts_tile_rows - 1, 1 << 21), scaled(hit, rates.experts_tile_rows, 1 << 20)
+    )
     pairs_ps = padded * rates.experts_pair_ps
     if sms_left:
         pairs_ps = scaled(pairs_ps, rates.sms_num_sms, rates.sms_num_sms - sms_left)

@@ -1,6 +1,8 @@
-"""The models known by name, as transformers configs: for sizing without a checkpoint, and for random weights; and those in files.
+"""The models known by name, as transformers configs: for sizing without a checkpoint, and for random weights; and those
+in files.
 
-Dimensions are the published ones (config.json of the Hugging Face repositories); `small` is ours, for machines without a GPU.
+Dimensions are the published ones (config.json of the Hugging Face repositories); `small` is ours, for machines without
+a GPU.
 """
 
 from __future__ import annotations
@@ -120,7 +122,9 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """The config of `model`: a name above, the path of a config.json, or of a checkpoint's directory that holds one. Raises InputError."""
+    """The config of `model`: a name above, the path of a config.json, or of a checkpoint's directory that holds one.
+    Raises InputError.
+    """
     if model in MODEL_CONFIGS:
         return dict(MODEL_CONFIGS[model])
     path = Path(model)
@@ -134,5 +138,8 @@ def model_config(model: str) -> dict[str, Any]:
     except (ValueError, RecursionError):  # of decoding as well
         wrong = f"{path} is no JSON"
     if wrong:
-        raise InputError(f"--model {model}: {wrong}; give one of {', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory")
+        raise InputError(
+            f"--model {model}: {wrong}; give one of {', '.join(MODEL_CONFIGS)}, or the path of a config.json or its "
+            "directory"
+        )
     return config

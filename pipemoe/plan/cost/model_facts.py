@@ -1,8 +1,9 @@
-"""What a config.json says of a model: the one reader, for plans and for loading. Pure Python: no transformers, no torch.
+"""What a config.json says of a model: the one reader, for plans and for loading. Pure Python: no transformers, no
+torch.
 
-A field that is missing or null has the default that transformers gives it in that family. Newer names and older ones (rope_parameters
-and rope_scaling, num_local_experts and num_experts or n_routed_experts) are the same field. What a family cannot do is refused in
-model_limits.
+A field that is missing or null has the default that transformers gives it in that family. Newer names and older ones
+(rope_parameters and rope_scaling, num_local_experts and num_experts or n_routed_experts) are the same field. What a
+family cannot do is refused in model_limits.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ class ModelFacts:
 
 
 def read_facts(config: Mapping[str, Any]) -> ModelFacts:
-    """Of a config.json's content, or what to_dict() of a transformers config gives. Raises ConfigError that names the field."""
+    """Of a config.json's content, or what to_dict() of a transformers config gives. Raises ConfigError that names the
+    field.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _COUNTS:
         raise ConfigError(f"model_type is {model_type!r}; known are {', '.join(sorted(_COUNTS))}")
@@ -120,13 +123,20 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
     if heads % groups:
         raise ConfigError(f"num_key_value_heads is {groups}; it must divide num_attention_heads, which is {heads}")
     if counts["num_experts_per_tok"] > counts["num_experts"]:
-        raise ConfigError(f"num_experts_per_tok is {counts['num_experts_per_tok']}, more than the {counts['num_experts']} experts")
+        raise ConfigError(
+            f"num_experts_per_tok is {counts['num_experts_per_tok']}, more than the {counts['num_experts']} experts"
+        )
     moe_layers = _moe_layers(config, counts)
     if not moe_layers:
         raise ConfigError(f"none of the {layers} decoder layers has routed experts")
     latent, shared = None, 0
     if model_type == "deepseek_v3":
-        latent = Latent(*(counts[name] for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")))
+        latent = Latent(
+            *(
+                counts[name]
+                for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+            )
+        )
         shared, head_dim = counts["moe_intermediate_size"] * counts["n_shared_experts"], latent.nope + latent.rope
     else:
         head_dim = _head_dim(config, counts["hidden_size"], heads)
@@ -151,7 +161,9 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
 
 
 def with_defaults_for_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as transformers understands it: no field is null where transformers takes no null, experts are counted by its name."""
+    """`config` as transformers understands it: no field is null where transformers takes no null, experts are counted
+    by its name.
+    """
     known = {k: v for k, v in config.items() if v is not None or k in _NULL_MEANS_NONE}
     if config.get("model_type") not in _COUNTS:
         return known
@@ -171,15 +183,21 @@ def cut_config(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def experts_field(config: Mapping[str, Any]) -> Any:
-    """The number of routed experts, by whichever of its names is there; None if none is. Raises ConfigError if two differ."""
+    """The number of routed experts, by whichever of its names is there; None if none is. Raises ConfigError if two
+    differ.
+    """
     found = {name: config[name] for name in _EXPERTS if config.get(name) is not None}
     if len(set(map(repr, found.values()))) > 1:
-        raise ConfigError(f"{' and '.join(f'{name} is {value!r}' for name, value in found.items())}; they must be the same")
+        raise ConfigError(
+            f"{' and '.join(f'{name} is {value!r}' for name, value in found.items())}; they must be the same"
+        )
     return next(iter(found.values()), None)
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters, or rope_scaling as older configs call it, with its rope_type. Raises ConfigError if that is no object."""
+    """rope_parameters, or rope_scaling as older configs call it, with its rope_type. Raises ConfigError if that is no
+    object.
+    """
     found = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = config.get(name)
@@ -187,8 +205,12 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"{name} is {value!r}; it must be an object or null")
         if value:
             found[name] = dict(value)
-    if len(found) == 2 and any(found["rope_parameters"].get(key) != value for key, value in found["rope_scaling"].items()):
-        raise ConfigError(f"rope_parameters is {found['rope_parameters']} and rope_scaling {found['rope_scaling']}; give one of them")
+    if len(found) == 2 and any(
+        found["rope_parameters"].get(key) != value for key, value in found["rope_scaling"].items()
+    ):
+        raise ConfigError(
+            f"rope_parameters is {found['rope_parameters']} and rope_scaling {found['rope_scaling']}; give one of them"
+        )
     rope = next(iter(found.values()), {})
     kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None]
     for kind in kinds:
@@ -202,8 +224,8 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def positions_of(most: int, rope: Mapping[str, Any]) -> int:
     """How many tokens a sequence may have.
 
-    Configs with scaled rotary embeddings may give max_position_embeddings as it was before scaling (Qwen3's yarn) or after
-    (DeepSeek-V3's); the larger holds.
+    Configs with scaled rotary embeddings may give max_position_embeddings as it was before scaling (Qwen3's yarn) or
+    after (DeepSeek-V3's); the larger holds.
     """
     if rope.get("rope_type", "default") in _SCALED_ALREADY:
         return most
@@ -267,7 +289,9 @@ def _head_dim(config: Mapping[str, Any], hidden: int, heads: int) -> int:
     if config.get("head_dim") is not None:
         head_dim = whole("head_dim", config["head_dim"], 2)
     elif hidden % heads:
-        raise ConfigError(f"hidden_size is {hidden}, which the {heads} num_attention_heads do not divide; give head_dim")
+        raise ConfigError(
+            f"hidden_size is {hidden}, which the {heads} num_attention_heads do not divide; give head_dim"
+        )
     else:
         head_dim = hidden // heads
     if head_dim % 2:

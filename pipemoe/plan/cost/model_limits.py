@@ -1,4 +1,5 @@
-"""What a config may ask for that a family does not do here: refused by name, so that no model computes something else in silence.
+"""What a config may ask for that a family does not do here: refused by name, so that no model computes something else
+in silence.
 
 The measure is transformers' own module of the family, as far as it does what the config asks for.
 """
@@ -19,7 +20,16 @@ _ROPE_FIELDS = {
     "default": (),
     "linear": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
+    ),
 }
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")  # these rescale by the longest sequence seen
 
@@ -90,21 +100,33 @@ _PER_FAMILY: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 # Fields that change nothing in a forward pass, or are read elsewhere.
 _HARMLESS = frozenset(
-    "model_type architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path use_cache initializer_range "
-    "attention_dropout attn_dropout output_router_logits router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux pretraining_tp "
-    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id chunk_size_feed_forward id2label label2id problem_type "
-    "return_dict output_attentions output_hidden_states num_nextn_predict_layers num_mtp_layers is_decoder task_specific_params finetuning_task "
-    "cross_attention_hidden_size tokenizer_class prefix torchscript pruned_heads quantization_config max_window_layers layer_types qk_head_dim "
-    "rms_norm_eps rope_theta rope_parameters rope_scaling rope_interleave norm_topk_prob routed_scaling_factor sliding_window use_sliding_window "
-    "mlp_only_layers attention_bias tie_word_embeddings head_dim hidden_size intermediate_size moe_intermediate_size num_hidden_layers "
-    "num_attention_heads num_key_value_heads max_position_embeddings vocab_size num_experts num_local_experts n_routed_experts "
-    "num_experts_per_tok decoder_sparse_step first_k_dense_replace n_group topk_group n_shared_experts kv_lora_rank q_lora_rank "
-    "qk_rope_head_dim qk_nope_head_dim v_head_dim _attn_implementation attn_implementation unsloth_version unsloth_fixed".split()
+    "model_type architectures auto_map torch_dtype dtype transformers_version _name_or_path name_or_path use_cache "
+    "initializer_range "
+    "attention_dropout attn_dropout output_router_logits router_aux_loss_coef router_jitter_noise aux_loss_alpha "
+    "seq_aux pretraining_tp "
+    "bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id chunk_size_feed_forward id2label "
+    "label2id problem_type "
+    "return_dict output_attentions output_hidden_states num_nextn_predict_layers num_mtp_layers is_decoder "
+    "task_specific_params finetuning_task "
+    "cross_attention_hidden_size tokenizer_class prefix torchscript pruned_heads quantization_config "
+    "max_window_layers layer_types qk_head_dim "
+    "rms_norm_eps rope_theta rope_parameters rope_scaling rope_interleave norm_topk_prob routed_scaling_factor "
+    "sliding_window use_sliding_window "
+    "mlp_only_layers attention_bias tie_word_embeddings head_dim hidden_size intermediate_size "
+    "moe_intermediate_size num_hidden_layers "
+    "num_attention_heads num_key_value_heads max_position_embeddings vocab_size num_experts num_local_experts "
+    "n_routed_experts "
+    "num_experts_per_tok decoder_sparse_step first_k_dense_replace n_group topk_group n_shared_experts kv_lora_rank "
+    "q_lora_rank "
+    "qk_rope_head_dim qk_nope_head_dim v_head_dim _attn_implementation attn_implementation unsloth_version "
+    "unsloth_fixed".split()
 )
 
 
 def supported_facts(config: Mapping[str, Any]) -> ModelFacts:
-    """read_facts, once everything that the config asks for is known to be done. Raises ConfigError that names the field."""
+    """read_facts, once everything that the config asks for is known to be done. Raises ConfigError that names the
+    field.
+    """
     facts = read_facts(config)
     check_common(config)
     model_type = facts.model_type
@@ -118,7 +140,11 @@ def supported_facts(config: Mapping[str, Any]) -> ModelFacts:
         _check_deepseek(config, facts)
     else:
         _check_windows(config)
-    unknown = sorted(name for name, value in config.items() if value and name not in _HARMLESS | _ANY.keys() | _PER_FAMILY[model_type].keys())
+    unknown = sorted(
+        name
+        for name, value in config.items()
+        if value and name not in _HARMLESS | _ANY.keys() | _PER_FAMILY[model_type].keys()
+    )
     if unknown:
         _log.info("the config's fields %s are not known to pipemoe and have no effect", ", ".join(unknown))
     return facts
@@ -147,12 +173,17 @@ def _check_quantisation(quantisation: Any) -> None:
     method, block = known.get("quant_method"), known.get("weight_block_size")
     if method != "fp8" or not isinstance(block, (list, tuple)) or list(block) != FP8_BLOCK:
         raise ConfigError(
-            f"the checkpoint is quantised (quantization_config: quant_method {method!r}, weight_block_size {block}); pipemoe "
-            f"reads unquantised weights and fp8 ones in blocks of {FP8_BLOCK[0]} x {FP8_BLOCK[1]}, convert it to bfloat16 first"
+            f"the checkpoint is quantised (quantization_config: quant_method {method!r}, weight_block_size "
+            f"{block}); pipemoe "
+            f"reads unquantised weights and fp8 ones in blocks of {FP8_BLOCK[0]} x {FP8_BLOCK[1]}, convert it to "
+            "bfloat16 first"
         )
     for name, done in (("activation_scheme", ("dynamic",)), ("fmt", ("e4m3",))):
         if known.get(name) is not None and known[name] not in done:
-            raise ConfigError(f"quantization_config: {name} is {known[name]!r}; only {done[0]!r} is done, convert the checkpoint to bfloat16 first")
+            raise ConfigError(
+                f"quantization_config: {name} is {known[name]!r}; only {done[0]!r} is done, convert the checkpoint "
+                "to bfloat16 first"
+            )
 
 
 def _check_rope(config: Mapping[str, Any]) -> None:
@@ -171,10 +202,21 @@ def _check_rope(config: Mapping[str, Any]) -> None:
                 continue
             raise ConfigError(f"rope_parameters: {name} is {value!r}, which rope_type {kind!r} does not have")
     number(rope, "rope_theta", 1.0, 1e-9)
-    for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
+    for name in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+    ):
         number(rope, name, 1.0, 0)
     if kind in ("linear", "yarn", "llama3") and number(rope, "factor", 0.0, 0) < 1:
-        raise ConfigError(f"rope_parameters: factor is {rope.get('factor')!r}; rope_type {kind!r} needs one, at least 1")
+        raise ConfigError(
+            f"rope_parameters: factor is {rope.get('factor')!r}; rope_type {kind!r} needs one, at least 1"
+        )
     if rope.get("original_max_position_embeddings") is not None:
         whole("original_max_position_embeddings", rope["original_max_position_embeddings"], 1)
 
@@ -182,10 +224,13 @@ def _check_rope(config: Mapping[str, Any]) -> None:
 def _check_deepseek(config: Mapping[str, Any], facts: ModelFacts) -> None:
     if facts.num_key_value_heads != facts.num_heads:
         raise ConfigError(
-            f"num_key_value_heads is {facts.num_key_value_heads} (null: as many as heads); latent attention has one for each of the {facts.num_heads} heads"
+            f"num_key_value_heads is {facts.num_key_value_heads} (null: as many as heads); latent attention has one "
+            f"for each of the {facts.num_heads} heads"
         )
     if config.get("head_dim") not in (None, facts.latent.rope):
-        raise ConfigError(f"head_dim is {config['head_dim']!r}; in deepseek_v3 it is qk_rope_head_dim, which is {facts.latent.rope}")
+        raise ConfigError(
+            f"head_dim is {config['head_dim']!r}; in deepseek_v3 it is qk_rope_head_dim, which is {facts.latent.rope}"
+        )
     if facts.latent.rope % 2:
         raise ConfigError(f"qk_rope_head_dim is {facts.latent.rope}; rotary embeddings turn pairs, so it must be even")
     experts = experts_field(config) or facts.num_experts
@@ -193,7 +238,10 @@ def _check_deepseek(config: Mapping[str, Any], facts: ModelFacts) -> None:
     if experts % groups or experts // groups < 2:
         raise ConfigError(f"n_group is {groups}; it must divide the {experts} experts into groups of at least two")
     if chosen > groups or chosen * (experts // groups) < facts.top_k:
-        raise ConfigError(f"topk_group is {chosen}; it must be at most n_group, {groups}, and so many groups must hold {facts.top_k} experts")
+        raise ConfigError(
+            f"topk_group is {chosen}; it must be at most n_group, {groups}, and so many groups must hold "
+            f"{facts.top_k} experts"
+        )
 
 
 def _check_windows(config: Mapping[str, Any]) -> None:
@@ -203,7 +251,10 @@ def _check_windows(config: Mapping[str, Any]) -> None:
     if window is not None:
         whole("sliding_window", window, 1)
         if config.get("max_window_layers"):
-            raise ConfigError(f"max_window_layers is {config['max_window_layers']!r}; a sliding window of some layers alone is not done")
+            raise ConfigError(
+                f"max_window_layers is {config['max_window_layers']!r}; a sliding window of some layers alone is "
+                "not done"
+            )
     kinds = config.get("layer_types")
     wanted = "full_attention" if window is None else "sliding_attention"
     if kinds is not None and (not isinstance(kinds, (list, tuple)) or any(kind != wanted for kind in kinds)):

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.comm import __main__ as comm
 from benchmarks import results_schema
+from benchmarks.comm import __main__ as comm
 from benchmarks.comm.cases import EXCHANGES, Case, rank_rows, wave_of
 from pipemoe.errors import ConfigError
 
@@ -34,7 +34,11 @@ def test_every_exchange_brings_the_right_data(world, tmp_path, capsys):
     assert len(document["rows"]) == 5 * 2 * 2 == len(lines) - 2
     for row in document["rows"]:
         assert row["wrong"] == 0 and row["time_us"] > 0 and row["size"] == 256 * sum(row["rank_rows"])
-        factor = (world.size - 1) / world.size if row["exchange"] in ("all_gather", "reduce_scatter", "gather_combine") else 1
+        factor = (
+            (world.size - 1) / world.size
+            if row["exchange"] in ("all_gather", "reduce_scatter", "gather_combine")
+            else 1
+        )
         assert row["busbw_gbs"] == pytest.approx(factor * row["algbw_gbs"])
 
 

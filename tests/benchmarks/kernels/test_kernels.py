@@ -1,17 +1,18 @@
-"""benchmarks/kernels as far as it goes without a GPU: its cells, its reference, the loop that it compares with, a whole run of stand-ins."""
+"""benchmarks/kernels as far as it goes without a GPU: its cells, its reference, the loop that it compares with, a whole
+run of stand-ins.
+"""
 
 import json
 
 import pytest
 import torch
 
+from benchmarks import readme_table, results_schema
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.kernels import judge as kernels_judge
 from benchmarks.kernels import table as kernels_table
-from benchmarks import readme_table
-from benchmarks import results_schema
-from benchmarks.kernels.field import FIELD
 from benchmarks.kernels.cases import LAYERS, TOKENS, Layer, enumerate_cells, expected_rows, make_rows, make_weights
+from benchmarks.kernels.field import FIELD
 from pipemoe.errors import InputError
 from tests.experts.oracle import TOLERANCE, expected, relative_error
 
@@ -61,9 +62,31 @@ def test_options():
 
 
 def result(impl, ms, tokens=64, **changes):
-    parts = {"routing_us": 2.0, "index_us": 3.0, "host_us": 30.0} if impl == "pipemoe" else dict.fromkeys(("routing_us", "index_us", "host_us"))
-    row = {"layer": "a", "H": 64, "I": 32, "experts": 12, "local_experts": 5, "top_k": 3, "tokens": tokens, "pairs": 80, "dtype": "bf16"}
-    row |= {"impl": impl, "ms": ms, "tflops": 5.0, "weight_gbps": 9.0, "floor_ms": 0.5, "ratio_to_floor": ms / 0.5, "rel_err": 2e-3}
+    parts = (
+        {"routing_us": 2.0, "index_us": 3.0, "host_us": 30.0}
+        if impl == "pipemoe"
+        else dict.fromkeys(("routing_us", "index_us", "host_us"))
+    )
+    row = {
+        "layer": "a",
+        "H": 64,
+        "I": 32,
+        "experts": 12,
+        "local_experts": 5,
+        "top_k": 3,
+        "tokens": tokens,
+        "pairs": 80,
+        "dtype": "bf16",
+    }
+    row |= {
+        "impl": impl,
+        "ms": ms,
+        "tflops": 5.0,
+        "weight_gbps": 9.0,
+        "floor_ms": 0.5,
+        "ratio_to_floor": ms / 0.5,
+        "rel_err": 2e-3,
+    }
     return row | parts | {"dense_tflops": 700.0, "copy_tbps": 4.2} | changes
 
 
@@ -73,7 +96,12 @@ def test_table_has_a_line_per_cell_and_a_column_per_implementation():
     assert first[:9] == ["64 / 32, 12, 5", "64", "80", "0.500", "1.000", "2.00", "5", "2.000", "-"]
     assert second[7:] == ["-", "2.000", "2.0", "3.0", "30.0"] and heading[7:9] == ["grouped mm", "liger"]
     summary = kernels_table.kernels_summary(rows)
-    assert "2 cells: 1.00 x" in summary and "0.50 at worst" in summary and "5.0 us at most" in summary and "0.1 %" in summary
+    assert (
+        "2 cells: 1.00 x" in summary
+        and "0.50 at worst" in summary
+        and "5.0 us at most" in summary
+        and "0.1 %" in summary
+    )
 
 
 def test_rows_fit_the_schema_and_the_page():
@@ -98,19 +126,28 @@ class Replayed:
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """The whole run on CPU tensors; every implementation is the loop over experts, unless a test puts another one in its place."""
+    """The whole run on CPU tensors; every implementation is the loop over experts, unless a test puts another one in
+    its place.
+    """
     from benchmarks.kernels import peers as kernels_peers
     from benchmarks.kernels import timing as kernels_timing
 
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
     monkeypatch.setattr(kernels, "LAYERS", {"small": LAYER, "deepseek-v3": LAYER})
     monkeypatch.setattr("kernels_cases.LAYERS", kernels.LAYERS)
-    for name, value in (("is_available", True), ("get_device_name", "a card"), ("empty_cache", None), ("get_device_capability", (8, 0))):
+    for name, value in (
+        ("is_available", True),
+        ("get_device_name", "a card"),
+        ("empty_cache", None),
+        ("get_device_capability", (8, 0)),
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(kernels_timing, "roofline", lambda: {"tflops": 700.0, "copy_tbps": 4.0})
     monkeypatch.setattr(kernels_timing, "captured", Replayed)
     monkeypatch.setattr(kernels_timing, "host_us", lambda call: call() or 30.0)
-    monkeypatch.setattr(kernels_timing, "interleaved_ms", lambda graphs, rounds: {name: [1.0, 2.0, 3.0] for name in graphs})
+    monkeypatch.setattr(
+        kernels_timing, "interleaved_ms", lambda graphs, rounds: {name: [1.0, 2.0, 3.0] for name in graphs}
+    )
     peers = dict.fromkeys(kernels_peers.PEERS, lambda weights, rows, _: kernels_peers.cublas_loop(weights, rows))
     monkeypatch.setattr(kernels_peers, "PEERS", peers)
     return peers
@@ -125,10 +162,18 @@ def run(tmp_path, *arguments):
 def test_a_whole_run(on_cpu, tmp_path, capsys):
     status, rows = run(tmp_path, "--impls", "pipemoe,pipemoe_fp8,cublas_loop")
     assert status == 0 and [(row["layer"], row["impl"], row["dtype"]) for row in rows] == [
-        *(("small", "pipemoe", "bf16"), ("small", "cublas_loop", "bf16"), ("deepseek-v3", "pipemoe", "bf16")),
-        *(("deepseek-v3", "pipemoe", "fp8"), ("deepseek-v3", "cublas_loop", "bf16")),
+        ("small", "pipemoe", "bf16"),
+        ("small", "cublas_loop", "bf16"),
+        ("deepseek-v3", "pipemoe", "bf16"),
+        ("deepseek-v3", "pipemoe", "fp8"),
+        ("deepseek-v3", "cublas_loop", "bf16"),
     ]
-    assert all(row["ms"] == 2.0 and row["rel_err"] < 1e-2 and row["host_us"] == (30.0 if row["impl"] == "pipemoe" and row["dtype"] == "bf16" else None) for row in rows)
+    assert all(
+        row["ms"] == 2.0
+        and row["rel_err"] < 1e-2
+        and row["host_us"] == (30.0 if row["impl"] == "pipemoe" and row["dtype"] == "bf16" else None)
+        for row in rows
+    )
     printed = capsys.readouterr().out
     assert "a card: dense bf16 700" in printed and "host, eager call: us" in printed and "bars met" in printed
     assert json.loads(printed.splitlines()[-1])["benchmark"] == "kernels"
@@ -156,7 +201,15 @@ def cell_rows(speed=1.0, **changes):
     rows = []
     for (name, tokens), best in FIELD.items():
         layer, ratio = LAYERS[name], best.ratio_to_floor / speed
-        row = result("pipemoe", ratio * best.floor_ms, tokens, layer=name, H=layer.hidden, floor_ms=best.floor_ms, ratio_to_floor=ratio)
+        row = result(
+            "pipemoe",
+            ratio * best.floor_ms,
+            tokens,
+            layer=name,
+            H=layer.hidden,
+            floor_ms=best.floor_ms,
+            ratio_to_floor=ratio,
+        )
         rows.append(row | {"tflops": 650.0, "index_us": 2.0, "routing_us": 2.0} | changes)
     return rows
 
@@ -168,7 +221,8 @@ def verdicts(rows):
 def test_bars_are_those_of_the_field():
     found = verdicts(cell_rows(1.2) + [result("pipemoe", 1.2, 16384, layer="deepseek-v3", dtype="fp8", tflops=1200.0)])
     not_met = [bar for bar, verdict in found.items() if not verdict.met]
-    assert not_met == ["mixtral-8x7b-all, 512 tokens: memory-bound, ratio to floor"]  # the field's best is 1.46 times the floor there
+    # the field's best is 1.46 times the floor there
+    assert not_met == ["mixtral-8x7b-all, 512 tokens: memory-bound, ratio to floor"]
     assert found["geometric mean against the best of the field"].found == "1.200 over 20 cells"
     assert found["deepseek-v3, 4096 tokens: ratio to floor"].found == "1.278, 1.20 x as fast"
     assert found["fp8, deepseek-v3, 16384 tokens: x bf16"].found == "2.00"
@@ -180,7 +234,10 @@ def test_bars_that_are_not_met_or_not_measured():
     assert not any(verdict.met for bar, verdict in slow.items() if "memory-bound" not in bar)
     assert slow["fp8, deepseek-v3, 16384 tokens: x bf16"].found is None
     few = verdicts(cell_rows(2.0)[:3])
-    assert not few["geometric mean against the best of the field"].met and few["deepseek-v3, 64 tokens: ratio to floor"].met
+    assert (
+        not few["geometric mean against the best of the field"].met
+        and few["deepseek-v3, 64 tokens: ratio to floor"].met
+    )
     assert few["deepseek-v3, 16384 tokens: ratio to floor"].found is None
     failed = verdicts([row | {"ms": None, "tflops": None, "ratio_to_floor": None} for row in cell_rows()])
     assert not any(verdict.met for verdict in failed.values())

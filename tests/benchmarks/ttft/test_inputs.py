@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipemoe.errors import CheckpointError, ConfigError, InputError
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from benchmarks.ttft.inputs import drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
 from benchmarks.ttft.models import BenchModel
+from pipemoe.errors import CheckpointError, ConfigError, InputError
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 
 SHAPE = {"first": 0, "num_requests": 7, "scale": 0.5, "prompts_per_step": 1}
 
@@ -27,7 +27,11 @@ def trace(tmp_path):
 def test_requests_are_dealt_in_turn_and_cut_into_steps(trace):
     workload = trace_workload(trace, 3, **SHAPE)
     assert workload.name == workload.rank_tokens == "seven"
-    assert [[[p.num_tokens for p in of_rank] for of_rank in step] for step in workload.steps] == [[[1], [2], [3]], [[4], [5], [6]], [[7], [], []]]
+    assert [[[p.num_tokens for p in of_rank] for of_rank in step] for step in workload.steps] == [
+        [[1], [2], [3]],
+        [[4], [5], [6]],
+        [[7], [], []],
+    ]
     assert [p.arrival_s for p in workload.prompts[1]] == pytest.approx([0.01, 0.04])
     assert workload.max_tokens_per_rank == workload.longest == 7
     assert {p.rank for p in workload.prompts[2]} == {2}
@@ -35,7 +39,10 @@ def test_requests_are_dealt_in_turn_and_cut_into_steps(trace):
 
 def test_a_step_may_give_each_rank_several(trace):
     workload = trace_workload(trace, 2, **{**SHAPE, "prompts_per_step": 3})
-    assert [[[p.num_tokens for p in of_rank] for of_rank in step] for step in workload.steps] == [[[1, 3, 5], [2, 4, 6]], [[7], []]]
+    assert [[[p.num_tokens for p in of_rank] for of_rank in step] for step in workload.steps] == [
+        [[1, 3, 5], [2, 4, 6]],
+        [[7], []],
+    ]
     assert workload.max_tokens_per_rank == 12
 
 
@@ -58,9 +65,13 @@ def test_rank_tokens_are_one_step():
 
 def test_draws_are_the_same_everywhere_and_within_bounds(tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_text("timestamp_ms,input_tokens,output_tokens\n" + "".join(f"{i},{n},1\n" for i, n in enumerate((5, 10, 20, 4000))))
+    path.write_text(
+        "timestamp_ms,input_tokens,output_tokens\n" + "".join(f"{i},{n},1\n" for i, n in enumerate((5, 10, 20, 4000)))
+    )
     drawn = drawn_workloads(str(path), 3, 4, scale=1.0, most=20)
-    assert [w.rank_tokens for w in drawn] == [w.rank_tokens for w in drawn_workloads(str(path), 3, 4, scale=1.0, most=20)]
+    assert [w.rank_tokens for w in drawn] == [
+        w.rank_tokens for w in drawn_workloads(str(path), 3, 4, scale=1.0, most=20)
+    ]
     assert len({str(w.rank_tokens) for w in drawn}) > 1 and {n for w in drawn for n in w.rank_tokens} <= {5, 10, 20}
     assert all(w.trace == "mine" and len(w.steps) == 1 and w.max_tokens_per_rank == max(w.rank_tokens) for w in drawn)
     with pytest.raises(InputError, match="more than 4 tokens"):

@@ -5,13 +5,23 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.ttft import judge as ttft_judge
-from pipemoe.errors import InputError
 from benchmarks.ttft.measure import figures_over_rounds, segments_seconds
+from pipemoe.errors import InputError
 
 
 def row(mode, mean, slowest, *, odd_mean=None, tokens=(4, 4), **more):
-    figures = {"mean_ttft_ms": mean, "ttft_ms_slowest_rank": slowest, "ttft_ms_median_rank": mean, "makespan_budget": 0.1}
-    figures |= {"odd_mean_ttft_ms": odd_mean or mean, "even_mean_ttft_ms": mean, "odd_slowest_rank_ms": slowest, "even_slowest_rank_ms": slowest}
+    figures = {
+        "mean_ttft_ms": mean,
+        "ttft_ms_slowest_rank": slowest,
+        "ttft_ms_median_rank": mean,
+        "makespan_budget": 0.1,
+    }
+    figures |= {
+        "odd_mean_ttft_ms": odd_mean or mean,
+        "even_mean_ttft_ms": mean,
+        "odd_slowest_rank_ms": slowest,
+        "even_slowest_rank_ms": slowest,
+    }
     return {"mode": mode, "rank_tokens": list(tokens), **figures, **more}
 
 
@@ -32,7 +42,11 @@ def test_segments_add_up_computation_of_the_slowest_transfers_of_the_last_to_com
 
 
 def test_the_best_fixed_mode_is_picked_on_odd_rounds_within_the_budget():
-    modes = {"padded": row("padded", 10.0, 10.0), "per_rank": row("per_rank", 5.0, 20.0), "chunked": row("chunked", 9.0, 10.5, odd_mean=9.5)}
+    modes = {
+        "padded": row("padded", 10.0, 10.0),
+        "per_rank": row("per_rank", 5.0, 20.0),
+        "chunked": row("chunked", 9.0, 10.5, odd_mean=9.5),
+    }
     modes["auto"] = row("auto", 8.0, 10.5)
     assert ttft_judge.best_fixed(modes) == "chunked"  # per_rank ends too late
     found = ttft_judge.verdict(modes)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import readme_table
-from benchmarks import results_schema
-from pipemoe.errors import InputError
+from benchmarks import readme_table, results_schema
 from benchmarks.ttft.plot import plot_ttft
 from benchmarks.ttft.row import ServedRequest, ttft_row
 from benchmarks.ttft.table import ttft_table
+from pipemoe.errors import InputError
 
 
 def row(mode: str = "per_rank", **changes):
@@ -51,7 +50,8 @@ def test_row_follows_the_schema_and_vllms_names():
 
 
 def test_figures_over_ranks_are_taken_per_step():
-    served = [(0, 0.010, 0), (1, 0.002, 0), (2, 0.003, 0), (0, 0.001, 1), (1, 0.004, 1), (1, 0.006, 1)]  # rank 2 idle in step 1
+    # rank 2 idle in step 1
+    served = [(0, 0.010, 0), (1, 0.002, 0), (2, 0.003, 0), (0, 0.001, 1), (1, 0.004, 1), (1, 0.006, 1)]
     found = row(requests=[ServedRequest(rank, 7, ttft_s, step) for rank, ttft_s, step in served])
     assert found["ttft_ms_slowest_rank"] == pytest.approx((10 + 6) / 2)
     assert found["ttft_ms_median_rank"] == pytest.approx((3 + 3.5) / 2)
@@ -118,7 +118,11 @@ def test_page_gets_verdicts_and_leaves_drawn_steps_to_them(page):
     page.write_text(page.read_text() + page.read_text().replace("results:", "verdicts:"))
     assert readme_table.main([str(page)]) == 0
     results, verdicts = page.read_text().split("<!-- verdicts:")
-    assert "1, 2, 3" not in results and "| 1, 2, 3 | broadcast | 1.000 | - | 1.000 |" in verdicts and "geometric mean of draws" in verdicts
+    assert (
+        "1, 2, 3" not in results
+        and "| 1, 2, 3 | broadcast | 1.000 | - | 1.000 |" in verdicts
+        and "geometric mean of draws" in verdicts
+    )
 
 
 def test_page_without_marks_is_refused(page):

@@ -11,10 +11,17 @@ from benchmarks import results_schema
 from benchmarks.ttft import __main__ as ttft
 from benchmarks.ttft import judge as ttft_judge
 from pipemoe.errors import CheckpointError, ConfigError, InputError
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.config import MODES
+from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 
-TINY = {"num_hidden_layers": 2, "hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2, "vocab_size": 97}
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 97,
+}
 
 
 @pytest.fixture
@@ -23,7 +30,18 @@ def arguments(tmp_path):
 
     def arguments(*more: str):
         (tmp_path / "tiny.json").write_text(json.dumps({**MODEL_CONFIGS["small"], **TINY}))
-        small = ["--model", str(tmp_path / "tiny.json"), "--num-requests", "5", "--scale", "0.02", "--rounds", "2", "--moe-max-num-tokens", "16"]
+        small = [
+            "--model",
+            str(tmp_path / "tiny.json"),
+            "--num-requests",
+            "5",
+            "--scale",
+            "0.02",
+            "--rounds",
+            "2",
+            "--moe-max-num-tokens",
+            "16",
+        ]
         return ttft.parse([*small, "--device", "cpu", "--out", str(tmp_path / "out"), *more])
 
     return arguments
@@ -36,14 +54,20 @@ def last_line(capsys) -> dict:
 @pytest.mark.mpi
 def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
     rank_tokens = [33, 2, 0, 5, 1, 0, 17, 3][: world.size]
-    options = arguments("--rank-tokens", ",".join(map(str, rank_tokens)), "--json", str(tmp_path / "more.json"), "--rounds", "1")
+    options = arguments(
+        "--rank-tokens", ",".join(map(str, rank_tokens)), "--json", str(tmp_path / "more.json"), "--rounds", "1"
+    )
     assert ttft.run(world, options) == 0
     if world.rank:
         assert capsys.readouterr() == ("", "") and not options.out.exists()
         return
     document = last_line(capsys)
     results_schema.validate(document)
-    assert document == results_schema.read_results(tmp_path / "out" / "ttft.json") == results_schema.read_results(tmp_path / "more.json")
+    assert (
+        document
+        == results_schema.read_results(tmp_path / "out" / "ttft.json")
+        == results_schema.read_results(tmp_path / "more.json")
+    )
     assert [row["mode"] for row in document["rows"]] == list(MODES)
     for row in document["rows"]:
         assert row["rank_tokens"] == rank_tokens and row["input_lens"] == [n for n in rank_tokens if n]
@@ -53,7 +77,9 @@ def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
         assert 0 < row["predicted_median_rank_ms"] <= row["predicted_ttft_ms"]
         assert 0 < row["least_mean_ttft_ms"] == row["most_mean_ttft_ms"] and "even_mean_ttft_ms" not in row  # one round
         assert row["plan_ms"] > 0 and row["plan_cached_ms"] > 0 and row["steps_with_arrivals"] == 0
-        assert row.get("segments_alone_ms", 1) > 0 and ("segments_alone_ms" in row or row["mode"] not in ("padded", "broadcast", "chunked"))
+        assert row.get("segments_alone_ms", 1) > 0 and (
+            "segments_alone_ms" in row or row["mode"] not in ("padded", "broadcast", "chunked")
+        )
         assert row["peak_workspace_bytes"] > 0 and row["exposed_comm_ms"] >= 0
         assert (row["overlap_pct"] is None) == (world.size == 1)
     name = "_".join(map(str, rank_tokens))
@@ -66,7 +92,9 @@ def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
 @pytest.mark.mpi
 def test_several_workloads_share_the_models(world, arguments, capsys):
     rank_tokens = ",".join(["7"] * world.size)
-    options = arguments("--rank-tokens", rank_tokens, "--trace", str(ttft.TRACE), "--modes", "pipelined,padded", "--num-requests", "3")
+    options = arguments(
+        "--rank-tokens", rank_tokens, "--trace", str(ttft.TRACE), "--modes", "pipelined,padded", "--num-requests", "3"
+    )
     assert ttft.run(world, options) == 0
     if world.rank == 0:
         rows = last_line(capsys)["rows"]
@@ -79,7 +107,20 @@ def test_several_workloads_share_the_models(world, arguments, capsys):
 @pytest.mark.mpi
 def test_draws_and_budgets(world, arguments, capsys):
     tokens = ",".join(["7"] * world.size)
-    options = arguments("--rank-tokens", tokens, "--modes", "broadcast,auto", "--draws", "2", "--draw-rounds", "2", "--budgets", "0,20", "--scale", "0.005")
+    options = arguments(
+        "--rank-tokens",
+        tokens,
+        "--modes",
+        "broadcast,auto",
+        "--draws",
+        "2",
+        "--draw-rounds",
+        "2",
+        "--budgets",
+        "0,20",
+        "--scale",
+        "0.005",
+    )
     assert ttft.run(world, options) == 0
     if world.rank:
         return
@@ -88,7 +129,10 @@ def test_draws_and_budgets(world, arguments, capsys):
     assert [row["makespan_budget"] for row in rows[:4]] == [0.1, 0.1, 0.0, 0.2]
     assert [row["trace"] for row in rows] == [None] * 4 + ["azure2023_conv"] * 8
     drawn = rows[4::4]
-    assert all(len(row["rank_tokens"]) == world.size and max(row["rank_tokens"]) <= 16 and row["exposed_comm_ms"] is None for row in drawn)
+    assert all(
+        len(row["rank_tokens"]) == world.size and max(row["rank_tokens"]) <= 16 and row["exposed_comm_ms"] is None
+        for row in drawn
+    )
     assert all(row["even_mean_ttft_ms"] > 0 and row["odd_slowest_rank_ms"] > 0 for row in rows)
     text = ttft_judge.judgement(rows)
     assert "geometric mean of draws" in text and "front of mode auto" in text
@@ -117,7 +161,9 @@ def test_a_mode_that_is_wrong_is_reported_and_fails_the_job(world, arguments, mo
     from benchmarks.ttft import parity as ttft_parity
 
     right = ttft_parity.compare
-    monkeypatch.setattr(ttft_parity, "compare", lambda found, *rest: right([(token + 1, logits) for token, logits in found], *rest))
+    monkeypatch.setattr(
+        ttft_parity, "compare", lambda found, *rest: right([(token + 1, logits) for token, logits in found], *rest)
+    )
     assert ttft.run(world, arguments("--modes", "chunked", "--rounds", "1")) == 1
     if world.rank == 0:
         row = last_line(capsys)["rows"][0]
@@ -132,7 +178,11 @@ def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments, tmp_path)
     for more, error, message in (
         (("--trace", "no_such_trace.csv"), InputError, "no_such_trace.csv: cannot be read"),
         (("--model", str(bare)), CheckpointError, f"rank 0: {bare}: holds neither model.safetensors nor"),
-        (("--cost", str(bare / "cost.json"), "--modes", "chunked"), ConfigError, f"rank 0: cost file {bare}/cost.json: No such file"),
+        (
+            ("--cost", str(bare / "cost.json"), "--modes", "chunked"),
+            ConfigError,
+            f"rank 0: cost file {bare}/cost.json: No such file",
+        ),
         (("--layers", "3"), ConfigError, "--layers is 3; tiny has 2"),
         (("--out", __file__), InputError, "--out .* is no directory"),
         (("--json", "."), InputError, "--json . is a directory"),
@@ -169,7 +219,9 @@ def test_bad_options_are_refused_by_rank_0_alone(options, message, capsys, monke
 
 def test_device_and_backend_say_the_same():
     assert ttft.parse([]).device == "auto"
-    assert ttft.parse(["--backend", "mpi"]).device == ttft.parse(["--device", "cpu", "--backend", "mpi"]).device == "cpu"
+    assert (
+        ttft.parse(["--backend", "mpi"]).device == ttft.parse(["--device", "cpu", "--backend", "mpi"]).device == "cpu"
+    )
     assert ttft.parse(["--backend", "nccl"]).device == "cuda"
 
 

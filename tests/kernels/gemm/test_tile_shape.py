@@ -1,4 +1,6 @@
-"""What a stage holds, whatever the rows and the slice of a tile: boxes do not touch one another, and reads stay in the stage."""
+"""What a stage holds, whatever the rows and the slice of a tile: boxes do not touch one another, and reads stay in the
+stage.
+"""
 
 import importlib.util
 
@@ -7,11 +9,21 @@ import pytest
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
-from pipemoe_kernels.gemm.roles import GROUP_BYTES, x_step_bytes
-from pipemoe_kernels.launch.kernel import UINT32
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS, steps_in_stage
 from pipemoe_kernels.gemm.ring import GROUP_ROWS, NUM_STAGES
-from pipemoe_kernels.gemm.tile_shape import ENDS_AT, MAX_SHARED_BYTES, RING_AT, ROWS_128, ROWS_192, SHAPES, STEP_BYTES, W_BYTES, shape_for
+from pipemoe_kernels.gemm.roles import GROUP_BYTES, x_step_bytes
+from pipemoe_kernels.gemm.tile_shape import (
+    ENDS_AT,
+    MAX_SHARED_BYTES,
+    RING_AT,
+    ROWS_128,
+    ROWS_192,
+    SHAPES,
+    STEP_BYTES,
+    W_BYTES,
+    shape_for,
+)
+from pipemoe_kernels.launch.kernel import UINT32
 
 NUM_REGISTERS = 65536
 
@@ -47,10 +59,23 @@ def test_whole_tiles_of_128_rows_are_packed_as_before():
 
 
 def test_larger_tiles_where_one_of_them_likely_holds_what_two_smaller_ones_would():
-    assert [shape_for(rows, 1e12, 132).rows for rows in (0, 1, 110, 118, 128, 175, 180, 192, 256, 10**6)] == [128, 128, 128, 192, 192, 192, 128, 128, 128, 128]
+    assert [shape_for(rows, 1e12, 132).rows for rows in (0, 1, 110, 118, 128, 175, 180, 192, 256, 10**6)] == [
+        128,
+        128,
+        128,
+        192,
+        192,
+        192,
+        128,
+        128,
+        128,
+        128,
+    ]
     assert shape_for(128, 1e13, 132) is ROWS_192
 
 
 def test_pairs_of_blocks_where_there_is_much_to_do():
-    assert [shape_for(rows, operations, 119).rows for rows, operations in ((4096, 1.4e12), (700, 3e12), (1024, 2.9e12))] == [128, 128, 256]
+    assert [
+        shape_for(rows, operations, 119).rows for rows, operations in ((4096, 1.4e12), (700, 3e12), (1024, 2.9e12))
+    ] == [128, 128, 256]
     assert shape_for(1024, 2.9e12, 33) is ROWS_128

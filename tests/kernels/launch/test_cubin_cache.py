@@ -15,9 +15,8 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
 import torch
 
 import pipemoe_kernels
-from pipemoe_kernels.launch import cubin_cache
-from pipemoe_kernels.launch import driver
 from pipemoe_kernels.index.hopper import index_kernels
+from pipemoe_kernels.launch import cubin_cache, driver
 
 CUBIN = b"\x7fELF\n\x00rest"
 
@@ -97,11 +96,17 @@ def test_a_changed_byte_is_found(folder, place):
 
 
 def test_names_aside_are_no_other_processes(folder, monkeypatch):
-    """Hosts that share a home may have processes of one number: each writes under a name of its own, and the disk has it first."""
+    """Hosts that share a home may have processes of one number: each writes under a name of its own, and the disk has
+    it first.
+    """
     aside, steps = set(), []
     replace, fsync = os.replace, os.fsync
     monkeypatch.setattr(cubin_cache.os, "fsync", lambda handle: (steps.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(cubin_cache.os, "replace", lambda old, new: (aside.add(os.path.basename(old)), steps.append("replace"), replace(old, new)))
+    monkeypatch.setattr(
+        cubin_cache.os,
+        "replace",
+        lambda old, new: (aside.add(os.path.basename(old)), steps.append("replace"), replace(old, new)),
+    )
     for _ in range(3):
         cubin_cache.store(("a",), "entry", CUBIN)
     assert len(aside) == 3 and steps == ["fsync", "replace"] * 3 and len(list(folder.iterdir())) == 1
@@ -131,7 +136,11 @@ def test_a_folder_that_others_may_write_to_is_not_used(folder, caplog, mode):
         cubin_cache.store(("b",), "entry", CUBIN)
     assert len(list(folder.iterdir())) == 1
     (record,) = caplog.records
-    assert record.levelname == "WARNING" and f"{folder} is not this user's alone" in record.getMessage() and "chmod 700" in record.getMessage()
+    assert (
+        record.levelname == "WARNING"
+        and f"{folder} is not this user's alone" in record.getMessage()
+        and "chmod 700" in record.getMessage()
+    )
     folder.chmod(0o700)
     assert cubin_cache.load(("a",)) == ("entry", CUBIN)
 
@@ -176,7 +185,14 @@ def test_what_the_driver_does_not_take_is_compiled_anew(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(driver, "load_function", load_function)
     kernel = index_kernels.__wrapped__(3).count
-    key = (kernel.name, *kernel.key, kernel.parameters, kernel.threads, kernel.blocks_per_sm, "sm_90a" if kernel.hopper_only else "sm_90")
+    key = (
+        kernel.name,
+        *kernel.key,
+        kernel.parameters,
+        kernel.threads,
+        kernel.blocks_per_sm,
+        "sm_90a" if kernel.hopper_only else "sm_90",
+    )
     cubin_cache.store(key, "entry", CUBIN)
     kernel.load(0)
     assert loaded[0] == CUBIN and loaded[1].startswith(b"\x7fELF") and loaded[1] != CUBIN

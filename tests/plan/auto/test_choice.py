@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from pipemoe.errors import ConfigError
 from pipemoe.plan.assignment import assign
 from pipemoe.plan.auto.choice import auto_assignment, auto_candidates, auto_effort
-from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.config import COMBINES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, cpu
 from pipemoe.plan.cost.dimensions import dimensions_of
+from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
-from pipemoe.plan.config import COMBINES, OBJECTIVES, PlanConfig
-from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.verify import verify
 
 SHAPE = ModelShape(1024, 32, 8, 2, 2)
@@ -63,7 +63,10 @@ def plan_of(candidate, facts, shape, config, cost):
 
 costs = st.sampled_from(
     [CostModel(), CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1)), ARRIVING]
-    + [default_cost(device, dimensions_of(MODEL_CONFIGS["small"]), 4, value_bytes=2, sum_bytes=4, ctas=1) for device in (*GPUS.values(), cpu(2))]
+    + [
+        default_cost(device, dimensions_of(MODEL_CONFIGS["small"]), 4, value_bytes=2, sum_bytes=4, ctas=1)
+        for device in (*GPUS.values(), cpu(2))
+    ]
     + [CostModel(sms=SmsCost(132, 1, 900, 900, 1200, 1200))]
 )
 
@@ -137,7 +140,10 @@ def test_no_worse_than_a_fixed_mode_by_its_own_prediction(tokens, objective):
             assert figure(chosen) <= figure(same[0]) * 1.05
 
 
-@pytest.mark.parametrize("lengths", [((4096,), *((16,),) * 7), ((2048,),) * 8, tuple((100 << i,) for i in range(8)), tuple((i,) for i in range(1, 9))])
+@pytest.mark.parametrize(
+    "lengths",
+    [((4096,), *((16,),) * 7), ((2048,),) * 8, tuple((100 << i,) for i in range(8)), tuple((i,) for i in range(1, 9))],
+)
 @pytest.mark.parametrize("cap", [2048, 8192])
 def test_choosing_takes_a_bounded_number_of_events(lengths, cap):
     """8 ranks, 61 layers: some 4,000 events are a millisecond."""
@@ -149,7 +155,10 @@ def test_short_prompts_are_freed_from_a_long_one():
     facts = Facts(((4096,), (16,), (16,), (16,)))
     p = plan(facts, DEEP, PlanConfig(makespan_budget=0.3), QUICK_HOST)
     assert len(p.cohorts) > 1 and {m.rank for m in p.cohorts[0].microbatches} == {1, 2, 3}
-    assert simulate(p, QUICK_HOST).ttft[1] < simulate(plan(facts, DEEP, PlanConfig(mode="broadcast"), QUICK_HOST), QUICK_HOST).ttft[1]
+    assert (
+        simulate(p, QUICK_HOST).ttft[1]
+        < simulate(plan(facts, DEEP, PlanConfig(mode="broadcast"), QUICK_HOST), QUICK_HOST).ttft[1]
+    )
 
 
 @pytest.mark.parametrize("tokens", [(64,) * 4, (1, 0, 0, 0)])
@@ -159,8 +168,14 @@ def test_small_steps_stay_together(tokens):
 
 
 def test_sums_come_in_blocks_of_columns_where_that_hides_them():
-    """Long transfers that the experts do not slow; not where latencies, the host or the experts' own form speak against it."""
-    facts, config, free = Facts(((3000,),) * 4), PlanConfig(moe_max_num_tokens=100_000), {f.name: 1000 for f in fields(ContentionCost)}
+    """Long transfers that the experts do not slow; not where latencies, the host or the experts' own form speak against
+    it.
+    """
+    facts, config, free = (
+        Facts(((3000,),) * 4),
+        PlanConfig(moe_max_num_tokens=100_000),
+        {f.name: 1000 for f in fields(ContentionCost)},
+    )
     cost = replace(QUICK_HOST, combine=ExchangeCost(10_000, 2_000, 60_000), contention=ContentionCost(**free))
 
     def blocks_and_time(cost, **options):
@@ -199,7 +214,20 @@ def test_objectives_and_budget_matter():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("objective", "median"), ("combine_blocks", 17), ("combine_blocks", 2.0), ("num_sms", 0), ("num_sms", 2.0), ("makespan_budget", -0.1), ("makespan_budget", float("nan")), ("makespan_budget", "a lot"), ("objective_weights", (0, 0, 0)), ("objective_weights", (1, 2)), ("objective_weights", (1, 0, 0.5))]
+    ("field", "value"),
+    [
+        ("objective", "median"),
+        ("combine_blocks", 17),
+        ("combine_blocks", 2.0),
+        ("num_sms", 0),
+        ("num_sms", 2.0),
+        ("makespan_budget", -0.1),
+        ("makespan_budget", float("nan")),
+        ("makespan_budget", "a lot"),
+        ("objective_weights", (0, 0, 0)),
+        ("objective_weights", (1, 2)),
+        ("objective_weights", (1, 0, 0.5)),
+    ],
 )
 def test_bad_settings_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):

@@ -1,10 +1,12 @@
-"""The clock again, written from the rules of pipemoe.runtime.run, for costs without contention: everything at full speed."""
+"""The clock again, written from the rules of pipemoe.runtime.run, for costs without contention: everything at full
+speed.
+"""
 
 from pipemoe.plan.arrivals import groups_of
-from pipemoe.plan.cost.model import rates_of
 from pipemoe.plan.clock.layer import FINISH, FIRST_ATTEND
-from pipemoe.plan.schedule import MAX_GROUPS, OpKind
 from pipemoe.plan.clock.prediction import costs_of
+from pipemoe.plan.cost.model import rates_of
+from pipemoe.plan.schedule import MAX_GROUPS, OpKind
 
 COMPUTE = (OpKind.ATTEND, OpKind.EXPERTS, OpKind.FINISH)
 IN_BLOCKS = (OpKind.EXPERTS, OpKind.COMBINE)  # of columns; `parts` counts them
@@ -16,7 +18,8 @@ class NaiveSimulator:
         self.ranks, self.num_cohorts = range(plan.facts.num_ranks), len(plan.cohorts)
         self.ops_of = [[op for op in plan.ops if op.cohort == c] for c in range(self.num_cohorts)]
         self.position = {op: i for i, op in enumerate(plan.ops)}
-        self.num_blocks, self.num_heads = plan.num_column_blocks, int(plan.arrivals)  # a head: what experts do ahead of a wave's last group
+        # a head: what experts do ahead of a wave's last group
+        self.num_blocks, self.num_heads = plan.num_column_blocks, int(plan.arrivals)
         self.done = [set() for _ in self.ranks]
         self.parts = [dict.fromkeys(plan.ops, 0) for _ in self.ranks]  # of an operation that are done
         self.issued = [set() for _ in self.ranks]  # issuing has begun
@@ -32,7 +35,11 @@ class NaiveSimulator:
         now, finish = 0, {}
         while True:
             self.start(now)
-            ends = [h[0] for h in self.host if h] + [e for r in self.running for e in r.values()] + list(self.transfers.values())
+            ends = (
+                [h[0] for h in self.host if h]
+                + [e for r in self.running for e in r.values()]
+                + list(self.transfers.values())
+            )
             if not ends:
                 self.spans = tuple(tuple(sorted(spans, key=lambda span: (span[1], span[0]))) for spans in self.spans)
                 return [[finish[c, r] for r in self.ranks] for c in range(self.num_cohorts)]
@@ -72,7 +79,13 @@ class NaiveSimulator:
                     self.host[r] = (now + self.host_ns(r, op), op)
             for c in range(self.num_cohorts):
                 op = next((op for op in self.ops_of[c] if op.kind in COMPUTE and op not in self.done[r]), None)
-                if op and op in self.issued[r] and op not in self.running[r] and self.slot_is_free(r, op) and self.needs(r, op) <= self.done[r]:
+                if (
+                    op
+                    and op in self.issued[r]
+                    and op not in self.running[r]
+                    and self.slot_is_free(r, op)
+                    and self.needs(r, op) <= self.done[r]
+                ):
                     issue_end = self.host[r][0] if self.host[r] and self.host[r][1] == op else now
                     self.running[r][op] = max(now + self.compute_ns(r, op), issue_end)
                     self.begun.setdefault((r, op), now)
@@ -81,7 +94,9 @@ class NaiveSimulator:
                 op = next((op for op in self.ops_of[c] if op.kind is kind and op not in self.done[0]), None)
                 if op is None or op in self.transfers:
                     continue
-                if all(op in self.posted[r] and self.slot_is_free(r, op) and self.may_transfer(r, op) for r in self.ranks):
+                if all(
+                    op in self.posted[r] and self.slot_is_free(r, op) and self.may_transfer(r, op) for r in self.ranks
+                ):
                     item = op.wave if kind is OpKind.DISPATCH else op.wave * self.num_blocks + self.parts[0][op]
                     self.begun.update({(r, op): now for r in self.ranks})
                     self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), item, 0])
@@ -98,7 +113,11 @@ class NaiveSimulator:
 
     def may_issue(self, r, op):
         if op.kind is OpKind.DISPATCH:
-            under_way = [o for o in self.posted[r] if o.kind is OpKind.DISPATCH and o.cohort == op.cohort and o not in self.done[r]]
+            under_way = [
+                o
+                for o in self.posted[r]
+                if o.kind is OpKind.DISPATCH and o.cohort == op.cohort and o not in self.done[r]
+            ]
             return (len(under_way) + 1) * self.num_groups(op.cohort) <= MAX_GROUPS
         if op.kind is not OpKind.ATTEND:
             return True
@@ -107,7 +126,9 @@ class NaiveSimulator:
         return all(attend in self.issued[r] for attend in self.attends_before(op))
 
     def attends_before(self, op):
-        """Of earlier chunks in the same layer; of the chunks that continue this one's, and take slots in the same turn, in the last."""
+        """Of earlier chunks in the same layer; of the chunks that continue this one's, and take slots in the same turn,
+        in the last.
+        """
         before = {type(op)(OpKind.ATTEND, e, op.layer, 0) for e in self.plan.causal_predecessors[op.cohort]}
         for e, predecessors in enumerate(self.plan.causal_predecessors):
             same_turn = e // self.plan.config.num_slots == op.cohort // self.plan.config.num_slots
@@ -145,13 +166,17 @@ class NaiveSimulator:
 
     def compute_ns(self, r, op):
         experts = 1 + op.wave * (self.num_heads + self.num_blocks) + self.parts[r][op]
-        place = {OpKind.ATTEND: 0 if op.layer else FIRST_ATTEND, OpKind.EXPERTS: experts, OpKind.FINISH: FINISH}[op.kind]
+        place = {OpKind.ATTEND: 0 if op.layer else FIRST_ATTEND, OpKind.EXPERTS: experts, OpKind.FINISH: FINISH}[
+            op.kind
+        ]
         return int(self.costs.compute[op.cohort, r, place, 0])
 
     def host_ns(self, r, op):
         rates, owner = self.rates, bool(self.costs.own[op.cohort, r].any())
         if op.kind is OpKind.DISPATCH:
-            return rates.host_dispatch_ns * self.num_groups(op.cohort) + (rates.host_pack_ns if self.costs.own[op.cohort, r, op.wave] else 0)
+            return rates.host_dispatch_ns * self.num_groups(op.cohort) + (
+                rates.host_pack_ns if self.costs.own[op.cohort, r, op.wave] else 0
+            )
         if op.kind is OpKind.ATTEND:
             return int(self.costs.issue[op.cohort, r])
         if op.kind is OpKind.FINISH:

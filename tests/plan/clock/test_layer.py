@@ -7,13 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipemoe.plan.clock.layer import (
+    COMBINE,
+    DISPATCH,
+    LAYER_BEFORE,
+    LAYER_OF,
+    attention_waits,
+    layer_costs,
+    leaving_sms,
+    merge_alike_ranks,
+)
+from pipemoe.plan.clock.prediction import costs_of
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.model import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, rates_of
-from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF
-from pipemoe.plan.clock.layer import attention_waits, layer_costs, leaving_sms, merge_alike_ranks
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch
-from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.clock.prediction import costs_of
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 
 # A ns for each pair of a query and a key, or each row moved; nothing for anything else.

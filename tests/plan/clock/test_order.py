@@ -7,13 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
-from pipemoe.plan.cost.model import rates_of
 from pipemoe.plan.clock.order import merge_orders, order_keys
+from pipemoe.plan.clock.prediction import costs_of
+from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.cost.model import (
+    AttendCost,
+    ContentionCost,
+    CostModel,
+    ExchangeCost,
+    ExpertsCost,
+    HostCost,
+    SmsCost,
+    rates_of,
+)
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind
-from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.clock.prediction import costs_of
 
 SHAPE = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=3)
 FREE = ContentionCost(**{f.name: 1000 for f in fields(ContentionCost)})

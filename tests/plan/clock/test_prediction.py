@@ -6,17 +6,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipemoe.plan.cost.model import AttendCost, ContentionCost, CoresCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
+from pipemoe.plan.clock.prediction import costs_of, simulate
+from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.cost.model import (
+    AttendCost,
+    ContentionCost,
+    CoresCost,
+    CostModel,
+    ExchangeCost,
+    ExpertsCost,
+    HostCost,
+    SmsCost,
+)
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape, OpKind
-from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.clock.prediction import costs_of, simulate
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 from tests.plan.clock.naive_clock import COMPUTE, NaiveSimulator
 
 NAMES = [f.name for f in fields(ContentionCost)]
 FREE = ContentionCost(**dict.fromkeys(NAMES, 1000))
-SIDE_BY_SIDE = {OpKind.ATTEND: "compute", OpKind.EXPERTS: "compute", OpKind.FINISH: "compute", OpKind.DISPATCH: "dispatch", OpKind.COMBINE: "combine"}
+SIDE_BY_SIDE = {
+    OpKind.ATTEND: "compute",
+    OpKind.EXPERTS: "compute",
+    OpKind.FINISH: "compute",
+    OpKind.DISPATCH: "dispatch",
+    OpKind.COMBINE: "combine",
+}
 
 
 @st.composite
@@ -40,7 +55,9 @@ def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
 
 
 contentions = st.builds(ContentionCost, **{name: st.sampled_from((100, 500, 900, 1000)) for name in NAMES})
-all_cores = st.builds(CoresCost, permille=st.sampled_from((0, 500, 2000)), slowdown_permille=st.sampled_from((0, 100, 1000)))
+all_cores = st.builds(
+    CoresCost, permille=st.sampled_from((0, 500, 2000)), slowdown_permille=st.sampled_from((0, 100, 1000))
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -62,7 +79,11 @@ def test_same_as_the_naive_simulator_with_arrivals(data):
     facts = Facts(tuple((n,) if n else () for n in data.draw(st.lists(st.integers(0, 30), min_size=4, max_size=9))))
     blocks, one_cohort = data.draw(st.sampled_from((None, 3))), data.draw(st.booleans())
     config = PlanConfig(
-        mode="chunked" if one_cohort else "per_rank", moe_max_num_tokens=data.draw(st.integers(40, 200)), num_slots=1, combine_blocks=blocks, arrivals=True
+        mode="chunked" if one_cohort else "per_rank",
+        moe_max_num_tokens=data.draw(st.integers(40, 200)),
+        num_slots=1,
+        combine_blocks=blocks,
+        arrivals=True,
     )
     cost = data.draw(small_costs())
     p = plan(facts, SHAPE, config, cost, assignment=None if one_cohort else data.draw(assignments(facts)))
@@ -142,7 +163,10 @@ def test_no_faster_than_the_work_of_the_busiest_rank(data):
 def test_one_cohort_takes_longer_with_more_tokens(few, more, num_ranks, cost):
     few, more = sorted((few, more))
     config = PlanConfig(mode="broadcast")
-    times = [simulate(plan(Facts(((n,), *((7,),) * (num_ranks - 1))), SHAPE, config, cost), cost).makespan for n in (few, more)]
+    times = [
+        simulate(plan(Facts(((n,), *((7,),) * (num_ranks - 1))), SHAPE, config, cost), cost).makespan
+        for n in (few, more)
+    ]
     assert times[0] <= times[1]
 
 
@@ -168,7 +192,9 @@ def test_the_second_slot_is_under_the_first():
     """Two ranks' cohorts compute side by side; what the second one suffers costs the first nothing."""
     facts, config = Facts(((400,), (500,))), PlanConfig(mode="per_rank")
     base = CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1), contention=FREE)
-    under = replace(base, contention=replace(FREE, experts_under_attend=300, attend_under_experts=300, experts_under_experts=300))
+    under = replace(
+        base, contention=replace(FREE, experts_under_attend=300, attend_under_experts=300, experts_under_experts=300)
+    )
     of = {cost: simulate(plan(facts, SHAPE, config, cost), cost).ttft for cost in (base, under)}
     assert of[under][1] > of[base][1] and of[under][0] <= of[base][0] * 1.01
 
@@ -182,14 +208,19 @@ def test_a_dispatch_costs_what_the_busiest_link_carries():
         return [costs_of(p, volume).exchange[0, side, 0, 0] for side in (0, 1)]
 
     assert dispatched((400, 400), "broadcast") == [400, 800] and dispatched((400, 0), "broadcast") == [400, 400]
-    assert dispatched((400, 100, 100), "broadcast") == [500, 600] and dispatched((400, 100, 100), "padded") == [800, 800]
+    assert dispatched((400, 100, 100), "broadcast") == [500, 600] and dispatched((400, 100, 100), "padded") == [
+        800,
+        800,
+    ]
     assert dispatched((400, 400), "auto") == [400, 400] and dispatched((400, 100), "auto") == [400, 500]
 
 
 @pytest.mark.parametrize("graph_cuts", [0, 1])
 def test_cut_sequences_are_attended_by_graphs_that_serve_them(graph_cuts):
     facts, cost = Facts(((64,),) * 2), CostModel(host=HostCost(graph_cuts=graph_cuts))
-    whole, cut = (costs_of(plan(facts, SHAPE, PlanConfig(mode=mode), cost), cost) for mode in ("broadcast", "two_batch"))
+    whole, cut = (
+        costs_of(plan(facts, SHAPE, PlanConfig(mode=mode), cost), cost) for mode in ("broadcast", "two_batch")
+    )
     assert whole.issue[0, 0] == cost.host.graph_ns
     assert set(cut.issue.flat) == {cost.host.graph_ns if graph_cuts else cost.host.attend_ns}
 
@@ -206,7 +237,14 @@ def test_blocks_of_columns_hide_the_combine_behind_the_experts():
     """By hand, without launches to count: experts 900 of which 300 are the output, combine 300; one wave."""
     nothing = ExchangeCost(0, 0, 0)
     cost = CostModel(
-        AttendCost(0, 0, 0, 0), ExpertsCost(0, 0, 0, 9_000, 1, 333), nothing, ExchangeCost(0, 0, 3_000), HostCost(*(0,) * 9), contention=FREE, start_ns=0, finish_ns=0
+        AttendCost(0, 0, 0, 0),
+        ExpertsCost(0, 0, 0, 9_000, 1, 333),
+        nothing,
+        ExchangeCost(0, 0, 3_000),
+        HostCost(*(0,) * 9),
+        contention=FREE,
+        start_ns=0,
+        finish_ns=0,
     )
     facts, shape = Facts(((50,), (50,))), replace(SHAPE, num_layers=2)
 
@@ -219,7 +257,8 @@ def test_blocks_of_columns_hide_the_combine_behind_the_experts():
     latency = replace(cost, combine=ExchangeCost(200, 0, 3_000))
     assert makespan(8, latency) > makespan(2, latency)
     gaps = replace(cost, experts=replace(cost.experts, fixed_ns=900))
-    assert makespan(1, gaps) == 2 * 2100 and makespan(2, gaps) == 2 * (1650 + 300 + 150 + 150)  # a third of the gaps again
+    # a third of the gaps again
+    assert makespan(1, gaps) == 2 * 2100 and makespan(2, gaps) == 2 * (1650 + 300 + 150 + 150)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

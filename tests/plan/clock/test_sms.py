@@ -1,4 +1,6 @@
-"""How many multiprocessors plans leave to collectives: the usual rule, what mode auto chooses, and what a user demands."""
+"""How many multiprocessors plans leave to collectives: the usual rule, what mode auto chooses, and what a user
+demands.
+"""
 
 from dataclasses import fields, replace
 
@@ -7,18 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.clock.sms import forced_sms_left, possible_sms_left, room_for_collectives
+from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
-from pipemoe.plan.config import MODES, PlanConfig
-from pipemoe.plan.clock.prediction import simulate
-from pipemoe.plan.clock.sms import forced_sms_left, possible_sms_left, room_for_collectives
 from tests.plan.cases import SHAPE, all_facts, configs
 
 DEEP = ModelShape(2048, 768, 128, 8, 24)
 FACTS = Facts(((300,), (300,), (40,), (40,)))
 FIXED = tuple(mode for mode in MODES if mode != "auto")
-sms_costs = st.builds(SmsCost, st.sampled_from((0, 32, 132)), st.sampled_from((0, 1, 8)), *[st.sampled_from((500, 1000, 1500))] * 4)
+sms_costs = st.builds(
+    SmsCost, st.sampled_from((0, 32, 132)), st.sampled_from((0, 1, 8)), *[st.sampled_from((500, 1000, 1500))] * 4
+)
 
 
 def test_room_is_for_all_collectives_but_a_tenth_at_most():
@@ -38,7 +42,9 @@ def test_plans_leave_what_experts_are_made_ready_for(data):
     assert p.sms_left == 0 or p.sms_left < cost.sms.num_sms
     if config.mode != "auto":
         overlaps = p.arrivals or p.num_column_blocks > 1 or sum(len(cohort.waves) for cohort in p.cohorts) > 1
-        assert p.sms_left == (room_for_collectives(cost.sms.num_sms, cost.sms.ctas, p.num_slots_used) if overlaps else 0)
+        assert p.sms_left == (
+            room_for_collectives(cost.sms.num_sms, cost.sms.ctas, p.num_slots_used) if overlaps else 0
+        )
 
 
 def test_fewer_slots_need_less_room():
@@ -92,10 +98,15 @@ def test_auto_leaves_what_is_predicted_to_be_best():
     def cost(crowded, roomy):
         return replace(COMPUTING, sms=SmsCost(132, 8, crowded, 1000, roomy, roomy))
 
-    slowed = {f"experts_beside_{other}": 500 for other in ("dispatch", "combine")} | {f"{other}_beside_experts": 500 for other in ("dispatch", "combine")}
+    slowed = {f"experts_beside_{other}": 500 for other in ("dispatch", "combine")} | {
+        f"{other}_beside_experts": 500 for other in ("dispatch", "combine")
+    }
     assert leaves(cost(1000, 1000)) == 0  # nothing to be had for it
     assert leaves(replace(cost(300, 1000), dispatch=ExchangeCost(2_000, 0, 60_000))) == 13
-    assert leaves(replace(cost(300, 2000), contention=replace(FREE, **slowed), dispatch=ExchangeCost(2_000, 0, 60_000))) == 26
+    assert (
+        leaves(replace(cost(300, 2000), contention=replace(FREE, **slowed), dispatch=ExchangeCost(2_000, 0, 60_000)))
+        == 26
+    )
 
 
 def test_demanding_arrivals_changes_nothing_where_cohorts_run_side_by_side():
@@ -110,7 +121,9 @@ def test_crowding_and_fewer_multiprocessors_slow():
 
     def makespan(num_sms, crowded=1000):
         cost = replace(COMPUTING, sms=SmsCost(132, 8, crowded))
-        return simulate(plan(facts, DEEP, PlanConfig(mode="chunked", moe_max_num_tokens=4096, num_sms=num_sms), cost), cost).makespan
+        return simulate(
+            plan(facts, DEEP, PlanConfig(mode="chunked", moe_max_num_tokens=4096, num_sms=num_sms), cost), cost
+        ).makespan
 
     assert makespan(132) < makespan(119) < makespan(66)
     assert makespan(132) < makespan(132, 500) and makespan(119) == makespan(119, 500)

@@ -1,4 +1,6 @@
-"""Nothing in the planner wraps around in 64 bits: compiled costs equal Python's own whole numbers, and what is too long is refused."""
+"""Nothing in the planner wraps around in 64 bits: compiled costs equal Python's own whole numbers, and what is too long
+is refused.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,29 @@ from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.auto.choice import auto_candidates
-from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, SmsCost, rates_of
-from pipemoe.plan.cost.model import attend_busy, experts_busy, first_busy
+from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH
+from pipemoe.plan.clock.prediction import costs_of, simulate
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS
 from pipemoe.plan.cost.dimensions import dimensions_of
-from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH
 from pipemoe.plan.cost.magnitude import LONGEST_NS, MOST_TOKENS, check_magnitude, longest_ns
+from pipemoe.plan.cost.model import (
+    AttendCost,
+    ContentionCost,
+    CostModel,
+    ExchangeCost,
+    ExpertsCost,
+    SmsCost,
+    attend_busy,
+    experts_busy,
+    first_busy,
+    rates_of,
+)
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.products import in_proportion, scaled
 from pipemoe.plan.schedule import Facts, ModelShape
-from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.clock.prediction import costs_of, simulate
 
 SHAPE = ModelShape(hidden=64, intermediate=32, num_experts=8, top_k=2, num_layers=2)
 LARGE = st.one_of(st.integers(0, 10**6), st.integers(0, 1 << 53))
@@ -62,7 +74,9 @@ def test_attention_of_any_size(rows, pairs, row_ps, pair_fs):
 
 
 @settings(deadline=None)
-@given(st.integers(1, MOST_TOKENS), st.integers(1, 64), st.integers(0, 10**6), st.integers(0, 10**8), st.integers(0, 100))
+@given(
+    st.integers(1, MOST_TOKENS), st.integers(1, 64), st.integers(0, 10**6), st.integers(0, 10**8), st.integers(0, 100)
+)
 def test_experts_of_any_size(rows, num_ranks, pair_ps, expert_ns, sms_left):
     """With every expert hit, as so many rows do, the price is a formula of Python's whole numbers."""
     rates = rates_of(CostModel(experts=ExpertsCost(pair_ps=pair_ps, expert_ns=expert_ns, row_ps=4_000, tile_rows=64)))
@@ -80,21 +94,31 @@ COSTS = st.builds(
     CostModel,
     attend=st.builds(
         AttendCost,
-        **dict.fromkeys(("fixed_ns", "weights_ns", "row_ps", "first_weights_ns", "first_row_ps"), st.integers(0, 10**9)),
+        **dict.fromkeys(
+            ("fixed_ns", "weights_ns", "row_ps", "first_weights_ns", "first_row_ps"), st.integers(0, 10**9)
+        ),
         pair_fs=st.integers(0, 3 * 10**7),
         first_pair_fs=st.integers(0, 10**10),
         crowd_permille=st.integers(0, 2000),
     ),
-    experts=st.builds(ExpertsCost, expert_ns=st.integers(0, 10**9), pair_ps=st.integers(0, 10**9), row_ps=st.integers(0, 10**9)),
+    experts=st.builds(
+        ExpertsCost, expert_ns=st.integers(0, 10**9), pair_ps=st.integers(0, 10**9), row_ps=st.integers(0, 10**9)
+    ),
     dispatch=st.builds(ExchangeCost, row_ps=st.integers(0, 10**9)),
     combine=st.builds(ExchangeCost, row_ps=st.integers(0, 10**9)),
 )
 
 
 @settings(deadline=None, max_examples=100)
-@given(COSTS, st.lists(st.integers(0, 3 * 10**6), min_size=1, max_size=4), st.sampled_from(("broadcast", "padded", "pipelined", "two_batch")))
+@given(
+    COSTS,
+    st.lists(st.integers(0, 3 * 10**6), min_size=1, max_size=4),
+    st.sampled_from(("broadcast", "padded", "pipelined", "two_batch")),
+)
 def test_costs_and_clock_of_large_steps(cost, tokens, mode):
-    """Whatever is not refused is priced as in Python's whole numbers, and its clock ends no earlier than the dearest operation."""
+    """Whatever is not refused is priced as in Python's whole numbers, and its clock ends no earlier than the dearest
+    operation.
+    """
     facts = Facts(tuple((n,) if n else () for n in tokens))
     config = PlanConfig(mode=mode, moe_max_num_tokens=10**8, max_tokens_per_rank=10**8)
     try:
@@ -111,12 +135,17 @@ def test_costs_and_clock_of_large_steps(cost, tokens, mode):
         for rank in range(len(tokens)):
             count = cohort.tokens_of(rank)
             if count and len(chosen.cohorts) == 1:
-                busy = max(attend.weights_ns, big(count, attend.row_ps, 1000)) + big(count * (count + 1) // 2, attend.pair_fs, 10**6)
+                busy = max(attend.weights_ns, big(count, attend.row_ps, 1000)) + big(
+                    count * (count + 1) // 2, attend.pair_fs, 10**6
+                )
                 if not attend.crowd_permille and not _graphed(count):
                     assert costs.compute[c, rank, 0, BUSY] == busy
                 dearest = max(dearest, busy)
     assert int(costs.compute.min()) >= 0 and int(costs.exchange.min()) >= 0
-    assert int(costs.exchange[:, DISPATCH].max()) <= big(rows, cost.dispatch.row_ps, 1000) + cost.dispatch.fixed_ns + 99 * cost.dispatch.segment_ns
+    assert (
+        int(costs.exchange[:, DISPATCH].max())
+        <= big(rows, cost.dispatch.row_ps, 1000) + cost.dispatch.fixed_ns + 99 * cost.dispatch.segment_ns
+    )
     assert int(costs.exchange[:, COMBINE, :, ALONE].max()) <= longest_ns(facts, SHAPE, config, cost)
     prediction = simulate(chosen, cost)
     assert SHAPE.num_layers * dearest <= prediction.makespan <= 1000 * longest_ns(facts, SHAPE, config, cost)
@@ -129,7 +158,10 @@ def _graphed(count: int) -> bool:
 def test_a_long_prompt_is_as_dear_as_its_pairs():
     """Longer prompts once took less time by the plan than shorter ones: the products of pairs and costs had wrapped."""
     dimensions = dimensions_of(MODEL_CONFIGS["deepseek-v3"])
-    shape, cost = replace(dimensions.shape, num_layers=8), default_cost(GPUS["h200"], dimensions, 2, value_bytes=2, sum_bytes=2)
+    shape, cost = (
+        replace(dimensions.shape, num_layers=8),
+        default_cost(GPUS["h200"], dimensions, 2, value_bytes=2, sum_bytes=2),
+    )
     slowest = {}
     for tokens in (5_000_000, 10_000_000):
         config = PlanConfig(mode="pipelined", max_tokens_per_rank=tokens)
@@ -142,12 +174,20 @@ def test_a_long_prompt_is_as_dear_as_its_pairs():
 
 def test_mode_auto_on_a_step_of_hours_with_heavy_weights():
     cost = CostModel()
-    config = PlanConfig(mode="auto", max_tokens_per_rank=10**7, objective="weighted", objective_weights=(100, 100, 100), makespan_budget=100)
+    config = PlanConfig(
+        mode="auto",
+        max_tokens_per_rank=10**7,
+        objective="weighted",
+        objective_weights=(100, 100, 100),
+        makespan_budget=100,
+    )
     facts = Facts(((8_000_000, *(1,) * 100), (5,)))
     candidates = auto_candidates(facts, ModelShape(64, 32, 8, 2, 48), config, cost)
     of_pairs = 48 * 8_000_000**2 // 2 * cost.attend.pair_fs // 10**6
     assert all(0 < c.mean <= c.slowest and 0 < c.p50 <= c.slowest for c in candidates)
-    assert all(of_pairs // 5 <= c.slowest <= 2 * of_pairs for c in candidates) and sum(c.chosen for c in candidates) == 1
+    assert (
+        all(of_pairs // 5 <= c.slowest <= 2 * of_pairs for c in candidates) and sum(c.chosen for c in candidates) == 1
+    )
 
 
 def test_what_is_too_long_to_reckon_with_is_refused():

@@ -9,12 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.cost.model import CROWDED, KINDS, ROOMY, USUAL, AttendCost, ContentionCost, CostModel, SmsCost
-from pipemoe.plan.cost.model import attend_busy, cost_from_dict, experts_busy, graph_rows, rates_of, speeds_of
-from pipemoe.plan.cost.file import read_cost, write_cost
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, UNKNOWN_GPU, cpu, gpu_named
 from pipemoe.plan.cost.dimensions import dimensions_of, dimensions_of_decoder, dimensions_of_shape
+from pipemoe.plan.cost.file import read_cost, write_cost
+from pipemoe.plan.cost.model import (
+    CROWDED,
+    KINDS,
+    ROOMY,
+    USUAL,
+    AttendCost,
+    ContentionCost,
+    CostModel,
+    SmsCost,
+    attend_busy,
+    cost_from_dict,
+    experts_busy,
+    graph_rows,
+    rates_of,
+    speeds_of,
+)
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 
 RATES = rates_of(CostModel())
@@ -29,7 +43,9 @@ def test_experts_cost_more_for_more_rows(few, more, num_ranks):
 
 
 def test_experts_read_few_weights_for_few_rows_and_all_for_many():
-    only_weights = rates_of(replace(CostModel(), experts=replace(CostModel().experts, expert_ns=1000, pair_ps=0, row_ps=0)))
+    only_weights = rates_of(
+        replace(CostModel(), experts=replace(CostModel().experts, expert_ns=1000, pair_ps=0, row_ps=0))
+    )
     assert experts_busy(only_weights, 1, 128, 8, 4) == pytest.approx(32 * 1000 * 8 / 128, rel=0.01)
     assert experts_busy(only_weights, 10**4, 128, 8, 4) == pytest.approx(32 * 1000, rel=0.01)
 
@@ -44,7 +60,9 @@ def test_attention_costs_more_for_more(rows, pairs, more):
 @pytest.mark.parametrize("device", [*GPUS.values(), cpu(2)])
 def test_defaults_are_whole_and_positive(device, model):
     for num_ranks, sharing in ((1, 1), (4, 4), (8, 1)):
-        cost = default_cost(device, dimensions_of(MODEL_CONFIGS[model]), num_ranks, value_bytes=2, sum_bytes=2, ranks_per_device=sharing)
+        cost = default_cost(
+            device, dimensions_of(MODEL_CONFIGS[model]), num_ranks, value_bytes=2, sum_bytes=2, ranks_per_device=sharing
+        )
         assert all(type(v) is int and v >= 0 for v in rates_of(cost))
         assert cost.attend.row_ps > 0 and cost.experts.expert_ns > 0
 
@@ -74,7 +92,11 @@ def test_contention_by_kinds():
     at = KINDS.index
     assert speeds[0, at("attend"), at("experts")] == contention.attend_beside_experts
     assert speeds[1, at("attend"), at("experts")] == contention.attend_under_experts
-    assert speeds[0, at("combine"), at("attend")] == speeds[1, at("combine"), at("attend")] == contention.combine_beside_attend
+    assert (
+        speeds[0, at("combine"), at("attend")]
+        == speeds[1, at("combine"), at("attend")]
+        == contention.combine_beside_attend
+    )
     with pytest.raises(ConfigError, match="attend_under_attend is 0"):
         ContentionCost(attend_under_attend=0)
 
@@ -104,7 +126,16 @@ def test_arithmetic_is_slower_on_fewer_multiprocessors_and_reading_is_not(rows, 
 
 
 def test_graphs_compute_whole_buckets():
-    assert [graph_rows(RATES, rows) for rows in (1, 16, 17, 500, 1024, 1025, 4096, 4097)] == [16, 16, 64, 512, 1024, 1280, 4096, 0]
+    assert [graph_rows(RATES, rows) for rows in (1, 16, 17, 500, 1024, 1025, 4096, 4097)] == [
+        16,
+        16,
+        64,
+        512,
+        1024,
+        1280,
+        4096,
+        0,
+    ]
     assert graph_rows(rates_of(replace(CostModel(), host=replace(CostModel().host, graph_rows=0))), 1) == 0
 
 

@@ -23,17 +23,37 @@ from pipemoe.plan.cost.model_facts import cut_config, read_facts, with_defaults_
 from pipemoe.plan.cost.model_limits import supported_facts
 
 SMALL = {
-    "qwen3_moe": dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8),
-    "mixtral": dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4),
-    "deepseek_v3": dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4, n_routed_experts=16, kv_lora_rank=8, q_lora_rank=8),
+    "qwen3_moe": dict(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    ),
+    "mixtral": dict(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4
+    ),
+    "deepseek_v3": dict(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=16,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+    ),
 }
-SMALL = {family: {"model_type": family, "vocab_size": 64, "intermediate_size": 16} | fields for family, fields in SMALL.items()}
+SMALL = {
+    family: {"model_type": family, "vocab_size": 64, "intermediate_size": 16} | fields
+    for family, fields in SMALL.items()
+}
 
 
 def some(draw, strategy):
-    """A value, null, or nothing at all."""
+    """A list of a value, of null, or of nothing at all."""
     kind = draw(st.sampled_from(("value", "value", "null", "missing")))
-    return {} if kind == "missing" else {"value": None if kind == "null" else draw(strategy)}
+    return [] if kind == "missing" else [None if kind == "null" else draw(strategy)]
 
 
 @st.composite
@@ -41,25 +61,48 @@ def configs(draw):
     """Configs of the three families, small where they say something, with fields missing and null."""
     family = draw(st.sampled_from(model_facts.MODEL_TYPES))
     heads = draw(st.sampled_from((1, 2, 4, 8)))
-    config = {"model_type": family, "vocab_size": 64, "hidden_size": 16 * heads, "num_attention_heads": heads, "intermediate_size": 16}
+    config = {
+        "model_type": family,
+        "vocab_size": 64,
+        "hidden_size": 16 * heads,
+        "num_attention_heads": heads,
+        "intermediate_size": 16,
+    }
     config["num_hidden_layers"] = draw(st.integers(1, 6))
     fields = {"max_position_embeddings": st.integers(1, 9999), "tie_word_embeddings": st.booleans()}
     config["num_key_value_heads"] = draw(st.sampled_from([None, *(n for n in (1, 2, 4, 8) if heads % n == 0)]))
     if family == "deepseek_v3":
-        config |= {"num_key_value_heads": draw(st.sampled_from((None, heads))), "kv_lora_rank": 8, "moe_intermediate_size": draw(st.integers(1, 9))}
+        config |= {
+            "num_key_value_heads": draw(st.sampled_from((None, heads))),
+            "kv_lora_rank": 8,
+            "moe_intermediate_size": draw(st.integers(1, 9)),
+        }
         config |= {draw(st.sampled_from(("n_routed_experts", "num_local_experts"))): draw(st.sampled_from((16, 32)))}
         config |= {"q_lora_rank": draw(st.sampled_from((None, 8))), "n_group": draw(st.sampled_from((1, 2, 8)))}
         config["topk_group"] = config["n_group"]
-        fields |= {"first_k_dense_replace": st.integers(0, 5), "n_shared_experts": st.integers(1, 3), "v_head_dim": st.integers(1, 20)}
-        fields |= {"qk_nope_head_dim": st.integers(1, 20), "qk_rope_head_dim": st.sampled_from((2, 8)), "num_experts_per_tok": st.integers(1, 8)}
+        fields |= {
+            "first_k_dense_replace": st.integers(0, 5),
+            "n_shared_experts": st.integers(1, 3),
+            "v_head_dim": st.integers(1, 20),
+        }
+        fields |= {
+            "qk_nope_head_dim": st.integers(1, 20),
+            "qk_rope_head_dim": st.sampled_from((2, 8)),
+            "num_experts_per_tok": st.integers(1, 8),
+        }
     else:
         experts = draw(st.sampled_from(("num_experts", "num_local_experts")))
-        fields |= {experts: st.integers(8, 20), "num_experts_per_tok": st.integers(1, 8), "head_dim": st.sampled_from((2, 16, 24))}
+        fields |= {
+            experts: st.integers(8, 20),
+            "num_experts_per_tok": st.integers(1, 8),
+            "head_dim": st.sampled_from((2, 16, 24)),
+        }
     if family == "qwen3_moe":
         config["moe_intermediate_size"] = draw(st.integers(1, 9))
         fields |= {"mlp_only_layers": st.lists(st.integers(0, 7), max_size=3), "decoder_sparse_step": st.integers(1, 3)}
     for name, strategy in fields.items():
-        config |= {name: value for value in some(draw, strategy).values()}
+        for value in some(draw, strategy):
+            config[name] = value
     return config
 
 
@@ -82,8 +125,15 @@ def test_counts_are_those_of_the_modules_that_transformers_builds(config):
     assert list(facts.moe_layers) == moe == family.moe_layers(built) and facts.num_layers == len(layers)
     block = layers[moe[0]]
     assert tuple(block.mlp.experts.gate_up_proj.shape) == (facts.num_experts, 2 * facts.intermediate, facts.hidden)
-    assert (facts.num_experts, facts.top_k, facts.intermediate) == (family.num_experts(built), block.mlp.gate.top_k, family.intermediate(built))
-    assert model.model.embed_tokens.weight.shape[0] == facts.vocabulary and built.tie_word_embeddings == facts.ties_embeddings
+    assert (facts.num_experts, facts.top_k, facts.intermediate) == (
+        family.num_experts(built),
+        block.mlp.gate.top_k,
+        family.intermediate(built),
+    )
+    assert (
+        model.model.embed_tokens.weight.shape[0] == facts.vocabulary
+        and built.tie_word_embeddings == facts.ties_embeddings
+    )
     assert built.max_position_embeddings == facts.positions
     shared = getattr(block.mlp, "shared_experts", None)
     assert facts.shared_intermediate == (shared.gate_proj.weight.shape[0] if shared is not None else 0)
@@ -113,7 +163,9 @@ def test_defaults_are_those_of_transformers(family):
 
     default = CONFIG_MAPPING[family]()
     for name, (value, _) in model_facts._COUNTS[family].items():
-        assert getattr(default, "n_routed_experts" if (family, name) == ("deepseek_v3", "num_experts") else name) == value, name
+        assert (
+            getattr(default, "n_routed_experts" if (family, name) == ("deepseek_v3", "num_experts") else name) == value
+        ), name
     assert read_facts({"model_type": family}) == read_facts(default.to_dict())
 
 
@@ -132,11 +184,28 @@ def test_null_heads_are_one_for_each_query_head(family):
 @pytest.mark.parametrize("family", model_facts.MODEL_TYPES)
 @pytest.mark.parametrize("value", ["7", 7.0, True, -1, 0, 1 << 60, [7], float("nan"), {}])
 def test_odd_counts_are_named(family, value):
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "num_experts_per_tok", "vocab_size", "num_local_experts"):
-        config = {k: v for k, v in SMALL[family].items() if k not in ("num_experts", "n_routed_experts")} | {name: value}
-        with pytest.raises(ConfigError, match=f"^{'num_experts' if name == 'num_local_experts' else name} is .*; it must be a whole number, at least 1"):
+    for name in (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_experts_per_tok",
+        "vocab_size",
+        "num_local_experts",
+    ):
+        config = {k: v for k, v in SMALL[family].items() if k not in ("num_experts", "n_routed_experts")} | {
+            name: value
+        }
+        with pytest.raises(
+            ConfigError,
+            match=f"^{'num_experts' if name == 'num_local_experts' else name} is .*; it must be a whole number, at "
+            "least 1",
+        ):
             read_facts(config)
-        with pytest.raises(CheckpointError, match="^rank 2: the config given: num"  if name.startswith("num") else f"^rank 2: the config given: {name}"):
+        with pytest.raises(
+            CheckpointError,
+            match="^rank 2: the config given: num" if name.startswith("num") else f"^rank 2: the config given: {name}",
+        ):
             read_config(config, "rank 2: ", random_weights=True)
 
 
@@ -160,18 +229,34 @@ REFUSED = {
         ("rope_scaling", "linear", "rope_scaling is 'linear'; it must be an object"),
         ("rope_scaling", {"type": "su", "factor": 2.0}, "rope_type is 'su', which depends on batch neighbours"),
         ("rope_scaling", {"type": "longrope", "factor": 2.0}, "rope_type is 'longrope', which depends"),
-        ("rope_scaling", {"type": "mrope", "mrope_section": [1, 1]}, "rope_type is 'mrope'; default, linear, llama3, yarn are done"),
+        (
+            "rope_scaling",
+            {"type": "mrope", "mrope_section": [1, 1]},
+            "rope_type is 'mrope'; default, linear, llama3, yarn are done",
+        ),
         ("rope_scaling", {"type": ["yarn"]}, "rope_type is"),
         ("rope_scaling", {"factor": 4.0}, "factor is 4.0, which rope_type 'default' does not have"),
-        ("rope_scaling", {"type": "linear", "factor": 2.0, "mrope_section": [1]}, "mrope_section is .* rope_type 'linear' does not have"),
+        (
+            "rope_scaling",
+            {"type": "linear", "factor": 2.0, "mrope_section": [1]},
+            "mrope_section is .* rope_type 'linear' does not have",
+        ),
         ("rope_scaling", {"type": "linear"}, "factor is None; rope_type 'linear' needs one"),
         ("rope_scaling", {"type": "yarn", "factor": "4"}, "factor is '4'"),
-        ("rope_scaling", {"type": "yarn", "rope_type": "linear", "factor": 4.0}, "rope_type is 'linear', but type is 'yarn'"),
+        (
+            "rope_scaling",
+            {"type": "yarn", "rope_type": "linear", "factor": 4.0},
+            "rope_type is 'linear', but type is 'yarn'",
+        ),
         ("quantization_config", {"quant_method": "gptq", "bits": 4}, "quant_method 'gptq'.*bfloat16"),
         ("quantization_config", {"quant_method": "awq"}, "quant_method 'awq'"),
         ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}, "quant_method 'bitsandbytes'"),
         ("quantization_config", {"quant_method": "compressed-tensors"}, "quant_method 'compressed-tensors'"),
-        ("quantization_config", {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme is 'static'"),
+        (
+            "quantization_config",
+            {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+            "activation_scheme is 'static'",
+        ),
         ("quantization_config", {"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128"),
     ],
     "qwen3_moe": [
@@ -237,10 +322,19 @@ def test_what_a_family_does_not_do_is_refused_by_name(family, kind):
 
 def test_what_changes_nothing_is_accepted():
     plain = {
-        "auto_map": {"AutoModel": "x.Y"}, "torch_dtype": "bfloat16", "aux_loss_alpha": 0.001, "seq_aux": True, "num_nextn_predict_layers": 1,
-        "ep_size": 1, "moe_layer_freq": 1, "scoring_func": None, "architectures": ["X"], "attention_dropout": 0.5, "rope_scaling": None,
+        "auto_map": {"AutoModel": "x.Y"},
+        "torch_dtype": "bfloat16",
+        "aux_loss_alpha": 0.001,
+        "seq_aux": True,
+        "num_nextn_predict_layers": 1,
+        "ep_size": 1,
+        "moe_layer_freq": 1,
+        "scoring_func": None,
+        "architectures": ["X"],
+        "attention_dropout": 0.5,
+        "rope_scaling": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
-    }  # fmt: skip
+    }
     for family in model_facts.MODEL_TYPES:
         assert supported_facts(SMALL[family] | plain) == supported_facts(SMALL[family])
     window = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 48}
@@ -263,7 +357,11 @@ def test_experts_are_counted_under_the_name_that_transformers_knows():
 
 
 def test_a_config_is_cut_to_its_first_layers():
-    config = SMALL["qwen3_moe"] | {"decoder_sparse_step": 2, "num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+    config = SMALL["qwen3_moe"] | {
+        "decoder_sparse_step": 2,
+        "num_hidden_layers": 8,
+        "layer_types": ["full_attention"] * 8,
+    }
     facts = read_facts(config)
     assert facts.moe_layers == (1, 3, 5, 7) and [facts.layers_for(n) for n in (1, 2, 9)] == [2, 4, 8]
     cut = cut_config(config, 4)
@@ -273,7 +371,8 @@ def test_a_config_is_cut_to_its_first_layers():
 def test_the_reader_needs_neither_transformers_nor_torch():
     names = "pipemoe.plan.cost.model_facts, pipemoe.plan.cost.model_limits, pipemoe.plan.cost.model_configs"
     found = subprocess.run(
-        [sys.executable, "-c", f"import sys, {names}; print([m for m in ('torch', 'transformers', 'mpi4py') if m in sys.modules])"],
+        [sys.executable, "-c", f"import sys, {names}; print([m for m in ('torch', 'transformers', 'mpi4py') if m in "
+                               "sys.modules])"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(found.stdout.replace("'", '"')) == []

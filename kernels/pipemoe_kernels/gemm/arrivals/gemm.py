@@ -1,17 +1,21 @@
-"""Grouped GEMM over the rows of a wave that arrives in parts: one launch, which takes the tiles of parts that are there.
+"""Grouped GEMM over the rows of a wave that arrives in parts: one launch, which takes the tiles of parts that are
+there.
 
     lane of the communication      rows 0 | index 0 | flag 0 | rows 1 | index 1 | flag 1 | ...
-    one persistent launch            waits for flags, takes batches of parts (arrival_raster.py): a = activation(x gate^T) ...
-    another, behind it                                                                              y = a down^T
+    one persistent launch            waits for flags, takes batches of parts (arrival_raster.py): a = activation(x
+    gate^T) ... another, behind it                                                                              y = a
+    down^T
 
-As wgmma.py otherwise, whose tiles, sums and bits these are; but the rows of a tile are anywhere, so that tiles hold rows of
-several parts. Both GEMMs gather them: the first one from the wire buffer, the second one from a. Only producers know batches: they
-put a tile's rows and shape into shared memory beside the tile's first stage, and consumers read it there.
+As wgmma.py otherwise, whose tiles, sums and bits these are; but the rows of a tile are anywhere, so that tiles hold
+rows of several parts. Both GEMMs gather them: the first one from the wire buffer, the second one from a. Only producers
+know batches: they put a tile's rows and shape into shared memory beside the tile's first stage, and consumers read it
+there.
 
-    slot of a stage    | rows in the tile (0: no more tiles) | expert | first column | cuts | places [128] | rows of x [128] |
+    slot of a stage    | rows in the tile (0: no more tiles) | expert | first column | cuts | places [128] | rows of x
+    [128] |
 
-The first launch must find room beside all collectives that may be under way, and the index of a part beside them; work that
-comes before a flag must never wait for it. It lets no other kernel start early before the last part is there.
+The first launch must find room beside all collectives that may be under way, and the index of a part beside them; work
+that comes before a flag must never wait for it. It lets no other kernel start early before the last part is there.
 """
 
 from __future__ import annotations
@@ -20,18 +24,25 @@ from functools import cache
 
 import torch
 
-from pipemoe_kernels.ptx import hopper as ptx
-from pipemoe_kernels.gemm.arrivals.raster import FIRST_ROWS_AT, MAX_PARTS, TABLE_BYTES
-from pipemoe_kernels.gemm.arrivals.raster import claim_batch, find_place, load_batch_ends, sync_producers
+from pipemoe_kernels.gemm.arrivals.parts import Parts
+from pipemoe_kernels.gemm.arrivals.raster import (
+    FIRST_ROWS_AT,
+    MAX_PARTS,
+    TABLE_BYTES,
+    claim_batch,
+    find_place,
+    load_batch_ends,
+    sync_producers,
+)
+from pipemoe_kernels.gemm.raster import find_tile, next_expert, plan_rounds, steps_in_stage, tile_of
+from pipemoe_kernels.gemm.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, announce_rest, skip_tile
 from pipemoe_kernels.gemm.roles import PART_COLUMNS, consumer, gathering_producer
+from pipemoe_kernels.gemm.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS
 from pipemoe_kernels.gemm.wgmma import GroupedKernel
 from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
+from pipemoe_kernels.ptx import hopper as ptx
 from pipemoe_kernels.ptx.wgmma import STEP
-from pipemoe_kernels.gemm.raster import find_tile, next_expert, plan_rounds, steps_in_stage, tile_of
-from pipemoe_kernels.gemm.ring import CONSUMERS, EMPTY_AT, GROUP_ROWS, NUM_STAGES, TILE_ROWS, announce_rest, skip_tile
-from pipemoe_kernels.gemm.arrivals.parts import Parts
-from pipemoe_kernels.gemm.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS
 
 PRODUCER_REGISTERS, CONSUMER_REGISTERS = 80, 216
 MAX_CUTS = 2
@@ -48,15 +59,40 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
     """With an activation: the GEMM that waits for parts, as wgmma.grouped_kernel has it. None: that of what it gave."""
     waits = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
-    consume_whole, consume_half, consume_quarter = (consumer(TILE_COLUMNS >> c, gated, has_bias, activation) for c in range(3))
+    consume_whole, consume_half, consume_quarter = (
+        consumer(TILE_COLUMNS >> c, gated, has_bias, activation) for c in range(3)
+    )
     produce = gathering_producer(gated, listed=True)
     w_rows_of_column = 2 if gated else 1
     stage_bytes = ROWS_128.stage_bytes
     keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
 
     def arriving_gemm(
-        x, x_stride, tokens, top_k, part_ends, num_parts, row_0, row_1, row_2, row_3, row_4, row_5, row_6, row_7,
-        flags, epoch, batches, w_map, first_w_row, num_local, num_columns, depth, bias, out, out_row_bytes,
+        x,
+        x_stride,
+        tokens,
+        top_k,
+        part_ends,
+        num_parts,
+        row_0,
+        row_1,
+        row_2,
+        row_3,
+        row_4,
+        row_5,
+        row_6,
+        row_7,
+        flags,
+        epoch,
+        batches,
+        w_map,
+        first_w_row,
+        num_local,
+        num_columns,
+        depth,
+        bias,
+        out,
+        out_row_bytes,
     ):
         barriers = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
         ends = UINT32(barriers + ENDS_AT)
@@ -110,7 +146,9 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                     ptx.launch_dependents()
                 row_tiles = load_batch_ends(thread, batch, part_ends, num_parts, num_local, table, ends)
                 num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
-                whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, MAX_CUTS, UINT32(TILE_ROWS))
+                whole, rest_cuts = plan_rounds(
+                    num_rows, row_tiles, column_tiles, num_blocks, MAX_CUTS, UINT32(TILE_ROWS)
+                )
                 num_slots = UINT32(whole + (UINT32(row_tiles * column_tiles - whole) << rest_cuts))
                 expert = UINT32(0)
                 first_tile = UINT32(0)
@@ -139,8 +177,24 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                         ptx.store_shared_u32(at + 12, cuts)
                     sync_producers()
                     stage, parity, issued = produce(
-                        thread, issued, barriers, ring, stage, parity, steps, x, x_stride, at + SOURCES_AT, w_map, expert,
-                        UINT32(0), count, UINT32(first_w_row + first_column), num_columns, depth, cuts,
+                        thread,
+                        issued,
+                        barriers,
+                        ring,
+                        stage,
+                        parity,
+                        steps,
+                        x,
+                        x_stride,
+                        at + SOURCES_AT,
+                        w_map,
+                        expert,
+                        UINT32(0),
+                        count,
+                        UINT32(first_w_row + first_column),
+                        num_columns,
+                        depth,
+                        cuts,
                         steps_in_stage(count, cuts, UINT32(TILE_ROWS)),
                     )
                     slot = UINT32(slot + num_blocks)
@@ -186,18 +240,54 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                     up_bias = gate_bias + 2 * num_columns
                     if cuts == 0:
                         stage, parity = consume_whole(
-                            barriers, ring, stage, parity, steps, together, group, lane, target, eighth,
-                            rows_left, columns_left, gate_bias, up_bias,
+                            barriers,
+                            ring,
+                            stage,
+                            parity,
+                            steps,
+                            together,
+                            group,
+                            lane,
+                            target,
+                            eighth,
+                            rows_left,
+                            columns_left,
+                            gate_bias,
+                            up_bias,
                         )
                     elif cuts == 1:
                         stage, parity = consume_half(
-                            barriers, ring, stage, parity, steps, together, group, lane, target, eighth,
-                            rows_left, columns_left, gate_bias, up_bias,
+                            barriers,
+                            ring,
+                            stage,
+                            parity,
+                            steps,
+                            together,
+                            group,
+                            lane,
+                            target,
+                            eighth,
+                            rows_left,
+                            columns_left,
+                            gate_bias,
+                            up_bias,
                         )
                     else:
                         stage, parity = consume_quarter(
-                            barriers, ring, stage, parity, steps, together, group, lane, target, eighth,
-                            rows_left, columns_left, gate_bias, up_bias,
+                            barriers,
+                            ring,
+                            stage,
+                            parity,
+                            steps,
+                            together,
+                            group,
+                            lane,
+                            target,
+                            eighth,
+                            rows_left,
+                            columns_left,
+                            gate_bias,
+                            up_bias,
                         )
 
     of_parts = (ADDRESS, UINT32, ADDRESS, UINT32, *[UINT32] * MAX_PARTS, ADDRESS, UINT32, ADDRESS)
@@ -223,7 +313,8 @@ def gate_up_arriving(
     a: torch.Tensor,
     num_sms: int,
 ) -> None:
-    """a[p] = activation(gate x) * (up x), x the row of the pair with place p, for the places of all parts, as these arrive.
+    """a[p] = activation(gate x) * (up x), x the row of the pair with place p, for the places of all parts, as these
+    arrive.
 
     hidden [n, H] bfloat16: all parts' rows, strided on 16-byte boundaries; gate_up_maps: address of the tensor maps of
     [E_loc, 2I, H] with boxes of W_BOXES; bias [E_loc, 2I] or None; a [K n, I]: rows that are no place stay as they are.
@@ -240,8 +331,17 @@ def gate_up_arriving(
     kernel.kernel.launch(
         stream,
         (_num_blocks(kernel, num_pairs, num_local, intermediate, num_sms, len(parts.first_rows)), 1),
-        *(hidden, row_bytes // 16, *parts.arguments(), gate_up_maps, 0, num_local, intermediate, hidden.shape[1]),
-        *(hidden if bias is None else bias, a, 2 * intermediate),
+        hidden,
+        row_bytes // 16,
+        *parts.arguments(),
+        gate_up_maps,
+        0,
+        num_local,
+        intermediate,
+        hidden.shape[1],
+        hidden if bias is None else bias,
+        a,
+        2 * intermediate,
     )
 
 
@@ -255,10 +355,12 @@ def down_arrived(
     num_sms: int,
     first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for the places of all parts, or some columns of it, from `first_column` on. All must have arrived. It does not start
-    early, as its blocks would take the multiprocessors that the kernel before leaves to collectives.
+    """y[p] = down a[p] for the places of all parts, or some columns of it, from `first_column` on. All must have
+    arrived. It does not start early, as its blocks would take the multiprocessors that the kernel before leaves to
+    collectives.
 
-    a [K n, I] contiguous; down_maps: address of the tensor maps of [E_loc, H, I] with boxes of W_BOXES; y [K n, columns], rows strided.
+    a [K n, I] contiguous; down_maps: address of the tensor maps of [E_loc, H, I] with boxes of W_BOXES; y [K n,
+    columns], rows strided.
     """
     num_pairs, intermediate = a.shape
     num_local, columns = parts.ends.shape[1], y.shape[1]
@@ -269,13 +371,24 @@ def down_arrived(
     kernel.kernel.launch(
         stream,
         (_num_blocks(kernel, num_pairs, num_local, columns, num_sms, 1), 1),
-        *(a, intermediate * 2 // 16, *parts.arguments(), down_maps, first_column, num_local, columns, intermediate),
-        *(a, y, 2 * y.stride(0)),
+        a,
+        intermediate * 2 // 16,
+        *parts.arguments(),
+        down_maps,
+        first_column,
+        num_local,
+        columns,
+        intermediate,
+        a,
+        y,
+        2 * y.stride(0),
         may_start_early=False,
     )
 
 
-def _num_blocks(kernel: GroupedKernel, num_pairs: int, num_local: int, num_columns: int, num_sms: int, most_batches: int) -> int:
+def _num_blocks(
+    kernel: GroupedKernel, num_pairs: int, num_local: int, num_columns: int, num_sms: int, most_batches: int
+) -> int:
     """No more blocks than slices of tiles that any routing can give in so many batches."""
     row_tiles = num_pairs // TILE_ROWS + min(most_batches * num_local, num_pairs)
     return min(num_sms, row_tiles * -(-num_columns // kernel.output_columns) << kernel.max_cuts)

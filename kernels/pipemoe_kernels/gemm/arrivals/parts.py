@@ -15,9 +15,10 @@ from pipemoe_kernels.gemm.raster import MAX_EXPERTS
 class Parts:
     """Rows of a wave in the parts in which they arrive, and the index of each (see index_hopper.py).
 
-    first_rows: of each, ascending; none is empty. top_k: K. tokens [pairs] int32: the part's tokens from place K * its first row
-    on, counted from its first row. ends [S, E_loc] int32, rows E_loc apart: ends of the experts' places, counted from the part's
-    first one. flags [S] and batches [S], int32 and int64: a part is there when its flag is `epoch`; batches hold no word of it yet.
+    first_rows: of each, ascending; none is empty. top_k: K. tokens [pairs] int32: the part's tokens from place K * its
+    first row on, counted from its first row. ends [S, E_loc] int32, rows E_loc apart: ends of the experts' places,
+    counted from the part's first one. flags [S] and batches [S], int32 and int64: a part is there when its flag is
+    `epoch`; batches hold no word of it yet.
     """
 
     first_rows: Sequence[int]
@@ -32,8 +33,17 @@ class Parts:
         """For the kernels' parameters from `tokens` to `batches`."""
         count = len(self.first_rows)
         assert 1 <= count <= MAX_PARTS and 0 < self.epoch < 2**31, (count, self.epoch)
-        assert self.tokens.dtype == self.ends.dtype == self.flags.dtype == torch.int32 and self.batches.dtype == torch.int64
-        assert self.ends.is_contiguous() and self.ends.shape[0] >= count and self.ends.shape[1] <= MAX_EXPERTS, self.ends.shape
-        assert self.flags.is_contiguous() and self.batches.is_contiguous() and min(len(self.flags), len(self.batches)) >= count
+        assert (
+            self.tokens.dtype == self.ends.dtype == self.flags.dtype == torch.int32
+            and self.batches.dtype == torch.int64
+        )
+        assert self.ends.is_contiguous() and self.ends.shape[0] >= count and self.ends.shape[1] <= MAX_EXPERTS, (
+            self.ends.shape
+        )
+        assert (
+            self.flags.is_contiguous()
+            and self.batches.is_contiguous()
+            and min(len(self.flags), len(self.batches)) >= count
+        )
         rows = [*self.first_rows, *[0] * (MAX_PARTS - count)]
         return (self.tokens, self.top_k, self.ends, count, *rows, self.flags, self.epoch, self.batches)

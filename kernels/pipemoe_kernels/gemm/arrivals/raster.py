@@ -1,25 +1,27 @@
 """Raster of the arrival-driven GEMM: batches of parts that have arrived, and the rows of a batch's tiles.
 
     flags [S]       | e | - | e | - |    parts 0 and 2 have arrived: their flag is this call's epoch e
-    batches [S]     | e: 0101 | - | - | - |    so the first batch is these two; whichever block saw it first has written it down
+    batches [S]     | e: 0101 | - | - | - |    so the first batch is these two; whichever block saw it first has written
+    it down
 
     rows of one expert in a batch      part 0: places 7, 8, 9   part 2: places 50, 51      tile rows 0 1 2 | 3 4
 
-A block that has taken its share of a batch looks at the next one. If no block has formed it, it becomes all parts that have
-arrived and are in no batch before; while there are none, the block waits. So late parts share tiles, and the weights that these
-read, with all that came while the blocks were busy; nobody waits for one part while there is another.
+A block that has taken its share of a batch looks at the next one. If no block has formed it, it becomes all parts that
+have arrived and are in no batch before; while there are none, the block waits. So late parts share tiles, and the
+weights that these read, with all that came while the blocks were busy; nobody waits for one part while there is
+another.
 
-The place of a pair, which is its row of a and y, is known when its part is there: K * the part's first row, and from there on
-as the part's own index has it (index_hopper.py).
+The place of a pair, which is its row of a and y, is known when its part is there: K * the part's first row, and from
+there on as the part's own index has it (index_hopper.py).
 """
 
 from __future__ import annotations
 
-from pipemoe_kernels.ptx import arrivals as ptx
+from pipemoe_kernels.gemm.raster import MAX_EXPERTS, ONE, TILE_ROWS
 from pipemoe_kernels.launch.kernel import ADDRESS, UINT32
 from pipemoe_kernels.numba_cuda import cuda
+from pipemoe_kernels.ptx import arrivals as ptx
 from pipemoe_kernels.ptx.hopper import add_shared_u32, load_shared_u32, load_u32, store_shared_u32
-from pipemoe_kernels.gemm.raster import MAX_EXPERTS, ONE, TILE_ROWS
 
 MAX_PARTS = 8
 PRODUCERS = UINT32(128)

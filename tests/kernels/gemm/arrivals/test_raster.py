@@ -1,4 +1,6 @@
-"""What each block of the arrival-driven kernel takes, and when, against a naive oracle: the kernel's control flow in Python threads."""
+"""What each block of the arrival-driven kernel takes, and when, against a naive oracle: the kernel's control flow in
+Python threads.
+"""
 
 import importlib.util
 from collections import Counter
@@ -33,7 +35,19 @@ def make_wave(ids, part_rows, num_blocks):
     return Wave(num_blocks, [EPOCH - 1] * count, [OLD] * count, tokens, ends), pairs
 
 
-def run(monkeypatch, ids, part_rows, groups, *, num_blocks=2, columns=300, depth=200, gated=True, waits=True, one_by_one=True):
+def run(
+    monkeypatch,
+    ids,
+    part_rows,
+    groups,
+    *,
+    num_blocks=2,
+    columns=300,
+    depth=200,
+    gated=True,
+    waits=True,
+    one_by_one=True,
+):
     """Launch, let the parts of each group arrive together, and check all that was read and written."""
     wave, pairs = make_wave(ids, part_rows, num_blocks)
     kernel = stand_ins(wave, monkeypatch)(gated=gated, activation="silu" if waits else None)
