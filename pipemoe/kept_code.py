@@ -2,8 +2,8 @@
 serves old code.
 
 numba takes kept code to be current as long as the function's own file is. But the code holds what the function calls in
-other files too, and the constants that it takes from there. So a file here is named after all sources beside the
-function's (the stamp), the function and the types of its arguments; it begins with a digest of the rest. Whatever
+other files too, and the constants that it takes from there. So a file here is named after all sources of the function's
+part of the package (the stamp), the function and the types of its arguments; it begins with a digest of the rest. Whatever
 cannot be read is compiled again.
 """
 
@@ -34,11 +34,8 @@ class KeptCode(FunctionCache):
 
     def __init__(self, function: Callable, options: dict[str, Any]) -> None:
         super().__init__(function)
-        stamp = hashlib.sha256(
-            repr(
-                (numba.__version__, sources_stamp(Path(function.__code__.co_filename).parent), sorted(options.items()))
-            ).encode()
-        )
+        sources = sources_stamp(sources_folder(Path(function.__code__.co_filename)))
+        stamp = hashlib.sha256(repr((numba.__version__, sources, sorted(options.items()))).encode())
         self._cache_file = _Files(Path(self.cache_path), self._impl.filename_base, stamp.hexdigest()[:16])
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
@@ -71,13 +68,22 @@ def tell_nothing_is_kept(why: str) -> None:
     )
 
 
+def sources_folder(file: Path) -> Path:
+    """Where the code that a function in `file` may call stands: pipemoe/plan for a file in pipemoe/plan/clock."""
+    folder = file.parent
+    while (folder.parent / "__init__.py").is_file() and (folder.parents[1] / "__init__.py").is_file():
+        folder = folder.parent
+    return folder
+
+
 @cache
 def sources_stamp(folder: Path) -> str:
-    """A digest of the sources in `folder`, by their content: times of files say little where packages are copied."""
+    """A digest of the sources in `folder` and below, by their content: times of files say little where packages are
+    copied."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(folder.rglob("*.py")):
         content = file.read_bytes()
-        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+        digest.update(f"{file.relative_to(folder)} {len(content)}\n".encode() + content)
     return digest.hexdigest()
 
 

@@ -117,3 +117,16 @@ def test_a_full_disk_is_told_once_and_nothing_is_left_on_it(cache, tmp_path, mon
     assert not [file for file in cache.rglob("*") if file.is_file()]
     (message,) = [record.getMessage() for record in caplog.records]
     assert "NUMBA_CACHE_DIR" in message and "File too large" in message
+
+
+def test_code_in_a_sub_folder_sees_the_whole_part_of_the_package(tmp_path):
+    part, deeper = tmp_path / "package" / "part", tmp_path / "package" / "part" / "deeper"
+    deeper.mkdir(parents=True)
+    for folder in (tmp_path / "package", part, deeper):
+        (folder / "__init__.py").touch()
+    for file in (deeper / "caller.py", part / "caller.py"):
+        assert kept_code.sources_folder(file) == part
+    before = kept_code.sources_stamp(part)
+    (deeper / "called.py").write_text("FACTOR = 2\n")
+    kept_code.sources_stamp.cache_clear()
+    assert kept_code.sources_stamp(part) != before

@@ -25,6 +25,7 @@ from pathlib import Path
 
 COMPILERS = ("numba", "numba-cuda", "llvmlite", "cuda-core", "cuda-bindings", "nvidia-cuda-nvcc-cu12", "nvidia-nvvm")
 COMPILERS += ("nvidia-nvjitlink-cu12", "nvidia-nvjitlink")
+_PACKAGE = Path(__file__).resolve().parents[1]
 _log = logging.getLogger("pipemoe")
 
 
@@ -104,7 +105,7 @@ def _folder() -> Path:
 def _environment() -> str:
     """The sources and compilers of this process."""
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
+    for source in sorted(_PACKAGE.rglob("*.py")):
         digest.update(source.read_bytes())
     versions = []
     for name in COMPILERS:
