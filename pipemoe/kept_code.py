@@ -3,8 +3,8 @@ serves old code.
 
 numba takes kept code to be current as long as the function's own file is. But the code holds what the function calls in
 other files too, and the constants that it takes from there. So a file here is named after all sources of the function's
-part of the package (the stamp), the function and the types of its arguments; it begins with a digest of the rest. Whatever
-cannot be read is compiled again.
+part of the package (the stamp), the function and the types of its arguments; it begins with a digest of the rest.
+Whatever cannot be read is compiled again.
 """
 
 from __future__ import annotations
