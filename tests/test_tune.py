@@ -17,7 +17,7 @@ from pipemoe.cli import main
 from pipemoe.contention import BESIDE_TRANSFERS
 from pipemoe.errors import InputError
 from pipemoe.plan.cost.fit import fit_sms
-from pipemoe.plan.cost.model import CostModel, SmsCost
+from pipemoe.plan.cost.model import ContentionCost, CostModel, SmsCost
 from pipemoe.tune import Tuner, accuracy, sequences_text
 from tests.models.tiny import tiny_config
 
@@ -78,6 +78,8 @@ def quick_tune(world, monkeypatch):
             ("Tuner", NoTuner),
             ("fit_cost", lambda *_: CostModel()),
             ("calibrate", lambda cost, _: cost),
+            ("fit_contention", lambda _: ContentionCost()),
+            ("fit_sms", lambda sms, *_: sms),
         ):
             monkeypatch.setattr(tune, name, stand_in)
         monkeypatch.setattr(pipemoe, "init", lambda *_, **__: nullcontext(world))

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from benchmarks.ttft.parity import Parity
     from pipemoe import Config, Model, World
 
-TRACE = Path(__file__).resolve().parent / "traces" / "azure2023_conv.csv"
+TRACE = Path(__file__).resolve().parents[1] / "traces" / "azure2023_conv.csv"
 
 
 @dataclass(frozen=True, slots=True)
