@@ -11,8 +11,10 @@ from pipemoe.arguments import look, shown, step_lengths, whole_number
 from pipemoe.config import Config, check_config
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
-from pipemoe.plan.schedule import ModelShape, Plan
+from pipemoe.plan.schedule import ModelShape
+from pipemoe.runtime.caller_source import CallerSource
 from pipemoe.runtime.runtime import Runtime
+from pipemoe.runtime.source import SourceTraits
 from pipemoe.torch_state import plain_tensors, undisturbed
 from pipemoe.world.world import world_of
 
@@ -67,7 +69,8 @@ class PipelinedMoE:
                 ),
                 ConfigError,
             )
-            self.runtime = Runtime(world, shape, config, experts, self._dtype, {}, hands_out_results=True, error=error)
+            traits = SourceTraits(hands_out_results=True)
+            self.runtime = Runtime(world, shape, config, experts, self._dtype, traits, error=error)
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of a one-layer model on this rank's tokens; every rank calls, also with no tokens.
@@ -203,7 +206,7 @@ class Step:
     ) -> None:
         self._moe, self._num_tokens, self._lengths, self._error = moe, num_tokens, lengths, error
         self._given = self._done = 0  # layers
-        self._source: _CallerSource | None = None
+        self._source: CallerSource | None = None
         self._left = False
 
     def __enter__(self) -> Step:
@@ -212,7 +215,7 @@ class Step:
             raise InputError(
                 f"rank {runtime.world.rank}: this step has been entered before; make another one with step()"
             )
-        source = _CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
+        source = CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
         self._future = runtime.submit_step(self._lengths, source, error=self._error)
         self._source, self._thread, inside = source, threading.get_ident(), runtime.world.threads_in_step
         inside.add(self._thread)
@@ -336,83 +339,3 @@ class Step:
                 f"rank {world.rank}: the step has ended while layer {self._done} was under way: it was left on "
                 "another thread"
             )
-
-
-class _CallerSource:
-    """Rows from the caller's layer calls; results into tensors that the calls return."""
-
-    has_side_work = False
-
-    def __init__(self, num_layers: int, wake: Callable[[], None]) -> None:
-        """wake: tells the engine that there is something new for it."""
-        self._wake = wake
-        self.begun = threading.Event()
-        self.issued = [threading.Event() for _ in range(num_layers)]
-        self.events: list[list[Event]] = [[] for _ in range(num_layers)]
-        self._inputs: list[tuple | None] = [None] * num_layers
-        self._layer: dict[int, int] = {}  # per cohort
-        self._error: BaseException | None = None
-        self._due = 0
-
-    def give(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> None:
-        """A layer's rows, and where its sums go; kept until `forget`: other streams read and write them."""
-        import torch
-
-        event = None
-        if x.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._inputs[layer] = (x, ids, weights, sums, event)
-        self._wake()
-
-    def forget(self, layer: int) -> None:
-        """All of a layer's events lie before the caller's next work: nobody reads or writes its tensors any more."""
-        self._inputs[layer] = None
-        self.events[layer].clear()
-
-    def forget_all(self) -> None:
-        """The same of the whole step, once it has ended."""
-        self._inputs = [None] * len(self._inputs)
-        self.events = [[] for _ in self.events]
-
-    def abandon(self, error: BaseException) -> None:
-        self._error = error
-        self._wake()
-
-    def begin(self, plan: Plan, rank: int) -> None:
-        self._due = sum(any(s.rank == rank for s in wave.segments) for cohort in plan.cohorts for wave in cohort.waves)
-        self.begun.set()
-
-    def ready(self, cohort: int, layer: int) -> bool:
-        return self._inputs[layer] is not None or self._error is not None
-
-    def attend(self, cohort: int, layer: int) -> None:
-        import torch
-
-        if self._inputs[layer] is None:
-            raise self._error
-        self._layer[cohort] = layer
-        event = self._inputs[layer][4]
-        if event is not None:
-            torch.cuda.current_stream().wait_event(event)
-
-    def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, ids, weights, *_ = self._inputs[self._layer[cohort]]
-        return x[start:stop], ids[start:stop], weights[start:stop]
-
-    def side_work(self, cohort: int) -> None:
-        pass
-
-    def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
-        return self._inputs[self._layer[cohort]][3][start:stop]
-
-    def combined(self, cohort: int, layer: int, event: Event) -> None:
-        self.events[layer].append(event)
-        if len(self.events[layer]) == self._due:
-            self.issued[layer].set()
-
-    def finish(self, cohort: int) -> None:
-        pass
-
-    def finished(self, cohort: int, seconds: float) -> None:
-        pass

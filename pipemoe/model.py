@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,12 @@ from pipemoe.arguments import look, shown, whole_number
 from pipemoe.config import Config, check_config
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts import make_experts
+from pipemoe.models.source import ModelSource, Prefilled
 from pipemoe.plan.cost.dimensions import dimensions_of_decoder
-from pipemoe.plan.schedule import Op, Plan
+from pipemoe.plan.schedule import Op
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
+from pipemoe.runtime.source import SourceTraits
 from pipemoe.torch_state import plain_tensors, undisturbed
 from pipemoe.trace import Timeline
 from pipemoe.warn_once import warn_once
@@ -24,22 +25,9 @@ from pipemoe.world.world import world_of
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.models.cache import StepCache
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.graph_store import GraphStore
-    from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
-    from pipemoe.models.step_keys import StepOfKeys
     from pipemoe.world.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """What a step gave this rank, per sequence in the order handed in."""
-
-    first_tokens: list[int]
-    ttft_seconds: list[float]  # from the call of prefill to the sequence's first token
-    logits: torch.Tensor | None  # [sequences, V] float32, if asked for
-    finite: list[bool]  # False: the sequence's logits hold NaN or infinity, so that its first token says nothing
 
 
 def load_model(
@@ -110,46 +98,37 @@ class Model:
         self.world, self.decoder, self.config = world, decoder, config
         self._weights = weights
         self._graphs = graphs or GraphStore(decoder)
-        in_places = False  # keys and values have places of their own
 
-        def look_at_config() -> dict[str, Any]:
-            nonlocal in_places
+        def look_at_config() -> tuple[Any, SourceTraits]:
             check_config(config, f"rank {world.rank}: ")
-            in_places = self._graphs.serves_cuts(config)
+            in_places = self._graphs.serves_cuts(config)  # keys and values have places of their own
             kept = config.cuts_sequences and not in_places
-            return {
-                "dimensions": dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
-                "kept_bytes": config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
-                "graph_rows": self._graphs.most_rows(config),
-                "experts": make_experts(
-                    weights,
-                    top_k=decoder.shape.top_k,
-                    hidden=decoder.shape.hidden,
-                    device=world.device,
-                    dtype=decoder.dtype,
-                    implementation=config.experts,
-                    deterministic=config.deterministic,
-                    num_experts=decoder.shape.num_experts,
-                    dispatch_dtype=config.torch_dispatch_dtype,
-                ),
-            }
+            traits = SourceTraits(
+                must_agree={"model": decoder.fingerprint},
+                dimensions=dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
+                trial=self._trial,
+                kept_bytes=config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
+                prepare=self._capture,
+                graph_rows=self._graphs.most_rows(config),
+                graph_cuts=in_places,
+            )
+            experts = make_experts(
+                weights,
+                top_k=decoder.shape.top_k,
+                hidden=decoder.shape.hidden,
+                device=world.device,
+                dtype=decoder.dtype,
+                implementation=config.experts,
+                deterministic=config.deterministic,
+                num_experts=decoder.shape.num_experts,
+                dispatch_dtype=config.torch_dispatch_dtype,
+            )
+            return experts, traits
 
         with undisturbed():
             found, error = look(world.rank, "the model's configuration", look_at_config, ConfigError)
-            found = found or {"experts": None}
-            self.runtime = Runtime(
-                world,
-                decoder.shape,
-                config,
-                found.pop("experts"),
-                decoder.dtype,
-                {"model": decoder.fingerprint},
-                trial=self._trial,
-                prepare=self._capture,
-                graph_cuts=in_places,
-                error=error,
-                **found,
-            )
+            experts, traits = found or (None, SourceTraits())
+            self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, traits, error=error)
 
     def _trial(self) -> None:
         """Attend to one sequence of the most tokens that a step may bring, in the first layers."""
@@ -211,7 +190,7 @@ class Model:
         dtype = self.runtime.results_dtype
         graphs = [self._graphs.graphs(self.config, slot, dtype) for slot in range(self.world.num_slots)]
         new_step = partial(self._graphs.new_step, self.config)
-        source = _ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
+        source = ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
         step = self.runtime.submit_step(
             [len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done
         )
@@ -295,116 +274,3 @@ def token_ids(where: str, sequence: Any) -> torch.Tensor:
     if "uint64" in str(ids.dtype) and bool((wide < 0).any()):
         raise InputError(f"{where} holds token id {int(wide.min()) + 2**64}; ids are smaller")
     return wide
-
-
-class _ModelSource:
-    """Rows from the decoder; results back into it."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        graphs: list[AttendGraphs | None],
-        new_step: Callable[[Sequence[int]], StepCache | StepOfKeys],
-        tokens: list[torch.Tensor],
-        results_dtype: torch.dtype,
-        keep_logits: bool,
-    ) -> None:
-        """graphs: per slot. new_step: see GraphStore.new_step."""
-        self._decoder, self._graphs, self._tokens, self._results_dtype = decoder, graphs, tokens, results_dtype
-        self._new_step, self._keep_logits = new_step, keep_logits
-        self.has_side_work = decoder.has_shared_experts
-        self._microbatches: dict[int, EagerMicrobatch | GraphedMicrobatch] = {}  # per cohort
-        self._rows: dict[int, tuple] = {}
-        self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
-        self._ended: dict[int, list[int]] = {}  # per cohort: sequences whose last token it holds
-        self._first: dict[int, tuple] = {}  # per cohort: first tokens and whether logits are finite (host), logits
-        self._seconds: dict[int, float] = {}
-
-    def begin(self, plan: Plan, rank: int) -> None:
-        self._bounds = plan.facts.boundaries[rank]
-        self._step = self._new_step(self._bounds)
-        self._slots = [cohort.slot for cohort in plan.cohorts]
-        for c, cohort in enumerate(plan.cohorts):
-            row, ranges = 0, []
-            for m in sorted(m for m in cohort.microbatches if m.rank == rank):
-                ranges.append((m.start, m.stop, row))
-                row += m.stop - m.start
-            self._ranges[c] = ranges
-
-    def ready(self, cohort: int, layer: int) -> bool:
-        return True
-
-    def attend(self, cohort: int, layer: int) -> None:
-        if layer == 0:
-            self._start(cohort)
-        self._rows[cohort] = self._microbatches[cohort].attend(layer)
-
-    def _start(self, cohort: int) -> None:
-        import torch
-
-        from pipemoe.models.microbatch import start_microbatch
-        from pipemoe.models.packing import Piece
-
-        pieces: list[Piece] = []
-        for start, stop, _ in self._ranges[cohort]:
-            for i, (begin, end) in enumerate(zip(self._bounds, self._bounds[1:])):
-                a, b = max(start, begin) - begin, min(stop, end) - begin
-                if a >= b:
-                    continue
-                if pieces and pieces[-1].sequence == i and pieces[-1].stop == a:
-                    a = pieces.pop().start  # two chunks side by side in one cohort
-                pieces.append(Piece(i, a, b, end - begin))
-        ids = torch.cat([self._tokens[p.sequence][p.start : p.stop] for p in pieces])
-        self._ended[cohort] = [p.sequence for p in pieces if p.stop == p.length]
-        graphs = self._graphs[self._slots[cohort]]
-        self._microbatches[cohort] = start_microbatch(
-            self._decoder, graphs, self._step, ids, pieces, self._results_dtype
-        )
-
-    def _row(self, cohort: int, token: int) -> int:
-        return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)
-
-    def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        row = self._row(cohort, start)
-        x, ids, weights = self._rows[cohort]
-        return x[row : row + stop - start], ids[row : row + stop - start], weights[row : row + stop - start]
-
-    def side_work(self, cohort: int) -> None:
-        self._microbatches[cohort].run_shared()
-
-    def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
-        row = self._row(cohort, start)
-        return self._microbatches[cohort].sums[row : row + stop - start]
-
-    def combined(self, cohort: int, layer: int, event: Any) -> None:
-        pass
-
-    def finish(self, cohort: int) -> None:
-        import torch
-
-        logits = self._microbatches[cohort].finish()
-        low, high = torch.aminmax(logits, dim=-1)  # NaN if any logit is
-        first = torch.stack((logits.argmax(-1), (torch.isfinite(low) & torch.isfinite(high)).long()))  # [2, sequences]
-        if first.is_cuda:
-            host = torch.empty(first.shape, dtype=first.dtype, device="cpu", pin_memory=True)
-            first = host.copy_(first, non_blocking=True)
-        self._first[cohort] = (first, logits if self._keep_logits else None)
-
-    def finished(self, cohort: int, seconds: float) -> None:
-        self._seconds[cohort] = seconds
-
-    def prefilled(self, begin: float) -> Prefilled:
-        """What the step gave, once it is over."""
-        import torch
-
-        count = len(self._tokens)
-        first, finite, seconds, logits = [0] * count, [True] * count, [0.0] * count, [None] * count
-        for cohort, (tokens, scores) in self._first.items():
-            if scores is not None and scores.is_cuda:
-                scores.record_stream(torch.cuda.current_stream())  # made on a lane's stream, read on the caller's
-            for i, sequence in enumerate(self._ended[cohort]):
-                first[sequence], finite[sequence] = int(tokens[0, i]), bool(tokens[1, i])
-                seconds[sequence] = self._seconds[cohort] - begin
-                logits[sequence] = scores[i] if scores is not None else None
-        kept = torch.stack(logits) if self._keep_logits and count else None
-        return Prefilled(first, seconds, kept, finite)

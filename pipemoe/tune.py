@@ -44,7 +44,8 @@ from pipemoe.runtime.costs import model_key
 from pipemoe.trace import Span, Timeline
 
 if TYPE_CHECKING:
-    from pipemoe.model import Model, Prefilled
+    from pipemoe.model import Model
+    from pipemoe.models.source import Prefilled
     from pipemoe.world.world import World
 
 _LEAST_TOKENS = 16  # of --max-tokens: costs per token cannot be told from fixed ones over fewer

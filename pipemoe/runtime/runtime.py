@@ -20,7 +20,7 @@ from pipemoe.config import Config
 from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError, describe
 from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.columns import most_blocks
-from pipemoe.plan.cost.dimensions import Dimensions, dimensions_of_shape
+from pipemoe.plan.cost.dimensions import dimensions_of_shape
 from pipemoe.plan.planner import compile_planner, planner_is_kept
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
@@ -32,7 +32,7 @@ from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
 from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
-from pipemoe.runtime.source import Source
+from pipemoe.runtime.source import Source, SourceTraits
 from pipemoe.runtime.workspace import SlotBuffers, Workspace
 from pipemoe.trace import Span, Timeline
 from pipemoe.version import __version__
@@ -58,25 +58,14 @@ class Runtime:
         config: Config,
         experts: Any,
         dtype: torch.dtype,
-        facts: dict[str, str],
+        traits: SourceTraits,
         *,
-        dimensions: Dimensions | None = None,
-        trial: Callable[[], None] | None = None,
-        kept_bytes: int = 0,
-        prepare: Callable[[int, torch.dtype], None] | None = None,
-        graph_rows: int = 0,
-        graph_cuts: bool = False,
-        hands_out_results: bool = False,
         error: PipemoeError | None = None,
     ) -> None:
-        """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. facts:
-        whatever else must be equal on all ranks, by name. dimensions: of the whole model, for its cost (default:
-        attention as of `shape`). trial: model code as large as an attend may run; on a GPU it is run once in every
-        lane, and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer.
-        prepare: run there once after that, with the number of the slot and the results' dtype. graph_rows: most tokens
-        whose attention the model launches as a graph, graph_cuts: also where sequences are cut. hands_out_results:
-        calls inside a step take memory for a layer's results on the caller's stream, the current one; on a GPU it is
-        reserved as well. error: what went wrong on this rank before it got here; raised on every rank."""
+        """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. traits: of
+        the sources that steps will be given. error: what went wrong on this rank before it got here; raised on every
+        rank.
+        """
         import torch
 
         self.world, self.shape, self.config, self.dtype = world, shape, config, dtype
@@ -87,13 +76,13 @@ class Runtime:
         self._has_arrivals = speed > 0 and self.config.may_arrive and (world.size > 1 or bool(self.config.arrivals))
         self.cost, self.cost_subject, error = runtime_cost(
             world,
-            dimensions or dimensions_of_shape(shape),
+            traits.dimensions or dimensions_of_shape(shape),
             self.config,
             dtype,
             self.combine_dtype,
             self.wire,
-            graph_rows=graph_rows,
-            graph_cuts=graph_cuts,
+            graph_rows=traits.graph_rows,
+            graph_cuts=traits.graph_cuts,
             sliced_permille=experts.sliced_permille,
             arrivals_permille=speed if self._has_arrivals else 0,
             num_sms=experts.num_sms,
@@ -104,15 +93,15 @@ class Runtime:
         compared, found = look(
             world.rank,
             "looking at the costs",
-            lambda: (possible_sms_left(self.config, self.cost.sms), self._facts(facts)),
+            lambda: (possible_sms_left(self.config, self.cost.sms), self._facts(traits.must_agree)),
             ConfigError,
         )
         sms_left, facts = compared or ((), {})
         world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._compile_planner()
-        self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
-        if hands_out_results and world.device.type == "cuda":
+        self._traits = traits
+        if traits.hands_out_results and world.device.type == "cuda":
             self._callers_stream = torch.cuda.current_stream(world.device)
         _, error = world.engine.call(
             lambda: look(world.rank, "setting up", lambda: self._set_up(sms_left), ConfigError)
@@ -185,15 +174,13 @@ class Runtime:
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
                 self._reserve(lanes)
-                if self._prepare is not None:
-                    self._in_lanes(
-                        [
-                            (lane.compute, lambda s=slot: self._prepare(s, self.results_dtype))
-                            for slot, lane in enumerate(lanes)
-                        ],
-                        "preparing the model",
-                    )
-            warm_ups = [lambda s=slot: self._warm_up(s) for slot in self._workspace.slots]
+                prepare = self._traits.prepare
+                if prepare is not None:
+                    preparing = [
+                        (lane.compute, partial(prepare, slot, self.results_dtype)) for slot, lane in enumerate(lanes)
+                    ]
+                    self._in_lanes(preparing, "preparing the model")
+            warm_ups = [partial(self._warm_up, slot) for slot in self._workspace.slots]
             self._in_lanes(
                 [(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts"
             )
@@ -215,15 +202,16 @@ class Runtime:
         import torch
 
         device, reserved, activations = self.world.device, self.world.reserved_bytes, 0
-        for lane in lanes if self._trial is not None else []:  # in each: libraries keep a workspace per stream
+        trial = self._traits.trial
+        for lane in lanes if trial is not None else []:  # in each: libraries keep a workspace per stream
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
-            self._in_lanes([(lane.compute, self._trial)], "trial of the model's attention")
+            self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
             activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
         # in one piece again, and for every lane: this dropped what earlier runtimes had reserved
         torch.cuda.empty_cache()
         for slot, buffers in enumerate(self._workspace.slots):
-            needed = int(_RESERVE_FACTOR * activations) + self._kept_bytes + buffers.scratch.transient_bytes
+            needed = int(_RESERVE_FACTOR * activations) + self._traits.kept_bytes + buffers.scratch.transient_bytes
             reserved["compute", slot] = max(reserved.get(("compute", slot), 0), needed)
             reserved["combine", slot] = max(reserved.get(("combine", slot), 0), self._workspace.sum_bytes)
         work = [

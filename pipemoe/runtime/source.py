@@ -8,13 +8,36 @@ hears of it, and every rank at the next step.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.plan.cost.dimensions import Dimensions
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.lanes import Event
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTraits:
+    """What a runtime must know of its sources before the first step: what to compare, to price and to reserve.
+
+    The defaults are those of a source that only hands over tensors that are already there.
+    """
+
+    must_agree: Mapping[str, str] = field(default_factory=dict)  # by name, equal on all ranks: MismatchError otherwise
+    dimensions: Dimensions | None = None  # of the whole model, for its cost; None: attention as the shape suggests
+    # Model code as large as an attend may run. On a GPU it runs once in every lane, whose memory is then reserved.
+    trial: Callable[[], None] | None = None
+    kept_bytes: int = 0  # that model code may keep from layer to layer; reserved beside the trial's
+    # Runs once in every slot's compute lane after the trial, on a GPU: the slot's number, the results' dtype.
+    prepare: Callable[[int, torch.dtype], None] | None = None
+    graph_rows: int = 0  # most tokens whose attention is launched as a graph
+    graph_cuts: bool = False  # also where sequences are cut
+    # Calls inside a step allocate a layer's results on the caller's stream, the current one; reserved on a GPU.
+    hands_out_results: bool = False
 
 
 class Source(Protocol):

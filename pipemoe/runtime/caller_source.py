@@ -1,0 +1,93 @@
+"""The caller's source: whoever calls a PipelinedMoE's layers gives a step its rows, and gets their results."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipemoe.plan.schedule import Plan
+    from pipemoe.runtime.lanes import Event
+
+
+class CallerSource:
+    """Rows from the caller's layer calls; results into tensors that the calls return."""
+
+    has_side_work = False
+
+    def __init__(self, num_layers: int, wake: Callable[[], None]) -> None:
+        """wake: tells the engine that there is something new for it."""
+        self._wake = wake
+        self.begun = threading.Event()
+        self.issued = [threading.Event() for _ in range(num_layers)]
+        self.events: list[list[Event]] = [[] for _ in range(num_layers)]
+        self._inputs: list[tuple | None] = [None] * num_layers
+        self._layer: dict[int, int] = {}  # per cohort
+        self._error: BaseException | None = None
+        self._due = 0
+
+    def give(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> None:
+        """A layer's rows, and where its sums go; kept until `forget`: other streams read and write them."""
+        import torch
+
+        event = None
+        if x.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._inputs[layer] = (x, ids, weights, sums, event)
+        self._wake()
+
+    def forget(self, layer: int) -> None:
+        """All of a layer's events lie before the caller's next work: nobody reads or writes its tensors any more."""
+        self._inputs[layer] = None
+        self.events[layer].clear()
+
+    def forget_all(self) -> None:
+        """The same of the whole step, once it has ended."""
+        self._inputs = [None] * len(self._inputs)
+        self.events = [[] for _ in self.events]
+
+    def abandon(self, error: BaseException) -> None:
+        self._error = error
+        self._wake()
+
+    def begin(self, plan: Plan, rank: int) -> None:
+        self._due = sum(any(s.rank == rank for s in wave.segments) for cohort in plan.cohorts for wave in cohort.waves)
+        self.begun.set()
+
+    def ready(self, cohort: int, layer: int) -> bool:
+        return self._inputs[layer] is not None or self._error is not None
+
+    def attend(self, cohort: int, layer: int) -> None:
+        import torch
+
+        if self._inputs[layer] is None:
+            raise self._error
+        self._layer[cohort] = layer
+        event = self._inputs[layer][4]
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, ids, weights, *_ = self._inputs[self._layer[cohort]]
+        return x[start:stop], ids[start:stop], weights[start:stop]
+
+    def side_work(self, cohort: int) -> None:
+        pass
+
+    def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
+        return self._inputs[self._layer[cohort]][3][start:stop]
+
+    def combined(self, cohort: int, layer: int, event: Event) -> None:
+        self.events[layer].append(event)
+        if len(self.events[layer]) == self._due:
+            self.issued[layer].set()
+
+    def finish(self, cohort: int) -> None:
+        pass
+
+    def finished(self, cohort: int, seconds: float) -> None:
+        pass
