@@ -253,7 +253,7 @@ class Tuner:
         operations = Operations(
             self._world,
             self._model.decoder,
-            self._model.runtime.experts_leaving[0].leaving(sms_left),
+            self._model.runtime.experts_with_free_sms[0].with_free_sms(sms_left),
             max(self._most // 2, 1),
         )
         timer, found = Timer(self._world), {}

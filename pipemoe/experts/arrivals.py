@@ -9,7 +9,8 @@ that arrive while the GPU is busy with others.
 Who calls this keeps to three rules, or the GPU stands still:
 - Everything that a flag waits for is enqueued before the experts call, which checks that, and never waits for this
 call.
-- The experts leave room to all collectives that may be under way (`Experts.leaving`). Room for the index is left here.
+- The experts leave room to all collectives that may be under way (`Experts.with_free_sms`). Room for the index is
+  left here.
 - One object of this class for all cohorts of a GPU: it has one call at a time wait for parts.
 A call whose parts do not come spins until the lane that should bring them goes on: an aborted collective does, and the
 flags behind it are written. The end of the process ends it too.

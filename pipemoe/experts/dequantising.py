@@ -49,10 +49,10 @@ class DequantisingExperts:
         self.sliced_permille = inner.sliced_permille
         self.num_sms = inner.num_sms
 
-    def leaving(self, num_sms: int) -> DequantisingExperts:
-        """See ExpertsShape.leaving."""
+    def with_free_sms(self, num_sms: int) -> DequantisingExperts:
+        """See ExpertsShape.with_free_sms."""
         other = copy.copy(self)
-        other._inner = self._inner.leaving(num_sms)
+        other._inner = self._inner.with_free_sms(num_sms)
         other.num_sms = other._inner.num_sms
         return other
 

@@ -165,7 +165,7 @@ class HopperExperts(ExpertsShape):
             self._shape_of[layer, num_rows] = found
         return found
 
-    def leaving(self, num_sms: int) -> HopperExperts:
+    def with_free_sms(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps
         other.num_sms, other._shape_of = max(1, self.num_sms - num_sms), {}
         other._leaves_sms = self._leaves_sms or num_sms > 0

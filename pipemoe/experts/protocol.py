@@ -44,7 +44,7 @@ class Experts(Protocol):
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
     supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
-    def leaving(self, num_sms: int) -> Experts:
+    def with_free_sms(self, num_sms: int) -> Experts:
         """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve
         both.
         """
@@ -124,7 +124,7 @@ class ExpertsShape:
         names = (DETERMINISTIC_DTYPE,) if deterministic else COMBINE_DTYPES
         self.out_dtypes = tuple(getattr(torch, name) for name in names)
 
-    def leaving(self, num_sms: int) -> Self:
+    def with_free_sms(self, num_sms: int) -> Self:
         """These experts with kernels that leave so many multiprocessors to collectives beside them. A persistent kernel
         with a block for every one would have a block wait for its place, and all others for that. Here: no persistent
         kernels, the same object."""

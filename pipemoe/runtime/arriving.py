@@ -70,7 +70,7 @@ def arriving_experts(world: World, experts: Any) -> Any:
     """The same experts for waves whose rows arrive in parts (pipemoe.experts.arrivals)."""
     from pipemoe.experts.arrivals import ArrivingExperts
 
-    return ArrivingExperts(experts.leaving(_kept(world)))
+    return ArrivingExperts(experts.with_free_sms(_kept(world)))
 
 
 def _kept(world: World) -> int:
@@ -78,4 +78,4 @@ def _kept(world: World) -> int:
 
 
 def _num_blocks(world: World, experts: Any) -> int:
-    return max(1, experts.leaving(_kept(world)).num_sms - INDEX_SMS)
+    return max(1, experts.with_free_sms(_kept(world)).num_sms - INDEX_SMS)

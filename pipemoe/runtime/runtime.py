@@ -165,7 +165,9 @@ class Runtime:
         world, experts = self.world, self._experts
         try:
             # for every plan
-            self.experts_leaving = {num_sms: experts.leaving(num_sms) if num_sms else experts for num_sms in sms_left}
+            self.experts_with_free_sms = {
+                num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in sms_left
+            }
             self._arriving = arriving_experts(world, self._experts) if self._has_arrivals else None
             self._workspace = Workspace(
                 self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving
@@ -348,7 +350,7 @@ class Runtime:
             self.world.transport,
             self._workspace,
             self.wire,
-            self.experts_leaving[plan.sms_left],
+            self.experts_with_free_sms[plan.sms_left],
             source,
             arriving=self._arriving if plan.arrivals else None,
             only=only,
