@@ -217,12 +217,11 @@ class Step:
             )
         source = CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
         self._future = runtime.submit_step(self._lengths, source, error=self._error)
-        self._source, self._thread, inside = source, threading.get_ident(), runtime.world.threads_in_step
-        inside.add(self._thread)
+        self._source, self._thread = source, runtime.world.enter_step()
         try:
             self._wait(source.begun)
         except BaseException as error:  # __exit__ is not called then
-            inside.discard(self._thread)
+            runtime.world.leave_step(self._thread)
             source.abandon(error)
             raise
         return self
@@ -287,7 +286,7 @@ class Step:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         runtime = self._moe.runtime
-        runtime.world.threads_in_step.discard(self._thread)
+        runtime.world.leave_step(self._thread)
         self._left = True
         num_layers, left_early = runtime.shape.num_layers, None
         if error is None and self._done < num_layers and self._num_tokens:

@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 def warn_once(world: World, text: str, *, about: str = "", aloud: bool = True) -> None:
     """Once in this world, with the line that called the library; of warnings `about` the same, the first. Not aloud:
     only where a filter makes it an error, as on other ranks."""
-    if (about or text) in world.warned:
+    if not world.is_first(about or text):
         return
-    world.warned.add(about or text)
     library, frame, depth = str(Path(__file__).resolve().parent) + os.sep, sys._getframe(1), 2
     while frame.f_back is not None and os.path.realpath(frame.f_code.co_filename).startswith(library):
         frame, depth = frame.f_back, depth + 1

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipemoe.comm.transport import Test, WaveSums, gather_transfers, sum_in_rank_order
+from pipemoe.comm.transport import CallLog, Test, WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError
-from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
 
 
@@ -28,15 +27,15 @@ class Communicators:
         return self._pairs[:num_slots]
 
 
-class MpiTransport:
+class MpiTransport(CallLog):
     """Posts in plan order; the engine tests (MPI calls here never block)."""
 
     def __init__(self, communicators: Communicators, num_slots: int) -> None:
         from mpi4py import MPI
 
+        super().__init__()
         self._mpi = MPI
         self.rank, self.size = communicators.world.Get_rank(), communicators.world.Get_size()
-        self.log: list[Issue] | None = None
         self._dispatch, self._combine = zip(*communicators.pairs(num_slots), strict=True)
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: Any) -> Test:
@@ -119,10 +118,6 @@ class MpiTransport:
     def _test(self, requests: list[Any], *buffers: Any) -> Test:
         """The buffers live as long as the test: MPI reads and writes them until it says so."""
         return lambda buffers=buffers: self._mpi.Request.Testall(requests)
-
-    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
-        if self.log is not None:
-            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
 
     def check(self) -> None:
         """MPI's calls raise by themselves."""

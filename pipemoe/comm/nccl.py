@@ -11,9 +11,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pipemoe.comm.transport import WaveSums, gather_transfers, sum_in_rank_order
+from pipemoe.comm.transport import CallLog, WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError, FatalError
-from pipemoe.plan.projection import Issue
 from pipemoe.plan.room import Room
 from pipemoe.plan.schedule import Wave
 
@@ -90,15 +89,15 @@ def cluster_blocks() -> int:
     return int(os.environ["NCCL_CGA_CLUSTER_SIZE"])
 
 
-class NcclTransport:
+class NcclTransport(CallLog):
     """`ids`: one NCCL unique id per communicator, 2 x num_slots of them, the same on all ranks."""
 
     def __init__(self, rank: int, size: int, ids: list[bytes]) -> None:
         import torch
 
+        super().__init__()
         self._nccl = library()
         self.rank, self.size = rank, size
-        self.log: list[Issue] | None = None
         self._types = {
             torch.float32: self._nccl.NCCL_FLOAT32,
             torch.float64: self._nccl.NCCL_FLOAT64,
@@ -184,10 +183,6 @@ class NcclTransport:
             call(rows.data_ptr(), rows.nbytes, self._nccl.NCCL_UINT8, peer, stream)
         self._nccl.groupEnd()
         sum_in_rank_order(self.rank, wave, sums)
-
-    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
-        if self.log is not None:
-            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
 
     def check(self) -> None:
         """Raise what NCCL noticed by itself (network errors; not a peer killed on NVLink)."""

@@ -43,8 +43,6 @@ def column_blocks(memory: torch.Tensor, rows: tuple[int, ...], columns: Sequence
 class Transport(Protocol):
     """Moves waves. `slot` picks the pair of communicators; `buffer` only goes into the log."""
 
-    log: list[Issue] | None  # every call really issued, when not None
-
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> Test | None:
         """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8; each rank has written its
         own.
@@ -54,6 +52,12 @@ class Transport(Protocol):
         """Sum the ranks' partial sums of every segment into its owner's results. A wave's blocks of columns come one
         after another.
         """
+
+    def start_log(self) -> None:
+        """Remember every call that is really issued from now on."""
+
+    def take_log(self) -> list[Issue]:
+        """The calls since `start_log`, in order; remembers none from now on."""
 
     def check(self) -> None:
         """Raise what the library noticed by itself."""
@@ -65,11 +69,28 @@ class Transport(Protocol):
         """Give everything back; nothing is under way any more."""
 
 
-class LocalTransport:
-    """The transport of a world of one: rows are already there."""
+class CallLog:
+    """The part of a transport that remembers its calls for `verify` (debug)."""
 
     def __init__(self) -> None:
         self.log: list[Issue] | None = None
+
+    def start_log(self) -> None:
+        """Remember every call from now on."""
+        self.log = []
+
+    def take_log(self) -> list[Issue]:
+        """The calls since `start_log`; remembers none from now on."""
+        log, self.log = self.log or [], None
+        return log
+
+    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
+        if self.log is not None:
+            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
+
+
+class LocalTransport(CallLog):
+    """The transport of a world of one: rows are already there."""
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> None:
         pass
@@ -77,6 +98,9 @@ class LocalTransport:
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> None:
         for segment, result in zip(wave.segments, sums.results, strict=True):
             result.copy_(sums.partial[segment.row : segment.row + segment.num_rows])
+
+    def check(self) -> None:
+        pass
 
     def abort(self) -> None:
         pass

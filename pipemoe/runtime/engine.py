@@ -22,6 +22,7 @@ from pipemoe.runtime.last_words import EXIT_CODE, OUTPUT_SECONDS, exit_now, say
 
 if TYPE_CHECKING:
     from pipemoe.comm.side_channel import SideChannel
+    from pipemoe.comm.transport import Transport
 
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
@@ -30,8 +31,8 @@ _NAMED_SECONDS = 0.5
 _IN_CALL_SECONDS = 3.0  # in a library's call; from then on, a peer that is lost ends it
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
-# MPI goes on only when it is polled, every stage of a collective at each rank in turn; but nobody polls like that for
-# long in vain.
+# MPI moves a collective on only when it is polled, stage by stage at each rank in turn; poll this fast only for the
+# first 50 ms without news.
 _LONGEST_PAUSE_OF_MPI, _OFTEN_SECONDS = 50e-6, 0.05
 
 
@@ -44,21 +45,24 @@ class Engine:
         *,
         watchdog_seconds: float,
         grace_seconds: float,
+        moves_transfers: bool = False,
         set_up_thread: Callable[[], None] = lambda: None,
     ) -> None:
+        """moves_transfers: polling moves the steps' collectives along, as MPI needs. set_up_thread: runs first on the
+        engine's thread.
+        """
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
         self.side_channel: SideChannel | None = None
         self.wake = threading.Event()  # set by whoever has news for the engine's thread
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
-        self.library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL: a lost peer may be behind one
-        self.moves_transfers = False  # polling moves the steps' collectives along (MPI's)
+        self._library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL
+        self._moves_transfers = moves_transfers
         self.failure: FatalError | None = None
         self._closed, self._unusable = False, FatalError(f"rank {rank}: the world is closed")
         self.step = 0
-        # that the step under way may take without progress; peers that wait for it wait as long
-        self.step_seconds = 0.0
+        self.step_seconds = 0.0  # see ask_patience
         self.ops_done = 0
         self.doing: object = "idle"  # anything whose str() names it
         self._alive: float | None = None  # when the thread last looked around; None while idle
@@ -70,6 +74,19 @@ class Engine:
         self._thread = threading.Thread(target=self._run, args=(set_up_thread,), name="pipemoe engine", daemon=True)
         self._thread.start()
         atexit.register(self._at_exit)
+
+    def hear_peers_by(self, channel: SideChannel) -> None:
+        """Watch the peers by this channel, and tell them by it when this rank fails."""
+        self.side_channel = channel
+
+    def watch_transport(self, transport: Transport) -> None:
+        """Raise what the transport notices by itself, and abort it when this rank fails."""
+        self.on_failure.append(transport.abort)
+        self.health.append(transport.check)
+
+    def blame_peers_for(self, *errors: type[BaseException]) -> None:
+        """A lost peer may be behind an error of these classes, a library's own; then the peer is named."""
+        self._library_errors += errors
 
     def submit(self, task: Callable[[], Any], future: Future | None = None) -> Future:
         """Run `task` on the engine's thread. The future gets its result, or may be resolved earlier by the task
@@ -99,6 +116,22 @@ class Engine:
         self.doing, self._patience = doing, seconds or self.watchdog_seconds
         self._alive = time.monotonic()
 
+    def now_doing(self, what: object) -> None:
+        """Name what errors and peers will name, without a sign of life. Its str() is taken only when it is needed."""
+        self.doing = what
+
+    def begin_step(self) -> None:
+        """Count a step. Errors and peers name it."""
+        self.step += 1
+
+    def ask_patience(self, seconds: float) -> None:
+        """Ask peers that wait for this rank's step to wait so long without progress; 0: there is no step any more."""
+        self.step_seconds = seconds
+
+    def count_op(self) -> None:
+        """One operation of the step has completed: progress, for the watchdog here and at the peers."""
+        self.ops_done += 1
+
     def wait(
         self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False
     ) -> None:
@@ -112,7 +145,7 @@ class Engine:
         self.note(doing, limit)
         seen, since, checked, pause = self.ops_done, time.monotonic(), 0.0, _SHORTEST_PAUSE
         patience = _LEFT_SECONDS if needs_all else math.inf
-        often = _OFTEN_SECONDS if needs_all or self.moves_transfers else 0.0
+        often = _OFTEN_SECONDS if needs_all or self._moves_transfers else 0.0
         while not ready():
             now = self._alive = time.monotonic()
             if now - checked > _PEER_CHECK_SECONDS:
@@ -190,7 +223,7 @@ class Engine:
         """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and
         not which.
         """
-        if isinstance(error, self.library_errors):
+        if isinstance(error, self._library_errors):
             begin, when = time.monotonic(), f"where the library says: {words(error)}"
             while (
                 (lost := self._lost_peer(when)) is None

@@ -18,6 +18,20 @@ _HOST_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "Storage size cal
 _LARGEST_PINNED = 23  # 8 MiB, as a power of two: torch keeps pinned memory by powers of two
 
 
+class Reserved:
+    """The most that any runtime of a world has reserved. Runtimes share the lanes, so the largest need counts."""
+
+    def __init__(self) -> None:
+        self.of_lane: dict[tuple[str, int], int] = {}  # bytes, by kind of lane and slot
+        self.of_stream: dict[torch.cuda.Stream, int] = {}  # bytes, by a caller's stream
+
+    def raise_lane(self, kind: str, slot: int, num_bytes: int) -> None:
+        self.of_lane[kind, slot] = max(self.of_lane.get((kind, slot), 0), num_bytes)
+
+    def raise_stream(self, stream: torch.cuda.Stream, num_bytes: int) -> None:
+        self.of_stream[stream] = max(self.of_stream.get(stream, 0), num_bytes)
+
+
 def reserve(device: torch.device, num_bytes: int) -> None:
     """Let torch hold `num_bytes` in one piece, and some small pieces, for the current stream."""
     import torch

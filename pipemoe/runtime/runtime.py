@@ -89,7 +89,7 @@ class Runtime:
         )
         if self.config.arrivals and refused:
             error = error or ConfigError(refused)
-        world.num_runtimes += 1
+        self._number = world.number_runtime()
         compared, found = look(
             world.rank,
             "looking at the costs",
@@ -203,7 +203,7 @@ class Runtime:
     def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch
 
-        device, reserved, activations = self.world.device, self.world.reserved_bytes, 0
+        device, reserved, activations = self.world.device, self.world.reserved, 0
         trial = self._traits.trial
         for lane in lanes if trial is not None else []:  # in each: libraries keep a workspace per stream
             torch.cuda.reset_peak_memory_stats(device)
@@ -214,18 +214,17 @@ class Runtime:
         torch.cuda.empty_cache()
         for slot, buffers in enumerate(self._workspace.slots):
             needed = int(_RESERVE_FACTOR * activations) + self._traits.kept_bytes + buffers.scratch.transient_bytes
-            reserved["compute", slot] = max(reserved.get(("compute", slot), 0), needed)
-            reserved["combine", slot] = max(reserved.get(("combine", slot), 0), self._workspace.sum_bytes)
+            reserved.raise_lane("compute", slot, needed)
+            reserved.raise_lane("combine", slot, self._workspace.sum_bytes)
         work = [
-            (getattr(self.world.lanes.slots[slot], kind), lambda n=num_bytes: reserve(device, n))
-            for (kind, slot), num_bytes in reserved.items()
+            (getattr(self.world.lanes.slots[slot], kind), partial(reserve, device, num_bytes))
+            for (kind, slot), num_bytes in reserved.of_lane.items()
             if num_bytes
         ]
         self._in_lanes(work, "reserving memory")
-        callers = self.world.reserved_callers
         if self._callers_stream is not None:
-            callers[self._callers_stream] = max(callers.get(self._callers_stream, 0), self._results_bytes())
-        for stream, num_bytes in callers.items():
+            reserved.raise_stream(self._callers_stream, self._results_bytes())
+        for stream, num_bytes in reserved.of_stream.items():
             with torch.cuda.stream(stream):
                 reserve(device, num_bytes)
         reserve_pinned(len(lanes) + 1)
@@ -262,7 +261,7 @@ class Runtime:
     def _facts(self, facts: dict[str, str]) -> dict[str, str]:
         import torch
 
-        facts = facts | {"number of this model or PipelinedMoE": str(self.world.num_runtimes)}
+        facts = facts | {"number of this model or PipelinedMoE": str(self._number)}
         facts |= {"pipemoe": __version__, "torch": torch.__version__, "device": self.world.device.type}
         facts |= {"dtype": str(self.dtype), "dispatch": str(self.wire.dtype)}
         facts |= {
@@ -333,7 +332,7 @@ class Runtime:
         seconds = max(engine.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
         facts = self._exchange(lengths, only, error, seconds)
         self._is_first_step = False
-        engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
+        engine.begin_step()  # not before: it must stay the same on all ranks when one of them called something else
         plan = self.plan(facts)
         if self.config.debug:
             verify(
@@ -341,7 +340,7 @@ class Runtime:
                 row_bytes=self.wire.row_bytes,
                 room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room,
             )
-            self.world.transport.log = []
+            self.world.transport.start_log()
         digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(
             plan,
@@ -356,7 +355,7 @@ class Runtime:
             only=only,
             timed=timeline is not None,
             on_progress=partial(engine.note, seconds=seconds),
-            on_progress_made=self._count,
+            on_progress_made=engine.count_op,
             on_done=on_done,
         )
         compared, told = False, None
@@ -370,13 +369,13 @@ class Runtime:
                 done = run.advance()
             finally:
                 # What an error or a peer will name.
-                engine.doing = run.failed_op or run.oldest() or run.not_begun() or engine.doing
+                engine.now_doing(run.failed_op or run.oldest() or run.not_begun() or engine.doing)
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 told = self._resolve(run, future)
             return done and compared
 
         try:
-            engine.step_seconds = seconds
+            engine.ask_patience(seconds)
             engine.wait(ready, f"step {engine.step}", seconds=seconds)
         except FatalError:
             raise
@@ -387,14 +386,11 @@ class Runtime:
             run.of_caller(lambda: timeline.take(spans, run.issue_seconds))
         if self.config.debug:
             self._check_issued(plan, only, seconds)
-        engine.step_seconds = 0.0
+        engine.ask_patience(0.0)
         if not future.done():
             self._resolve(run, future)
         elif run.failure is not told:  # a caller's function raised after this rank's part was done
             self.announce(run.failure)
-
-    def _count(self) -> None:
-        self.world.engine.ops_done += 1
 
     def _resolve(self, run: Run, future: Future) -> BaseException | None:
         """Tell the caller how the step went; returns what failed in it."""
@@ -409,12 +405,12 @@ class Runtime:
         """Have every rank hear of model code that failed on this one, at the next step of any runtime."""
         error = ModelError(f"rank {self.world.rank}: model code raised {describe(failure)}")
         error.__cause__ = failure
-        self.world.announced = error
+        self.world.announce(error)
         return error
 
     def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None, seconds: float) -> Facts:
         world = self.world
-        announced, world.announced = world.announced, None
+        announced = world.take_announced()
         # Misuse that every rank's own caller has been told of is no news to any of them, so the step goes on.
         is_known = error is None and announced is not None and isinstance(announced.__cause__, InputError)
         error = announced or error
@@ -448,7 +444,7 @@ class Runtime:
 
     def _check_issued(self, plan: Plan, only: Only, seconds: float) -> None:
         """Compare what every rank really issued with the plan (debug)."""
-        log, self.world.transport.log = self.world.transport.log, None
+        log = self.world.transport.take_log()
         doing = "comparison of the ranks' logs"
         gathering = self.world.start_gathering(json.dumps(log).encode(), doing)
         self.world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)

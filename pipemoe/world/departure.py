@@ -32,8 +32,7 @@ class Departure:
     """Of this process, whatever worlds it has."""
 
     def __init__(self) -> None:
-        self.ends_mpi = False  # MPI was started here, so that nobody else will end it
-        self.fails_alike = False  # this rank ends by an error that all ranks have
+        self._ends_mpi = self._fails_alike = False
         self.forked_from: int | None = None  # the process in which MPI was started, once this is a child of it
         self.channel: SideChannel | None = None  # to all ranks, until the process ends
         self._mpi: Any = None
@@ -60,6 +59,14 @@ class Departure:
                     set_status(status)
 
             mpi._set_abort_status = heard
+
+    def will_end_mpi(self) -> None:
+        """MPI was started here, so that nobody else will end it."""
+        self._ends_mpi = True
+
+    def will_fail_alike(self) -> None:
+        """This rank ends by an error that all ranks have."""
+        self._fails_alike = True
 
     def met(self, rank: int, places: list[tuple[str, int]], watchdog_seconds: float) -> None:
         """Who the ranks are. places: host and process of each."""
@@ -115,7 +122,7 @@ class Departure:
             self.channel.tell(exiting=True)
             if not self._all_are_there():
                 return  # mpi4py aborts
-        if self.ends_mpi:
+        if self._ends_mpi:
             done = threading.Event()
             threading.Thread(
                 target=self._watch_finalisation, args=(done,), name="pipemoe end of MPI", daemon=True
@@ -132,7 +139,7 @@ class Departure:
         """Wait for the others to end too. False where this rank does not wait: it ends by an error, which ends them."""
         begin = time.monotonic()
         while waiting := [r for r, peer in self.channel.peers.items() if not peer.news.get("exiting")]:
-            if self._abort_status and time.monotonic() - begin > (_SHARED_END_SECONDS if self.fails_alike else 0.0):
+            if self._abort_status and time.monotonic() - begin > (_SHARED_END_SECONDS if self._fails_alike else 0.0):
                 return False
             for rank in waiting:
                 self._check(rank)

@@ -35,7 +35,7 @@ def start_mpi(launch: Launch, setup_seconds: float) -> Any:
         if "MPICH" in mpi.Get_library_version():
             check_shared_memory(ranks_on_this_host(os.environ, launch.num_ranks or 1))
         _initialise(mpi, launch, setup_seconds)
-        departure.ends_mpi = True
+        departure.will_end_mpi()
     if mpi.Query_thread() < mpi.THREAD_SERIALIZED:
         raise ConfigError(
             "MPI was started without thread support; let mpi4py initialise it, with its default thread level"

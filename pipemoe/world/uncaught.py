@@ -86,7 +86,7 @@ def say_once(error: PipemoeError, text: str) -> None:
     if channel is None or not is_shared(error):
         say(text)
         return
-    departure.fails_alike = True
+    departure.will_fail_alike()
     key = hashlib.blake2b(str(error).encode(), digest_size=8).hexdigest()
     channel.tell(ends_by=key)
     lower = [peer for rank, peer in sorted(channel.peers.items()) if rank < channel.rank]

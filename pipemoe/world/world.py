@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipemoe.arguments import look
 from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, unpack_shared
@@ -25,6 +25,7 @@ from pipemoe.plan.room import Room
 from pipemoe.runtime.engine import Engine
 from pipemoe.runtime.lanes import Lanes, host_lanes
 from pipemoe.runtime.last_words import say
+from pipemoe.runtime.reserve import Reserved
 from pipemoe.torch_state import no_grad_on_this_thread
 from pipemoe.world import uncaught
 from pipemoe.world.arguments import InitArguments, init_arguments
@@ -33,9 +34,6 @@ from pipemoe.world.gpu import lanes_of, runs_on_gpu
 from pipemoe.world.launcher import launched
 from pipemoe.world.meet import Met, meet
 from pipemoe.world.warm_up import WarmUp
-
-if TYPE_CHECKING:
-    import torch
 
 _open_world: World | None = None  # of this process
 _forks_are_watched = False
@@ -124,22 +122,19 @@ class World:
             self.device = torch.device("cuda", (met.local_rank if met else 0) % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.transport: Transport = LocalTransport()
-        self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
-        self.reserved_callers: dict[torch.cuda.Stream, int] = {}  # the same, by stream of a caller
-        self.num_runtimes = 0  # made so far; the ranks make the same ones in the same order
-        # model code that failed in the last step; every rank hears of it in the next
-        self.announced: ModelError | None = None
-        # of callers who give a step its rows; until they leave it, no other step begins
-        self.threads_in_step: set[int] = set()
-        self.warned: set[str] = set()  # what was said once needs no second time
+        self.reserved = Reserved()  # by all runtimes
+        self._num_runtimes = 0
+        self._announced: ModelError | None = None
+        self._threads_in_step: set[int] = set()
+        self._warned: set[str] = set()
         self._closed = False
         self.engine = Engine(
             self.rank,
             watchdog_seconds=arguments.watchdog_seconds,
             grace_seconds=arguments.grace_seconds,
+            moves_transfers=not on_gpu,
             set_up_thread=self._set_up_thread,
         )
-        self.engine.moves_transfers = not on_gpu
         try:
             if met is not None:
                 self.engine.call(lambda: self._meet(error))
@@ -171,15 +166,14 @@ class World:
 
     def _connect(self) -> None:
         self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
-        self.engine.on_failure.append(self.transport.abort)
-        self.engine.health.append(self.transport.check)
+        self.engine.watch_transport(self.transport)
         self._warm_up()
 
     def _open_side_channel(self) -> None:
         from mpi4py import MPI
 
         engine, error = self.engine, None
-        engine.library_errors = (MPI.Exception,)
+        engine.blame_peers_for(MPI.Exception)
         try:
             channel = SideChannel(self.rank, self.size, self._met.num_hosts == 1, engine.progress, engine.watch)
         except (OSError, ConfigError) as e:
@@ -191,7 +185,7 @@ class World:
             for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")
         ]
         channel.connect([(h, int(p)) for h, p, _ in met], met[0][2], self.setup_seconds)
-        engine.side_channel = channel
+        engine.hear_peers_by(channel)
         departure.keep(channel)
 
     def _mpi_transport(self) -> Transport:
@@ -214,7 +208,7 @@ class World:
         try:
             room.check(self.num_slots)
             library = nccl.library()
-            self.engine.library_errors += (library.NcclError, nccl.NcclFailed)
+            self.engine.blame_peers_for(library.NcclError, nccl.NcclFailed)
             if self.rank == 0:
                 ids = nccl.unique_ids(2 * self.num_slots)
         except PipemoeError as e:
@@ -315,11 +309,41 @@ class World:
         self.check_no_step_is_open()
         self.engine.call(task)
 
+    def number_runtime(self) -> int:
+        """The number of a new runtime, from 1. The ranks make the same ones in the same order."""
+        self._num_runtimes += 1
+        return self._num_runtimes
+
+    def announce(self, error: ModelError) -> None:
+        """Keep what model code raised in this step; every rank hears of it in the next."""
+        self._announced = error
+
+    def take_announced(self) -> ModelError | None:
+        """What the last step has left to tell, once."""
+        announced, self._announced = self._announced, None
+        return announced
+
+    def is_first(self, warning: str) -> bool:
+        """True once for each warning: what was said needs no second time."""
+        is_new = warning not in self._warned
+        self._warned.add(warning)
+        return is_new
+
+    def enter_step(self) -> int:
+        """This thread gives a step its rows; until it has left, it begins nothing else. Returns the thread's number."""
+        thread = threading.get_ident()
+        self._threads_in_step.add(thread)
+        return thread
+
+    def leave_step(self, thread: int) -> None:
+        """The step that this thread has entered is over."""
+        self._threads_in_step.discard(thread)
+
     def check_no_step_is_open(self) -> None:
         """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before
         that has ended.
         """
-        if threading.get_ident() in self.threads_in_step:
+        if threading.get_ident() in self._threads_in_step:
             raise InputError(
                 f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, "
                 "exchange or close()"

@@ -165,7 +165,7 @@ def test_experts_that_fail(stage):
 
 def test_a_callback_that_fails(stage):
     one = stage(
-        on_done=lambda op: raise_planted() if (op.kind, op.layer, op.cohort) == (OpKind.COMBINE, 1, 0) else None
+        on_progress=lambda op: raise_planted() if (op.kind, op.layer, op.cohort) == (OpKind.COMBINE, 1, 0) else None
     )
     failed = one.fail()
     assert (failed.kind, failed.layer, failed.cohort) == (OpKind.COMBINE, 1, 0)
