@@ -37,7 +37,7 @@ class Config(PlanConfig):
     ConfigError on every rank.
     """
 
-    num_slots: int | None = None
+    num_slots: int | None = None  # type: ignore[assignment]  # wider than a plan's: None until `in_world`
     dispatch_dtype: str | None = None
     combine_dtype: str | None = None
     deterministic: bool = False

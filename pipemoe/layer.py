@@ -13,6 +13,7 @@ from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.runtime.caller_source import CallerSource
+from pipemoe.runtime.lanes import HostEvent, StreamEvent
 from pipemoe.runtime.runtime import Runtime
 from pipemoe.runtime.source import SourceTraits
 from pipemoe.torch_state import plain_tensors, undisturbed
@@ -51,6 +52,7 @@ class PipelinedMoE:
                 {} if found is None else {"num_experts": str(found[1].num_experts)},
                 "looking at the weights",
             )
+            assert found is not None  # or `agree` has raised
             weights, shape, self._dtype, ranges = found
             _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], shape.num_experts)
             experts, error = look(
@@ -240,6 +242,8 @@ class Step:
         )
         if error is not None:
             raise error
+        source = self._source
+        assert source is not None  # the step has been entered
         with plain_tensors():
             if not self._num_tokens:
                 self._done += 1
@@ -248,14 +252,14 @@ class Step:
             # been called.
             sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
             y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            self._source.give(
+            source.give(
                 self._done, x.detach().contiguous(), topk_ids.detach().int(), topk_weights.detach().float(), sums
             )
             self._given += 1
-            self._wait(self._source.issued[self._done])
-            for event in self._source.events[self._done]:
+            self._wait(source.issued[self._done])
+            for event in source.events[self._done]:
                 self._after(event)
-            self._source.forget(self._done)
+            source.forget(self._done)
             if y is not sums:
                 y.copy_(sums)
         self._done += 1
@@ -287,6 +291,8 @@ class Step:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         runtime = self._moe.runtime
         runtime.world.leave_step(self._thread)
+        source = self._source
+        assert source is not None
         self._left = True
         num_layers, left_early = runtime.shape.num_layers, None
         if error is None and self._done < num_layers and self._num_tokens:
@@ -294,9 +300,9 @@ class Step:
                 f"rank {runtime.world.rank}: step left after {self._done} of {num_layers} layers"
             )
         if error is not None:
-            self._source.abandon(error)  # the others still get this rank's part of the plan
+            source.abandon(error)  # the others still get this rank's part of the plan
         _, seen = self._end()
-        self._source.forget_all()
+        source.forget_all()
         if error is None and seen is not None:
             raise seen
         if error is not None and seen is None:  # the engine has not met it: tell the others at the next step
@@ -320,9 +326,10 @@ class Step:
         """Let the caller's next work see what comes before `event`: its stream waits, or on the host its thread."""
         import torch
 
-        if self._moe.runtime.world.device.type == "cuda":
+        if isinstance(event, StreamEvent):
             torch.cuda.current_stream().wait_event(event.event)
             return
+        assert isinstance(event, HostEvent)
         while not event.wait(_CHECK_SECONDS):
             self._check_that_it_goes_on(event.done)
 

@@ -56,7 +56,7 @@ def load_model(
     world, error = world_of(world)
     rank = f"rank {world.rank}: "
     where = shown(path_or_config)
-    place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
+    place: dict[str, Any] = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
 
     def settings() -> dict[str, Any]:
         check_config(config, rank)
@@ -75,15 +75,17 @@ def load_model(
         prepared = None
         found, wrong = look(world.rank, "settings of load_model", settings, ConfigError)
         error = error or wrong
-        if error is None:  # transformers and torch raise what they like at an odd config.json
-            prepared, error = look(
-                world.rank, where, lambda: PreparedDecoder(path_or_config, **place, **found), CheckpointError
-            )
+        if error is None and found is not None:  # transformers and torch raise what they like at an odd config.json
+            prepare = partial(PreparedDecoder, path_or_config, **place, **found)
+            prepared, error = look(world.rank, where, prepare, CheckpointError)
         world.agree(error, {}, "looking at the model's files")
+        assert prepared is not None  # or `agree` has raised, as below
         world.agree(shortage(world, prepared.num_bytes), {}, "looking for memory for the model")
         loaded, error = look(world.rank, where, prepared.load, CheckpointError)
         world.agree(error, loaded[0].facts if loaded else {}, "loading the model")
-        return Model(world, *loaded, config)
+        assert loaded is not None
+        decoder, weights = loaded
+        return Model(world, decoder, weights, config)
 
 
 class Model:
@@ -226,6 +228,7 @@ class Model:
             )
             if error is not None:
                 raise error
+            assert tokens is not None
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= vocabulary:
                 raise InputError(
@@ -249,6 +252,7 @@ def token_ids(where: str, sequence: Any) -> torch.Tensor:
     import numpy as np
     import torch
 
+    ids: Any
     if isinstance(sequence, torch.Tensor):
         is_whole = sequence.layout is torch.strided and not (
             sequence.is_floating_point() or sequence.is_complex() or sequence.is_quantized

@@ -20,7 +20,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,7 +67,7 @@ class _TimedStep(NamedTuple):
     issued: list[tuple[int, int, float]]
 
 
-def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> None:
+def add_tune_parser(subcommands: argparse._SubParsersAction, positive: Callable[[str], int]) -> None:
     parser = subcommands.add_parser(
         "tune",
         help="measure this machine's costs, for mode auto",
@@ -322,6 +322,7 @@ class Tuner:
         rank = self._world.rank
         found, error = look(rank, "a step", lambda: model.prefill(self._sequences(lengths), **options), ModelError)
         self._world.agree(error, {}, "seeing that a step went well")
+        assert found is not None  # or `agree` has raised
         return found
 
     def _timed(self, lengths: _Lengths) -> list[_TimedStep]:

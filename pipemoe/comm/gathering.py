@@ -74,9 +74,9 @@ class MpiGathering:
         messages, at = [], 0
         for rank, n in enumerate(self._sizes):
             begin = BLOCK * rank + _LENGTH.size
-            overflow = max(0, n - _ROOM)
-            messages.append(bytes(self._blocks[begin : begin + n - overflow]) + bytes(self._rest[at : at + overflow]))
-            at += overflow
+            rest = max(0, n - _ROOM)
+            messages.append(bytes(self._blocks[begin : begin + n - rest]) + bytes(self._rest[at : at + rest]))
+            at += rest
         self.payloads = unpack_messages(messages)
 
 

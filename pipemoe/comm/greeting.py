@@ -135,6 +135,7 @@ class _Meeting:
             while self._guests and now - next(iter(self._guests.values())).since > GREETING_SECONDS:
                 self._show_out(next(iter(self._guests)))
             for key, _ in self._selector.select(_POLL_SECONDS):
+                assert isinstance(key.fileobj, socket.socket)
                 if key.fileobj.fileno() >= 0:  # closed meanwhile
                     key.data()
         return self.met
@@ -239,6 +240,7 @@ class _Meeting:
             self._refused(call, os.strerror(status))
 
     def _connected(self, call: _Call) -> None:
+        assert call.greeting is not None  # _dial has made it
         connection = call.greeting.connection
         status = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if status:
@@ -251,6 +253,7 @@ class _Meeting:
 
     def _hear_host(self, call: _Call) -> None:
         greeting = call.greeting
+        assert greeting is not None  # _dial has made it
         try:
             data = greeting.receive(_HELLO.size if greeting.peer_nonce is None else _PROOF_BYTES)
         except BlockingIOError:

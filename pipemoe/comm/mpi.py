@@ -117,7 +117,11 @@ class MpiTransport(CallLog):
 
     def _test(self, requests: list[Any], *buffers: Any) -> Test:
         """The buffers live as long as the test: MPI reads and writes them until it says so."""
-        return lambda buffers=buffers: self._mpi.Request.Testall(requests)
+
+        def test(buffers: tuple[Any, ...] = buffers) -> bool:
+            return self._mpi.Request.Testall(requests)
+
+        return test
 
     def check(self) -> None:
         """MPI's calls raise by themselves."""

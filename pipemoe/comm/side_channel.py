@@ -22,7 +22,8 @@ from pipemoe.comm.lines import MAX_LINE, LineReader, Outbox, cut, decode_line, e
 HEARTBEAT_SECONDS = 0.25
 FLUSH_SECONDS = 1.0  # for last words to leave this host
 SILENT_SECONDS = 2.0  # a rank that was not heard for so long has stopped, or its host has gone
-_PROGRESS = {"step": int, "ops": int, "doing": str, "patience": (int, float)}  # what a heartbeat says
+# what a heartbeat says
+_PROGRESS: dict[str, type | tuple[type, ...]] = {"step": int, "ops": int, "doing": str, "patience": (int, float)}
 _FLUSH_POLL_SECONDS = 0.005
 _BACKLOG = 128  # connections that the kernel keeps until the ranks meet
 
@@ -122,7 +123,7 @@ class SideChannel:
         return all(peer.left or peer.gone for peer in self.peers.values())
 
     def close(self) -> None:
-        """Say nothing more, and give everything back."""
+        """Stop the heartbeat thread and close all sockets."""
         self._closing = True
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(FLUSH_SECONDS)

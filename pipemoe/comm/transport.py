@@ -116,11 +116,13 @@ def gather_transfers(rank: int, num_ranks: int, wave: Wave, sums: WaveSums) -> I
     In the staging, the peers stand in the order of their ranks, and under each the own segments in the wave's order.
     """
     at = dict.fromkeys(range(num_ranks), 0)
+    staging = sums.staging
     for primitive, peer, segment in gather_calls(wave, rank, num_ranks):
         if primitive == "send":
             yield primitive, peer, sums.partial[segment.row : segment.row + segment.num_rows]
         else:
-            yield primitive, peer, sums.staging[peer - (peer > rank), at[peer] : at[peer] + segment.num_rows]
+            assert staging is not None  # combine="gather" on several ranks has one
+            yield primitive, peer, staging[peer - (peer > rank), at[peer] : at[peer] + segment.num_rows]
             at[peer] += segment.num_rows
 
 
@@ -130,14 +132,15 @@ def sum_in_rank_order(rank: int, wave: Wave, sums: WaveSums) -> None:
     """
     import torch
 
-    at = 0
+    at, staging = 0, sums.staging
+    assert staging is not None  # combine="gather" on several ranks has one
     for segment, result in zip((s for s in wave.segments if s.rank == rank), sums.results, strict=True):
         own = sums.partial[segment.row : segment.row + segment.num_rows]
-        staged = sums.staging[:, at : at + segment.num_rows]
+        staged = staging[:, at : at + segment.num_rows]
         at += segment.num_rows
         wide = torch.float64 if own.dtype == torch.float64 else torch.float32
-        total = None
-        for peer in range(len(staged) + 1):
-            part = own if peer == rank else staged[peer - (peer > rank)]
-            total = part.to(wide, copy=True) if total is None else total.add_(part)
+        first, *others = (own if peer == rank else staged[peer - (peer > rank)] for peer in range(len(staged) + 1))
+        total = first.to(wide, copy=True)
+        for part in others:
+            total.add_(part)
         result.copy_(total)

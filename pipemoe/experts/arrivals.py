@@ -107,7 +107,7 @@ class ArrivingExperts:
             tensor_map(matrix.detach(), box) for w in with_experts for matrix in (w.gate_up, w.down) for box in W_BOXES
         ]
         self._maps = device_maps(maps, experts.device)
-        self._map_of_layer = {}
+        self._map_of_layer: dict[int, int] = {}
         for layer, w in enumerate(experts.weights):
             if w.num_local_experts:
                 self._map_of_layer[layer] = 2 * len(W_BOXES) * len(self._map_of_layer)
@@ -174,6 +174,7 @@ class ArrivingExperts:
                 f"layer {arrivals.layer}: part {part} is not among the expected {sorted(arrivals.missing)}"
             )
         layer, rows = arrivals.layer, arrivals.rows
+        assert layer is not None and rows is not None  # `expect` has set them
         weights = self.experts.weights[layer]
         slot, first, stop = arrivals.slots[part], arrivals.first_rows[part], arrivals.first_rows[part + 1]
         arrivals.missing.remove(part)
@@ -213,6 +214,7 @@ class ArrivingExperts:
                 "`arrived` first"
             )
         experts, layer, rows = self.experts, arrivals.layer, arrivals.rows
+        assert layer is not None  # `expect` has set it
         blocks = experts.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
         arrivals.rows = None
         weights = experts.weights[layer]

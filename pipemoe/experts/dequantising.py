@@ -86,6 +86,7 @@ class DequantisingExperts:
         self._inner(layer, wide, out, scratch.inner, events)
 
     def _dequantise(self, rows: WireRows, wide: WireRows) -> None:
+        assert rows.scales is not None  # e4m3 rows have them
         wide.ids.copy_(rows.ids)
         wide.weights.copy_(rows.weights)
         if self._device.type == "cpu":

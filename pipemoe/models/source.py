@@ -127,7 +127,8 @@ class ModelSource:
         import torch
 
         count = len(self._tokens)
-        first, finite, seconds, logits = [0] * count, [True] * count, [0.0] * count, [None] * count
+        first, finite, seconds = [0] * count, [True] * count, [0.0] * count
+        logits: list[Any] = [None] * count
         for cohort, (tokens, scores) in self._first.items():
             if scores is not None and scores.is_cuda:
                 scores.record_stream(torch.cuda.current_stream())  # made on a lane's stream, read on the caller's

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.lanes import Event
+
+
+class _Given(NamedTuple):
+    """One layer's call."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    sums: torch.Tensor  # where its results go
+    event: Any  # of CUDA, behind what has made the tensors; None on the host
 
 
 class CallerSource:
@@ -24,7 +34,7 @@ class CallerSource:
         self.begun = threading.Event()
         self.issued = [threading.Event() for _ in range(num_layers)]
         self.events: list[list[Event]] = [[] for _ in range(num_layers)]
-        self._inputs: list[tuple | None] = [None] * num_layers
+        self._inputs: list[_Given | None] = [None] * num_layers
         self._layer: dict[int, int] = {}  # per cohort
         self._error: BaseException | None = None
         self._due = 0
@@ -37,7 +47,7 @@ class CallerSource:
         if x.is_cuda:
             event = torch.cuda.Event()
             event.record()
-        self._inputs[layer] = (x, ids, weights, sums, event)
+        self._inputs[layer] = _Given(x, ids, weights, sums, event)
         self._wake()
 
     def forget(self, layer: int) -> None:
@@ -64,22 +74,28 @@ class CallerSource:
     def attend(self, cohort: int, layer: int) -> None:
         import torch
 
-        if self._inputs[layer] is None:
+        given = self._inputs[layer]
+        if given is None:
+            assert self._error is not None  # or the layer would not have been ready
             raise self._error
         self._layer[cohort] = layer
-        event = self._inputs[layer][4]
-        if event is not None:
-            torch.cuda.current_stream().wait_event(event)
+        if given.event is not None:
+            torch.cuda.current_stream().wait_event(given.event)
 
     def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, ids, weights, *_ = self._inputs[self._layer[cohort]]
-        return x[start:stop], ids[start:stop], weights[start:stop]
+        given = self._given(cohort)
+        return given.x[start:stop], given.ids[start:stop], given.weights[start:stop]
 
     def side_work(self, cohort: int) -> None:
         pass
 
     def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
-        return self._inputs[self._layer[cohort]][3][start:stop]
+        return self._given(cohort).sums[start:stop]
+
+    def _given(self, cohort: int) -> _Given:
+        given = self._inputs[self._layer[cohort]]
+        assert given is not None  # until `forget`, which comes after the layer
+        return given
 
     def combined(self, cohort: int, layer: int, event: Event) -> None:
         self.events[layer].append(event)

@@ -58,21 +58,19 @@ def runtime_cost(
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     cores = len(os.sched_getaffinity(0))
     place = f"{socket.gethostname()} {world.device if world.device.type == 'cuda' else ''}"
-    file, error = look(
+    found, error = look(
         world.rank, "cost file", lambda: b"" if config.cost is None else read_cost_bytes(config.cost), ConfigError
     )
-    if error is not None:
-        file, error = (
-            b"",
-            error if str(error).startswith("rank ") else ConfigError(f"rank {world.rank}: cost file {error}"),
-        )
+    file = found or b""
+    if error is not None and not str(error).startswith("rank "):
+        error = ConfigError(f"rank {world.rank}: cost file {error}")
     own = [name, cores, place, num_sms, hashlib.sha256(file).hexdigest(), encode_error(error).decode()]
     everywhere = [json.loads(p) for p in world.all_gather(json.dumps(own).encode(), "exchange of device names")]
     raise_first([text.encode() for *_, text in everywhere])
     gathered, files = [row[:4] for row in everywhere], [row[4] for row in everywhere]
     name, cores, *_ = gathered[0]  # rank 0 speaks for all: ranks must plan alike
     places = [where for _, _, where, _ in gathered]
-    as_here = {
+    as_here: dict[str, Any] = {
         "graph_rows": graph_rows,
         "graph_cuts": graph_cuts,
         "sliced_permille": sliced_permille,

@@ -60,7 +60,8 @@ class Engine:
         self._library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL
         self._moves_transfers = moves_transfers
         self.failure: FatalError | None = None
-        self._closed, self._unusable = False, FatalError(f"rank {rank}: the world is closed")
+        self._closed = False
+        self._unusable: PipemoeError = FatalError(f"rank {rank}: the world is closed")
         self.step = 0
         self.step_seconds = 0.0  # see ask_patience
         self.ops_done = 0
@@ -249,7 +250,9 @@ class Engine:
         if alive is None or self.failure is not None:
             return
         seconds = time.monotonic() - alive
-        error = self._lost_peer(f"in one call for {seconds:.1f} s") if seconds > _IN_CALL_SECONDS else None
+        error: FatalError | None = None
+        if seconds > _IN_CALL_SECONDS:
+            error = self._lost_peer(f"in one call for {seconds:.1f} s")
         if error is None and seconds > self._patience + 1.0:
             error = self._timeout(f"stuck for {seconds:.1f} s")
         if error is not None:

@@ -41,7 +41,7 @@ class Mark(Event, Protocol):
 
 
 class Lane(Protocol):
-    """Work handed in runs in order, each piece after the events that it waits for."""
+    """Work handed in runs in order, each piece after the events that it waits for: those of lanes of its own kind."""
 
     def submit(self, work: Callable[[], Any], waits: Iterable[Event | None] = (), timed: bool = False) -> Event: ...
 
@@ -111,7 +111,7 @@ class WorkerLane:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], Any], waits: Iterable[HostEvent | None] = (), timed: bool = False) -> HostEvent:
+    def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> HostEvent:
         event = HostEvent()
         self._queue.append((work, [w for w in waits if w is not None], event))
         self._filled.release()
@@ -158,7 +158,7 @@ class PolledLane:
         self._waiting: deque[tuple[Callable[[], Any], Sequence[HostEvent], HostEvent]] = deque()
         self._posted: deque[tuple[Callable[[], bool], HostEvent]] = deque()
 
-    def submit(self, work: Callable[[], Any], waits: Iterable[HostEvent | None] = (), timed: bool = False) -> HostEvent:
+    def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> HostEvent:
         event = HostEvent()
         self._waiting.append((work, [w for w in waits if w is not None], event))
         self.poll()
@@ -205,10 +205,12 @@ class StreamEvent:
         return self._passed
 
     def span(self) -> tuple[float, float]:
+        assert self._origin is not None  # a lane's event; marks have no time
         event, at = self._origin
         return at + event.elapsed_time(self._begin) / 1e3, self.end()
 
     def end(self) -> float:
+        assert self._origin is not None  # a lane's event; marks have no time
         event, at = self._origin
         return at + event.elapsed_time(self.event) / 1e3
 
@@ -259,9 +261,7 @@ class StreamLane:
 
         self.stream, self._clock, self._default = stream, clock, torch.cuda.default_stream(stream.device)
 
-    def submit(
-        self, work: Callable[[], Any], waits: Iterable[StreamEvent | None] = (), timed: bool = False
-    ) -> StreamEvent:
+    def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> StreamEvent:
         import torch
 
         # Not torch.cuda.stream(): for what it asks on the way it takes ten times as long.

@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import Test, Transport, WaveSums
@@ -33,7 +34,7 @@ from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.wave_buffers import WaveBuffers
-from pipemoe.wire import WireFormat
+from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
     from pipemoe.runtime.workspace import Workspace
@@ -207,13 +208,16 @@ class Run:
                     if op.kind is OpKind.DISPATCH:
                         state.groups -= self._num_groups[op.cohort]
                     elif op.kind is OpKind.FINISH and state.has_tokens:
-                        self._of_source(state, lambda op=op, event=event: self._source.finished(op.cohort, event.end()))
+                        self._of_source(state, partial(self._tell_finished, op.cohort, event))
                         self.own_finished += 1
                     self._on_progress_made()
-                    self.of_caller(lambda op=op: self._on_done(op))
+                    self.of_caller(partial(self._on_done, op))
         except BaseException:
             self.failed_op = op
             raise
+
+    def _tell_finished(self, cohort: int, event: Event) -> None:
+        self._source.finished(cohort, event.end())
 
     def _next(self) -> Op | None:
         """The first operation in the plan's order that may be issued."""
@@ -314,15 +318,13 @@ class Run:
         if views.exchange == "padded":
             views.own_block_ids.fill_(-1)
         for segment, part in views.own:
-            self._of_source(
-                state,
-                lambda segment=segment, part=part: part.write(
-                    *self._source.rows(op.cohort, segment.start, segment.stop)
-                ),
-            )
+            self._of_source(state, partial(self._write, op.cohort, segment, part))
             if state.failure is not None:  # the others still expect rows, so send some that no expert takes
                 part.ids.fill_(-1)
         self._announce(views, OWN)
+
+    def _write(self, cohort: int, segment: Segment, part: WireRows) -> None:
+        part.write(*self._source.rows(cohort, segment.start, segment.stop))
 
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
@@ -355,15 +357,15 @@ class Run:
                 views.slot, views.buffer, views.wave, views.exchange, self._plan.config.combine, sums
             )
 
-        pieces = [self._transport_work(lambda block=block: work(block)) for block in range(len(views.columns))]
+        pieces = [self._transport_work(partial(work, block)) for block in range(len(views.columns))]
         events = [lanes.combine.submit(piece, [summed]) for piece, summed in zip(pieces, used.summed, strict=True)]
-        used.sent = events[-1]
+        used.sent = sent = events[-1]
         if self._timed:
             self.completed += [(op, event) for event in events[:-1]]
         if views.own:
-            state.results.append(used.sent)
-            self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, used.sent), always=True)
-        return used.sent
+            state.results.append(sent)
+            self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, sent), always=True)
+        return sent
 
     def _results(self, cohort: int, state: _CohortState, segment: Segment) -> Any:
         """Where a segment's sums go; if this rank's model code failed, somewhere nobody looks."""

@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, replace
@@ -168,7 +168,7 @@ class Runtime:
             self.experts_with_free_sms = {
                 num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in sms_left
             }
-            self._arriving = arriving_experts(world, self._experts) if self._has_arrivals else None
+            self._arriving: Any = arriving_experts(world, self._experts) if self._has_arrivals else None
             self._workspace = Workspace(
                 self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving
             )
@@ -205,7 +205,9 @@ class Runtime:
 
         device, reserved, activations = self.world.device, self.world.reserved, 0
         trial = self._traits.trial
-        for lane in lanes if trial is not None else []:  # in each: libraries keep a workspace per stream
+        for lane in lanes:  # in each: libraries keep a workspace per stream
+            if trial is None:
+                break
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
             self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
@@ -239,7 +241,7 @@ class Runtime:
             of_row += self.shape.hidden * self.dtype.itemsize
         return 2 * self.config.max_tokens_per_rank * of_row
 
-    def _in_lanes(self, work: list[tuple[Lane, Callable[[], None]]], doing: str) -> None:
+    def _in_lanes(self, work: Sequence[tuple[Lane, Callable[[], object]]], doing: str) -> None:
         """Run set-up work in lanes and wait for it; engine's thread only."""
         events = [lane.submit(task) for lane, task in work]
 
@@ -258,10 +260,10 @@ class Runtime:
             return getattr(torch, self.config.combine_dtype)
         return dtype if self.world.device.type == "cuda" else torch.float32
 
-    def _facts(self, facts: dict[str, str]) -> dict[str, str]:
+    def _facts(self, must_agree: Mapping[str, str]) -> dict[str, str]:
         import torch
 
-        facts = facts | {"number of this model or PipelinedMoE": str(self._number)}
+        facts = {**must_agree, "number of this model or PipelinedMoE": str(self._number)}
         facts |= {"pipemoe": __version__, "torch": torch.__version__, "device": self.world.device.type}
         facts |= {"dtype": str(self.dtype), "dispatch": str(self.wire.dtype)}
         facts |= {
@@ -389,7 +391,9 @@ class Runtime:
         engine.ask_patience(0.0)
         if not future.done():
             self._resolve(run, future)
-        elif run.failure is not told:  # a caller's function raised after this rank's part was done
+        elif (
+            run.failure is not None and run.failure is not told
+        ):  # a caller's function raised after this rank's part was done
             self.announce(run.failure)
 
     def _resolve(self, run: Run, future: Future) -> BaseException | None:

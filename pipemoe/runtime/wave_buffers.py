@@ -4,12 +4,15 @@ made once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipemoe.comm.transport import column_blocks
 from pipemoe.plan.arrivals import groups_of, parts_of
 
 if TYPE_CHECKING:
+    import torch
+
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.workspace import Workspace
     from pipemoe.wire import WireFormat
@@ -38,7 +41,7 @@ class WaveBuffers:
         # Blocks of columns of the partial sums, [n, columns] each, and of the peers' for combine="gather".
         self.columns = [slice(c.start, c.stop) for c in plan.columns]
         self.partial = column_blocks(slot.partial[buffer], (num_rows,), plan.columns)
-        self.staging = [None] * len(self.columns)
+        self.staging: Sequence[torch.Tensor | None] = [None] * len(self.columns)
         if (memory := slot.staging[buffer]) is not None:
             self.staging = column_blocks(memory, (len(memory), sum(s.num_rows for s in own)), plan.columns)
 

@@ -49,7 +49,7 @@ def init_arguments(
 
 
 def _slots(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= MOST_SLOTS:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= int(value) <= MOST_SLOTS:
         raise ConfigError(f"num_slots is {_shown(value)}; it must be a whole number from 1 to {MOST_SLOTS}")
     return int(value)
 

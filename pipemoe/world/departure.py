@@ -21,7 +21,7 @@ from pipemoe.runtime.last_words import exit_after, exit_now, say
 from pipemoe.world.meeting import ranks_text
 
 if TYPE_CHECKING:
-    from pipemoe.comm.side_channel import SideChannel
+    from pipemoe.comm.side_channel import Peer, SideChannel
     from pipemoe.runtime.engine import Engine
 
 _POLL_SECONDS = 0.005
@@ -120,7 +120,7 @@ class Departure:
             return
         if self.channel is not None:
             self.channel.tell(exiting=True)
-            if not self._all_are_there():
+            if not self._all_are_there(self.channel):
                 return  # mpi4py aborts
         if self._ends_mpi:
             done = threading.Event()
@@ -135,19 +135,19 @@ class Departure:
                     time.sleep(_POLL_SECONDS)
             done.set()
 
-    def _all_are_there(self) -> bool:
+    def _all_are_there(self, channel: SideChannel) -> bool:
         """Wait for the others to end too. False where this rank does not wait: it ends by an error, which ends them."""
         begin = time.monotonic()
-        while waiting := [r for r, peer in self.channel.peers.items() if not peer.news.get("exiting")]:
+        while waiting := [r for r, peer in channel.peers.items() if not peer.news.get("exiting")]:
             if self._abort_status and time.monotonic() - begin > (_SHARED_END_SECONDS if self._fails_alike else 0.0):
                 return False
             for rank in waiting:
-                self._check(rank)
+                self._check(rank, channel.peers[rank])
             time.sleep(_POLL_SECONDS)
         return True
 
-    def _check(self, rank: int) -> None:
-        peer, place = self.channel.peers[rank], self._places[rank]
+    def _check(self, rank: int, peer: Peer) -> None:
+        place = self._places[rank]
         silent = time.monotonic() - peer.heard
         if peer.failure is not None:
             self._give_up(f"rank {rank} has failed ({peer.failure})")

@@ -80,7 +80,7 @@ def is_shared(error: BaseException) -> bool:
     return isinstance(error, PipemoeError) and error.is_shared
 
 
-def say_once(error: PipemoeError, text: str) -> None:
+def say_once(error: BaseException, text: str) -> None:
     """Print the text of an error on standard error; of one that all ranks share, on the lowest rank that has it too."""
     channel = departure.channel
     if channel is None or not is_shared(error):

@@ -8,6 +8,7 @@ blocks that a collective of all takes: a block for each rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipemoe.comm.transport import Transport, WaveSums
@@ -54,19 +55,13 @@ class WarmUp:
                 wave, rows = self._rows(wave_of, num_bytes, torch.uint8)
                 combines = []
                 for dtype in self._dtypes:
-                    of_sums, partial = self._rows(wave_of, max(num_bytes, _WIDTH * dtype.itemsize), dtype)
-                    combines += [(combine, of_sums, self._sums(of_sums, partial)) for combine in ("reduce", "gather")]
+                    of_sums, sent = self._rows(wave_of, max(num_bytes, _WIDTH * dtype.itemsize), dtype)
+                    combines += [(combine, of_sums, self._sums(of_sums, sent)) for combine in ("reduce", "gather")]
                 for slot, lane in enumerate(lanes.slots):
-                    events.append(
-                        lane.dispatch.submit(
-                            lambda s=slot, w=wave, e=exchange, r=rows: transport.dispatch(s, 0, w, e, r)
-                        )
-                    )
+                    events.append(lane.dispatch.submit(partial(transport.dispatch, slot, 0, wave, exchange, rows)))
                     events += [
-                        lane.combine.submit(
-                            lambda s=slot, w=w, e=exchange, c=c, x=x: transport.combine(s, 0, w, e, c, x)
-                        )
-                        for c, w, x in combines
+                        lane.combine.submit(partial(transport.combine, slot, 0, of_sums, exchange, combine, sums))
+                        for combine, of_sums, sums in combines
                     ]
 
         def done() -> bool:

@@ -93,7 +93,7 @@ def _watch_forks() -> None:
         _forks_are_watched = True
 
 
-def world_of(world: Any) -> tuple[World, InputError | None]:
+def world_of(world: Any) -> tuple[World, PipemoeError | None]:
     """`world`; or the one that is open in this process, whose other ranks are to hear of the error, if that is none."""
     if isinstance(world, World):
         return world, None
@@ -172,7 +172,9 @@ class World:
     def _open_side_channel(self) -> None:
         from mpi4py import MPI
 
-        engine, error = self.engine, None
+        assert self._met is not None
+        engine = self.engine
+        error: ConfigError | None = None
         engine.blame_peers_for(MPI.Exception)
         try:
             channel = SideChannel(self.rank, self.size, self._met.num_hosts == 1, engine.progress, engine.watch)
@@ -192,12 +194,14 @@ class World:
         from pipemoe.comm.mpi import MpiTransport
 
         self.engine.note("making MPI communicators", self.setup_seconds)
+        assert self._met is not None
         return MpiTransport(self._met.communicators, self.num_slots)
 
     def _nccl_transport(self) -> Transport:
         from pipemoe.comm import nccl
 
-        ids, error = [], None
+        ids: list[bytes] = []
+        error: PipemoeError | None = None
         try:
             self._check_nccl_settings()
         except ConfigError as e:
@@ -263,6 +267,7 @@ class World:
                 f"rank {self.rank}: out of memory at set-up ({said}); give each rank more, or start fewer"
             )
         self._raise_on_all(error, "making room for the first use of the communicators")
+        assert warm_up is not None  # or the error has been raised
         done = warm_up.start(self.transport, self.lanes)
         self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
 
