@@ -13,8 +13,11 @@ from pipemoe.plan.schedule import Wave
 
 
 class Communicators:
-    """This process's duplicates of COMM_WORLD, for all its worlds, one after another: MPI has few, and to free one is a
-    collective call, which a rank may miss. A world that ended well leaves nothing under way on them."""
+    """This process's duplicates of COMM_WORLD. All its worlds use them, one after another.
+
+    They are never freed: MPI has few communicators, but freeing one is a collective call, which a rank may miss. A
+    world that ended well leaves nothing under way on them.
+    """
 
     def __init__(self, world: Any) -> None:
         self.world = world  # for exchanges
@@ -84,7 +87,7 @@ class MpiTransport(CallLog):
 
     def _reduce_scatter(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
         memory = _numeric(sums.partial)
-        # in place, the sums of this rank's block come where the first block was
+        # In place, MPI writes the sums of this rank's block over the first block.
         own = sums.partial[: wave.num_rows // self.size]
         self._note("combine", slot, buffer, "reduce_scatter", -1, memory.nbytes)
         done = self._test([comm.Ireduce_scatter_block(self._mpi.IN_PLACE, memory, op=self._mpi.SUM)])
@@ -116,7 +119,7 @@ class MpiTransport(CallLog):
         return test
 
     def _test(self, requests: list[Any], *buffers: Any) -> Test:
-        """The buffers live as long as the test: MPI reads and writes them until it says so."""
+        """The test keeps the buffers alive: MPI reads and writes them until it returns True."""
 
         def test(buffers: tuple[Any, ...] = buffers) -> bool:
             return self._mpi.Request.Testall(requests)

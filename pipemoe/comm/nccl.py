@@ -28,7 +28,7 @@ class NcclFailed(FatalError):
 
 @contextlib.contextmanager
 def _named(doing: str) -> Iterator[None]:
-    """Raise such a result as NcclFailed."""
+    """Raise a result that cupy has no name for as NcclFailed."""
     try:
         yield
     except KeyError as error:
@@ -36,7 +36,7 @@ def _named(doing: str) -> Iterator[None]:
 
 
 def _failed(error: KeyError, doing: str) -> Exception:
-    """What a KeyError that cupy raised means; any other KeyError as it is."""
+    """The error behind a KeyError of cupy's; any other KeyError stays as it is."""
     number = error.args[0] if error.args else None
     if type(number) is not int:
         return error
@@ -45,13 +45,13 @@ def _failed(error: KeyError, doing: str) -> Exception:
 
 
 def unique_ids(num_ids: int) -> list[bytes]:
-    """As many new ids of communicators."""
+    """`num_ids` new ids of communicators."""
     with _named("making ids of communicators"):
         return [library().get_unique_id() for _ in range(num_ids)]
 
 
 def version() -> int:
-    """NCCL's, as it writes it itself: 22703 is 2.27.3."""
+    """The version of NCCL as one number: 22703 is 2.27.3."""
     with _named("asking for its version"):
         return library().get_version()
 
@@ -78,13 +78,14 @@ def default_max_ctas(num_sms: int, num_slots: int, ranks_on_device: int) -> int:
 
 
 def max_ctas() -> int:
-    """Thread blocks that one NCCL kernel may take, once a world with several ranks on GPUs is made."""
+    """Thread blocks that one NCCL kernel may take. Only once a world with several ranks on GPUs is made."""
     return int(os.environ["NCCL_MAX_CTAS"])
 
 
 def cluster_blocks() -> int:
-    """Thread blocks that NCCL wants to start as one cluster, on neighbouring SMs (0: none), once a world with several
-    ranks on GPUs is made.
+    """Thread blocks that NCCL starts as one cluster, on neighbouring SMs (0: none).
+
+    Only once a world with several ranks on GPUs is made.
     """
     return int(os.environ["NCCL_CGA_CLUSTER_SIZE"])
 
@@ -200,8 +201,8 @@ class NcclTransport(CallLog):
                 comm.abort()
 
     def close(self) -> None:
-        """Give the communicators back, by NCCL's abort: its destroy is a collective call, and would wait for ranks that
-        go on.
+        """Give the communicators back, by NCCL's abort. Its destroy is a collective call, and would wait for ranks that
+        still work.
         """
         self.abort()
 

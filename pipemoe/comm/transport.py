@@ -34,18 +34,20 @@ class WaveSums:
 
 
 def column_blocks(memory: torch.Tensor, rows: tuple[int, ...], columns: Sequence[range]) -> list[torch.Tensor]:
-    """The beginning of `memory` (contiguous) as one matrix [*rows, len(c)] for each range c of columns, one after
-    another: what a collective takes is contiguous."""
+    """The beginning of `memory` (contiguous) as matrices [*rows, len(c)], one for each range c of columns.
+
+    They lie one after another, since collectives take contiguous memory.
+    """
     flat, num_rows = memory.view(-1), math.prod(rows)
     return [flat[num_rows * c.start : num_rows * c.stop].view(*rows, len(c)) for c in columns]
 
 
 class Transport(Protocol):
-    """Moves waves. `slot` picks the pair of communicators; `buffer` only goes into the log."""
+    """Moves waves between ranks. `slot` picks the pair of communicators; `buffer` is only logged."""
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> Test | None:
-        """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8; each rank has written its
-        own.
+        """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8, with this rank's own rows
+        written.
         """
 
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test | None:
@@ -60,13 +62,13 @@ class Transport(Protocol):
         """The calls since `start_log`, in order; remembers none from now on."""
 
     def check(self) -> None:
-        """Raise what the library noticed by itself."""
+        """Raise an error that the library has found by itself."""
 
     def abort(self) -> None:
-        """End whatever is under way; may block."""
+        """End all that is under way; may block."""
 
     def close(self) -> None:
-        """Give everything back; nothing is under way any more."""
+        """Give everything back. Only when nothing is under way."""
 
 
 class CallLog:
@@ -110,10 +112,10 @@ class LocalTransport(CallLog):
 
 
 def gather_transfers(rank: int, num_ranks: int, wave: Wave, sums: WaveSums) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """What this rank calls for combine="gather", in order: ("send" or "recv", the other side, the rows [n, H] to read
-    or write).
+    """This rank's calls for combine="gather", in order: "send" or "recv", the other rank, the rows [n, H] to read or
+    write.
 
-    In the staging, the peers stand in the order of their ranks, and under each the own segments in the wave's order.
+    The staging holds one block for each peer, in rank order; each block has this rank's segments in the wave's order.
     """
     at = dict.fromkeys(range(num_ranks), 0)
     staging = sums.staging

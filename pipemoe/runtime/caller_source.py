@@ -1,4 +1,4 @@
-"""The caller's source: whoever calls a PipelinedMoE's layers gives a step its rows, and gets their results."""
+"""The caller's source: the layer calls of a PipelinedMoE give a step its rows, and return the results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CallerSource:
     has_side_work = False
 
     def __init__(self, num_layers: int, wake: Callable[[], None]) -> None:
-        """wake: tells the engine that there is something new for it."""
+        """wake: wakes the engine, which then asks again."""
         self._wake = wake
         self.begun = threading.Event()
         self.issued = [threading.Event() for _ in range(num_layers)]
@@ -40,7 +40,7 @@ class CallerSource:
         self._due = 0
 
     def give(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> None:
-        """A layer's rows, and where its sums go; kept until `forget`: other streams read and write them."""
+        """Take a layer's rows and the tensor for its sums. Other streams use them, so they are kept until `forget`."""
         import torch
 
         event = None
@@ -51,12 +51,12 @@ class CallerSource:
         self._wake()
 
     def forget(self, layer: int) -> None:
-        """All of a layer's events lie before the caller's next work: nobody reads or writes its tensors any more."""
+        """Let go of a layer's tensors. The caller's next work comes after all of the layer's events."""
         self._inputs[layer] = None
         self.events[layer].clear()
 
     def forget_all(self) -> None:
-        """The same of the whole step, once it has ended."""
+        """Let go of all tensors, once the step has ended."""
         self._inputs = [None] * len(self._inputs)
         self.events = [[] for _ in self.events]
 

@@ -1,4 +1,4 @@
-"""Which cost model a runtime plans by: the measured one that the configuration names, or one derived from the
+"""The cost model by which a runtime plans: the measured one that the configuration names, or one derived from the
 device.
 """
 
@@ -44,14 +44,15 @@ def runtime_cost(
     arrivals_permille: int = 0,
     num_sms: int | None = 0,
 ) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
-    """The cost model, the subject of a file that holds it, and what went wrong on this rank alone; every rank calls.
-    graph_rows: most tokens whose attention is launched as a graph, graph_cuts: also of cut sequences. sliced_permille,
-    arrivals_permille, num_sms: of the experts that run here (None: there are none, for want of something that is an
-    error later).
+    """The cost model, the subject of a file that would hold it, and this rank's own error; every rank calls.
 
-    A file that cannot be read on some rank is a ConfigError on all of them. One of another subject or version is
-    refused with a warning, by the ranks whose file is not rank 0's and by rank 0. What ranks then plan by is compared
-    like everything else that plans depend on, so a rank alone with another file is an error on all of them.
+    graph_rows: most tokens whose attention is launched as a graph. graph_cuts: also where sequences are cut.
+    sliced_permille, arrivals_permille, num_sms: of this rank's experts. num_sms is None if there are no experts, which
+    is an error later.
+
+    If some rank cannot read its file, all raise ConfigError. A file of another subject or version is refused with a
+    warning, by rank 0 and by every rank whose file differs from rank 0's. Costs are compared like everything else that
+    plans depend on, so it is an error on all ranks if one rank has another file.
     """
     import torch
 
@@ -133,7 +134,7 @@ def _as_here(
 
 
 def model_key(dimensions: Dimensions) -> list[int]:
-    """What of a model decides its costs; not how many MoE layers it has."""
+    """The sizes that decide a model's costs. The number of MoE layers is not among them."""
     shape = dimensions.shape
     dense = [dimensions.num_dense_layers, dimensions.dense_layer_weights] if dimensions.num_dense_layers else []
     return [

@@ -1,9 +1,8 @@
 """The engine: one thread per rank that owns all issuing and all MPI. Callers hold futures.
 
-Whatever it waits for has a deadline: no progress for `watchdog_seconds`, or a peer that died, ends the wait with an
-error that names rank, operation and time. Such an error is final: the futures get it, the peers are told, the
-communicators are aborted (in a thread of their own, since abort may block) and the process ends after a grace period,
-whoever may hang.
+Every wait has a deadline: it ends if there is no progress for `watchdog_seconds`, or if a peer dies. The error names
+rank, operation and time, and is final. The futures get it, the peers are told, the communicators are aborted (in a
+thread of their own, since abort may block), and the process ends after a grace period, whatever hangs.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
-# for the side channel to say which rank is behind an error of MPI or NCCL, which may be there first
+# MPI or NCCL may report a lost peer first; this long the side channel has to name it.
 _NAMED_SECONDS = 0.5
-_IN_CALL_SECONDS = 3.0  # in a library's call; from then on, a peer that is lost ends it
-_LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
+_IN_CALL_SECONDS = 3.0  # after so long in a library's call, a lost peer ends it
+_LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, which this rank has yet to see
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
 # MPI moves a collective on only when it is polled, stage by stage at each rank in turn; poll this fast only for the
 # first 50 ms without news.
@@ -90,9 +89,7 @@ class Engine:
         self._library_errors += errors
 
     def submit(self, task: Callable[[], Any], future: Future | None = None) -> Future:
-        """Run `task` on the engine's thread. The future gets its result, or may be resolved earlier by the task
-        itself.
-        """
+        """Run `task` on the engine's thread. The future gets its result, unless the task resolves it earlier."""
         future = future or Future()
         with self._lock:
             if self.failure is not None or self._closed:
@@ -111,8 +108,8 @@ class Engine:
         return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
 
     def note(self, doing: object, seconds: float | None = None) -> None:
-        """Record what the engine is about to do: named in errors, and a sign of life. It may take `seconds`
-        (watchdog_seconds).
+        """Record what the engine is about to do, for errors, and as a sign of life. It may take `seconds` (default:
+        watchdog_seconds).
         """
         self.doing, self._patience = doing, seconds or self.watchdog_seconds
         self._alive = time.monotonic()
@@ -187,7 +184,7 @@ class Engine:
         return 0.0 if self.side_channel is None else self.side_channel.patience()
 
     def _lost_peer(self, when: str) -> PeerLost | None:
-        """The error of the peer that is behind what goes wrong, if one is lost."""
+        """The error that names the lost peer, if a peer is lost."""
         lost = self.side_channel.failed() if self.side_channel is not None else None
         if lost is None:
             return None
@@ -221,8 +218,8 @@ class Engine:
         return WatchdogTimeout(text, culprit=silent[0])
 
     def _named(self, error: BaseException) -> FatalError:
-        """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and
-        not which.
+        """The error to report for any error that ends the ranks' work. MPI and NCCL may notice a lost peer first, but
+        cannot name it.
         """
         if isinstance(error, self._library_errors):
             begin, when = time.monotonic(), f"where the library says: {words(error)}"
@@ -243,8 +240,8 @@ class Engine:
         return fatal
 
     def watch(self) -> None:
-        """Called from another thread now and then: notices that the engine's own thread is stuck in a call, perhaps for
-        a lost peer.
+        """Notice that the engine's thread is stuck in a call, perhaps for a lost peer. Other threads call this now and
+        then.
         """
         alive = self._alive
         if alive is None or self.failure is not None:
@@ -287,11 +284,11 @@ class Engine:
             exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
     def close(self, last: Callable[[], None] = lambda: None, *, because: str = "") -> None:
-        """Finish the tasks handed in, say good-bye, then `last`, which may take watchdog_seconds, and end the thread.
+        """Finish the submitted tasks, say good-bye, run `last`, and end the thread. `last` may take watchdog_seconds.
 
-        `last` runs once the peers have said good-bye too, unless they go on for long: until then their last operations
-        may be under way. because: what went wrong here, which the peers are told; then the caller is not held up
-        (`join` waits), so that it can say it first.
+        `last` runs once the peers have said good-bye too, since their last operations may still be under way; it does
+        not wait long for them. because: what went wrong here, for the peers. Then this returns at once, so that the
+        caller can report it first; `join` waits.
         """
         with self._lock:
             self._closed = True
@@ -319,9 +316,7 @@ class Engine:
             atexit.unregister(self._at_exit)
 
     def disown(self, error: PipemoeError) -> None:
-        """In a process forked from this one, where the thread is not: whatever is called raises `error`, and nothing is
-        waited for.
-        """
+        """In a forked process, which has no engine thread: every call raises `error`, and nothing waits."""
         self._lock = threading.Lock()  # somebody may have held it
         self._closed, self._unusable = True, error
         atexit.unregister(self._at_exit)
@@ -355,7 +350,7 @@ class Engine:
 
 
 def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:
-    """Resolve a future, unless somebody else has."""
+    """Resolve a future, unless it is resolved already."""
     try:
         if error is not None:
             future.set_exception(error)

@@ -1,9 +1,9 @@
 """Memory reserved ahead of the steps, so that no step makes CUDA allocate.
 
-CUDA runs nothing that is issued after an allocation of device or pinned memory beside what was issued before it (CUDA
-C++ Programming Guide, "Implicit Synchronization"). A collective issued before then waits for a peer, the peer for this
-rank's kernels issued after, and everything stands still. So torch's caching allocator is filled at set-up: what it
-holds for a stream it hands out without asking CUDA.
+An allocation of device or pinned memory is a barrier: CUDA does not run later work beside earlier work (CUDA C++
+Programming Guide, "Implicit Synchronization"). Suppose an earlier collective waits for a peer, and the peer waits for
+this rank's later kernels. Then everything stands still. So torch's caching allocator is filled at set-up: it hands out
+memory that it holds for a stream without asking CUDA.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def reserve_pinned(num_tensors: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Does an error say that memory does not suffice? Of the host's torch raises a plain RuntimeError."""
+    """Does an error mean that memory ran out? For the host's memory, torch raises a plain RuntimeError."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from pipemoe.world.world import World
 
 _CACHED_PLANS = 64
-_WATCH_SECONDS = 0.25  # how often a waiting caller looks after the engine
-_RESERVE_FACTOR = 1.5  # of a trial's activations: steps cut memory differently, and run ahead of what they free
+_WATCH_SECONDS = 0.25  # how often a waiting caller checks the engine
+_RESERVE_FACTOR = 1.5  # of a trial's activations: steps split memory differently, and allocate before they free
 
 
 class Runtime:
@@ -63,8 +63,7 @@ class Runtime:
         error: PipemoeError | None = None,
     ) -> None:
         """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. traits: of
-        the sources that steps will be given. error: what went wrong on this rank before it got here; raised on every
-        rank.
+        the steps' sources. error: what has already gone wrong on this rank; raised on every rank.
         """
         import torch
 
@@ -108,10 +107,10 @@ class Runtime:
         )
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
-        self._is_first_step = True  # the callers' own code may compile in it
+        self._is_first_step = True  # the caller's code may compile in it, so it may take longer
 
     def _settle(self) -> None:
-        """Every value of the configuration, or a ConfigError."""
+        """Settle every value of the configuration, or raise ConfigError."""
         world, shape = self.world, self.shape
         self.config = config = self.config.in_world(world.num_slots)
         if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
@@ -128,8 +127,10 @@ class Runtime:
             )
 
     def _compile_planner(self) -> None:
-        """The first rank of each host compiles what planning needs (once per machine), then the others find it on disk;
-        where nothing can be kept there, all do so at once."""
+        """Compile what planning needs. The first rank of each host does it, once per machine; the others find it on disk.
+
+        Where nothing can be kept on disk, all ranks compile at once.
+        """
         world, config = self.world, replace(self.config, combine_blocks=None, num_sms=None)
         hosts = world.all_gather(socket.gethostname().encode(), "compiling the planner")
         waits = hosts.index(hosts[world.rank]) != world.rank and planner_is_kept()
@@ -146,19 +147,19 @@ class Runtime:
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory that exchange and experts take on this rank, allocated once."""
+        """Bytes that exchange and experts take on this rank, allocated once."""
         return self._workspace.num_bytes
 
     @property
     def results_dtype(self) -> torch.dtype:
-        """What a source's results must be."""
+        """The dtype of a source's results."""
         return self._workspace.results_dtype
 
     def _set_up(self, sms_left: Sequence[int]) -> None:
         """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does.
 
-        sms_left: all that plans may leave to collectives. On the engine's thread. Raises ConfigError when memory does
-        not suffice.
+        sms_left: all numbers of SMs that plans may leave to collectives. Runs on the engine's thread. Raises
+        ConfigError if memory does not suffice.
         """
         import torch
 
@@ -212,7 +213,7 @@ class Runtime:
             before = torch.cuda.memory_allocated(device)
             self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
             activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
-        # in one piece again, and for every lane: this dropped what earlier runtimes had reserved
+        # Drops what earlier runtimes have reserved, so all lanes reserve anew, each in one piece.
         torch.cuda.empty_cache()
         for slot, buffers in enumerate(self._workspace.slots):
             needed = int(_RESERVE_FACTOR * activations) + self._traits.kept_bytes + buffers.scratch.transient_bytes
@@ -232,8 +233,8 @@ class Runtime:
         reserve_pinned(len(lanes) + 1)
 
     def _results_bytes(self) -> int:
-        """What a call takes of the caller's stream, twice: a caller holds a layer's results while the next are
-        computed.
+        """Bytes that layer calls allocate on the caller's stream. Two layers' worth: the caller holds one layer's
+        results while the next are computed.
         """
         # ids and weights as rows have them
         of_row = self.shape.hidden * self.results_dtype.itemsize + 8 * self.shape.top_k
@@ -242,7 +243,7 @@ class Runtime:
         return 2 * self.config.max_tokens_per_rank * of_row
 
     def _in_lanes(self, work: Sequence[tuple[Lane, Callable[[], object]]], doing: str) -> None:
-        """Run set-up work in lanes and wait for it; engine's thread only."""
+        """Run set-up work in lanes and wait for it. Only on the engine's thread."""
         events = [lane.submit(task) for lane, task in work]
 
         def done() -> bool:
@@ -288,10 +289,10 @@ class Runtime:
     ) -> Future:
         """Run one step: exchange, plan, all operations. Every rank calls.
 
-        lengths: this rank's sequences, in tokens. error: a reason why this rank cannot take part; raised on every rank
-        before any row moves. The future is resolved as soon as this rank's own cohorts have finished, and the engine
-        goes on with the rest; with `timeline` or debug, when the whole plan has. Raises InputError on a thread that is
-        inside a PipelinedMoE's step: this one would wait for that one, which waits for the thread.
+        lengths: this rank's sequences, in tokens. error: why this rank cannot take part; raised on every rank before
+        any row moves. The future is resolved as soon as this rank's own cohorts have finished, while the engine goes on
+        with the rest; with `timeline` or debug, when the whole plan has finished. Raises InputError on a thread that is
+        inside a PipelinedMoE's step: the new step would wait for the open one, and that for the thread.
         """
         self.world.check_no_step_is_open()
         future: Future = Future()
@@ -303,9 +304,7 @@ class Runtime:
         return self.world.engine.submit(lambda: self._step(*looked, source, error, future), future)
 
     def result_of(self, future: Future) -> Any:
-        """What a step's future gives; who waits here looks after the engine meanwhile, as nobody else does in a world
-        of one rank.
-        """
+        """Wait for a step's result, and watch the engine meanwhile. In a world of one rank nobody else does."""
         while not wait_for([future], _WATCH_SECONDS).done:
             self.world.engine.watch()
         return future.result()
@@ -334,7 +333,7 @@ class Runtime:
         seconds = max(engine.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
         facts = self._exchange(lengths, only, error, seconds)
         self._is_first_step = False
-        engine.begin_step()  # not before: it must stay the same on all ranks when one of them called something else
+        engine.begin_step()  # only now: if a rank called something else, no rank counts this step
         plan = self.plan(facts)
         if self.config.debug:
             verify(
@@ -370,7 +369,7 @@ class Runtime:
             try:
                 done = run.advance()
             finally:
-                # What an error or a peer will name.
+                # Errors and peers will name this.
                 engine.now_doing(run.failed_op or run.oldest() or run.not_begun() or engine.doing)
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 told = self._resolve(run, future)
@@ -397,7 +396,7 @@ class Runtime:
             self.announce(run.failure)
 
     def _resolve(self, run: Run, future: Future) -> BaseException | None:
-        """Tell the caller how the step went; returns what failed in it."""
+        """Resolve the caller's future; returns the step's failure, if any."""
         failure = run.failure
         if failure is None:
             settle(future, time.perf_counter())
@@ -406,7 +405,7 @@ class Runtime:
         return failure
 
     def announce(self, failure: BaseException) -> ModelError:
-        """Have every rank hear of model code that failed on this one, at the next step of any runtime."""
+        """Let every rank hear, at the next step of any runtime, that model code has failed on this one."""
         error = ModelError(f"rank {self.world.rank}: model code raised {describe(failure)}")
         error.__cause__ = failure
         self.world.announce(error)
@@ -415,7 +414,7 @@ class Runtime:
     def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None, seconds: float) -> Facts:
         world = self.world
         announced = world.take_announced()
-        # Misuse that every rank's own caller has been told of is no news to any of them, so the step goes on.
+        # If every rank's caller has already seen its own misuse, none needs to hear of it again: the step goes on.
         is_known = error is None and announced is not None and isinstance(announced.__cause__, InputError)
         error = announced or error
         doing = f"exchange of step {world.engine.step + 1}"
@@ -428,7 +427,7 @@ class Runtime:
         return decode_step(gathering.payloads)
 
     def plan(self, facts: Facts) -> Plan:
-        """The plan for `facts`; planned once, then remembered for a while."""
+        """The plan for `facts`; the latest plans are remembered."""
         found = self._plans.get(facts)
         if found is None:
             found = make_plan(facts, self.shape, self.config, self.cost)
@@ -440,14 +439,14 @@ class Runtime:
         return found
 
     def _compare(self, digests: list[bytes]) -> None:
-        """Different plans would hang or corrupt the collectives: too late for a mild error."""
+        """Raise FatalError if plans differ: collectives are under way, and would hang or mix up rows."""
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             text = f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)"
             raise FatalError(text, culprit=odd[0]) from MismatchError("plan digests")
 
     def _check_issued(self, plan: Plan, only: Only, seconds: float) -> None:
-        """Compare what every rank really issued with the plan (debug)."""
+        """Compare the collectives that every rank has issued with the plan (debug)."""
         log = self.world.transport.take_log()
         doing = "comparison of the ranks' logs"
         gathering = self.world.start_gathering(json.dumps(log).encode(), doing)

@@ -1,5 +1,6 @@
-"""The views of a workspace that one wave uses in one of its slot's double buffers; the same in every layer, so they are
-made once.
+"""The views of the workspace that one wave uses in one of its slot's double buffers.
+
+They are the same in every layer, so they are made once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class WaveBuffers:
-    """Of wave number `wave` of cohort number `cohort`, for `rank`."""
+    """Views for `rank`, of wave number `wave` of cohort number `cohort`."""
 
     def __init__(
         self, plan: Plan, rank: int, cohort: int, wave: int, buffer: int, workspace: Workspace, wire: WireFormat

@@ -1,8 +1,8 @@
 """The first use of a world's communicators, at set-up: nothing is connected or loaded inside a step.
 
-Every kind of collective on every communicator, from one root and from all, small and large, as libraries take other
-ways by size. What is in the buffers does not matter, so all share the same few. They grow with the ranks only by the
-blocks that a collective of all takes: a block for each rank.
+It runs every kind of collective on every communicator, from each root and from all, small and large, since libraries
+choose algorithms by size. The content does not matter, so all calls share the same few buffers. These hold one block
+for each rank.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     from pipemoe.runtime.lanes import Event, Lanes
 
 _WIDTH = 256
-# Bytes of a rank's block. NCCL's protocols differ up to a megabyte, which lies on the GPU; MPI sends what is more than
-# some tens of kilobytes in another way.
+# Bytes of a rank's block. NCCL changes protocols up to a megabyte; MPI changes above some tens of kilobytes.
 _DEVICE_BYTES, _HOST_BYTES = 1 << 20, 1 << 16
 
 
 class WarmUp:
-    """Makes the buffers; `start` hands in the work. Raises torch's error, or MemoryError, when memory does not
+    """Makes the buffers; `start` hands in the work. Raises torch's error, or MemoryError, if memory does not
     suffice.
     """
 
