@@ -32,9 +32,8 @@ _CHECK_SECONDS = 0.05  # how often a waiting caller looks whether the step has f
 class PipelinedMoE:
     """The MoE layers of a model, spread over the ranks of `world`.
 
-    weights: this rank's experts, one entry per MoE layer (see `pipemoe.experts.local_range` for which experts are this
-    rank's). num_experts, top_k: of the whole model. config: equal on all ranks. Raises on every rank what any of them
-    finds wrong.
+    weights: this rank's experts, one entry per MoE layer; `pipemoe.experts.local_range` says which experts are this
+    rank's. num_experts, top_k: of the whole model. config: equal on all ranks. An error of any rank is raised on all.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class PipelinedMoE:
             return len(x)
 
         num_tokens, error = look(rank, "arguments of a call", look_at)
-        # The drop-in call knows no sequences and needs no causality: any cut will do.
+        # The call knows of no sequences and needs no causality, so any cut will do.
         with Step(self, num_tokens or 0, (num_tokens,) if num_tokens else (), error) as step:
             return step(0, x, topk_ids, topk_weights)
 
@@ -155,8 +154,9 @@ class PipelinedMoE:
 def _look_at_model(
     world: World, weights: Any, num_experts: Any, top_k: Any, config: Any
 ) -> tuple[list[ExpertWeights], ModelShape, torch.dtype, list[list[int]]]:
-    """This rank's weights, one per MoE layer, the model's shape, the rows' dtype, and first expert and number of
-    experts of each layer. Raises what is wrong with them, or with the configuration."""
+    """This rank's weights, one per MoE layer; the model's shape; the rows' dtype; each layer's first expert and number
+    of experts. Raises if any of them, or the configuration, is wrong.
+    """
     from pipemoe.experts import ExpertWeights
 
     rank = f"rank {world.rank}: "
@@ -229,9 +229,9 @@ class Step:
         return self
 
     def __call__(self, layer: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' sums [T_r, H] of MoE layer `layer`, in x's dtype; layers come in order, from 0.
+        """The routed experts' sums [T_r, H] of MoE layer `layer`, in x's dtype. Layers come in order, from 0.
 
-        Arguments are checked as those of a PipelinedMoE's call; the values of ids and weights on a GPU only with
+        Arguments are checked as in a PipelinedMoE's call. On a GPU, the values of ids and weights are only checked with
         Config.debug, since that waits for the device.
         """
         import torch
@@ -248,8 +248,7 @@ class Step:
             if not self._num_tokens:
                 self._done += 1
                 return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            # All that a call takes, before it is given to the engine: what fails here leaves the layer as if it had not
-            # been called.
+            # Allocate everything before the engine gets the call. If this fails, the layer can be called again.
             sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
             y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)
             source.give(
@@ -311,7 +310,7 @@ class Step:
             raise left_early
 
     def _end(self) -> tuple[Any, BaseException | None]:
-        """Wait for the end of this rank's part: when it was, or what ended it."""
+        """Wait for the end of this rank's part: its time, or the error that ended it."""
         try:
             return self._moe.runtime.result_of(self._future), None
         except PipemoeError as error:
@@ -323,7 +322,7 @@ class Step:
             self._check_that_it_goes_on(flag.is_set)
 
     def _after(self, event: Event) -> None:
-        """Let the caller's next work see what comes before `event`: its stream waits, or on the host its thread."""
+        """Put the caller's next work after `event`: its stream waits, or on the host its thread."""
         import torch
 
         if isinstance(event, StreamEvent):
@@ -334,9 +333,7 @@ class Step:
             self._check_that_it_goes_on(event.done)
 
     def _check_that_it_goes_on(self, come: Callable[[], bool]) -> None:
-        """Raise if the step has ended, so that what is waited for will never come; and see that the engine is not
-        stuck.
-        """
+        """Watch the engine, and raise if the step has ended, so that the wait would never end."""
         world = self._moe.runtime.world
         world.engine.watch()
         if self._future.done() and not come():

@@ -39,14 +39,16 @@ def load_model(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Model:
-    """Load a Mixture-of-Experts decoder: attention everywhere, of the routed experts only this rank's; every rank
+    """Load a Mixture-of-Experts decoder: all of attention, and this rank's share of the routed experts. Every rank
     calls.
 
     path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers
-    config for random weights drawn from `seed`. random_weights: draw them also for a dict like config.json, for the
-    path of one, or of a directory that holds one. dtype: of weights and activations (default: bfloat16 on a GPU,
-    float32 on the host). Raises CheckpointError on every rank if any of them cannot load, ConfigError if the weights
-    are more than the memory there (see models.memory), MismatchError if their checkpoints differ.
+    config for random weights drawn from `seed`. random_weights: draw weights for other inputs too: a dict like
+    config.json, the path of such a file, or a directory that holds one. dtype: of weights and activations (default:
+    bfloat16 on a GPU, float32 on the host).
+
+    Raises, on every rank, CheckpointError if any rank cannot load, ConfigError if memory does not suffice for the
+    weights (see models.memory), and MismatchError if the ranks' checkpoints differ.
     """
     import torch
 
@@ -94,7 +96,7 @@ class Model:
     def __init__(
         self, world: World, decoder: Decoder, weights: list, config: Config, graphs: GraphStore | None = None
     ) -> None:
-        """graphs: those of another Model with the same decoder, to share and add to."""
+        """graphs: another Model's, with the same decoder, to share and extend."""
         from pipemoe.models.graph_store import GraphStore
 
         self.world, self.decoder, self.config = world, decoder, config
@@ -152,7 +154,7 @@ class Model:
         self._graphs.capture(self.config, slot, results_dtype)
 
     def with_config(self, config: Config) -> Model:
-        """The same weights under another configuration, with a workspace of its own; every rank calls."""
+        """A model of the same weights under another configuration, with its own workspace. Every rank calls."""
         return Model(self.world, self.decoder, self._weights, config, self._graphs)
 
     def prefill(
@@ -164,14 +166,15 @@ class Model:
         timeline: Timeline | None = None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> Prefilled:
-        """First tokens (greedy) of this rank's sequences; every rank calls, with any number of sequences, also none.
+        """First tokens (greedy) of this rank's sequences. Every rank calls, with any number of sequences, even none.
 
-        sequences: token ids, each sequence with at least one and at most as many as the model has positions for.
-        Returns as soon as this rank's own sequences are done, whatever the other ranks still have to do. only,
-        timeline, on_done: see Runtime.submit_step; for measurements (without computation there are no tokens: submit a
-        step with a source of your own instead). A sequence whose logits overflow or are NaN has its flag in
-        Prefilled.finite, and a warning, once. Raises InputError for bad token ids on any rank, ModelError if the model
-        code of some rank raised, on every rank.
+        sequences: lists of token ids, each with at least one id and no more than the model has positions for. Returns
+        as soon as this rank's own sequences are done, whatever the other ranks still have to do. only, timeline,
+        on_done: for measurements, see Runtime.submit_step. (Without computation there are no tokens; then submit a step
+        with a source of your own.)
+
+        A sequence whose logits are infinite or NaN is False in Prefilled.finite, with a warning the first time. Raises,
+        on every rank, InputError for bad token ids on any rank, and ModelError if any rank's model code raised.
         """
         begin = time.perf_counter()
 
@@ -244,10 +247,9 @@ class Model:
 
 
 def token_ids(where: str, sequence: Any) -> torch.Tensor:
-    """A sequence of ids of any integer type, signed or not (files of tokens are often uint16): [T] int64 on the host, a
-    copy.
+    """A copy of a sequence of ids: [T] int64 on the host. Any integer type will do; files of tokens are often uint16.
 
-    Raises InputError, which begins with `where`, if it is none.
+    Raises InputError, which begins with `where`, for anything else.
     """
     import numpy as np
     import torch

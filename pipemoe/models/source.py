@@ -1,4 +1,4 @@
-"""The model's source: a decoder gives a step its rows, takes their results, and ends in first tokens."""
+"""The model's source: a decoder gives a step its rows, takes the results, and makes first tokens of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prefilled:
     first_tokens: list[int]
     ttft_seconds: list[float]  # from the call of prefill to the sequence's first token
     logits: torch.Tensor | None  # [sequences, V] float32, if asked for
-    finite: list[bool]  # False: the sequence's logits hold NaN or infinity, so that its first token says nothing
+    finite: list[bool]  # False: the sequence's logits hold NaN or infinity, so its first token means nothing
 
 
 class ModelSource:
@@ -123,7 +123,7 @@ class ModelSource:
         self._seconds[cohort] = seconds
 
     def prefilled(self, begin: float) -> Prefilled:
-        """What the step gave, once it is over."""
+        """The step's results, once it is over. begin: when it was called, in seconds of time.perf_counter."""
         import torch
 
         count = len(self._tokens)

@@ -127,7 +127,7 @@ class Runtime:
             )
 
     def _compile_planner(self) -> None:
-        """Compile what planning needs. The first rank of each host does it, once per machine; the others find it on disk.
+        """Compile what planning needs. The first rank of each host does it, once per machine; the others read it.
 
         Where nothing can be kept on disk, all ranks compile at once.
         """
@@ -206,13 +206,12 @@ class Runtime:
 
         device, reserved, activations = self.world.device, self.world.reserved, 0
         trial = self._traits.trial
-        for lane in lanes:  # in each: libraries keep a workspace per stream
-            if trial is None:
-                break
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
-            activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
+        if trial is not None:
+            for lane in lanes:  # in each: libraries keep a workspace per stream
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
+                activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
         # Drops what earlier runtimes have reserved, so all lanes reserve anew, each in one piece.
         torch.cuda.empty_cache()
         for slot, buffers in enumerate(self._workspace.slots):

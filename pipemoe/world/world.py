@@ -47,18 +47,21 @@ def init(
     setup_seconds: float = 600.0,
     grace_seconds: float = 5.0,
 ) -> World:
-    """Start this rank and meet the others; every rank calls it, with the same arguments. Again only after
+    """Start this rank and meet the others. Every rank calls it, with the same arguments; again only after
     `World.close()`.
 
-    device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each
+    device: "cuda", "cpu", or "auto" (cuda if there is a GPU). num_slots: cohorts that may be under way at once; each
     has a pair of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds:
-    how long an operation may make no progress. setup_seconds: the same for what ranks may do at very different speeds,
-    such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process. All are numbers of
-    seconds, above 0 (grace_seconds: 0 too). While other ranks have not called, says so every few seconds on standard
-    error; after setup_seconds the process ends (status 70). Raises ConfigError, on every rank, for an argument of any
-    rank that cannot be; for a launcher that does not speak MPI; when the communicators' thread blocks have no room on
-    the GPU; when the machine lacks what `device` needs, or memory; when this process's world is open, or that of the
-    process that it was forked from. MismatchError where the ranks' arguments differ.
+    how long an operation may make no progress. setup_seconds: the same for set-up work that may take ranks very
+    different times, such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process. All are
+    numbers of seconds above 0; grace_seconds may be 0.
+
+    While other ranks have not called, it says so every few seconds on standard error. After setup_seconds the process
+    ends with status 70.
+
+    Raises ConfigError, on every rank, if any rank's argument is wrong; if the launcher does not speak MPI; if the
+    communicators' thread blocks have no room on the GPU; if the machine lacks memory, or what `device` needs; if this
+    process, or the one that it was forked from, has a world open. Raises MismatchError if the ranks' arguments differ.
     """
     global _open_world
     departure.check_process()
@@ -94,7 +97,7 @@ def _watch_forks() -> None:
 
 
 def world_of(world: Any) -> tuple[World, PipemoeError | None]:
-    """`world`; or the one that is open in this process, whose other ranks are to hear of the error, if that is none."""
+    """`world` and no error. If `world` is not a World: the open one, and the error that its other ranks must hear."""
     if isinstance(world, World):
         return world, None
     error = InputError(f"world is a {type(world).__name__}; it must be what pipemoe.init() has returned")
@@ -104,12 +107,12 @@ def world_of(world: Any) -> tuple[World, PipemoeError | None]:
 
 
 class World:
-    """`rank` of `size`, on `device`; made by `init`. At most one is open in a process: two engines must not use MPI at
-    once.
+    """Rank `rank` of `size`, on `device`; made by `init`. A process has one open at most: two engines must not use MPI
+    at once.
     """
 
     def __init__(self, met: Met | None, arguments: InitArguments, on_gpu: bool, error: PipemoeError | None) -> None:
-        """error: why this rank cannot go on, which the others are to hear."""
+        """error: why this rank cannot go on; the others must hear of it."""
         import torch
 
         self._met = met
@@ -156,7 +159,7 @@ class World:
             torch.cuda.set_device(self.device)
 
     def _meet(self, error: PipemoeError | None) -> None:
-        """On the engine's thread, as all that follows: side channel first, so that it can be watched."""
+        """Runs on the engine's thread, as do the methods below. The side channel comes first, to watch the rest."""
         self._open_side_channel()
         self._raise_on_all(error, "looking at the arguments of init")
         settings = {"num_slots": str(self.num_slots), "device": self.device.type}
@@ -232,13 +235,11 @@ class World:
 
     @property
     def ctas(self) -> int:
-        """Thread blocks of a collective, each on a multiprocessor; none where ranks use no GPU, or there is one
-        rank.
-        """
+        """Thread blocks of a collective, each on a multiprocessor. 0 without GPUs, and for one rank."""
         return 0 if self.block_room is None else self.block_room.ctas
 
     def room(self) -> Room:
-        """SMs that this rank may use, and thread blocks of the communicators on its GPU."""
+        """The SMs that this rank may use, and the thread blocks of all communicators on its GPU."""
         import torch
 
         from pipemoe.comm import nccl
@@ -261,7 +262,11 @@ class World:
         warm_up, error = None, None
         try:
             warm_up = WarmUp(self.rank, self.size, self.device)
-        except (MemoryError, RuntimeError, torch.OutOfMemoryError) as e:  # on the host torch says it by a RuntimeError
+        except (
+            MemoryError,
+            RuntimeError,
+            torch.OutOfMemoryError,
+        ) as e:  # for the host's memory torch raises a RuntimeError
             said = " ".join(str(e).split())[:300]
             error = ConfigError(
                 f"rank {self.rank}: out of memory at set-up ({said}); give each rank more, or start fewer"
@@ -272,8 +277,8 @@ class World:
         self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
 
     def start_gathering(self, payload: bytes, doing: str) -> Gathering:
-        """Begin a small all-gather; engine's thread only. `doing` must be the same on every rank (MismatchError
-        otherwise).
+        """Begin a small all-gather. Only on the engine's thread. `doing` must be the same on every rank, or all raise
+        MismatchError.
         """
         return (
             LocalGathering(payload)
@@ -282,7 +287,7 @@ class World:
         )
 
     def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
-        """A small all-gather on the engine's thread, waited for as patiently as set-up needs."""
+        """A small all-gather on the engine's thread. It waits up to setup_seconds."""
         gathering = self.start_gathering(payload, doing)
         self.engine.wait(gathering.done, doing, seconds=self.setup_seconds, needs_all=True)
         return gathering.payloads
@@ -293,8 +298,7 @@ class World:
     def all_gather(self, payload: bytes, doing: str = "all_gather") -> list[bytes]:
         """Every rank's `payload`, in rank order; every rank calls. For results and set-up, not for a step's rows.
 
-        Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something
-        else.
+        Raises MismatchError on every rank if any rank calls something else, or gives another `doing`.
         """
         self.check_no_step_is_open()
         looked, error = look(self.rank, "payload of all_gather", lambda: (bytes(memoryview(payload)), str(doing)))
@@ -303,9 +307,7 @@ class World:
         return unpack_shared(texts)
 
     def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
-        """Every rank calls: raises the first rank's error on all of them, or MismatchError if `facts` are not the
-        same.
-        """
+        """Raise the first rank's error on all ranks, or MismatchError if their `facts` differ. Every rank calls."""
 
         def task() -> None:
             self._raise_on_all(error, doing)
@@ -324,12 +326,12 @@ class World:
         self._announced = error
 
     def take_announced(self) -> ModelError | None:
-        """What the last step has left to tell, once."""
+        """The error that the last step has announced, if any; only once."""
         announced, self._announced = self._announced, None
         return announced
 
     def is_first(self, warning: str) -> bool:
-        """True once for each warning: what was said needs no second time."""
+        """True the first time that a warning is named, False from then on."""
         is_new = warning not in self._warned
         self._warned.add(warning)
         return is_new
@@ -345,9 +347,7 @@ class World:
         self._threads_in_step.discard(thread)
 
     def check_no_step_is_open(self) -> None:
-        """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before
-        that has ended.
-        """
+        """Raise InputError on a thread that is inside a PipelinedMoE's step: until it ends, the engine does nothing else."""
         if threading.get_ident() in self._threads_in_step:
             raise InputError(
                 f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, "
@@ -355,17 +355,17 @@ class World:
             )
 
     def close(self) -> None:
-        """Finish what is under way, leave the others in peace. Called again, does nothing.
+        """Finish what is under way and leave the other ranks in peace. A second call does nothing.
 
-        While an exception is under way here, the peers are told of it, and this returns at once: what went wrong is to
-        be seen first. Raises InputError on a thread that is inside a PipelinedMoE's step, which it would wait for.
+        While an exception is being raised here, this tells the peers of it and returns at once, so that the exception
+        is seen first. Raises InputError on a thread that is inside a PipelinedMoE's step: it would wait for that step.
         """
         if not self._closed:
             self.check_no_step_is_open()
         self._close()
 
     def _close(self) -> None:
-        """At the end of the process also inside a step: nobody goes on with that."""
+        """As `close`, but also inside a step: at the end of the process nobody goes on with it."""
         if self._closed or self.engine.failure is not None:
             return
         why = uncaught.reason_to_leave()
@@ -376,7 +376,7 @@ class World:
             uncaught.remove()
 
     def _dismantle(self, why: str) -> None:
-        """Leave the others, close what is open. The side channel stays: the end of the process needs it."""
+        """Leave the others and close everything but the side channel, which the end of the process needs."""
         global _open_world
         self._closed = True
         if _open_world is self:
@@ -393,9 +393,7 @@ class World:
             self.lanes.close()
 
     def disown(self, parent: int) -> None:
-        """In a process forked from that of this world: whatever is called raises InputError, and nothing here disturbs
-        the parent.
-        """
+        """In a forked process: every call raises InputError, and nothing disturbs the parent, whose world it is."""
         global _open_world
         _open_world, self._closed = None, True
         atexit.unregister(self._close)
