@@ -347,7 +347,7 @@ class World:
         self._threads_in_step.discard(thread)
 
     def check_no_step_is_open(self) -> None:
-        """Raise InputError on a thread that is inside a PipelinedMoE's step: until it ends, the engine does nothing else."""
+        """Raise InputError on a thread inside a PipelinedMoE's step: the engine does nothing else until that ends."""
         if threading.get_ident() in self._threads_in_step:
             raise InputError(
                 f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, "
