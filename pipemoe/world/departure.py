@@ -136,7 +136,7 @@ class Departure:
             done.set()
 
     def _all_are_there(self, channel: SideChannel) -> bool:
-        """Wait until all others end too. False if this rank ends by an error: that ends the others, so it need not wait."""
+        """Wait until all others end too. False if this rank ends by an error, which ends them without a wait."""
         begin = time.monotonic()
         while waiting := [r for r, peer in channel.peers.items() if not peer.news.get("exiting")]:
             if self._abort_status and time.monotonic() - begin > (_SHARED_END_SECONDS if self._fails_alike else 0.0):
