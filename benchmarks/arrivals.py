@@ -167,7 +167,7 @@ class DelayedWave:
         self.source = make_rows(layer, num_tokens, torch.device("cuda"))
         self.received = wire.rows(torch.zeros_like(self.source.buffer))
         settings = {"top_k": layer.top_k, "hidden": layer.hidden, "device": "cuda", "dtype": torch.bfloat16}
-        self.experts = make_experts([weights], implementation="hopper", **settings).leaving(SMS_FOR_COLLECTIVES)
+        self.experts = make_experts([weights], implementation="hopper", **settings).with_free_sms(SMS_FOR_COLLECTIVES)
         self.arriving = ArrivingExperts(self.experts)
         self.scratch, self.arrivals = self.experts.new_scratch(num_tokens), self.arriving.new_arrivals(num_tokens)
         self.arriving.warm_up(self.arrivals, self.scratch)

@@ -53,7 +53,10 @@ def operations(world: World, model: BenchModel, num_tokens: int, dtype: Any) -> 
         num_experts=decoder.shape.num_experts,
     )
     return Operations(
-        world, decoder, experts.leaving(room_for_collectives(experts.num_sms, world.ctas, world.num_slots)), num_tokens
+        world,
+        decoder,
+        experts.with_free_sms(room_for_collectives(experts.num_sms, world.ctas, world.num_slots)),
+        num_tokens,
     )
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All tests that need no GPU, those of one process and those of an MPI job on 1 to 4 ranks: parts in two rows, a core each.
+# All tests that need no GPU, those of one process and those of an MPI job on 1 to 4 ranks, and a check of format and
+# types: parts in two rows, a core each.
 # Makes and fills .venv first where that is not done. Says which part failed, and exits nonzero then.
 #
 #   launch/test.sh
@@ -32,6 +33,15 @@ part() {
     cat "$log"
 }
 
+# .venv has both checkers; a Python of the caller's own (PIPEMOE_PYTHON) need not have them.
+format_and_types() {
+    if ! "$python" -c 'import mypy, ruff' 2>/dev/null; then
+        echo "skipped: $python lacks ruff or mypy; to run this part, install them as in constraints.txt"
+        return
+    fi
+    "$python" -m ruff format --check . && "$python" -m ruff check . && "$python" -m mypy pipemoe
+}
+
 # The same random cases in every run: what fails here fails again.
 one_process() {
     "$python" -m pytest -q -m "not mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "$@"
@@ -50,6 +60,7 @@ on_ranks() {
 
 echo "== running; the first part is done in a minute or two"
 {
+    part "format and types" format_and_types
     part "kernels" one_process tests/kernels
     part "4 ranks" on_ranks 4 --ignore=tests/benchmarks tests
     part "1 rank" on_ranks 1 tests

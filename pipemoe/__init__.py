@@ -4,7 +4,8 @@ from pipemoe.config import Config
 from pipemoe.errors import PipemoeError
 from pipemoe.experts import ExpertWeights, local_range
 from pipemoe.layer import PipelinedMoE
-from pipemoe.model import Model, Prefilled, load_model
+from pipemoe.model import Model, load_model
+from pipemoe.models.source import Prefilled
 from pipemoe.version import __version__
 from pipemoe.world import World, init
 

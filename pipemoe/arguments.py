@@ -1,9 +1,9 @@
-"""What callers hand in, looked at so that whatever comes of it is an error which can be told to every rank.
+"""Checks of callers' arguments whose errors can be told to every rank.
 
 Arguments may be anything, and may raise anything while they are looked at (`__len__`, `__iter__`, `dtype`, a
-generator). A rank that raised there and then would be missing in the exchange that the others are in. So each entry
-looks at its arguments inside `look`, takes its part in the exchange with the error that it found, and the exchange
-raises that on every rank.
+generator). A rank that raised at once would be missing from the exchange that the others are in. So each entry point
+looks at its arguments inside `look`, takes part in the exchange with the error that it found, and the exchange raises
+the error on every rank.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ T = TypeVar("T")
 def look(
     rank: int, what: str, looking: Callable[[], T], wrong: type[PipemoeError] = InputError
 ) -> tuple[T | None, PipemoeError | None]:
-    """What `looking` returns and no error, or None and the error that it raised.
+    """The result of `looking` and no error, or None and the error that it raised.
 
-    Errors of pipemoe stay as they are. Everything else, also what is no Exception (a caller's iterator may raise
-    GeneratorExit), becomes `wrong`, with `what` in its words. Only a FatalError is raised: with that there is no
-    exchange any more.
+    Errors of pipemoe stay as they are. Everything else becomes `wrong`, with `what` in its words, even if it is no
+    Exception (a caller's iterator may raise GeneratorExit). Only a FatalError is raised: after it there is no exchange.
     """
     try:
         return looking(), None
@@ -67,7 +66,7 @@ def step_lengths(rank: int, lengths: Any, max_tokens: int) -> tuple[int, ...]:
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: short, whatever its own words are."""
+    """A value as messages show it: short, however long its repr is."""
     try:
         text = repr(value)
     except BaseException:  # noqa: BLE001

@@ -13,38 +13,48 @@ from pipemoe.plan.config import PlanConfig
 if TYPE_CHECKING:
     import torch
 
-_LARGEST = 2**31 - 1  # rows are counted in 32 bits here and there
+_LARGEST = 2**31 - 1  # some code counts rows in 32 bits
 DTYPES = ("float32", "bfloat16", "float16")
 DISPATCH_DTYPES = ("float8_e4m3fn",)
 
 
 @dataclass(frozen=True, slots=True)
 class Config(PlanConfig):
-    """Everything of PlanConfig, and
+    """The settings of PlanConfig, and these:
 
-    num_slots: None takes as many as the world was started with. dispatch_dtype: what tokens' hidden values travel to
-    the experts as: "float8_e4m3fn" (a scale for each 128, half the bytes of bfloat16; H must be a multiple of 128), or
-    None, what the experts multiply: the model's dtype, or float8_e4m3fn for experts="hopper_fp8". combine_dtype: what
-    partial sums travel as, "float32", "bfloat16" or "float16"; None takes the model's on a GPU, float32 on the host.
-    deterministic: bitwise equal MoE rows for equal rows in, whatever the mode, cohorts, waves and ranks: float64 sums
-    on a fixed grid (multiples of 2^-32), and combine="gather" whatever `combine` says. experts: "auto", or the
-    implementation by name. graph_tokens: on a GPU, attention on about so many tokens of a cohort, or fewer, is launched
-    as CUDA graphs, captured when the model is made: rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, the
-    largest at most (0: none). debug: verify every plan, log every collective really issued and compare all ranks' logs
-    with the plan after each step. cost: path (str or os.PathLike) of the file that `pipemoe tune` wrote on this machine
-    for this model and configuration (tune has --combine and --deterministic); None means costs derived from the device,
-    and so does, with a warning, a file of another machine or model, or what is no cost file. One that is not there is a
-    ConfigError on every rank.
+    num_slots: cohorts under way at once. None takes as many as the world was started with.
+
+    dispatch_dtype: the dtype in which hidden values travel to the experts. "float8_e4m3fn" takes half the bytes of
+    bfloat16, with a scale for each 128 values (H must be a multiple of 128). None takes the dtype that the experts
+    compute in: the model's, or float8_e4m3fn for experts="hopper_fp8".
+
+    combine_dtype: the dtype in which partial sums travel: "float32", "bfloat16" or "float16". None takes the model's on
+    a GPU, float32 on the host.
+
+    deterministic: equal rows give bitwise equal MoE results, whatever the mode, cohorts, waves and ranks. Sums are
+    float64 on a fixed grid (multiples of 2^-32), and `combine` is always "gather".
+
+    experts: "auto", or the name of an implementation.
+
+    graph_tokens: on a GPU, attention on up to about this many tokens of a cohort is launched as CUDA graphs, which are
+    captured when the model is made. The number is rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, or down to
+    the largest. 0: no graphs.
+
+    debug: verify every plan, log every collective, and compare all ranks' logs with the plan after each step.
+
+    cost: path (str or os.PathLike) of a file that `pipemoe tune` wrote on this machine for this model and
+    configuration (tune has --combine and --deterministic). None derives costs from the device. So does, with a warning,
+    a file of another machine or model, or a file that is no cost file. A missing file is a ConfigError on every rank.
     """
 
-    num_slots: int | None = None
+    num_slots: int | None = None  # type: ignore[assignment]  # wider than a plan's: None until `in_world`
     dispatch_dtype: str | None = None
     combine_dtype: str | None = None
     deterministic: bool = False
     experts: str = "auto"
     graph_tokens: int = 4096
     debug: bool = False
-    # what it holds is compared, not where it lies
+    # left out of the comparison between ranks: the file's content counts, not its path
     cost: str | os.PathLike[str] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +62,7 @@ class Config(PlanConfig):
             self._check()
         except PipemoeError:
             raise
-        except Exception as error:  # a value may be anything, and raise anything when it is compared
+        except Exception as error:  # comparing a caller's value may raise anything
             raise ConfigError(f"a setting cannot be looked at: {describe(error)}") from error
 
     def _check(self) -> None:
@@ -86,8 +96,9 @@ class Config(PlanConfig):
             )
 
     def in_world(self, num_slots: int) -> Config:
-        """With every value settled, in a world of `num_slots` slots. Raises ConfigError if it has fewer than asked
-        for.
+        """This configuration with num_slots settled, in a world of `num_slots` slots.
+
+        Raises ConfigError if the world has too few.
         """
         if self.num_slots is None:
             return replace(self, num_slots=num_slots)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ class Operations:
         self._decoder, self._experts, self._num_tokens = decoder, experts, num_tokens
         wire = WireFormat(shape.hidden, shape.top_k, experts.wire_dtype)
         generator = torch.Generator("cpu").manual_seed(0)
-        on_host = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+        on_host: dict[str, Any] = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
         hidden = torch.randn(rows, shape.hidden, **on_host)
         ids = torch.rand(rows, shape.num_experts, **on_host).topk(shape.top_k).indices
         weights = torch.full((rows, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=world.device)
@@ -80,20 +81,14 @@ class Operations:
             wire.rows(buffer).write(hidden.to(world.device, dtype), ids.int().to(world.device), weights)
             out = torch.zeros((rows, shape.hidden), dtype=sums_dtype, device=world.device)
             sums = WaveSums(out, [torch.zeros((num_tokens, shape.hidden), dtype=sums_dtype, device=world.device)], None)
-            world.engine.call(
-                lambda lane=lanes.compute, s=scratch: run_all(world, [(Side(lane, lambda: experts.warm_up(s)), 1)])
-            )
+            warm_up = Side(lanes.compute, partial(experts.warm_up, scratch))
+            world.engine.call(partial(run_all, world, [(warm_up, 1)]))
             self._sides["attend", slot] = Side(lanes.compute, self._attend(world, lanes.compute))
-            self._sides["experts", slot] = Side(
-                lanes.compute, lambda b=wire.rows(buffer), o=out, s=scratch: experts(0, b, o, s)
-            )
-            transport = world.transport
-            self._sides["dispatch", slot] = Side(
-                lanes.dispatch, lambda t=transport, k=slot, b=buffer: t.dispatch(k, 0, wave, "broadcast", b)
-            )
-            self._sides["combine", slot] = Side(
-                lanes.combine, lambda t=transport, k=slot, s=sums: t.combine(k, 0, wave, "broadcast", "reduce", s)
-            )
+            self._sides["experts", slot] = Side(lanes.compute, partial(experts, 0, wire.rows(buffer), out, scratch))
+            dispatch = partial(world.transport.dispatch, slot, 0, wave, "broadcast", buffer)
+            self._sides["dispatch", slot] = Side(lanes.dispatch, dispatch)
+            combine = partial(world.transport.combine, slot, 0, wave, "broadcast", "reduce", sums)
+            self._sides["combine", slot] = Side(lanes.combine, combine)
 
         if world.device.type == "cuda":
             torch.cuda.synchronize(world.device)  # all this was filled on another stream than the lanes'
@@ -202,4 +197,5 @@ def measure_pair(timer: Timer, sides: tuple[Side, Side], target_s: float, rounds
             of_side.append(timer.seconds([(side, count)])[0])
         together.append(timer.seconds(list(zip(sides, counts))))
     a, b, both = np.median(together, axis=0).tolist()
-    return PairTimes((counts[0], counts[1]), tuple(float(np.median(of_side)) for of_side in alone), (a, b), both)
+    first, second = (float(np.median(of_side)) for of_side in alone)
+    return PairTimes((counts[0], counts[1]), (first, second), (a, b), both)

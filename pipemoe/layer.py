@@ -11,8 +11,11 @@ from pipemoe.arguments import look, shown, step_lengths, whole_number
 from pipemoe.config import Config, check_config
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
-from pipemoe.plan.schedule import ModelShape, Plan
+from pipemoe.plan.schedule import ModelShape
+from pipemoe.runtime.caller_source import CallerSource
+from pipemoe.runtime.lanes import HostEvent, StreamEvent
 from pipemoe.runtime.runtime import Runtime
+from pipemoe.runtime.source import SourceTraits
 from pipemoe.torch_state import plain_tensors, undisturbed
 from pipemoe.world.world import world_of
 
@@ -29,9 +32,8 @@ _CHECK_SECONDS = 0.05  # how often a waiting caller looks whether the step has f
 class PipelinedMoE:
     """The MoE layers of a model, spread over the ranks of `world`.
 
-    weights: this rank's experts, one entry per MoE layer (see `pipemoe.experts.local_range` for which experts are this
-    rank's). num_experts, top_k: of the whole model. config: equal on all ranks. Raises on every rank what any of them
-    finds wrong.
+    weights: this rank's experts, one entry per MoE layer; `pipemoe.experts.local_range` says which experts are this
+    rank's. num_experts, top_k: of the whole model. config: equal on all ranks. An error of any rank is raised on all.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class PipelinedMoE:
                 {} if found is None else {"num_experts": str(found[1].num_experts)},
                 "looking at the weights",
             )
+            assert found is not None  # or `agree` has raised
             weights, shape, self._dtype, ranges = found
             _check_partition([json.loads(p) for p in world.all_gather(json.dumps(ranges).encode())], shape.num_experts)
             experts, error = look(
@@ -67,7 +70,8 @@ class PipelinedMoE:
                 ),
                 ConfigError,
             )
-            self.runtime = Runtime(world, shape, config, experts, self._dtype, {}, hands_out_results=True, error=error)
+            traits = SourceTraits(hands_out_results=True)
+            self.runtime = Runtime(world, shape, config, experts, self._dtype, traits, error=error)
 
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of a one-layer model on this rank's tokens; every rank calls, also with no tokens.
@@ -88,7 +92,7 @@ class PipelinedMoE:
             return len(x)
 
         num_tokens, error = look(rank, "arguments of a call", look_at)
-        # The drop-in call knows no sequences and needs no causality: any cut will do.
+        # The call knows of no sequences and needs no causality, so any cut will do.
         with Step(self, num_tokens or 0, (num_tokens,) if num_tokens else (), error) as step:
             return step(0, x, topk_ids, topk_weights)
 
@@ -150,8 +154,9 @@ class PipelinedMoE:
 def _look_at_model(
     world: World, weights: Any, num_experts: Any, top_k: Any, config: Any
 ) -> tuple[list[ExpertWeights], ModelShape, torch.dtype, list[list[int]]]:
-    """This rank's weights, one per MoE layer, the model's shape, the rows' dtype, and first expert and number of
-    experts of each layer. Raises what is wrong with them, or with the configuration."""
+    """This rank's weights, one per MoE layer; the model's shape; the rows' dtype; each layer's first expert and number
+    of experts. Raises if any of them, or the configuration, is wrong.
+    """
     from pipemoe.experts import ExpertWeights
 
     rank = f"rank {world.rank}: "
@@ -203,7 +208,7 @@ class Step:
     ) -> None:
         self._moe, self._num_tokens, self._lengths, self._error = moe, num_tokens, lengths, error
         self._given = self._done = 0  # layers
-        self._source: _CallerSource | None = None
+        self._source: CallerSource | None = None
         self._left = False
 
     def __enter__(self) -> Step:
@@ -212,22 +217,21 @@ class Step:
             raise InputError(
                 f"rank {runtime.world.rank}: this step has been entered before; make another one with step()"
             )
-        source = _CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
+        source = CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
         self._future = runtime.submit_step(self._lengths, source, error=self._error)
-        self._source, self._thread, inside = source, threading.get_ident(), runtime.world.threads_in_step
-        inside.add(self._thread)
+        self._source, self._thread = source, runtime.world.enter_step()
         try:
             self._wait(source.begun)
         except BaseException as error:  # __exit__ is not called then
-            inside.discard(self._thread)
+            runtime.world.leave_step(self._thread)
             source.abandon(error)
             raise
         return self
 
     def __call__(self, layer: int, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
-        """The routed experts' sums [T_r, H] of MoE layer `layer`, in x's dtype; layers come in order, from 0.
+        """The routed experts' sums [T_r, H] of MoE layer `layer`, in x's dtype. Layers come in order, from 0.
 
-        Arguments are checked as those of a PipelinedMoE's call; the values of ids and weights on a GPU only with
+        Arguments are checked as in a PipelinedMoE's call. On a GPU, the values of ids and weights are only checked with
         Config.debug, since that waits for the device.
         """
         import torch
@@ -238,22 +242,23 @@ class Step:
         )
         if error is not None:
             raise error
+        source = self._source
+        assert source is not None  # the step has been entered
         with plain_tensors():
             if not self._num_tokens:
                 self._done += 1
                 return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            # All that a call takes, before it is given to the engine: what fails here leaves the layer as if it had not
-            # been called.
+            # Allocate everything before the engine gets the call. If this fails, the layer can be called again.
             sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
             y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            self._source.give(
+            source.give(
                 self._done, x.detach().contiguous(), topk_ids.detach().int(), topk_weights.detach().float(), sums
             )
             self._given += 1
-            self._wait(self._source.issued[self._done])
-            for event in self._source.events[self._done]:
+            self._wait(source.issued[self._done])
+            for event in source.events[self._done]:
                 self._after(event)
-            self._source.forget(self._done)
+            source.forget(self._done)
             if y is not sums:
                 y.copy_(sums)
         self._done += 1
@@ -284,7 +289,9 @@ class Step:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         runtime = self._moe.runtime
-        runtime.world.threads_in_step.discard(self._thread)
+        runtime.world.leave_step(self._thread)
+        source = self._source
+        assert source is not None
         self._left = True
         num_layers, left_early = runtime.shape.num_layers, None
         if error is None and self._done < num_layers and self._num_tokens:
@@ -292,9 +299,9 @@ class Step:
                 f"rank {runtime.world.rank}: step left after {self._done} of {num_layers} layers"
             )
         if error is not None:
-            self._source.abandon(error)  # the others still get this rank's part of the plan
+            source.abandon(error)  # the others still get this rank's part of the plan
         _, seen = self._end()
-        self._source.forget_all()
+        source.forget_all()
         if error is None and seen is not None:
             raise seen
         if error is not None and seen is None:  # the engine has not met it: tell the others at the next step
@@ -303,7 +310,7 @@ class Step:
             raise left_early
 
     def _end(self) -> tuple[Any, BaseException | None]:
-        """Wait for the end of this rank's part: when it was, or what ended it."""
+        """Wait for the end of this rank's part: its time, or the error that ended it."""
         try:
             return self._moe.runtime.result_of(self._future), None
         except PipemoeError as error:
@@ -315,19 +322,18 @@ class Step:
             self._check_that_it_goes_on(flag.is_set)
 
     def _after(self, event: Event) -> None:
-        """Let the caller's next work see what comes before `event`: its stream waits, or on the host its thread."""
+        """Put the caller's next work after `event`: its stream waits, or on the host its thread."""
         import torch
 
-        if self._moe.runtime.world.device.type == "cuda":
+        if isinstance(event, StreamEvent):
             torch.cuda.current_stream().wait_event(event.event)
             return
+        assert isinstance(event, HostEvent)
         while not event.wait(_CHECK_SECONDS):
             self._check_that_it_goes_on(event.done)
 
     def _check_that_it_goes_on(self, come: Callable[[], bool]) -> None:
-        """Raise if the step has ended, so that what is waited for will never come; and see that the engine is not
-        stuck.
-        """
+        """Watch the engine, and raise if the step has ended, so that the wait would never end."""
         world = self._moe.runtime.world
         world.engine.watch()
         if self._future.done() and not come():
@@ -336,83 +342,3 @@ class Step:
                 f"rank {world.rank}: the step has ended while layer {self._done} was under way: it was left on "
                 "another thread"
             )
-
-
-class _CallerSource:
-    """Rows from the caller's layer calls; results into tensors that the calls return."""
-
-    has_side_work = False
-
-    def __init__(self, num_layers: int, wake: Callable[[], None]) -> None:
-        """wake: tells the engine that there is something new for it."""
-        self._wake = wake
-        self.begun = threading.Event()
-        self.issued = [threading.Event() for _ in range(num_layers)]
-        self.events: list[list[Event]] = [[] for _ in range(num_layers)]
-        self._inputs: list[tuple | None] = [None] * num_layers
-        self._layer: dict[int, int] = {}  # per cohort
-        self._error: BaseException | None = None
-        self._due = 0
-
-    def give(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> None:
-        """A layer's rows, and where its sums go; kept until `forget`: other streams read and write them."""
-        import torch
-
-        event = None
-        if x.is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        self._inputs[layer] = (x, ids, weights, sums, event)
-        self._wake()
-
-    def forget(self, layer: int) -> None:
-        """All of a layer's events lie before the caller's next work: nobody reads or writes its tensors any more."""
-        self._inputs[layer] = None
-        self.events[layer].clear()
-
-    def forget_all(self) -> None:
-        """The same of the whole step, once it has ended."""
-        self._inputs = [None] * len(self._inputs)
-        self.events = [[] for _ in self.events]
-
-    def abandon(self, error: BaseException) -> None:
-        self._error = error
-        self._wake()
-
-    def begin(self, plan: Plan, rank: int) -> None:
-        self._due = sum(any(s.rank == rank for s in wave.segments) for cohort in plan.cohorts for wave in cohort.waves)
-        self.begun.set()
-
-    def ready(self, cohort: int, layer: int) -> bool:
-        return self._inputs[layer] is not None or self._error is not None
-
-    def attend(self, cohort: int, layer: int) -> None:
-        import torch
-
-        if self._inputs[layer] is None:
-            raise self._error
-        self._layer[cohort] = layer
-        event = self._inputs[layer][4]
-        if event is not None:
-            torch.cuda.current_stream().wait_event(event)
-
-    def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, ids, weights, *_ = self._inputs[self._layer[cohort]]
-        return x[start:stop], ids[start:stop], weights[start:stop]
-
-    def side_work(self, cohort: int) -> None:
-        pass
-
-    def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
-        return self._inputs[self._layer[cohort]][3][start:stop]
-
-    def combined(self, cohort: int, layer: int, event: Event) -> None:
-        self.events[layer].append(event)
-        if len(self.events[layer]) == self._due:
-            self.issued[layer].set()
-
-    def finish(self, cohort: int) -> None:
-        pass
-
-    def finished(self, cohort: int, seconds: float) -> None:
-        pass

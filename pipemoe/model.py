@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,12 @@ from pipemoe.arguments import look, shown, whole_number
 from pipemoe.config import Config, check_config
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts import make_experts
+from pipemoe.models.source import ModelSource, Prefilled
 from pipemoe.plan.cost.dimensions import dimensions_of_decoder
-from pipemoe.plan.schedule import Op, Plan
+from pipemoe.plan.schedule import Op
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
+from pipemoe.runtime.source import SourceTraits
 from pipemoe.torch_state import plain_tensors, undisturbed
 from pipemoe.trace import Timeline
 from pipemoe.warn_once import warn_once
@@ -24,22 +25,9 @@ from pipemoe.world.world import world_of
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.models.cache import StepCache
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.graph_store import GraphStore
-    from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
-    from pipemoe.models.step_keys import StepOfKeys
     from pipemoe.world.world import World
-
-
-@dataclass(frozen=True, slots=True)
-class Prefilled:
-    """What a step gave this rank, per sequence in the order handed in."""
-
-    first_tokens: list[int]
-    ttft_seconds: list[float]  # from the call of prefill to the sequence's first token
-    logits: torch.Tensor | None  # [sequences, V] float32, if asked for
-    finite: list[bool]  # False: the sequence's logits hold NaN or infinity, so that its first token says nothing
 
 
 def load_model(
@@ -51,14 +39,16 @@ def load_model(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Model:
-    """Load a Mixture-of-Experts decoder: attention everywhere, of the routed experts only this rank's; every rank
+    """Load a Mixture-of-Experts decoder: all of attention, and this rank's share of the routed experts. Every rank
     calls.
 
     path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers
-    config for random weights drawn from `seed`. random_weights: draw them also for a dict like config.json, for the
-    path of one, or of a directory that holds one. dtype: of weights and activations (default: bfloat16 on a GPU,
-    float32 on the host). Raises CheckpointError on every rank if any of them cannot load, ConfigError if the weights
-    are more than the memory there (see models.memory), MismatchError if their checkpoints differ.
+    config for random weights drawn from `seed`. random_weights: draw weights for other inputs too: a dict like
+    config.json, the path of such a file, or a directory that holds one. dtype: of weights and activations (default:
+    bfloat16 on a GPU, float32 on the host).
+
+    Raises, on every rank, CheckpointError if any rank cannot load, ConfigError if memory does not suffice for the
+    weights (see models.memory), and MismatchError if the ranks' checkpoints differ.
     """
     import torch
 
@@ -68,7 +58,7 @@ def load_model(
     world, error = world_of(world)
     rank = f"rank {world.rank}: "
     where = shown(path_or_config)
-    place = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
+    place: dict[str, Any] = {"rank": world.rank, "num_ranks": world.size, "device": world.device}
 
     def settings() -> dict[str, Any]:
         check_config(config, rank)
@@ -87,15 +77,17 @@ def load_model(
         prepared = None
         found, wrong = look(world.rank, "settings of load_model", settings, ConfigError)
         error = error or wrong
-        if error is None:  # transformers and torch raise what they like at an odd config.json
-            prepared, error = look(
-                world.rank, where, lambda: PreparedDecoder(path_or_config, **place, **found), CheckpointError
-            )
+        if error is None and found is not None:  # transformers and torch raise what they like at an odd config.json
+            prepare = partial(PreparedDecoder, path_or_config, **place, **found)
+            prepared, error = look(world.rank, where, prepare, CheckpointError)
         world.agree(error, {}, "looking at the model's files")
+        assert prepared is not None  # or `agree` has raised, as below
         world.agree(shortage(world, prepared.num_bytes), {}, "looking for memory for the model")
         loaded, error = look(world.rank, where, prepared.load, CheckpointError)
         world.agree(error, loaded[0].facts if loaded else {}, "loading the model")
-        return Model(world, *loaded, config)
+        assert loaded is not None
+        decoder, weights = loaded
+        return Model(world, decoder, weights, config)
 
 
 class Model:
@@ -104,52 +96,43 @@ class Model:
     def __init__(
         self, world: World, decoder: Decoder, weights: list, config: Config, graphs: GraphStore | None = None
     ) -> None:
-        """graphs: those of another Model with the same decoder, to share and add to."""
+        """graphs: another Model's, with the same decoder, to share and extend."""
         from pipemoe.models.graph_store import GraphStore
 
         self.world, self.decoder, self.config = world, decoder, config
         self._weights = weights
         self._graphs = graphs or GraphStore(decoder)
-        in_places = False  # keys and values have places of their own
 
-        def look_at_config() -> dict[str, Any]:
-            nonlocal in_places
+        def look_at_config() -> tuple[Any, SourceTraits]:
             check_config(config, f"rank {world.rank}: ")
-            in_places = self._graphs.serves_cuts(config)
+            in_places = self._graphs.serves_cuts(config)  # keys and values have places of their own
             kept = config.cuts_sequences and not in_places
-            return {
-                "dimensions": dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
-                "kept_bytes": config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
-                "graph_rows": self._graphs.most_rows(config),
-                "experts": make_experts(
-                    weights,
-                    top_k=decoder.shape.top_k,
-                    hidden=decoder.shape.hidden,
-                    device=world.device,
-                    dtype=decoder.dtype,
-                    implementation=config.experts,
-                    deterministic=config.deterministic,
-                    num_experts=decoder.shape.num_experts,
-                    dispatch_dtype=config.torch_dispatch_dtype,
-                ),
-            }
+            traits = SourceTraits(
+                must_agree={"model": decoder.fingerprint},
+                dimensions=dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
+                trial=self._trial,
+                kept_bytes=config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
+                prepare=self._capture,
+                graph_rows=self._graphs.most_rows(config),
+                graph_cuts=in_places,
+            )
+            experts = make_experts(
+                weights,
+                top_k=decoder.shape.top_k,
+                hidden=decoder.shape.hidden,
+                device=world.device,
+                dtype=decoder.dtype,
+                implementation=config.experts,
+                deterministic=config.deterministic,
+                num_experts=decoder.shape.num_experts,
+                dispatch_dtype=config.torch_dispatch_dtype,
+            )
+            return experts, traits
 
         with undisturbed():
             found, error = look(world.rank, "the model's configuration", look_at_config, ConfigError)
-            found = found or {"experts": None}
-            self.runtime = Runtime(
-                world,
-                decoder.shape,
-                config,
-                found.pop("experts"),
-                decoder.dtype,
-                {"model": decoder.fingerprint},
-                trial=self._trial,
-                prepare=self._capture,
-                graph_cuts=in_places,
-                error=error,
-                **found,
-            )
+            experts, traits = found or (None, SourceTraits())
+            self.runtime = Runtime(world, decoder.shape, config, experts, decoder.dtype, traits, error=error)
 
     def _trial(self) -> None:
         """Attend to one sequence of the most tokens that a step may bring, in the first layers."""
@@ -171,7 +154,7 @@ class Model:
         self._graphs.capture(self.config, slot, results_dtype)
 
     def with_config(self, config: Config) -> Model:
-        """The same weights under another configuration, with a workspace of its own; every rank calls."""
+        """A model of the same weights under another configuration, with its own workspace. Every rank calls."""
         return Model(self.world, self.decoder, self._weights, config, self._graphs)
 
     def prefill(
@@ -183,14 +166,15 @@ class Model:
         timeline: Timeline | None = None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> Prefilled:
-        """First tokens (greedy) of this rank's sequences; every rank calls, with any number of sequences, also none.
+        """First tokens (greedy) of this rank's sequences. Every rank calls, with any number of sequences, even none.
 
-        sequences: token ids, each sequence with at least one and at most as many as the model has positions for.
-        Returns as soon as this rank's own sequences are done, whatever the other ranks still have to do. only,
-        timeline, on_done: see Runtime.submit_step; for measurements (without computation there are no tokens: submit a
-        step with a source of your own instead). A sequence whose logits overflow or are NaN has its flag in
-        Prefilled.finite, and a warning, once. Raises InputError for bad token ids on any rank, ModelError if the model
-        code of some rank raised, on every rank.
+        sequences: lists of token ids, each with at least one id and no more than the model has positions for. Returns
+        as soon as this rank's own sequences are done, whatever the other ranks still have to do. only, timeline,
+        on_done: for measurements, see Runtime.submit_step. (Without computation there are no tokens; then submit a step
+        with a source of your own.)
+
+        A sequence whose logits are infinite or NaN is False in Prefilled.finite, with a warning the first time. Raises,
+        on every rank, InputError for bad token ids on any rank, and ModelError if any rank's model code raised.
         """
         begin = time.perf_counter()
 
@@ -211,7 +195,7 @@ class Model:
         dtype = self.runtime.results_dtype
         graphs = [self._graphs.graphs(self.config, slot, dtype) for slot in range(self.world.num_slots)]
         new_step = partial(self._graphs.new_step, self.config)
-        source = _ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
+        source = ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
         step = self.runtime.submit_step(
             [len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done
         )
@@ -247,6 +231,7 @@ class Model:
             )
             if error is not None:
                 raise error
+            assert tokens is not None
             low, high = (int(v) for v in torch.aminmax(tokens))
             if low < 0 or high >= vocabulary:
                 raise InputError(
@@ -262,14 +247,14 @@ class Model:
 
 
 def token_ids(where: str, sequence: Any) -> torch.Tensor:
-    """A sequence of ids of any integer type, signed or not (files of tokens are often uint16): [T] int64 on the host, a
-    copy.
+    """A copy of a sequence of ids: [T] int64 on the host. Any integer type will do; files of tokens are often uint16.
 
-    Raises InputError, which begins with `where`, if it is none.
+    Raises InputError, which begins with `where`, for anything else.
     """
     import numpy as np
     import torch
 
+    ids: Any
     if isinstance(sequence, torch.Tensor):
         is_whole = sequence.layout is torch.strided and not (
             sequence.is_floating_point() or sequence.is_complex() or sequence.is_quantized
@@ -295,116 +280,3 @@ def token_ids(where: str, sequence: Any) -> torch.Tensor:
     if "uint64" in str(ids.dtype) and bool((wide < 0).any()):
         raise InputError(f"{where} holds token id {int(wide.min()) + 2**64}; ids are smaller")
     return wide
-
-
-class _ModelSource:
-    """Rows from the decoder; results back into it."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        graphs: list[AttendGraphs | None],
-        new_step: Callable[[Sequence[int]], StepCache | StepOfKeys],
-        tokens: list[torch.Tensor],
-        results_dtype: torch.dtype,
-        keep_logits: bool,
-    ) -> None:
-        """graphs: per slot. new_step: see GraphStore.new_step."""
-        self._decoder, self._graphs, self._tokens, self._results_dtype = decoder, graphs, tokens, results_dtype
-        self._new_step, self._keep_logits = new_step, keep_logits
-        self.has_side_work = decoder.has_shared_experts
-        self._microbatches: dict[int, EagerMicrobatch | GraphedMicrobatch] = {}  # per cohort
-        self._rows: dict[int, tuple] = {}
-        self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
-        self._ended: dict[int, list[int]] = {}  # per cohort: sequences whose last token it holds
-        self._first: dict[int, tuple] = {}  # per cohort: first tokens and whether logits are finite (host), logits
-        self._seconds: dict[int, float] = {}
-
-    def begin(self, plan: Plan, rank: int) -> None:
-        self._bounds = plan.facts.boundaries[rank]
-        self._step = self._new_step(self._bounds)
-        self._slots = [cohort.slot for cohort in plan.cohorts]
-        for c, cohort in enumerate(plan.cohorts):
-            row, ranges = 0, []
-            for m in sorted(m for m in cohort.microbatches if m.rank == rank):
-                ranges.append((m.start, m.stop, row))
-                row += m.stop - m.start
-            self._ranges[c] = ranges
-
-    def ready(self, cohort: int, layer: int) -> bool:
-        return True
-
-    def attend(self, cohort: int, layer: int) -> None:
-        if layer == 0:
-            self._start(cohort)
-        self._rows[cohort] = self._microbatches[cohort].attend(layer)
-
-    def _start(self, cohort: int) -> None:
-        import torch
-
-        from pipemoe.models.microbatch import start_microbatch
-        from pipemoe.models.packing import Piece
-
-        pieces: list[Piece] = []
-        for start, stop, _ in self._ranges[cohort]:
-            for i, (begin, end) in enumerate(zip(self._bounds, self._bounds[1:])):
-                a, b = max(start, begin) - begin, min(stop, end) - begin
-                if a >= b:
-                    continue
-                if pieces and pieces[-1].sequence == i and pieces[-1].stop == a:
-                    a = pieces.pop().start  # two chunks side by side in one cohort
-                pieces.append(Piece(i, a, b, end - begin))
-        ids = torch.cat([self._tokens[p.sequence][p.start : p.stop] for p in pieces])
-        self._ended[cohort] = [p.sequence for p in pieces if p.stop == p.length]
-        graphs = self._graphs[self._slots[cohort]]
-        self._microbatches[cohort] = start_microbatch(
-            self._decoder, graphs, self._step, ids, pieces, self._results_dtype
-        )
-
-    def _row(self, cohort: int, token: int) -> int:
-        return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)
-
-    def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        row = self._row(cohort, start)
-        x, ids, weights = self._rows[cohort]
-        return x[row : row + stop - start], ids[row : row + stop - start], weights[row : row + stop - start]
-
-    def side_work(self, cohort: int) -> None:
-        self._microbatches[cohort].run_shared()
-
-    def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
-        row = self._row(cohort, start)
-        return self._microbatches[cohort].sums[row : row + stop - start]
-
-    def combined(self, cohort: int, layer: int, event: Any) -> None:
-        pass
-
-    def finish(self, cohort: int) -> None:
-        import torch
-
-        logits = self._microbatches[cohort].finish()
-        low, high = torch.aminmax(logits, dim=-1)  # NaN if any logit is
-        first = torch.stack((logits.argmax(-1), (torch.isfinite(low) & torch.isfinite(high)).long()))  # [2, sequences]
-        if first.is_cuda:
-            host = torch.empty(first.shape, dtype=first.dtype, device="cpu", pin_memory=True)
-            first = host.copy_(first, non_blocking=True)
-        self._first[cohort] = (first, logits if self._keep_logits else None)
-
-    def finished(self, cohort: int, seconds: float) -> None:
-        self._seconds[cohort] = seconds
-
-    def prefilled(self, begin: float) -> Prefilled:
-        """What the step gave, once it is over."""
-        import torch
-
-        count = len(self._tokens)
-        first, finite, seconds, logits = [0] * count, [True] * count, [0.0] * count, [None] * count
-        for cohort, (tokens, scores) in self._first.items():
-            if scores is not None and scores.is_cuda:
-                scores.record_stream(torch.cuda.current_stream())  # made on a lane's stream, read on the caller's
-            for i, sequence in enumerate(self._ended[cohort]):
-                first[sequence], finite[sequence] = int(tokens[0, i]), bool(tokens[1, i])
-                seconds[sequence] = self._seconds[cohort] - begin
-                logits[sequence] = scores[i] if scores is not None else None
-        kept = torch.stack(logits) if self._keep_logits and count else None
-        return Prefilled(first, seconds, kept, finite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MOST_TOKENS = 10_000_000  # of a rank: planning more would take minutes, or for ever
 
 
-def add_plan_parser(subcommands: argparse._SubParsersAction, positive: type) -> None:
+def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[[str], int]) -> None:
     parser = subcommands.add_parser(
         "plan",
         help="predict what a step would take, on any machine",

@@ -1,10 +1,11 @@
-"""What torch and numpy do depends on states that belong to the caller: kept away from what the library does.
+"""Keeps the caller's settings of torch and numpy away from the library's work.
 
-Of a thread: grad and inference mode, autocast, the default device, numpy's error state. The engine and the lanes have
-threads of their own, so there these are as a process starts, but for grad mode (`no_grad_on_this_thread`); what runs on
-the caller's thread at set-up stands in `undisturbed`, and a layer's call, which has no time for all of it, in
-`plain_tensors`. Of the process: the default dtype, deterministic algorithms, threads. Nobody may change these under the
-caller's feet, so every tensor is made with its dtype and device said.
+Some belong to a thread: grad and inference mode, autocast, the default device, numpy's error state. The engine and the
+lanes have threads of their own, where only grad mode must be set (`no_grad_on_this_thread`). Set-up work on the
+caller's thread runs in `undisturbed`. A layer's call has no time for all of that, and runs in `plain_tensors`.
+
+Others belong to the process: the default dtype, deterministic algorithms, the number of threads. The library must not
+change these, so it names dtype and device wherever it makes a tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 @contextmanager
 def plain_tensors() -> Iterator[None]:
-    """Tensors made here are ordinary ones that other threads may write to, and no part of a graph of gradients."""
+    """Tensors made here are ordinary: other threads may write to them, and no gradients are recorded."""
     import torch
 
     with torch.inference_mode(False), torch.no_grad():  # in this order: leaving inference mode turns gradients on
@@ -26,7 +27,7 @@ def plain_tensors() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """As if the caller had changed nothing of this thread's state."""
+    """Run as if the caller had changed none of this thread's settings."""
     import torch
 
     with plain_tensors(), torch.device("cpu"), np.errstate(divide="warn", over="warn", under="ignore", invalid="warn"):
@@ -35,7 +36,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def no_grad_on_this_thread() -> None:
-    """For threads of the library's own."""
+    """Turn gradients off, on a thread of the library's own."""
     import torch
 
     torch.set_grad_enabled(False)

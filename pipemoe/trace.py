@@ -1,4 +1,4 @@
-"""Timelines: what ran when on which lane, as Chrome trace JSON, and how much communication was left exposed."""
+"""Timelines: when each operation ran on which lane, as Chrome trace JSON, and how much communication was exposed."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Timeline:
 
     def __init__(self, spans: Iterable[Span] = ()) -> None:
         self.spans = list(spans)
-        self.issue_seconds: list[tuple[Op, float]] = []  # that the engine's thread took to issue each operation
+        self.issue_seconds: list[tuple[Op, float]] = []  # the engine's thread spent issuing each operation
 
     def take(self, spans: Iterable[Span], issue_seconds: Iterable[tuple[Op, float]] = ()) -> None:
-        """Add the operations of a run that was timed."""
+        """Add the operations of a timed run."""
         self.spans += spans
         self.issue_seconds += issue_seconds
 
@@ -63,7 +63,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(a: list[Interval], b: list[Interval]) -> list[Interval]:
-    """Of two lists of disjoint intervals in order."""
+    """The intersection of two lists of disjoint intervals, each in order."""
     out, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         begin, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -92,9 +92,11 @@ def overlap_percent(overall: float, computation: float, communication: float) ->
 
 
 def chrome_trace(timelines: list[Timeline]) -> dict:
-    """All ranks' timelines as a Chrome trace document (opens in Perfetto): a process per rank, a thread per lane of
-    each slot's cohort, microseconds from the earliest span, an arrow from every dispatch to the experts that consume
-    it."""
+    """All ranks' timelines as a Chrome trace document, which Perfetto opens.
+
+    It has a process per rank and a thread per cohort and lane. Times are microseconds from the earliest span. An arrow
+    leads from every dispatch to the experts call that reads its rows.
+    """
     lanes = {OpKind.ATTEND: 0, OpKind.EXPERTS: 0, OpKind.FINISH: 0, OpKind.DISPATCH: 1, OpKind.COMBINE: 2}
     names = ("compute", "dispatch", "combine")
     start = min((s.begin for t in timelines for s in t.spans), default=0.0)

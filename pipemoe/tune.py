@@ -20,7 +20,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,7 +44,8 @@ from pipemoe.runtime.costs import model_key
 from pipemoe.trace import Span, Timeline
 
 if TYPE_CHECKING:
-    from pipemoe.model import Model, Prefilled
+    from pipemoe.model import Model
+    from pipemoe.models.source import Prefilled
     from pipemoe.world.world import World
 
 _LEAST_TOKENS = 16  # of --max-tokens: costs per token cannot be told from fixed ones over fewer
@@ -66,7 +67,7 @@ class _TimedStep(NamedTuple):
     issued: list[tuple[int, int, float]]
 
 
-def add_tune_parser(subcommands: argparse._SubParsersAction, positive: type) -> None:
+def add_tune_parser(subcommands: argparse._SubParsersAction, positive: Callable[[str], int]) -> None:
     parser = subcommands.add_parser(
         "tune",
         help="measure this machine's costs, for mode auto",
@@ -252,7 +253,7 @@ class Tuner:
         operations = Operations(
             self._world,
             self._model.decoder,
-            self._model.runtime.experts_leaving[0].leaving(sms_left),
+            self._model.runtime.experts_with_free_sms[0].with_free_sms(sms_left),
             max(self._most // 2, 1),
         )
         timer, found = Timer(self._world), {}
@@ -321,6 +322,7 @@ class Tuner:
         rank = self._world.rank
         found, error = look(rank, "a step", lambda: model.prefill(self._sequences(lengths), **options), ModelError)
         self._world.agree(error, {}, "seeing that a step went well")
+        assert found is not None  # or `agree` has raised
         return found
 
     def _timed(self, lengths: _Lengths) -> list[_TimedStep]:

@@ -1,4 +1,4 @@
-"""Warnings that are given once in a world, with the line of the caller who gave cause."""
+"""Warnings that a world gives once, at the caller's line that caused them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def warn_once(world: World, text: str, *, about: str = "", aloud: bool = True) -> None:
-    """Once in this world, with the line that called the library; of warnings `about` the same, the first. Not aloud:
-    only where a filter makes it an error, as on other ranks."""
-    if (about or text) in world.warned:
+    """Warn once in this world, at the line that called the library. Of warnings `about` the same, only the first is
+    given. Without `aloud` nothing is shown, but a filter that turns warnings into errors still raises, as on other
+    ranks.
+    """
+    if not world.is_first(about or text):
         return
-    world.warned.add(about or text)
     library, frame, depth = str(Path(__file__).resolve().parent) + os.sep, sys._getframe(1), 2
     while frame.f_back is not None and os.path.realpath(frame.f_code.co_filename).startswith(library):
         frame, depth = frame.f_back, depth + 1

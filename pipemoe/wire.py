@@ -147,6 +147,7 @@ class WireRows:
         return True
 
     def _quantise(self, hidden: torch.Tensor) -> None:
+        assert self.scales is not None
         if hidden.device.type == "cpu":
             values, scales = quantise_rows(hidden)
             self.hidden.copy_(values)

@@ -320,7 +320,7 @@ def test_logits_that_are_not_finite_are_said_per_sequence_and_warned_of_once(wor
 
     if world.rank == culprit:
         monkeypatch.setattr(model.decoder, "finish", broken)
-        monkeypatch.setattr(world, "warned", set())
+        monkeypatch.setattr(world, "_warned", set())
     one = model.with_config(Config(mode="broadcast", **SMALL))  # one microbatch
     with (
         pytest.warns(UserWarning, match=f"rank {culprit}: logits of sequence 0 hold NaN or infinity")
@@ -340,7 +340,7 @@ def test_an_overflow_of_float16_is_said(world):
     model = load_model(tiny_config("qwen3_moe"), world, dtype=torch.float16, seed=3, config=Config(**SMALL))
     assert model.prefill([[1, 2]]).finite == [True]
     model.decoder._lm_head.weight.mul_(60000)  # itself in range still
-    world.warned.discard("logits")
+    world._warned.discard("logits")
     with pytest.warns(UserWarning, match="perhaps torch.float16 is too narrow"):
         found = model.prefill([[1, 2]], keep_logits=True)
     assert torch.isfinite(model.decoder._lm_head.weight).all()

@@ -1,1 +1,1 @@
-"""World, exchange, side channel and the transports."""
+"""How ranks reach one another: exchanges, the side channel and the transports."""

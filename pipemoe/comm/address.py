@@ -1,4 +1,4 @@
-"""This host's one address for the other ranks' hosts."""
+"""The one address at which other hosts reach this one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _LONGEST_NAME = 15  # of an interface
 
 
 def own_address() -> str:
-    """That of the interface that PIPEMOE_INTERFACE names; else that of the host's own name, unless it resolves to
-    loopback, as on Debian, or to an address that this host does not have; else that of the interface of the default
-    route.
+    """The first of these that exists: the address of the interface that PIPEMOE_INTERFACE names; the address of the
+    host's own name, unless that is loopback (as on Debian) or belongs to another host; the address of the default
+    route's interface.
 
-    Raises ConfigError for an interface that is not there, or has no IPv4 address.
+    Raises ConfigError if the named interface does not exist or has no IPv4 address.
     """
     interface = os.environ.get("PIPEMOE_INTERFACE")
     if interface:

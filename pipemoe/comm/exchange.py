@@ -17,7 +17,7 @@ _SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "
 
 
 def shared(error: PipemoeError) -> PipemoeError:
-    """The error, known to be that of all ranks."""
+    """The same error, marked as one that all ranks raise."""
     error.is_shared = True
     return error
 
@@ -39,7 +39,7 @@ def raise_first(texts: list[bytes]) -> None:
 
 
 def pack_shared(payload: bytes, error: PipemoeError | None) -> bytes:
-    """What a rank shares, or why it cannot."""
+    """A rank's payload, or the error that keeps it from giving one."""
     return b"\0" + payload if error is None else b"\1" + encode_error(error)
 
 
@@ -59,16 +59,19 @@ def encode_step(
 ) -> bytes:
     """One rank's message of a step: fingerprint (16 bytes), sequence lengths, or what went wrong on this rank.
 
-    is_known: the error was raised here in the last step, by misuse; should that be so on all ranks, nobody needs to
-    hear of it. left_out: which sides of the run do no work (0: none), the same on all ranks.
+    is_known: this rank's caller has already seen the error, by misuse in the last step. If that is so on all ranks,
+    nobody needs to hear of it again. left_out: which sides of the run do no work (0: none), the same on all ranks.
     """
     text = encode_error(error)
     return _HEADER.pack(fingerprint, len(text), is_known, left_out) + text + struct.pack(f"<{len(lengths)}q", *lengths)
 
 
 def decode_step(payloads: list[bytes]) -> Facts:
-    """All ranks' messages to facts. Raises on every rank alike: the first rank's error, unless all ranks know theirs,
-    or MismatchError for different fingerprints, or where not all leave out the same."""
+    """Facts from all ranks' messages.
+
+    Raises the same on every rank: the first rank's error, unless all ranks know theirs; MismatchError if fingerprints
+    differ, or what the ranks leave out.
+    """
     headers = [_HEADER.unpack_from(p) for p in payloads]
     if not all(is_known for _, _, is_known, _ in headers):
         raise_first([p[_HEADER.size : _HEADER.size + n] for p, (_, n, *_) in zip(payloads, headers)])

@@ -1,8 +1,7 @@
-"""One small all-gather of bytes: every rank gives some, every rank gets all. Non-blocking; whoever waits polls
-`done()`.
+"""One small all-gather of bytes: every rank gives some, every rank gets all. It does not block; poll `done()`.
 
-Ranks meet in the order of their calls, whatever they call. So the bytes of each travel with what the rank is doing, and
-ranks that meet over different things all raise the same error.
+Collectives match by call order, so each message carries its purpose. Ranks whose purposes differ all raise the same
+error.
 """
 
 from __future__ import annotations
@@ -74,20 +73,20 @@ class MpiGathering:
         messages, at = [], 0
         for rank, n in enumerate(self._sizes):
             begin = BLOCK * rank + _LENGTH.size
-            overflow = max(0, n - _ROOM)
-            messages.append(bytes(self._blocks[begin : begin + n - overflow]) + bytes(self._rest[at : at + overflow]))
-            at += overflow
+            rest = max(0, n - _ROOM)
+            messages.append(bytes(self._blocks[begin : begin + n - rest]) + bytes(self._rest[at : at + rest]))
+            at += rest
         self.payloads = unpack_messages(messages)
 
 
 def pack_message(payload: bytes, doing: str) -> bytes:
-    """What one rank sends: `payload`, and what it is for."""
+    """One rank's message: its purpose, then `payload`."""
     text = doing[:_LONGEST_DOING].encode(errors="backslashreplace")
     return _DOING_LENGTH.pack(len(text)) + text + payload
 
 
 def unpack_messages(messages: list[bytes]) -> list[bytes]:
-    """All ranks' payloads. Raises MismatchError, naming who does what, unless all are doing the same."""
+    """All ranks' payloads. Raises MismatchError, naming each rank's purpose, unless all are the same."""
     payloads: list[bytes] = []
     ranks_doing: dict[str, list[int]] = {}
     for rank, message in enumerate(messages):

@@ -7,11 +7,11 @@ job's token.
                                     <------    _ANSWER: magic, rank, nonce, proof of "higher"
     proof of "lower"                ------>
 
-A proof is an HMAC of the token over the role, both ranks and both nonces. So the token does not travel, and what
-somebody has heard cannot be said again, nor be sent back, nor be used between other ranks. All of this has a fixed
-length, and nothing is parsed.
+A proof is an HMAC of the token over the role, both ranks and both nonces. So the token does not travel, and a proof
+that somebody overhears cannot be replayed, reflected, or used between other ranks. Messages have fixed lengths, and
+nothing is parsed.
 
-Everything is non-blocking and under one clock: a stranger, however slow and however many, holds up nobody but itself.
+Nothing blocks, and one clock limits it all: slow strangers hold up nobody but themselves, however many they are.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from dataclasses import dataclass
 from pipemoe.comm.lines import MAX_LINE, decode_line, encode_line
 from pipemoe.errors import PeerLost
 
-GREETING_SECONDS = 5.0  # for all of one connection's greeting. A rank that is late for that connects again
-# connections that have not yet said who they are, beside one for each rank; one more, and the oldest goes
+GREETING_SECONDS = 5.0  # for the whole greeting on one connection; a rank that is late connects again
+# Connections that have not yet proved who they are, beside one for each rank. One more, and the oldest is closed.
 MOST_GUESTS = 64
-_REFUSED_SECONDS = 5.0  # how long to try again where nobody listens, or somebody else
+_REFUSED_SECONDS = 5.0  # how long to try again where nobody of this job listens
 _SILENT_SECONDS = 30.0  # for an answer from a host: its kernel gives it, however busy the rank is
 _PAUSE_SECONDS = 0.2  # between attempts
 _POLL_SECONDS = 0.05
@@ -45,7 +45,7 @@ _PROOF_BYTES = 32
 
 
 def proof(token: str, role: str, lower: int, higher: int, nonces: bytes) -> bytes:
-    """What shows that the rank in `role` ("lower" or "higher") knows the token."""
+    """Proof that the rank in `role` ("lower" or "higher") knows the token."""
     message = struct.pack("<8s8sqq", _MAGIC, role.encode(), lower, higher) + nonces
     return hmac.digest(token.encode(), message, "sha256")
 
@@ -73,7 +73,7 @@ def meet(
 
 @dataclass
 class _Greeting:
-    """A connection under way to being a rank's."""
+    """A connection whose greeting is under way."""
 
     connection: socket.socket
     nonce: bytes  # this end's
@@ -82,7 +82,7 @@ class _Greeting:
     peer_nonce: bytes | None = None  # of a call: the hello has come
 
     def receive(self, size: int) -> bytes | None:
-        """Those bytes once they have all come; None before. Raises OSError if the other end has closed."""
+        """The next `size` bytes, or None until all have come. Raises OSError if the other end has closed."""
         more = self.connection.recv(size - len(self.data))
         if not more:
             raise ConnectionResetError(errno.ECONNRESET, "it closed the connection")
@@ -135,6 +135,7 @@ class _Meeting:
             while self._guests and now - next(iter(self._guests.values())).since > GREETING_SECONDS:
                 self._show_out(next(iter(self._guests)))
             for key, _ in self._selector.select(_POLL_SECONDS):
+                assert isinstance(key.fileobj, socket.socket)
                 if key.fileobj.fileno() >= 0:  # closed meanwhile
                     key.data()
         return self.met
@@ -239,6 +240,7 @@ class _Meeting:
             self._refused(call, os.strerror(status))
 
     def _connected(self, call: _Call) -> None:
+        assert call.greeting is not None  # _dial has made it
         connection = call.greeting.connection
         status = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if status:
@@ -251,6 +253,7 @@ class _Meeting:
 
     def _hear_host(self, call: _Call) -> None:
         greeting = call.greeting
+        assert greeting is not None  # _dial has made it
         try:
             data = greeting.receive(_HELLO.size if greeting.peer_nonce is None else _PROOF_BYTES)
         except BlockingIOError:
@@ -283,9 +286,7 @@ class _Meeting:
         call.greeting, call.next_try = None, time.monotonic() + _PAUSE_SECONDS
 
     def _refused(self, call: _Call, why: str) -> None:
-        """Nobody of this job is there. Listeners are made before their addresses are told, so this hardly changes by
-        waiting.
-        """
+        """Nobody of this job listens there. Listeners exist before their addresses are told: waiting hardly helps."""
         self._hang_up(call)
         now = time.monotonic()
         call.why, call.refused_since = why, call.refused_since or now
@@ -322,7 +323,7 @@ class _Meeting:
 
 
 def _say(connection: socket.socket, data: bytes) -> bool:
-    """Send some bytes on a connection that has carried hardly any: all at once, or it is broken."""
+    """Send a few bytes at once. A new connection has room for them, so anything less means that it is broken."""
     try:
         return connection.send(data) == len(data)
     except OSError:

@@ -1,7 +1,7 @@
-"""The side channel's lines: one JSON object each, ASCII, never longer than MAX_LINE, whatever goes in or comes in.
+"""The side channel's lines: one JSON object each, in ASCII, never longer than MAX_LINE.
 
-Text is cut before it is encoded, so that a line is always whole and always JSON. What a socket does not take at once is
-remembered, so that no line ever begins in the middle of another.
+Text is cut before it is encoded, so a line is always whole JSON. The outbox keeps what a socket does not take at once,
+so no line begins inside another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import socket
 from collections import deque
 
 MAX_LINE = 1 << 16  # bytes, with the newline
-# characters kept of a longer text: of what it is about, and of how it ends. JSON takes up to 12 bytes for one
+# Characters kept of a longer text: its beginning and its end. JSON takes up to 12 bytes for one character.
 _HEAD, _TAIL = 3500, 1500
 _MOST_KEPT = 16  # lines that wait for a peer that does not read
 
@@ -62,7 +62,7 @@ class LineReader:
 
 
 class Outbox:
-    """What one peer has yet to be sent. One thread at a time."""
+    """Lines that wait for one peer. For one thread at a time."""
 
     def __init__(self) -> None:
         self._lines: deque[bytes] = deque()  # the first one may have been sent in part
@@ -71,7 +71,7 @@ class Outbox:
         return bool(self._lines)
 
     def put(self, line: bytes, *, keep: bool) -> None:
-        """Hand in a line. One that need not be kept is dropped while others wait: the next of its kind says more."""
+        """Hand in a line. Unless `keep`, it is dropped while others wait: the next heartbeat says more."""
         if len(self._lines) < (_MOST_KEPT if keep else 1):
             self._lines.append(line)
 

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipemoe.comm.transport import Test, WaveSums, gather_transfers, sum_in_rank_order
+from pipemoe.comm.transport import CallLog, Test, WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError
-from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Wave
 
 
 class Communicators:
-    """This process's duplicates of COMM_WORLD, for all its worlds, one after another: MPI has few, and to free one is a
-    collective call, which a rank may miss. A world that ended well leaves nothing under way on them."""
+    """This process's duplicates of COMM_WORLD. All its worlds use them, one after another.
+
+    They are never freed: MPI has few communicators, but freeing one is a collective call, which a rank may miss. A
+    world that ended well leaves nothing under way on them.
+    """
 
     def __init__(self, world: Any) -> None:
         self.world = world  # for exchanges
@@ -28,15 +30,15 @@ class Communicators:
         return self._pairs[:num_slots]
 
 
-class MpiTransport:
+class MpiTransport(CallLog):
     """Posts in plan order; the engine tests (MPI calls here never block)."""
 
     def __init__(self, communicators: Communicators, num_slots: int) -> None:
         from mpi4py import MPI
 
+        super().__init__()
         self._mpi = MPI
         self.rank, self.size = communicators.world.Get_rank(), communicators.world.Get_size()
-        self.log: list[Issue] | None = None
         self._dispatch, self._combine = zip(*communicators.pairs(num_slots), strict=True)
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: Any) -> Test:
@@ -85,7 +87,7 @@ class MpiTransport:
 
     def _reduce_scatter(self, comm: Any, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> Test:
         memory = _numeric(sums.partial)
-        # in place, the sums of this rank's block come where the first block was
+        # In place, MPI writes the sums of this rank's block over the first block.
         own = sums.partial[: wave.num_rows // self.size]
         self._note("combine", slot, buffer, "reduce_scatter", -1, memory.nbytes)
         done = self._test([comm.Ireduce_scatter_block(self._mpi.IN_PLACE, memory, op=self._mpi.SUM)])
@@ -117,12 +119,12 @@ class MpiTransport:
         return test
 
     def _test(self, requests: list[Any], *buffers: Any) -> Test:
-        """The buffers live as long as the test: MPI reads and writes them until it says so."""
-        return lambda buffers=buffers: self._mpi.Request.Testall(requests)
+        """The test keeps the buffers alive: MPI reads and writes them until it returns True."""
 
-    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
-        if self.log is not None:
-            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
+        def test(buffers: tuple[Any, ...] = buffers) -> bool:
+            return self._mpi.Request.Testall(requests)
+
+        return test
 
     def check(self) -> None:
         """MPI's calls raise by themselves."""

@@ -11,9 +11,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from pipemoe.comm.transport import WaveSums, gather_transfers, sum_in_rank_order
+from pipemoe.comm.transport import CallLog, WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError, FatalError
-from pipemoe.plan.projection import Issue
 from pipemoe.plan.room import Room
 from pipemoe.plan.schedule import Wave
 
@@ -29,7 +28,7 @@ class NcclFailed(FatalError):
 
 @contextlib.contextmanager
 def _named(doing: str) -> Iterator[None]:
-    """Raise such a result as NcclFailed."""
+    """Raise a result that cupy has no name for as NcclFailed."""
     try:
         yield
     except KeyError as error:
@@ -37,7 +36,7 @@ def _named(doing: str) -> Iterator[None]:
 
 
 def _failed(error: KeyError, doing: str) -> Exception:
-    """What a KeyError that cupy raised means; any other KeyError as it is."""
+    """The error behind a KeyError of cupy's; any other KeyError stays as it is."""
     number = error.args[0] if error.args else None
     if type(number) is not int:
         return error
@@ -46,13 +45,13 @@ def _failed(error: KeyError, doing: str) -> Exception:
 
 
 def unique_ids(num_ids: int) -> list[bytes]:
-    """As many new ids of communicators."""
+    """`num_ids` new ids of communicators."""
     with _named("making ids of communicators"):
         return [library().get_unique_id() for _ in range(num_ids)]
 
 
 def version() -> int:
-    """NCCL's, as it writes it itself: 22703 is 2.27.3."""
+    """The version of NCCL as one number: 22703 is 2.27.3."""
     with _named("asking for its version"):
         return library().get_version()
 
@@ -79,26 +78,27 @@ def default_max_ctas(num_sms: int, num_slots: int, ranks_on_device: int) -> int:
 
 
 def max_ctas() -> int:
-    """Thread blocks that one NCCL kernel may take, once a world with several ranks on GPUs is made."""
+    """Thread blocks that one NCCL kernel may take. Only once a world with several ranks on GPUs is made."""
     return int(os.environ["NCCL_MAX_CTAS"])
 
 
 def cluster_blocks() -> int:
-    """Thread blocks that NCCL wants to start as one cluster, on neighbouring SMs (0: none), once a world with several
-    ranks on GPUs is made.
+    """Thread blocks that NCCL starts as one cluster, on neighbouring SMs (0: none).
+
+    Only once a world with several ranks on GPUs is made.
     """
     return int(os.environ["NCCL_CGA_CLUSTER_SIZE"])
 
 
-class NcclTransport:
+class NcclTransport(CallLog):
     """`ids`: one NCCL unique id per communicator, 2 x num_slots of them, the same on all ranks."""
 
     def __init__(self, rank: int, size: int, ids: list[bytes]) -> None:
         import torch
 
+        super().__init__()
         self._nccl = library()
         self.rank, self.size = rank, size
-        self.log: list[Issue] | None = None
         self._types = {
             torch.float32: self._nccl.NCCL_FLOAT32,
             torch.float64: self._nccl.NCCL_FLOAT64,
@@ -185,10 +185,6 @@ class NcclTransport:
         self._nccl.groupEnd()
         sum_in_rank_order(self.rank, wave, sums)
 
-    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
-        if self.log is not None:
-            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
-
     def check(self) -> None:
         """Raise what NCCL noticed by itself (network errors; not a peer killed on NVLink)."""
         for comm in self._comms:
@@ -205,8 +201,8 @@ class NcclTransport:
                 comm.abort()
 
     def close(self) -> None:
-        """Give the communicators back, by NCCL's abort: its destroy is a collective call, and would wait for ranks that
-        go on.
+        """Give the communicators back, by NCCL's abort. Its destroy is a collective call, and would wait for ranks that
+        still work.
         """
         self.abort()
 

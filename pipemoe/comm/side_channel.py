@@ -22,7 +22,8 @@ from pipemoe.comm.lines import MAX_LINE, LineReader, Outbox, cut, decode_line, e
 HEARTBEAT_SECONDS = 0.25
 FLUSH_SECONDS = 1.0  # for last words to leave this host
 SILENT_SECONDS = 2.0  # a rank that was not heard for so long has stopped, or its host has gone
-_PROGRESS = {"step": int, "ops": int, "doing": str, "patience": (int, float)}  # what a heartbeat says
+# what a heartbeat says
+_PROGRESS: dict[str, type | tuple[type, ...]] = {"step": int, "ops": int, "doing": str, "patience": (int, float)}
 _FLUSH_POLL_SECONDS = 0.005
 _BACKLOG = 128  # connections that the kernel keeps until the ranks meet
 
@@ -67,7 +68,7 @@ class SideChannel:
         names no interface."""
         self.rank, self.size = rank, size
         self.peers = {r: Peer() for r in range(size) if r != rank}
-        # what went wrong on its own thread: the watch over the engine may have ended with it
+        # What broke the channel's own thread, and perhaps with it the watch over the engine.
         self.error: BaseException | None = None
         self._progress, self._tick = progress, tick
         self._links: dict[int, _Link] = {}
@@ -94,22 +95,21 @@ class SideChannel:
         self._thread.start()
 
     def announce_failure(self, text: str, culprit: int | None = None) -> None:
-        """Tell every peer that this rank is ending, and why: for itself, or for rank `culprit`. Returns when that has
-        left, or after a second."""
+        """Tell every peer that this rank ends, and why: its own failure, or that of rank `culprit`.
+
+        Returns when the message has been sent, or after a second.
+        """
         self._say_last({"failure": text, "culprit": culprit})
 
     def say_good_bye(self, reason: str = "") -> None:
-        """Tell every peer that this rank takes part in nothing more, so that none waits for it or takes its closed
-        socket for a failure.
+        """Tell every peer that this rank leaves, so that none waits for it or takes its closed socket for a failure.
 
-        reason: why, where it is not that all is done. Returns when that has left, or after a second.
+        reason: why, unless all work is done. Returns when the message has been sent, or after a second.
         """
         self._say_last({"left": True, "reason": reason})
 
     def tell(self, **news: str | bool) -> None:
-        """Tell every peer something that is no step's matter, and outlives the world: it adds to what its `Peer.news`
-        holds.
-        """
+        """Tell every peer something that concerns no step and outlives the world; `Peer.news` keeps it."""
         self._send(
             encode_line(
                 {"news": {name: cut(value) if isinstance(value, str) else value for name, value in news.items()}}
@@ -122,25 +122,23 @@ class SideChannel:
         return all(peer.left or peer.gone for peer in self.peers.values())
 
     def close(self) -> None:
-        """Say nothing more, and give everything back."""
+        """Stop the heartbeat thread and close all sockets."""
         self._closing = True
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(FLUSH_SECONDS)
         self.disown()
 
     def disown(self) -> None:
-        """Let go of the sockets. So must a process forked from this one: its copies would keep them open when this one
-        ends.
-        """
+        """Close the sockets. A forked process must do so too: its copies would keep them open when this one ends."""
         self._closing = True
         self._listener.close()
         for link in self._links.values():  # without the lock, which somebody may have held at the fork
             link.connection.close()
 
     def failed(self) -> tuple[int, str] | None:
-        """The rank behind it all, as far as is known here, and why it is lost; None if none is.
+        """The rank that was lost first, as far as this rank knows, and why; None if none is lost.
 
-        That is whoever was lost first. A rank that says that it ends for another is believed, and the other is named.
+        A rank may say that it ends because of another. Then the other is named.
         """
         lost = [rank for rank, peer in self.peers.items() if peer.is_lost]
         if not lost:
@@ -160,7 +158,7 @@ class SideChannel:
         return f"its process ended, connection closed; last heard {time.monotonic() - peer.heard:.1f} s ago"
 
     def silent(self) -> tuple[int, float] | None:
-        """The rank that was not heard for longest, and for how many seconds, if that is so long that it must have
+        """The rank that was silent for longest, and its seconds of silence, if they are so many that it must have
         stopped.
         """
         heard, rank = min(
@@ -170,7 +168,7 @@ class SideChannel:
         return (rank, seconds) if seconds > SILENT_SECONDS else None
 
     def patience(self) -> float:
-        """Seconds that the peers, of those that are there, want to be waited for."""
+        """The most seconds for which a live peer asks the others to wait."""
         now = time.monotonic()
         asked = [p.progress.get("patience", 0.0) for p in self.peers.values() if now - p.heard < SILENT_SECONDS]
         return max((seconds for seconds in asked if math.isfinite(seconds)), default=0.0)
@@ -187,10 +185,10 @@ class SideChannel:
             )
         return "; ".join(lines)
 
-    # Sending, from any thread; a connection takes what it can, and the rest waits in its outbox.
+    # Sending, from any thread. A connection takes what it can; the rest waits in its outbox.
 
     def _say_last(self, message: dict) -> None:
-        """Hand in a message that must arrive, and see it off."""
+        """Send a message that must arrive, and wait until it has left."""
         self._send(encode_line(message), keep=True)
         deadline = time.monotonic() + FLUSH_SECONDS
         while any(link.outbox for link in self._links.values()) and time.monotonic() < deadline:
@@ -198,7 +196,7 @@ class SideChannel:
             self._send()
 
     def _send(self, line: bytes = b"", *, keep: bool = False) -> None:
-        """Send every peer what waits for it, and `line`."""
+        """Send every peer its waiting lines, then `line`."""
         with self._lock:
             for link in self._links.values():
                 if line:
@@ -241,7 +239,7 @@ class SideChannel:
             self.error = error
 
     def _listen(self, rank: int) -> bool:
-        """Take what has come from a peer; False once there will be nothing more."""
+        """Read what a peer has sent; False once its connection has ended."""
         link, peer = self._links[rank], self.peers[rank]
         try:
             data = link.connection.recv(MAX_LINE)

@@ -34,20 +34,20 @@ class WaveSums:
 
 
 def column_blocks(memory: torch.Tensor, rows: tuple[int, ...], columns: Sequence[range]) -> list[torch.Tensor]:
-    """The beginning of `memory` (contiguous) as one matrix [*rows, len(c)] for each range c of columns, one after
-    another: what a collective takes is contiguous."""
+    """The beginning of `memory` (contiguous) as matrices [*rows, len(c)], one for each range c of columns.
+
+    They lie one after another, since collectives take contiguous memory.
+    """
     flat, num_rows = memory.view(-1), math.prod(rows)
     return [flat[num_rows * c.start : num_rows * c.stop].view(*rows, len(c)) for c in columns]
 
 
 class Transport(Protocol):
-    """Moves waves. `slot` picks the pair of communicators; `buffer` only goes into the log."""
-
-    log: list[Issue] | None  # every call really issued, when not None
+    """Moves waves between ranks. `slot` picks the pair of communicators; `buffer` is only logged."""
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> Test | None:
-        """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8; each rank has written its
-        own.
+        """Bring every segment's rows to every rank. rows: [wave.num_rows, row_bytes] uint8, with this rank's own rows
+        written.
         """
 
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test | None:
@@ -55,21 +55,44 @@ class Transport(Protocol):
         after another.
         """
 
+    def start_log(self) -> None:
+        """Remember every call that is really issued from now on."""
+
+    def take_log(self) -> list[Issue]:
+        """The calls since `start_log`, in order; remembers none from now on."""
+
     def check(self) -> None:
-        """Raise what the library noticed by itself."""
+        """Raise an error that the library has found by itself."""
 
     def abort(self) -> None:
-        """End whatever is under way; may block."""
+        """End all that is under way; may block."""
 
     def close(self) -> None:
-        """Give everything back; nothing is under way any more."""
+        """Give everything back. Only when nothing is under way."""
 
 
-class LocalTransport:
-    """The transport of a world of one: rows are already there."""
+class CallLog:
+    """The part of a transport that remembers its calls for `verify` (debug)."""
 
     def __init__(self) -> None:
         self.log: list[Issue] | None = None
+
+    def start_log(self) -> None:
+        """Remember every call from now on."""
+        self.log = []
+
+    def take_log(self) -> list[Issue]:
+        """The calls since `start_log`; remembers none from now on."""
+        log, self.log = self.log or [], None
+        return log
+
+    def _note(self, communicator: str, slot: int, buffer: int, primitive: str, peer: int, num_bytes: int) -> None:
+        if self.log is not None:
+            self.log.append(Issue(communicator, slot, buffer, primitive, peer, num_bytes))
+
+
+class LocalTransport(CallLog):
+    """The transport of a world of one: rows are already there."""
 
     def dispatch(self, slot: int, buffer: int, wave: Wave, exchange: str, rows: torch.Tensor) -> None:
         pass
@@ -77,6 +100,9 @@ class LocalTransport:
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> None:
         for segment, result in zip(wave.segments, sums.results, strict=True):
             result.copy_(sums.partial[segment.row : segment.row + segment.num_rows])
+
+    def check(self) -> None:
+        pass
 
     def abort(self) -> None:
         pass
@@ -86,17 +112,19 @@ class LocalTransport:
 
 
 def gather_transfers(rank: int, num_ranks: int, wave: Wave, sums: WaveSums) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """What this rank calls for combine="gather", in order: ("send" or "recv", the other side, the rows [n, H] to read
-    or write).
+    """This rank's calls for combine="gather", in order: "send" or "recv", the other rank, the rows [n, H] to read or
+    write.
 
-    In the staging, the peers stand in the order of their ranks, and under each the own segments in the wave's order.
+    The staging holds one block for each peer, in rank order; each block has this rank's segments in the wave's order.
     """
     at = dict.fromkeys(range(num_ranks), 0)
+    staging = sums.staging
     for primitive, peer, segment in gather_calls(wave, rank, num_ranks):
         if primitive == "send":
             yield primitive, peer, sums.partial[segment.row : segment.row + segment.num_rows]
         else:
-            yield primitive, peer, sums.staging[peer - (peer > rank), at[peer] : at[peer] + segment.num_rows]
+            assert staging is not None  # combine="gather" on several ranks has one
+            yield primitive, peer, staging[peer - (peer > rank), at[peer] : at[peer] + segment.num_rows]
             at[peer] += segment.num_rows
 
 
@@ -106,14 +134,15 @@ def sum_in_rank_order(rank: int, wave: Wave, sums: WaveSums) -> None:
     """
     import torch
 
-    at = 0
+    at, staging = 0, sums.staging
+    assert staging is not None  # combine="gather" on several ranks has one
     for segment, result in zip((s for s in wave.segments if s.rank == rank), sums.results, strict=True):
         own = sums.partial[segment.row : segment.row + segment.num_rows]
-        staged = sums.staging[:, at : at + segment.num_rows]
+        staged = staging[:, at : at + segment.num_rows]
         at += segment.num_rows
         wide = torch.float64 if own.dtype == torch.float64 else torch.float32
-        total = None
-        for peer in range(len(staged) + 1):
-            part = own if peer == rank else staged[peer - (peer > rank)]
-            total = part.to(wide, copy=True) if total is None else total.add_(part)
+        first, *others = (own if peer == rank else staged[peer - (peer > rank)] for peer in range(len(staged) + 1))
+        total = first.to(wide, copy=True)
+        for part in others:
+            total.add_(part)
         result.copy_(total)

@@ -9,7 +9,8 @@ that arrive while the GPU is busy with others.
 Who calls this keeps to three rules, or the GPU stands still:
 - Everything that a flag waits for is enqueued before the experts call, which checks that, and never waits for this
 call.
-- The experts leave room to all collectives that may be under way (`Experts.leaving`). Room for the index is left here.
+- The experts leave room to all collectives that may be under way (`Experts.with_free_sms`). Room for the index is
+  left here.
 - One object of this class for all cohorts of a GPU: it has one call at a time wait for parts.
 A call whose parts do not come spins until the lane that should bring them goes on: an aborted collective does, and the
 flags behind it are written. The end of the process ends it too.
@@ -106,7 +107,7 @@ class ArrivingExperts:
             tensor_map(matrix.detach(), box) for w in with_experts for matrix in (w.gate_up, w.down) for box in W_BOXES
         ]
         self._maps = device_maps(maps, experts.device)
-        self._map_of_layer = {}
+        self._map_of_layer: dict[int, int] = {}
         for layer, w in enumerate(experts.weights):
             if w.num_local_experts:
                 self._map_of_layer[layer] = 2 * len(W_BOXES) * len(self._map_of_layer)
@@ -173,6 +174,7 @@ class ArrivingExperts:
                 f"layer {arrivals.layer}: part {part} is not among the expected {sorted(arrivals.missing)}"
             )
         layer, rows = arrivals.layer, arrivals.rows
+        assert layer is not None and rows is not None  # `expect` has set them
         weights = self.experts.weights[layer]
         slot, first, stop = arrivals.slots[part], arrivals.first_rows[part], arrivals.first_rows[part + 1]
         arrivals.missing.remove(part)
@@ -212,6 +214,7 @@ class ArrivingExperts:
                 "`arrived` first"
             )
         experts, layer, rows = self.experts, arrivals.layer, arrivals.rows
+        assert layer is not None  # `expect` has set it
         blocks = experts.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
         arrivals.rows = None
         weights = experts.weights[layer]

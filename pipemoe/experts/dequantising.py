@@ -49,10 +49,10 @@ class DequantisingExperts:
         self.sliced_permille = inner.sliced_permille
         self.num_sms = inner.num_sms
 
-    def leaving(self, num_sms: int) -> DequantisingExperts:
-        """See ExpertsShape.leaving."""
+    def with_free_sms(self, num_sms: int) -> DequantisingExperts:
+        """See ExpertsShape.with_free_sms."""
         other = copy.copy(self)
-        other._inner = self._inner.leaving(num_sms)
+        other._inner = self._inner.with_free_sms(num_sms)
         other.num_sms = other._inner.num_sms
         return other
 
@@ -86,6 +86,7 @@ class DequantisingExperts:
         self._inner(layer, wide, out, scratch.inner, events)
 
     def _dequantise(self, rows: WireRows, wide: WireRows) -> None:
+        assert rows.scales is not None  # e4m3 rows have them
         wide.ids.copy_(rows.ids)
         wide.weights.copy_(rows.weights)
         if self._device.type == "cpu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipemoe.errors import ConfigError
 from pipemoe.experts.protocol import Experts
@@ -73,27 +73,41 @@ def make_experts(
         raise ConfigError(
             f"dispatch_dtype is {dispatch_dtype}, but {device} is of compute capability under 8.9, which cannot make it"
         )
-    settings = {"top_k": top_k, "hidden": hidden, "device": device, "dtype": dtype, "deterministic": deterministic}
-    if implementation == "host":
-        from pipemoe.experts.host import HostExperts as implementation_class
-    elif implementation == "hopper":
-        from pipemoe.experts.hopper import HopperExperts as implementation_class
-    elif implementation == "hopper_fp8":
-        from pipemoe.experts.hopper_fp8 import HopperFp8Experts as implementation_class
-    elif implementation == "ampere":
-        from pipemoe.experts.ampere import AmpereExperts as implementation_class
-    else:
-        from pipemoe.experts.torch_cuda import TorchExperts as implementation_class
+    settings: dict[str, Any] = {"top_k": top_k, "hidden": hidden, "device": device, "dtype": dtype}
+    settings["deterministic"] = deterministic
     if implementation in TAKE_NUM_SMS:
         settings["num_sms"] = num_sms
     if implementation == "hopper":
         settings["num_experts"] = num_experts
-    experts = implementation_class(weights, **settings)
+    experts = _class_of(implementation)(weights, **settings)
     if e4m3_rows and experts.wire_dtype != dispatch_dtype:
         from pipemoe.experts.dequantising import DequantisingExperts
 
         experts = DequantisingExperts(experts, hidden=hidden, top_k=top_k, device=device, dtype=dtype)
     return experts
+
+
+def _class_of(implementation: str) -> Any:
+    """The implementation's class. Each takes only its own scratches, which the protocol `Experts` cannot say."""
+    if implementation == "host":
+        from pipemoe.experts.host import HostExperts
+
+        return HostExperts
+    if implementation == "hopper":
+        from pipemoe.experts.hopper import HopperExperts
+
+        return HopperExperts
+    if implementation == "hopper_fp8":
+        from pipemoe.experts.hopper_fp8 import HopperFp8Experts
+
+        return HopperFp8Experts
+    if implementation == "ampere":
+        from pipemoe.experts.ampere import AmpereExperts
+
+        return AmpereExperts
+    from pipemoe.experts.torch_cuda import TorchExperts
+
+    return TorchExperts
 
 
 def _for_cuda(weights: Sequence[ExpertWeights], hidden: int, device: torch.device, dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -84,7 +84,8 @@ class HopperScratch:
         # shape's boxes.
         sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs and experts.on_hopper else []
         views = {size: self.a[: num_pairs * size].view(num_pairs, size) for size in sizes}
-        places, maps = {}, []
+        places: dict[tuple[int, TileShape], int] = {}
+        maps: list[Any] = []
         for size, view in views.items():
             for shape in experts.shapes:
                 places[size, shape] = len(maps)
@@ -135,7 +136,7 @@ class HopperExperts(ExpertsShape):
 
     def _prepare(self) -> None:
         """Make what the GEMMs of each layer need."""
-        maps = []
+        maps: list[Any] = []
         self._first_maps = []  # of each layer: gate_up's, down's
         for layer, w in enumerate(self.weights):
             boxes = self._gate_up_kernel(layer, self.shapes[0]).w_boxes  # the same in all shapes
@@ -158,6 +159,7 @@ class HopperExperts(ExpertsShape):
             return self.shapes[0]
         found = self._shape_of.get((layer, num_rows))
         if found is None:
+            assert self._num_experts is not None  # or there would be one shape
             rows, w = num_rows * self.top_k / self._num_experts, self.weights[layer]
             found = shape_for(rows, 6 * rows * w.num_local_experts * self.hidden * w.intermediate, self.num_sms)
             if len(self._shape_of) >= MAX_LAYOUTS * len(self.weights):
@@ -165,7 +167,7 @@ class HopperExperts(ExpertsShape):
             self._shape_of[layer, num_rows] = found
         return found
 
-    def leaving(self, num_sms: int) -> HopperExperts:
+    def with_free_sms(self, num_sms: int) -> HopperExperts:
         other = copy.copy(self)  # the same weights and maps
         other.num_sms, other._shape_of = max(1, self.num_sms - num_sms), {}
         other._leaves_sms = self._leaves_sms or num_sms > 0

@@ -9,7 +9,7 @@ Like hopper.py's otherwise: nothing is allocated, nothing synchronises the host,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -64,7 +64,7 @@ class HopperFp8Scratch:
         self.y = empty(num_pairs, experts.hidden, dtype=torch.bfloat16)
         # A layer's intermediate -> address of the maps of `a` with rows of that length.
         self.a_maps = {}
-        maps = []
+        maps: list[Any] = []
         sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs else []
         for size in sizes:
             self.a_maps[size] = len(maps) * MAP_BYTES
@@ -90,7 +90,7 @@ class HopperFp8Experts(HopperExperts):
             raise ConfigError(reason)
         self.weights = tuple(w if w.is_quantised else quantise_experts(w) for w in self.weights)
         self.wire_dtype = E4M3
-        maps = []
+        maps: list[Any] = []
         self._layers = []
         for w in self.weights:
             self._layers.append(len(maps))
@@ -98,11 +98,12 @@ class HopperFp8Experts(HopperExperts):
                 maps += [weight_map(w.gate_up.detach(), gated=True), weight_map(w.down.detach(), gated=False)]
         self._maps = device_maps(maps, self.device)
 
-    def new_scratch(self, max_rows: int) -> HopperFp8Scratch:
+    # Scratches come from `new_scratch` of the same object, so the narrower types below are safe.
+    def new_scratch(self, max_rows: int) -> HopperFp8Scratch:  # type: ignore[override]
         self.check_max_rows(max_rows)
         return HopperFp8Scratch(self, max_rows)
 
-    def _pack_gate_up(
+    def _pack_gate_up(  # type: ignore[override]
         self,
         layer: int,
         shape: TileShape,
@@ -117,7 +118,7 @@ class HopperFp8Experts(HopperExperts):
             a.get_device(), hidden, scratch.tokens, weight_map, scales, offsets, a, a_scales, self.num_sms
         )
 
-    def _pack_down(
+    def _pack_down(  # type: ignore[override]
         self,
         layer: int,
         shape: TileShape,

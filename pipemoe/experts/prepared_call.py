@@ -99,7 +99,8 @@ class PreparedCall:
             if combine:
                 combine(stream, ids, weights, out[i].data_ptr() if whole is None else whole + offset, num_rows)
             else:
-                part = out[i] if whole is None else out[:, block.columns.start : block.columns.stop]
+                in_block = slice(block.columns.start, block.columns.stop)
+                part = out[:, in_block] if isinstance(out, torch.Tensor) else out[i]
                 self._combine_any(Stream(self._device_index, stream), block, rows, part, num_rows)
             if events:
                 events[i].record()

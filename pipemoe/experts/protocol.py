@@ -39,13 +39,12 @@ class Experts(Protocol):
     implementation: str
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
-    # about the part of a call's time, in thousandths, that goes block by block of columns where events ask for it
-    sliced_permille: int
+    sliced_permille: int  # per mille of a call's time spent in the column-blocked part (down projection, combine)
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
     supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
-    def leaving(self, num_sms: int) -> Experts:
-        """These experts with kernels that leave so many multiprocessors to collectives beside them; scratches serve
+    def with_free_sms(self, num_sms: int) -> Experts:
+        """The same experts with kernels that leave `num_sms` multiprocessors free for collectives; scratches serve
         both.
         """
 
@@ -124,10 +123,12 @@ class ExpertsShape:
         names = (DETERMINISTIC_DTYPE,) if deterministic else COMBINE_DTYPES
         self.out_dtypes = tuple(getattr(torch, name) for name in names)
 
-    def leaving(self, num_sms: int) -> Self:
-        """These experts with kernels that leave so many multiprocessors to collectives beside them. A persistent kernel
-        with a block for every one would have a block wait for its place, and all others for that. Here: no persistent
-        kernels, the same object."""
+    def with_free_sms(self, num_sms: int) -> Self:
+        """The same experts with kernels that leave `num_sms` multiprocessors free for collectives.
+
+        A persistent kernel with a block for every multiprocessor would otherwise have one block wait for its place, and
+        all others wait for that block. Here there are no persistent kernels, so this is the same object.
+        """
         return self
 
     def max_pairs(self, max_rows: int) -> int:
@@ -169,11 +170,12 @@ class ExpertsShape:
         if rows.ids.shape != (num_rows, self.top_k):
             raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")
         whole, ranges = isinstance(out, torch.Tensor), column_ranges(self.hidden, num_blocks)
-        if not whole and len(out) != num_blocks:
+        matrices = [out] if isinstance(out, torch.Tensor) else list(out)
+        if not whole and len(matrices) != num_blocks:
             raise InputError(
-                f"layer {layer}: out is {len(out)} blocks of columns; {num_blocks} are wanted, one per event"
+                f"layer {layer}: out is {len(matrices)} blocks of columns; {num_blocks} are wanted, one per event"
             )
-        for matrix, columns in [(out, range(self.hidden))] if whole else zip(out, ranges, strict=True):
+        for matrix, columns in zip(matrices, [range(self.hidden)] if whole else ranges, strict=True):
             wanted = (num_rows, len(columns))
             if matrix.shape != wanted or matrix.dtype not in self.out_dtypes or (num_rows and matrix.stride(1) != 1):
                 raise InputError(
@@ -181,9 +183,9 @@ class ExpertsShape:
                     f"{wanted} with adjacent columns is wanted, in one of {self.out_dtypes} "
                     f"(deterministic={self.deterministic})"
                 )
-        for tensor in (rows.buffer, *((out,) if whole else out)):
+        for tensor in (rows.buffer, *matrices):
             if tensor.device.type != self.device.type:
                 raise InputError(f"layer {layer}: a tensor is on {tensor.device}; the experts are on {self.device}")
-        if num_blocks == 1:
-            return [out] if whole else list(out)
-        return [out[:, columns.start : columns.stop] for columns in ranges] if whole else list(out)
+        if num_blocks == 1 or not whole:
+            return matrices
+        return [matrices[0][:, columns.start : columns.stop] for columns in ranges]

@@ -49,6 +49,9 @@ def dequantise_experts(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeig
 
     from pipemoe.experts.weights import ExpertWeights
 
+    if weights.gate_up_scales is None or weights.down_scales is None:
+        raise InputError(f"the weights are {weights.dtype} without scales; they must be quantised")
+
     def widened(matrices: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         wide = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
         for expert in range(len(matrices)):

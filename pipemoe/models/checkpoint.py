@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -58,7 +58,7 @@ class Checkpoint:
         self.where = where
         self.tensors: dict[str, StoredTensor] = {}
         self.bytes_read = 0  # of tensor data, for tests and progress
-        self._open: dict[Path, object] = {}
+        self._open: dict[Path, Any] = {}
         self._hash = hashlib.sha256()
         shards, place_of = self._shards()
         self.num_shards = len(shards)
@@ -262,14 +262,15 @@ class Checkpoint:
         """An index comes from elsewhere: it must not lead out of the directory. (Links may: downloads are kept as links
         to one store.)
         """
-        parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+        text = name if isinstance(name, str) else ""
+        parts = PurePosixPath(text).parts
         if (
             not parts
             or ".." in parts
-            or PurePosixPath(name).is_absolute()
-            or "\\" in name
-            or "\0" in name
-            or not name.endswith(".safetensors")
+            or PurePosixPath(text).is_absolute()
+            or "\\" in text
+            or "\0" in text
+            or not text.endswith(".safetensors")
         ):
             raise self._error(
                 index,

@@ -11,7 +11,7 @@ pieces into the rows of one batch [1, T_mb, H].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from pipemoe.models.families import Family
-    from pipemoe.models.step_keys import StepOfKeys
+    from pipemoe.models.step_keys import KeysOfMicrobatch, StepOfKeys
 
 __all__ = ["Decoder", "MicrobatchState", "Piece"]
 
@@ -38,7 +38,9 @@ class MicrobatchState:
 
     __slots__ = ("cache", "hidden", "layer", "moe_input", "packing", "rope", "shared")
 
-    def __init__(self, packing: Packing, cache: MicrobatchCache, hidden: torch.Tensor, rope: tuple) -> None:
+    def __init__(
+        self, packing: Packing, cache: MicrobatchCache | KeysOfMicrobatch, hidden: torch.Tensor, rope: tuple
+    ) -> None:
         self.packing = packing
         self.cache = cache
         self.hidden = hidden  # [1, T_mb, H], the residual stream
@@ -93,7 +95,7 @@ class Decoder:
         gate_dtype = torch.float32 if self.routing.logits_in_float32 else dtype
         self._gate_weights = [gate.weight.detach().to(gate_dtype) for gate in gates]  # [E, H] per MoE layer
         self._gate_biases = [getattr(gate, "e_score_correction_bias", None) for gate in gates]  # [E] float32
-        self._shared_experts = [getattr(block.mlp, "shared_experts", None) for block in self._blocks]
+        self._shared_experts: list[Any] = [getattr(block.mlp, "shared_experts", None) for block in self._blocks]
 
     @property
     def num_bytes(self) -> int:
@@ -208,7 +210,7 @@ class Decoder:
             state.hidden.add_(state.shared)
             state.shared = None
 
-    def _run_attention(self, state: MicrobatchState, block: torch.nn.Module) -> None:
+    def _run_attention(self, state: MicrobatchState, block: Any) -> None:
         if not state.packing.num_tokens:  # transformers' reshapes cannot infer a head count from no elements
             return
         attended, _ = block.self_attn(
@@ -220,6 +222,6 @@ class Decoder:
         )
         state.hidden.add_(attended)
 
-    def _run_dense(self, state: MicrobatchState, block: torch.nn.Module) -> None:
+    def _run_dense(self, state: MicrobatchState, block: Any) -> None:
         self._run_attention(state, block)
         state.hidden.add_(block.mlp(block.post_attention_layernorm(state.hidden)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -123,10 +123,10 @@ class PreparedDecoder:
     def load(self) -> tuple[Decoder, list[ExpertWeights]]:
         """Put the weights in place."""
         config, family, experts, model = self._config, self._family, self._experts, self._model
-        place = {"device": self.device, "dtype": self._dtype}
+        place: dict[str, Any] = {"device": self.device, "dtype": self._dtype}
         if self._checkpoint is None:
             fill_random(model, seed=self._seed, **place)
-            shape = dict(hidden=config.hidden_size, intermediate=family.intermediate(config))
+            shape: dict[str, Any] = {"hidden": config.hidden_size, "intermediate": family.intermediate(config)}
             weights = [
                 random_experts(layer, experts, **shape, seed=self._seed, **place)
                 for layer in range(len(self._moe_layers))

@@ -53,16 +53,16 @@ def shortage(world: World, num_bytes: int) -> ConfigError | None:
     limit, whose = host_limit()
     if limit is not None and needed > limit:
         return ConfigError(f"{what}, but {whose} {_gib(limit)}; use more hosts, a narrower dtype, or raise that limit")
-    free = _meminfo().get("MemAvailable")
+    available = _meminfo().get("MemAvailable")
     if (
-        free is not None
-        and needed > free
+        available is not None
+        and needed > available
         and world.rank == next(rank for rank, (where, _) in enumerate(told) if where == place)
     ):
         _log.warning(
             "%s, but only %s are free at present; the system may end a process that takes more than there is",
             what,
-            _gib(free),
+            _gib(available),
         )
     return None
 

@@ -163,9 +163,10 @@ class AttendGraphs:
             mine[:, :num_tokens].copy_(theirs)
         self._take_pieces(packing)
         state.hidden = self._hidden[:, :num_tokens]
-        state.shared = None if bucket.shared[-1] is None else self._shared[:, :num_tokens]  # what `finish` adds
-        routed = tuple(t[:num_tokens] for t in self._routed)
-        return GraphedMicrobatch(self._decoder, state, bucket, routed, self._sums[:num_tokens])
+        shared = self._shared if bucket.shared[-1] is not None else None
+        state.shared = None if shared is None else shared[:, :num_tokens]  # what `finish` adds
+        hidden, ids, weights = (t[:num_tokens] for t in self._routed)
+        return GraphedMicrobatch(self._decoder, state, bucket, (hidden, ids, weights), self._sums[:num_tokens])
 
     def _take_pieces(self, packing: Packing) -> None:
         """Copy where pieces and keys lie. What follows the last piece are pieces without tokens."""
@@ -173,6 +174,7 @@ class AttendGraphs:
         self._query_offsets.fill_(packing.num_tokens)
         self._query_offsets[: num_pieces + 1].copy_(packing.query_offsets)
         if self._keys is not None:
+            assert packing.key_lengths is not None and packing.key_rows is not None  # made for a step of these keys
             self._key_offsets.fill_(self._keys.padding_row)
             self._key_offsets[: num_pieces + 1].copy_(packing.key_offsets)
             self._key_lengths.zero_()

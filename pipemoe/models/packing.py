@@ -78,7 +78,10 @@ class Packing:
         # offsets [num_pieces + 1]
         self.token_ids, self.positions, self.end_rows, self.query_offsets, self.key_offsets = split[:5]
         # [num_pieces], [T]
-        self.key_lengths, self.key_rows = (split[5], split[6].long()) if begins is not None else (None, None)
+        self.key_lengths: torch.Tensor | None = None
+        self.key_rows: torch.Tensor | None = None
+        if begins is not None:
+            self.key_lengths, self.key_rows = split[5], split[6].long()
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def mask(self, index: int, window: int | None) -> torch.Tensor:

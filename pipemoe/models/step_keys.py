@@ -51,7 +51,8 @@ class StepKeys:
         """
         for kept, new in zip(self._rows[layer], (key, value), strict=True):
             kept.index_copy_(0, rows, new[0].transpose(0, 1))
-        return tuple(kept.transpose(0, 1).unsqueeze(0) for kept in self._rows[layer])
+        keys, values = (kept.transpose(0, 1).unsqueeze(0) for kept in self._rows[layer])
+        return keys, values
 
 
 class StepOfKeys:
@@ -62,6 +63,7 @@ class StepOfKeys:
 
     def of(self, packing: Packing) -> KeysOfMicrobatch:
         """The `past_key_values` of one microbatch."""
+        assert packing.key_rows is not None  # made with this step's begins
         return KeysOfMicrobatch(self.keys, packing.key_rows)
 
 

@@ -1,6 +1,4 @@
-"""Experts that take waves as they arrive: whether this machine has them, and how much of their speed is left to them
-meanwhile.
-"""
+"""Experts that take waves as they arrive: whether this machine has them, and how fast they are then."""
 
 from __future__ import annotations
 
@@ -16,16 +14,15 @@ if TYPE_CHECKING:
     from pipemoe.plan.room import Room
     from pipemoe.world.world import World
 
-# Of the speed of calls on whole waves: GEMMs that gather the rows of both, in tiles of 128 (one H100, kernels/NOTES.md,
-# version A1: .52 to .65).
+# Speed relative to calls on whole waves, where both gather their rows in tiles of 128. Measured: .52 to .65 (one H100,
+# kernels/NOTES.md, version A1).
 GATHERING_PERMILLE = 600
 
 
 def arrivals_permille(world: World, experts: Any, config: Config) -> tuple[int, str | None]:
-    """Thousandths of the experts' speed that waiting for rows leaves them, on the rank with the least; 0, and why,
-    where some rank cannot.
+    """The experts' speed while they wait for rows, per mille of their full speed: that of the slowest rank.
 
-    The same on all ranks; every rank calls.
+    0, and why, if some rank has no such experts. The same on all ranks; every rank calls.
     """
     refused = refusal(world, experts, config)
     speed = 0 if refused else speed_permille(world, experts)
@@ -57,12 +54,12 @@ def refusal(world: World, experts: Any, config: Config) -> str | None:
 
 
 def arrival_room(world: World, experts: Any) -> Room | None:
-    """The room of this rank's collectives beside experts that wait for rows; None: there are no collectives."""
+    """The room for this rank's collectives beside experts that wait for rows; None if there are no collectives."""
     return None if world.block_room is None else replace(world.block_room, arrival_blocks=_num_blocks(world, experts))
 
 
 def speed_permille(world: World, experts: Any) -> int:
-    """Thousandths of their speed at which these experts take waves as they arrive, on fewer multiprocessors."""
+    """The speed of these experts on waves that arrive, on fewer multiprocessors, per mille of their full speed."""
     return max(1, GATHERING_PERMILLE * _num_blocks(world, experts) // experts.num_sms)
 
 
@@ -70,7 +67,7 @@ def arriving_experts(world: World, experts: Any) -> Any:
     """The same experts for waves whose rows arrive in parts (pipemoe.experts.arrivals)."""
     from pipemoe.experts.arrivals import ArrivingExperts
 
-    return ArrivingExperts(experts.leaving(_kept(world)))
+    return ArrivingExperts(experts.with_free_sms(_kept(world)))
 
 
 def _kept(world: World) -> int:
@@ -78,4 +75,4 @@ def _kept(world: World) -> int:
 
 
 def _num_blocks(world: World, experts: Any) -> int:
-    return max(1, experts.leaving(_kept(world)).num_sms - INDEX_SMS)
+    return max(1, experts.with_free_sms(_kept(world)).num_sms - INDEX_SMS)

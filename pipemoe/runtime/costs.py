@@ -1,4 +1,4 @@
-"""Which cost model a runtime plans by: the measured one that the configuration names, or one derived from the
+"""The cost model by which a runtime plans: the measured one that the configuration names, or one derived from the
 device.
 """
 
@@ -44,35 +44,34 @@ def runtime_cost(
     arrivals_permille: int = 0,
     num_sms: int | None = 0,
 ) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
-    """The cost model, the subject of a file that holds it, and what went wrong on this rank alone; every rank calls.
-    graph_rows: most tokens whose attention is launched as a graph, graph_cuts: also of cut sequences. sliced_permille,
-    arrivals_permille, num_sms: of the experts that run here (None: there are none, for want of something that is an
-    error later).
+    """The cost model, the subject of a file that would hold it, and this rank's own error; every rank calls.
 
-    A file that cannot be read on some rank is a ConfigError on all of them. One of another subject or version is
-    refused with a warning, by the ranks whose file is not rank 0's and by rank 0. What ranks then plan by is compared
-    like everything else that plans depend on, so a rank alone with another file is an error on all of them.
+    graph_rows: most tokens whose attention is launched as a graph. graph_cuts: also where sequences are cut.
+    sliced_permille, arrivals_permille, num_sms: of this rank's experts. num_sms is None if there are no experts, which
+    is an error later.
+
+    If some rank cannot read its file, all raise ConfigError. A file of another subject or version is refused with a
+    warning, by rank 0 and by every rank whose file differs from rank 0's. Costs are compared like everything else that
+    plans depend on, so it is an error on all ranks if one rank has another file.
     """
     import torch
 
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
     cores = len(os.sched_getaffinity(0))
     place = f"{socket.gethostname()} {world.device if world.device.type == 'cuda' else ''}"
-    file, error = look(
+    found, error = look(
         world.rank, "cost file", lambda: b"" if config.cost is None else read_cost_bytes(config.cost), ConfigError
     )
-    if error is not None:
-        file, error = (
-            b"",
-            error if str(error).startswith("rank ") else ConfigError(f"rank {world.rank}: cost file {error}"),
-        )
+    file = found or b""
+    if error is not None and not str(error).startswith("rank "):
+        error = ConfigError(f"rank {world.rank}: cost file {error}")
     own = [name, cores, place, num_sms, hashlib.sha256(file).hexdigest(), encode_error(error).decode()]
     everywhere = [json.loads(p) for p in world.all_gather(json.dumps(own).encode(), "exchange of device names")]
     raise_first([text.encode() for *_, text in everywhere])
     gathered, files = [row[:4] for row in everywhere], [row[4] for row in everywhere]
     name, cores, *_ = gathered[0]  # rank 0 speaks for all: ranks must plan alike
     places = [where for _, _, where, _ in gathered]
-    as_here = {
+    as_here: dict[str, Any] = {
         "graph_rows": graph_rows,
         "graph_cuts": graph_cuts,
         "sliced_permille": sliced_permille,
@@ -135,7 +134,7 @@ def _as_here(
 
 
 def model_key(dimensions: Dimensions) -> list[int]:
-    """What of a model decides its costs; not how many MoE layers it has."""
+    """The sizes that decide a model's costs. The number of MoE layers is not among them."""
     shape = dimensions.shape
     dense = [dimensions.num_dense_layers, dimensions.dense_layer_weights] if dimensions.num_dense_layers else []
     return [

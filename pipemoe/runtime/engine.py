@@ -1,9 +1,8 @@
 """The engine: one thread per rank that owns all issuing and all MPI. Callers hold futures.
 
-Whatever it waits for has a deadline: no progress for `watchdog_seconds`, or a peer that died, ends the wait with an
-error that names rank, operation and time. Such an error is final: the futures get it, the peers are told, the
-communicators are aborted (in a thread of their own, since abort may block) and the process ends after a grace period,
-whoever may hang.
+Every wait has a deadline: it ends if there is no progress for `watchdog_seconds`, or if a peer dies. The error names
+rank, operation and time, and is final. The futures get it, the peers are told, the communicators are aborted (in a
+thread of their own, since abort may block), and the process ends after a grace period, whatever hangs.
 """
 
 from __future__ import annotations
@@ -22,16 +21,17 @@ from pipemoe.runtime.last_words import EXIT_CODE, OUTPUT_SECONDS, exit_now, say
 
 if TYPE_CHECKING:
     from pipemoe.comm.side_channel import SideChannel
+    from pipemoe.comm.transport import Transport
 
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
-# for the side channel to say which rank is behind an error of MPI or NCCL, which may be there first
+# MPI or NCCL may report a lost peer first; this long the side channel has to name it.
 _NAMED_SECONDS = 0.5
-_IN_CALL_SECONDS = 3.0  # in a library's call; from then on, a peer that is lost ends it
-_LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, and only this rank has yet to see it
+_IN_CALL_SECONDS = 3.0  # after so long in a library's call, a lost peer ends it
+_LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, which this rank has yet to see
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
-# MPI goes on only when it is polled, every stage of a collective at each rank in turn; but nobody polls like that for
-# long in vain.
+# MPI moves a collective on only when it is polled, stage by stage at each rank in turn; poll this fast only for the
+# first 50 ms without news.
 _LONGEST_PAUSE_OF_MPI, _OFTEN_SECONDS = 50e-6, 0.05
 
 
@@ -44,21 +44,25 @@ class Engine:
         *,
         watchdog_seconds: float,
         grace_seconds: float,
+        moves_transfers: bool = False,
         set_up_thread: Callable[[], None] = lambda: None,
     ) -> None:
+        """moves_transfers: polling moves the steps' collectives along, as MPI needs. set_up_thread: runs first on the
+        engine's thread.
+        """
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
         self.side_channel: SideChannel | None = None
         self.wake = threading.Event()  # set by whoever has news for the engine's thread
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
-        self.library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL: a lost peer may be behind one
-        self.moves_transfers = False  # polling moves the steps' collectives along (MPI's)
+        self._library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL
+        self._moves_transfers = moves_transfers
         self.failure: FatalError | None = None
-        self._closed, self._unusable = False, FatalError(f"rank {rank}: the world is closed")
+        self._closed = False
+        self._unusable: PipemoeError = FatalError(f"rank {rank}: the world is closed")
         self.step = 0
-        # that the step under way may take without progress; peers that wait for it wait as long
-        self.step_seconds = 0.0
+        self.step_seconds = 0.0  # see ask_patience
         self.ops_done = 0
         self.doing: object = "idle"  # anything whose str() names it
         self._alive: float | None = None  # when the thread last looked around; None while idle
@@ -71,10 +75,21 @@ class Engine:
         self._thread.start()
         atexit.register(self._at_exit)
 
+    def hear_peers_by(self, channel: SideChannel) -> None:
+        """Watch the peers by this channel, and tell them by it when this rank fails."""
+        self.side_channel = channel
+
+    def watch_transport(self, transport: Transport) -> None:
+        """Raise what the transport notices by itself, and abort it when this rank fails."""
+        self.on_failure.append(transport.abort)
+        self.health.append(transport.check)
+
+    def blame_peers_for(self, *errors: type[BaseException]) -> None:
+        """A lost peer may be behind an error of these classes, a library's own; then the peer is named."""
+        self._library_errors += errors
+
     def submit(self, task: Callable[[], Any], future: Future | None = None) -> Future:
-        """Run `task` on the engine's thread. The future gets its result, or may be resolved earlier by the task
-        itself.
-        """
+        """Run `task` on the engine's thread. The future gets its result, unless the task resolves it earlier."""
         future = future or Future()
         with self._lock:
             if self.failure is not None or self._closed:
@@ -93,11 +108,27 @@ class Engine:
         return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
 
     def note(self, doing: object, seconds: float | None = None) -> None:
-        """Record what the engine is about to do: named in errors, and a sign of life. It may take `seconds`
-        (watchdog_seconds).
+        """Record what the engine is about to do, for errors, and as a sign of life. It may take `seconds` (default:
+        watchdog_seconds).
         """
         self.doing, self._patience = doing, seconds or self.watchdog_seconds
         self._alive = time.monotonic()
+
+    def now_doing(self, what: object) -> None:
+        """Name what errors and peers will name, without a sign of life. Its str() is taken only when it is needed."""
+        self.doing = what
+
+    def begin_step(self) -> None:
+        """Count a step. Errors and peers name it."""
+        self.step += 1
+
+    def ask_patience(self, seconds: float) -> None:
+        """Ask peers that wait for this rank's step to wait so long without progress; 0: there is no step any more."""
+        self.step_seconds = seconds
+
+    def count_op(self) -> None:
+        """One operation of the step has completed: progress, for the watchdog here and at the peers."""
+        self.ops_done += 1
 
     def wait(
         self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False
@@ -112,7 +143,7 @@ class Engine:
         self.note(doing, limit)
         seen, since, checked, pause = self.ops_done, time.monotonic(), 0.0, _SHORTEST_PAUSE
         patience = _LEFT_SECONDS if needs_all else math.inf
-        often = _OFTEN_SECONDS if needs_all or self.moves_transfers else 0.0
+        often = _OFTEN_SECONDS if needs_all or self._moves_transfers else 0.0
         while not ready():
             now = self._alive = time.monotonic()
             if now - checked > _PEER_CHECK_SECONDS:
@@ -153,7 +184,7 @@ class Engine:
         return 0.0 if self.side_channel is None else self.side_channel.patience()
 
     def _lost_peer(self, when: str) -> PeerLost | None:
-        """The error of the peer that is behind what goes wrong, if one is lost."""
+        """The error that names the lost peer, if a peer is lost."""
         lost = self.side_channel.failed() if self.side_channel is not None else None
         if lost is None:
             return None
@@ -187,10 +218,10 @@ class Engine:
         return WatchdogTimeout(text, culprit=silent[0])
 
     def _named(self, error: BaseException) -> FatalError:
-        """What anything that ends the ranks' work is reported as. MPI or NCCL may notice first that a peer is lost, and
-        not which.
+        """The error to report for any error that ends the ranks' work. MPI and NCCL may notice a lost peer first, but
+        cannot name it.
         """
-        if isinstance(error, self.library_errors):
+        if isinstance(error, self._library_errors):
             begin, when = time.monotonic(), f"where the library says: {words(error)}"
             while (
                 (lost := self._lost_peer(when)) is None
@@ -209,14 +240,16 @@ class Engine:
         return fatal
 
     def watch(self) -> None:
-        """Called from another thread now and then: notices that the engine's own thread is stuck in a call, perhaps for
-        a lost peer.
+        """Notice that the engine's thread is stuck in a call, perhaps for a lost peer. Other threads call this now and
+        then.
         """
         alive = self._alive
         if alive is None or self.failure is not None:
             return
         seconds = time.monotonic() - alive
-        error = self._lost_peer(f"in one call for {seconds:.1f} s") if seconds > _IN_CALL_SECONDS else None
+        error: FatalError | None = None
+        if seconds > _IN_CALL_SECONDS:
+            error = self._lost_peer(f"in one call for {seconds:.1f} s")
         if error is None and seconds > self._patience + 1.0:
             error = self._timeout(f"stuck for {seconds:.1f} s")
         if error is not None:
@@ -251,11 +284,11 @@ class Engine:
             exit_now()  # MPI's and NCCL's own clean-up would wait for the peers
 
     def close(self, last: Callable[[], None] = lambda: None, *, because: str = "") -> None:
-        """Finish the tasks handed in, say good-bye, then `last`, which may take watchdog_seconds, and end the thread.
+        """Finish the submitted tasks, say good-bye, run `last`, and end the thread. `last` may take watchdog_seconds.
 
-        `last` runs once the peers have said good-bye too, unless they go on for long: until then their last operations
-        may be under way. because: what went wrong here, which the peers are told; then the caller is not held up
-        (`join` waits), so that it can say it first.
+        `last` runs once the peers have said good-bye too, since their last operations may still be under way; it does
+        not wait long for them. because: what went wrong here, for the peers. Then this returns at once, so that the
+        caller can report it first; `join` waits.
         """
         with self._lock:
             self._closed = True
@@ -283,9 +316,7 @@ class Engine:
             atexit.unregister(self._at_exit)
 
     def disown(self, error: PipemoeError) -> None:
-        """In a process forked from this one, where the thread is not: whatever is called raises `error`, and nothing is
-        waited for.
-        """
+        """In a forked process, which has no engine thread: every call raises `error`, and nothing waits."""
         self._lock = threading.Lock()  # somebody may have held it
         self._closed, self._unusable = True, error
         atexit.unregister(self._at_exit)
@@ -319,7 +350,7 @@ class Engine:
 
 
 def settle(future: Future, result: Any = None, error: BaseException | None = None) -> None:
-    """Resolve a future, unless somebody else has."""
+    """Resolve a future, unless it is resolved already."""
     try:
         if error is not None:
             future.set_exception(error)

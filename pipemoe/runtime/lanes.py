@@ -1,8 +1,8 @@
-"""Lanes and events: in-order queues of work and the points in them that other lanes wait for.
+"""Lanes and events: queues of work that run in order, and the points in them for which other lanes wait.
 
-The executor is written once against these two protocols. On a GPU a lane is a CUDA stream and an event a CUDA event. On
-the host a compute lane is a worker thread, a communication lane a queue of non-blocking operations that the engine
-polls.
+The executor is written once against these two protocols. On a GPU a lane is a CUDA stream, and an event a CUDA event.
+On the host a compute lane is a worker thread; a communication lane is a queue of non-blocking operations that the
+engine polls.
 """
 
 from __future__ import annotations
@@ -26,27 +26,25 @@ class Event(Protocol):
         """Has the lane passed it? Raises what the work before it raised."""
 
     def span(self) -> tuple[float, float]:
-        """Begin and end of the work that it closes, in seconds of `time.perf_counter`; only if the lane is timed."""
+        """Begin and end of the work before it, in seconds of `time.perf_counter`. Only if the lane is timed."""
 
     def end(self) -> float:
-        """The end alone; only if the lane or this piece of work was timed."""
+        """The end alone. Only if the lane or this piece of work was timed."""
 
 
 class Mark(Event, Protocol):
-    """An event that a piece of work records itself, on its way; others may wait for it once that work has been handed
-    in.
-    """
+    """An event that a piece of work records while it runs. Others may wait for it once the work has been submitted."""
 
     def record(self) -> None: ...
 
 
 class Lane(Protocol):
-    """Work handed in runs in order, each piece after the events that it waits for."""
+    """Work handed in runs in order, each piece after the events that it waits for: those of lanes of its own kind."""
 
     def submit(self, work: Callable[[], Any], waits: Iterable[Event | None] = (), timed: bool = False) -> Event: ...
 
     def poll(self) -> None:
-        """Move work along that nobody else moves."""
+        """Advance work that needs polling."""
 
     def close(self) -> None: ...
 
@@ -87,7 +85,7 @@ class HostEvent:
 
 
 class HostMark(HostEvent):
-    """Recorded by a worker; `on_done` hears of it as of finished work."""
+    """A mark that a worker records; calls `on_done`, as finished work does."""
 
     __slots__ = ("_on_done",)
 
@@ -102,7 +100,7 @@ class HostMark(HostEvent):
 
 
 class WorkerLane:
-    """A host thread that runs its work first in, first out; calls `on_done` after each piece."""
+    """A host thread that runs its work in order, and calls `on_done` after each piece."""
 
     def __init__(self, name: str, on_done: Callable[[], None]) -> None:
         self._on_done = on_done
@@ -111,7 +109,7 @@ class WorkerLane:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], Any], waits: Iterable[HostEvent | None] = (), timed: bool = False) -> HostEvent:
+    def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> HostEvent:
         event = HostEvent()
         self._queue.append((work, [w for w in waits if w is not None], event))
         self._filled.release()
@@ -148,8 +146,8 @@ class WorkerLane:
 class PolledLane:
     """A queue of non-blocking host operations, posted and tested by the engine's thread.
 
-    Work posts its operation when it may begin and returns a `test` function (True once complete), or None if it is
-    complete at once. Posting is in order; what is posted may be under way together, as MPI allows on one communicator.
+    Work posts its operation and returns a `test` function (True once complete), or None if it is already complete.
+    Operations are posted in order; several may be under way together, as MPI allows on one communicator.
     """
 
     MAX_POSTED = 4
@@ -158,7 +156,7 @@ class PolledLane:
         self._waiting: deque[tuple[Callable[[], Any], Sequence[HostEvent], HostEvent]] = deque()
         self._posted: deque[tuple[Callable[[], bool], HostEvent]] = deque()
 
-    def submit(self, work: Callable[[], Any], waits: Iterable[HostEvent | None] = (), timed: bool = False) -> HostEvent:
+    def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> HostEvent:
         event = HostEvent()
         self._waiting.append((work, [w for w in waits if w is not None], event))
         self.poll()
@@ -193,7 +191,7 @@ def _at_once() -> bool:
 
 
 class StreamEvent:
-    """A CUDA event; timed ones know when, by way of the lane's origin."""
+    """A CUDA event. A timed one gets host time from the lane's origin."""
 
     __slots__ = ("_begin", "_origin", "_passed", "event")
 
@@ -205,16 +203,18 @@ class StreamEvent:
         return self._passed
 
     def span(self) -> tuple[float, float]:
+        assert self._origin is not None  # a lane's event; marks have no time
         event, at = self._origin
         return at + event.elapsed_time(self._begin) / 1e3, self.end()
 
     def end(self) -> float:
+        assert self._origin is not None  # a lane's event; marks have no time
         event, at = self._origin
         return at + event.elapsed_time(self.event) / 1e3
 
 
 class StreamMark(StreamEvent):
-    """Recorded on the stream that is current then."""
+    """A mark that is recorded on the current stream."""
 
     __slots__ = ()
 
@@ -228,12 +228,12 @@ class StreamMark(StreamEvent):
 
 
 class StreamClock:
-    """Where host time and device time met last, for all streams of a device."""
+    """The last point at which host time and device time were compared, for all streams of a device."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
         self.origin: tuple[Any, float] | None = None
-        self.timed = False  # time all work, not only what asks for it
+        self.timed = False  # time all work, not only work that asks for it
 
     def start(self, timed: bool) -> None:
         import torch
@@ -245,7 +245,7 @@ class StreamClock:
 
 
 class HostClock:
-    """Host lanes time everything with the host's clock."""
+    """Nothing to start: host lanes time all work with the host's clock."""
 
     def start(self, timed: bool) -> None:
         pass
@@ -259,12 +259,10 @@ class StreamLane:
 
         self.stream, self._clock, self._default = stream, clock, torch.cuda.default_stream(stream.device)
 
-    def submit(
-        self, work: Callable[[], Any], waits: Iterable[StreamEvent | None] = (), timed: bool = False
-    ) -> StreamEvent:
+    def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> StreamEvent:
         import torch
 
-        # Not torch.cuda.stream(): for what it asks on the way it takes ten times as long.
+        # Not torch.cuda.stream(): its checks take ten times as long.
         torch.cuda.set_stream(self.stream)
         try:
             for other in waits:
@@ -324,11 +322,11 @@ def host_lanes(num_slots: int, on_done: Callable[[], None]) -> Lanes:
 
 
 def stream_lanes(device: Any, num_slots: int) -> Lanes:
-    """Streams whose priority falls with the slot; communication goes before all computation, since its few thread
-    blocks must not queue behind a kernel that fills the GPU.
+    """Lanes on streams whose priority falls with the slot. Communication goes before all computation, since its few
+    thread blocks must not queue behind a kernel that fills the GPU.
 
-    They are made here, one after another: torch would make 128 at once, and streams beyond CUDA_DEVICE_MAX_CONNECTIONS
-    share hardware queues, where a cohort that waits holds up another.
+    The streams are made one after another. torch would make 128 at once; streams beyond CUDA_DEVICE_MAX_CONNECTIONS
+    share hardware queues, where a waiting cohort holds up another.
     """
     lowest, highest = _priorities()
     clock = StreamClock(_new_stream(device, lowest))

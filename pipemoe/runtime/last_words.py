@@ -1,4 +1,4 @@
-"""What a process says before it ends, and its end: both in time, whoever reads, or hangs."""
+"""A process's last output and its end. Neither may hang, whoever reads the output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 EXIT_CODE = 70  # of a process that ended because the ranks could no longer work together (EX_SOFTWARE)
 OUTPUT_SECONDS = 1.0
-_NOTES_VARIABLE = "PIPEMOE_JOB_NOTES"  # launch/mpirun.sh: a folder for what it must know of its ranks
+_NOTES_VARIABLE = "PIPEMOE_JOB_NOTES"  # a folder where launch/mpirun.sh looks for notes of its ranks
 
 
 def say(text: str) -> None:
@@ -20,7 +20,7 @@ def say(text: str) -> None:
 
 
 def exit_now() -> None:
-    """End the process with EXIT_CODE, without the clean-ups of others, which would wait for the peers."""
+    """End the process with EXIT_CODE. Clean-ups of other libraries are left out: they would wait for the peers."""
     try:
         note(f"exit{EXIT_CODE}.{os.getpid()}", "")
         for stream in (sys.stdout, sys.stderr):
@@ -30,7 +30,7 @@ def exit_now() -> None:
 
 
 def exit_after(seconds: float) -> None:
-    """`exit_now` in `seconds`, whatever the process does meanwhile."""
+    """Call `exit_now` in `seconds`, whatever the process does meanwhile."""
 
     def end() -> None:
         threading.Event().wait(seconds)
@@ -40,14 +40,14 @@ def exit_after(seconds: float) -> None:
 
 
 def note(name: str, text: str) -> None:
-    """Leave the launcher a file, if it wants any; on another host than its own there may be no such folder."""
+    """Leave a file for the launcher, if it wants any. On other hosts than its own the folder may not exist."""
     folder = os.environ.get(_NOTES_VARIABLE)
     if folder:
         _in_time(lambda: Path(folder, name).write_text(text))
 
 
 def _in_time(work: Callable[[], object]) -> None:
-    """Run `work` for a second at most: what is written to a launcher that has died may block, or raise."""
+    """Run `work` for a second at most. Writing to a launcher that has died may block or raise."""
 
     def guarded() -> None:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # the last: no stream at all

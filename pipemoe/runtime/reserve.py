@@ -1,9 +1,9 @@
 """Memory reserved ahead of the steps, so that no step makes CUDA allocate.
 
-CUDA runs nothing that is issued after an allocation of device or pinned memory beside what was issued before it (CUDA
-C++ Programming Guide, "Implicit Synchronization"). A collective issued before then waits for a peer, the peer for this
-rank's kernels issued after, and everything stands still. So torch's caching allocator is filled at set-up: what it
-holds for a stream it hands out without asking CUDA.
+An allocation of device or pinned memory is a barrier: CUDA does not run later work beside earlier work (CUDA C++
+Programming Guide, "Implicit Synchronization"). Suppose an earlier collective waits for a peer, and the peer waits for
+this rank's later kernels. Then everything stands still. So torch's caching allocator is filled at set-up: it hands out
+memory that it holds for a stream without asking CUDA.
 """
 
 from __future__ import annotations
@@ -16,6 +16,20 @@ if TYPE_CHECKING:
 _SMALL_TENSORS, _SMALL_BYTES = 64, 512 << 10  # torch keeps allocations up to 1 MiB apart from larger ones
 _HOST_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "Storage size calculation overflowed")
 _LARGEST_PINNED = 23  # 8 MiB, as a power of two: torch keeps pinned memory by powers of two
+
+
+class Reserved:
+    """The most that any runtime of a world has reserved. Runtimes share the lanes, so the largest need counts."""
+
+    def __init__(self) -> None:
+        self.of_lane: dict[tuple[str, int], int] = {}  # bytes, by kind of lane and slot
+        self.of_stream: dict[torch.cuda.Stream, int] = {}  # bytes, by a caller's stream
+
+    def raise_lane(self, kind: str, slot: int, num_bytes: int) -> None:
+        self.of_lane[kind, slot] = max(self.of_lane.get((kind, slot), 0), num_bytes)
+
+    def raise_stream(self, stream: torch.cuda.Stream, num_bytes: int) -> None:
+        self.of_stream[stream] = max(self.of_stream.get(stream, 0), num_bytes)
 
 
 def reserve(device: torch.device, num_bytes: int) -> None:
@@ -40,7 +54,7 @@ def reserve_pinned(num_tensors: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Does an error say that memory does not suffice? Of the host's torch raises a plain RuntimeError."""
+    """Does an error mean that memory ran out? For the host's memory, torch raises a plain RuntimeError."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -4,19 +4,19 @@
     dispatch lane                 bcast w0  bcast w1                             bcast w2
     combine lane                                                  reduce w0           reduce w1
 
-With several blocks of columns, experts mark each one that is complete, and its reduce goes ahead while the next is
-computed. With arrivals, a dispatch is several groups, each with the word to the experts behind it, and experts wait for
-rows, not for dispatches:
+With several blocks of columns, experts mark each block that is complete, and its reduce runs while the next block is
+computed. With arrivals, a dispatch is several groups. Behind each the experts are told that its rows have come: they
+wait for rows, not for dispatches:
 
     compute lane    attend  pack w0, own rows  pack w1, own rows  experts w0                        experts w1 ...
     dispatch lane                            bcast, rows of w0 | bcast, rows of w0 | bcast, rows of w1 | bcast, rows of
     w1
 
-Order: each cohort's operations in the plan's order; between cohorts the plan's order too, except that a cohort with
-`MAX_GROUPS` groups of dispatches under way, or whose next operation must wait for the caller, is passed over. That
-keeps the host queues short without tying a short cohort to a long one. Every communicator sees the plan's order, but
-ranks may interleave communicators differently, which is safe only as long as one stream never holds up another: room
-for all thread blocks (`Room`), a hardware queue per stream, and no allocation inside a step (`reserve`).
+Operations are issued in the plan's order, with one exception: a cohort is passed over while it has `MAX_GROUPS` groups
+of dispatches under way, or while its next operation waits for the caller. That keeps the host queues short without
+tying a short cohort to a long one. Every communicator sees the plan's order, but ranks may interleave communicators
+differently. That is safe only if no stream ever holds up another: there is room for all thread blocks (`Room`), a
+hardware queue per stream, and no allocation inside a step (`reserve`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import Test, Transport, WaveSums
@@ -33,7 +34,7 @@ from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.wave_buffers import WaveBuffers
-from pipemoe.wire import WireFormat
+from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
     from pipemoe.runtime.workspace import Workspace
@@ -49,9 +50,7 @@ LANE_OF = {
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """Which side of a run really does its work; the other side's operations become empty. For measuring one side
-    alone.
-    """
+    """The sides of a run that do their work; operations of the other side are empty. For measuring one side alone."""
 
     computation: bool = True
     communication: bool = True
@@ -99,8 +98,9 @@ class Run:
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> None:
         """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an
-        operation is issued, on_progress_made when one has completed. on_done: the caller's, called then too; what it
-        raises fails as model code does."""
+        operation is issued. on_progress_made: called when one has completed. on_done: the caller's, called then too; an
+        exception in it counts as one in model code.
+        """
         self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
         self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
         self._arriving = arriving if only.computation else None
@@ -142,8 +142,8 @@ class Run:
         return next((c.failure for c in self._cohorts if c.failure is not None), self._failure)
 
     def of_caller(self, work: Callable[[], None]) -> None:
-        """Call what the caller has given; what it raises is the step's failure, and from then on nothing of the kind is
-        called.
+        """Call a function of the caller's. If it raises, that is the step's failure, and no such function is called
+        again.
         """
         if self._failure is None:
             try:
@@ -152,8 +152,8 @@ class Run:
                 self._failure = error
 
     def advance(self) -> bool:
-        """Issue what may be issued, see what has completed; True when the whole plan has. Sets `failed_op` if it
-        raises.
+        """Issue all operations that may be issued, and note those that have completed. True when the whole plan has.
+        Sets `failed_op` if it raises.
         """
         op = None
         try:
@@ -180,12 +180,12 @@ class Run:
         return min(heads, key=self._position.__getitem__, default=None)
 
     def not_begun(self) -> str | None:
-        """Where no operation is under way: the one that waits for the caller, if any is left."""
+        """The operation that waits for the caller, in words, if any is left. For when none is under way."""
         positions = [state.positions[0] for state in self._cohorts if state.positions]
         return f"{self._ops[min(positions)]}, for which the caller has given no rows yet" if positions else None
 
     def _op_of(self, error: BaseException) -> Op | None:
-        """The operation under way that has raised this, as far as events on the host say."""
+        """The operation under way that has raised `error`, if an event of the host tells."""
         return next(
             (op for queue in self._under_way.values() for op, event in queue if getattr(event, "error", None) is error),
             None,
@@ -207,13 +207,16 @@ class Run:
                     if op.kind is OpKind.DISPATCH:
                         state.groups -= self._num_groups[op.cohort]
                     elif op.kind is OpKind.FINISH and state.has_tokens:
-                        self._of_source(state, lambda op=op, event=event: self._source.finished(op.cohort, event.end()))
+                        self._of_source(state, partial(self._tell_finished, op.cohort, event))
                         self.own_finished += 1
                     self._on_progress_made()
-                    self.of_caller(lambda op=op: self._on_done(op))
+                    self.of_caller(partial(self._on_done, op))
         except BaseException:
             self.failed_op = op
             raise
+
+    def _tell_finished(self, cohort: int, event: Event) -> None:
+        self._source.finished(cohort, event.end())
 
     def _next(self) -> Op | None:
         """The first operation in the plan's order that may be issued."""
@@ -250,8 +253,8 @@ class Run:
         return issue(self, op, self._cohorts[op.cohort], lanes)
 
     def _attends_before(self, op: Op) -> list[tuple[int, int]]:
-        """Cohort and layer of the attentions that this one waits for: keys and values of earlier chunks, and the pace
-        of later ones.
+        """Cohort and layer of the attentions for which this one waits: those of earlier chunks, for their keys and
+        values, and those that set its pace.
         """
         before = [(e, op.layer) for e in self._plan.causal_predecessors[op.cohort]]
         return before + [(e, op.layer - 1) for e in self._plan.pacemakers[op.cohort] if op.layer]
@@ -268,7 +271,7 @@ class Run:
         views, used = self._place(op)
         free = [used.read]
         if self._arriving is not None:
-            # experts that had all rows by themselves may be ahead of what still sends these
+            # Experts that had all rows themselves may have finished before the dispatch has sent them.
             free.append(used.dispatched)
             self._arriving.expect(views.arrivals, op.layer, views.rows, [part.num_rows for part in views.parts])
         if self._only.computation and views.is_sent_from_here:
@@ -286,7 +289,7 @@ class Run:
         return None
 
     def _send_and_announce(self, views: WaveBuffers, *groups: Wave) -> Test | None:
-        """One group after another, and behind each the word to the experts that its rows are there."""
+        """Send one group after another. Behind each, tell the experts that its rows are there."""
         under_way: deque[tuple[Test, int]] = deque()
         for number, group in enumerate(groups):
             test = self._send(views, group)
@@ -303,7 +306,7 @@ class Run:
         return done if under_way else None
 
     def _announce(self, views: WaveBuffers, group: int) -> None:
-        """Tell waiting experts of the rows that the group has brought (OWN: that have been packed)."""
+        """Tell waiting experts that a group's rows are there (OWN: the rows packed here)."""
         if self._arriving is not None:
             for number, part in enumerate(views.parts):
                 if part.group == group:
@@ -314,15 +317,13 @@ class Run:
         if views.exchange == "padded":
             views.own_block_ids.fill_(-1)
         for segment, part in views.own:
-            self._of_source(
-                state,
-                lambda segment=segment, part=part: part.write(
-                    *self._source.rows(op.cohort, segment.start, segment.stop)
-                ),
-            )
-            if state.failure is not None:  # the others still expect rows, so send some that no expert takes
+            self._of_source(state, partial(self._write, op.cohort, segment, part))
+            if state.failure is not None:  # the others still expect rows: send rows that no expert takes
                 part.ids.fill_(-1)
         self._announce(views, OWN)
+
+    def _write(self, cohort: int, segment: Segment, part: WireRows) -> None:
+        part.write(*self._source.rows(cohort, segment.start, segment.stop))
 
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
@@ -355,18 +356,18 @@ class Run:
                 views.slot, views.buffer, views.wave, views.exchange, self._plan.config.combine, sums
             )
 
-        pieces = [self._transport_work(lambda block=block: work(block)) for block in range(len(views.columns))]
+        pieces = [self._transport_work(partial(work, block)) for block in range(len(views.columns))]
         events = [lanes.combine.submit(piece, [summed]) for piece, summed in zip(pieces, used.summed, strict=True)]
-        used.sent = events[-1]
+        used.sent = sent = events[-1]
         if self._timed:
             self.completed += [(op, event) for event in events[:-1]]
         if views.own:
-            state.results.append(used.sent)
-            self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, used.sent), always=True)
-        return used.sent
+            state.results.append(sent)
+            self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, sent), always=True)
+        return sent
 
     def _results(self, cohort: int, state: _CohortState, segment: Segment) -> Any:
-        """Where a segment's sums go; if this rank's model code failed, somewhere nobody looks."""
+        """The tensor for a segment's sums. If this rank's model code failed, one that nobody reads."""
         results = self._of_source(state, lambda: self._source.results(cohort, segment.start, segment.stop))
         return self._workspace.new_results(segment.num_rows) if results is None else results
 
@@ -378,7 +379,7 @@ class Run:
         return event
 
     def _place(self, op: Op) -> tuple[WaveBuffers, _BufferState]:
-        """What a wave's operation finds in the workspace, and who used that last."""
+        """The workspace's views for a wave's operation, and the buffer's last users."""
         buffer = self._plan.buffer(*op[1:])
         place = op.cohort, op.wave, buffer
         if place not in self._views:
@@ -398,8 +399,11 @@ class Run:
     def _of_source(
         self, state: _CohortState, ask: Callable[[], Any], otherwise: Any = None, *, always: bool = False
     ) -> Any:
-        """What the source says, or `otherwise`: what it raises, of whatever kind, fails its cohort's rows on this rank,
-        not the step. It is asked nothing more about a cohort that has failed, unless `always`."""
+        """The source's answer, or `otherwise`.
+
+        An exception of any kind fails the cohort's rows on this rank, not the step. Then the source is asked nothing
+        more about the cohort, unless `always`.
+        """
         if state.failure is None or always:
             try:
                 return ask()

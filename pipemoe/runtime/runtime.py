@@ -7,7 +7,7 @@ import json
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, replace
@@ -20,7 +20,7 @@ from pipemoe.config import Config
 from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError, describe
 from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.columns import most_blocks
-from pipemoe.plan.cost.dimensions import Dimensions, dimensions_of_shape
+from pipemoe.plan.cost.dimensions import dimensions_of_shape
 from pipemoe.plan.planner import compile_planner, planner_is_kept
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
@@ -32,7 +32,7 @@ from pipemoe.runtime.engine import settle
 from pipemoe.runtime.lanes import Lane, SlotLanes
 from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
-from pipemoe.runtime.source import Source
+from pipemoe.runtime.source import Source, SourceTraits
 from pipemoe.runtime.workspace import SlotBuffers, Workspace
 from pipemoe.trace import Span, Timeline
 from pipemoe.version import __version__
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from pipemoe.world.world import World
 
 _CACHED_PLANS = 64
-_WATCH_SECONDS = 0.25  # how often a waiting caller looks after the engine
-_RESERVE_FACTOR = 1.5  # of a trial's activations: steps cut memory differently, and run ahead of what they free
+_WATCH_SECONDS = 0.25  # how often a waiting caller checks the engine
+_RESERVE_FACTOR = 1.5  # of a trial's activations: steps split memory differently, and allocate before they free
 
 
 class Runtime:
@@ -58,25 +58,13 @@ class Runtime:
         config: Config,
         experts: Any,
         dtype: torch.dtype,
-        facts: dict[str, str],
+        traits: SourceTraits,
         *,
-        dimensions: Dimensions | None = None,
-        trial: Callable[[], None] | None = None,
-        kept_bytes: int = 0,
-        prepare: Callable[[int, torch.dtype], None] | None = None,
-        graph_rows: int = 0,
-        graph_cuts: bool = False,
-        hands_out_results: bool = False,
         error: PipemoeError | None = None,
     ) -> None:
-        """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. facts:
-        whatever else must be equal on all ranks, by name. dimensions: of the whole model, for its cost (default:
-        attention as of `shape`). trial: model code as large as an attend may run; on a GPU it is run once in every
-        lane, and the memory it takes reserved, beside `kept_bytes` that model code may keep from layer to layer.
-        prepare: run there once after that, with the number of the slot and the results' dtype. graph_rows: most tokens
-        whose attention the model launches as a graph, graph_cuts: also where sequences are cut. hands_out_results:
-        calls inside a step take memory for a layer's results on the caller's stream, the current one; on a GPU it is
-        reserved as well. error: what went wrong on this rank before it got here; raised on every rank."""
+        """experts: this rank's experts (see pipemoe.experts). dtype: of the hidden values that sources give. traits: of
+        the steps' sources. error: what has already gone wrong on this rank; raised on every rank.
+        """
         import torch
 
         self.world, self.shape, self.config, self.dtype = world, shape, config, dtype
@@ -87,42 +75,42 @@ class Runtime:
         self._has_arrivals = speed > 0 and self.config.may_arrive and (world.size > 1 or bool(self.config.arrivals))
         self.cost, self.cost_subject, error = runtime_cost(
             world,
-            dimensions or dimensions_of_shape(shape),
+            traits.dimensions or dimensions_of_shape(shape),
             self.config,
             dtype,
             self.combine_dtype,
             self.wire,
-            graph_rows=graph_rows,
-            graph_cuts=graph_cuts,
+            graph_rows=traits.graph_rows,
+            graph_cuts=traits.graph_cuts,
             sliced_permille=experts.sliced_permille,
             arrivals_permille=speed if self._has_arrivals else 0,
             num_sms=experts.num_sms,
         )
         if self.config.arrivals and refused:
             error = error or ConfigError(refused)
-        world.num_runtimes += 1
+        self._number = world.number_runtime()
         compared, found = look(
             world.rank,
             "looking at the costs",
-            lambda: (possible_sms_left(self.config, self.cost.sms), self._facts(facts)),
+            lambda: (possible_sms_left(self.config, self.cost.sms), self._facts(traits.must_agree)),
             ConfigError,
         )
         sms_left, facts = compared or ((), {})
         world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._compile_planner()
-        self._trial, self._kept_bytes, self._prepare = trial, kept_bytes, prepare
-        if hands_out_results and world.device.type == "cuda":
+        self._traits = traits
+        if traits.hands_out_results and world.device.type == "cuda":
             self._callers_stream = torch.cuda.current_stream(world.device)
         _, error = world.engine.call(
             lambda: look(world.rank, "setting up", lambda: self._set_up(sms_left), ConfigError)
         )
         world.agree(error, {}, "setting up the workspace")
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
-        self._is_first_step = True  # the callers' own code may compile in it
+        self._is_first_step = True  # the caller's code may compile in it, so it may take longer
 
     def _settle(self) -> None:
-        """Every value of the configuration, or a ConfigError."""
+        """Settle every value of the configuration, or raise ConfigError."""
         world, shape = self.world, self.shape
         self.config = config = self.config.in_world(world.num_slots)
         if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
@@ -139,8 +127,10 @@ class Runtime:
             )
 
     def _compile_planner(self) -> None:
-        """The first rank of each host compiles what planning needs (once per machine), then the others find it on disk;
-        where nothing can be kept there, all do so at once."""
+        """Compile what planning needs. The first rank of each host does it, once per machine; the others read it.
+
+        Where nothing can be kept on disk, all ranks compile at once.
+        """
         world, config = self.world, replace(self.config, combine_blocks=None, num_sms=None)
         hosts = world.all_gather(socket.gethostname().encode(), "compiling the planner")
         waits = hosts.index(hosts[world.rank]) != world.rank and planner_is_kept()
@@ -157,27 +147,29 @@ class Runtime:
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory that exchange and experts take on this rank, allocated once."""
+        """Bytes that exchange and experts take on this rank, allocated once."""
         return self._workspace.num_bytes
 
     @property
     def results_dtype(self) -> torch.dtype:
-        """What a source's results must be."""
+        """The dtype of a source's results."""
         return self._workspace.results_dtype
 
     def _set_up(self, sms_left: Sequence[int]) -> None:
         """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does.
 
-        sms_left: all that plans may leave to collectives. On the engine's thread. Raises ConfigError when memory does
-        not suffice.
+        sms_left: all numbers of SMs that plans may leave to collectives. Runs on the engine's thread. Raises
+        ConfigError if memory does not suffice.
         """
         import torch
 
         world, experts = self.world, self._experts
         try:
             # for every plan
-            self.experts_leaving = {num_sms: experts.leaving(num_sms) if num_sms else experts for num_sms in sms_left}
-            self._arriving = arriving_experts(world, self._experts) if self._has_arrivals else None
+            self.experts_with_free_sms = {
+                num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in sms_left
+            }
+            self._arriving: Any = arriving_experts(world, self._experts) if self._has_arrivals else None
             self._workspace = Workspace(
                 self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving
             )
@@ -185,15 +177,13 @@ class Runtime:
             if world.device.type == "cuda":
                 torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
                 self._reserve(lanes)
-                if self._prepare is not None:
-                    self._in_lanes(
-                        [
-                            (lane.compute, lambda s=slot: self._prepare(s, self.results_dtype))
-                            for slot, lane in enumerate(lanes)
-                        ],
-                        "preparing the model",
-                    )
-            warm_ups = [lambda s=slot: self._warm_up(s) for slot in self._workspace.slots]
+                prepare = self._traits.prepare
+                if prepare is not None:
+                    preparing = [
+                        (lane.compute, partial(prepare, slot, self.results_dtype)) for slot, lane in enumerate(lanes)
+                    ]
+                    self._in_lanes(preparing, "preparing the model")
+            warm_ups = [partial(self._warm_up, slot) for slot in self._workspace.slots]
             self._in_lanes(
                 [(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts"
             )
@@ -214,35 +204,36 @@ class Runtime:
     def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch
 
-        device, reserved, activations = self.world.device, self.world.reserved_bytes, 0
-        for lane in lanes if self._trial is not None else []:  # in each: libraries keep a workspace per stream
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            self._in_lanes([(lane.compute, self._trial)], "trial of the model's attention")
-            activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
-        # in one piece again, and for every lane: this dropped what earlier runtimes had reserved
+        device, reserved, activations = self.world.device, self.world.reserved, 0
+        trial = self._traits.trial
+        if trial is not None:
+            for lane in lanes:  # in each: libraries keep a workspace per stream
+                torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
+                self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
+                activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
+        # Drops what earlier runtimes have reserved, so all lanes reserve anew, each in one piece.
         torch.cuda.empty_cache()
         for slot, buffers in enumerate(self._workspace.slots):
-            needed = int(_RESERVE_FACTOR * activations) + self._kept_bytes + buffers.scratch.transient_bytes
-            reserved["compute", slot] = max(reserved.get(("compute", slot), 0), needed)
-            reserved["combine", slot] = max(reserved.get(("combine", slot), 0), self._workspace.sum_bytes)
+            needed = int(_RESERVE_FACTOR * activations) + self._traits.kept_bytes + buffers.scratch.transient_bytes
+            reserved.raise_lane("compute", slot, needed)
+            reserved.raise_lane("combine", slot, self._workspace.sum_bytes)
         work = [
-            (getattr(self.world.lanes.slots[slot], kind), lambda n=num_bytes: reserve(device, n))
-            for (kind, slot), num_bytes in reserved.items()
+            (getattr(self.world.lanes.slots[slot], kind), partial(reserve, device, num_bytes))
+            for (kind, slot), num_bytes in reserved.of_lane.items()
             if num_bytes
         ]
         self._in_lanes(work, "reserving memory")
-        callers = self.world.reserved_callers
         if self._callers_stream is not None:
-            callers[self._callers_stream] = max(callers.get(self._callers_stream, 0), self._results_bytes())
-        for stream, num_bytes in callers.items():
+            reserved.raise_stream(self._callers_stream, self._results_bytes())
+        for stream, num_bytes in reserved.of_stream.items():
             with torch.cuda.stream(stream):
                 reserve(device, num_bytes)
         reserve_pinned(len(lanes) + 1)
 
     def _results_bytes(self) -> int:
-        """What a call takes of the caller's stream, twice: a caller holds a layer's results while the next are
-        computed.
+        """Bytes that layer calls allocate on the caller's stream. Two layers' worth: the caller holds one layer's
+        results while the next are computed.
         """
         # ids and weights as rows have them
         of_row = self.shape.hidden * self.results_dtype.itemsize + 8 * self.shape.top_k
@@ -250,8 +241,8 @@ class Runtime:
             of_row += self.shape.hidden * self.dtype.itemsize
         return 2 * self.config.max_tokens_per_rank * of_row
 
-    def _in_lanes(self, work: list[tuple[Lane, Callable[[], None]]], doing: str) -> None:
-        """Run set-up work in lanes and wait for it; engine's thread only."""
+    def _in_lanes(self, work: Sequence[tuple[Lane, Callable[[], object]]], doing: str) -> None:
+        """Run set-up work in lanes and wait for it. Only on the engine's thread."""
         events = [lane.submit(task) for lane, task in work]
 
         def done() -> bool:
@@ -269,10 +260,10 @@ class Runtime:
             return getattr(torch, self.config.combine_dtype)
         return dtype if self.world.device.type == "cuda" else torch.float32
 
-    def _facts(self, facts: dict[str, str]) -> dict[str, str]:
+    def _facts(self, must_agree: Mapping[str, str]) -> dict[str, str]:
         import torch
 
-        facts = facts | {"number of this model or PipelinedMoE": str(self.world.num_runtimes)}
+        facts = {**must_agree, "number of this model or PipelinedMoE": str(self._number)}
         facts |= {"pipemoe": __version__, "torch": torch.__version__, "device": self.world.device.type}
         facts |= {"dtype": str(self.dtype), "dispatch": str(self.wire.dtype)}
         facts |= {
@@ -297,10 +288,10 @@ class Runtime:
     ) -> Future:
         """Run one step: exchange, plan, all operations. Every rank calls.
 
-        lengths: this rank's sequences, in tokens. error: a reason why this rank cannot take part; raised on every rank
-        before any row moves. The future is resolved as soon as this rank's own cohorts have finished, and the engine
-        goes on with the rest; with `timeline` or debug, when the whole plan has. Raises InputError on a thread that is
-        inside a PipelinedMoE's step: this one would wait for that one, which waits for the thread.
+        lengths: this rank's sequences, in tokens. error: why this rank cannot take part; raised on every rank before
+        any row moves. The future is resolved as soon as this rank's own cohorts have finished, while the engine goes on
+        with the rest; with `timeline` or debug, when the whole plan has finished. Raises InputError on a thread that is
+        inside a PipelinedMoE's step: the new step would wait for the open one, and that for the thread.
         """
         self.world.check_no_step_is_open()
         future: Future = Future()
@@ -312,9 +303,7 @@ class Runtime:
         return self.world.engine.submit(lambda: self._step(*looked, source, error, future), future)
 
     def result_of(self, future: Future) -> Any:
-        """What a step's future gives; who waits here looks after the engine meanwhile, as nobody else does in a world
-        of one rank.
-        """
+        """Wait for a step's result, and watch the engine meanwhile. In a world of one rank nobody else does."""
         while not wait_for([future], _WATCH_SECONDS).done:
             self.world.engine.watch()
         return future.result()
@@ -343,7 +332,7 @@ class Runtime:
         seconds = max(engine.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
         facts = self._exchange(lengths, only, error, seconds)
         self._is_first_step = False
-        engine.step += 1  # not before: it must stay the same on all ranks when one of them called something else
+        engine.begin_step()  # only now: if a rank called something else, no rank counts this step
         plan = self.plan(facts)
         if self.config.debug:
             verify(
@@ -351,7 +340,7 @@ class Runtime:
                 row_bytes=self.wire.row_bytes,
                 room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room,
             )
-            self.world.transport.log = []
+            self.world.transport.start_log()
         digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(
             plan,
@@ -360,13 +349,13 @@ class Runtime:
             self.world.transport,
             self._workspace,
             self.wire,
-            self.experts_leaving[plan.sms_left],
+            self.experts_with_free_sms[plan.sms_left],
             source,
             arriving=self._arriving if plan.arrivals else None,
             only=only,
             timed=timeline is not None,
             on_progress=partial(engine.note, seconds=seconds),
-            on_progress_made=self._count,
+            on_progress_made=engine.count_op,
             on_done=on_done,
         )
         compared, told = False, None
@@ -379,14 +368,14 @@ class Runtime:
             try:
                 done = run.advance()
             finally:
-                # What an error or a peer will name.
-                engine.doing = run.failed_op or run.oldest() or run.not_begun() or engine.doing
+                # Errors and peers will name this.
+                engine.now_doing(run.failed_op or run.oldest() or run.not_begun() or engine.doing)
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 told = self._resolve(run, future)
             return done and compared
 
         try:
-            engine.step_seconds = seconds
+            engine.ask_patience(seconds)
             engine.wait(ready, f"step {engine.step}", seconds=seconds)
         except FatalError:
             raise
@@ -397,17 +386,16 @@ class Runtime:
             run.of_caller(lambda: timeline.take(spans, run.issue_seconds))
         if self.config.debug:
             self._check_issued(plan, only, seconds)
-        engine.step_seconds = 0.0
+        engine.ask_patience(0.0)
         if not future.done():
             self._resolve(run, future)
-        elif run.failure is not told:  # a caller's function raised after this rank's part was done
+        elif (
+            run.failure is not None and run.failure is not told
+        ):  # a caller's function raised after this rank's part was done
             self.announce(run.failure)
 
-    def _count(self) -> None:
-        self.world.engine.ops_done += 1
-
     def _resolve(self, run: Run, future: Future) -> BaseException | None:
-        """Tell the caller how the step went; returns what failed in it."""
+        """Resolve the caller's future; returns the step's failure, if any."""
         failure = run.failure
         if failure is None:
             settle(future, time.perf_counter())
@@ -416,16 +404,16 @@ class Runtime:
         return failure
 
     def announce(self, failure: BaseException) -> ModelError:
-        """Have every rank hear of model code that failed on this one, at the next step of any runtime."""
+        """Let every rank hear, at the next step of any runtime, that model code has failed on this one."""
         error = ModelError(f"rank {self.world.rank}: model code raised {describe(failure)}")
         error.__cause__ = failure
-        self.world.announced = error
+        self.world.announce(error)
         return error
 
     def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None, seconds: float) -> Facts:
         world = self.world
-        announced, world.announced = world.announced, None
-        # Misuse that every rank's own caller has been told of is no news to any of them, so the step goes on.
+        announced = world.take_announced()
+        # If every rank's caller has already seen its own misuse, none needs to hear of it again: the step goes on.
         is_known = error is None and announced is not None and isinstance(announced.__cause__, InputError)
         error = announced or error
         doing = f"exchange of step {world.engine.step + 1}"
@@ -438,7 +426,7 @@ class Runtime:
         return decode_step(gathering.payloads)
 
     def plan(self, facts: Facts) -> Plan:
-        """The plan for `facts`; planned once, then remembered for a while."""
+        """The plan for `facts`; the latest plans are remembered."""
         found = self._plans.get(facts)
         if found is None:
             found = make_plan(facts, self.shape, self.config, self.cost)
@@ -450,15 +438,15 @@ class Runtime:
         return found
 
     def _compare(self, digests: list[bytes]) -> None:
-        """Different plans would hang or corrupt the collectives: too late for a mild error."""
+        """Raise FatalError if plans differ: collectives are under way, and would hang or mix up rows."""
         odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
         if odd:
             text = f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)"
             raise FatalError(text, culprit=odd[0]) from MismatchError("plan digests")
 
     def _check_issued(self, plan: Plan, only: Only, seconds: float) -> None:
-        """Compare what every rank really issued with the plan (debug)."""
-        log, self.world.transport.log = self.world.transport.log, None
+        """Compare the collectives that every rank has issued with the plan (debug)."""
+        log = self.world.transport.take_log()
         doing = "comparison of the ranks' logs"
         gathering = self.world.start_gathering(json.dumps(log).encode(), doing)
         self.world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)

@@ -1,30 +1,54 @@
 """The source seam: where a run's tokens come from and where their results go, on this rank.
 
-`attend` and `finish` are called as work of the cohort's compute lane, `rows` there as well, `results` when a combine is
-posted. Cohorts are named by their index in the plan; only cohorts that hold tokens of this rank are asked for.
-Gradients are off in all of them. What any of them raises fails its cohort's rows on this rank, not the step: the caller
-hears of it, and every rank at the next step.
+`attend`, `rows` and `finish` run in the cohort's compute lane; `results` is called when a combine is posted. Cohorts
+are named by their index in the plan, and only cohorts with tokens of this rank are asked for. Gradients are off.
+
+An exception in any of them fails its cohort's rows on this rank, not the step. The caller gets it, and every rank hears
+of it at the next step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.plan.cost.dimensions import Dimensions
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.lanes import Event
 
 
+@dataclass(frozen=True, slots=True)
+class SourceTraits:
+    """What a runtime must know of its sources before the first step: what to compare, to price and to reserve.
+
+    The defaults are those of a source that only hands over tensors that are already there.
+    """
+
+    must_agree: Mapping[str, str] = field(default_factory=dict)  # by name, equal on all ranks: MismatchError otherwise
+    dimensions: Dimensions | None = None  # of the whole model, for its cost; None: attention as the shape suggests
+    # Model code as large as an attend may run. On a GPU it runs once in every lane, whose memory is then reserved.
+    trial: Callable[[], None] | None = None
+    kept_bytes: int = 0  # that model code may keep from layer to layer; reserved beside the trial's
+    # Runs once in every slot's compute lane after the trial, on a GPU: the slot's number, the results' dtype.
+    prepare: Callable[[int, torch.dtype], None] | None = None
+    graph_rows: int = 0  # most tokens whose attention is launched as a graph
+    graph_cuts: bool = False  # also where sequences are cut
+    # Calls inside a step allocate a layer's results on the caller's stream, the current one; reserved on a GPU.
+    hands_out_results: bool = False
+
+
 class Source(Protocol):
-    has_side_work: bool  # does `side_work` do anything?
+    has_side_work: bool  # whether `side_work` does anything
 
     def begin(self, plan: Plan, rank: int) -> None:
-        """Once, before the first operation."""
+        """Called once, before the first operation."""
 
     def ready(self, cohort: int, layer: int) -> bool:
-        """May `attend(cohort, layer)` be issued now? False makes the engine come back later."""
+        """May `attend(cohort, layer)` be issued now? After False the engine asks again later."""
 
     def attend(self, cohort: int, layer: int) -> None:
         """Take in the results of layer - 1 and produce this layer's rows."""
@@ -33,18 +57,18 @@ class Source(Protocol):
         """hidden [n, H], ids [n, K] int32, weights [n, K] float32 of this rank's tokens [start, stop)."""
 
     def side_work(self, cohort: int) -> None:
-        """What needs no experts of other ranks, such as shared experts: runs in the compute lane while rows are
-        dispatched.
+        """Work that needs no experts of other ranks, such as shared experts. It runs in the compute lane while rows
+        are dispatched.
         """
 
     def results(self, cohort: int, start: int, stop: int) -> torch.Tensor:
-        """Where the sums of tokens [start, stop) go: [n, H], contiguous."""
+        """The tensor for the sums of tokens [start, stop): [n, H], contiguous."""
 
     def combined(self, cohort: int, layer: int, event: Event) -> None:
-        """A combine that writes results of this rank has been issued; `event` closes it."""
+        """A combine that writes this rank's results has been issued; `event` marks its end."""
 
     def finish(self, cohort: int) -> None:
         """Take in the results of the last layer."""
 
     def finished(self, cohort: int, seconds: float) -> None:
-        """`finish` is complete; it was so at `seconds` of time.perf_counter."""
+        """`finish` was complete at `seconds` of time.perf_counter."""

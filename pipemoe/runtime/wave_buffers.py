@@ -1,22 +1,26 @@
-"""The views of a workspace that one wave uses in one of its slot's double buffers; the same in every layer, so they are
-made once.
+"""The views of the workspace that one wave uses in one of its slot's double buffers.
+
+They are the same in every layer, so they are made once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipemoe.comm.transport import column_blocks
 from pipemoe.plan.arrivals import groups_of, parts_of
 
 if TYPE_CHECKING:
+    import torch
+
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.workspace import Workspace
     from pipemoe.wire import WireFormat
 
 
 class WaveBuffers:
-    """Of wave number `wave` of cohort number `cohort`, for `rank`."""
+    """Views for `rank`, of wave number `wave` of cohort number `cohort`."""
 
     def __init__(
         self, plan: Plan, rank: int, cohort: int, wave: int, buffer: int, workspace: Workspace, wire: WireFormat
@@ -38,7 +42,7 @@ class WaveBuffers:
         # Blocks of columns of the partial sums, [n, columns] each, and of the peers' for combine="gather".
         self.columns = [slice(c.start, c.stop) for c in plan.columns]
         self.partial = column_blocks(slot.partial[buffer], (num_rows,), plan.columns)
-        self.staging = [None] * len(self.columns)
+        self.staging: Sequence[torch.Tensor | None] = [None] * len(self.columns)
         if (memory := slot.staging[buffer]) is not None:
             self.staging = column_blocks(memory, (len(memory), sum(s.num_rows for s in own)), plan.columns)
 

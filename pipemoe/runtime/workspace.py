@@ -1,5 +1,6 @@
-"""The workspace: every buffer that the exchange and the experts need, allocated once, sized by the configuration
-alone.
+"""The workspace: every buffer that the exchange and the experts need.
+
+It is allocated once. Its size depends on the configuration alone.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ class SlotBuffers:
     """One cohort slot's buffers; the lists have one entry per double buffer."""
 
     receive: list[torch.Tensor]  # [rows, row_bytes] uint8
-    partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave lays its blocks of columns there one after another
+    partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave's blocks of columns lie one after another
     staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"; by blocks as well
     scratch: Any  # of the experts
-    # what experts know of the rows in each receive buffer, where they may take waves as they arrive; else None
+    # per receive buffer, the experts' record of the rows that have arrived; None where waves are only taken whole
     arrivals: list[Any]
 
 
@@ -39,7 +40,7 @@ class Workspace:
         device: torch.device,
         arriving: Any = None,
     ) -> None:
-        """arriving: experts that take waves as they arrive, in the first slot; None: there are none."""
+        """arriving: experts that take waves as they arrive, in the first slot; or None."""
         import torch
 
         # A gather sums in float32; a reduce writes what the partial sums travel as.
@@ -52,7 +53,7 @@ class Workspace:
         self.sum_bytes = 2 * own_rows * wire.hidden * max(4, combine_dtype.itemsize) if gathers else 0
 
         def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-            # touched: no page is first used inside a step
+            # zeroed, so that no page is first touched inside a step
             return torch.empty(shape, dtype=dtype, device=device).zero_()
 
         def slot(number: int) -> SlotBuffers:

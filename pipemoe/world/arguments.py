@@ -1,6 +1,4 @@
-"""The arguments of `pipemoe.init`, looked at before anything is started: what cannot work is a ConfigError, whatever it
-is.
-"""
+"""The arguments of `pipemoe.init`, checked before anything starts. Whatever cannot work is a ConfigError."""
 
 from __future__ import annotations
 
@@ -20,8 +18,9 @@ _MOST_SECONDS = 366 * 24 * 3600.0  # more is no limit, and the system's timers w
 
 @dataclass(frozen=True, slots=True)
 class InitArguments:
-    """What `init` was given, once it is known to be good. These values are those of a rank whose own cannot be, until
-    all have heard so.
+    """The checked arguments of `init`.
+
+    A rank with bad arguments takes these defaults until all ranks have heard of its error.
     """
 
     device: str = "cpu"
@@ -34,8 +33,9 @@ class InitArguments:
 def init_arguments(
     device: Any, num_slots: Any, watchdog_seconds: Any, setup_seconds: Any, grace_seconds: Any
 ) -> InitArguments:
-    """Raises ConfigError, naming the argument, its value and what it may be. num_slots: None for PIPEMOE_NUM_SLOTS, or
-    4.
+    """The arguments, checked. num_slots: None takes PIPEMOE_NUM_SLOTS, or else 4.
+
+    Raises ConfigError, which names the argument, its value and the values allowed.
     """
     if not isinstance(device, str) or device not in _DEVICES:  # an array would be compared element by element
         raise ConfigError(f"device is {_shown(device)}; it must be 'auto', 'cpu' or 'cuda'")
@@ -49,7 +49,7 @@ def init_arguments(
 
 
 def _slots(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= value <= MOST_SLOTS:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not 1 <= int(value) <= MOST_SLOTS:
         raise ConfigError(f"num_slots is {_shown(value)}; it must be a whole number from 1 to {MOST_SLOTS}")
     return int(value)
 

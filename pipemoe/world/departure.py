@@ -1,9 +1,9 @@
 """From a rank's good-bye to the end of its process.
 
-MPI's finalisation waits for every rank, without end and without a word. So the side channel outlives the world: at the
-end of the process each rank first waits for the others to be there too. That may take long, since others may have other
-work to do; but one that has ended without, or has stopped, ends the wait. Only then comes the finalisation, under the
-watchdog's clock.
+MPI's finalisation waits for every rank, silently and without end. So the side channel outlives the world: at the end
+of its process each rank first waits until the others are there too. That may take long, since others may have other
+work to do. A rank that has stopped, or has ended without finalisation, ends the wait. Only then comes the finalisation,
+limited by the watchdog.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from pipemoe.runtime.last_words import exit_after, exit_now, say
 from pipemoe.world.meeting import ranks_text
 
 if TYPE_CHECKING:
-    from pipemoe.comm.side_channel import SideChannel
+    from pipemoe.comm.side_channel import Peer, SideChannel
     from pipemoe.runtime.engine import Engine
 
 _POLL_SECONDS = 0.005
-_SHARED_END_SECONDS = 5.0  # for ranks that end by the same error to be there, so that none needs to abort the others
+_SHARED_END_SECONDS = 5.0  # for ranks that end by the same error to arrive, so that none aborts the others
 
 
 class Departure:
-    """Of this process, whatever worlds it has."""
+    """The departure of this process, whatever worlds it has had."""
 
     def __init__(self) -> None:
-        self.ends_mpi = False  # MPI was started here, so that nobody else will end it
-        self.fails_alike = False  # this rank ends by an error that all ranks have
+        self._ends_mpi = self._fails_alike = False
         self.forked_from: int | None = None  # the process in which MPI was started, once this is a child of it
         self.channel: SideChannel | None = None  # to all ranks, until the process ends
         self._mpi: Any = None
@@ -45,7 +44,7 @@ class Departure:
         self._is_lost = False
 
     def uses(self, mpi: Any) -> None:
-        """MPI runs: from now on the end of the process is watched."""
+        """MPI runs. From now on, watch the end of the process."""
         if self._mpi is not None:
             return
         self._mpi = mpi
@@ -61,23 +60,31 @@ class Departure:
 
             mpi._set_abort_status = heard
 
+    def will_end_mpi(self) -> None:
+        """MPI was started here, so that nobody else will end it."""
+        self._ends_mpi = True
+
+    def will_fail_alike(self) -> None:
+        """This rank ends by an error that all ranks have."""
+        self._fails_alike = True
+
     def met(self, rank: int, places: list[tuple[str, int]], watchdog_seconds: float) -> None:
-        """Who the ranks are. places: host and process of each."""
+        """Remember who the ranks are. places: host and process of each."""
         self._rank, self._places, self._watchdog_seconds = rank, places, watchdog_seconds
 
     def keep(self, channel: SideChannel) -> None:
-        """The new world's channel; that of the one that has left has done its duty."""
+        """Keep the new world's channel, and close that of the world that has left."""
         self.channel = channel
         if self._left_channel is not None:
             self._left_channel.close()
             self._left_channel = None
 
     def leaves(self, engine: Engine) -> None:
-        """It says good-bye in its own time."""
+        """A world leaves; its engine says good-bye in its own time."""
         self._leaving, self._left_channel = engine, engine.side_channel
 
     def is_lost(self, error: FatalError, grace_seconds: float) -> None:
-        """The ranks did not even meet, and MPI waits for them."""
+        """The ranks have not even met, so MPI would wait for them: end the process."""
         self._is_lost = True
         say(f"pipemoe: {type(error).__name__}: {error}")
         exit_after(grace_seconds)
@@ -98,7 +105,7 @@ class Departure:
             )
 
     def disown(self, parent: int) -> None:
-        """In a child: MPI, its end and the sockets are the parent's."""
+        """In a forked process: MPI, its end and the sockets belong to the parent."""
         atexit.unregister(self._at_exit)
         if self.channel is not None:
             self.channel.disown()
@@ -113,9 +120,9 @@ class Departure:
             return
         if self.channel is not None:
             self.channel.tell(exiting=True)
-            if not self._all_are_there():
+            if not self._all_are_there(self.channel):
                 return  # mpi4py aborts
-        if self.ends_mpi:
+        if self._ends_mpi:
             done = threading.Event()
             threading.Thread(
                 target=self._watch_finalisation, args=(done,), name="pipemoe end of MPI", daemon=True
@@ -128,19 +135,19 @@ class Departure:
                     time.sleep(_POLL_SECONDS)
             done.set()
 
-    def _all_are_there(self) -> bool:
-        """Wait for the others to end too. False where this rank does not wait: it ends by an error, which ends them."""
+    def _all_are_there(self, channel: SideChannel) -> bool:
+        """Wait until all others end too. False if this rank ends by an error, which ends them without a wait."""
         begin = time.monotonic()
-        while waiting := [r for r, peer in self.channel.peers.items() if not peer.news.get("exiting")]:
-            if self._abort_status and time.monotonic() - begin > (_SHARED_END_SECONDS if self.fails_alike else 0.0):
+        while waiting := [r for r, peer in channel.peers.items() if not peer.news.get("exiting")]:
+            if self._abort_status and time.monotonic() - begin > (_SHARED_END_SECONDS if self._fails_alike else 0.0):
                 return False
             for rank in waiting:
-                self._check(rank)
+                self._check(rank, channel.peers[rank])
             time.sleep(_POLL_SECONDS)
         return True
 
-    def _check(self, rank: int) -> None:
-        peer, place = self.channel.peers[rank], self._places[rank]
+    def _check(self, rank: int, peer: Peer) -> None:
+        place = self._places[rank]
         silent = time.monotonic() - peer.heard
         if peer.failure is not None:
             self._give_up(f"rank {rank} has failed ({peer.failure})")
@@ -152,8 +159,8 @@ class Departure:
             )
 
     def _is_busy(self, place: tuple[str, int]) -> bool:
-        """Does a silent rank run all the same? A long call may keep its other threads from speaking. Only a process of
-        this host shows.
+        """Does a silent rank run all the same? A long call may keep its other threads from speaking. Only processes of
+        this host can be looked at.
         """
         if place[0] != self._places[self._rank][0]:
             return False
@@ -175,7 +182,7 @@ class Departure:
 
 
 def _finalise(mpi: Any) -> None:
-    """By way of ctypes Python's other threads run meanwhile, and watch; mpi4py's call keeps them waiting."""
+    """Finalise MPI through ctypes, so that Python's other threads run and watch. mpi4py's call would block them."""
     library = ctypes.CDLL(mpi.__file__)
     if hasattr(library, "MPI_Finalize"):
         library.MPI_Finalize()
@@ -187,7 +194,7 @@ departure = Departure()
 
 
 def disown_in_children(world_of: Any) -> None:
-    """Once per process: a child that is forked from it has no world. world_of: returns the open world, or None."""
+    """See to it that forked processes have no world. Once per process. world_of: returns the open world, or None."""
     parent = os.getpid()
 
     def in_child() -> None:

@@ -1,6 +1,4 @@
-"""A rank's GPU, before CUDA starts and when it has: what CUDA reads from the environment, and streams that no others
-queue behind.
-"""
+"""A rank's GPU: the settings that CUDA reads from the environment when it starts, and the lanes' streams."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ if TYPE_CHECKING:
 
     from pipemoe.world.arguments import InitArguments
 
-_lanes: dict[tuple[torch.device, int], Lanes] = {}  # streams last as long as the process, so the next world takes them
+_lanes: dict[tuple[torch.device, int], Lanes] = {}  # streams last as long as the process; the next world reuses them
 
 
 def runs_on_gpu(arguments: InitArguments) -> bool:
@@ -44,8 +42,8 @@ def lanes_of(device: torch.device, num_slots: int) -> Lanes:
 def _prepare_cuda(num_slots: int) -> None:
     """Settings that CUDA reads when it starts.
 
-    A kernel loaded at its first launch may wait for all that runs on the GPU, also for a collective that waits for this
-    very kernel; so everything is loaded at the start. Streams that share a hardware queue may wait for one another.
+    A kernel that is loaded at its first launch may wait for all that runs on the GPU, even for a collective that waits
+    for this kernel. So everything is loaded at the start. Streams that share a hardware queue may wait for one another.
     """
     import torch
 
@@ -56,15 +54,14 @@ def _prepare_cuda(num_slots: int) -> None:
             stacklevel=3,
         )
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
-    # NCCL sets the stack size of its kernels at once, instead of having CUDA rearrange memory when one is first
-    # launched.
+    # NCCL then sets the stack size of its kernels at once. Otherwise CUDA rearranges memory at their first launch.
     os.environ.setdefault("NCCL_SET_STACK_SIZE", "1")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "16" if _queues(num_slots) <= 16 else "32")
 
 
 def _queues(num_slots: int) -> int:
-    """Hardware queues so that no stream shares one: three lanes a slot, a stream of NCCL's own for each of its
-    communicators.
+    """Hardware queues needed so that no two streams share one: per slot three lanes, and a stream of NCCL's own for
+    each of its two communicators.
     """
     return 5 * num_slots + 2
 

@@ -1,7 +1,7 @@
-"""How many ranks this process was started with, by what launchers leave in the environment.
+"""How many ranks this process was started with, as launchers say in the environment.
 
-Only MPI brings ranks together here. So a launcher that starts several processes without MPI (torchrun) is refused by
-name, as every one of them would take itself for the whole world.
+Ranks find one another by MPI only. A launcher that starts several processes without MPI (torchrun) is refused by name:
+each process would take itself for the whole world.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 
 from pipemoe.errors import ConfigError
 
-# Set for each process that they start, the innermost launcher first. Slurm's is that of the job step (srun):
-# SLURM_NTASKS is also set in the shell of an allocation, and a launcher of MPI under Slurm may be started by a step of
-# one process a node.
+# Launchers set these for each process that they start. The innermost launcher comes first. Slurm's variable is that of
+# the job step (srun): SLURM_NTASKS is also set in an allocation's shell. It comes last, because MPI's own launcher may
+# be started by a step with one process per node.
 _SIZE_VARIABLES = (
     # Open MPI, MPICH and Intel, MVAPICH, jsrun
     *("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE"),
     *("PALS_SIZE", "ALPS_APP_SIZE", "FLUX_JOB_SIZE", "SLURM_STEP_NUM_TASKS"),
 )
-# A process management interface that names the process, but not always how many there are.
+# Process management interfaces that number the process, but do not always say how many there are.
 _RANK_VARIABLES = ("PMIX_RANK", "PMI_RANK", "PMI_ID")
 _TORCH_VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK")  # torchrun, accelerate, deepspeed
 HOW_TO_START = "start the ranks with MPI: launch/mpirun.sh -n N script.py, or srun --mpi=pmix"
@@ -35,8 +35,9 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
-    """What the environment says. Raises ConfigError for a variable that makes no sense, and for launchers that speak no
-    MPI.
+    """The launch that the environment describes.
+
+    Raises ConfigError for a variable that makes no sense, and for a launcher without MPI.
     """
     sizes = {name: _number(environment, name, least=1) for name in _SIZE_VARIABLES if name in environment}
     ranks = {name: _number(environment, name, least=0) for name in _RANK_VARIABLES if name in environment}
@@ -54,7 +55,7 @@ def launched(environment: Mapping[str, str]) -> Launch:
 
 
 def _check_torch(environment: Mapping[str, str]) -> None:
-    """For a world of one rank."""
+    """Refuse torchrun where MPI sees one rank."""
     if "WORLD_SIZE" in environment and _number(environment, "WORLD_SIZE", least=1) > 1:
         found = ", ".join(f"{name}={environment[name]}" for name in _TORCH_VARIABLES if name in environment)
         launcher = (
@@ -86,7 +87,7 @@ def check_size(launch: Launch, size: int, environment: Mapping[str, str]) -> Non
 
 
 def ranks_on_this_host(environment: Mapping[str, str], num_ranks: int) -> int:
-    """As far as the launcher says; else all of them."""
+    """The number that the launcher gives, or else all ranks."""
     for name in ("MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"):
         if environment.get(name, "").isdecimal():
             return int(environment[name])
@@ -94,7 +95,7 @@ def ranks_on_this_host(environment: Mapping[str, str], num_ranks: int) -> int:
 
 
 def rank_text(environment: Mapping[str, str]) -> str:
-    """This rank in words before MPI knows it."""
+    """This rank in words, before MPI runs."""
     for name in ("OMPI_COMM_WORLD_RANK", *_RANK_VARIABLES, "SLURM_PROCID"):
         if environment.get(name, "").isdecimal():
             return f"rank {environment[name]}"
@@ -102,7 +103,7 @@ def rank_text(environment: Mapping[str, str]) -> str:
 
 
 def running_size() -> int:
-    """Ranks of the MPI that this process's own code has started; 0 where it has not."""
+    """The number of ranks of an MPI that this process has already started; 0 if it has not."""
     mpi = sys.modules.get("mpi4py.MPI")
     return mpi.COMM_WORLD.Get_size() if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized() else 0
 

@@ -1,4 +1,4 @@
-"""The ranks meet at the start of a world: MPI runs, and each knows where the others are."""
+"""How the ranks meet at the start of a world: MPI starts, and each rank learns where the others are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _communicators: Communicators | None = None  # of this process
 
 @dataclass(frozen=True, slots=True)
 class Met:
-    """Of this rank, once all have met."""
+    """What a rank knows once all ranks have met."""
 
     communicators: Communicators
     rank: int
@@ -31,9 +31,9 @@ class Met:
 
 
 def meet(launch: Launch, arguments: InitArguments) -> Met | None:
-    """Start MPI if need be and wait for every rank to be here. None in a world of one rank, as it turns out.
+    """Start MPI if need be, and wait for every rank. None if there turns out to be one rank only.
 
-    Raises WatchdogTimeout when somebody does not come in setup_seconds, and then the process ends.
+    Raises WatchdogTimeout if a rank does not come within setup_seconds; then the process ends.
     """
     global _communicators
     mpi = start_mpi(launch, arguments.setup_seconds)
@@ -66,8 +66,8 @@ def _everyones(meeting: Meeting, patience: Patience) -> list[tuple[str, int]]:
 
 
 def _host() -> str:
-    """This host among others: two may have the same name, and two containers of one host have their own GPUs and
-    network.
+    """A name for this host. Two hosts may share a host name, so the kernel's boot id is part of it; containers of one
+    host have their own GPUs and network, so the host name is too.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

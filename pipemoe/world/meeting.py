@@ -1,6 +1,6 @@
-"""The ranks' first meeting, before they have anything but MPI: each tells all where it is, and who is missing is known.
+"""The ranks' first meeting: each tells all others where it is, and each knows who is missing.
 
-A collective call would only say that somebody is. So every rank sends every other one a small message of its own.
+A collective call could not name the missing ranks, so every rank sends every other one a small message.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Meeting:
         self.payloads: dict[int, bytes] = {self.rank: payload}
 
     def missing(self) -> list[int]:
-        """Ranks that have not come; empty once `payloads` holds what each rank said."""
+        """Ranks that have not come. Empty once `payloads` holds every rank's message."""
         status = self._mpi.Status()
         for rank in list(self._receives):
             if self._receives[rank].Test(status):
@@ -48,7 +48,7 @@ class Meeting:
 
 
 class Patience:
-    """The clock of a wait for ranks that may not come: speaks every few seconds, and ends."""
+    """Limits a wait for ranks that may not come, and reports it every few seconds."""
 
     def __init__(self, who: str, seconds: float) -> None:
         self._who, self._seconds, self._begin, self._next_word = who, seconds, time.monotonic(), _FIRST_WORD_SECONDS
@@ -67,7 +67,7 @@ class Patience:
 
 
 def wait_for(done: Callable[[], str], patience: Patience) -> None:
-    """Poll `done` until it says nothing; until then it says what is waited for."""
+    """Poll `done` until it returns an empty text; until then it returns what it waits for."""
     while waits_for := done():
         patience.look(waits_for)
         time.sleep(_PAUSE)

@@ -1,6 +1,6 @@
 """MPI, started under a clock.
 
-mpi4py would start it while it is imported, in a call that keeps all of Python waiting until every rank is there.
+mpi4py would start it on import, in a call that blocks all of Python until every rank is there.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from pipemoe.world.launcher import HOW_TO_START, Launch, check_size, rank_text, 
 from pipemoe.world.meeting import Patience
 from pipemoe.world.shared_memory import check_shared_memory, segments_mapped_here
 
-# MPICH's default schedules take a poll per round, and a poll is late on a rank that computes; its trees need fewer
-# rounds.
+# MPICH's schedules need a poll per round, and a rank that computes polls late. Trees need fewer rounds.
 _MPICH_TREES = ("MPIR_CVAR_IREDUCE_INTRA_ALGORITHM", "MPIR_CVAR_IBCAST_INTRA_ALGORITHM")
 _LOOK_SECONDS = 0.1
 
 
 def start_mpi(launch: Launch, setup_seconds: float) -> Any:
-    """mpi4py's MPI, running. Raises ConfigError when it cannot be, or is not the launcher's; ends the process with
-    status 70 when some rank does not start it in `setup_seconds`."""
+    """Start MPI, and return mpi4py's module.
+
+    Raises ConfigError if it cannot start, or is not the launcher's MPI. Ends the process with status 70 if some rank
+    does not start it within `setup_seconds`.
+    """
     for name in _MPICH_TREES:  # read when MPI starts
         os.environ.setdefault(name, "tsp_tree")
     mpi = _imported(launch)
@@ -35,7 +37,7 @@ def start_mpi(launch: Launch, setup_seconds: float) -> Any:
         if "MPICH" in mpi.Get_library_version():
             check_shared_memory(ranks_on_this_host(os.environ, launch.num_ranks or 1))
         _initialise(mpi, launch, setup_seconds)
-        departure.ends_mpi = True
+        departure.will_end_mpi()
     if mpi.Query_thread() < mpi.THREAD_SERIALIZED:
         raise ConfigError(
             "MPI was started without thread support; let mpi4py initialise it, with its default thread level"
@@ -56,7 +58,7 @@ def _imported(launch: Launch) -> Any:
             from mpi4py import MPI
         finally:
             mpi4py.rc.initialize = usual
-    except (ImportError, RuntimeError) as error:  # the second: it finds no library of MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
         said = f"({' '.join(str(error).split())})"
         text = (
             f"a launcher started several ranks ({launch.said_by}), "
@@ -79,7 +81,7 @@ def _initialise(mpi: Any, launch: Launch, setup_seconds: float) -> None:
 
     threading.Thread(target=watch, name="pipemoe start of MPI", daemon=True).start()
     try:
-        # Called by way of ctypes, Python's other threads run meanwhile, and watch; mpi4py's call keeps them waiting.
+        # Called through ctypes, so that Python's other threads run and watch. mpi4py's call would block them.
         library, provided = ctypes.CDLL(mpi.__file__), ctypes.c_int()
         if not hasattr(library, "MPI_Init_thread"):
             mpi.Init_thread()

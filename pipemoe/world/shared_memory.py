@@ -1,4 +1,4 @@
-"""What MPI keeps in /dev/shm: room for it before it starts, and what jobs that ended badly have left there."""
+"""MPI's files in /dev/shm: whether there is room for them, and which ones failed jobs have left behind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FOLDER = Path("/dev/shm")
 # As measured with MPICH 5.0 on 2 to 16 ranks: 1.06 MB a rank in one segment, and 4.3 MB of UCX's for each.
 BYTES_OF_RANK = 5_500_000
 _NAMES = re.compile(r"mpich|ucx_shm|psm2_|Intel_MPI|vader_segment|sm_segment|impi")
-_START_SECONDS = 60.0  # ranks of a job start within that time of one another
+_START_SECONDS = 60.0  # within which all ranks of a job start
 
 
 def check_shared_memory(num_ranks: int) -> None:
-    """Raises ConfigError when /dev/shm has no room for as many ranks on this host: MPI would end them by a bus
+    """Raises ConfigError if /dev/shm has no room for `num_ranks` ranks of this host. MPI would end them with a bus
     error.
     """
     try:
@@ -25,7 +25,7 @@ def check_shared_memory(num_ranks: int) -> None:
     except OSError:
         return  # MPI does without, or says so
     size = status.f_blocks * status.f_frsize
-    # What the ranks of this very job have taken, if some were quicker, must not count; so only what is old does.
+    # Quicker ranks of this job may already have their share, which must not count. So only old files count.
     used = min(_old_bytes(time.time() - _START_SECONDS), size)
     needed = num_ranks * BYTES_OF_RANK
     if size - used < needed:
@@ -44,7 +44,7 @@ def segments_mapped_here() -> list[str]:
 
 
 def old_segments() -> list[Path]:
-    """This user's files of MPI in /dev/shm that no process, of those that can be seen here, has mapped."""
+    """This user's files of MPI in /dev/shm that no process visible here has mapped."""
     found = [path for path in _files() if _NAMES.search(path.name) and _is_own(path)]
     if not found:
         return []
@@ -80,7 +80,7 @@ def _files() -> list[Path]:
 
 
 def _mapped(process: str) -> set[str]:
-    """Files in /dev/shm that a process has mapped, but for those that have been removed."""
+    """Files in /dev/shm that a process has mapped, without removed ones."""
     try:
         lines = Path("/proc", process, "maps").read_text(errors="replace").splitlines()
     except OSError:

@@ -1,8 +1,8 @@
-"""What a rank prints of an error that nobody catches.
+"""How a rank prints an error that nobody catches.
 
-An error that only this rank has: as Python does, before the rank says good-bye, as the others' end may be that of this
-process. An error that all ranks share, such as what one of them was called with wrongly: once, from one rank, with the
-caller's own frames only. PIPEMOE_DEBUG=1 shows all frames of all ranks.
+An error of this rank alone is printed as Python does, before the rank says good-bye: when the others end, this process
+may be ended too. An error that all ranks share, such as a wrong argument, is printed by one rank, with the caller's own
+frames only. PIPEMOE_DEBUG=1 shows all frames of all ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _reason = ""
 
 
 def install() -> None:
-    """From now on; the hook that was there before prints what is not shared."""
+    """Print uncaught errors so from now on. The earlier hook prints errors that are not shared."""
     global _previous, _reason
     _reason = ""
     if sys.excepthook is not _hook:
@@ -46,22 +46,20 @@ def install() -> None:
 
 
 def remove() -> None:
-    """Unless somebody has put another hook before it, which calls this one."""
+    """Put the earlier hook back, unless somebody has installed another one, which may call this one."""
     global _previous
     if sys.excepthook is _hook and _previous is not None:
         sys.excepthook, _previous = _previous, None
 
 
 def reason_to_leave() -> str:
-    """Why a world that is closed now is closed: an exception under way here, or one that nobody caught; empty where
-    there is none.
-    """
+    """Why a world is closed: the exception being raised, or one that nobody caught. Empty if there is none."""
     error = sys.exception()
     return _reason if error is None else reason(error)
 
 
 def reason(error: BaseException) -> str:
-    """An error in a line for the peers; empty for what is no error, or one that they have themselves."""
+    """An error as one line for the peers. Empty for one that they have too, and for a normal exit."""
     if (
         is_shared(error)
         or isinstance(error, GeneratorExit)
@@ -80,13 +78,13 @@ def is_shared(error: BaseException) -> bool:
     return isinstance(error, PipemoeError) and error.is_shared
 
 
-def say_once(error: PipemoeError, text: str) -> None:
-    """Print the text of an error on standard error; of one that all ranks share, on the lowest rank that has it too."""
+def say_once(error: BaseException, text: str) -> None:
+    """Print an error's text on standard error. If all ranks share the error, only the lowest rank prints it."""
     channel = departure.channel
     if channel is None or not is_shared(error):
         say(text)
         return
-    departure.fails_alike = True
+    departure.will_fail_alike()
     key = hashlib.blake2b(str(error).encode(), digest_size=8).hexdigest()
     channel.tell(ends_by=key)
     lower = [peer for rank, peer in sorted(channel.peers.items()) if rank < channel.rank]
@@ -102,7 +100,7 @@ def say_once(error: PipemoeError, text: str) -> None:
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     global _reason
     _reason = reason(error)
-    # by the engine, with what there is to know
+    # The engine has said it, with all that it knows.
     has_been_said = isinstance(error, FatalError) and error.__cause__ is None
     if not (is_shared(error) or has_been_said) or os.environ.get("PIPEMOE_DEBUG", "0") not in ("", "0"):
         (_previous or sys.__excepthook__)(kind, error, trace)

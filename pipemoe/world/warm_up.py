@@ -1,13 +1,14 @@
 """The first use of a world's communicators, at set-up: nothing is connected or loaded inside a step.
 
-Every kind of collective on every communicator, from one root and from all, small and large, as libraries take other
-ways by size. What is in the buffers does not matter, so all share the same few. They grow with the ranks only by the
-blocks that a collective of all takes: a block for each rank.
+It runs every kind of collective on every communicator, from each root and from all, small and large, since libraries
+choose algorithms by size. The content does not matter, so all calls share the same few buffers. These hold one block
+for each rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipemoe.comm.transport import Transport, WaveSums
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
     from pipemoe.runtime.lanes import Event, Lanes
 
 _WIDTH = 256
-# Bytes of a rank's block. NCCL's protocols differ up to a megabyte, which lies on the GPU; MPI sends what is more than
-# some tens of kilobytes in another way.
+# Bytes of a rank's block. NCCL changes protocols up to a megabyte; MPI changes above some tens of kilobytes.
 _DEVICE_BYTES, _HOST_BYTES = 1 << 20, 1 << 16
 
 
 class WarmUp:
-    """Makes the buffers; `start` hands in the work. Raises torch's error, or MemoryError, when memory does not
+    """Makes the buffers; `start` hands in the work. Raises torch's error, or MemoryError, if memory does not
     suffice.
     """
 
@@ -54,19 +54,13 @@ class WarmUp:
                 wave, rows = self._rows(wave_of, num_bytes, torch.uint8)
                 combines = []
                 for dtype in self._dtypes:
-                    of_sums, partial = self._rows(wave_of, max(num_bytes, _WIDTH * dtype.itemsize), dtype)
-                    combines += [(combine, of_sums, self._sums(of_sums, partial)) for combine in ("reduce", "gather")]
+                    of_sums, sent = self._rows(wave_of, max(num_bytes, _WIDTH * dtype.itemsize), dtype)
+                    combines += [(combine, of_sums, self._sums(of_sums, sent)) for combine in ("reduce", "gather")]
                 for slot, lane in enumerate(lanes.slots):
-                    events.append(
-                        lane.dispatch.submit(
-                            lambda s=slot, w=wave, e=exchange, r=rows: transport.dispatch(s, 0, w, e, r)
-                        )
-                    )
+                    events.append(lane.dispatch.submit(partial(transport.dispatch, slot, 0, wave, exchange, rows)))
                     events += [
-                        lane.combine.submit(
-                            lambda s=slot, w=w, e=exchange, c=c, x=x: transport.combine(s, 0, w, e, c, x)
-                        )
-                        for c, w, x in combines
+                        lane.combine.submit(partial(transport.combine, slot, 0, of_sums, exchange, combine, sums))
+                        for combine, of_sums, sums in combines
                     ]
 
         def done() -> bool:

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipemoe.arguments import look
 from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, unpack_shared
@@ -25,6 +25,7 @@ from pipemoe.plan.room import Room
 from pipemoe.runtime.engine import Engine
 from pipemoe.runtime.lanes import Lanes, host_lanes
 from pipemoe.runtime.last_words import say
+from pipemoe.runtime.reserve import Reserved
 from pipemoe.torch_state import no_grad_on_this_thread
 from pipemoe.world import uncaught
 from pipemoe.world.arguments import InitArguments, init_arguments
@@ -33,9 +34,6 @@ from pipemoe.world.gpu import lanes_of, runs_on_gpu
 from pipemoe.world.launcher import launched
 from pipemoe.world.meet import Met, meet
 from pipemoe.world.warm_up import WarmUp
-
-if TYPE_CHECKING:
-    import torch
 
 _open_world: World | None = None  # of this process
 _forks_are_watched = False
@@ -49,18 +47,21 @@ def init(
     setup_seconds: float = 600.0,
     grace_seconds: float = 5.0,
 ) -> World:
-    """Start this rank and meet the others; every rank calls it, with the same arguments. Again only after
+    """Start this rank and meet the others. Every rank calls it, with the same arguments; again only after
     `World.close()`.
 
-    device: "cuda", "cpu", or "auto" (cuda where there is one). num_slots: cohorts that may be under way at once; each
+    device: "cuda", "cpu", or "auto" (cuda if there is a GPU). num_slots: cohorts that may be under way at once; each
     has a pair of communicators (default: PIPEMOE_NUM_SLOTS, which launch/one_gpu.sh sets, else 4). watchdog_seconds:
-    how long an operation may make no progress. setup_seconds: the same for what ranks may do at very different speeds,
-    such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process. All are numbers of
-    seconds, above 0 (grace_seconds: 0 too). While other ranks have not called, says so every few seconds on standard
-    error; after setup_seconds the process ends (status 70). Raises ConfigError, on every rank, for an argument of any
-    rank that cannot be; for a launcher that does not speak MPI; when the communicators' thread blocks have no room on
-    the GPU; when the machine lacks what `device` needs, or memory; when this process's world is open, or that of the
-    process that it was forked from. MismatchError where the ranks' arguments differ.
+    how long an operation may make no progress. setup_seconds: the same for set-up work that may take ranks very
+    different times, such as reading a checkpoint. grace_seconds: from a fatal error to the end of the process. All are
+    numbers of seconds above 0; grace_seconds may be 0.
+
+    While other ranks have not called, it says so every few seconds on standard error. After setup_seconds the process
+    ends with status 70.
+
+    Raises ConfigError, on every rank, if any rank's argument is wrong; if the launcher does not speak MPI; if the
+    communicators' thread blocks have no room on the GPU; if the machine lacks memory, or what `device` needs; if this
+    process, or the one that it was forked from, has a world open. Raises MismatchError if the ranks' arguments differ.
     """
     global _open_world
     departure.check_process()
@@ -95,8 +96,8 @@ def _watch_forks() -> None:
         _forks_are_watched = True
 
 
-def world_of(world: Any) -> tuple[World, InputError | None]:
-    """`world`; or the one that is open in this process, whose other ranks are to hear of the error, if that is none."""
+def world_of(world: Any) -> tuple[World, PipemoeError | None]:
+    """`world` and no error. If `world` is not a World: the open one, and the error that its other ranks must hear."""
     if isinstance(world, World):
         return world, None
     error = InputError(f"world is a {type(world).__name__}; it must be what pipemoe.init() has returned")
@@ -106,12 +107,12 @@ def world_of(world: Any) -> tuple[World, InputError | None]:
 
 
 class World:
-    """`rank` of `size`, on `device`; made by `init`. At most one is open in a process: two engines must not use MPI at
-    once.
+    """Rank `rank` of `size`, on `device`; made by `init`. A process has one open at most: two engines must not use MPI
+    at once.
     """
 
     def __init__(self, met: Met | None, arguments: InitArguments, on_gpu: bool, error: PipemoeError | None) -> None:
-        """error: why this rank cannot go on, which the others are to hear."""
+        """error: why this rank cannot go on; the others must hear of it."""
         import torch
 
         self._met = met
@@ -124,22 +125,19 @@ class World:
             self.device = torch.device("cuda", (met.local_rank if met else 0) % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.transport: Transport = LocalTransport()
-        self.reserved_bytes: dict[tuple[str, int], int] = {}  # by lane and slot, the most that a runtime has reserved
-        self.reserved_callers: dict[torch.cuda.Stream, int] = {}  # the same, by stream of a caller
-        self.num_runtimes = 0  # made so far; the ranks make the same ones in the same order
-        # model code that failed in the last step; every rank hears of it in the next
-        self.announced: ModelError | None = None
-        # of callers who give a step its rows; until they leave it, no other step begins
-        self.threads_in_step: set[int] = set()
-        self.warned: set[str] = set()  # what was said once needs no second time
+        self.reserved = Reserved()  # by all runtimes
+        self._num_runtimes = 0
+        self._announced: ModelError | None = None
+        self._threads_in_step: set[int] = set()
+        self._warned: set[str] = set()
         self._closed = False
         self.engine = Engine(
             self.rank,
             watchdog_seconds=arguments.watchdog_seconds,
             grace_seconds=arguments.grace_seconds,
+            moves_transfers=not on_gpu,
             set_up_thread=self._set_up_thread,
         )
-        self.engine.moves_transfers = not on_gpu
         try:
             if met is not None:
                 self.engine.call(lambda: self._meet(error))
@@ -161,7 +159,7 @@ class World:
             torch.cuda.set_device(self.device)
 
     def _meet(self, error: PipemoeError | None) -> None:
-        """On the engine's thread, as all that follows: side channel first, so that it can be watched."""
+        """Runs on the engine's thread, as do the methods below. The side channel comes first, to watch the rest."""
         self._open_side_channel()
         self._raise_on_all(error, "looking at the arguments of init")
         settings = {"num_slots": str(self.num_slots), "device": self.device.type}
@@ -171,15 +169,16 @@ class World:
 
     def _connect(self) -> None:
         self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
-        self.engine.on_failure.append(self.transport.abort)
-        self.engine.health.append(self.transport.check)
+        self.engine.watch_transport(self.transport)
         self._warm_up()
 
     def _open_side_channel(self) -> None:
         from mpi4py import MPI
 
-        engine, error = self.engine, None
-        engine.library_errors = (MPI.Exception,)
+        assert self._met is not None
+        engine = self.engine
+        error: ConfigError | None = None
+        engine.blame_peers_for(MPI.Exception)
         try:
             channel = SideChannel(self.rank, self.size, self._met.num_hosts == 1, engine.progress, engine.watch)
         except (OSError, ConfigError) as e:
@@ -191,19 +190,21 @@ class World:
             for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")
         ]
         channel.connect([(h, int(p)) for h, p, _ in met], met[0][2], self.setup_seconds)
-        engine.side_channel = channel
+        engine.hear_peers_by(channel)
         departure.keep(channel)
 
     def _mpi_transport(self) -> Transport:
         from pipemoe.comm.mpi import MpiTransport
 
         self.engine.note("making MPI communicators", self.setup_seconds)
+        assert self._met is not None
         return MpiTransport(self._met.communicators, self.num_slots)
 
     def _nccl_transport(self) -> Transport:
         from pipemoe.comm import nccl
 
-        ids, error = [], None
+        ids: list[bytes] = []
+        error: PipemoeError | None = None
         try:
             self._check_nccl_settings()
         except ConfigError as e:
@@ -214,7 +215,7 @@ class World:
         try:
             room.check(self.num_slots)
             library = nccl.library()
-            self.engine.library_errors += (library.NcclError, nccl.NcclFailed)
+            self.engine.blame_peers_for(library.NcclError, nccl.NcclFailed)
             if self.rank == 0:
                 ids = nccl.unique_ids(2 * self.num_slots)
         except PipemoeError as e:
@@ -234,13 +235,11 @@ class World:
 
     @property
     def ctas(self) -> int:
-        """Thread blocks of a collective, each on a multiprocessor; none where ranks use no GPU, or there is one
-        rank.
-        """
+        """Thread blocks of a collective, each on a multiprocessor. 0 without GPUs, and for one rank."""
         return 0 if self.block_room is None else self.block_room.ctas
 
     def room(self) -> Room:
-        """SMs that this rank may use, and thread blocks of the communicators on its GPU."""
+        """The SMs that this rank may use, and the thread blocks of all communicators on its GPU."""
         import torch
 
         from pipemoe.comm import nccl
@@ -263,18 +262,23 @@ class World:
         warm_up, error = None, None
         try:
             warm_up = WarmUp(self.rank, self.size, self.device)
-        except (MemoryError, RuntimeError, torch.OutOfMemoryError) as e:  # on the host torch says it by a RuntimeError
+        except (
+            MemoryError,
+            RuntimeError,
+            torch.OutOfMemoryError,
+        ) as e:  # for the host's memory torch raises a RuntimeError
             said = " ".join(str(e).split())[:300]
             error = ConfigError(
                 f"rank {self.rank}: out of memory at set-up ({said}); give each rank more, or start fewer"
             )
         self._raise_on_all(error, "making room for the first use of the communicators")
+        assert warm_up is not None  # or the error has been raised
         done = warm_up.start(self.transport, self.lanes)
         self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
 
     def start_gathering(self, payload: bytes, doing: str) -> Gathering:
-        """Begin a small all-gather; engine's thread only. `doing` must be the same on every rank (MismatchError
-        otherwise).
+        """Begin a small all-gather. Only on the engine's thread. `doing` must be the same on every rank, or all raise
+        MismatchError.
         """
         return (
             LocalGathering(payload)
@@ -283,7 +287,7 @@ class World:
         )
 
     def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
-        """A small all-gather on the engine's thread, waited for as patiently as set-up needs."""
+        """A small all-gather on the engine's thread. It waits up to setup_seconds."""
         gathering = self.start_gathering(payload, doing)
         self.engine.wait(gathering.done, doing, seconds=self.setup_seconds, needs_all=True)
         return gathering.payloads
@@ -294,8 +298,7 @@ class World:
     def all_gather(self, payload: bytes, doing: str = "all_gather") -> list[bytes]:
         """Every rank's `payload`, in rank order; every rank calls. For results and set-up, not for a step's rows.
 
-        Raises MismatchError, on every rank, where others call something else, or say that they are `doing` something
-        else.
+        Raises MismatchError on every rank if any rank calls something else, or gives another `doing`.
         """
         self.check_no_step_is_open()
         looked, error = look(self.rank, "payload of all_gather", lambda: (bytes(memoryview(payload)), str(doing)))
@@ -304,9 +307,7 @@ class World:
         return unpack_shared(texts)
 
     def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
-        """Every rank calls: raises the first rank's error on all of them, or MismatchError if `facts` are not the
-        same.
-        """
+        """Raise the first rank's error on all ranks, or MismatchError if their `facts` differ. Every rank calls."""
 
         def task() -> None:
             self._raise_on_all(error, doing)
@@ -315,28 +316,56 @@ class World:
         self.check_no_step_is_open()
         self.engine.call(task)
 
+    def number_runtime(self) -> int:
+        """The number of a new runtime, from 1. The ranks make the same ones in the same order."""
+        self._num_runtimes += 1
+        return self._num_runtimes
+
+    def announce(self, error: ModelError) -> None:
+        """Keep what model code raised in this step; every rank hears of it in the next."""
+        self._announced = error
+
+    def take_announced(self) -> ModelError | None:
+        """The error that the last step has announced, if any; only once."""
+        announced, self._announced = self._announced, None
+        return announced
+
+    def is_first(self, warning: str) -> bool:
+        """True the first time that a warning is named, False from then on."""
+        is_new = warning not in self._warned
+        self._warned.add(warning)
+        return is_new
+
+    def enter_step(self) -> int:
+        """This thread gives a step its rows; until it has left, it begins nothing else. Returns the thread's number."""
+        thread = threading.get_ident()
+        self._threads_in_step.add(thread)
+        return thread
+
+    def leave_step(self, thread: int) -> None:
+        """The step that this thread has entered is over."""
+        self._threads_in_step.discard(thread)
+
     def check_no_step_is_open(self) -> None:
-        """Raises InputError on a thread that is inside a PipelinedMoE's step: the engine takes up nothing else before
-        that has ended.
-        """
-        if threading.get_ident() in self.threads_in_step:
+        """Raise InputError on a thread inside a PipelinedMoE's step: the engine does nothing else until that ends."""
+        if threading.get_ident() in self._threads_in_step:
             raise InputError(
                 f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, "
                 "exchange or close()"
             )
 
     def close(self) -> None:
-        """Finish what is under way, leave the others in peace. Called again, does nothing.
+        """Finish what is under way and leave the other ranks in peace. A second call does nothing.
 
-        While an exception is under way here, the peers are told of it, and this returns at once: what went wrong is to
-        be seen first. Raises InputError on a thread that is inside a PipelinedMoE's step, which it would wait for.
+        While an exception is being raised here, this tells the peers of it and returns at once, so that the exception
+        is seen first. Raises InputError on a thread that is inside a PipelinedMoE's step: it would wait for that step.
         """
         if not self._closed:
             self.check_no_step_is_open()
         self._close()
 
     def _close(self) -> None:
-        """At the end of the process also inside a step: nobody goes on with that."""
+        """As `close`, but also inside a step: at the end of the process nobody goes on with it."""
         if self._closed or self.engine.failure is not None:
             return
         why = uncaught.reason_to_leave()
@@ -347,7 +376,7 @@ class World:
             uncaught.remove()
 
     def _dismantle(self, why: str) -> None:
-        """Leave the others, close what is open. The side channel stays: the end of the process needs it."""
+        """Leave the others and close everything but the side channel, which the end of the process needs."""
         global _open_world
         self._closed = True
         if _open_world is self:
@@ -364,9 +393,7 @@ class World:
             self.lanes.close()
 
     def disown(self, parent: int) -> None:
-        """In a process forked from that of this world: whatever is called raises InputError, and nothing here disturbs
-        the parent.
-        """
+        """In a forked process: every call raises InputError, and nothing disturbs the parent, whose world it is."""
         global _open_world
         _open_world, self._closed = None, True
         atexit.unregister(self._close)

@@ -157,10 +157,10 @@ def test_the_log_is_what_the_plan_projects(world, exchange, combine):
     partial = torch.zeros((wave.num_rows, WIDTH), device=world.device)
     results = [torch.zeros((s.num_rows, WIDTH), device=world.device) for s in wave.segments if s.rank == world.rank]
     sums = WaveSums(partial, results, torch.zeros((world.size - 1, wave.num_rows, WIDTH), device=world.device))
-    world.transport.log = []
+    world.transport.start_log()
     on_lane(world, world.lanes.slots[0].dispatch, lambda: world.transport.dispatch(0, 0, wave, exchange, rows))
     on_lane(world, world.lanes.slots[0].combine, lambda: world.transport.combine(0, 0, wave, exchange, combine, sums))
-    log, world.transport.log = world.transport.log, None
+    log = world.transport.take_log()
     assert log == project(p, world.rank, WIDTH, 4)
     assert {i.communicator for i in log} <= {OpKind.DISPATCH.name.lower(), OpKind.COMBINE.name.lower()}
 

@@ -115,7 +115,7 @@ def build(weights, top_k):
     experts = hopper.HopperExperts(
         weights, top_k=top_k, hidden=weights[0].hidden, device=torch.device("cpu"), dtype=BF16, num_sms=100
     )
-    return experts, ArrivingExperts(experts.leaving(8))
+    return experts, ArrivingExperts(experts.with_free_sms(8))
 
 
 def deliver(arriving, arrivals, order):

@@ -66,7 +66,7 @@ class Layer:
             "deterministic": deterministic,
         }
         self.experts = make_experts([to_device(weights, "cuda")], implementation="hopper", **settings)
-        self.arriving = ArrivingExperts(self.experts.leaving(8))
+        self.arriving = ArrivingExperts(self.experts.with_free_sms(8))
         self.scratch = self.experts.new_scratch(max_rows)
         self.buffers = [self.arriving.new_arrivals(max_rows) for _ in range(2)]
         for arrivals in self.buffers:

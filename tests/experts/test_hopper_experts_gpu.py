@@ -300,9 +300,9 @@ def test_what_it_cannot_run():
 
 def test_experts_that_leave_multiprocessors_share_their_weights():
     experts, _ = build(random_weights(4, 96, 80, dtype=BF16), 4, 16)
-    fewer = experts.leaving(5)
+    fewer = experts.with_free_sms(5)
     assert fewer.num_sms == experts.num_sms - 5 and fewer.weights is experts.weights
-    assert experts.leaving(10**6).num_sms == 1
+    assert experts.with_free_sms(10**6).num_sms == 1
 
 
 def test_bits_do_not_depend_on_the_shape_of_tiles():
@@ -334,5 +334,5 @@ def test_the_same_bits_whatever_multiprocessors_are_left(deterministic):
     for left in (0, 3, 13, 26, 131):
         for count in (0, 1, 4):
             out = torch.full_like(wanted, torch.nan)
-            experts.leaving(left)(0, rows, out, scratch, [torch.cuda.Event() for _ in range(count)])
+            experts.with_free_sms(left)(0, rows, out, scratch, [torch.cuda.Event() for _ in range(count)])
             assert torch.equal(out, wanted), (left, count)

@@ -163,7 +163,7 @@ def test_experts_that_leave_multiprocessors_have_calls_of_their_own(launched):
     experts = make(HopperExperts)
     scratch = experts.new_scratch(MAX_ROWS)
     rows, out = make_rows(experts, 1020), torch.empty((1020, HIDDEN), dtype=BF16)
-    for wanted, those in ((132, experts), (100, experts.leaving(32)), (132, experts)):
+    for wanted, those in ((132, experts), (100, experts.with_free_sms(32)), (132, experts)):
         launched.clear()
         those(1, rows, out, scratch)
         index, gate_up, down, combine = launched

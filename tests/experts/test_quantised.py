@@ -116,3 +116,9 @@ def test_settings_that_cannot_work():
         make_experts(
             [random_weights(2, 96, 64)], **{**settings, "hidden": 96, "dtype": torch.float32}, dispatch_dtype=E4M3
         )
+
+
+def test_experts_that_are_not_quantised_cannot_be_dequantised():
+    weights = random_weights(1, 256, 128, dtype=torch.float32)
+    with pytest.raises(InputError, match="float32 without scales; they must be quantised"):
+        dequantise_experts(weights, torch.float32)

@@ -117,7 +117,9 @@ def main(fault: str, folder: str) -> None:
     elif fault == "absent" and culprit:
         signal.pause()
     elif fault == "kill experts" and culprit:
-        runtime.experts_leaving = {n: DyingExperts(e, 2, meet_signal) for n, e in runtime.experts_leaving.items()}
+        runtime.experts_with_free_sms = {
+            n: DyingExperts(e, 2, meet_signal) for n, e in runtime.experts_with_free_sms.items()
+        }
     elif fault in ("kill dispatch", "kill combine") and culprit:
         setattr(world.transport, fault.split()[1], then_die(getattr(world.transport, fault.split()[1])))
     elif fault == "kill exchange" and culprit:

@@ -24,6 +24,13 @@ def test_every_package_is_listed():
     assert set(setup_cfg()["options"]["packages"].split()) == found
 
 
+def test_both_packages_ship_their_types():
+    shipped = dict(setup_cfg()["options.package_data"])
+    assert shipped == {"pipemoe": "py.typed", "pipemoe_kernels": "py.typed"}
+    assert (CHECKOUT / "pipemoe" / "py.typed").exists()
+    assert (CHECKOUT / "kernels" / "pipemoe_kernels" / "py.typed").exists()
+
+
 def test_kernels_folder_is_no_package():
     assert not (CHECKOUT / "kernels" / "__init__.py").exists()
 
@@ -37,3 +44,4 @@ def test_pins_satisfy_what_setup_cfg_asks_for():
     assert set(pins) <= names
     assert tuple(map(int, pins["numpy"].split(".")[:2])) < (2, 5)
     assert pins["torch"] == "2.13.0"
+    assert {"ruff", "mypy"} <= set(pins)  # another version has other rules

@@ -10,6 +10,7 @@ from pipemoe import Config
 from pipemoe.experts import make_experts
 from pipemoe.plan.schedule import ModelShape, Plan
 from pipemoe.runtime.runtime import Runtime
+from pipemoe.runtime.source import SourceTraits
 from tests.moe_cases import HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, Layers, make_rows
 
 
@@ -70,6 +71,5 @@ def make_runtime(world, layers: Layers, **options) -> Runtime:
     experts = make_experts(
         weights, top_k=TOP_K, hidden=HIDDEN, device=world.device, dtype=dtype, deterministic=config.deterministic
     )
-    return Runtime(
-        world, ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, len(weights)), config, experts, dtype, {}
-    )
+    shape = ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, len(weights))
+    return Runtime(world, shape, config, experts, dtype, SourceTraits())

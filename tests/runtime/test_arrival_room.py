@@ -25,7 +25,7 @@ def experts(num_sms=132, **changes):
             **changes,
         }
     )
-    made.leaving = lambda left: experts(num_sms - left)
+    made.with_free_sms = lambda left: experts(num_sms - left)
     return made
 
 

@@ -40,8 +40,8 @@ def test_a_block_is_combined_before_the_next_one_is_computed(world, mode, monkey
     runtime = make_runtime(world, layers, mode=mode, combine_blocks=3)
     hold, combined = Hold(world.device), []
     if world.rank == 0:
-        for sms_left, experts in runtime.experts_leaving.items():
-            monkeypatch.setitem(runtime.experts_leaving, sms_left, HeldExperts(experts, hold))
+        for sms_left, experts in runtime.experts_with_free_sms.items():
+            monkeypatch.setitem(runtime.experts_with_free_sms, sms_left, HeldExperts(experts, hold))
     combine = world.transport.combine
 
     def watched(*arguments):

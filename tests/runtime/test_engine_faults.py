@@ -64,7 +64,7 @@ class LivingEngine(Engine):
 @pytest.fixture
 def engine():
     made = LivingEngine(0, watchdog_seconds=WAIT_SECONDS, grace_seconds=0.0)
-    made.library_errors = (LibraryError,)
+    made.blame_peers_for(LibraryError)
     made.side_channel = Channel()
     yield made
     made._tasks.put(None)
@@ -83,7 +83,7 @@ def fails(engine, error):
 
 
 def test_a_library_that_fails_before_the_channel_knows_is_put_down_to_the_peer(engine):
-    engine.side_channel = Channel(None, None, None, (2, "its process ended"))
+    engine.hear_peers_by(Channel(None, None, None, (2, "its process ended")))
     error = error_of(engine, fails(engine, LibraryError("MPI_ERR_OTHER")))
     assert isinstance(error, PeerLost) and error.culprit == 2
     assert (
@@ -121,7 +121,7 @@ def test_other_errors_are_this_ranks_own(engine, raised, text):
 
 
 def test_a_lost_peer_is_named_with_what_is_waited_for_and_for_how_long(engine):
-    engine.side_channel = Channel(None, (1, "why"))
+    engine.hear_peers_by(Channel(None, (1, "why")))
     error = error_of(engine, lambda: engine.wait(lambda: False, "exchange of step 2"))
     assert isinstance(error, PeerLost) and error.culprit == 1
     assert str(error).startswith("rank 0: lost rank 1 (why) during exchange of step 2, after 0.") and str(
@@ -175,7 +175,7 @@ def test_what_went_wrong_on_the_channels_thread_is_named(engine):
 )
 def test_a_call_that_does_not_return_is_ended(engine, monkeypatch, lost, kind, text):
     monkeypatch.setattr(engine_module, "_IN_CALL_SECONDS", 0.0)
-    engine.side_channel = Channel(lost)
+    engine.hear_peers_by(Channel(lost))
     begun, release = threading.Event(), threading.Event()
 
     def task():
@@ -192,7 +192,7 @@ def test_a_call_that_does_not_return_is_ended(engine, monkeypatch, lost, kind, t
 
 
 def test_an_idle_engine_is_not_ended(engine):
-    engine.side_channel = Channel((1, "why"))
+    engine.hear_peers_by(Channel((1, "why")))
     assert isinstance(engine.submit(lambda: None), Future)
     while engine._alive is not None:
         pass
@@ -212,7 +212,7 @@ class Channel:
 
 said = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
 engine = Engine(0, watchdog_seconds=5.0, grace_seconds=0.0)
-engine.side_channel = Channel()
+engine.hear_peers_by(Channel())
 engine.submit(lambda: engine.fail(FatalError("planted")))
 if sys.argv[2] == "ends":
     while engine.failure is None:

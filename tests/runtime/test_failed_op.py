@@ -67,7 +67,7 @@ class Stage:
     else.
     """
 
-    def __init__(self, *, on_done=lambda op: None, experts=lambda *arguments: None):
+    def __init__(self, *, on_progress=lambda op: None, experts=lambda *arguments: None):
         config = Config(mode="per_rank", moe_max_num_tokens=200, max_tokens_per_rank=100, num_slots=2)
         self.plan = plan(
             Facts(((10,), (20,))), ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, NUM_LAYERS), config
@@ -92,8 +92,7 @@ class Stage:
             wire,
             experts,
             self.source,
-            on_progress=self.issued.append,
-            on_done=on_done,
+            on_progress=lambda op: (self.issued.append(op), on_progress(op)),
         )
 
     def slot_of(self, cohort):
@@ -165,7 +164,7 @@ def test_experts_that_fail(stage):
 
 def test_a_callback_that_fails(stage):
     one = stage(
-        on_done=lambda op: raise_planted() if (op.kind, op.layer, op.cohort) == (OpKind.COMBINE, 1, 0) else None
+        on_progress=lambda op: raise_planted() if (op.kind, op.layer, op.cohort) == (OpKind.COMBINE, 1, 0) else None
     )
     failed = one.fail()
     assert (failed.kind, failed.layer, failed.cohort) == (OpKind.COMBINE, 1, 0)

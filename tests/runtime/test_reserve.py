@@ -5,7 +5,7 @@ import torch
 
 from pipemoe import Config, PipelinedMoE, load_model
 from pipemoe.plan.config import MODES
-from pipemoe.runtime.reserve import is_out_of_memory
+from pipemoe.runtime.reserve import Reserved, is_out_of_memory
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOP_K, make_layers, make_rows
 from tests.runtime.sources import make_runtime
@@ -91,3 +91,12 @@ def test_results_of_two_layers_are_reserved(world):
         dtype = torch.float32 if combine == "reduce" else torch.bfloat16
         runtime = make_runtime(world, make_layers(1, world.device, dtype), combine=combine, combine_dtype="float32")
         assert runtime._results_bytes() == 2 * 160 * (of_row + 8 * TOP_K)
+
+
+def test_the_largest_need_of_all_runtimes_is_reserved():
+    reserved = Reserved()
+    for num_bytes in (5, 9, 7):
+        reserved.raise_lane("compute", 1, num_bytes)
+        reserved.raise_stream("stream", 2 * num_bytes)
+    reserved.raise_lane("combine", 1, 3)
+    assert reserved.of_lane == {("compute", 1): 9, ("combine", 1): 3} and reserved.of_stream == {"stream": 18}

@@ -25,7 +25,7 @@ def left_by_calls(monkeypatch, world):
     """Host experts that pass for persistent kernels; for each call, the multiprocessors that it left."""
     calls = []
 
-    def leaving(self, num_sms):
+    def with_free_sms(self, num_sms):
         other = copy.copy(self)
         other.left = num_sms
         return other
@@ -36,7 +36,7 @@ def left_by_calls(monkeypatch, world):
 
     compute = HostExperts.__call__
     monkeypatch.setattr(HostExperts, "num_sms", NUM_SMS)
-    monkeypatch.setattr(HostExperts, "leaving", leaving)
+    monkeypatch.setattr(HostExperts, "with_free_sms", with_free_sms)
     monkeypatch.setattr(HostExperts, "__call__", call)
     monkeypatch.setattr(type(world), "ctas", CTAS)
     return calls
@@ -61,7 +61,7 @@ def test_experts_leave_what_the_plan_says(world, left_by_calls, mode):
     assert left_by_calls and set(left_by_calls) == {source.plan.sms_left}
     if mode == "chunked" and world.size > 1:
         assert source.plan.sms_left == room_for_collectives(NUM_SMS, CTAS, 1) == 2
-    assert tuple(runtime.experts_leaving) == possible_sms_left(runtime.config, runtime.cost.sms)
+    assert tuple(runtime.experts_with_free_sms) == possible_sms_left(runtime.config, runtime.cost.sms)
 
 
 def test_what_a_user_demands_is_what_experts_fill(world, left_by_calls):
@@ -70,7 +70,7 @@ def test_what_a_user_demands_is_what_experts_fill(world, left_by_calls):
     runtime = make_runtime(world, make_layers(2, world.device, torch.float32), mode="per_rank", num_sms=100)
     left_by_calls.clear()
     step(world, runtime)
-    assert set(left_by_calls) == {32} and tuple(runtime.experts_leaving) == (32,)
+    assert set(left_by_calls) == {32} and tuple(runtime.experts_with_free_sms) == (32,)
 
 
 def test_more_multiprocessors_than_there_are_is_an_error_on_all_ranks(world):
@@ -91,7 +91,7 @@ def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mod
             pytest.skip("these experts have no persistent kernels")
         room = room_for_collectives(total, max(1, world.ctas), 2)
         left = {"none": 0, "room": room, "twice": 2 * room, "nearly all": total - 1}[chosen]
-        runtime.experts_leaving[left] = runtime.experts_leaving[0].leaving(left)
+        runtime.experts_with_free_sms[left] = runtime.experts_with_free_sms[0].with_free_sms(left)
         monkeypatch.setattr(
             runtime_module, "make_plan", lambda *arguments, left=left: replace(make_plan(*arguments), sms_left=left)
         )
