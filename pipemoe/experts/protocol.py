@@ -40,7 +40,7 @@ class Experts(Protocol):
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
     # about the part of a call's time, in thousandths, that goes block by block of columns where events ask for it
-    sliced_permille: int
+    blockwise_permille: int
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
     supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
@@ -81,7 +81,7 @@ class Experts(Protocol):
 class ExpertsShape:
     """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
 
-    sliced_permille = 0
+    blockwise_permille = 0
     num_sms = 0
     supports_arrivals = False
 

@@ -40,14 +40,14 @@ def runtime_cost(
     *,
     graph_rows: int = 0,
     graph_cuts: bool = False,
-    sliced_permille: int = 0,
+    blockwise_permille: int = 0,
     arrivals_permille: int = 0,
     num_sms: int | None = 0,
 ) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
     """The cost model, the subject of a file that holds it, and what went wrong on this rank alone; every rank calls.
-    graph_rows: most tokens whose attention is launched as a graph, graph_cuts: also of cut sequences. sliced_permille,
-    arrivals_permille, num_sms: of the experts that run here (None: there are none, for want of something that is an
-    error later).
+    graph_rows: most tokens whose attention is launched as a graph, graph_cuts: also of cut sequences.
+    blockwise_permille, arrivals_permille, num_sms: of the experts that run here (None: there are none, for want of
+    something that is an error later).
 
     A file that cannot be read on some rank is a ConfigError on all of them. One of another subject or version is
     refused with a warning, by the ranks whose file is not rank 0's and by rank 0. What ranks then plan by is compared
@@ -75,7 +75,7 @@ def runtime_cost(
     as_here = {
         "graph_rows": graph_rows,
         "graph_cuts": graph_cuts,
-        "sliced_permille": sliced_permille,
+        "blockwise_permille": blockwise_permille,
         "arrivals_permille": arrivals_permille,
         "num_sms": min((count for *_, count in gathered if count is not None), default=0),
         "ctas": world.ctas,
@@ -124,13 +124,13 @@ def _as_here(
     cost: CostModel,
     graph_rows: int,
     graph_cuts: bool,
-    sliced_permille: int,
+    blockwise_permille: int,
     arrivals_permille: int,
     num_sms: int,
     ctas: int,
 ) -> CostModel:
     host = replace(cost.host, graph_rows=graph_rows, graph_cuts=int(graph_cuts))
-    experts = replace(cost.experts, sliced_permille=sliced_permille, arrivals_permille=arrivals_permille)
+    experts = replace(cost.experts, blockwise_permille=blockwise_permille, arrivals_permille=arrivals_permille)
     return replace(cost, host=host, experts=experts, sms=replace(cost.sms, num_sms=num_sms, ctas=ctas))
 
 

@@ -94,7 +94,7 @@ class Runtime:
             self.wire,
             graph_rows=graph_rows,
             graph_cuts=graph_cuts,
-            sliced_permille=experts.sliced_permille,
+            blockwise_permille=experts.blockwise_permille,
             arrivals_permille=speed if self._has_arrivals else 0,
             num_sms=experts.num_sms,
         )
