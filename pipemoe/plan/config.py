@@ -75,7 +75,7 @@ class PlanConfig:
 
     @property
     def exchange(self) -> str:
-        """Of any wave (but see Plan.exchange)."""
+        """How waves are exchanged; mode auto also gathers some (see Plan.exchange)."""
         return "padded" if self.mode == "padded" else "broadcast"
 
     @property
@@ -85,7 +85,7 @@ class PlanConfig:
 
     @property
     def num_buffers(self) -> int:
-        """Receive and partial-sum buffers per slot: waves alternate between two, an uncapped mode has one wave."""
+        """Receive and partial-sum buffers per slot. Waves alternate between two; an uncapped mode has only one wave."""
         return 1 if self.mode in UNCAPPED_MODES else 2
 
     @property
@@ -107,7 +107,7 @@ class PlanConfig:
 
     @property
     def may_arrive(self) -> bool:
-        """May a plan have arrivals, where the experts can?"""
+        """May a plan have arrivals, if the experts can take rows as they arrive?"""
         return self.mode == "auto" if self.arrivals is None else self.arrivals
 
     @property
@@ -116,7 +116,7 @@ class PlanConfig:
         return self.mode in ("two_batch", "auto")
 
     def max_wave_rows(self, num_ranks: int) -> int:
-        """Rows that a wave's buffers must hold; depends on the configuration alone."""
+        """Rows that a wave's buffers must hold. It depends on the configuration alone."""
         if self.mode in UNCAPPED_MODES:
             return num_ranks * self.max_tokens_per_rank
         return min(self.moe_max_num_tokens, num_ranks * self.max_tokens_per_rank)

@@ -36,11 +36,11 @@ def microbatches_of(kind, tokens, starts, first, ratio, num_slots):
 
 @compiled(seconds=20)
 def search(kinds, forms, problem, only_chosen):
-    """The best of the candidates `kinds`, all in forms[0], AS_USUAL.
+    """Looks for the best of the candidates `kinds` in forms[0], AS_USUAL.
 
-    Returns figures and lefts (see problem.py); margins [N]; there [N]: does the candidate apply? The best place; the
-    least slowest time; the events that choosing took; and figures of candidates that were passed over, unless
-    only_chosen.
+    Returns figures and lefts (see problem.py); margins [N]; there [N], whether a candidate applies; the best place; the
+    lowest slowest time; the events that choosing took; and, unless only_chosen, figures of the candidates that were
+    passed over.
     """
     figures = np.full((len(kinds), len(forms), 3, 3), NEVER, np.int64)
     lefts = np.zeros((len(kinds), len(forms), 3), np.int64)
@@ -82,8 +82,10 @@ def search(kinds, forms, problem, only_chosen):
 
 @compiled_part
 def _price_all(kinds, form, problem, lefts, margins, bounds, price):
-    """Fill in lefts, margins, bounds and price of every candidate that applies and is no earlier one again. Returns
-    where each one's costs are in the list of costs and ranks' weights; -1: it has none.
+    """Fill in lefts, margins, bounds and price of every candidate that applies and does not repeat an earlier one.
+
+    Returns index [N] and a list of layer costs with ranks' weights. index: where a candidate's costs are in the list;
+    -1: it has none.
     """
     index, marks, guess = np.full(len(kinds), -1, np.int64), np.zeros(len(kinds), np.int64), np.empty(3, np.int64)
     priced = []
@@ -124,8 +126,8 @@ def _mark(microbatches):
 
 @compiled_part
 def _next_to_run(turn, looked_at, bounds, price, late, dear, allowed, best_price):
-    """First one cohort, then what may end first: both say how late others may be. Then the most promising. Also
-    returns whether it is doubtful: it wins only if its bounds are nearer than all others' were.
+    """The next candidate. First comes one cohort, then what may end first: both show how late others may be. Then the
+    most promising. Also returns whether it is doubtful: it wins only if its bounds are nearer than all others' were.
     """
     k, doubtful = 0, False
     for j in range(len(looked_at)):
@@ -140,8 +142,8 @@ def _next_to_run(turn, looked_at, bounds, price, late, dear, allowed, best_price
 
 @compiled_part
 def costs_of(microbatches, form, problem):
-    """A layer of these cohorts in a form, not yet cut into blocks of columns; how many ranks each of its columns stands
-    for; the rows of the waves; and how many multiprocessors are left as usual.
+    """Costs of a layer of these cohorts in a form, not yet cut into blocks of columns. Also how many ranks each of its
+    columns stands for, the rows of the waves, and how many multiprocessors are left as usual.
     """
     num_cohorts, num_slots, rates = microbatches[-1, 0] + 1, problem.num_slots, problem.rates
     num_experts, top_k = problem.num_experts, problem.top_k

@@ -1,9 +1,9 @@
-"""What one layer of every cohort costs on every rank: cohorts cut into waves, and their operations priced. Compiled.
+"""What one layer of every cohort costs on every rank: cohorts are cut into waves, and operations priced. Compiled.
 
 microbatches  int64 [M, 4]  cohort, rank, start, stop; by cohort, in the order in which they fill its waves
 segments      int64 [S, 5]  cohort, wave, rank, start, stop
-starts        int64 [.]     where each sequence starts, rank after rank, each with its end; rank r's from first[r]
-on
+starts        int64 [.]     where each sequence starts, and where the last one ends, rank after rank
+first         int64 [R + 1] where each rank's begin in `starts`
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def with_costs(costs, compute, exchange, num_blocks, groups, early_ns, num_early
 
 @compiled_part
 def cut_waves(microbatches, num_cohorts, limit):
-    """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even
-    sizes (no tiny last wave)."""
+    """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as possible, of even
+    sizes, so that the last is not tiny.
+    """
     rows = np.zeros(num_cohorts, np.int64)
     for m in range(len(microbatches)):
         rows[microbatches[m, 0]] += microbatches[m, 3] - microbatches[m, 2]
@@ -257,7 +258,7 @@ def merge_alike_ranks(costs, on_cores):
                 own[c, k, w], early_ns[c, k, w] = own_of[c, chosen[k], w], early_of[c, chosen[k], w]
         for r in range(num_ranks):
             ends[c, class_of[r]] += ends_of[c, r]
-            for w in range(own_of.shape[2]):  # all wait for the one with the most left to compute
+            for w in range(own_of.shape[2]):  # all wait for the rank with the most left to compute
                 early_ns[c, class_of[r], w] = min(early_ns[c, class_of[r], w], early_of[c, r, w])
     for r in range(num_ranks):
         weight[class_of[r]] += 1

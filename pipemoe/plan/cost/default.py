@@ -1,4 +1,4 @@
-"""Costs derived from a device's peak rates and a model's dimensions, where nothing has been measured."""
+"""Costs derived from a device's peak rates and a model's dimensions, if nothing has been measured."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from pipemoe.plan.row import row_bytes as row_bytes_of
 
 
 def _contention(beside: Sequence[Sequence[int]], under: Sequence[Sequence[int]]) -> ContentionCost:
-    """From thousandths of its speed alone that an operation of each of KINDS (line) has beside another (column), and a
-    computation under another."""
+    """beside: the speed, in thousandths, of each of KINDS (line) beside another (column). under: of a computation that
+    is `under` another one, see ContentionCost.
+    """
     speeds = {f"{a}_beside_{b}": speed for a, of_a in zip(KINDS, beside) for b, speed in zip(KINDS, of_a)}
     speeds |= {f"{a}_under_{b}": speed for a, of_a in zip(KINDS, under) for b, speed in zip(KINDS, of_a)}
     return ContentionCost(**speeds)
@@ -40,10 +41,10 @@ def default_cost(
     row_bytes: int | None = None,
     ctas: int = 0,
 ) -> CostModel:
-    """value_bytes: of weights and dispatched values. sum_bytes: of combined ones. ranks_per_device: ranks share a GPU's
-    rates. row_bytes: of a token in a dispatch; None: of one in the model's dtype. ctas: see SmsCost.
+    """value_bytes: of weights and dispatched values. sum_bytes: of combined values. ranks_per_device: how many ranks
+    share a GPU's rates. row_bytes: of a token in a dispatch; None: of one in the model's dtype. ctas: see SmsCost.
 
-    Units of the result: see CostModel. Good to tell plans apart; `pipemoe tune` measures better ones.
+    Good enough to tell plans apart; `pipemoe tune` measures better costs.
     """
     shape, on_cpu = dimensions.shape, device.cores > 0
     reached = tuned.REACHED_ON_CPU if on_cpu else tuned.REACHED_ON_GPU
