@@ -121,53 +121,14 @@ def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
     slot is worse off than one that travels with longer company.
     """
     num_units = len(units)
-    lengths = np.empty(num_units, np.int64)
-    for u in range(num_units):
-        lengths[u] = units[u, 2] - units[u, 1]
-    by_length = stable_order(lengths)
-    group = np.zeros(num_units, np.int64)
-    empty = np.empty((0, 4), np.int64)
-    if kind == EVEN:
-        parts = num_units if parts == EACH else parts
-        if num_units < parts:
-            return empty
-        for place in range(num_units):
-            group[by_length[place]] = place * parts // num_units
-    elif kind == SIMILAR:
-        cohort, shortest = 0, lengths[by_length[0]]
-        for place in range(num_units):
-            length = lengths[by_length[place]]
-            if length > ratio * shortest and cohort + 1 < num_slots:
-                cohort, shortest = cohort + 1, length
-            group[by_length[place]] = cohort
-    elif kind == GAPS or kind == LONG_IN_CHUNKS:
-        num_gaps = 1 if kind == LONG_IN_CHUNKS else parts - 1
-        split = np.zeros(num_units, np.bool_)
-        for _ in range(num_gaps):
-            widest = 0
-            for place in range(1, num_units):
-                if split[place] or lengths[by_length[place]] == lengths[by_length[place - 1]]:
-                    continue
-                wider = widest == 0 or (
-                    lengths[by_length[place]] * lengths[by_length[widest - 1]]
-                    > lengths[by_length[widest]] * lengths[by_length[place - 1]]
-                )
-                if wider:
-                    widest = place
-            if widest == 0:
-                return empty
-            split[widest] = True
-        cohort = 0
-        for place in range(num_units):
-            cohort += split[place]
-            group[by_length[place]] = cohort
-    of_rank = np.empty(num_units, np.int64)
+    group = _groups_of_units(kind, parts, units, ratio, num_slots)
+    of_rank, num_groups = np.empty(num_units, np.int64), 0
     for u in range(num_units):
         of_rank[u] = tokens[units[u, 0]]
-    short_ranks_first = stable_order(of_rank)
-    num_groups = 1
-    for u in range(num_units):
         num_groups = max(num_groups, group[u] + 1)
+    if num_groups == 0:
+        return np.empty((0, 4), np.int64)
+    short_ranks_first = stable_order(of_rank)
     # groups from here on are cut
     cut = num_groups - 1 if kind == LONG_IN_CHUNKS else 0 if kind == CHUNKS else num_groups
     num_cohorts = cut + parts if kind >= CHUNKS else num_groups
@@ -193,3 +154,52 @@ def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
             count += 1
         cohorts += count > before
     return out[:count].copy()
+
+
+@compiled_part
+def _groups_of_units(kind, parts, units, ratio, num_slots):
+    """[U]: the group of each unit, the shortest units in group 0; -1 if the candidate does not apply."""
+    num_units = len(units)
+    lengths, group = np.empty(num_units, np.int64), np.zeros(num_units, np.int64)
+    for u in range(num_units):
+        lengths[u] = units[u, 2] - units[u, 1]
+    by_length = stable_order(lengths)
+    if kind == EVEN:
+        parts = num_units if parts == EACH else parts
+        for place in range(num_units):
+            group[by_length[place]] = place * parts // num_units if num_units >= parts else -1
+    elif kind == SIMILAR:
+        cohort, shortest = 0, lengths[by_length[0]]
+        for place in range(num_units):
+            length = lengths[by_length[place]]
+            if length > ratio * shortest and cohort + 1 < num_slots:
+                cohort, shortest = cohort + 1, length
+            group[by_length[place]] = cohort
+    elif kind == GAPS or kind == LONG_IN_CHUNKS:
+        split = _widest_gaps(lengths, by_length, 1 if kind == LONG_IN_CHUNKS else parts - 1)
+        cohort = 0 if len(split) else -1
+        for place in range(num_units):
+            cohort += 1 if len(split) and split[place] else 0
+            group[by_length[place]] = cohort
+    return group
+
+
+@compiled_part
+def _widest_gaps(lengths, by_length, num_gaps):
+    """[U]: does a group begin at this place in order of length? Empty if there are not so many gaps."""
+    split = np.zeros(len(lengths), np.bool_)
+    for _ in range(num_gaps):
+        widest = 0
+        for place in range(1, len(lengths)):
+            if split[place] or lengths[by_length[place]] == lengths[by_length[place - 1]]:
+                continue
+            wider = widest == 0 or (
+                lengths[by_length[place]] * lengths[by_length[widest - 1]]
+                > lengths[by_length[widest]] * lengths[by_length[place - 1]]
+            )
+            if wider:
+                widest = place
+        if widest == 0:
+            return split[:0]
+        split[widest] = True
+    return split
