@@ -14,7 +14,6 @@ from pipemoe.config import DTYPES, Config
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.output_path import check_output_file, write_whole
 from pipemoe.plan.auto.choice import Candidate, auto_candidates
-from pipemoe.plan.auto.search import COHORT_MARGIN
 from pipemoe.plan.clock.prediction import Prediction, simulate
 from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
@@ -24,8 +23,10 @@ from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.model_configs import MODEL_CONFIGS, model_config
 from pipemoe.plan.cost.model_limits import supported_facts
+from pipemoe.plan.cost.tuned import COHORT_MARGIN
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
+from pipemoe.plan.row import row_bytes
 from pipemoe.plan.schedule import Facts, Plan
 from pipemoe.runtime.arriving import GATHERING_PERMILLE
 from pipemoe.runtime.costs import model_key
@@ -195,13 +196,13 @@ def exchange_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, v
     allocates.
     """
     hidden, rows = dimensions.shape.hidden, config.max_wave_rows(num_ranks)
-    row_bytes = -(-(-(-hidden * value_bytes // 4) * 4 + 8 * dimensions.shape.top_k) // 128) * 128
+    of_row = row_bytes(hidden, value_bytes, dimensions.shape.top_k)
     staging = (
         (num_ranks - 1) * min(rows, config.max_tokens_per_rank) * hidden * value_bytes
         if config.combine == "gather"
         else 0
     )
-    return config.max_slots * config.num_buffers * (rows * (row_bytes + hidden * value_bytes) + staging)
+    return config.max_slots * config.num_buffers * (rows * (of_row + hidden * value_bytes) + staging)
 
 
 def _cost(options: argparse.Namespace, dimensions: Dimensions, num_ranks: int) -> CostModel:
@@ -254,9 +255,9 @@ def _check_subject(
 
 def _rule(config: PlanConfig, budget: str) -> str:
     """How one candidate is chosen, in a line."""
-    objective = "weighted objective" if config.objective == "weighted" else f"{config.objective} TTFT"
-    margin = f"it must be {COHORT_MARGIN / 10:g} % better for each further cohort, as predictions are not exact"
-    return f"chosen: the lowest {objective} of those whose slowest is at most {budget} above the least; {margin}"
+    margin = f"predictions are inexact, so each extra cohort must buy {COHORT_MARGIN / 10:g} %"
+    choice = f"the lowest {config.objective} TTFT of those whose slowest is at most {budget} above the least"
+    return f"chosen: {choice}; {margin}"
 
 
 def _differing(candidates: Sequence[Candidate], prediction: Prediction) -> str:

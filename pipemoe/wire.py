@@ -19,11 +19,10 @@ from typing import TYPE_CHECKING
 
 from pipemoe.e4m3 import BLOCK, quantise_rows
 from pipemoe.errors import ConfigError
+from pipemoe.plan.row import row_bytes
 
 if TYPE_CHECKING:
     import torch
-
-ROW_ALIGNMENT = 128  # bytes; a whole number of 16-byte vectors and of cache lines
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class WireFormat:
 
     @cached_property
     def row_bytes(self) -> int:
-        return -(-(self.ids_offset + 4 * self.top_k) // ROW_ALIGNMENT) * ROW_ALIGNMENT
+        return row_bytes(self.hidden, self.dtype.itemsize, self.top_k, self.num_scales)
 
     def rows(self, buffer: torch.Tensor) -> WireRows:
         """View a contiguous uint8 `buffer` [n, row_bytes] as wire rows; no copy."""

@@ -483,7 +483,7 @@ def test_odd_lengths_of_one_rank_for_a_source(world, lengths):
         {"pipelined_ratio": 10**20},
         {"moe_max_num_tokens": 1.0},
         {"dispatch_dtype": Hostile()},
-        {"objective_weights": (1, Hostile(), 1)},
+        {"objective": Hostile()},
         {"deterministic": Hostile()},
     ],
     ids=lambda named: next(iter(named)),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from pipemoe.e4m3 import quantise_rows
 from pipemoe.errors import ConfigError
-from pipemoe.wire import ROW_ALIGNMENT, WireFormat
+from pipemoe.plan.row import ROW_ALIGNMENT
+from pipemoe.wire import WireFormat
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -46,7 +46,7 @@ class DequantisingExperts:
         self._narrow = WireFormat(hidden, top_k, self.wire_dtype)
         self.implementation = inner.implementation
         self.deterministic = inner.deterministic
-        self.sliced_permille = inner.sliced_permille
+        self.blockwise_permille = inner.blockwise_permille
         self.num_sms = inner.num_sms
 
     def with_free_sms(self, num_sms: int) -> DequantisingExperts:

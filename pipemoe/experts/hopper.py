@@ -106,7 +106,7 @@ class HopperExperts(ExpertsShape):
     """
 
     implementation = "hopper"
-    sliced_permille = 350  # the down projection is a third of the arithmetic; and the sums
+    blockwise_permille = 350  # the down projection is a third of the arithmetic; and the sums
     supports_arrivals = True
     on_hopper = True  # whether kernels may use what only Hopper has
 

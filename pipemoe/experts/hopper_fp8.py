@@ -82,7 +82,7 @@ class HopperFp8Experts(HopperExperts):
     """
 
     implementation = "hopper_fp8"
-    sliced_permille = 80  # the sums alone
+    blockwise_permille = 80  # the sums alone
     supports_arrivals = False
 
     def _prepare(self) -> None:

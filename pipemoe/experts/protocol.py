@@ -39,7 +39,7 @@ class Experts(Protocol):
     implementation: str
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
-    sliced_permille: int  # per mille of a call's time spent in the column-blocked part (down projection, combine)
+    blockwise_permille: int  # per mille of a call's time spent in the column-blocked part (down projection, combine)
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
     supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
 
@@ -80,7 +80,7 @@ class Experts(Protocol):
 class ExpertsShape:
     """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
 
-    sliced_permille = 0
+    blockwise_permille = 0
     num_sms = 0
     supports_arrivals = False
 

@@ -78,7 +78,7 @@ class TorchExperts(ExpertsShape):
     """
 
     implementation = "torch"
-    sliced_permille = 80  # the sums alone
+    blockwise_permille = 80  # the sums alone
 
     def __init__(
         self,

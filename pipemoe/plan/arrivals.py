@@ -1,17 +1,16 @@
-"""Waves that are computed as they arrive: the groups in which they are dispatched, and the parts in which a rank has
-their rows.
+"""Waves that are computed as they arrive: dispatched in groups, which bring a rank its rows in parts.
 
     wave              | rank 2 | rank 0 ...... | rank 3 ... | rank 1 ........... |
     groups            | 0                      | 1                               |
     parts of rank 3   | 0                      | own        | 1                  |
 
-Groups are neighbouring segments, the same on all ranks. A rank's own rows are there before the dispatch, all others of
-a group with it. A group of one rank's rows alone would leave all links idle but those that lead away from it, so a
-group holds about two ranks' or more.
+Groups are neighbouring segments, the same on all ranks. A rank has its own rows before the dispatch, and the rows of
+a group together. A group with one rank's rows alone would use only the links that lead away from that rank, so a group
+holds about two ranks' rows or more.
 
-All cohorts run one after another in the first slot: experts that wait for rows hold the multiprocessors that another
-cohort's attention would need, perhaps that which these very rows come from. In one slot a rank has attended and packed
-before it waits.
+All cohorts run one after another in the first slot. Experts that wait for rows hold multiprocessors, and another
+cohort's attention could need them, perhaps the very attention that these rows come from. In one slot a rank has
+attended and packed before it waits.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from typing import NamedTuple
 from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.schedule import MAX_GROUPS, Plan, Wave
 
-MAX_PARTS = 8  # that the experts tell apart
-INDEX_SMS = 1  # multiprocessors that waiting experts leave to the index of what has come
-OWN = -1  # "group" of the rows that need none
+MAX_PARTS = 8  # of one wave, which the experts' kernel tells apart
+INDEX_SMS = 1  # multiprocessors left to the kernel that indexes the rows that have arrived
+OWN = -1  # in place of a group: the rank's own rows
 
 
 class Part(NamedTuple):
-    """Rows [start, stop) of a wave, which come with the dispatch's `group` (OWN: they are there before)."""
+    """Rows [start, stop) of a wave, which the dispatch's `group` brings (OWN: they are there before it)."""
 
     start: int
     stop: int
@@ -40,29 +39,25 @@ class Part(NamedTuple):
 
 @compiled_part
 def most_groups(num_waves):
-    """Groups of one dispatch, at most: those of the next wave's must have room among MAX_GROUPS as well."""
+    """Groups of one dispatch, at most. The next wave's must fit into MAX_GROUPS too."""
     return MAX_GROUPS // min(2, num_waves)
 
 
 @compiled_part
 def groups_for(num_ranks, num_waves):
-    """Into how many groups of equal rows a wave with segments of so many ranks is cut; for large segments there are
-    fewer.
-    """
+    """Into how many groups of equal rows a wave is cut, at most, if it has rows of `num_ranks` ranks."""
     return max(1, min(num_ranks // 2, most_groups(num_waves)))
 
 
 @compiled_part
 def group_of(row, num_rows, wave_rows, num_groups):
-    """The group of the segment at rows [row, row + num_rows), by where its middle lies. Not every number need have a
-    segment.
-    """
+    """The group of the segment at rows [row, row + num_rows), by where its middle lies. Some groups may stay empty."""
     return (2 * row + num_rows) * num_groups // (2 * wave_rows)
 
 
 def groups_of(plan: Plan, cohort: int, wave: int) -> tuple[Wave, ...]:
-    """A wave's dispatch as one group of collectives, or as several if the plan has arrivals: the wave with some of its
-    segments each.
+    """A wave's dispatch as one group of collectives, or several if the plan has arrivals. Each is the wave with some of
+    its segments.
     """
     num_waves, whole = len(plan.cohorts[cohort].waves), plan.cohorts[cohort].waves[wave]
     if not plan.arrivals or plan.exchange(whole) == "padded":
@@ -78,8 +73,8 @@ def parts_of(plan: Plan, cohort: int, wave: int, rank: int) -> tuple[Part, ...]:
     """The parts in which `rank` has a wave's rows, padding included, in the order of the rows."""
     whole = plan.cohorts[cohort].waves[wave]
     if plan.exchange(whole) == "padded":
-        block = whole.num_rows // plan.facts.num_ranks
-        pieces = [Part(r * block, (r + 1) * block, OWN if r == rank else 0) for r in range(plan.facts.num_ranks)]
+        size = whole.num_rows // plan.facts.num_ranks
+        pieces = [Part(r * size, (r + 1) * size, OWN if r == rank else 0) for r in range(plan.facts.num_ranks)]
     else:
         pieces = [
             Part(s.row, s.row + s.num_rows, OWN if s.rank == rank else number)

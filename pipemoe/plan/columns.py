@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pipemoe.errors import InputError
 
-MANY_COLUMNS = 256  # a block narrower than a kernel's tile would only cost launches
+MANY_COLUMNS = 256  # width of a kernel's tile: narrower blocks only cost launches
 
 
 def most_blocks(hidden: int) -> int:
@@ -17,8 +17,8 @@ def most_blocks(hidden: int) -> int:
 
 
 def column_ranges(hidden: int, num_blocks: int) -> list[range]:
-    """`num_blocks` ranges of columns of about equal size; they begin at multiples of 256, of 64 or of 8, whatever there
-    are enough of.
+    """`num_blocks` ranges of columns of about equal size. They begin at multiples of 256 if there are enough columns,
+    else of 64, else of 8. Raises InputError if there are too few.
     """
     if not 1 <= num_blocks <= most_blocks(hidden):
         raise InputError(

@@ -1,6 +1,4 @@
-"""How the planner's core is compiled: see pipemoe.compiled. Ranks with code of different sources would plan
-differently.
-"""
+"""How the planner's core is compiled: see pipemoe.compiled."""
 
 from __future__ import annotations
 
@@ -11,22 +9,22 @@ from pipemoe.compiled import Compiled
 
 
 def compiled(function: Callable | None = None, *, seconds: int = 0) -> Any:
-    """What Python calls, and other compiled code may. seconds: that compiling takes."""
+    """For functions that Python calls; compiled code may call them too. seconds: how long compiling takes."""
     if function is None:
         return lambda function: compiled(function, seconds=seconds)
     return Compiled(function, what="the planner", seconds=seconds, error_model="numpy")
 
 
 def compiled_part(function: Callable) -> Compiled:
-    """What only other compiled functions call, or Python seldom: there it is not compiled."""
+    """For functions that compiled code calls. If Python calls one, it runs as plain Python."""
     return Compiled(function, inside=True, error_model="numpy")
 
 
 def compiled_look(function: Callable) -> Compiled:
-    """For parts that make no arrays, only look at them: without counting references to them."""
+    """For parts that make no arrays: compiled without counting references to arrays."""
     return Compiled(function, inside=True, error_model="numpy", _nrt=False)
 
 
 def compiled_rule(function: Callable) -> Compiled:
-    """The same for small ones: counting would take most of the time."""
+    """The same for small ones, which are inlined."""
     return Compiled(function, inside=True, error_model="numpy", _nrt=False, forceinline=True)

@@ -12,26 +12,28 @@ UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many
 COMBINES = ("reduce", "gather")
 BLOCK_CHOICES = (1, 2, 4)  # of columns, that mode auto chooses from
 MOST_BLOCKS = 16  # groups of collectives of one combine: a lane's queue is finite
-OBJECTIVES = ("mean", "slowest", "p50", "weighted")  # of the sequences' times to first token
+OBJECTIVES = ("mean", "slowest", "p50")  # of the sequences' times to first token
 
 
 @dataclass(frozen=True, slots=True)
 class PlanConfig:
-    """How to plan; equal on every rank (the exchange compares it).
+    """How to plan. It is the same on every rank; the exchange of a step compares it.
 
-    moe_max_num_tokens: rows that enter the fused MoE at once. max_tokens_per_rank: tokens a rank may bring to one step;
-    it sizes the workspace of the uncapped baselines. num_slots: cohorts that may be under way at once.
-    combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank order.
-    pipelined_ratio: ranks whose token counts differ by no more than this factor share a cohort. Mode "auto" takes the
-    cohorts with the lowest predicted `objective` of the sequences' times to first token ("mean", "slowest", "p50", or
-    "weighted": the three together, by `objective_weights` in this order) among those whose slowest is at most
-    `makespan_budget` (a fraction) above the lowest possible. combine_blocks: blocks of columns in which a wave's sums
-    are computed and combined, each combined while the next is computed; None: one, or what mode "auto" chooses.
-    arrivals: whether experts take a wave's rows as they arrive, in one launch (see plan.arrivals), in every plan whose
-    cohorts run in one slot; None: not, or what mode "auto" chooses. num_sms: multiprocessors that the experts'
-    persistent kernels fill, in every plan; None: all but those that the plan leaves to collectives beside them, where
-    there are such; mode "auto" chooses how many. Experts that take rows as they arrive leave what
-    Room.kept_from_arrivals says, whatever num_sms is.
+    mode: what forms the cohorts. moe_max_num_tokens: rows that enter the fused MoE at once. max_tokens_per_rank: tokens
+    that a rank may bring to one step; it sizes the workspace of the uncapped baselines. num_slots: cohorts that may be
+    under way at once. combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank
+    order. pipelined_ratio: in mode "pipelined", ranks share a cohort if their token counts differ by at most this
+    factor.
+
+    objective: "mean", "slowest" or "p50" of the sequences' times to first token. Mode "auto" takes the cohorts for
+    which it is predicted to be lowest, as long as the slowest sequence comes at most `makespan_budget` (a fraction)
+    later than it could.
+
+    combine_blocks: blocks of columns in which a wave's sums are computed; each is combined while the next is computed.
+    arrivals: whether the experts take a wave's rows as they arrive, in one launch (see plan.arrivals); it takes effect
+    in plans whose cohorts run in one slot. num_sms: multiprocessors that the experts' persistent kernels fill. Experts
+    that take rows as they arrive ignore it and leave what Room.kept_from_arrivals says. With None, mode "auto" chooses;
+    the fixed modes then use one block, no arrivals, and leave room for the collectives that run beside the experts.
     """
 
     mode: str = "auto"
@@ -41,7 +43,6 @@ class PlanConfig:
     combine: str = "reduce"
     pipelined_ratio: int = 4
     objective: str = "mean"
-    objective_weights: tuple[int, int, int] = (1, 1, 0)
     makespan_budget: float = 0.10
     combine_blocks: int | None = None
     arrivals: bool | None = None
@@ -54,17 +55,6 @@ class PlanConfig:
             raise ConfigError(f"combine is {self.combine!r}; it must be one of {', '.join(COMBINES)}")
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective is {self.objective!r}; it must be one of {', '.join(OBJECTIVES)}")
-        weights = self.objective_weights
-        if not (
-            isinstance(weights, tuple)
-            and len(weights) == 3
-            and all(type(w) is int and 0 <= w <= 100 for w in weights)
-            and any(weights)
-        ):
-            raise ConfigError(
-                f"objective_weights is {weights!r}; it must be three whole numbers from 0 to 100, for mean, slowest "
-                "and p50"
-            )
         if not isinstance(self.makespan_budget, (int, float)) or not 0 <= self.makespan_budget <= 100:
             raise ConfigError(
                 f"makespan_budget is {self.makespan_budget!r}; it must be a fraction from 0 (0.1 is 10 %) to 100"
@@ -85,7 +75,7 @@ class PlanConfig:
 
     @property
     def exchange(self) -> str:
-        """Of any wave (but see Plan.exchange)."""
+        """How waves are exchanged; mode auto also gathers some (see Plan.exchange)."""
         return "padded" if self.mode == "padded" else "broadcast"
 
     @property
@@ -95,7 +85,7 @@ class PlanConfig:
 
     @property
     def num_buffers(self) -> int:
-        """Receive and partial-sum buffers per slot: waves alternate between two, an uncapped mode has one wave."""
+        """Receive and partial-sum buffers per slot. Waves alternate between two; an uncapped mode has only one wave."""
         return 1 if self.mode in UNCAPPED_MODES else 2
 
     @property
@@ -117,7 +107,7 @@ class PlanConfig:
 
     @property
     def may_arrive(self) -> bool:
-        """May a plan have arrivals, where the experts can?"""
+        """May a plan have arrivals, if the experts can take rows as they arrive?"""
         return self.mode == "auto" if self.arrivals is None else self.arrivals
 
     @property
@@ -126,7 +116,7 @@ class PlanConfig:
         return self.mode in ("two_batch", "auto")
 
     def max_wave_rows(self, num_ranks: int) -> int:
-        """Rows that a wave's buffers must hold; depends on the configuration alone."""
+        """Rows that a wave's buffers must hold. It depends on the configuration alone."""
         if self.mode in UNCAPPED_MODES:
             return num_ranks * self.max_tokens_per_rank
         return min(self.moe_max_num_tokens, num_ranks * self.max_tokens_per_rank)

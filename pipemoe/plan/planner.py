@@ -1,16 +1,14 @@
-"""The planner: from exchanged facts to a plan. Pure and deterministic: whole numbers only, every tie broken by
-index.
-"""
+"""The planner: from exchanged facts to a plan. Pure and deterministic: whole numbers, ties to the lower index."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pipemoe.errors import ConfigError, InputError
-from pipemoe.plan.assignment import Assignment, assign
+from pipemoe.plan.auto.candidates import Assignment, fixed_assignment
 from pipemoe.plan.auto.choice import auto_assignment
 from pipemoe.plan.clock.columns import cut_columns
-from pipemoe.plan.clock.layer import LAYER_OF, attention_waits, cut_waves, layer_costs
+from pipemoe.plan.clock.layer import cut_waves, layer_costs
 from pipemoe.plan.clock.order import cohort_order, merge_orders, order_keys
 from pipemoe.plan.clock.sms import forced_sms_left, usual_sms_left
 from pipemoe.plan.columns import most_blocks
@@ -19,6 +17,7 @@ from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.magnitude import check_magnitude
 from pipemoe.plan.cost.model import CostModel, rates_of
 from pipemoe.plan.schedule import Cohort, Facts, Microbatch, ModelShape, Plan, Segment, Wave
+from pipemoe.plan.waits import LAYER_OF, attention_waits
 
 
 def plan(
@@ -50,7 +49,7 @@ def plan(
     if assignment is None and config.mode == "auto":
         assignment, num_blocks, arrivals, sms_left = auto_assignment(facts, shape, config, cost)
     elif assignment is None:
-        assignment = assign(facts, config)
+        assignment = fixed_assignment(facts, config)
     if not assignment:
         return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), num_blocks, False, sms_left or 0)
     # The wave split fills waves in this order: a rank's chunks from front to back, short ranks first.
@@ -88,9 +87,7 @@ def planner_is_kept() -> bool:
 
 
 def compile_planner(num_ranks: int, shape: ModelShape, config: PlanConfig, cost: CostModel) -> None:
-    """Plan a little something, so that all is compiled that plans of this configuration may need, and no step
-    compiles.
-    """
+    """Make a small plan, so that everything is compiled that plans of this configuration may need. No step compiles."""
     tokens = min(2, config.max_tokens_per_rank)
     facts = Facts(((tokens,), *((1,),) * (num_ranks - 1)))
     plan(facts, shape, config, cost)
@@ -105,9 +102,7 @@ def compile_planner(num_ranks: int, shape: ModelShape, config: PlanConfig, cost:
 
 
 def _tables_of_one(microbatches, num_ranks, rates, limits):
-    """What _tables returns, for one cohort, whose order needs no costs: so modes that never have several need no
-    compiled code.
-    """
+    """What _tables returns, for one cohort. Its order needs no costs, so modes of one cohort need no compiled code."""
     most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
     segments, wave_rows, num_waves = cut_waves(microbatches, 1, most_rows)
     if padded_rows:
@@ -120,9 +115,10 @@ def _tables_of_one(microbatches, num_ranks, rates, limits):
 
 @compiled(seconds=5)
 def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gather, gathered):
-    """Segments, rows of the waves, waves of the cohorts, order_keys, the multiprocessors left (-1 in `limits`: as
-    usual); and a cohort with a later one whose sequences it continues (-1: there is none). In one compiled call:
-    passing all that costs would take longer than computing it."""
+    """Segments, rows of the waves, waves of the cohorts, order_keys, and the multiprocessors left (-1 in `limits`: as
+    usual). Also a cohort, and a later one whose sequences it continues, which is wrong (-1: there is none). All in one
+    compiled call: passing arrays between several would take longer than computing them.
+    """
     most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
     num_cohorts = microbatches[-1, 0] + 1
     waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)

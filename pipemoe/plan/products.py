@@ -1,6 +1,4 @@
-"""Products of whole numbers that need more than 64 bits before they are divided. Compiled: int64 wraps around without a
-word.
-"""
+"""Products of whole numbers that need more than 64 bits before they are divided. Compiled int64 wraps silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each rank issues for a plan, collective by collective: the ground on which plan and real logs are compared."""
+"""What each rank issues for a plan, collective by collective: what real logs are compared with."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ class Issue(NamedTuple):
 
 
 def project(plan: Plan, rank: int, row_bytes: int, sum_bytes: int) -> list[Issue]:
-    """The calls of `rank`, in the plan's order. A dispatch row has `row_bytes`, a value of a partial sum
-    `sum_bytes`.
-    """
+    """The calls of `rank`, in the plan's order. row_bytes: of a dispatched row. sum_bytes: of a value of a sum."""
     issues: list[Issue] = []
     for op in plan.ops:
         if op.kind not in (OpKind.DISPATCH, OpKind.COMBINE):
@@ -70,9 +68,7 @@ def _calls(plan: Plan, rank: int, kind: OpKind, wave: Wave) -> Iterator[tuple[st
 
 
 def gather_calls(wave: Wave, rank: int, num_ranks: int) -> Iterator[tuple[str, int, Segment]]:
-    """What `rank` calls for combine="gather", in order: ("send" or "recv", the other side, the segment whose partial
-    sums travel).
-    """
+    """The calls of `rank` for combine="gather", in order: "send" or "recv", the other side, and the segment."""
     for segment in wave.segments:
         if segment.rank != rank:
             yield "send", segment.rank, segment
@@ -81,9 +77,9 @@ def gather_calls(wave: Wave, rank: int, num_ranks: int) -> Iterator[tuple[str, i
 
 
 def match(issues_of: list[list[Issue]]) -> None:
-    """Check that the ranks' issues fit together on every communicator: the same collectives in the same order with the
-    same root and bytes, and every send met by a receive. Raises PlanError naming communicator, position and both
-    sides."""
+    """Check that the ranks' calls fit together on every communicator: the same collectives in the same order, with the
+    same root and bytes, and a receive for every send. Raises PlanError naming communicator, position and both sides.
+    """
     for key in sorted({(i.communicator, i.slot) for issues in issues_of for i in issues}):
         on = [[i for i in issues if (i.communicator, i.slot) == key] for issues in issues_of]
         name = f"communicator {key[0]} of slot {key[1]}"

@@ -18,7 +18,7 @@ def milliseconds(nanoseconds: int | float | None) -> str:
 
 
 def table(lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as need be; all but the first to the right. The first line is the heading."""
+    """Aligned columns, all but the first to the right. The first line is the heading."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -47,7 +47,7 @@ def ranks_table(plan: Plan, prediction: Prediction) -> str:
 
 
 def cohorts_lines(plan: Plan) -> str:
-    """One line per cohort: its microbatches and waves; how its sums come, and what the experts leave."""
+    """One line per cohort, then what holds for the plan: blocks of columns, arrivals, multiprocessors left."""
     lines = []
     for c, cohort in enumerate(plan.cohorts):
         parts = [f"{m.rank}[{m.start}:{m.stop}]" for m in cohort.microbatches]
@@ -69,7 +69,7 @@ def cohorts_lines(plan: Plan) -> str:
 
 
 def timeline_text(plan: Plan, prediction: Prediction, *, num_layers: int, width: int) -> str:
-    """The first layers on the first two ranks whose tokens differ, a letter per piece of time.
+    """The first layers on two ranks, one with the most and one with the fewest tokens, a letter per piece of time.
 
     prediction: with spans. Per rank and cohort: a attend, E experts, f finish; > dispatch, < combine.
     """

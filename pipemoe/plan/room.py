@@ -12,19 +12,19 @@ from pipemoe.plan.arrivals import INDEX_SMS
 class Room:
     """Thread blocks that may be spinning at once, against the SMs they need.
 
-    num_sms: that this rank may use. ctas: NCCL_MAX_CTAS. ranks_on_device: ranks that share this GPU, and whose blocks
-    may all lie on this rank's SMs: a share under MPS says how many, not which. arrival_blocks: grid of the experts that
-    wait for rows, in plans with arrivals. cluster_blocks: NCCL_CGA_CLUSTER_SIZE.
+    num_sms: how many this rank may use. ctas: NCCL_MAX_CTAS. ranks_on_device: how many ranks share this GPU. Their
+    blocks may all lie on this rank's SMs: a share under MPS says how many SMs, not which. arrival_blocks: grid of the
+    experts that wait for rows, in plans with arrivals. cluster_blocks: NCCL_CGA_CLUSTER_SIZE.
 
-    A spinning collective of 640 threads takes nearly all registers of its SM, and what it waits for is computed by
-    kernels that need whole SMs, some of them two neighbours (thread-block clusters). Blocks that just fit would leave
-    those no room, so spinning blocks may fill half of the SMs; fewer on a GPU that a rank has for itself, where experts
-    may run in pairs of blocks: wherever the spinning ones lie, two neighbours are free somewhere.
+    A spinning collective of 640 threads takes nearly all registers of its SM. What it waits for is computed by kernels
+    that need whole SMs, some of them two neighbouring ones (thread-block clusters). So spinning blocks may fill only
+    half of the SMs. On a GPU that a rank has for itself it is one block fewer, as experts may run in pairs of blocks
+    there: wherever the spinning blocks lie, two neighbouring SMs are free.
 
-    Experts that wait for rows may fill all others. What their rows come from needs no SM of this rank any more: in a
-    plan of one slot a rank has attended to, and packed, all that it sends before it waits. Only what brings the rows
-    needs room, one slot's collectives and the index of what has come. Each block there takes a whole SM, wherever one
-    is free, which clusters of blocks could not.
+    Experts that wait for rows may fill all other SMs. Nothing that produces their rows needs this rank's SMs: in a plan
+    of one slot, a rank has attended to and packed all that it sends before it waits. Only what brings the rows needs
+    room: one slot's collectives, and the kernel that indexes arrived rows. Each of their blocks takes a whole SM,
+    wherever one is free; a cluster of blocks could not.
     """
 
     num_sms: int
@@ -53,9 +53,7 @@ class Room:
 
     @property
     def kept_from_arrivals(self) -> int:
-        """SMs that experts which wait for rows leave to the collectives of one slot; to the index they leave INDEX_SMS
-        besides.
-        """
+        """SMs that waiting experts leave to the collectives of one slot. They leave INDEX_SMS besides."""
         return 2 * self.ctas
 
     def check_arrivals(self) -> None:

@@ -21,13 +21,15 @@ import numpy as np
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.columns import column_ranges
+from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.waits import LAYER_BEFORE, LAYER_OF, attention_waits
 
 MAX_GROUPS = 4  # groups of collectives of one cohort's dispatches under way at once, on a rank
 
 
 class OpKind(IntEnum):
-    """attend: router and attention of a cohort's microbatches. finish: its last layer's result, first tokens."""
+    """attend: attention and router of a cohort's microbatches. finish: the last layer's result and the first tokens."""
 
     ATTEND = 0
     DISPATCH = 1
@@ -80,12 +82,18 @@ class Wave(NamedTuple):
 
     def is_even(self, num_ranks: int) -> bool:
         """Has every rank one segment, all of a size, in order?"""
-        size, left = divmod(self.num_rows, num_ranks)
-        return (
-            not left
-            and all(s[0] == rank and s[2] - s[1] == size for rank, s in enumerate(self.segments))
-            and len(self.segments) == num_ranks
-        )
+        return is_even([s.rank for s in self.segments], [s.num_rows for s in self.segments], num_ranks)
+
+
+@compiled_part
+def is_even(ranks, rows, num_ranks):
+    """Are a wave's segments, of these ranks and with so many rows, one of every rank, all of a size, in order?"""
+    if len(ranks) != num_ranks:
+        return False
+    for r in range(num_ranks):
+        if ranks[r] != r or rows[r] != rows[0]:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Facts:
-    """What every rank brings to a step, equal on all ranks after the exchange: `lengths[r]` are the sequence
+    """What every rank brings to a step. After the exchange it is the same on all ranks. lengths[r]: rank r's sequence
     lengths.
     """
 
@@ -178,8 +186,10 @@ class Plan:
         return tuple(Op(kinds[kind], cohort, layer, wave) for kind, cohort, layer, wave in self.order.tolist())
 
     def exchange(self, wave: Wave) -> str:
-        """ "padded" (all-gather and reduce-scatter), or "broadcast" (one broadcast and one reduce per segment). Mode
-        auto gathers what needs no padding: one collective of equal parts is quicker than as many as there are ranks."""
+        """ "padded" (all-gather and reduce-scatter) or "broadcast" (one broadcast and one reduce per segment).
+
+        Mode auto gathers a wave that needs no padding: one collective of equal parts is quicker than one per rank.
+        """
         even = self.config.mode == "auto" and self.facts.num_ranks > 1 and wave.is_even(self.facts.num_ranks)
         return "padded" if even else self.config.exchange
 
@@ -197,21 +207,23 @@ class Plan:
         return (layer * len(self.cohorts[cohort].waves) + wave) % self.config.num_buffers
 
     @cached_property
+    def waits(self) -> np.ndarray:
+        """int64 [C, C], see attention_waits."""
+        table = [(c, *m) for c, cohort in enumerate(self.cohorts) for m in cohort.microbatches]
+        microbatches = np.array(table, dtype=np.int64).reshape(-1, 4)
+        return attention_waits(microbatches, len(self.cohorts), *self.facts.flat_boundaries, self.config.num_slots)
+
+    @cached_property
     def causal_predecessors(self) -> tuple[tuple[int, ...], ...]:
         """Per cohort: the cohorts whose keys and values its attention reads (earlier chunks of its sequences)."""
-        return tuple(tuple(sorted(p)) for p in causal_links(self.facts, [c.microbatches for c in self.cohorts]))
+        return tuple(tuple(np.flatnonzero(of_cohort == LAYER_OF).tolist()) for of_cohort in self.waits)
 
     @cached_property
     def pacemakers(self) -> tuple[tuple[int, ...], ...]:
-        """Per cohort: those that continue its sequences and take the slots in the same turn. Its attention of a layer
-        waits for theirs of the layer before: further ahead it would gain nothing, and leave the rest of its sequences
-        to end alone."""
-        paces: list[list[int]] = [[] for _ in self.cohorts]
-        for later, predecessors in enumerate(self.causal_predecessors):
-            for earlier in predecessors:
-                if earlier // self.config.num_slots == later // self.config.num_slots:
-                    paces[earlier].append(later)
-        return tuple(map(tuple, paces))
+        """Per cohort: those that continue its sequences in the same turn. Its attention of a layer waits for theirs of
+        the layer before.
+        """
+        return tuple(tuple(np.flatnonzero(of_cohort == LAYER_BEFORE).tolist()) for of_cohort in self.waits)
 
     @cached_property
     def digest(self) -> bytes:
@@ -228,25 +240,3 @@ class Plan:
             h.update(struct.pack(f"<{len(flat)}q", *flat))
         h.update(np.ascontiguousarray(self.order, dtype="<i4").tobytes())
         return h.digest()
-
-
-def causal_links(facts: Facts, microbatches_of: list[tuple[Microbatch, ...]]) -> list[set[int]]:
-    """For each cohort, the other cohorts that hold an earlier chunk of a sequence it continues."""
-    links: list[set[int]] = [set() for _ in microbatches_of]
-    chunks: dict[int, list[tuple[int, int, int]]] = {}
-    for cohort, microbatches in enumerate(microbatches_of):
-        for m in microbatches:
-            chunks.setdefault(m.rank, []).append((m.start, m.stop, cohort))
-    for rank, of_rank in chunks.items():
-        of_rank.sort()
-        starts = facts.boundaries[rank]
-        at = 0
-        for i, (start, _, cohort) in enumerate(of_rank):
-            while starts[at + 1] <= start:
-                at += 1
-            for _, stop, earlier in reversed(of_rank[:i]):
-                if stop <= starts[at]:
-                    break
-                if earlier != cohort:
-                    links[cohort].add(earlier)
-    return links

@@ -23,7 +23,7 @@ def verify(
 ) -> None:
     """Prove the properties of DESIGN.md for `plan`; raise PlanError naming the first that does not hold.
 
-    issues: what each rank issued, in place of what the plan makes it issue (a debug run's real logs).
+    issues: what each rank really issued, from the logs of a debug run; it is compared with what the plan says.
     """
     _every_token_once(plan)
     _every_column_once(plan)
@@ -54,9 +54,7 @@ def _fail(name: str, text: str) -> None:
 
 
 def _every_token_once(plan: Plan) -> None:
-    """The segments of all waves hold every token of every rank exactly once, inside their wave and their cohort's
-    chunks.
-    """
+    """The segments hold every token of every rank exactly once, inside their wave and their cohort's microbatches."""
     name = "every token once"
     spans: list[list[tuple[int, int]]] = [[] for _ in plan.facts.tokens]
     for index, cohort in enumerate(plan.cohorts):
@@ -86,7 +84,7 @@ def _every_token_once(plan: Plan) -> None:
 
 
 def _every_column_once(plan: Plan) -> None:
-    """The blocks in which sums are computed and combined hold every column exactly once, in order."""
+    """The blocks of columns hold every column exactly once, in order."""
     name, at = "every column once", 0
     if not 1 <= plan.num_column_blocks <= most_blocks(plan.shape.hidden):
         _fail(name, f"{plan.num_column_blocks} blocks of {plan.shape.hidden} columns")
@@ -192,8 +190,9 @@ def _workspace_is_bounded(plan: Plan) -> None:
 
 
 def _chunks_in_causal_order(plan: Plan) -> None:
-    """In every layer, a chunk of a sequence attends after (or with) the chunks that hold the sequence's earlier tokens,
-    and after what paces it: or a rank would wait for what it is to issue later."""
+    """In every layer, a chunk of a sequence attends after (or with) the chunks with the sequence's earlier tokens, and
+    after what paces it. Otherwise a rank would wait for something that it issues later.
+    """
     at = {(op.cohort, op.layer): i for i, op in enumerate(plan.ops) if op.kind is OpKind.ATTEND}
     for rank, starts in enumerate(plan.facts.boundaries):
         chunks = sorted(
@@ -220,17 +219,19 @@ def _chunks_in_causal_order(plan: Plan) -> None:
 
 
 def _arrivals_in_one_slot(plan: Plan) -> None:
-    """With arrivals no cohort runs beside another: it might never get the SMs for what the other's experts wait for.
-    And before the experts of a wave stand, on every rank, the attention of its rows and the dispatch that brings them
-    (order respects dependencies)."""
+    """With arrivals, no cohort runs beside another: waiting experts could hold the SMs that the other cohort needs to
+    produce their rows. In one slot, every rank's attention and the dispatch of the rows come before the experts, as
+    "order respects dependencies" proves.
+    """
     slots = {cohort.slot for cohort in plan.cohorts}
     if plan.arrivals and slots - {0}:
         _fail("arrivals in one slot", f"cohorts run in slots {sorted(slots)}; with arrivals all must run in slot 0")
 
 
 def _every_row_arrives_once(plan: Plan) -> None:
-    """The groups of a dispatch hold each segment once, in order. With arrivals, the parts in which a rank has a wave
-    hold each row once, in order, and no row that comes with another group."""
+    """The groups of a dispatch hold each segment once, in order. With arrivals, a rank's parts of a wave hold each row
+    once, in order, and only rows that their group brings.
+    """
     name = "every row arrives once"
     for c, cohort in enumerate(plan.cohorts):
         for w, wave in enumerate(cohort.waves):
@@ -255,25 +256,23 @@ def _every_row_arrives_once(plan: Plan) -> None:
 
 
 def _rows_brought(plan: Plan, wave: Wave, groups: Sequence[Wave], group: int, rank: int) -> list[tuple[int, int]]:
-    """The ranges of rows that `rank` has from a group, or by itself (OWN)."""
+    """The ranges of rows that a group brings to `rank`, or that are its own (OWN)."""
     if plan.exchange(wave) == "padded":
-        block = wave.num_rows // plan.facts.num_ranks
-        return [(rank * block, (rank + 1) * block)] if group == OWN else [(0, wave.num_rows)]
+        size = wave.num_rows // plan.facts.num_ranks
+        return [(rank * size, (rank + 1) * size)] if group == OWN else [(0, wave.num_rows)]
     segments = [s for s in wave.segments if s.rank == rank] if group == OWN else groups[group].segments
     return [(s.row, s.row + s.num_rows) for s in segments]
 
 
 def _kernels_have_room(plan: Plan, room: Room | None) -> None:
-    """What the experts' kernels leave to collectives leaves them something."""
+    """The experts' kernels keep some multiprocessors for themselves."""
     if plan.sms_left < 0 or (room is not None and plan.sms_left >= room.num_sms):
         there_are = "any number" if room is None else room.num_sms
         _fail("kernels have room", f"{plan.sms_left} multiprocessors are left to collectives, of {there_are}")
 
 
 def _issued_as_planned(projected: list[list[Issue]], issues: list[list[Issue]]) -> None:
-    """Per communicator, each rank issued what the plan makes it issue (ranks may interleave communicators
-    differently).
-    """
+    """On each communicator, every rank issued what the plan says. Ranks may interleave communicators differently."""
     for rank, (wanted, found) in enumerate(zip(projected, issues, strict=True)):
         for key in sorted({(i.communicator, i.slot) for i in wanted + found}):
             a, b = ([i for i in of if (i.communicator, i.slot) == key] for of in (wanted, found))

@@ -40,7 +40,7 @@ def runtime_cost(
     *,
     graph_rows: int = 0,
     graph_cuts: bool = False,
-    sliced_permille: int = 0,
+    blockwise_permille: int = 0,
     arrivals_permille: int = 0,
     num_sms: int | None = 0,
 ) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
@@ -74,7 +74,7 @@ def runtime_cost(
     as_here: dict[str, Any] = {
         "graph_rows": graph_rows,
         "graph_cuts": graph_cuts,
-        "sliced_permille": sliced_permille,
+        "blockwise_permille": blockwise_permille,
         "arrivals_permille": arrivals_permille,
         "num_sms": min((count for *_, count in gathered if count is not None), default=0),
         "ctas": world.ctas,
@@ -123,13 +123,13 @@ def _as_here(
     cost: CostModel,
     graph_rows: int,
     graph_cuts: bool,
-    sliced_permille: int,
+    blockwise_permille: int,
     arrivals_permille: int,
     num_sms: int,
     ctas: int,
 ) -> CostModel:
     host = replace(cost.host, graph_rows=graph_rows, graph_cuts=int(graph_cuts))
-    experts = replace(cost.experts, sliced_permille=sliced_permille, arrivals_permille=arrivals_permille)
+    experts = replace(cost.experts, blockwise_permille=blockwise_permille, arrivals_permille=arrivals_permille)
     return replace(cost, host=host, experts=experts, sms=replace(cost.sms, num_sms=num_sms, ctas=ctas))
 
 

@@ -82,7 +82,7 @@ class Runtime:
             self.wire,
             graph_rows=traits.graph_rows,
             graph_cuts=traits.graph_cuts,
-            sliced_permille=experts.sliced_permille,
+            blockwise_permille=experts.blockwise_permille,
             arrivals_permille=speed if self._has_arrivals else 0,
             num_sms=experts.num_sms,
         )

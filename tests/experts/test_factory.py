@@ -30,7 +30,7 @@ def built(monkeypatch):
     made = []
 
     class StandIn:
-        deterministic, sliced_permille, num_sms = False, 0, 0
+        deterministic, blockwise_permille, num_sms = False, 0, 0
 
         def __init__(self, weights, **settings):
             made.append((self.implementation, weights, settings))

@@ -25,7 +25,6 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "combine": COMBINES,
     "pipelined_ratio": (1, 2, 100),
     "objective": OBJECTIVES,
-    "objective_weights": ((1, 0, 0), (0, 0, 100)),
     "makespan_budget": (0, 0.0, 1.5, 100),
     "combine_blocks": (None, 1, 2),
     "arrivals": (None, False),
@@ -51,7 +50,7 @@ _ODD_VALUES: dict[str, tuple[Any, ...]] = {
     "experts": ("host", "hopper", "hopper_fp8", "torch_cuda", "ampere", "", "nonsense"),
     "graph_tokens": (10**12, -1),
     "cost": ("nowhere.json", "", ".", "/dev/null", "a\0b"),
-    "objective_weights": ((0, 0, 0), (1, 1), (1, 1, 101), [1, 1, 0]),
+    "objective": ("weighted", "MEAN", "", "p99"),
     "makespan_budget": (float("nan"), -0.1, 101, float("inf"), True),
 }
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError, InputError
-from pipemoe.plan.assignment import assign
+from pipemoe.plan.auto.candidates import fixed_assignment
 from pipemoe.plan.config import MODES, UNCAPPED_MODES, PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind
@@ -95,7 +95,7 @@ def test_no_tokens_anywhere_is_an_empty_plan():
 
 def cohort_ranks(mode, tokens, **options):
     facts = Facts(tuple((n,) if n else () for n in tokens))
-    return [sorted(m.rank for m in cohort) for cohort in assign(facts, PlanConfig(mode=mode, **options))]
+    return [sorted(m.rank for m in cohort) for cohort in fixed_assignment(facts, PlanConfig(mode=mode, **options))]
 
 
 def test_modes_assign_cohorts():

@@ -1,8 +1,8 @@
-"""The cohorts that mode "auto" chooses from. Compiled.
+"""Ways to form cohorts: those that mode "auto" chooses from, and those of the fixed modes. Compiled for mode auto; the
+fixed modes run them as plain Python.
 
-A unit is what stays together if it can: a whole rank's tokens, or one sequence. Units are sorted by length; candidates
-split them at the largest relative gaps, or into groups of equally many, or cut units into causal chunks, each a cohort
-of its own. What the capped fixed modes do is among them.
+A unit is what stays together if it can: a whole rank's tokens, or one sequence. Units are sorted by length. They are
+split at the largest relative gaps, or into groups of equally many, or cut into causal chunks, each a cohort of its own.
 """
 
 from __future__ import annotations
@@ -10,31 +10,34 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.compiled import compiled_part
+from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.schedule import Facts, Microbatch
 
 ONE, GAPS, EVEN, SIMILAR, CHUNKS, LONG_IN_CHUNKS = 0, 1, 2, 3, 4, 5
 EACH = 0  # parts: as many as there are units
-# kind, parts, unit (0 rank, 1 sequence; with one sequence per rank they are the same)
+RANK, SEQUENCE = 0, 1  # the unit; with one sequence per rank they are the same
+# Mode auto's: kind, parts, unit. Others were tried and gained too little: see benchmarks/RESULTS.md.
 CANDIDATES = np.array(
     [
-        (ONE, 1, 0),
-        (GAPS, 2, 0),
-        (GAPS, 3, 0),
-        (GAPS, 4, 0),
-        (EVEN, 2, 0),
-        (EVEN, 3, 0),
-        (EVEN, 4, 0),
-        (EVEN, EACH, 0),
-        (SIMILAR, 0, 0),
-        (CHUNKS, 2, 0),
-        (LONG_IN_CHUNKS, 2, 0),
-        (LONG_IN_CHUNKS, 4, 0),
-        (GAPS, 2, 1),
-        (GAPS, 3, 1),
-        (EVEN, 2, 1),
-        (LONG_IN_CHUNKS, 2, 1),
+        (ONE, 1, RANK),
+        (GAPS, 2, RANK),
+        (GAPS, 3, RANK),
+        (EVEN, 3, RANK),
+        (SIMILAR, 0, RANK),
+        (CHUNKS, 2, RANK),
+        (LONG_IN_CHUNKS, 2, RANK),
+        (LONG_IN_CHUNKS, 4, RANK),
+        (GAPS, 2, SEQUENCE),
+        (GAPS, 3, SEQUENCE),
+        (EVEN, 2, SEQUENCE),
+        (LONG_IN_CHUNKS, 2, SEQUENCE),
     ],
     dtype=np.int64,
 )
+# The others have one cohort.
+FIXED_MODES = {"two_batch": (CHUNKS, 2, RANK), "per_rank": (EVEN, EACH, RANK), "pipelined": (SIMILAR, 0, RANK)}
+MOST_RATIO = 1 << 31  # no token count is larger, and products with one fit int64
+Assignment = list[list[Microbatch]]  # of each cohort, the one with the highest priority first
 _NAMES = {
     ONE: "one cohort",
     GAPS: "{parts} groups of similar {unit}s",
@@ -48,16 +51,48 @@ _NAMES = {
 def candidate_name(index: int) -> str:
     """What a user reads."""
     kind, parts, unit = CANDIDATES[index].tolist()
-    if kind == EVEN and parts == EACH:
-        return f"every {('rank', 'sequence')[unit]} alone"
     return _NAMES[kind].format(parts=parts, unit=("rank", "sequence")[unit])
+
+
+def fixed_assignment(facts: Facts, config: PlanConfig) -> Assignment:
+    """The cohorts of a fixed mode. Compiles nothing."""
+    if not any(facts.tokens):
+        return []
+    kind = FIXED_MODES.get(config.mode, (ONE, 1, RANK))
+    starts, first = facts.flat_boundaries
+    tokens = np.array(facts.tokens, np.int64)
+    ratio = min(config.pipelined_ratio, MOST_RATIO)
+    units = units_of(tokens, starts, first, kind[2])
+    return assignment_of(candidate_microbatches(*kind[:2], units, tokens, ratio, config.num_slots))
+
+
+def assignment_of(microbatches: np.ndarray) -> Assignment:
+    """From the table of candidate_microbatches."""
+    assignment: Assignment = [[] for _ in range(microbatches[-1, 0] + 1)]
+    for cohort, rank, start, stop in microbatches.tolist():
+        assignment[cohort].append(Microbatch(rank, start, stop))
+    return assignment
+
+
+@compiled_part
+def units_of(tokens, starts, first, by_sequence):
+    """Whole ranks, or sequences: [U, 3] = rank, start, stop."""
+    units = np.empty((len(starts), 3), np.int64)
+    count = 0
+    for r in range(len(tokens)):
+        if by_sequence:
+            for s in range(first[r], first[r + 1] - 1):
+                units[count, 0], units[count, 1], units[count, 2] = r, starts[s], starts[s + 1]
+                count += 1
+        elif tokens[r]:
+            units[count, 0], units[count, 1], units[count, 2] = r, 0, tokens[r]
+            count += 1
+    return units[:count]
 
 
 @compiled_part
 def stable_order(values):
-    """Indices of `values` from the smallest on, equal ones in order. (A merge sort; numba's own takes seconds to
-    compile.)
-    """
+    """Indices that sort `values`, equal ones in order. A merge sort: numba's own takes seconds to compile."""
     order, spare = np.arange(len(values)), np.empty(len(values), np.int64)
     width = 1
     while width < len(values):
@@ -78,22 +113,61 @@ def stable_order(values):
 
 @compiled_part
 def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
-    """The candidate's microbatches int64 [M, 4] = cohort, rank, start, stop, by cohort and in wave order; none if it
-    does not apply. units [U, 3]: rank, start, stop, without empty ones, by rank and start. ratio, num_slots: of
-    SIMILAR, as in mode pipelined."""
+    """The candidate's microbatches: int64 [M, 4] = cohort, rank, start, stop, by cohort and in wave order. None if the
+    candidate does not apply.
+
+    units [U, 3]: rank, start, stop, by rank and start, none empty. SIMILAR: neighbours in length share a cohort while
+    the longest is at most `ratio` times the shortest. It forms at most `num_slots` cohorts: a cohort that queues for a
+    slot is worse off than one that travels with longer company.
+    """
     num_units = len(units)
-    lengths = np.empty(num_units, np.int64)
+    group = _groups_of_units(kind, parts, units, ratio, num_slots)
+    of_rank, num_groups = np.empty(num_units, np.int64), 0
+    for u in range(num_units):
+        of_rank[u] = tokens[units[u, 0]]
+        num_groups = max(num_groups, group[u] + 1)
+    if num_groups == 0:
+        return np.empty((0, 4), np.int64)
+    short_ranks_first = stable_order(of_rank)
+    # groups from here on are cut
+    cut = num_groups - 1 if kind == LONG_IN_CHUNKS else 0 if kind == CHUNKS else num_groups
+    num_cohorts = cut + parts if kind >= CHUNKS else num_groups
+    out = np.empty((num_units * max(1, parts), 4), np.int64)
+    count, cohorts = 0, 0
+    for cohort in range(num_cohorts):
+        before = count
+        for u in short_ranks_first:
+            if group[u] != min(cohort, cut):
+                continue
+            r, start, stop = units[u, 0], units[u, 1], units[u, 2]
+            if group[u] == cut:  # the first chunks take the remainder
+                size, more = (stop - start) // parts, (stop - start) % parts
+                chunk = cohort - cut
+                start += chunk * size + min(chunk, more)
+                stop = start + size + (chunk < more)
+            if start == stop:
+                continue
+            if count > before and out[count - 1, 1] == r and out[count - 1, 3] == start:
+                out[count - 1, 3] = stop  # neighbours travel as one chunk
+                continue
+            out[count, 0], out[count, 1], out[count, 2], out[count, 3] = cohorts, r, start, stop
+            count += 1
+        cohorts += count > before
+    return out[:count].copy()
+
+
+@compiled_part
+def _groups_of_units(kind, parts, units, ratio, num_slots):
+    """[U]: the group of each unit, the shortest units in group 0; -1 if the candidate does not apply."""
+    num_units = len(units)
+    lengths, group = np.empty(num_units, np.int64), np.zeros(num_units, np.int64)
     for u in range(num_units):
         lengths[u] = units[u, 2] - units[u, 1]
     by_length = stable_order(lengths)
-    group = np.zeros(num_units, np.int64)
-    empty = np.empty((0, 4), np.int64)
     if kind == EVEN:
         parts = num_units if parts == EACH else parts
-        if num_units < parts:
-            return empty
         for place in range(num_units):
-            group[by_length[place]] = place * parts // num_units
+            group[by_length[place]] = place * parts // num_units if num_units >= parts else -1
     elif kind == SIMILAR:
         cohort, shortest = 0, lengths[by_length[0]]
         for place in range(num_units):
@@ -102,53 +176,30 @@ def candidate_microbatches(kind, parts, units, tokens, ratio, num_slots):
                 cohort, shortest = cohort + 1, length
             group[by_length[place]] = cohort
     elif kind == GAPS or kind == LONG_IN_CHUNKS:
-        num_gaps = 1 if kind == LONG_IN_CHUNKS else parts - 1
-        split = np.zeros(num_units, np.bool_)
-        for _ in range(num_gaps):
-            widest = 0
-            for place in range(1, num_units):
-                if split[place] or lengths[by_length[place]] == lengths[by_length[place - 1]]:
-                    continue
-                wider = widest == 0 or (
-                    lengths[by_length[place]] * lengths[by_length[widest - 1]]
-                    > lengths[by_length[widest]] * lengths[by_length[place - 1]]
-                )
-                if wider:
-                    widest = place
-            if widest == 0:
-                return empty
-            split[widest] = True
-        cohort = 0
+        split = _widest_gaps(lengths, by_length, 1 if kind == LONG_IN_CHUNKS else parts - 1)
+        cohort = 0 if len(split) else -1
         for place in range(num_units):
-            cohort += split[place]
+            cohort += 1 if len(split) and split[place] else 0
             group[by_length[place]] = cohort
-    rank_order = stable_order(tokens)
-    num_groups = 1
-    for u in range(num_units):
-        num_groups = max(num_groups, group[u] + 1)
-    # groups from here on are cut
-    cut = num_groups - 1 if kind == LONG_IN_CHUNKS else 0 if kind == CHUNKS else num_groups
-    num_cohorts = cut + parts if kind >= CHUNKS else num_groups
-    out = np.empty((num_units * max(1, parts), 4), np.int64)
-    count, cohorts = 0, 0
-    for cohort in range(num_cohorts):
-        before = count
-        for r in rank_order:
-            for u in range(num_units):
-                if units[u, 0] != r or group[u] != min(cohort, cut):
-                    continue
-                start, stop = units[u, 1], units[u, 2]
-                if group[u] == cut:  # the first chunks take the remainder
-                    size, more = (stop - start) // parts, (stop - start) % parts
-                    chunk = cohort - cut
-                    start += chunk * size + min(chunk, more)
-                    stop = start + size + (chunk < more)
-                if start == stop:
-                    continue
-                if count > before and out[count - 1, 1] == r and out[count - 1, 3] == start:
-                    out[count - 1, 3] = stop  # neighbours travel as one chunk
-                    continue
-                out[count, 0], out[count, 1], out[count, 2], out[count, 3] = cohorts, r, start, stop
-                count += 1
-        cohorts += count > before
-    return out[:count].copy()
+    return group
+
+
+@compiled_part
+def _widest_gaps(lengths, by_length, num_gaps):
+    """[U]: does a group begin at this place in order of length? Empty if there are not so many gaps."""
+    split = np.zeros(len(lengths), np.bool_)
+    for _ in range(num_gaps):
+        widest = 0
+        for place in range(1, len(lengths)):
+            if split[place] or lengths[by_length[place]] == lengths[by_length[place - 1]]:
+                continue
+            wider = widest == 0 or (
+                lengths[by_length[place]] * lengths[by_length[widest - 1]]
+                > lengths[by_length[widest]] * lengths[by_length[place - 1]]
+            )
+            if wider:
+                widest = place
+        if widest == 0:
+            return split[:0]
+        split[widest] = True
+    return split

@@ -1,6 +1,4 @@
-"""Mode "auto": every candidate priced and run on the clock, the best by the objective taken (auto_search.py,
-auto_figures.py).
-"""
+"""Mode "auto": prices the candidates, runs the promising ones on the clock, and takes the best by the objective."""
 
 from __future__ import annotations
 
@@ -9,14 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.auto.candidates import CANDIDATES, candidate_name
-from pipemoe.plan.auto.search import in_one_slot, microbatches_of, search, try_forms
+from pipemoe.plan.auto.candidates import CANDIDATES, MOST_RATIO, Assignment, assignment_of, candidate_name
+from pipemoe.plan.auto.forms import try_forms
+from pipemoe.plan.auto.problem import Problem
+from pipemoe.plan.auto.search import in_one_slot, microbatches_of, search
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import forced_sms_left
 from pipemoe.plan.config import OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.magnitude import check_magnitude
 from pipemoe.plan.cost.model import CostModel, rates_of, speeds_of
-from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
+from pipemoe.plan.schedule import Facts, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Candidate:
 
     index: int  # in CANDIDATES
     name: str
-    assignment: list[list[Microbatch]]
+    assignment: Assignment
     num_column_blocks: int
     arrivals: bool
     sms_left: int
@@ -37,9 +37,10 @@ class Candidate:
 
 def auto_assignment(
     facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel
-) -> tuple[list[list[Microbatch]], int, bool, int]:
-    """Cohorts, the number of blocks of columns, whether waves are computed as they arrive, and multiprocessors that the
-    experts leave, by cost."""
+) -> tuple[Assignment, int, bool, int]:
+    """What mode auto chooses: cohorts, the number of blocks of columns, whether waves are computed as they arrive, and
+    how many multiprocessors the experts leave.
+    """
     found = _evaluate(facts, shape, config, cost, only_chosen=True)[0]
     if not found:
         return [], config.combine_blocks or 1, False, forced_sms_left(config, cost.sms) or 0
@@ -47,14 +48,15 @@ def auto_assignment(
 
 
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
-    """All there are, each once, in order of preference at equal figures; one is `chosen`. The best ones come again in
-    another form, and with other numbers of multiprocessors left."""
+    """All candidates, each once; one is `chosen`. At equal figures the earlier is preferred. The best ones come again
+    in another form, and with other numbers of multiprocessors left.
+    """
     check_magnitude(facts, shape, config, cost)
     return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
 
 def auto_effort(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> int:
-    """Events on the simulator's clock that choosing takes."""
+    """How many events on the clock choosing takes."""
     return _evaluate(facts, shape, config, cost, only_chosen=True)[1]
 
 
@@ -63,49 +65,20 @@ def _evaluate(
 ) -> tuple[list[Candidate], int]:
     if not any(facts.tokens):
         return [], 0
-    starts, first = facts.flat_boundaries
-    tokens = np.array(facts.tokens, dtype=np.int64)
-    goal = np.zeros(5, np.int64)  # weights of mean, slowest, p50; the budget; cohorts of similar ranks
-    if config.objective == "weighted":
-        goal[:3] = config.objective_weights
-    else:
-        goal[OBJECTIVES.index(config.objective)] = 1
-    goal[3], goal[4] = round(config.makespan_budget * 1000), config.pipelined_ratio
-    sms_left = forced_sms_left(config, cost.sms)
-    most_rows, forced = config.max_wave_rows(facts.num_ranks), -1 if sms_left is None else sms_left
-    limits = np.array(
-        [shape.num_layers, most_rows, config.num_slots, config.num_buffers, config.combine == "gather", forced]
-    )
+    problem = _problem(facts, shape, config, cost)
     forms = _forms(facts, shape, config, cost)
-    problem = (
-        tokens,
-        starts,
-        first,
-        rates_of(cost),
-        speeds_of(cost),
-        shape.num_experts,
-        shape.top_k,
-        limits.astype(np.int64),
-        goal,
-    )
-    figures, lefts, margins, there, best, lowest, events, rest = search(
-        CANDIDATES, np.array(forms), *problem, only_chosen
-    )
+    tables = CANDIDATES, np.array(forms), problem
+    figures, lefts, margins, there, best, lowest, events, passed_over = search(*tables, only_chosen)
     if best[0] < 0:
         raise PlanError("no candidate can be carried out")
     if len(forms) > 1 or cost.sms.num_sms:  # where there is nothing to try, its code is not even compiled
-        best, events = try_forms(
-            CANDIDATES, np.array(forms), *problem, figures, lefts, margins, there, best, lowest, events
-        )
-    figures = np.minimum(figures, rest)
+        best, events = try_forms(*tables, figures, lefts, margins, there, best, lowest, events)
+    figures = np.minimum(figures, passed_over)
     candidates = []
     for index, form, left in [best] if only_chosen else np.argwhere(figures[..., 1] < NEVER).tolist():
         mean, slowest, p50 = (figures[index, form, left] + cost.start_ns).tolist()
         chosen = (index, form, left) == best
-        table = microbatches_of(CANDIDATES[index], tokens, starts, first, config.pipelined_ratio, config.num_slots)
-        assignment: list[list[Microbatch]] = [[] for _ in range(table[-1, 0] + 1)]
-        for cohort, rank, start, stop in table.tolist():
-            assignment[cohort].append(Microbatch(rank, start, stop))
+        assignment = assignment_of(microbatches_of(CANDIDATES[index], *problem[:3], problem.ratio, config.num_slots))
         num_blocks, arrivals = forms[form]
         arrivals, sms_left = (
             bool(arrivals) and in_one_slot(len(assignment), config.num_slots),
@@ -119,8 +92,31 @@ def _evaluate(
     return candidates, events
 
 
+def _problem(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> Problem:
+    forced = forced_sms_left(config, cost.sms)
+    return Problem(
+        np.array(facts.tokens, dtype=np.int64),
+        *facts.flat_boundaries,
+        rates_of(cost),
+        speeds_of(cost),
+        shape.num_experts,
+        shape.top_k,
+        shape.num_layers,
+        config.max_wave_rows(facts.num_ranks),
+        config.num_slots,
+        config.num_buffers,
+        config.combine == "gather",
+        -1 if forced is None else forced,
+        OBJECTIVES.index(config.objective),
+        round(config.makespan_budget * 1000),
+        min(config.pipelined_ratio, MOST_RATIO),
+    )
+
+
 def _forms(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[tuple[int, int]]:
-    """Blocks of columns, and 1 for waves computed as they arrive (in one slot; 0 in several), the usual form first."""
+    """The forms to try, the usual one first: blocks of columns, and 1 if waves are computed as they arrive, else 0.
+    With cohorts in several slots arrivals have no effect.
+    """
     if facts.num_ranks == 1:
         return [(config.combine_blocks or 1, int(config.arrivals or False))]
     may = config.arrivals is None and cost.experts.arrivals_permille > 0

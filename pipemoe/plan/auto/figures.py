@@ -1,7 +1,7 @@
-"""What a candidate of mode "auto" takes: bounds and a guess without a clock, and the clock's prediction.
+"""What a candidate of mode "auto" takes: bounds and a guess without a clock, and the clock's prediction. Compiled.
 
-Deep models are simulated with few layers, twice, and carried on in a straight line: with all layers alike, cohorts that
-run side by side finish in proportion to the number of layers. Compiled.
+A deep model runs on the clock twice, with few layers and with half of them; the rest is carried on in a straight line.
+All layers are alike, so cohorts side by side finish in proportion to the number of layers.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FIRST_ATTEN
 from pipemoe.plan.clock.order import order_keys
 from pipemoe.plan.clock.sms import speeds_where_left
 from pipemoe.plan.compiled import compiled_part
-
-LAYERS = 16  # that are simulated at most, and half of them
-EVENTS = 550  # on the clock, about as many as simulating a candidate may take: fewer layers where one has more
+from pipemoe.plan.cost.tuned import CANDIDATE_EVENTS, CANDIDATE_LAYERS
 
 
 @compiled_part
 def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess):
-    """bound: mean, slowest and p50 are no less than if every cohort ran alone, held up only by its slot; and nothing
-    ends before each rank's engine thread has issued everything, nor before each rank (or the cores of all) has computed
-    everything at full speed. guess: what they may be like, if earlier cohorts go first."""
+    """Set bound and guess, each mean, slowest and p50.
+
+    bound: no plan of these cohorts can do better. A cohort takes as long as it would alone, behind the cohort that had
+    its slot. Nothing ends before each engine thread has issued everything, nor before each rank (or the cores of all)
+    has computed everything at full speed. guess: what the figures may be like, if earlier cohorts go first.
+    """
     num_cohorts, num_ranks = costs.ends.shape
-    num_blocks, heads, num_waves, ends = costs.num_blocks, costs.num_heads, costs.num_waves, costs.ends
-    works = heads + num_blocks
+    num_blocks, num_early, num_waves, ends = costs.num_blocks, costs.num_early, costs.num_waves, costs.ends
+    works = num_early + num_blocks
     compute, exchange, own, issue = costs.compute, costs.exchange, costs.own, costs.issue
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     finish, likely = np.zeros((num_cohorts, num_ranks), np.int64), np.zeros((num_cohorts, num_ranks), np.int64)
@@ -51,11 +52,11 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
                     issued[r] += rates.host_pack_ns
             if last >= 0:
                 dispatched = exchange[c, DISPATCH, last, ALONE]
-                if heads:
+                if num_early:
                     dispatched = max(dispatched, compute[c, r, 1 + last * works, ALONE])
                 alone = compute[c, r, 0, ALONE] + dispatched
                 for b in range(num_blocks):
-                    alone += compute[c, r, 1 + last * works + heads + b, ALONE]
+                    alone += compute[c, r, 1 + last * works + num_early + b, ALONE]
                 alone += exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE]
                 chain = max(chain, alone * num_layers + compute[c, r, FIRST_ATTEND, ALONE] - compute[c, r, 0, ALONE])
             most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
@@ -71,21 +72,20 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
 
 @compiled_part
 def layers_and_events(costs, num_layers):
-    """How many layers to simulate (and then half of them), and about how many events on the clock that takes."""
+    """How many layers to run (and then half of them), and about how many events on the clock that takes."""
     num_cohorts, num_ranks = costs.ends.shape
     in_layer = (
-        (num_cohorts + costs.num_waves.sum() * (1 + costs.num_heads + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
+        (num_cohorts + costs.num_waves.sum() * (1 + costs.num_early + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
     )
-    layers = min(num_layers, max(4, min(LAYERS, 2 * (EVENTS // (3 * in_layer)))))
+    layers = min(num_layers, max(4, min(CANDIDATE_LAYERS, 2 * (CANDIDATE_EVENTS // (3 * in_layer)))))
     return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
 
 
 @compiled_part
-def predict(costs, weight, rates, speeds, limits, lefts, at, figures):
-    """Fill in figures[at], mean, largest and median ns to the first token, over sequences; returns the events that it
-    took.
-    """
-    num_layers, num_slots, num_buffers = limits[0], limits[2], limits[3]
+def predict(costs, weight, problem, lefts, at, figures):
+    """Set figures[at]: mean, slowest and p50 of the sequences' ns to the first token. Returns the events it took."""
+    num_layers, num_slots, num_buffers = problem.num_layers, problem.num_slots, problem.num_buffers
+    rates, speeds = problem.rates, problem.speeds
     num_cohorts = len(costs.num_waves)
     slots = np.empty(num_cohorts, np.int64)
     for c in range(num_cohorts):
@@ -109,7 +109,7 @@ def predict(costs, weight, rates, speeds, limits, lefts, at, figures):
 
 @compiled_part
 def _summarise(finish, ends, figures):
-    """Mean, largest and median of `finish` [C, R], each as often as `ends` says."""
+    """Set figures: mean, largest and median of `finish` [C, R], each counted as often as `ends` says."""
     num_cohorts, num_ranks = ends.shape
     count, slowest = ends.sum(), 0
     mean, rest = 0, 0  # the sum of all, in turns of `count`: as one number it would not always fit int64

@@ -1,11 +1,11 @@
-"""What a layer costs whose waves are computed as they arrive. Compiled."""
+"""What a layer costs if its waves are computed as they arrive. Compiled."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pipemoe.plan.arrivals import group_of, groups_for, most_groups
-from pipemoe.plan.clock.layer import ALONE, BUSY, DISPATCH, LayerCosts
+from pipemoe.plan.clock.layer import ALONE, BUSY, DISPATCH, with_costs
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.cost.model import experts_busy
 from pipemoe.plan.products import scaled
@@ -13,15 +13,16 @@ from pipemoe.plan.products import scaled
 
 @compiled
 def take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k):
-    """The same layer, its dispatches in groups, and `heads`: what of a wave's experts goes ahead of its last group.
+    """The same layer with its dispatches in groups, and with early_ns.
 
-    Behind that come the first GEMM of the last group's rows (all weights that these need are read again, unless nothing
-    is left to go ahead), the second one and the sums, of all rows. Fewer multiprocessors make all of that longer
-    (arrivals_permille). A gathered wave is one group. Blocks of columns are cut afterwards.
+    After the last group has arrived, the experts still compute the first GEMM of its rows, and the second GEMM and the
+    sums of all rows. They read again all weights that the late rows need, unless no time is left for an early part. All
+    of it takes longer, as fewer multiprocessors compute (arrivals_permille). A gathered wave is one group. Blocks of
+    columns are cut afterwards.
     """
     num_cohorts, num_ranks, num_waves = costs.own.shape
     compute, exchange = costs.compute.copy(), costs.exchange.copy()
-    heads, groups = np.zeros((num_cohorts, num_ranks, num_waves), np.int64), np.ones(num_cohorts, np.int64)
+    early_ns, groups = np.zeros((num_cohorts, num_ranks, num_waves), np.int64), np.ones(num_cohorts, np.int64)
     speed = rates.experts_arrivals_permille if rates.experts_arrivals_permille else 1000
     rows_of = np.zeros((most_groups(1), num_ranks), np.int64)  # by group, of one wave
     calls_of = np.zeros(most_groups(1), np.int64)
@@ -59,21 +60,7 @@ def take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k):
                 late = wave_rows[c, w] - wave_rows[c, w] // num_ranks
             busy = scaled(costs.compute[c, r, 1 + w, BUSY], 1000, speed)
             of_late = scaled(experts_busy(rates, late, num_experts, top_k, num_ranks), 1000, speed)
-            ahead = 1000 - rates.experts_sliced_permille
-            heads[c, r, w] = scaled(max(0, busy - of_late), ahead, 1000)
+            early_ns[c, r, w] = scaled(max(0, busy - of_late), 1000 - rates.experts_blockwise_permille, 1000)
             compute[c, r, 1 + w, ALONE] += busy - compute[c, r, 1 + w, BUSY]
             compute[c, r, 1 + w, BUSY] = busy
-    return LayerCosts(
-        costs.num_waves,
-        compute,
-        exchange,
-        costs.own,
-        costs.ends,
-        costs.waits,
-        costs.issue,
-        costs.num_blocks,
-        costs.gathered,
-        groups,
-        heads,
-        1,
-    )
+    return with_costs(costs, compute, exchange, costs.num_blocks, groups, early_ns, 1)

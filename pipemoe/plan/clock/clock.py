@@ -1,10 +1,10 @@
-"""The discrete-event clock that a plan is run on. Compiled, whole nanoseconds, deterministic.
+"""The discrete-event clock that a plan runs on. Compiled, whole nanoseconds, deterministic.
 
-Per rank one engine thread issues operations as pipemoe.runtime.run does: cohort by cohort in the plan's order, passing
-over those that may not go on yet. Per cohort slot and rank a compute lane, per slot one queue for dispatches and one
-for combines, which begin when every rank is ready and end everywhere at once. What runs side by side slows one another
-by the table of contention, or shares cores. A device works on what is still being issued, but is not done before the
-issuing is.
+Each rank has one engine thread, which issues operations as pipemoe.runtime.run does: in the plan's order, passing over
+cohorts that may not go on yet. Each rank has a compute lane per cohort slot. Each slot has one queue for dispatches and
+one for combines; a transfer begins when every rank is ready, and ends everywhere at once. Operations side by side slow
+one another by the table of contention, or share cores. A device may begin an operation that is still being issued, but
+does not finish it before it is issued.
 """
 
 from __future__ import annotations
@@ -13,37 +13,14 @@ import numpy as np
 
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH
 from pipemoe.plan.clock.rules import (
-    ACTIVE,
-    ARRIVAL,
-    ARRIVED,
-    BEFORE,
-    BLOCKS,
+    COHORT,
     COMBINE_OP,
-    DEMAND,
     DISPATCH_OP,
-    DONE,
-    END,
-    GROUPS,
-    HOST_COHORT,
-    HOST_END,
-    HOST_KIND,
-    LAST_OWN,
-    LAYER,
-    LOAD,
+    HOST,
     NEVER,
-    NUM_READY,
-    PACE,
-    POSTED,
-    READY,
-    REST,
-    RESTED,
-    SENDING,
-    SLOT,
-    WAVE,
-    WAVES,
-    WORK_LAYER,
-    WORK_PLACE,
-    WORKS,
+    STATE,
+    TRANSFER,
+    Clock,
     begin_computation,
     demand_of,
     is_ready,
@@ -54,49 +31,22 @@ from pipemoe.plan.clock.rules import (
     share_links,
     slow_links,
 )
-from pipemoe.plan.compiled import compiled
+from pipemoe.plan.compiled import compiled, compiled_part, compiled_rule
 
 
 @compiled
 def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds, computed, moved, keep):
-    """Run `num_layers` layers. keys [C, >= n]: where a cohort's n-th operation stands in the plan's order; lowest
-    first. slots [C]. speeds: of speeds_of. weight [R]: ranks that each column of `costs` stands for. computed [C, R, n,
-    2], moved [C, 2, n, 2]: filled with begin and end of operations if `keep`. Returns finish [C, R] and exposed [R]
-    (communication under way, no computation), in ns, and the number of events on the clock.
+    """Run `num_layers` layers.
 
-    finish holds NEVER where the plan can never get there.
+    keys [C, >= n]: where a cohort's n-th operation stands in the plan's order, lowest first. slots [C]. weight [R]: how
+    many ranks each column of `costs` stands for. speeds: one table of speeds_of. computed [C, R, n, 2] and
+    moved [C, 2, n, 2]: filled with the begin and end of operations if `keep`. Returns finish [C, R] in ns, NEVER if the
+    plan cannot get there; exposed [R], ns with communication under way and no computation; and the number of events.
     """
-    compute, exchange, own, waits = costs.compute, costs.exchange, costs.own, costs.waits
-    num_cohorts, num_ranks, num_blocks, num_heads = (
-        compute.shape[0],
-        compute.shape[1],
-        costs.num_blocks,
-        costs.num_heads,
-    )
-    cohorts = np.empty((6, num_cohorts), np.int64)
-    state, host = np.zeros((num_ranks, num_cohorts, 18), np.int64), np.zeros((3, num_ranks), np.int64)
-    transfers = np.zeros((2, 10, num_cohorts), np.int64)
-    templates = np.zeros((num_cohorts, 1 + 3 * own.shape[2], 2), np.int64)
-    for c in range(num_cohorts):
-        cohorts[WAVES, c], cohorts[BEFORE, c], cohorts[SLOT, c] = costs.num_waves[c], -1, slots[c]
-        cohorts[BLOCKS, c], cohorts[WORKS, c] = (
-            costs.num_waves[c] * num_blocks,
-            costs.num_waves[c] * (num_heads + num_blocks),
-        )
-        cohorts[GROUPS, c] = costs.groups[c]
-        for e in range(c):
-            if slots[e] == slots[c]:
-                cohorts[BEFORE, c] = e
-        template = layer_template(cohorts[WAVES, c])
-        for j in range(len(template)):
-            templates[c, j, 0], templates[c, j, 1] = template[j, 0], template[j, 1]
-        transfers[DISPATCH, ARRIVAL, c] = transfers[COMBINE, ARRIVAL, c] = NEVER
-        for r in range(num_ranks):
-            host[HOST_END, r], state[r, c, END], state[r, c, LAST_OWN] = NEVER, NEVER, -1
-            for w in range(cohorts[WAVES, c]):
-                if own[c, r, w]:
-                    state[r, c, LAST_OWN] = (w + 1) * num_blocks - 1
-    # looked at anew; speeds to be set anew
+    clock = _new_clock(costs, keys, slots, num_layers, num_buffers)
+    state, host, transfers, cohorts = clock.state, clock.host, clock.transfers, clock.cohorts
+    num_ranks, num_cohorts = state.shape
+    # to be looked at anew; speeds to be set anew
     touched, shared = np.ones(num_ranks, np.bool_), np.zeros(num_ranks, np.bool_)
     next_end, exposed_since = np.full(num_ranks, NEVER, np.int64), np.full(num_ranks, NEVER, np.int64)
     finish, exposed = np.full((num_cohorts, num_ranks), NEVER, np.int64), np.zeros(num_ranks, np.int64)
@@ -108,84 +58,30 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
         any_shared = False
         for r in range(num_ranks):
             if touched[r]:
-                if host[HOST_END, r] == NEVER:
-                    issue_next(
-                        state,
-                        host,
-                        transfers,
-                        cohorts,
-                        templates,
-                        waits,
-                        own,
-                        costs.issue,
-                        keys,
-                        rates,
-                        num_layers,
-                        num_blocks,
-                        num_heads,
-                        r,
-                        now,
-                    )
+                if host[r].end == NEVER:
+                    issue_next(clock, costs, rates, r, now)
                 for c in range(num_cohorts):
-                    if begin_computation(
-                        state,
-                        host,
-                        transfers,
-                        cohorts,
-                        waits,
-                        compute,
-                        rates,
-                        num_layers,
-                        num_buffers,
-                        num_blocks,
-                        num_heads,
-                        c,
-                        r,
-                        now,
-                    ):
+                    if begin_computation(clock, costs, rates, c, r, now):
                         shared[r] = True
                         if keep:
-                            computed[c, r, state[r, c, DONE], 0] = now
+                            computed[c, r, state[r, c].done, 0] = now
                     for side in range(2):
-                        if not state[r, c, READY + side]:
-                            state[r, c, READY + side] = is_ready(
-                                state, transfers, cohorts, own, num_buffers, num_blocks, num_heads, side, c, r
-                            )
-                            if state[r, c, READY + side]:
-                                transfers[side, NUM_READY, c] += 1
+                        if not state[r, c].ready[side]:
+                            state[r, c].ready[side] = is_ready(clock, costs, side, c, r)
+                            if state[r, c].ready[side]:
+                                transfers[side, c].num_ready += 1
                                 shared[r] = True
             any_shared = any_shared or shared[r]
-        for side in range(2):
-            for c in range(num_cohorts):
-                n, before = transfers[side, ARRIVED, c], cohorts[BEFORE, c]
-                if (
-                    transfers[side, SENDING, c]
-                    or transfers[side, LAYER, c] == num_layers
-                    or transfers[side, NUM_READY, c] < num_ranks
-                ):
-                    continue
-                if n > 0 or before < 0 or transfers[side, LAYER, before] == num_layers:
-                    takes = exchange[c, side, transfers[side, WAVE, c], ALONE]
-                    transfers[side, SENDING, c], transfers[side, REST, c], transfers[side, RESTED, c], link_changed = (
-                        True,
-                        takes,
-                        now,
-                        True,
-                    )
-                    transfers[side, PACE, c] = 0  # not yet set
-                    transfers[side, LOAD, c] = demand_of(
-                        takes, exchange[c, side, transfers[side, WAVE, c], BUSY], takes, rates
-                    )
-                    if keep:
-                        moved[c, side, n, 0] = now
-        # How fast everything goes on.
+        if _begin_transfers(clock, costs, rates, moved, now, keep):
+            link_changed = True
+        # How fast everything runs.
         if any_shared:
             total = 0
             if rates.cores_permille:
                 for r in range(num_ranks):
                     shared[r] = True
                     for c in range(num_cohorts):
-                        total += weight[r] * state[r, c, DEMAND] if state[r, c, ACTIVE] else 0
+                        total += weight[r] * state[r, c].demand if state[r, c].active else 0
             for r in range(num_ranks):
                 if shared[r] and rates.cores_permille:
                     share_cores(state, rates, total, r, now)
@@ -198,12 +94,12 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
             link_changed = False
         for r in range(num_ranks):
             if touched[r] or shared[r]:
-                next_end[r] = host[HOST_END, r]
+                next_end[r] = host[r].end
                 computing, communicating = False, False
                 for c in range(num_cohorts):
-                    next_end[r] = min(next_end[r], state[r, c, END])
-                    computing = computing or state[r, c, ACTIVE]
-                    communicating = communicating or state[r, c, READY + 0] or state[r, c, READY + 1]
+                    next_end[r] = min(next_end[r], state[r, c].end)
+                    computing = computing or state[r, c].active
+                    communicating = communicating or state[r, c].ready[0] or state[r, c].ready[1]
                 if exposed_since[r] != NEVER:
                     exposed[r] += now - exposed_since[r]
                 exposed_since[r] = now if communicating and not computing else NEVER
@@ -213,47 +109,110 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
         for r in range(num_ranks):
             now = min(now, next_end[r])
         for c in range(num_cohorts):
-            now = min(now, transfers[DISPATCH, ARRIVAL, c], transfers[COMBINE, ARRIVAL, c])
+            now = min(now, transfers[DISPATCH, c].arrival, transfers[COMBINE, c].arrival)
         if now == NEVER:
             return finish, exposed, events
         for r in range(num_ranks):
-            if next_end[r] != now:
-                continue
-            touched[r] = True
-            if host[HOST_END, r] == now:
-                kind, c = host[HOST_KIND, r], host[HOST_COHORT, r]
-                if kind == DISPATCH_OP:
-                    state[r, c, POSTED + DISPATCH] += 1
-                elif kind == COMBINE_OP:
-                    state[r, c, POSTED + COMBINE] += num_blocks
-                host[HOST_END, r] = NEVER
-            for c in range(num_cohorts):
-                if state[r, c, END] == now:
-                    if keep:
-                        computed[c, r, state[r, c, DONE], 1] = now
-                    state[r, c, DONE] += 1
-                    state[r, c, ACTIVE], state[r, c, END], shared[r] = False, NEVER, True
-                    state[r, c, WORK_PLACE] += 1
-                    if state[r, c, WORK_LAYER] == num_layers:
-                        finish[c, r] = now
-                    if state[r, c, WORK_LAYER] == num_layers or state[r, c, WORK_PLACE] > cohorts[WORKS, c]:
-                        state[r, c, WORK_LAYER] += 1
-                        state[r, c, WORK_PLACE] = 0
+            if next_end[r] == now:
+                touched[r] = True
+                shared[r] = _end_on_rank(clock, costs, finish, computed, r, now, keep)
         for side in range(2):
             for c in range(num_cohorts):
-                if transfers[side, ARRIVAL, c] == now:
-                    if keep:
-                        moved[c, side, transfers[side, ARRIVED, c], 1] = now
-                    transfers[side, ARRIVED, c] += 1
-                    transfers[side, WAVE, c] += 1
-                    if transfers[side, WAVE, c] == cohorts[WAVES if side == DISPATCH else BLOCKS, c]:
-                        transfers[side, LAYER, c] += 1
-                        transfers[side, WAVE, c] = 0
-                    transfers[side, SENDING, c], transfers[side, ARRIVAL, c], transfers[side, NUM_READY, c] = (
-                        False,
-                        NEVER,
-                        0,
-                    )
+                if transfers[side, c].arrival == now:
+                    _end_transfer(clock, moved, side, c, now, keep)
                     link_changed = True
                     for r in range(num_ranks):
-                        state[r, c, READY + side], touched[r], shared[r] = False, True, True
+                        touched[r], shared[r] = True, True
+
+
+@compiled_part
+def _new_clock(costs, keys, slots, num_layers, num_buffers):
+    """At the beginning: nothing is issued."""
+    own, num_blocks = costs.own, costs.num_blocks
+    num_cohorts, num_ranks, most_waves = own.shape
+    cohorts = np.empty(num_cohorts, COHORT)
+    state, host = np.zeros((num_ranks, num_cohorts), STATE), np.zeros(num_ranks, HOST)
+    transfers = np.zeros((2, num_cohorts), TRANSFER)
+    templates = np.zeros((num_cohorts, 1 + 3 * most_waves, 2), np.int64)
+    for c in range(num_cohorts):
+        waves = costs.num_waves[c]
+        cohorts[c].waves, cohorts[c].before, cohorts[c].slot, cohorts[c].groups = waves, -1, slots[c], costs.groups[c]
+        cohorts[c].blocks, cohorts[c].works = waves * num_blocks, waves * (costs.num_early + num_blocks)
+        for e in range(c):
+            if slots[e] == slots[c]:
+                cohorts[c].before = e
+        template = layer_template(waves)
+        for j in range(len(template)):
+            templates[c, j, 0], templates[c, j, 1] = template[j, 0], template[j, 1]
+        transfers[DISPATCH, c].arrival = transfers[COMBINE, c].arrival = NEVER
+        for r in range(num_ranks):
+            host[r].end, state[r, c].end, state[r, c].last_own = NEVER, NEVER, -1
+            for w in range(waves):
+                if own[c, r, w]:
+                    state[r, c].last_own = (w + 1) * num_blocks - 1
+    return Clock(state, host, transfers, cohorts, templates, keys, num_layers, num_buffers)
+
+
+@compiled_rule
+def _begin_transfers(clock, costs, rates, moved, now, keep):
+    """Begin the transfers that every rank is ready for. Returns whether there are any."""
+    any_begins, num_ranks = False, clock.state.shape[0]
+    for side in range(2):
+        for c in range(len(clock.cohorts)):
+            transfer, before = clock.transfers[side, c], clock.cohorts[c].before
+            if transfer.sending or transfer.layer == clock.num_layers or transfer.num_ready < num_ranks:
+                continue
+            if transfer.arrived > 0 or before < 0 or clock.transfers[side, before].layer == clock.num_layers:
+                takes, busy = (
+                    costs.exchange[c, side, transfer.wave, ALONE],
+                    costs.exchange[c, side, transfer.wave, BUSY],
+                )
+                transfer.sending, transfer.rest, transfer.rested = True, takes, now
+                transfer.pace = 0  # not yet set
+                transfer.load = demand_of(takes, busy, takes, rates)
+                any_begins = True
+                if keep:
+                    moved[c, side, transfer.arrived, 0] = now
+    return any_begins
+
+
+@compiled_rule
+def _end_on_rank(clock, costs, finish, computed, r, now, keep):
+    """End the issuing and the computations that end now on rank r. Returns whether a computation did."""
+    host, any_ended = clock.host[r], False
+    if host.end == now:
+        if host.kind == DISPATCH_OP:
+            clock.state[r, host.cohort].posted[DISPATCH] += 1
+        elif host.kind == COMBINE_OP:
+            clock.state[r, host.cohort].posted[COMBINE] += costs.num_blocks
+        host.end = NEVER
+    for c in range(len(clock.cohorts)):
+        state = clock.state[r, c]
+        if state.end == now:
+            if keep:
+                computed[c, r, state.done, 1] = now
+            state.done += 1
+            state.active, state.end, any_ended = False, NEVER, True
+            state.work_place += 1
+            if state.work_layer == clock.num_layers:
+                finish[c, r] = now
+            if state.work_layer == clock.num_layers or state.work_place > clock.cohorts[c].works:
+                state.work_layer += 1
+                state.work_place = 0
+    return any_ended
+
+
+@compiled_rule
+def _end_transfer(clock, moved, side, c, now, keep):
+    """End a transfer on all ranks, and go on to the cohort's next one."""
+    transfer, cohort = clock.transfers[side, c], clock.cohorts[c]
+    if keep:
+        moved[c, side, transfer.arrived, 1] = now
+    transfer.arrived += 1
+    transfer.wave += 1
+    if transfer.wave == (cohort.waves if side == DISPATCH else cohort.blocks):
+        transfer.layer += 1
+        transfer.wave = 0
+    transfer.sending, transfer.arrival, transfer.num_ready = False, NEVER, 0
+    for r in range(clock.state.shape[0]):
+        clock.state[r, c].ready[side] = False

@@ -1,31 +1,31 @@
 """What a layer costs when sums are computed and combined in blocks of columns. Compiled.
 
-Of LayerCosts, `compute` then has an entry per wave and block where it had one per wave, and so have the combines of
-`exchange`. With heads (arrival_costs) `compute` has one more per wave, ahead of its blocks.
+LayerCosts then has a combine in `exchange` per wave and block, and an entry in `compute` per wave and block. If the
+experts start early (arrivals.py), `compute` has one more entry ahead of each wave's blocks.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, LayerCosts
+from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND, with_costs
 from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.products import scaled
 
 
 @compiled
 def cut_columns(costs, rates, num_blocks):
-    """The same layer in `num_blocks` blocks, behind the heads if there are any.
+    """The same layer in `num_blocks` blocks, behind the early parts if there are any.
 
-    The first block of a wave's experts takes all that comes before the output, and each one its part of that. A further
-    block is two of an experts call's six launches (GEMM and sum), so a third of its gaps again; and a group of
-    collectives of its own.
+    A wave's first block takes everything that comes before the output, and each block its part of the output. A further
+    block costs two more of an experts call's six launches (GEMM and sum), so a third of its gaps again, and one more
+    group of collectives.
     """
-    heads = costs.num_heads
-    if num_blocks + heads == 1:
+    num_early = costs.num_early
+    if num_blocks + num_early == 1:
         return costs
     num_cohorts, num_ranks, num_waves = costs.own.shape
-    works = heads + num_blocks
+    works = num_early + num_blocks
     compute = np.zeros((num_cohorts, num_ranks, 3 + num_waves * works, 2), np.int64)
     exchange = np.zeros((num_cohorts, 2, num_waves * num_blocks, 2), np.int64)
     for c in range(num_cohorts):
@@ -36,15 +36,15 @@ def cut_columns(costs, rates, num_blocks):
                     compute[c, r, work, kind] = costs.compute[c, r, work, kind]
             for w in range(costs.num_waves[c]):
                 alone, busy = costs.compute[c, r, 1 + w, ALONE], costs.compute[c, r, 1 + w, BUSY]
-                sliced = scaled(busy, rates.experts_sliced_permille, 1000)
-                again = (alone - busy) // 3 if sliced else 0
-                head = costs.heads[c, r, w]
-                if heads:
-                    compute[c, r, 1 + w * works, ALONE] = compute[c, r, 1 + w * works, BUSY] = head
+                blockwise = scaled(busy, rates.experts_blockwise_permille, 1000)
+                again = (alone - busy) // 3 if blockwise else 0
+                early = costs.early_ns[c, r, w]
+                if num_early:
+                    compute[c, r, 1 + w * works, ALONE] = compute[c, r, 1 + w * works, BUSY] = early
                 for b in range(num_blocks):
-                    part = _part(sliced, b, num_blocks)
-                    at = 1 + w * works + heads + b
-                    compute[c, r, at, BUSY] = part if b else busy - sliced - head + part
+                    part = _part(blockwise, b, num_blocks)
+                    at = 1 + w * works + num_early + b
+                    compute[c, r, at, BUSY] = part if b else busy - blockwise - early + part
                     compute[c, r, at, ALONE] = compute[c, r, at, BUSY] + (again if b else alone - busy)
         for w in range(costs.num_waves[c]):
             for kind in range(2):
@@ -54,20 +54,7 @@ def cut_columns(costs, rates, num_blocks):
                 part = _part(busy, b, num_blocks)
                 exchange[c, COMBINE, w * num_blocks + b, BUSY] = part
                 exchange[c, COMBINE, w * num_blocks + b, ALONE] = alone - busy + part
-    return LayerCosts(
-        costs.num_waves,
-        compute,
-        exchange,
-        costs.own,
-        costs.ends,
-        costs.waits,
-        costs.issue,
-        num_blocks,
-        costs.gathered,
-        costs.groups,
-        costs.heads,
-        heads,
-    )
+    return with_costs(costs, compute, exchange, num_blocks, costs.groups, costs.early_ns, num_early)
 
 
 @compiled_part
@@ -83,8 +70,9 @@ def issuing_ns(rates, num_blocks):
 
 @compiled_look
 def gained_ns(whole, cut):
-    """What a layer of the cohort that gains most, by itself, gains by being `cut`: of the time from the begin of its
-    last wave's dispatch to the end of the combine, on the rank where that takes longest."""
+    """About what a layer gains by being `cut`: what the cohort that gains most would gain by itself, from the begin of
+    its last wave's dispatch to the end of the combine, on its slowest rank.
+    """
     most = 0
     for c in range(len(whole.num_waves)):
         most = max(most, _last_wave_ns(whole, c) - _last_wave_ns(cut, c))
@@ -93,15 +81,15 @@ def gained_ns(whole, cut):
 
 @compiled_look
 def _last_wave_ns(costs, c):
-    last, num_blocks, heads = costs.num_waves[c] - 1, costs.num_blocks, costs.num_heads
+    last, num_blocks, num_early = costs.num_waves[c] - 1, costs.num_blocks, costs.num_early
     longest = 0
     for r in range(costs.own.shape[1]):
-        first, computed = 1 + last * (heads + num_blocks), costs.exchange[c, DISPATCH, last, ALONE]
-        if heads:
+        first, computed = 1 + last * (num_early + num_blocks), costs.exchange[c, DISPATCH, last, ALONE]
+        if num_early:
             computed = max(computed, costs.compute[c, r, first, ALONE])
         combined = 0
         for b in range(num_blocks):
-            computed += costs.compute[c, r, first + heads + b, ALONE]
+            computed += costs.compute[c, r, first + num_early + b, ALONE]
             combined = max(combined, computed) + costs.exchange[c, COMBINE, last * num_blocks + b, ALONE]
         longest = max(longest, combined)
     return longest

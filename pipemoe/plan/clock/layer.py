@@ -1,56 +1,62 @@
-"""What one layer of every cohort costs on every rank: cohorts cut into waves, and their operations priced. Compiled.
+"""What one layer of every cohort costs on every rank: cohorts are cut into waves, and operations priced. Compiled.
 
 microbatches  int64 [M, 4]  cohort, rank, start, stop; by cohort, in the order in which they fill its waves
 segments      int64 [S, 5]  cohort, wave, rank, start, stop
-starts        int64 [.]     where each sequence starts, rank after rank, each with its end; rank r's from first[r]
-on
+starts        int64 [.]     where each sequence starts, and where the last one ends, rank after rank
+first         int64 [R + 1] where each rank's begin in `starts`
 """
 
 from __future__ import annotations
 
-from collections import namedtuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipemoe.plan.compiled import compiled, compiled_look, compiled_part
 from pipemoe.plan.cost.model import attend_busy, experts_busy, first_busy, graph_rows
+from pipemoe.plan.cost.tuned import ALIKE_PARTS, MOST_RANKS
 from pipemoe.plan.products import in_proportion, scaled
+from pipemoe.plan.schedule import is_even
 
 ALONE, BUSY = 0, 1
 FINISH, FIRST_ATTEND = -2, -1  # the last works in `compute`
 DISPATCH, COMBINE = 0, 1
-LAYER_OF, LAYER_BEFORE = 1, 2  # waits
 
-# num_waves [C]. compute [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns alone and
-# ns busy. exchange [C, 2, W, 2]: dispatch and combine of each wave. own [C, R, W]: has the rank rows in the wave? ends
-# [C, R]: sequences whose last token the cohort holds. waits [C, C]: the cohort's attention waits for the other's, of
-# the same layer (LAYER_OF) or of LAYER_BEFORE; 0: not at all. issue [C, R]: ns to issue an attend. num_blocks: of
-# columns; with more than one see column_costs. gathered [C, W]: is the wave dispatched by one all-gather? groups [C]:
-# of a dispatch, at most. heads [C, R, W]: ns that experts are busy ahead of the last group, see arrival_costs;
-# num_heads: 1 if there are such, else 0 (and heads are, too).
-LayerCosts = namedtuple(
-    "LayerCosts",
-    [
-        "num_waves",
-        "compute",
-        "exchange",
-        "own",
-        "ends",
-        "waits",
-        "issue",
-        "num_blocks",
-        "gathered",
-        "groups",
-        "heads",
-        "num_heads",
-    ],
-)
+
+class LayerCosts(NamedTuple):
+    """A layer of C cohorts on R ranks, in at most W waves. Cut into blocks of columns, see columns.py; with early
+    parts, see arrivals.py.
+    """
+
+    num_waves: Any  # [C]
+    compute: Any  # [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns ALONE and BUSY
+    exchange: Any  # [C, 2, W, 2]: DISPATCH and COMBINE of each wave; ns ALONE and BUSY
+    own: Any  # bool [C, R, W]: has the rank rows in the wave?
+    ends: Any  # [C, R]: sequences whose last token the cohort holds
+    waits: Any  # [C, C]: see attention_waits
+    issue: Any  # [C, R]: ns to issue an attend
+    num_blocks: Any  # of columns
+    gathered: Any  # bool [C, W]: is the wave dispatched by one all-gather?
+    groups: Any  # [C]: of a dispatch, at most
+    early_ns: Any  # [C, R, W]: of the experts' time, what they can compute before the last group arrives
+    num_early: Any  # 1 if there are such early parts; 0, and early_ns too, if there are none
+
+
+@compiled_part
+def with_costs(costs, compute, exchange, num_blocks, groups, early_ns, num_early):
+    """The same layer with other times of its operations."""
+    own, ends, waits, issue = costs.own, costs.ends, costs.waits, costs.issue
+    gathered, num_waves = costs.gathered, costs.num_waves
+    return LayerCosts(
+        num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, groups, early_ns, num_early
+    )
 
 
 @compiled_part
 def cut_waves(microbatches, num_cohorts, limit):
-    """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as will do, of even
-    sizes (no tiny last wave)."""
+    """Segments, rows per wave [C, W] and waves per cohort: as few waves of at most `limit` rows as possible, of even
+    sizes, so that the last is not tiny.
+    """
     rows = np.zeros(num_cohorts, np.int64)
     for m in range(len(microbatches)):
         rows[microbatches[m, 0]] += microbatches[m, 3] - microbatches[m, 2]
@@ -84,9 +90,10 @@ def cut_waves(microbatches, num_cohorts, limit):
 def layer_costs(
     segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
 ):
-    """Price the operations of a layer. gather: peers send partial sums to the owner. gathered: one
-    all-gather and one reduce-scatter for no wave (0), all (1, then with padding), or those of equal segments (2).
-    sms_left: that the experts leave to collectives."""
+    """Price the operations of a layer. gather: peers send partial sums to the owner. gathered: which waves take one
+    all-gather and one reduce-scatter: 0 none, 1 all (with padding), 2 those of equal segments. sms_left:
+    multiprocessors that the experts leave to collectives.
+    """
     num_cohorts, most_waves = wave_rows.shape
     num_ranks = len(first) - 1
     compute = np.zeros((num_cohorts, num_ranks, 3 + most_waves, 2), np.int64)
@@ -102,14 +109,15 @@ def layer_costs(
     busy_of, first_of = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
     calls = np.zeros((num_cohorts, most_waves), np.int64)
-    in_order = np.full((num_cohorts, most_waves), gathered == 2)  # rank after rank
+    begin = np.zeros((num_cohorts, most_waves), np.int64)  # the wave's first segment
     in_one_call = np.zeros((num_cohorts, most_waves), np.bool_)
     for i in range(len(segments)):
         c, w, r, start, stop = segments[i, 0], segments[i, 1], segments[i, 2], segments[i, 3], segments[i, 4]
         own[c, r, w] = True
         owned[c, w, r] += stop - start
         rows[c, r] += stop - start
-        in_order[c, w] = in_order[c, w] and r == calls[c, w]
+        if calls[c, w] == 0:
+            begin[c, w] = i
         calls[c, w] += 1
         for s in range(first[r], first[r + 1] - 1):
             if starts[s] >= stop:
@@ -127,8 +135,10 @@ def layer_costs(
             busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
             for r in range(num_ranks):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
-            even = in_order[c, w] and calls[c, w] == num_ranks and owned[c, w].min() == owned[c, w].max()
-            one_call = gathered == 1 or even
+            of_wave = segments[begin[c, w] : begin[c, w] + calls[c, w]]
+            one_call = gathered == 1 or (
+                gathered == 2 and is_even(of_wave[:, 2], of_wave[:, 4] - of_wave[:, 3], num_ranks)
+            )
             in_one_call[c, w] = one_call
             least = wave_rows[c, w] // num_ranks if one_call else owned[c, w].min()
             num_calls = 1 if one_call else calls[c, w]
@@ -165,14 +175,14 @@ def layer_costs(
                     first_busy_ns,
                 )
                 compute[c, r, FINISH, ALONE] = compute[c, r, FINISH, BUSY] = rates.finish_ns
-    groups, heads = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
-    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, heads, 0)
+    groups, early_ns = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
+    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, early_ns, 0)
 
 
 @compiled_part
 def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left):
-    """The same layer, not yet in blocks of columns, with experts of `num_ranks` ranks that leave `sms_left`
-    multiprocessors.
+    """The same layer, not yet cut into blocks of columns, with experts that leave `sms_left` multiprocessors.
+    num_ranks: before alike ones were merged.
     """
     compute = costs.compute.copy()
     for c in range(len(costs.num_waves)):
@@ -180,47 +190,7 @@ def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left
             busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
             for r in range(compute.shape[1]):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
-    return LayerCosts(
-        costs.num_waves,
-        compute,
-        costs.exchange,
-        costs.own,
-        costs.ends,
-        costs.waits,
-        costs.issue,
-        1,
-        costs.gathered,
-        costs.groups,
-        costs.heads,
-        0,
-    )
-
-
-@compiled_part
-def attention_waits(microbatches, num_cohorts, starts, first, num_slots):
-    """[C, C]: which attention the row's cohort waits for. It reads keys and values of the earlier chunks of a sequence;
-    and no chunk runs further ahead than a layer of what continues it, where both take the slots in the same turn
-    (Plan.pacemakers)."""
-    waits = np.zeros((num_cohorts, num_cohorts), np.int64)
-    for later in range(len(microbatches)):
-        c, r, start = microbatches[later, 0], microbatches[later, 1], microbatches[later, 2]
-        s = first[r]
-        while starts[s + 1] <= start:
-            s += 1
-        if starts[s] == start:
-            continue
-        for earlier in range(len(microbatches)):
-            e = microbatches[earlier, 0]
-            if (
-                microbatches[earlier, 1] == r
-                and microbatches[earlier, 2] < start
-                and microbatches[earlier, 3] > starts[s]
-                and e != c
-            ):
-                waits[c, e] = LAYER_OF
-                if e // num_slots == c // num_slots:
-                    waits[e, c] = LAYER_BEFORE
-    return waits
+    return with_costs(costs, compute, costs.exchange, 1, costs.groups, costs.early_ns, 0)
 
 
 @compiled_look
@@ -248,14 +218,17 @@ def _attention(compute, r):
 
 @compiled_part
 def merge_alike_ranks(costs, on_cores):
-    """The same costs with one rank for all that are alike, and how many it stands for: ranks of the same cohorts and
-    waves, whose attention differs by less than a sixteenth. Where that leaves more than three, by whatever: the longest
-    one holds up the others (but on cores that all share, every one counts)."""
-    of_ranks, own_of, issue_of, ends_of, heads_of = costs.compute, costs.own, costs.issue, costs.ends, costs.heads
+    """The same costs with one rank for all that are alike, and how many it stands for.
+
+    Alike are ranks with rows in the same cohorts and waves, if their attention differs by less than one part in
+    ALIKE_PARTS. If that leaves more than MOST_RANKS, by whatever it differs: the longest holds up the others. On cores
+    that all ranks share, every one counts.
+    """
+    of_ranks, own_of, issue_of, ends_of, early_of = costs.compute, costs.own, costs.issue, costs.ends, costs.early_ns
     num_cohorts, num_ranks, num_works = of_ranks.shape[0], of_ranks.shape[1], of_ranks.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
-    for parts in (16, 1):
+    for parts in (ALIKE_PARTS, 1):
         count = 0
         for r in range(num_ranks):
             k = 0
@@ -267,11 +240,14 @@ def merge_alike_ranks(costs, on_cores):
                 count += 1
             elif _attention(of_ranks, r) > _attention(of_ranks, chosen[k]):
                 chosen[k] = r
-        if count <= 3 or on_cores:
+        if count <= MOST_RANKS or on_cores:
             break
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
     own = np.empty((num_cohorts, count, own_of.shape[2]), np.bool_)
-    issue, heads = np.empty((num_cohorts, count), np.int64), np.empty((num_cohorts, count, own_of.shape[2]), np.int64)
+    issue, early_ns = (
+        np.empty((num_cohorts, count), np.int64),
+        np.empty((num_cohorts, count, own_of.shape[2]), np.int64),
+    )
     ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
     for c in range(num_cohorts):
         for k in range(count):
@@ -279,11 +255,11 @@ def merge_alike_ranks(costs, on_cores):
             for w in range(num_works):
                 compute[c, k, w, 0], compute[c, k, w, 1] = of_ranks[c, chosen[k], w, 0], of_ranks[c, chosen[k], w, 1]
             for w in range(own_of.shape[2]):
-                own[c, k, w], heads[c, k, w] = own_of[c, chosen[k], w], heads_of[c, chosen[k], w]
+                own[c, k, w], early_ns[c, k, w] = own_of[c, chosen[k], w], early_of[c, chosen[k], w]
         for r in range(num_ranks):
             ends[c, class_of[r]] += ends_of[c, r]
-            for w in range(own_of.shape[2]):  # all wait for the one with the most left to compute
-                heads[c, class_of[r], w] = min(heads[c, class_of[r], w], heads_of[c, r, w])
+            for w in range(own_of.shape[2]):  # all wait for the rank with the most left to compute
+                early_ns[c, class_of[r], w] = min(early_ns[c, class_of[r], w], early_of[c, r, w])
     for r in range(num_ranks):
         weight[class_of[r]] += 1
     merged = LayerCosts(
@@ -297,7 +273,7 @@ def merge_alike_ranks(costs, on_cores):
         costs.num_blocks,
         costs.gathered,
         costs.groups,
-        heads,
-        costs.num_heads,
+        early_ns,
+        costs.num_early,
     )
     return merged, weight

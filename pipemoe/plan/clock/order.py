@@ -1,22 +1,21 @@
-"""The total order: operations by when they would start if every cohort ran alone, held up only by causality and by its
-slot.
-"""
+"""The total order: operations by when they would start if every cohort ran alone, held up by causality and its slot."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pipemoe.plan.clock.columns import issuing_ns
-from pipemoe.plan.clock.layer import ALONE, COMBINE, DISPATCH, FIRST_ATTEND, LAYER_OF
+from pipemoe.plan.clock.layer import ALONE, COMBINE, DISPATCH, FIRST_ATTEND
 from pipemoe.plan.clock.rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 from pipemoe.plan.compiled import compiled_part
+from pipemoe.plan.waits import LAYER_OF
 
 
 @compiled_part
 def order_keys(costs, rates, num_slots, num_layers):
-    """[C, n] ns: the start of each cohort's operations, in the order in which the cohort runs through them."""
-    num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_heads + costs.num_blocks
-    # outside of loops: taking them out counts references
+    """[C, n] ns: when each cohort's operations would start, in the order in which it runs them."""
+    num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_early + costs.num_blocks
+    # taking an array out of the tuple counts references, so not inside loops
     compute, exchange, waits, issue = costs.compute, costs.exchange, costs.waits, costs.issue
     num_cohorts, most_waves = len(num_waves), costs.own.shape[2]
     host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
@@ -33,7 +32,7 @@ def order_keys(costs, rates, num_slots, num_layers):
                     first[c] = max(first[c], compute[c, r, FIRST_ATTEND, ALONE], issue[c, r])
             elif kind == DISPATCH_OP:
                 nanoseconds[c, j] = max(exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns * costs.groups[c])
-            elif kind == COMBINE_OP:  # of the last block of columns: the others go ahead beside the experts
+            elif kind == COMBINE_OP:  # its last block of columns; the others run beside the experts
                 nanoseconds[c, j] = max(exchange[c, COMBINE, (wave + 1) * num_blocks - 1, ALONE], host_combine_ns)
             else:
                 for work in range(1 + wave * works, 1 + (wave + 1) * works):
@@ -63,9 +62,7 @@ def order_keys(costs, rates, num_slots, num_layers):
 
 
 def merge_orders(keys, num_waves, num_layers):
-    """The total order of all cohorts' operations: int32 [num_ops, 4] = kind, cohort, layer, wave; ties go to the lower
-    cohort.
-    """
+    """All cohorts' operations in order: int32 [num_ops, 4] = kind, cohort, layer, wave. Ties go to the lower cohort."""
     orders = [cohort_order(cohort, waves, num_layers) for cohort, waves in enumerate(num_waves.tolist())]
     # never falling, within a cohort
     times = np.concatenate([of_cohort[: len(order)] for of_cohort, order in zip(keys, orders, strict=True)])

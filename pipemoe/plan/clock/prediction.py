@@ -1,4 +1,4 @@
-"""simulate(plan, cost): the plan on a discrete-event clock. What it is predicted to take, on every rank, and why."""
+"""simulate(plan, cost): runs the plan on the clock. What it is predicted to take, on every rank, and why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipemoe.errors import PlanError
 from pipemoe.plan.clock.arrivals import take_as_they_arrive
 from pipemoe.plan.clock.clock import run_clock
 from pipemoe.plan.clock.columns import cut_columns
-from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LAYER_BEFORE, LAYER_OF, LayerCosts, layer_costs
+from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LayerCosts, layer_costs
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import speeds_where_left
 from pipemoe.plan.cost.magnitude import check_magnitude
@@ -41,8 +41,9 @@ class Prediction:
 
 
 def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
-    """Predict `plan`. spans: also when each operation runs. Raises PlanError if it can never end (no sound plan does),
-    InputError if it takes longer than can be reckoned with."""
+    """Predict `plan`. spans: also when each operation runs. Raises PlanError if the plan can never end, which no sound
+    plan does; InputError if it takes longer than int64 nanoseconds can count.
+    """
     num_ranks, num_cohorts, num_layers = plan.facts.num_ranks, len(plan.cohorts), plan.shape.num_layers
     if not plan.cohorts:
         return Prediction((None,) * num_ranks, ((),) * num_ranks, (0,) * num_ranks, ((),) * num_ranks)
@@ -54,7 +55,7 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
         positions = np.flatnonzero(plan.order[:, 1] == cohort)
         keys[cohort, : len(positions)] = positions
     slots = np.array([c.slot for c in plan.cohorts], dtype=np.int64)
-    blocks, works = waves * costs.num_blocks, waves * (costs.num_heads + costs.num_blocks)
+    blocks, works = waves * costs.num_blocks, waves * (costs.num_early + costs.num_blocks)
     computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + works) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
     moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if spans else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
@@ -83,11 +84,8 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     ]
     num_waves = np.array([len(cohort.waves) for cohort in plan.cohorts], dtype=np.int64)
     rows = np.zeros((len(num_waves), num_waves.max()), np.int64)
-    waits = np.zeros((len(num_waves), len(num_waves)), np.int64)
     for c, cohort in enumerate(plan.cohorts):
         rows[c, : num_waves[c]] = [wave.num_rows for wave in cohort.waves]
-        waits[c, list(plan.causal_predecessors[c])] = LAYER_OF
-        waits[c, list(plan.pacemakers[c])] = LAYER_BEFORE
     starts, first = plan.facts.flat_boundaries
     config, shape = plan.config, plan.shape
     table = np.array(segments, dtype=np.int64)
@@ -95,7 +93,18 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     rates = rates_of(cost)
     sms_left = 0 if plan.arrivals else plan.sms_left  # what arrivals leave is in their own price
     costs = layer_costs(
-        table, rows, num_waves, waits, starts, first, rates, shape.num_experts, shape.top_k, gather, gathered, sms_left
+        table,
+        rows,
+        num_waves,
+        plan.waits,
+        starts,
+        first,
+        rates,
+        shape.num_experts,
+        shape.top_k,
+        gather,
+        gathered,
+        sms_left,
     )
     if plan.arrivals:
         costs = take_as_they_arrive(costs, table, rows, rates, shape.num_experts, shape.top_k)
@@ -122,7 +131,7 @@ def _spans(
         spans = []
         for op in plan.ops:
             waves, num_blocks = int(costs.num_waves[op.cohort]), costs.num_blocks
-            parts = costs.num_heads + num_blocks
+            parts = costs.num_early + num_blocks
             blocks, works = waves * num_blocks, waves * parts
             if op.kind is OpKind.DISPATCH:
                 spans.append((op, tuple(moved[op.cohort, DISPATCH, op.layer * waves + op.wave].tolist())))

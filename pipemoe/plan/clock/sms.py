@@ -1,8 +1,8 @@
 """How many multiprocessors the experts' persistent kernels leave to collectives beside them.
 
-A kernel with a block for every multiprocessor has a block wait for its place while a collective holds that, and all
-others wait for the block. A plan chooses from few numbers, so that experts are made ready for each at set-up: none,
-room for the collectives of the slots that it uses, twice as much.
+If a kernel has a block for every multiprocessor and a collective holds one of them, a block waits for its place, and
+all others wait for that block. A plan chooses from a few numbers, so that experts can be prepared for each at set-up:
+none, room for the collectives of the slots that it uses, and twice as much.
 """
 
 from __future__ import annotations
@@ -11,21 +11,20 @@ from pipemoe.errors import ConfigError
 from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.model import CROWDED, ROOMY, USUAL, SmsCost
+from pipemoe.plan.cost.tuned import MOST_SMS_LEFT
 
 
 @compiled_part
 def room_for_collectives(num_sms, ctas, num_slots):
-    """Multiprocessors for all thread blocks of the collectives of so many slots, but a tenth of `num_sms` at most
-    (measured on quarters of an H200, NCCL_MAX_CTAS=1: 3 of 32 cost the kernels 1 to 7 %, and save them 25 % beside a
-    transfer)."""
-    return min(2 * num_slots * ctas, num_sms // 10)
+    """Multiprocessors for all thread blocks of `num_slots` slots' collectives, but at most one in MOST_SMS_LEFT."""
+    return min(2 * num_slots * ctas, num_sms // MOST_SMS_LEFT)
 
 
 @compiled_part
 def usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals):
-    """Room for the collectives of the slots that cohorts of `num_waves` [C] waves use; none where no
-    collective can be under way beside experts: with one wave in one block, taken whole, everything waits for
-    everything."""
+    """Room for the collectives of the slots that cohorts of `num_waves` [C] waves use. None if no collective can run
+    beside experts: with one wave in one block, taken whole, everything waits for everything.
+    """
     if num_blocks == 1 and num_waves.sum() <= 1 and not arrivals:
         return 0
     return room_for_collectives(rates.sms_num_sms, rates.sms_ctas, min(len(num_waves), num_slots))
@@ -33,14 +32,14 @@ def usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals):
 
 @compiled_part
 def speeds_where_left(rates, speeds, sms_left, num_slots):
-    """The table of `speeds` (see speeds_of) that holds for a plan that uses so many slots."""
+    """The table of `speeds` (see speeds_of) for a plan that uses `num_slots` slots."""
     room = room_for_collectives(rates.sms_num_sms, rates.sms_ctas, num_slots)
     return speeds[CROWDED if sms_left < room else ROOMY if 0 < 2 * room <= sms_left else USUAL]
 
 
 def forced_sms_left(config: PlanConfig, sms: SmsCost) -> int | None:
-    """What `config.num_sms` has every plan leave; None if it is for the planner to choose. Raises ConfigError if there
-    are not so many.
+    """What every plan leaves by `config.num_sms`; None if the planner chooses. Raises ConfigError if there are fewer
+    multiprocessors.
     """
     if config.num_sms is None:
         return None

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Peak rates of one device. `flops`: dense bfloat16 (float32 on a CPU), per second. `link`: bytes per second, one
-    direction.
-
-    `cores`: what computes side by side at full speed: 0 for a GPU of its own per rank, else cores that all ranks share.
+    """Peak rates of one device. flops: dense bfloat16 (float32 on a CPU), per second. link_bandwidth: one direction.
+    cores: 0 for a GPU that a rank has for itself, else how many cores all ranks share.
     """
 
     name: str
@@ -31,21 +29,19 @@ GPUS: dict[str, Device] = {
     "b200": Device("b200", 2250 * 10**12, 8000 * 10**9, 900 * 10**9, 148),
 }
 UNKNOWN_GPU = GPUS["a100"]
-_HOPPER = ("h100", "h200", "h800", "h20")  # in a name: gh200 is one as well
+_HOPPER = ("h100", "h200", "h800", "h20")  # parts of names: gh200 is one too
 
 
 def is_hopper(name: str) -> bool:
-    """Is a GPU (a preset's name, or as a driver says it) of the architecture that "hopper" experts need?"""
+    """Has a GPU the architecture that "hopper" experts need? name: a preset's, or as a driver says it."""
     return any(key in name.lower() for key in _HOPPER)
 
 
 def cpu(cores: int) -> Device:
-    """A host of `cores` cores, with the rates per core of a present server core: the peak in float32, memory, and
-    copies between processes.
-    """
+    """A host of `cores` cores, with a present server core's rates: float32 peak, memory, copies between processes."""
     return Device("cpu", 150 * 10**9, 20 * 10**9, 16 * 10**9, 0, cores)
 
 
 def gpu_named(name: str) -> Device:
-    """The GPU whose preset's name is part of `name` (as a driver says it); one with modest rates if there is none."""
+    """The GPU whose preset's name is part of `name` (as a driver says it); if there is none, one with modest rates."""
     return next((device for key, device in GPUS.items() if key in name.lower()), UNKNOWN_GPU)

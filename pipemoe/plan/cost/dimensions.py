@@ -44,13 +44,13 @@ def dimensions_of_decoder(config: Mapping[str, Any], shape: ModelShape) -> Dimen
 
 
 def dimensions_of_shape(shape: ModelShape) -> Dimensions:
-    """Where attention is the caller's and unknown: four projections H x H, heads as wide as H together."""
+    """For a caller's own attention, which is unknown: four projections H x H, all heads together as wide as H."""
     return Dimensions(shape, 4 * shape.hidden**2 + shape.hidden * shape.num_experts, 4 * shape.hidden)
 
 
 def dimensions_of_facts(facts: ModelFacts) -> Dimensions:
-    """Dense layers behind the first MoE layer count to the MoE layers, in equal parts: a layer is attended to once they
-    are through.
+    """Dense layers after the first MoE layer are added to the MoE layers, in equal parts: attention of an MoE layer
+    includes the dense layers before it.
     """
     hidden, num_moe = facts.hidden, len(facts.moe_layers)
     shape = ModelShape(hidden, facts.intermediate, facts.num_experts, facts.top_k, num_moe)
@@ -69,9 +69,7 @@ def dimensions_of_facts(facts: ModelFacts) -> Dimensions:
 
 
 def _latent(facts: ModelFacts, latent: Latent) -> tuple[int, int]:
-    """Weights, and flops for a pair of tokens, of DeepSeek's latent attention, computed with keys and values written
-    out (prefill).
-    """
+    """Weights, and flops per pair of tokens, of DeepSeek's latent attention in prefill: keys and values written out."""
     hidden, heads, keys = facts.hidden, facts.num_heads, latent.nope + latent.rope
     queries = latent.query_rank * (hidden + heads * keys) if latent.query_rank else hidden * heads * keys
     key_values = hidden * (latent.key_rank + latent.rope) + latent.key_rank * heads * (latent.nope + latent.values)

@@ -2,8 +2,7 @@
 
     {"schema": "pipemoe.cost/6", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
 
-The subject says what was measured; a file is used for exactly that and refused for all else. Files of version 3 lack
-what SmsCost says, those of versions 4 and 3 what the first layer takes on top, and are read with defaults for that.
+The subject says what was measured. A file is used for exactly that and refused for anything else.
 """
 
 from __future__ import annotations
@@ -17,15 +16,18 @@ from typing import Any
 
 from pipemoe.errors import ConfigError
 from pipemoe.output_path import write_whole
-from pipemoe.plan.cost.model import CostModel, SmsCost, cost_from_dict
+from pipemoe.plan.cost.model import CostModel, cost_from_dict
 
 SCHEMA = "pipemoe.cost/6"
-_WITHOUT_FIRST, _WITHOUT_SMS = "pipemoe.cost/4", "pipemoe.cost/3"
+_BLOCKWISE_IN_FILES = "sliced_permille"  # what files of this version call it
 
 
 def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: CostModel) -> None:
     """Readers see the old file or the whole new one. Raises InputError if it cannot be written."""
-    write_whole(path, json.dumps({"schema": SCHEMA, "subject": dict(subject), "cost": asdict(cost)}, indent=1) + "\n")
+    document = {"schema": SCHEMA, "subject": dict(subject), "cost": asdict(cost)}
+    experts = document["cost"]["experts"]
+    experts[_BLOCKWISE_IN_FILES] = experts.pop("blockwise_permille")
+    write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
 def read_cost(path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:
@@ -63,12 +65,10 @@ def subject_and_cost(raw: bytes, path: str | os.PathLike[str]) -> tuple[dict[str
     try:
         document = json.loads(raw)
         schema, found = document["schema"], dict(document["subject"])
-        if schema not in (SCHEMA, _WITHOUT_FIRST, _WITHOUT_SMS):
-            raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
-        if schema == _WITHOUT_SMS:
-            document["cost"]["sms"] = asdict(SmsCost(num_sms=0, ctas=0))
         if schema != SCHEMA:
-            document["cost"]["attend"] |= {"first_weights_ns": 0, "first_row_ps": 0, "first_pair_fs": 0}
+            raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
+        experts = document["cost"]["experts"]
+        experts["blockwise_permille"] = experts.pop(_BLOCKWISE_IN_FILES)
         return found, cost_from_dict(document["cost"])
     except ConfigError as error:
         raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None

@@ -1,6 +1,4 @@
-"""From measured times to a cost model: non-negative least squares on relative errors, one kind of operation at a
-time.
-"""
+"""From measured times to a cost model: non-negative least squares on relative errors, by kind of operation."""
 
 from __future__ import annotations
 
@@ -44,10 +42,8 @@ class Samples:
 
 
 def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: int) -> CostModel:
-    """`start` with everything replaced that the samples tell. Raises ValueError if a kind of operation was never
-    measured.
-    """
-    # A thread that issues is held up now and then, by others or by full queues: what it takes shows in the quick ones.
+    """`start`, with all that the samples show replaced. Raises ValueError if a kind of operation was never measured."""
+    # Other threads and full queues hold up an engine now and then, so the quick samples show what issuing takes.
     host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
     attend = _fit_attend(samples, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns)
@@ -87,8 +83,9 @@ def fit_contention(speeds: Speeds) -> ContentionCost:
 
 
 def fit_sms(start: SmsCost, usual: Speeds, crowded: Speeds, roomy: Speeds) -> SmsCost:
-    """From the measured speeds of experts and transfers side by side, by pairs of which the first is "experts", where
-    the experts leave room for the transfers, no room, and twice as much."""
+    """From measured speeds of experts and transfers side by side: usual, if the experts leave room for the transfers;
+    crowded, if they leave none; roomy, if they leave twice as much. The first of each pair is "experts".
+    """
 
     def permille(other: Speeds, side: int) -> int:
         return round(
@@ -156,8 +153,9 @@ def _fit_attend(samples: Samples, start: AttendCost, host_ns: int) -> AttendCost
 
 
 def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, host: HostCost) -> ExpertsCost:
-    """Two scales: of what grows with the experts hit, of what grows with the rows; with the tile height that explains
-    the samples best (where weights are read meanwhile, rows that a tile lacks cost nothing)."""
+    """Fits two scales, for what grows with the experts hit and for what grows with the rows, and the tile height that
+    explains the samples best. (Rows that a tile lacks cost nothing while its weights are read.)
+    """
     measured = np.array([ns for _, ns in samples], float)
 
     def busy(cost: ExpertsCost, rows: int) -> int:
@@ -211,9 +209,9 @@ _PASSES, _WORTHWHILE = 10, 2e-3  # over all scales; of the error
 
 
 def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
-    """Adjust what single operations do not show to whole steps. log_error: of predictions by a cost model, the smaller
-    the better. Everything is scaled, one after another as long as it helps, from several starts; what is lost by
-    contention as well."""
+    """Adjust the costs to whole steps, which show what single operations do not. log_error: how far predictions by a
+    cost model are off. One thing after another is scaled as long as that helps, from several starts.
+    """
     best, least = cost, log_error(cost)
     for start in _STARTS:
         at = dict.fromkeys(_SCALES, 1000) | {"gaps": cost.gap_permille} | start

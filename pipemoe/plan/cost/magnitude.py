@@ -1,9 +1,7 @@
-"""Whether a step is small enough for the planner's arithmetic: everything compiled counts nanoseconds in int64, which
-wraps.
+"""Whether a step is small enough for the planner's arithmetic: compiled code counts nanoseconds in int64, which wraps.
 
-The bound is what the step would take if nothing ran beside anything else, in Python's whole numbers. With contention an
-operation takes up to a thousand times as long, so that this, the clock's own products and the prediction from few
-layers fit 63 bits.
+The bound is what the step would take if nothing ran beside anything else, in Python's whole numbers. Contention makes
+an operation take up to a thousand times as long; with that, the clock's products and predictions still fit 63 bits.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ def check_magnitude(facts: Facts, shape: ModelShape, config: PlanConfig, cost: C
 
 
 def longest_ns(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> int:
-    """No less than all operations of any plan take, one after another at full speed, and no rank beside another."""
+    """At least what all operations of any plan take, one after another at full speed, with no rank beside another."""
     num_ranks, tokens = facts.num_ranks, sum(facts.tokens)
     rows = num_ranks * max(facts.tokens) if config.exchange == "padded" else tokens
     pairs = sum(t * max(lengths) for t, lengths in zip(facts.tokens, facts.lengths) if t)

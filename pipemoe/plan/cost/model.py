@@ -1,8 +1,8 @@
 """What the operations of a plan cost, in whole numbers, so that every rank computes the same.
 
-Each operation takes `alone` nanoseconds by itself, of which it is `busy` with what it shares (a GPU's SMs, the cores, a
-link); the rest are gaps, launches and latencies, in which others may go on. What operations do to one another side by
-side is a table of speeds (ContentionCost), or shares of cores (CoresCost). Defaults come from
+By itself an operation takes `alone` nanoseconds. For part of that it is `busy` with something shared: a GPU's SMs, the
+cores, a link. The rest are gaps, launches and latencies, and others may go on meanwhile. ContentionCost says how
+operations side by side slow one another; CoresCost, how they share cores. Defaults come from
 `pipemoe.plan.cost.default`, measured values from `pipemoe tune`.
 """
 
@@ -22,7 +22,7 @@ from pipemoe.plan.products import scaled
 GRAPH_ROWS = (16, 64, *range(128, 1025, 128), *range(1280, 4097, 256), *range(4608, 8193, 512))
 KINDS = ("attend", "experts", "dispatch", "combine")  # rows and columns of the table of contention
 _MOST_OF_A_KIND, _MOST_SPEED = 1 << 20, 10_000  # more is a mistake, and the planner's products would not fit int64
-# tables: the experts leave less than room for the plan's collectives, that much, twice as much
+# tables of speeds: the experts leave too little room for the plan's collectives, just enough, or twice as much
 CROWDED, USUAL, ROOMY = 0, 1, 2
 
 
@@ -40,11 +40,13 @@ class _Whole:
 
 @dataclass(frozen=True, slots=True)
 class AttendCost(_Whole):
-    """Attention, router and what else a rank computes for its own tokens, per MoE layer: busy for the larger of
-    `weights_ns` (reading them) and `row_ps` per token, and `pair_fs` per pair of a query and a key (causal, so a
-    quadratic term). crowd_permille: how much longer that takes while every other rank attends to as much (ranks that
-    share a GPU). first_weights_ns, first_row_ps, first_pair_fs: the same of what the first MoE layer's attention takes
-    on top, as dense layers and embedding come before it."""
+    """Attention, router and whatever else a rank computes for its own tokens, per MoE layer.
+
+    It is busy for the larger of `weights_ns` (reading the weights) and `row_ps` per token, and for `pair_fs` per pair
+    of a query and a key it may see. crowd_permille: how much longer that takes if every other rank of the same GPU
+    attends to as much. first_weights_ns, first_row_ps, first_pair_fs: extra cost before the first MoE layer (embedding,
+    dense layers).
+    """
 
     fixed_ns: int = 60_000
     weights_ns: int = 8_000
@@ -58,23 +60,26 @@ class AttendCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class ExpertsCost(_Whole):
-    """The fused experts of one wave on one rank: `expert_ns` per distinct expert hit (reading its weights), `pair_ps`
-    per row and local expert, an expert's rows rounded up to whole tiles, and `row_ps` per row of the wave (sorting,
-    gathering). sliced_permille: the part of that in which the output is computed, if it comes block by block of columns
-    where that is asked for. arrivals_permille: of their speed, what is left to them where they take rows as they
-    arrive, and leave multiprocessors to collectives meanwhile; 0: they cannot."""
+    """The fused experts of one wave on one rank.
+
+    They take `expert_ns` per distinct expert hit (reading its weights), `pair_ps` per row and local expert, with each
+    expert's rows rounded up to whole tiles, and `row_ps` per row of the wave (sorting, gathering).
+    blockwise_permille: per mille of a call spent in the part that can run block by block of columns (down projection,
+    sums); 0: none can. arrivals_permille: their speed if they take rows as they arrive, in permille of the usual one;
+    0: they cannot.
+    """
 
     fixed_ns: int = 60_000
     expert_ns: int = 2_300
     pair_ps: int = 14_000
     row_ps: int = 4_000
     tile_rows: int = 64
-    sliced_permille: int = 350
+    blockwise_permille: int = 350
     arrivals_permille: int = 0
 
     def __post_init__(self) -> None:
         _Whole.__post_init__(self)
-        for name in ("sliced_permille", "arrivals_permille"):
+        for name in ("blockwise_permille", "arrivals_permille"):
             if getattr(self, name) > 1000:
                 raise ConfigError(f"ExpertsCost.{name} is {getattr(self, name)}; it must be at most 1000")
         if self.tile_rows > _MOST_OF_A_KIND:
@@ -83,9 +88,10 @@ class ExpertsCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class ExchangeCost(_Whole):
-    """One group of collectives: a latency, a part per segment (a broadcast or reduce each), and what the busiest link
-    of the ring carries, `row_ps` per row: of a dispatch all rows but those of the rank that it leads to, of a combine
-    all rows."""
+    """One group of collectives: a latency, a time per segment (one broadcast or reduce each), and `row_ps` per row that
+    the busiest link of the ring carries. In a combine it carries all rows; in a dispatch, all but the rows of the rank
+    that it leads to.
+    """
 
     fixed_ns: int = 25_000
     segment_ns: int = 5_000
@@ -94,10 +100,12 @@ class ExchangeCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class HostCost(_Whole):
-    """Time that a rank's one engine thread takes to issue an operation; `idle_ns` where the rank has no part in it. On
-    a GPU the attention of a model is many small launches, but for at most `graph_rows` tokens one of a graph, which
-    takes `graph_ns` and computes GRAPH_ROWS rows. graph_cuts: 1 if graphs serve sequences that are cut as well, 0 if
-    only whole ones."""
+    """How long a rank's one engine thread takes to issue an operation; `idle_ns` if the rank has no part in it.
+
+    On a GPU a model's attention is many small launches (`attend_ns`). Up to `graph_rows` tokens it is one launch of a
+    graph (`graph_ns`), which computes a whole number of GRAPH_ROWS. graph_cuts: 1 if graphs also serve sequences that
+    are cut, 0 if only whole ones.
+    """
 
     attend_ns: int = 1_300_000
     graph_rows: int = 4096
@@ -113,9 +121,10 @@ class HostCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class CoresCost(_Whole):
-    """Where all ranks compute on the same cores (0: every rank has a device, or its share of one). permille: so many
-    run at full speed, in thousandths. slowdown_permille: what each further cohort computing on the same rank costs all
-    of them."""
+    """Ranks that compute on the same cores. permille: how many cores run at full speed, in thousandths; 0: every rank
+    has a device, or its share of one. slowdown_permille: what each further cohort computing on a rank costs all of
+    that rank's.
+    """
 
     permille: int = 0
     slowdown_permille: int = 200
@@ -123,10 +132,10 @@ class CoresCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class ContentionCost(_Whole):
-    """How fast an operation goes on, in thousandths of its speed alone, while one of another kind of the same rank is
-    under way beside it: `attend_beside_dispatch` is the attention's. Of two computations, the one of the earlier slot
-    runs on the stream with the higher priority; the other one is `under` it. Holds for the part of its time that the
-    other is busy."""
+    """How fast an operation runs beside another one of the same rank, in thousandths of its speed alone:
+    `attend_beside_dispatch` is the attention's speed beside a dispatch. Of two computations, the earlier slot's runs on
+    the stream with the higher priority, and the other is `under` it. A speed holds while the other operation is busy.
+    """
 
     attend_beside_attend: int = 840
     attend_beside_experts: int = 510
@@ -162,15 +171,14 @@ class ContentionCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class SmsCost(_Whole):
-    """The multiprocessors of a rank, where the experts' kernels are persistent, and what leaving some to collectives
-    does to both.
+    """A rank's multiprocessors, and what it does if the experts' persistent kernels leave some to collectives.
 
-    num_sms: that the experts' kernels can fill (0: they are not persistent, and leave none). ctas: thread blocks of a
-    collective. The arithmetic of experts that leave some takes longer in proportion, reading weights does not.
-    ContentionCost holds where they leave room for the collectives of all slots in use. crowded: in thousandths of those
-    speeds, what experts beside a transfer and a transfer beside experts have where less is left; roomy: where twice as
-    much is. Defaults: on quarters of an H200, NCCL_MAX_CTAS=1, leaving 3 of 32 saved experts beside a transfer 25 %;
-    nothing is known of the others.
+    num_sms: how many the experts' kernels can fill; 0: they are not persistent, and leave none. ctas: thread blocks of
+    a collective. If experts leave some, their arithmetic takes longer in proportion; reading weights does not.
+    ContentionCost holds if they leave room for the collectives of all slots in use. crowded: the speeds of experts
+    beside a transfer and of a transfer beside experts, in thousandths of those, if less is left; roomy: if twice as
+    much is left. Defaults: leaving 3 of 32 saved experts beside a transfer 25 % (quarters of an H200,
+    NCCL_MAX_CTAS=1); the other three are not measured.
     """
 
     num_sms: int = 132
@@ -189,9 +197,7 @@ class SmsCost(_Whole):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Everything that the planner and the simulator know about speed. The defaults: one H200 per rank, Qwen3-30B-A3B,
-    bfloat16.
-    """
+    """All that the planner and the clock know about speed. Defaults: one H200 per rank, Qwen3-30B-A3B, bfloat16."""
 
     attend: AttendCost = field(default_factory=AttendCost)
     experts: ExpertsCost = field(default_factory=ExpertsCost)
@@ -201,7 +207,7 @@ class CostModel:
     cores: CoresCost = field(default_factory=CoresCost)
     contention: ContentionCost = field(default_factory=ContentionCost)
     sms: SmsCost = field(default_factory=SmsCost)
-    # of an operation's launches and latencies, the part in which it slows others and is slowed as if busy
+    # how much of its launches and latencies an operation contends with others, as if it were busy
     gap_permille: int = 750
     start_ns: int = 1_300_000  # from the call to the first operation: exchange of counts, planning, embedding
     finish_ns: int = 200_000
@@ -230,7 +236,7 @@ Rates = namedtuple("Rates", _NAMES)  # a cost model as compiled code takes it: a
 
 @lru_cache(maxsize=64)
 def rates_of(cost: CostModel) -> Rates:
-    """The cost model, flat, but for contention."""
+    """The cost model as one flat tuple, without contention."""
     return Rates(
         *(value for part in _FLAT for value in asdict(getattr(cost, part)).values()),
         *(getattr(cost, name) for name in _SINGLE),
@@ -239,8 +245,9 @@ def rates_of(cost: CostModel) -> Rates:
 
 @lru_cache(maxsize=64)
 def speeds_of(cost: CostModel) -> np.ndarray:
-    """int64 [3, 2, 4, 4], by CROWDED, USUAL, ROOMY, and by KINDS: thousandths of its speed that an operation has beside
-    another, and a computation under another."""
+    """int64 [3, 2, 4, 4]: speeds in thousandths. By CROWDED, USUAL or ROOMY; beside (0) or under (1) another operation;
+    the operation, and the other one, as in KINDS.
+    """
     contention, sms = cost.contention, cost.sms
     speeds = np.empty((3, 2, len(KINDS), len(KINDS)), np.int64)
     for i, one in enumerate(KINDS):
@@ -299,7 +306,7 @@ def attend_busy(rates, rows, pairs):
 
 @compiled_part
 def first_busy(rates, rows, pairs):
-    """ns that the first layer's is busy on top."""
+    """ns that attention is busy before the first MoE layer, in addition."""
     return max(rates.attend_first_weights_ns, scaled(rows, rates.attend_first_row_ps, 1000)) + scaled(
         pairs, rates.attend_first_pair_fs, 1_000_000
     )

@@ -1,7 +1,6 @@
-"""The models known by name, as transformers configs: for sizing without a checkpoint, and for random weights; and those
-in files.
+"""The models known by name, as transformers configs, and those in files: for sizing, and for random weights.
 
-Dimensions are the published ones (config.json of the Hugging Face repositories); `small` is ours, for machines without
+Dimensions are the published ones (config.json of the Hugging Face repositories). `small` is ours, for machines without
 a GPU.
 """
 
@@ -122,8 +121,8 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """The config of `model`: a name above, the path of a config.json, or of a checkpoint's directory that holds one.
-    Raises InputError.
+    """The config of `model`: a name above, or the path of a config.json or of a directory that holds one. Raises
+    InputError.
     """
     if model in MODEL_CONFIGS:
         return dict(MODEL_CONFIGS[model])

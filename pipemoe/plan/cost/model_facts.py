@@ -1,9 +1,8 @@
-"""What a config.json says of a model: the one reader, for plans and for loading. Pure Python: no transformers, no
-torch.
+"""Reads what a config.json says of a model, for plans and for loading. Pure Python: no transformers, no torch.
 
-A field that is missing or null has the default that transformers gives it in that family. Newer names and older ones
-(rope_parameters and rope_scaling, num_local_experts and num_experts or n_routed_experts) are the same field. What a
-family cannot do is refused in model_limits.
+A missing or null field has the default that transformers gives it in that family. Newer and older names are the same
+field: rope_parameters and rope_scaling; num_local_experts, num_experts and n_routed_experts. model_limits refuses what
+is not done here for a family.
 """
 
 from __future__ import annotations
@@ -107,14 +106,12 @@ class ModelFacts:
         return self.moe_layers[0]
 
     def layers_for(self, num_moe_layers: int) -> int:
-        """Decoder layers, from the first on, that hold so many layers with routed experts, or all there are."""
+        """How many first decoder layers hold `num_moe_layers` layers with routed experts, or all there are."""
         return self.moe_layers[min(num_moe_layers, len(self.moe_layers)) - 1] + 1
 
 
 def read_facts(config: Mapping[str, Any]) -> ModelFacts:
-    """Of a config.json's content, or what to_dict() of a transformers config gives. Raises ConfigError that names the
-    field.
-    """
+    """config: of a config.json, or to_dict() of a transformers config. Raises ConfigError that names the field."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _COUNTS:
         raise ConfigError(f"model_type is {model_type!r}; known are {', '.join(sorted(_COUNTS))}")
@@ -161,9 +158,7 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
 
 
 def with_defaults_for_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as transformers understands it: no field is null where transformers takes no null, experts are counted
-    by its name.
-    """
+    """`config` as transformers understands it: without nulls that it does not take, experts counted by its name."""
     known = {k: v for k, v in config.items() if v is not None or k in _NULL_MEANS_NONE}
     if config.get("model_type") not in _COUNTS:
         return known
@@ -183,9 +178,7 @@ def cut_config(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def experts_field(config: Mapping[str, Any]) -> Any:
-    """The number of routed experts, by whichever of its names is there; None if none is. Raises ConfigError if two
-    differ.
-    """
+    """The number of routed experts, by whichever name is there; None if none is. Raises ConfigError if two differ."""
     found = {name: config[name] for name in _EXPERTS if config.get(name) is not None}
     if len(set(map(repr, found.values()))) > 1:
         raise ConfigError(
@@ -195,9 +188,7 @@ def experts_field(config: Mapping[str, Any]) -> Any:
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_parameters, or rope_scaling as older configs call it, with its rope_type. Raises ConfigError if that is no
-    object.
-    """
+    """rope_parameters (rope_scaling in older configs), with its rope_type. Raises ConfigError if that is no object."""
     found = {}
     for name in ("rope_parameters", "rope_scaling"):
         value = config.get(name)

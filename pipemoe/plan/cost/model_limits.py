@@ -1,7 +1,7 @@
-"""What a config may ask for that a family does not do here: refused by name, so that no model computes something else
-in silence.
+"""What a config may ask for that is not done here for its family. It is refused by name, so that no model silently
+computes something else.
 
-The measure is transformers' own module of the family, as far as it does what the config asks for.
+What counts is transformers' own module of the family: it is followed in all that it does with a config.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ROPE_FIELDS = {
 }
 _BATCH_DEPENDENT_ROPE = ("dynamic", "longrope", "su")  # these rescale by the longest sequence seen
 
-# Fields and the values that are done, for every family; a field that is missing or null is done too.
+# For every family: fields, and their values that are done here. A field that is missing or null is done too.
 _ANY: dict[str, tuple[Any, ...]] = {
     "hidden_act": _ACTIVATIONS,
     "mlp_bias": (False,),
@@ -124,9 +124,7 @@ _HARMLESS = frozenset(
 
 
 def supported_facts(config: Mapping[str, Any]) -> ModelFacts:
-    """read_facts, once everything that the config asks for is known to be done. Raises ConfigError that names the
-    field.
-    """
+    """read_facts, if everything that the config asks for is done here. Else raises ConfigError that names the field."""
     facts = read_facts(config)
     check_common(config)
     model_type = facts.model_type
@@ -151,7 +149,7 @@ def supported_facts(config: Mapping[str, Any]) -> ModelFacts:
 
 
 def check_common(config: Mapping[str, Any]) -> None:
-    """What holds for every family. Raises ConfigError."""
+    """Checks what holds for every family. Raises ConfigError."""
     for name, done in _ANY.items():
         _check(config, name, done, "the experts" if name == "hidden_act" else "models here")
     _check_quantisation(config.get("quantization_config"))

@@ -18,8 +18,8 @@ class NaiveSimulator:
         self.ranks, self.num_cohorts = range(plan.facts.num_ranks), len(plan.cohorts)
         self.ops_of = [[op for op in plan.ops if op.cohort == c] for c in range(self.num_cohorts)]
         self.position = {op: i for i, op in enumerate(plan.ops)}
-        # a head: what experts do ahead of a wave's last group
-        self.num_blocks, self.num_heads = plan.num_column_blocks, int(plan.arrivals)
+        # an early part: what experts do before a wave's last group arrives
+        self.num_blocks, self.num_early = plan.num_column_blocks, int(plan.arrivals)
         self.done = [set() for _ in self.ranks]
         self.parts = [dict.fromkeys(plan.ops, 0) for _ in self.ranks]  # of an operation that are done
         self.issued = [set() for _ in self.ranks]  # issuing has begun
@@ -66,7 +66,7 @@ class NaiveSimulator:
             self.spans[r].append((op, (self.begun.pop((r, op)), now)))
 
     def num_parts(self, op):
-        return self.num_blocks + (self.num_heads if op.kind is OpKind.EXPERTS else 0) if op.kind in IN_BLOCKS else 1
+        return self.num_blocks + (self.num_early if op.kind is OpKind.EXPERTS else 0) if op.kind in IN_BLOCKS else 1
 
     def start(self, now):
         for r in self.ranks:
@@ -108,7 +108,7 @@ class NaiveSimulator:
     def may_transfer(self, r, op):
         """A block of sums may as soon as it is computed."""
         if op.kind is OpKind.COMBINE:
-            return self.parts[r][type(op)(OpKind.EXPERTS, *op[1:])] > self.num_heads + self.parts[r][op]
+            return self.parts[r][type(op)(OpKind.EXPERTS, *op[1:])] > self.num_early + self.parts[r][op]
         return self.needs(r, op) <= self.done[r]
 
     def may_issue(self, r, op):
@@ -161,11 +161,11 @@ class NaiveSimulator:
 
         if kind is OpKind.DISPATCH:
             return ({make(OpKind.ATTEND, c, layer, 0)} if wave in own else set()) | of_earlier(OpKind.EXPERTS)
-        ahead = self.parts[r][op] < self.num_heads
+        ahead = self.parts[r][op] < self.num_early
         return (set() if ahead else {make(OpKind.DISPATCH, c, layer, wave)}) | of_earlier(OpKind.COMBINE)
 
     def compute_ns(self, r, op):
-        experts = 1 + op.wave * (self.num_heads + self.num_blocks) + self.parts[r][op]
+        experts = 1 + op.wave * (self.num_early + self.num_blocks) + self.parts[r][op]
         place = {OpKind.ATTEND: 0 if op.layer else FIRST_ATTEND, OpKind.EXPERTS: experts, OpKind.FINISH: FINISH}[
             op.kind
         ]

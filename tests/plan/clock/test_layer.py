@@ -1,4 +1,4 @@
-"""The price of a layer, by hand, and the rules that stand here in compiled form and in Plan in Python."""
+"""The price of a layer, by hand, and which attention waits for which."""
 
 from dataclasses import replace
 
@@ -10,9 +10,6 @@ from hypothesis import strategies as st
 from pipemoe.plan.clock.layer import (
     COMBINE,
     DISPATCH,
-    LAYER_BEFORE,
-    LAYER_OF,
-    attention_waits,
     layer_costs,
     leaving_sms,
     merge_alike_ranks,
@@ -22,6 +19,7 @@ from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.model import AttendCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost, rates_of
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch
+from pipemoe.plan.waits import LAYER_BEFORE, LAYER_OF, attention_waits
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 
 # A ns for each pair of a query and a key, or each row moved; nothing for anything else.
@@ -42,17 +40,27 @@ def attends(p, cost=PAIRS):
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_attention_waits_for_what_the_plan_says(data):
+def test_attention_waits_for_earlier_chunks_and_is_paced_by_later_ones(data):
     facts = data.draw(all_facts(max_ranks=4))
     config = data.draw(configs(facts, modes=("per_rank", "pipelined"), most_waves=4))
     p = plan(facts, SHAPE, config, assignment=data.draw(assignments(facts)))
     if not p.cohorts:
         return
-    table = np.array([(c, *m) for c, cohort in enumerate(p.cohorts) for m in cohort.microbatches], dtype=np.int64)
-    waits = attention_waits(table, len(p.cohorts), *facts.flat_boundaries, config.num_slots)
-    for c in range(len(p.cohorts)):
-        assert tuple(np.flatnonzero(waits[c] == LAYER_OF)) == p.causal_predecessors[c]
-        assert tuple(np.flatnonzero(waits[c] == LAYER_BEFORE)) == p.pacemakers[c]
+    cohorts = range(len(p.cohorts))
+
+    def reads(c, e):
+        """Does some chunk of cohort c continue a sequence of which cohort e holds an earlier token?"""
+        return any(
+            m.rank == n.rank and start < m.start < stop and n.start < min(m.start, stop) and n.stop > start
+            for m in p.cohorts[c].microbatches
+            for start, stop in zip(facts.boundaries[m.rank], facts.boundaries[m.rank][1:])
+            for n in p.cohorts[e].microbatches
+        )
+
+    read = [[e for e in cohorts if e != c and reads(c, e)] for c in cohorts]
+    assert p.causal_predecessors == tuple(map(tuple, read))
+    paced = [[e for e in cohorts if c in read[e] and e // config.num_slots == c // config.num_slots] for c in cohorts]
+    assert p.pacemakers == tuple(map(tuple, paced))
 
 
 def test_attention_waits_for_chunks_of_its_own_sequence_alone():

@@ -1,0 +1,106 @@
+"""The planner's numbers that were tuned by hand. Each says what it was tuned on, and when, as far as that is known.
+
+"permille" is a thousandth. What `pipemoe tune` measures on a machine replaces all but the search's numbers.
+"""
+
+from __future__ import annotations
+
+# --- What whole steps reach of the peak rates (cost/default.py) ---
+# GPUs: fitted on 2026-11-26 to the steps in benchmarks/results: Qwen3-30B-A3B and DeepSeek-V3 on two H100s, and
+# Qwen3-30B-A3B on quarters of one. Predictions were 5 % off, mean.
+# CPUs: fitted on 2026-11-26 to benchmarks/ttft's small model on 2 and 4 ranks of two cores; 12 % off.
+# dense, grouped GEMMs, attention and memory in permille of the peak; passes: how often a model's own modules pass over
+# each row in elementwise kernels.
+REACHED_ON_GPU = {"dense": 550, "grouped": 800, "attention": 400, "memory": 900, "passes": 60}
+REACHED_ON_CPU = {"dense": 150, "grouped": 700, "attention": 100, "memory": 800, "passes": 40}
+
+# The same fits: ns of the engine's thread for each operation, see HostCost.
+HOST_ON_GPU = {
+    "attend_ns": 1_000_000,
+    "graph_ns": 27_000,
+    "pack_ns": 110_000,
+    "dispatch_ns": 45_000,
+    "experts_ns": 60_000,
+    "combine_ns": 53_000,
+    "finish_ns": 450_000,
+    "idle_ns": 16_000,
+}
+HOST_ON_CPU = {
+    "attend_ns": 30_000,
+    "graph_rows": 0,
+    "pack_ns": 30_000,
+    "dispatch_ns": 60_000,
+    "experts_ns": 30_000,
+    "combine_ns": 60_000,
+    "finish_ns": 30_000,
+    "idle_ns": 15_000,
+}
+# The same fits: latencies in ns (attention, experts, a group of collectives and each of its segments, before and after
+# a step), rows that a tile of the experts' GEMMs is rounded up to, and the permille of CostModel and ExpertsCost.
+FIXED_ON_GPU = {
+    "attend_ns": 50_000,
+    "experts_ns": 30_000,
+    "group_ns": 15_000,
+    "segment_ns": 4_000,
+    "start_ns": 2_000_000,
+    "finish_ns": 200_000,
+    "tile_rows": 16,
+    "blockwise_permille": 350,
+    "gap_permille": 500,
+}
+FIXED_ON_CPU = {
+    "attend_ns": 400_000,
+    "experts_ns": 100_000,
+    "group_ns": 150_000,
+    "segment_ns": 10_000,
+    "start_ns": 1_500_000,
+    "finish_ns": 300_000,
+    "tile_rows": 4,
+    "blockwise_permille": 0,
+    "gap_permille": 1000,
+}
+LONE_GROUP_NS = 5_000  # of a group on a GPU without peers
+CORES_SLOWDOWN_PERMILLE = 200  # see CoresCost
+
+# NCCL's rings between GPUs: about 330 of 450 GB/s, as published for H200s. 2026-11-23.
+LINK_PERMILLE = 700
+# Bytes per second between 4 ranks on one GPU, NCCL 2.30, one thread block per collective; with four about 100 GB/s.
+# 2026-11-24, one H200.
+ONE_GPU_LINK = 20 * 10**9
+# Ranks that share a GPU also share its memory: attention takes so much longer beside as much of it on every other rank.
+# 2026-11-24, quarters of an H200.
+CROWD_PERMILLE = 150
+
+# --- What operations do to one another side by side (cost/default.py) ---
+# permille of its speed alone that each of KINDS (line) has beside another (column); then of a computation on the
+# lower-priority stream. GPUs: pairs measured by benchmarks/overlap.py with 2048 tokens per rank on two H100s, and on
+# quarters of one; where a transfer takes part, half of the loss measured there, as whole steps show less. 2026-11-26.
+BETWEEN_GPUS = (
+    ((680, 325, 870, 900), (870, 670, 980, 980), (910, 815, 970, 970), (845, 780, 970, 970)),
+    ((420, 280), (820, 520)),
+)
+ON_ONE_GPU = (
+    ((775, 390, 835, 835), (910, 570, 950, 960), (890, 800, 980, 965), (825, 740, 965, 965)),
+    ((245, 130), (630, 520)),
+)
+# CPUs: computations share cores (CoresCost); the threads that move transfers compete with one another. 2026-11-24.
+ON_CORES = (((1000,) * 4,) * 2 + ((1000, 1000, 667, 667),) * 2, ((1000,) * 2,) * 2)
+# SmsCost's crowded and roomy speeds, as `pipemoe tune` found them on the same machines. 2026-11-26.
+SMS_BETWEEN_GPUS, SMS_ON_ONE_GPU = (750, 580, 1000, 1070), (690, 1000, 1000, 1110)
+# At most this part of the multiprocessors is left to collectives. On quarters of an H200 with NCCL_MAX_CTAS=1, leaving
+# 3 of 32 cost the kernels 1 to 7 % and saved them 25 % beside a transfer. 2026-11-24.
+MOST_SMS_LEFT = 10  # one in so many
+
+# --- Mode auto's search (auto/) ---
+# Predictions are inexact, so each extra cohort must buy so many permille, and so must a form or a number of
+# multiprocessors that is not the usual one. 2026-11-24 and 2026-11-25, before the fits above; no run is recorded.
+COHORT_MARGIN, FORM_MARGIN, SMS_MARGIN = 30, 10, 10
+# Events on the clock, of which a core runs some 4,000 in a millisecond: planning is to take no longer. 2026-11-25.
+MOST_EVENTS = 3_600  # in all; a candidate that would take more is not run
+DOUBTFUL_EVENTS = 2_600  # in all, for a candidate that wins only if its bound is nearer than the others' bounds were
+LAST_EVENTS = 4_000  # with those for other forms and other numbers of multiprocessors left
+CANDIDATE_EVENTS = 550  # about as many as one candidate may take; fewer layers are simulated where one has more
+CANDIDATE_LAYERS = 16  # that are simulated at most, and half of them
+# Ranks are simulated as one if their attention differs by less than one part in so many. If more than MOST_RANKS are
+# left, by whatever it differs. 2026-11-23, to make planning faster; no run is recorded.
+ALIKE_PARTS, MOST_RANKS = 16, 3
