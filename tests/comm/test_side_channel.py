@@ -161,7 +161,7 @@ def test_news_add_up_and_outlive_the_good_bye(channels):
 
 
 def test_a_closed_channel_gives_its_sockets_and_thread_back(channels):
-    connections = list(channels[1]._sockets.values())
+    connections = [link.connection for link in channels[1]._links.values()]
     channels[1].close()
     assert not channels[1]._thread.is_alive() and all(c.fileno() < 0 for c in connections)
     until(lambda: channels[0].peers[1].gone and channels[2].peers[1].gone)
