@@ -67,7 +67,9 @@ _COUNTS: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 MODEL_TYPES = tuple(_COUNTS)
-_NULL_MEANS_NONE = ("q_lora_rank", "sliding_window", "n_group", "topk_group")  # not the default
+_NULL_MEANS_NONE = (  # not the default
+    *("q_lora_rank", "sliding_window", "n_group", "topk_group", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 _SCALED_ALREADY = ("default", "llama3", "longrope")  # whose max_position_embeddings is that after scaling
 FLAGS = ("attention_bias", "norm_topk_prob", "rope_interleave", "tie_word_embeddings", "use_sliding_window")
 # Of any count, and of those that decide how much is built before a weight is looked at: more is no model.
