@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import shown
 from pipemoe.errors import ConfigError, PipemoeError, describe
-from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.config import PlanConfig, check_count
 
 if TYPE_CHECKING:
     import torch
 
-_LARGEST = 2**31 - 1  # some code counts rows in 32 bits
 DTYPES = ("float32", "bfloat16", "float16")
 DISPATCH_DTYPES = ("float8_e4m3fn",)
 
@@ -71,15 +70,11 @@ class Config(PlanConfig):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         if self.deterministic:
             object.__setattr__(self, "combine", "gather")
-        if type(self.graph_tokens) is not int or self.graph_tokens < 0:
-            raise ConfigError(f"graph_tokens is {self.graph_tokens!r}; it must be a whole number of at least 0")
+        check_count("graph_tokens", self.graph_tokens, 0)
         if self.num_slots is None:
             replace(self, num_slots=1)  # everything else must be right already
             return
         PlanConfig.__post_init__(self)
-        for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio", "graph_tokens"):
-            if getattr(self, name) > _LARGEST:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at most {_LARGEST}")
         if not isinstance(self.experts, str):
             raise ConfigError(
                 f"experts is a {type(self.experts).__name__}; it must be 'auto', or the implementation by name"

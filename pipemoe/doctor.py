@@ -29,6 +29,7 @@ MULTI_RANK_GPU_NCCL = 23003
 # MPICH and NCCL move data between processes of a host through /dev/shm; containers often get 64 MiB.
 SHARED_MEMORY_BYTES = 1 << 30
 _SHOWN_SEGMENTS = 20
+_NCCL_WHEELS = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ def examine(*, num_slots: int = 4, ranks_per_gpu: int = 1) -> list[Finding]:
         check_compiled_code,
         lambda: check_gpus(gpus),
         lambda: check_nccl(gpus, ranks_per_gpu),
+        lambda: check_nccl_wheels(gpus),
         lambda: check_room(gpus, num_slots, ranks_per_gpu),
         lambda: check_mps(gpus, ranks_per_gpu),
         lambda: check_connections(gpus),
@@ -181,6 +183,19 @@ def check_nccl(gpus: Sequence[Gpu], ranks_per_gpu: int) -> list[Finding]:
     else:
         findings.append(Finding("libnccl", "OK", ", ".join(libraries) or "linked statically"))
     return findings
+
+
+def check_nccl_wheels(gpus: Sequence[Gpu]) -> list[Finding]:
+    """Whether the wheels of NCCL for two CUDAs are there, which write one and the same file; nothing if not."""
+    wheels = {name: installed_version(name) for name in _NCCL_WHEELS}
+    if not gpus or not all(wheels.values()):
+        return []
+    seen = " and ".join(f"{name} {version}" for name, version in wheels.items())
+    action = (
+        f"keep the one of your CUDA: pip uninstall -y {' '.join(_NCCL_WHEELS)}, then install one extra again, "
+        "pipemoe[cuda12] or pipemoe[cuda13] (removing only one takes the other's file away)"
+    )
+    return [Finding("NCCL wheels", "FAIL", f"{seen} share one file, libnccl.so.2: the later one wrote it", action)]
 
 
 def check_room(gpus: Sequence[Gpu], num_slots: int, ranks_per_gpu: int) -> list[Finding]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, shown, step_lengths, whole_number
+from pipemoe.comm.exchange import shared
 from pipemoe.config import Config, check_config
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
@@ -184,20 +185,20 @@ def _look_at_model(
 
 
 def _check_partition(ranges_of: list[list[list[int]]], num_experts: int) -> None:
-    """Raise InputError, the same on every rank, unless in each layer the ranks' experts are 0 to E - 1, each once.
+    """Raise a shared InputError unless in each layer the ranks' experts are 0 to E - 1, each once.
 
     ranges_of: per rank and layer, first expert and number of experts.
     """
     for rank, ranges in enumerate(ranges_of):
         if len(ranges) != len(ranges_of[0]):
-            raise InputError(f"rank {rank}: weights of {len(ranges)} MoE layers, but rank 0 has {len(ranges_of[0])}")
+            text = f"rank {rank}: weights of {len(ranges)} MoE layers, but rank 0 has {len(ranges_of[0])}"
+            raise shared(InputError(text))
     for layer in range(len(ranges_of[0])):
         held = sorted(expert for ranges in ranges_of for expert in range(ranges[layer][0], sum(ranges[layer])))
         if len(held) != num_experts or held != list(range(num_experts)):
             found = ", ".join(f"rank {r} holds {of[layer][1]} from {of[layer][0]}" for r, of in enumerate(ranges_of))
-            raise InputError(
-                f"layer {layer}: the ranks must hold experts 0 to {num_experts - 1}, each once, but {found}"
-            )
+            text = f"layer {layer}: the ranks must hold experts 0 to {num_experts - 1}, each once, but {found}"
+            raise shared(InputError(text))
 
 
 class Step:

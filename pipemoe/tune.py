@@ -131,10 +131,12 @@ def run(options: argparse.Namespace) -> int:
         _say(world, f"loading {options.layers} MoE layers of {options.model}")
         model = pipemoe.load_model(cut, world, random_weights=True, config=base, dtype=dtype)
         positions = num_positions(model.decoder.config)
+        too_many = None
         if positions is not None and most > positions:
-            raise InputError(
+            too_many = InputError(
                 f"--max-tokens is {most}, but {options.model} has positions for {positions}; give at most as many"
             )
+        world.agree(too_many, {}, "looking at --max-tokens")
         tuner = Tuner(world, model, most, options.repeats)
         samples = tuner.measure_operations()
         cost = fit_cost(samples, model.runtime.cost, model.runtime.shape, world.size)

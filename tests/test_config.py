@@ -6,6 +6,7 @@ import pytest
 
 from pipemoe import Config
 from pipemoe.errors import ConfigError
+from pipemoe.plan.config import PlanConfig
 
 
 @pytest.mark.parametrize("num_slots", [None, 2])
@@ -24,3 +25,15 @@ def test_a_cost_file_may_be_a_path():
 
 def test_deterministic_sums_are_gathered_whatever_combine_says():
     assert Config(deterministic=True, combine="reduce").combine == "gather"
+
+
+@pytest.mark.parametrize("kind", [Config, PlanConfig])
+@pytest.mark.parametrize(
+    "name", ["moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio", "num_sms"]
+)
+def test_counts_have_bounds_wherever_they_are_given(kind, name):
+    assert getattr(kind(**{name: 2**31 - 1}), name) == 2**31 - 1
+    with pytest.raises(ConfigError, match=f"^{name} is {2**31}; it must be at most {2**31 - 1}"):
+        kind(**{name: 2**31})
+    with pytest.raises(ConfigError, match=f"^{name} is 0; it must be a whole number of at least 1"):
+        kind(**{name: 0})

@@ -2,13 +2,15 @@
 
 import contextlib
 import threading
+from collections import OrderedDict
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
 
 from pipemoe import Config, PipelinedMoE
-from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError
+from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError, PipemoeError
 from pipemoe.experts import make_experts
 from pipemoe.plan.config import MODES
 from pipemoe.wire import WireFormat
@@ -463,3 +465,58 @@ def test_a_maximum_of_very_few_tokens(world, most):
     layers = make_layers(1, world.device, torch.float32)
     rows = make_rows(most, world.rank, world.device, torch.float32)
     assert norm_ratio(make_moe(world, layers, max_tokens_per_rank=most)(*rows), layers.oracle(0, *rows)) < 1e-5
+
+
+def test_rows_in_the_order_of_columns_are_the_same_rows(world, cases):
+    """MPI takes memory as it lies: a transposed x must not arrive as another matrix."""
+    layers, made = cases(1, torch.float32)
+    moe = make_moe(world, layers, mode="per_rank")
+    for ((x, ids, weights), wanted), *_ in made:
+        by_columns = [t.t().contiguous().t() for t in (x, ids, weights)]
+        assert not len(x) > 1 or not by_columns[0].is_contiguous()
+        assert torch.equal(moe(*by_columns), moe(x, ids, weights))
+        assert norm_ratio(moe(*by_columns), wanted) < 1e-5
+
+
+def test_an_error_of_all_ranks_says_so(world, monkeypatch):
+    """Else each of them prints it (see world.uncaught)."""
+    layers = make_layers(1, world.device, torch.float32)
+    moe = make_moe(world, layers)
+    rows = make_rows(3, world.rank, world.device, torch.float32)
+    own = layers.local(world.size, world.rank)
+    away = [replace(w, first_expert=w.first_expert + 1) for w in own]
+    costly = replace(moe.runtime.cost, attend=replace(moe.runtime.cost.attend, row_ps=10**15))
+
+    def too_costly():
+        with monkeypatch.context() as patch:
+            patch.setattr(moe.runtime, "cost", costly)
+            patch.setattr(moe.runtime, "_plans", OrderedDict())
+            moe(*rows)
+
+    def issued_otherwise():
+        with monkeypatch.context() as patch:
+            patch.setattr("pipemoe.runtime.runtime.Issue", lambda *entry: ("another", *entry))
+            moe(*rows)
+
+    cases = {
+        "each once": lambda: PipelinedMoE(world, away, num_experts=NUM_EXPERTS, top_k=TOP_K),
+        "rank 0: x is a": lambda: moe(None if world.rank == 0 else rows[0], *rows[1:]),
+        "may take .* Bring fewer tokens": too_costly,
+    }
+    if world.size > 1:
+        own_config = Config(**SMALL, mode="per_rank" if world.rank else "padded")
+        cases |= {
+            "MoE layers, but rank 0 has 1": lambda: PipelinedMoE(
+                world, own * (1 + (world.rank > 0)), num_experts=NUM_EXPERTS, top_k=TOP_K
+            ),
+            "mode is ": lambda: PipelinedMoE(world, own, num_experts=NUM_EXPERTS, top_k=TOP_K, config=own_config),
+            "here they meet": lambda: world.all_gather(b"", f"something else {world.rank}"),
+            "rank 1: payload of": lambda: world.all_gather(7 if world.rank == 1 else b""),
+            ".": issued_otherwise,
+        }
+    for words, call in cases.items():
+        with pytest.raises(PipemoeError, match=words) as caught:
+            call()
+        said = f"{type(caught.value).__name__}: {caught.value}"
+        assert caught.value.is_shared and len(set(world.all_gather(said.encode()))) == 1, said
+    assert norm_ratio(moe(*rows), layers.oracle(0, *rows)) < 1e-5

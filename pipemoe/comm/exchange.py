@@ -13,7 +13,7 @@ from pipemoe.plan.schedule import Facts
 # out.
 _HEADER = struct.Struct("<16sq?B")
 _SIDES = ("nothing", "computation", "communication", "computation and communication")
-_SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError")
+_SHAREABLE = ("ConfigError", "InputError", "CheckpointError", "MismatchError", "ModelError", "PlanError")
 
 
 def shared(error: PipemoeError) -> PipemoeError:
@@ -43,9 +43,19 @@ def pack_shared(payload: bytes, error: PipemoeError | None) -> bytes:
     return b"\0" + payload if error is None else b"\1" + encode_error(error)
 
 
+def has_error(packed: bytes) -> bool:
+    """Does a rank say why it cannot share anything?"""
+    return packed[:1] == b"\1"
+
+
+def words_of_error(packed: bytes) -> str:
+    """What such a rank says."""
+    return ": ".join(json.loads(packed[1:]))
+
+
 def unpack_shared(texts: list[bytes]) -> list[bytes]:
     """All ranks' payloads. Raises the error of the first rank that has one."""
-    raise_first([text[1:] if text[:1] == b"\1" else b"" for text in texts])
+    raise_first([text[1:] if has_error(text) else b"" for text in texts])
     return [text[1:] for text in texts]
 
 

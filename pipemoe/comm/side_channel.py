@@ -25,6 +25,7 @@ SILENT_SECONDS = 2.0  # a rank that was not heard for so long has stopped, or it
 # what a heartbeat says
 _PROGRESS: dict[str, type | tuple[type, ...]] = {"step": int, "ops": int, "doing": str, "patience": (int, float)}
 _FLUSH_POLL_SECONDS = 0.005
+_SHOWN_PEERS = 8  # in an error
 _BACKLOG = 128  # connections that the kernel keeps until the ranks meet
 
 
@@ -174,16 +175,28 @@ class SideChannel:
         return max((seconds for seconds in asked if math.isfinite(seconds)), default=0.0)
 
     def describe(self) -> str:
-        """One line per peer: how far it is and when it was last heard."""
+        """How far the peers are and when they were last heard: of many, those furthest behind, and how many more there
+        are.
+        """
         now = time.monotonic()
+        shown = sorted(self.peers, key=self._behind)[:_SHOWN_PEERS]
         lines = []
-        for rank, peer in sorted(self.peers.items()):
+        for rank in sorted(shown):
+            peer = self.peers[rank]
             p = peer.progress
             lines.append(
                 f"rank {rank}: step {p.get('step', '?')}, {p.get('ops', '?')} operations done, "
                 f"{p.get('doing', '?')}, heard {now - peer.heard:.1f} s ago"
             )
+        if len(shown) < len(self.peers):
+            lines.append(f"and {len(self.peers) - len(shown)} others, which are as far or further")
         return "; ".join(lines)
+
+    def _behind(self, rank: int) -> tuple[bool, int, int, int]:
+        """Sorts peers: first those that have stopped, then by how far they are."""
+        peer = self.peers[rank]
+        is_heard = time.monotonic() - peer.heard <= SILENT_SECONDS
+        return is_heard, peer.progress.get("step", -1), peer.progress.get("ops", -1), rank
 
     # Sending, from any thread. A connection takes what it can; the rest waits in its outbox.
 

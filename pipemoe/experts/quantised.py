@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pipemoe.arguments import shown
 from pipemoe.e4m3 import dequantise_weight, num_blocks, quantise_weight
-from pipemoe.errors import InputError
+from pipemoe.errors import InputError, describe
 
 if TYPE_CHECKING:
     import torch
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
 
 
 def quantise_experts(weights: ExpertWeights) -> ExpertWeights:
-    """The same experts in float8_e4m3fn; one expert at a time is in float32 besides. Raises InputError for biases."""
+    """The same experts in float8_e4m3fn; one expert at a time is in float32 besides. Raises InputError for what is no
+    ExpertWeights or does not fit together, for quantised ones, and for biases.
+    """
     import torch
 
     from pipemoe.experts.weights import ExpertWeights
 
+    _look_at(weights, is_quantised=False)
     if weights.gate_up_bias is not None or weights.down_bias is not None:
         raise InputError("experts with biases cannot be float8_e4m3fn; leave them in bfloat16")
     if not weights.gated or weights.activation != "silu":
@@ -44,13 +48,15 @@ def quantise_experts(weights: ExpertWeights) -> ExpertWeights:
 
 
 def dequantise_experts(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
-    """Quantised experts as unquantised ones of `dtype`."""
+    """Quantised experts as unquantised ones of `dtype`, which is floating. Raises InputError for what is neither."""
     import torch
 
     from pipemoe.experts.weights import ExpertWeights
 
-    if weights.gate_up_scales is None or weights.down_scales is None:
-        raise InputError(f"the weights are {weights.dtype} without scales; they must be quantised")
+    _look_at(weights, is_quantised=True)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise InputError(f"dtype is {shown(dtype)}; it must be torch.float32, torch.bfloat16 or another wide float")
+    assert weights.gate_up_scales is not None and weights.down_scales is not None  # they are quantised
 
     def widened(matrices: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         wide = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
@@ -63,3 +69,21 @@ def dequantise_experts(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeig
         widened(weights.down, weights.down_scales),
         first_expert=weights.first_expert,
     )
+
+
+def _look_at(weights: Any, *, is_quantised: bool) -> None:
+    """Raises InputError unless these are ExpertWeights that fit together, quantised or not."""
+    from pipemoe.experts.weights import ExpertWeights
+
+    if not isinstance(weights, ExpertWeights):
+        raise InputError(f"weights is a {type(weights).__name__}; it must be a pipemoe.experts.ExpertWeights")
+    try:
+        weights.validate(0)
+        found, is_wide = weights.is_quantised, weights.dtype.is_floating_point
+    except InputError as error:
+        raise InputError(str(error).removeprefix("layer 0: ")) from None
+    except Exception as error:  # fields may be anything
+        raise InputError(f"the weights' fields cannot be looked at: {describe(error)}") from error
+    if found != is_quantised or not is_wide:
+        wanted = "float8_e4m3fn with scales" if is_quantised else "floating, and not quantised yet"
+        raise InputError(f"the weights are {weights.dtype}; {wanted} is wanted")

@@ -12,6 +12,7 @@ UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many
 COMBINES = ("reduce", "gather")
 BLOCK_CHOICES = (1, 2, 4)  # of columns, that mode auto chooses from
 MOST_BLOCKS = 16  # groups of collectives of one combine: a lane's queue is finite
+_LARGEST = 2**31 - 1  # rows are counted in 32 bits here and there
 OBJECTIVES = ("mean", "slowest", "p50")  # of the sequences' times to first token
 
 
@@ -60,8 +61,7 @@ class PlanConfig:
                 f"makespan_budget is {self.makespan_budget!r}; it must be a fraction from 0 (0.1 is 10 %) to 100"
             )
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1")
+            check_count(name, getattr(self, name), 1)
         if self.combine_blocks is not None and (
             type(self.combine_blocks) is not int or not 1 <= self.combine_blocks <= MOST_BLOCKS
         ):
@@ -70,8 +70,8 @@ class PlanConfig:
             )
         if self.arrivals is not None and type(self.arrivals) is not bool:
             raise ConfigError(f"arrivals is {self.arrivals!r}; it must be True, False, or None")
-        if self.num_sms is not None and (type(self.num_sms) is not int or self.num_sms < 1):
-            raise ConfigError(f"num_sms is {self.num_sms!r}; it must be a whole number of at least 1, or None")
+        if self.num_sms is not None:
+            check_count("num_sms", self.num_sms, 1, ", or None")
 
     @property
     def exchange(self) -> str:
@@ -120,3 +120,11 @@ class PlanConfig:
         if self.mode in UNCAPPED_MODES:
             return num_ranks * self.max_tokens_per_rank
         return min(self.moe_max_num_tokens, num_ranks * self.max_tokens_per_rank)
+
+
+def check_count(name: str, value: object, least: int, otherwise: str = "") -> None:
+    """Raise ConfigError unless a setting is a whole number from `least` to what 32 bits hold."""
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}{otherwise}")
+    if value > _LARGEST:
+        raise ConfigError(f"{name} is {value}; it must be at most {_LARGEST}{otherwise}")

@@ -15,9 +15,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, step_lengths
-from pipemoe.comm.exchange import decode_step, encode_step
+from pipemoe.comm.exchange import (
+    decode_step,
+    encode_step,
+    has_error,
+    pack_shared,
+    shared,
+    unpack_shared,
+    words_of_error,
+)
 from pipemoe.config import Config
-from pipemoe.errors import ConfigError, FatalError, InputError, MismatchError, ModelError, PipemoeError, describe
+from pipemoe.errors import (
+    ConfigError,
+    FatalError,
+    InputError,
+    MismatchError,
+    ModelError,
+    PipemoeError,
+    PlanError,
+    describe,
+)
 from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.cost.dimensions import dimensions_of_shape
@@ -333,15 +350,14 @@ class Runtime:
         facts = self._exchange(lengths, only, error, seconds)
         self._is_first_step = False
         engine.begin_step()  # only now: if a rank called something else, no rank counts this step
-        plan = self.plan(facts)
+        plan, error = look(self.world.rank, "planning", lambda: self._checked_plan(facts), PlanError)
+        digests = self.world.start_gathering(pack_shared(plan.digest if plan else b"", error), "comparison of plans")
+        if plan is None:  # the others may have a plan, and be at work
+            engine.wait(digests.done, "comparison of plans", seconds=seconds, needs_all=True)
+            self._compare(digests.payloads)
+        assert plan is not None  # _compare raises for a rank without one
         if self.config.debug:
-            verify(
-                plan,
-                row_bytes=self.wire.row_bytes,
-                room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room,
-            )
             self.world.transport.start_log()
-        digests = self.world.start_gathering(plan.digest, "comparison of plans")
         run = Run(
             plan,
             self.world.rank,
@@ -437,11 +453,32 @@ class Runtime:
             self._plans.move_to_end(facts)
         return found
 
-    def _compare(self, digests: list[bytes]) -> None:
-        """Raise FatalError if plans differ: collectives are under way, and would hang or mix up rows."""
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    def _checked_plan(self, facts: Facts) -> Plan:
+        plan = self.plan(facts)
+        if self.config.debug:
+            verify(
+                plan,
+                row_bytes=self.wire.row_bytes,
+                room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room,
+            )
+        return plan
+
+    def _compare(self, told: list[bytes]) -> None:
+        """Different plans would hang or corrupt the collectives: too late for a mild error, as long as some rank has
+        one. told: each rank's plan's digest, or why it has no plan.
+        """
+        mine = self.world.rank
+        without = [rank for rank, payload in enumerate(told) if has_error(payload)]
+        if len(without) == len(told):
+            unpack_shared(told)  # nobody has begun: raises the same on all
+        if without:
+            culprit = mine if mine in without else without[0]
+            who = "" if culprit == mine else f"rank {culprit}: "
+            text = f"rank {mine}: {who}no plan for this step: {words_of_error(told[culprit])}"
+            raise FatalError(text, culprit=None if culprit == mine else culprit)
+        odd = [rank for rank, digest in enumerate(told) if digest != told[0]]
         if odd:
-            text = f"rank {self.world.rank}: rank {odd[0]} follows another plan than rank 0 (digests differ)"
+            text = f"rank {mine}: rank {odd[0]} follows another plan than rank 0 (digests differ)"
             raise FatalError(text, culprit=odd[0]) from MismatchError("plan digests")
 
     def _check_issued(self, plan: Plan, only: Only, seconds: float) -> None:
@@ -452,4 +489,7 @@ class Runtime:
         self.world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
-            verify(plan, row_bytes=self.wire.row_bytes, sum_bytes=self.combine_dtype.itemsize, issues=issues)
+            try:
+                verify(plan, row_bytes=self.wire.row_bytes, sum_bytes=self.combine_dtype.itemsize, issues=issues)
+            except PlanError as error:  # all ranks have the same logs
+                raise shared(error) from None

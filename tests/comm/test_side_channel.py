@@ -295,3 +295,19 @@ def test_a_child_of_a_rank_does_not_keep_its_connections_open(channels):
         os.waitpid(child, 0)
         os.close(read)
         os.close(write)
+
+
+def test_of_many_peers_those_furthest_behind_are_named():
+    channel = SideChannel(0, 257, True, dict, lambda: None)
+    try:
+        for rank, peer in channel.peers.items():
+            peer.progress = {"step": 7, "ops": 100 + rank, "doing": "combine(cohort 0, layer 3, wave 0)"}
+        channel.peers[200].progress["ops"] = 3
+        channel.peers[201].progress = {}  # has said nothing yet
+        channel.peers[90].heard -= 60
+        text = channel.describe()
+    finally:
+        channel.close()
+    assert "rank 200: step 7, 3 operations" in text and "rank 201: step ?" in text and "rank 90: " in text
+    assert text.endswith("; and 248 others, which are as far or further") and "rank 256:" not in text
+    assert len(text) < 1000

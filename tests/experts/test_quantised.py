@@ -118,7 +118,27 @@ def test_settings_that_cannot_work():
         )
 
 
-def test_experts_that_are_not_quantised_cannot_be_dequantised():
-    weights = random_weights(1, 256, 128, dtype=torch.float32)
-    with pytest.raises(InputError, match="float32 without scales; they must be quantised"):
-        dequantise_experts(weights, torch.float32)
+def test_what_are_no_weights_is_refused():
+    good = random_weights(2, 128, 128, dtype=torch.float32)
+    narrow = quantise_experts(good)
+    odd = [None, 7, {}, [good], good.gate_up, (w for w in [good])]
+    odd += [
+        replace(good, gate_up=None),
+        replace(good, down=good.down[0]),
+        replace(good, down=good.down.int()),
+        replace(good, gate_up=good.gate_up.int(), down=good.down.int()),
+        replace(good, gate_up=good.gate_up.to_sparse()),
+        replace(good, activation=[]),
+        replace(good, gated=good.down),
+        replace(good, first_expert="0"),
+        replace(good, gate_up_bias=7),
+    ]
+    for weights in [*odd, narrow]:
+        with pytest.raises(InputError):
+            quantise_experts(weights)
+    for weights in [*odd, good]:
+        with pytest.raises(InputError):
+            dequantise_experts(weights, torch.float32)
+    for dtype in (None, "float32", torch.int8, E4M3):
+        with pytest.raises(InputError, match="^dtype is "):
+            dequantise_experts(narrow, dtype)

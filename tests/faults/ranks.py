@@ -98,7 +98,7 @@ def main(fault: str, folder: str) -> None:
             hold.release()  # never reached: in lockstep nothing finishes before rank 0 attends
 
     def broken(*args) -> None:
-        raise OSError("planted in the transport")
+        raise OSError(f"planted in the {fault}")
 
     def broken_note(doing, seconds=None) -> None:
         if getattr(doing, "layer", 0) == 2:
@@ -112,8 +112,10 @@ def main(fault: str, folder: str) -> None:
     elif fault == "plan" and culprit:
         # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run
         # ahead.
-        runtime.cost = CostModel(attend=AttendCost(row_ps=10**12), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
+        runtime.cost = CostModel(attend=AttendCost(row_ps=10**11), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
         runtime._plans.clear()
+    elif fault == "planning" and culprit:
+        runtime.plan = broken
     elif fault == "absent" and culprit:
         signal.pause()
     elif fault == "kill experts" and culprit:

@@ -122,6 +122,19 @@ def test_two_loaded_libnccl_are_a_fault(monkeypatch):
     assert statuses(doctor.check_nccl([H200], 4))["libnccl"] == "OK"
 
 
+def test_two_wheels_of_nccl_are_a_fault(monkeypatch):
+    """Each writes nvidia/nccl/lib/libnccl.so.2."""
+    versions = {"nvidia-nccl-cu12": "2.28.9", "nvidia-nccl-cu13": "2.32.3"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    monkeypatch.setattr(doctor, "installed_gpus", lambda: [H200])
+    (finding,) = (finding for finding in doctor.examine() if finding.subject == "NCCL wheels")
+    assert finding.status == "FAIL" and "nvidia-nccl-cu12 2.28.9 and nvidia-nccl-cu13 2.32.3" in finding.seen
+    assert "pip uninstall -y nvidia-nccl-cu12 nvidia-nccl-cu13" in finding.action
+    assert doctor.check_nccl_wheels([]) == []
+    del versions["nvidia-nccl-cu12"]
+    assert doctor.check_nccl_wheels([H200]) == []
+
+
 def test_old_nccl_is_a_warning_only_for_shared_gpus(monkeypatch):
     stand_in_nccl(monkeypatch, available=True, get_version=lambda: 22809)
     assert statuses(doctor.check_nccl([H200], 1))["NCCL"] == "OK"

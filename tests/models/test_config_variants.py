@@ -52,3 +52,16 @@ def test_the_same_logits_as_the_whole_model(family, changes):
     )
     config.head_dim = decoder.config.to_dict().get("head_dim", 16)  # transformers' yarn does not take None
     assert_same_as_reference(reference_model(config, "cpu", torch.float32), sequences, logits)
+
+
+@pytest.mark.parametrize("name", ["rope_interleave", "norm_topk_prob"])
+def test_null_flags_are_false_as_in_transformers(name):
+    from transformers import CONFIG_MAPPING
+
+    raw = tiny_config("deepseek_v3", num_layers=2).to_dict() | {name: None}
+    decoder, weights = load_decoder(raw, rank=0, num_ranks=1, device="cpu", dtype=torch.float32, random_weights=True)
+    sequences = sequences_of([21])
+    logits = run_microbatches(decoder, [weights], [packed(sequences, [(0, 0, 21)])])
+    theirs = CONFIG_MAPPING["deepseek_v3"].from_dict({k: v for k, v in raw.items() if k != "model_type"})
+    assert getattr(theirs, name) is None
+    assert_same_as_reference(reference_model(theirs, "cpu", torch.float32), sequences, logits)

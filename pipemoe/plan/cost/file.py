@@ -24,8 +24,9 @@ _BLOCKWISE_IN_FILES = "sliced_permille"  # what files of this version call it
 
 def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: CostModel) -> None:
     """Readers see the old file or the whole new one. Raises InputError if it cannot be written."""
-    document = {"schema": SCHEMA, "subject": dict(subject), "cost": asdict(cost)}
-    experts = document["cost"]["experts"]
+    values = asdict(cost)
+    document = {"schema": SCHEMA, "subject": dict(subject), "cost": values}
+    experts = values["experts"]
     experts[_BLOCKWISE_IN_FILES] = experts.pop("blockwise_permille")
     write_whole(path, json.dumps(document, indent=1) + "\n")
 

@@ -1,8 +1,9 @@
 """Reads what a config.json says of a model, for plans and for loading. Pure Python: no transformers, no torch.
 
-A missing or null field has the default that transformers gives it in that family. Newer and older names are the same
-field: rope_parameters and rope_scaling; num_local_experts, num_experts and n_routed_experts. model_limits refuses what
-is not done here for a family.
+A missing field has the default that transformers gives it in that family. A null field is what the family's modules in
+transformers make of it: a flag is false, heads and ranks have meanings of their own, and where transformers takes no
+null it is refused. Newer and older names are the same field: rope_parameters and rope_scaling; num_local_experts,
+num_experts and n_routed_experts. model_limits refuses what is not done here for a family.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipemoe.arguments import shown
 from pipemoe.errors import ConfigError
 
 _EXPERTS = ("num_experts", "n_routed_experts", "num_local_experts")  # names of one field
@@ -63,9 +65,14 @@ _COUNTS: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 MODEL_TYPES = tuple(_COUNTS)
-_NULL_MEANS_NONE = ("q_lora_rank", "sliding_window", "n_group", "topk_group")  # not the default
+_NULL_MEANS_NONE = (  # not the default
+    *("q_lora_rank", "sliding_window", "n_group", "topk_group", "bos_token_id", "eos_token_id", "pad_token_id"),
+)
 _SCALED_ALREADY = ("default", "llama3", "longrope")  # whose max_position_embeddings is that after scaling
-_MOST = 1 << 31  # of any count: more is no model
+FLAGS = ("attention_bias", "norm_topk_prob", "rope_interleave", "tie_word_embeddings", "use_sliding_window")
+# Of any count, and of those that decide how much is built before a weight is looked at: more is no model.
+_MOST = (1 << 31) - 1
+_MOST_OF = {"num_hidden_layers": 1024, "head_dim": 1 << 16, "qk_rope_head_dim": 1 << 16, "num_experts": 1 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +165,11 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
 
 
 def with_defaults_for_nulls(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` as transformers understands it: without nulls that it does not take, experts counted by its name."""
+    """`config` as transformers understands it: no field is null where transformers takes no null, flags that are null
+    are false, experts are counted by its name.
+    """
     known = {k: v for k, v in config.items() if v is not None or k in _NULL_MEANS_NONE}
+    known |= {name: False for name in FLAGS if name in config and config[name] is None}
     if config.get("model_type") not in _COUNTS:
         return known
     if "num_key_value_heads" in config:
@@ -234,25 +244,35 @@ def number(fields: Mapping[str, Any], name: str, default: float, least: float) -
 
 
 def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
-    """true or false. Raises ConfigError."""
-    value = config.get(name)
+    """true or false; `default` where it is missing, false where it is null, as `if` takes it. Raises ConfigError."""
+    value = config.get(name, default)
     if value is None:
-        return default
+        return False
     if type(value) is not bool:
         raise ConfigError(f"{name} is {value!r}; it must be true or false")
     return value
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """Raises ConfigError if `value` is no whole number of at least `least`."""
-    if type(value) is not int or not least <= value < _MOST:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    """Raises ConfigError if `value` is no whole number of at least `least`, or more than any model has."""
+    most = _MOST_OF.get(name, _MOST)
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{name} is {shown(value)}; it must be a whole number, at least {least} and at most {most}")
     return value
+
+
+def refuse_null(config: Mapping[str, Any], name: str, instead: str) -> None:
+    """Raises ConfigError where a field is there, but null, and transformers takes no null. instead: what to give."""
+    if name in config and config[name] is None:
+        raise ConfigError(f"{name} is null, which transformers does not take there; {instead}, or leave it out")
 
 
 def _count(config: Mapping[str, Any], name: str) -> int | None:
     default, least = _COUNTS[config["model_type"]][name]
     value = experts_field(config) if name == "num_experts" else config.get(name)
+    names = _EXPERTS if name == "num_experts" else () if name in (*_NULL_MEANS_NONE, "num_key_value_heads") else (name,)
+    for one in names if value is None else ():
+        refuse_null(config, one, f"give a whole number (the default is {default})")
     if value is None and name in config and name == "num_key_value_heads":
         return _count(config, "num_attention_heads")  # as transformers has it: every head its own
     if value is None and name in config and name in _NULL_MEANS_NONE:

@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.cost.model_facts import ModelFacts, experts_field, flag, number, read_facts, rope_of, whole
+from pipemoe.plan.cost.model_facts import (
+    FLAGS,
+    ModelFacts,
+    experts_field,
+    flag,
+    number,
+    read_facts,
+    refuse_null,
+    rope_of,
+    whole,
+)
 
 FP8_BLOCK = [128, 128]
 _log = logging.getLogger("pipemoe")
@@ -132,9 +142,12 @@ def supported_facts(config: Mapping[str, Any]) -> ModelFacts:
         _check(config, name, done, f"{model_type} models")
     for name, least in (("rms_norm_eps", 0), ("rope_theta", 1e-9), ("routed_scaling_factor", 0)):
         number(config, name, 1.0, least)
-    for name in ("attention_bias", "norm_topk_prob", "rope_interleave", "use_sliding_window"):
+    for name in FLAGS:
         flag(config, name, False)
+    for name in ("hidden_act", "rms_norm_eps", "rope_theta"):
+        refuse_null(config, name, "give a value")
     if model_type == "deepseek_v3":
+        refuse_null(config, "routed_scaling_factor", "give a number")
         _check_deepseek(config, facts)
     else:
         _check_windows(config)
@@ -200,6 +213,7 @@ def _check_rope(config: Mapping[str, Any]) -> None:
                 continue
             raise ConfigError(f"rope_parameters: {name} is {value!r}, which rope_type {kind!r} does not have")
     number(rope, "rope_theta", 1.0, 1e-9)
+    refuse_null(rope, "rope_theta", "give a number")
     for name in (
         "factor",
         "low_freq_factor",

@@ -50,9 +50,12 @@ SMALL = {
 }
 
 
-def some(draw, strategy):
-    """A list of a value, of null, or of nothing at all."""
-    kind = draw(st.sampled_from(("value", "value", "null", "missing")))
+NULLABLE = ("mlp_only_layers", "head_dim", "tie_word_embeddings")
+
+
+def some(draw, name, strategy):
+    """A list of a value, of null where that is taken, or of nothing at all."""
+    kind = draw(st.sampled_from(("value", "value", "null" if name in NULLABLE else "value", "missing")))
     return [] if kind == "missing" else [None if kind == "null" else draw(strategy)]
 
 
@@ -101,7 +104,7 @@ def configs(draw):
         config["moe_intermediate_size"] = draw(st.integers(1, 9))
         fields |= {"mlp_only_layers": st.lists(st.integers(0, 7), max_size=3), "decoder_sparse_step": st.integers(1, 3)}
     for name, strategy in fields.items():
-        for value in some(draw, strategy):
+        for value in some(draw, name, strategy):
             config[name] = value
     return config
 
@@ -173,6 +176,68 @@ def test_fewer_layers_have_experts_than_there_are_layers():
     """`plan` once counted all 94 decoder layers, load_model 46."""
     sparse = MODEL_CONFIGS["qwen3-235b-a22b"] | {"decoder_sparse_step": 2, "mlp_only_layers": [1]}
     assert dimensions_of(sparse).shape.num_layers == 46 and dimensions_of(sparse).num_dense_layers == 3
+
+
+# Fields in which transformers takes no null, or breaks at it later, and null has the meaning that it has elsewhere.
+LENIENT = {"num_key_value_heads", "head_dim", *model_facts.FLAGS}
+
+
+@pytest.mark.parametrize("family", model_facts.MODEL_TYPES)
+def test_null_is_what_transformers_makes_of_it(family):
+    """Every field of the family: where transformers takes null, the same model is read here. Where it does not, one
+    that decides what is computed is refused by name.
+    """
+    from transformers import CONFIG_MAPPING
+
+    def content(config):
+        without_effect = ("return_dict", "num_nextn_predict_layers", "pretraining_tp", "attention_dropout")
+        known = {k: v or None for k, v in config.to_dict().items() if k not in without_effect}
+        return {k: v for k, v in known.items() if k not in ("head_dim", "layer_types")}
+
+    base = {k: v for k, v in SMALL[family].items() if k != "model_type"} | {"num_experts_per_tok": 2}
+    fields = {*CONFIG_MAPPING[family]().to_dict(), *model_facts._COUNTS[family], *model_facts.FLAGS, "rope_scaling"}
+    experts = next(name for name in model_facts._EXPERTS if name in base)
+    deciding = {*model_facts._COUNTS[family], "hidden_act", "rms_norm_eps", "rope_theta"} - LENIENT - {"q_lora_rank"}
+    deciding |= {"routed_scaling_factor"} if family == "deepseek_v3" else set()
+    deciding = deciding - {*model_facts._EXPERTS} | {experts}
+    for name in sorted((fields - {"model_type", "transformers_version", *model_facts._EXPERTS}) | deciding):
+        raw = base | {name: None}
+        if name in deciding:
+            for read in (dimensions_of, lambda c: read_config(c, random_weights=True)):
+                with pytest.raises((ConfigError, CheckpointError), match=f"{name} is null"):
+                    read({"model_type": family} | raw)
+            continue
+        ours, _ = read_config({"model_type": family} | raw, random_weights=True)
+        try:
+            theirs = CONFIG_MAPPING[family].from_dict(raw)
+        except Exception:
+            assert not getattr(ours, name) or name not in model_facts.FLAGS
+            continue
+        assert content(ours) == content(theirs), name
+
+
+def test_huge_counts_are_refused_before_anything_is_built():
+    for family in model_facts.MODEL_TYPES:
+        for name, value in (("num_hidden_layers", 1 << 21), ("head_dim", 1 << 30), ("qk_rope_head_dim", 1 << 30)):
+            if name.endswith("head_dim") and (name == "head_dim") == (family == "deepseek_v3"):
+                continue
+            with pytest.raises(ConfigError, match=f"^{name} is {value}; .* at most"):
+                dimensions_of(SMALL[family] | {name: value})
+            with pytest.raises(CheckpointError, match=f"{name} is {value}; .* at most"):
+                read_config(SMALL[family] | {name: value}, random_weights=True)
+
+
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
+def test_a_config_saved_by_transformers_is_the_published_one(name, tmp_path):
+    """transformers 5 writes other names than the published file has."""
+    from transformers import CONFIG_MAPPING
+
+    published = dict(MODEL_CONFIGS[name])
+    fields = {k: v for k, v in published.items() if k != "model_type"}
+    CONFIG_MAPPING[published["model_type"]].from_dict(fields).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert dimensions_of(saved) == dimensions_of(published)
+    assert supported_facts(saved) == supported_facts(published)
 
 
 @pytest.mark.parametrize("family", model_facts.MODEL_TYPES)
