@@ -212,7 +212,7 @@ def start_microbatch(
     pieces: Sequence[Piece],
     results_dtype: torch.dtype,
 ) -> EagerMicrobatch | GraphedMicrobatch:
-    """Embed a microbatch (see Decoder.start), with graphs if they serve it. step: with StepKeys, those of the graphs."""
+    """Embed a microbatch (see Decoder.start), with graphs if they serve. step: with StepKeys, those of the graphs."""
     state = decoder.start(step, token_ids, pieces)
     graphed = graphs.start(state) if graphs is not None else None
     return graphed or EagerMicrobatch(decoder, state, results_dtype)
