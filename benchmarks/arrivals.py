@@ -1,13 +1,12 @@
-"""A wave whose rows arrive in parts: one arrival-driven launch beside a call per part, and one call behind the last
-part.
+"""A wave whose rows arrive in parts: one arrival-driven launch, one call per part, and one call behind the last part.
 
     python benchmarks/arrivals.py
 
-On one GPU. Another stream stands for the dispatch: it waits as long as a broadcast of each part takes at --gbps, copies
-the part's rows to where the experts read them, and says that they are there. The first part is this rank's own, and
-there at once. Per row: `ms` from the start of the dispatch to the end of the experts, `last_arrival_ms` when the last
-part was there, and `resident_ms` of a call whose rows were all there before. All forms leave the same multiprocessors
-to collectives, and are held to the same bits before anything is timed.
+Runs on one GPU. Another stream stands for the dispatch. For each part it waits as long as a broadcast takes at --gbps,
+copies the part's rows to where the experts read them, and says that they are there. The first part is this rank's own
+and is there at once. Per row: `ms` from the start of the dispatch to the end of the experts, `last_arrival_ms` until
+the last part was there, and `resident_ms` for a call with all rows there before. All forms leave the same
+multiprocessors to collectives, and must give the same bits before anything is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pipemoe.errors import ConfigError
 
 FORMS = ("whole", "groups", "arrivals")
 SMS_FOR_COLLECTIVES = 8
-HEAD_START_CYCLES = 6_000_000  # some 3 ms, in which the host enqueues all of a round
+HEAD_START_CYCLES = 6_000_000  # about 3 ms, in which the host enqueues a whole round
 CASES = (
     ("qwen3-30b-a3b", 4096),
     ("qwen3-30b-a3b", 16384),
@@ -71,7 +70,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def split(num_rows: int, num_parts: int) -> list[int]:
-    """Rows of each of `num_parts` parts as equal as can be."""
+    """Rows of each of `num_parts` parts, as equal as possible."""
     bounds = [num_rows * i // num_parts for i in range(num_parts + 1)]
     return [stop - start for start, stop in itertools.pairwise(bounds)]
 
@@ -153,7 +152,7 @@ def measure(
 
 
 class DelayedWave:
-    """One wave, its receive buffer, and a stream in the place of the dispatch."""
+    """One wave, its receive buffer, and a stream that stands for the dispatch."""
 
     def __init__(self, layer: Layer, num_tokens: int, part_rows: list[int], weights: Any, gbps: float):
         import torch
@@ -183,7 +182,7 @@ class DelayedWave:
         torch.cuda.synchronize()
 
     def round(self, form: str) -> tuple[Any, Any, Any]:
-        """Enqueue one call in a form; events of its start, of the last part's arrival, and of its end."""
+        """Enqueue one call in a form. Returns events of its start, of the last part's arrival, and of its end."""
         import torch
 
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -226,7 +225,7 @@ class DelayedWave:
 
 
 def _cycles_of_ms() -> float:
-    """Of torch.cuda._sleep."""
+    """Cycles of torch.cuda._sleep in a millisecond."""
     import torch
 
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -24,7 +24,7 @@ def launched_rank() -> int:
 
 
 class RankParser(argparse.ArgumentParser):
-    """Of several ranks that read the same bad options, one complains."""
+    """All ranks read the same bad options; only one complains."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if launched_rank() == 0:
@@ -35,7 +35,7 @@ class RankParser(argparse.ArgumentParser):
         super().exit(status if launched_rank() == 0 else 0, message)
 
     def add_device(self) -> None:
-        """--device and --backend, which say the same, and --num-slots."""
+        """--device and --backend, two names for one choice, and --num-slots."""
         self.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda where there is one"
         )
@@ -74,9 +74,9 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 
 def run_on_ranks(name: str, run: Callable[[World], int], *, device: str, num_slots: int | None) -> int:
-    """Start the world, run, and let every rank leave together; the exit status.
+    """Start the world, run, and let all ranks leave together. Returns the exit status.
 
-    Errors of pipemoe that end no rank are raised on all of them: rank 0 prints one line, and the status is 2.
+    Errors of pipemoe that end no rank are raised on all of them; rank 0 then prints one line, and the status is 2.
     """
     import pipemoe
 
@@ -102,7 +102,7 @@ def _complain(name: str, error: PipemoeError, rank: int) -> int:
 
 
 class Progress:
-    """Lines on rank 0's standard error: what is being done, and how far a long loop is."""
+    """Lines on rank 0's standard error about what is being done, and how far a long loop has come."""
 
     def __init__(self, rank: int, interval_s: float = 5.0) -> None:
         self._speaks, self._interval_s = rank == 0, interval_s

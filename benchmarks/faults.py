@@ -1,11 +1,10 @@
-"""What survivors of a lost rank do: a rank is killed, or stopped, in the middle of a step, and the launcher does not
-clean up.
+"""What survivors do when a rank is killed or stopped in the middle of a step, and the launcher does not clean up.
 
     python benchmarks/faults.py 8 --json results.json
 
-Ranks run tests/faults/ranks.py, a GPU each where there are as many, else together on one, or on the CPU. Per fault:
-seconds from the signal until every survivor's process has ended (the watchdog's time is in the row), and what they
-said. The last line of stdout is the results as one JSON document (results_schema.py).
+Ranks run tests/faults/ranks.py, on a GPU each if there are enough, else together on one, or on the CPU. Per fault:
+seconds from the signal until every survivor's process has ended (the row has the watchdog's time), and what they said.
+The last line of stdout is the results as one JSON document (results_schema.py).
 """
 
 from __future__ import annotations

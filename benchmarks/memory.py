@@ -2,13 +2,12 @@
 
     launch/mpirun.sh -n 4 benchmarks/memory.py
 
-One MoE layer through PipelinedMoE, no attention. x, ids and weights are the caller's and exist before; so does the
-result, whose bytes are taken off. What is left of the peak (process_memory.py: of the process, or of the GPU as its
-driver sees it) is what pipemoe takes: in the capped modes the same within 5 % however many tokens there are, without
-the cap growing with them. The exit status is 1 when a capped mode grows.
+One MoE layer through PipelinedMoE, without attention. x, ids and weights are the caller's and exist before; the
+result's bytes are subtracted. The rest of the peak (process_memory.py: of the process, or of the GPU as its driver sees
+it) is what pipemoe takes. In the capped modes it must stay within 5 % however many tokens there are; without the cap it
+grows with them. The exit status is 1 if a capped mode grows.
 
-On a GPU that several ranks share, the driver's figure is all their memory together, and each rank is taken to hold its
-share.
+On a GPU that several ranks share, the driver's figure is the memory of all, and each rank counts with an equal share.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(world: World, options: argparse.Namespace) -> int:
-    """All cases on every rank; the exit status, which is 1 when a capped mode grew."""
+    """All cases on every rank. Returns the exit status, 1 if a capped mode grew."""
     on_gpu = world.device.type == "cuda"
     tokens = options.tokens or (4096 if on_gpu else 1024)
     cap = options.moe_max_num_tokens or max(1, tokens // 2)
@@ -78,7 +77,7 @@ def run(world: World, options: argparse.Namespace) -> int:
     weights = make_weights(world, options)
     rows = []
     for done, mode in enumerate(options.modes):
-        # what libraries set up at first use is no part of it
+        # what libraries set up at first use does not count
         measure(world, options, weights, mode, tokens * FACTORS[-1], cap)
         for factor in FACTORS:
             found = measure(world, options, weights, mode, tokens * factor, cap)
@@ -106,7 +105,7 @@ def run(world: World, options: argparse.Namespace) -> int:
 
 
 def grown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The capped modes that take more than 5 % more than at 1 x."""
+    """The capped modes that take over 5 % more than at 1 x."""
     return sorted({row["mode"] for row in rows if row["capped"] and row["growth"] > MAX_GROWTH})
 
 
@@ -126,9 +125,7 @@ def make_weights(world: World, options: argparse.Namespace) -> list[Any]:
 def measure(
     world: World, options: argparse.Namespace, weights: list[Any], mode: str, num_tokens: int, cap: int
 ) -> dict[str, int]:
-    """Peak and workspace of one configuration, from its making to the end of its second call; the largest over
-    ranks.
-    """
+    """Peak and workspace of one configuration, from its making to the end of its second call; largest over ranks."""
     import torch
 
     import pipemoe

@@ -19,7 +19,7 @@ run() {
     launch/one_gpu.sh 4 "$@" || status=1
 }
 
-# ttft FILE ARGUMENTS: the model's modes on the same inputs, by the costs that part tune has measured.
+# ttft FILE ARGUMENTS: the model's modes on the same inputs, by the costs that the part `tune` has measured.
 ttft() {
     local file=$1
     shift
@@ -34,12 +34,13 @@ for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm}
             --rank-tokens 1,0,0,0 --trace benchmarks/traces/azure2023_conv.csv --num-requests 16 --draws 12 --rounds "${PIPEMOE_BENCH_ROUNDS:-9}" --parity-layers 4
         ;;
     lockstep)
-        # The same lockstep with the slot that it does not need given to larger collectives.
+        # The same lockstep, but the slot that it does not need goes to larger collectives.
         PIPEMOE_NUM_SLOTS=1 ttft ttft_lockstep.json --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16 --rank-tokens 8192,1024,512,0 \
             --modes padded,chunked,broadcast --rounds 5 --parity-layers 1
         ;;
     front) ttft ttft_front.json --rank-tokens 8192,1024,512,0 --modes broadcast,auto --budgets 0,5,20 --rounds 5 --parity-layers 1 ;;
-    memory | overlap | comm) run "benchmarks/$part.py" --json "$results/$part.json" ;;
+    memory | overlap) run "benchmarks/$part.py" --json "$results/$part.json" ;;
+    comm) run benchmarks/comm --json "$results/comm.json" ;;
     *)
         echo "one_gpu.sh: no part $part" >&2
         status=2

@@ -1,15 +1,14 @@
-"""What running two operations side by side does to both: attention, experts, dispatch and combine, each alone and in
-pairs.
+"""How two operations slow each other down side by side: attention, experts, dispatch, combine, alone and in pairs.
 
     launch/one_gpu.sh 4 benchmarks/overlap.py
 
 The known doubt about cohorts is that overlapping attention with experts slows both down. For every pair that a plan may
-put side by side, both sides run over and over in lanes of their own, first alone and then together, so often that they
-take about as long (pipemoe.contention, which `pipemoe tune` measures by as well). Per row:
+put side by side, both sides run repeatedly in lanes of their own, first alone and then together, so often that they
+take about equally long (pipemoe.contention, which `pipemoe tune` uses too). Per row:
 
     a_slowdown, b_slowdown    time together / time alone of either side
     a_speed, b_speed          of either side while the other is under way, as a share of its speed alone
-    gain                      (a alone + b alone) / both together: 1 is no better than one after the other, 2 is perfect
+    gain                      (a alone + b alone) / both together: 1 is as good as one after the other, 2 is perfect
     overlap_pct               OSU's figure, 100 (1 - (together - compute) / communication); null for two computations
 """
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def operations(world: World, model: BenchModel, num_tokens: int, dtype: Any) -> Operations:
-    """Those of the model's first MoE layer, `num_tokens` tokens from every rank."""
+    """The operations of the model's first MoE layer, with `num_tokens` tokens from every rank."""
     from pipemoe.experts import make_experts
     from pipemoe.models.loading import load_decoder
 
@@ -89,7 +88,7 @@ def pair_row(names: tuple[str, str], times: PairTimes) -> dict[str, Any]:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = RankParser(description="Slowdown of both sides when two operations overlap.")
     parser.add_device()
-    parser.add_argument("--model", help="as of ttft.py (default: small on a CPU, else qwen3-30b-a3b)")
+    parser.add_argument("--model", help="as of benchmarks/ttft (default: small on a CPU, else qwen3-30b-a3b)")
     parser.add_argument(
         "--tokens",
         type=positive(int),
@@ -109,7 +108,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(world: World, options: argparse.Namespace) -> int:
-    """All pairs on every rank; the exit status."""
+    """All pairs on every rank. Returns the exit status."""
     import torch
 
     if world.num_slots < 2 or world.size < 2:

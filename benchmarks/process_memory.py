@@ -1,8 +1,8 @@
-"""How much memory this process, or this device, holds and has held at most since a mark.
+"""How much memory this process or this device holds, and the most that it has held since a mark.
 
-Host: VmRSS and VmHWM of /proc/self/status; writing 5 to /proc/self/clear_refs starts the high-water mark anew (Linux).
-GPU: the device's memory in use as the driver reports it. That is all processes' together, so ranks that share a GPU
-must go through the marks in step. torch keeps what it has freed; the mark makes it give that back first, so that the
+Host: VmRSS and VmHWM of /proc/self/status; writing 5 to /proc/self/clear_refs restarts the high-water mark (Linux).
+GPU: the device's memory in use as the driver reports it. That is the memory of all processes, so ranks that share a GPU
+must go through the marks in step. torch keeps what it has freed; the mark makes it give that back first, so the
 driver's figure afterwards is the peak.
 """
 
@@ -24,7 +24,7 @@ _MMAP_BYTES = 64 << 10
 
 
 def use_exact_malloc() -> None:
-    """Let every larger block be a mapping of its own, so that freed memory leaves the process. Only glibc needs it."""
+    """Give every larger block a mapping of its own, so that freed memory leaves the process. Only glibc needs it."""
     try:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
     except AttributeError:
@@ -32,7 +32,7 @@ def use_exact_malloc() -> None:
 
 
 class MemoryMark:
-    """Memory in use now; `peak_bytes` is how far it has been exceeded since."""
+    """Memory in use now; `peak_bytes` is how far the process has exceeded it since."""
 
     def __init__(self, device: torch.device) -> None:
         import torch

@@ -1,11 +1,11 @@
-"""Puts results into a Markdown page, so that no figure there is typed by hand.
+"""Puts results into a Markdown page, so that nobody types figures.
 
-The page marks where a table goes and from which results; what stands between the marks is replaced:
+The page marks where a table goes, and its results; everything between the marks is replaced:
 
     <!-- results: benchmarks/results/h200_one_gpu/ttft.json -->
     <!-- end of results -->
 
-Or `verdicts:` in place of `results:`, with results of ttft: who is ahead of whom, as ttft/judge.py says.
+With `verdicts:` in place of `results:`, for results of ttft: who is ahead of whom, as ttft/judge.py says.
 
 python benchmarks/readme_table.py README.md            # rewrite the page
 python benchmarks/readme_table.py --check README.md    # exit status 1 when the page is not what its results say
@@ -39,7 +39,7 @@ _MARKED = re.compile(
 
 
 def _plain_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Every field of the first row whose values are single ones, as they are."""
+    """Every field of the first row that is a single value, as it is."""
     names = [name for name, value in rows[0].items() if not isinstance(value, (list, dict))]
     return [names, *(["-" if row.get(name) is None else str(row[name]) for name in names] for row in rows)]
 
@@ -61,11 +61,11 @@ def _memory_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _ttft_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """All but the steps drawn from traces, of which the verdicts speak."""
+    """All but the steps drawn from traces, which the verdicts cover."""
     return ttft_cells([row for row in rows if row.get("trace") is None])
 
 
-# How a benchmark's rows become cells; the others are written as they are.
+# How rows become cells; those of other benchmarks are written as they are.
 _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {
     "ttft": _ttft_cells,
     "memory": _memory_cells,
@@ -80,9 +80,7 @@ _CONTEXT: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
 
 
 def markdown_table(document: Mapping[str, Any], kind: str = "results") -> str:
-    """The document's rows, or verdicts on them, as a Markdown table, and below it machine, commit and the exact
-    command.
-    """
+    """The document's rows, or verdicts on them, as a Markdown table; below it machine, commit and the exact command."""
     rows = document["rows"]
     if not rows:
         raise InputError("the results have no rows")
@@ -104,7 +102,7 @@ def markdown_table(document: Mapping[str, Any], kind: str = "results") -> str:
 
 
 def fill_page(page: str) -> str:
-    """`page` with every marked table rendered anew; InputError when it marks none."""
+    """`page` with every marked table rendered anew. Raises InputError if it marks none."""
     if not _MARKED.search(page):
         raise InputError("the page has no line <!-- results: path.json --> that <!-- end of results --> follows")
 

@@ -1,11 +1,11 @@
-"""Request traces: when requests came and how long they were. Reads them, scales them and deals them out to ranks.
+"""Request traces: when requests came and how long they were. Reads, scales and deals them out to ranks.
 
 Two formats, told apart by the first character:
 - CSV with a header that has at least `timestamp_ms` or `timestamp_s`, `input_tokens` and `output_tokens`
 - JSON lines as Mooncake publishes them: {"timestamp": ms, "input_length": ..., "output_length": ..., ...}
 
-Others write JSON lines under the same names with times in seconds. Read as milliseconds they would be a thousand times
-too dense, so a trace of more than a thousand requests a second is refused until its unit is said.
+Others write JSON lines under the same names with times in seconds. Read as milliseconds, they would be a thousand times
+too dense. So a trace of more than a thousand requests a second is refused until its unit is said.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _CSV_TIMES = {"timestamp_ms": "ms", "timestamp_s": "s"}  # columns of the time, 
 _CSV_FIELDS = ("input_tokens", "output_tokens")
 _JSONL_FIELDS = ("timestamp", "input_length", "output_length")
 UNITS = {"ms": 1.0, "s": 1000.0}  # in ms
-_DENSE_MS = 1.0  # between requests, on average: denser times are doubted
-_ENOUGH = 100  # requests of a CSV trace, whose column says its unit, before they are
+_DENSE_MS = 1.0  # between requests, on average; denser traces need their unit said
+_ENOUGH = 100  # requests of a CSV trace (its column says the unit) before that holds
 _MOST_TOKENS = 1_000_000_000
 
 
@@ -40,10 +40,10 @@ class Request:
 
 
 def read_trace(path: str | os.PathLike[str], unit: str | None = None) -> list[Request]:
-    """All requests of the trace at `path`, in order of time; InputError names file, line and value of the first bad
+    """All requests of the trace at `path`, in order of time. InputError names file, line and value of the first bad
     one.
 
-    unit: of its times, "ms" or "s"; None: what the format says, if the times are not too dense for that.
+    unit: of its times, "ms" or "s"; None: as the format says, unless the times are too dense for that.
     """
     if unit is not None and unit not in UNITS:
         raise InputError(f"the unit of a trace's times is {unit!r}; it must be one of {', '.join(UNITS)}")
@@ -79,9 +79,8 @@ def read_trace(path: str | os.PathLike[str], unit: str | None = None) -> list[Re
     if unit is None and len(requests) >= (2 if is_jsonl else _ENOUGH) and 0 < span_ms < _DENSE_MS * len(requests):
         raise InputError(
             f"{path}: {len(requests)} requests within {span_ms:g} ms, if {fields[0]} is in {written}. If it is in "
-            "seconds, say so with "
-            "--trace-unit s (in CSV: a column timestamp_s); if they do come as fast as that, with --trace-unit "
-            f"{written}"
+            "seconds, say so with --trace-unit s (in CSV: a column timestamp_s); if they do come as fast as that, with "
+            f"--trace-unit {written}"
         )
     return requests
 

@@ -1,10 +1,9 @@
 """The one form that every benchmark's results have, on disk and as the last line of stdout.
 
-    {"schema": "pipemoe.bench/1", "benchmark": ..., "command": ..., "commit": ..., "machine": {...}, "rows": [{...},
-    ...]}
+    {"schema": "pipemoe.bench/1", "benchmark": ..., "command": ..., "commit": ..., "machine": {...}, "rows": [...]}
 
-`command` can be run again from the checkout; `commit` is null outside a git checkout and ends in "+" when files
-differed; `machine` has facts, but no host names and no paths. Unknown numbers are null, never NaN or infinity.
+`command` can be run again from the checkout. `commit` is null outside a git checkout, and ends in "+" if files
+differed. `machine` has facts, but no host names and no paths. Unknown numbers are null, never NaN or infinity.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from pipemoe.output_path import write_whole
 
 SCHEMA = "pipemoe.bench/1"
 
-# What a row of a benchmark has at least, and of which types. A number may also be null.
+# The fields that a row must have, and their types. A number may also be null.
 _NUMBER = (int, float, type(None))
 ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
     "ttft": {
@@ -62,8 +61,7 @@ ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "floor_ms": _NUMBER,
         "ratio_to_floor": _NUMBER,
         "rel_err": _NUMBER,
-        # Of pipemoe's rows alone, null in the others: parts of a call by themselves, and the host's time for an eager
-        # call.
+        # Only in pipemoe's rows, null in others: parts of a call alone, and the host's time for an eager call.
         "routing_us": _NUMBER,
         "index_us": _NUMBER,
         "host_us": _NUMBER,
@@ -100,7 +98,7 @@ def results_document(benchmark: str, rows: Sequence[Mapping[str, Any]]) -> dict[
 
 
 def validate(document: Any) -> None:
-    """Raise InputError that lists everything by which `document` departs from the schema."""
+    """Raise InputError that lists all that is wrong with `document`."""
     if not isinstance(document, dict):
         raise InputError(f"results: a {type(document).__name__} instead of an object")
     faults = _faults("results", document, _DOCUMENT_FIELDS)
@@ -144,7 +142,7 @@ def print_results(document: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON has it: numpy and torch scalars and arrays as Python's, NaN and infinities as None."""
+    """`value` for JSON: numpy and torch scalars and arrays become Python's, NaN and infinities None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -211,7 +209,7 @@ def machine() -> dict[str, Any]:
 
 
 def _loaded(module: str, fact: Any) -> Any:
-    """A fact of a module that the benchmark has loaded; what it did not load is no part of its figures."""
+    """A fact about a module, if the benchmark has loaded it: others have no part in its figures."""
     return fact(sys.modules[module]) if module in sys.modules else None
 
 

@@ -42,9 +42,11 @@ ttft() {
 
 for part in ${PIPEMOE_BENCH_PARTS:-qwen3-30b-a3b faults comm deepseek-v3 overlap memory}; do
     case $part in
-    comm | overlap | memory) run "benchmarks/$part.py" --json "$results/$part.json" ;;
+    overlap | memory) run "benchmarks/$part.py" --json "$results/$part.json" ;;
+    comm) run benchmarks/comm --json "$results/comm.json" ;;
     qwen3-30b-a3b) ttft "$part" 48 16 ;;
-    # Three dense layers, and MoE layers of about 23 / N GiB each in a third of the memory: the rest is for the workspaces of all modes.
+    # Three dense layers, and MoE layers of about 23 / N GiB each in a third of the memory; the rest is for the workspaces
+    # of all modes.
     deepseek-v3)
         moe_layers=$((num_ranks * $(gpu_gib) / 3 / 23))
         ttft "$part" $((3 + moe_layers)) $((moe_layers < 4 ? moe_layers : 4))

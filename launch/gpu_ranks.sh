@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# N ranks on this host's GPUs: a GPU each where there are as many, all on one otherwise.
+# N ranks on this host's GPUs: a GPU each if there are enough, else all on one.
 #
 #   launch/gpu_ranks.sh N (script.py | -m module) [arguments]
 #
-# See launch/mpirun.sh and launch/one_gpu.sh, one of which it becomes, for the variables that they obey.
+# It becomes launch/mpirun.sh or launch/one_gpu.sh: see there for the variables that they obey.
 set -euo pipefail
 launch=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=launch/environment.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the checkout's .venv and installs pipemoe with what this machine needs. Does nothing when that is done already.
+# Makes the checkout's .venv and installs pipemoe with what this machine needs, unless that is done already.
 #
 #   launch/install.sh
 #
@@ -31,7 +31,7 @@ cuda_extra() {
 cuda=$(cuda_extra)
 extras="models,bench,test,${cuda:-compiler}"
 
-# Where MPI is installed, mpi4py uses that one (it knows the cluster's network); the wheel is for machines without.
+# An installed MPI is used by mpi4py (it knows the cluster's network); the wheel is for machines without one.
 if command -v mpirun >/dev/null && [ "$(command -v mpirun)" != "$PWD/.venv/bin/mpirun" ]; then
     system_mpi=yes
 else

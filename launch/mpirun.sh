@@ -8,10 +8,10 @@
 #   PIPEMOE_MPIRUN        the mpirun to use (else the one beside that Python, else the one on PATH)
 #   PIPEMOE_MPIRUN_FLAGS  more flags for mpirun, split at blanks
 #
-# Ends with status 70 when any rank did (the ranks could no longer work together), else with mpirun's own, which is no more than "not 0":
-# MPICH's and Intel's is the bitwise or of the ranks' (3 and 5 give 7), and a rank may be ended for another's fault. The ranks of
-# this host tell it through a folder in TMPDIR (default /tmp); so do those of other hosts where they share that. What MPI leaves in
-# /dev/shm of this host when a job ends badly is removed, this job's own only.
+# Ends with status 70 if any rank did (the ranks could no longer work together), else with mpirun's own status. That says
+# no more than "not 0": MPICH's and Intel's is the bitwise OR of the ranks' (3 and 5 give 7), and a rank may be ended for
+# another's fault. Ranks report through a folder in TMPDIR (default /tmp), those of other hosts too if they share it. What
+# MPI leaves in /dev/shm of this host when a job ends badly is removed, but only this job's own.
 #
 # GPUs are not assigned here: all ranks see all GPUs of their host and pipemoe.init() takes the one of its local rank
 # (local rank modulo number of GPUs). A CUDA_VISIBLE_DEVICES per rank would hide the peers' GPUs from one another.
@@ -57,8 +57,8 @@ if [ -z "$mpirun" ]; then
     fi
 fi
 
-# A share of the cores per rank: numerical libraries would otherwise start a thread per core in every rank.
-# (nproc obeys OMP_NUM_THREADS, so it is asked without.)
+# A share of the cores per rank: otherwise numerical libraries start a thread per core in every rank.
+# (nproc obeys OMP_NUM_THREADS, so it is called without it.)
 num_cores=$(env -u OMP_NUM_THREADS nproc)
 num_hosts=1
 if [ -n "$hostfile" ]; then
@@ -75,7 +75,7 @@ export NUMBA_NUM_THREADS=${NUMBA_NUM_THREADS:-$OMP_NUM_THREADS}
 
 # One hardware queue per stream of every cohort slot.
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-32}
-# A kernel loaded at its first launch may wait for all that runs, also for a collective that waits for it.
+# A kernel that is loaded at its first launch may wait for all that runs, even for a collective that waits for it.
 export CUDA_MODULE_LOADING=${CUDA_MODULE_LOADING:-EAGER}
 # NCCL's implicit order over communicators would tie a short cohort to a long one.
 export NCCL_LAUNCH_ORDER_IMPLICIT=${NCCL_LAUNCH_ORDER_IMPLICIT:-0}
@@ -83,7 +83,7 @@ export NCCL_LAUNCH_ORDER_IMPLICIT=${NCCL_LAUNCH_ORDER_IMPLICIT:-0}
 PIPEMOE_JOB_NOTES=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_job.XXXXXX")
 export PIPEMOE_JOB_NOTES
 
-# in_use FILE: has any process that can be seen here mapped it?
+# in_use FILE: has a process that we can see mapped it?
 in_use() {
     grep -qsF -- "$1" /proc/[0-9]*/maps
 }
@@ -112,7 +112,7 @@ case $version in
     flags+=(--oversubscribe --bind-to none)
     [ "$(id -u)" != 0 ] || flags+=(--allow-run-as-root)
     [ -z "$hostfile" ] || flags+=(--hostfile "$hostfile")
-    # Ranks that share a core must give it away while they wait.
+    # Ranks that share a core must yield it while they wait.
     [ "$ranks_per_host" -le "$num_cores" ] || export OMPI_MCA_mpi_yield_when_idle=1
     # Open MPI hands only its own variables to other hosts.
     while read -r name; do
@@ -138,13 +138,13 @@ stop() {
 }
 trap stop HUP INT TERM
 
-# In the background, because bash runs traps only between foreground commands. What bash takes from such a command is given back: its
-# input, and heeding an interrupt from the keyboard; and it ends with this script where that is killed.
+# In the background, because bash runs traps only between foreground commands. A background command loses its input and
+# ignores an interrupt from the keyboard: both are given back. It also ends if this script is killed.
 as_if_in_front=()
 ! env --default-signal=INT,QUIT true 2>/dev/null || as_if_in_front+=(env --default-signal=INT,QUIT)
 ! setpriv --pdeathsig KILL true 2>/dev/null || as_if_in_front+=(setpriv --pdeathsig KILL)
 
-# mpi4py's runner turns an exception on one rank into the end of all; without it the others would wait for ever.
+# With mpi4py's runner an exception on one rank ends all; otherwise the others would wait for ever.
 command=("$mpirun" "${flags[@]}" ${more_flags[@]+"${more_flags[@]}"} "$launch/rank.sh" "$python" -m mpi4py "$@")
 ${as_if_in_front[@]+"${as_if_in_front[@]}"} "${command[@]}" <&0 &
 mpirun_pid=$!

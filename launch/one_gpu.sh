@@ -46,16 +46,16 @@ print(nccl.get_version(), torch.cuda.get_device_properties(0).multi_processor_co
 ') || fail "$python cannot load torch and NCCL through cupy (see: pipemoe doctor)"
 read -r nccl_version num_sms <<<"$facts"
 
-# Under MPS the ranks' hardware queues together are limited: 96 work, with 128 a rank's first CUDA call fails. A slot needs
+# MPS limits the hardware queues of all ranks together: 96 work; with 128 a rank's first CUDA call fails. A slot needs
 # five: three lanes, and a stream of NCCL's own for each of its two communicators.
 export PIPEMOE_NUM_SLOTS=${PIPEMOE_NUM_SLOTS:-$((num_ranks <= 8 ? 2 : 1))}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-$((5 * PIPEMOE_NUM_SLOTS + 2))}
 
-# With 8 ranks of 12 % each not even one block per collective would have room; with the whole GPU each it has.
+# With 8 ranks of 12 % each there is no room for even one block per collective; with the whole GPU for each there is.
 export CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=${CUDA_MPS_ACTIVE_THREAD_PERCENTAGE:-$((num_ranks <= 4 ? 100 / num_ranks : 100))}
 
-# Room for thread blocks: dispatch and combine of every slot of every rank may spin at once. A share says on how many SMs a
-# rank may run, not on which, so all of them may be this rank's; they must leave it half.
+# Room for thread blocks: dispatch and combine of every slot of every rank may spin at once. A share says on how many SMs
+# a rank may run, not on which, so all may spin on this rank's; they must leave it half.
 share=$((num_sms * CUDA_MPS_ACTIVE_THREAD_PERCENTAGE / 100 - 1)) # MPS rounds down
 fits=$((share / 2 / (2 * PIPEMOE_NUM_SLOTS * num_ranks)))
 needed="$num_ranks ranks x 2 x $PIPEMOE_NUM_SLOTS slots"
@@ -69,7 +69,7 @@ if [ "$nccl_version" -ge 23003 ]; then
     export NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0
     recipe="ranks share the GPU"
 else
-    # Older ones take each rank for a host of its own and go over loopback sockets.
+    # Older ones must take each rank for a host of its own, and go over loopback sockets.
     export PIPEMOE_NCCL_HOSTIDS=1 NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1
     recipe="loopback sockets"
 fi
@@ -83,7 +83,7 @@ mkdir "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
 # shellcheck disable=SC2317 # called by a trap
 stop_mps() {
     trap '' HUP INT TERM
-    # A client that is stuck must not keep MPS, nor MPS this script.
+    # A stuck client must not keep MPS alive, nor MPS this script.
     echo "quit -t 5" | timeout 30 nvidia-cuda-mps-control >/dev/null 2>&1 || true
     local pid=
     if [ -f "$CUDA_MPS_PIPE_DIRECTORY/nvidia-cuda-mps-control.pid" ]; then
@@ -105,7 +105,7 @@ stop_command() {
 trap stop_mps EXIT
 trap stop_command HUP INT TERM
 
-# Its output goes to a file, because a daemon keeps what it is given open.
+# Its output goes to a file, because a daemon keeps open what it is given.
 env -u LD_PRELOAD nvidia-cuda-mps-control -d >"$mps/start.log" 2>&1 || fail "MPS does not start: $(cat "$mps/start.log")"
 [ -z "$stopped" ] || exit 143
 

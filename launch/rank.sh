@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs once per rank, between mpirun (or srun) and the command: what only the rank itself can set.
-#   PIPEMOE_NCCL_HOSTIDS  not empty: each rank tells NCCL that it is a host of its own (several ranks on one GPU, older NCCL)
+# Runs once per rank, between mpirun (or srun) and the command, and sets what only the rank itself can set.
+#   PIPEMOE_NCCL_HOSTIDS  not empty: each rank tells NCCL that it is a host of its own (several ranks on one GPU, with an
+#                         older NCCL)
 #   PIPEMOE_RANK_LOGS     a folder: ranks other than 0 write their output to rank<r>.log there
 set -euo pipefail
 

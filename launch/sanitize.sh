@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Small launches of every kernel family on a GPU under NVIDIA's compute-sanitizer: memcheck, racecheck, or the tools named.
-# Where there is no compute-sanitizer it says so, checks nothing and exits 0.
+# Runs small launches of every kernel family on a GPU under NVIDIA's compute-sanitizer: memcheck, racecheck, or the tools
+# named. Without compute-sanitizer it says so, checks nothing and exits 0.
 #
 #   launch/sanitize.sh [memcheck | racecheck | synccheck | initcheck ...]      (default: memcheck racecheck)
 #

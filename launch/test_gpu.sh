@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All tests that need a GPU: those of one process, then those of an MPI job (a GPU per rank, or its ranks on one GPU), and beside them
-# those of faults, which run jobs of their own.
+# All tests that need a GPU: those of one process, then those of an MPI job (a GPU per rank, or all ranks on one GPU), and
+# beside them those of faults, which run jobs of their own.
 #
 #   launch/test_gpu.sh [ranks ...]      (default: 4, or as many as there are GPUs if several)
 #

@@ -3,11 +3,11 @@
     launch/mpirun.sh -n 4 benchmarks/comm
     launch/mpirun.sh -n 8 benchmarks/comm --max-bytes 256M --counts skewed
 
-Columns as nccl-tests has them. size: bytes of the rows that tokens own, over all ranks (padding is not counted, so it
-shows as lower bandwidth); time: median over iterations of the slowest rank, us; algbw = size / time, busbw = algbw x
-nccl-tests' factor, GB/s; #wrong: elements on all ranks with a wrong value, checked with real data. Before each timed
-one, all ranks meet, and on a GPU the L2 cache is flushed; times are CUDA events there, the host's clock on a CPU (from
-posting to completion).
+Columns are those of nccl-tests. size: bytes of the tokens' rows over all ranks (padding does not count, so it shows as
+lower bandwidth). time: of the slowest rank, median over iterations, us. algbw = size / time, busbw = algbw x
+nccl-tests' factor, GB/s. #wrong: wrong elements on all ranks, checked with real data. Before each timed exchange all
+ranks meet, and a GPU's L2 cache is flushed. Times are CUDA events on a GPU, and the host's clock on a CPU (from posting
+to completion).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"cpu": ("4M", 10, 2), "cuda": ("256M", 20, 5)}  # largest size, iterations, warm-up
 L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
-# of polling, between two looks of the engine at its peers; it would rest meanwhile, which is for long steps
+# Poll for so long between two looks of the engine at its peers; it would rest meanwhile, which suits only long steps.
 BURST_S = 1e-3
 COUNTS = ("equal", "skewed")
 _COLUMNS = ("exchange", "counts", "size", "count", "type", "time", "algbw", "busbw", "#wrong")
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def run(world: World, options: argparse.Namespace) -> int:
-    """All cases on every rank; the exit status, which is 1 when data were wrong."""
+    """All cases on every rank. Returns the exit status, 1 if data were wrong."""
     if world.size == 1:
         raise ConfigError("one rank has nobody to exchange with; start several (launch/mpirun.sh -n 4 benchmarks/comm)")
     import torch
@@ -214,5 +214,7 @@ def _line(cells: Sequence[Any]) -> str:
 if __name__ == "__main__":
     options = parse()
     sys.exit(
-        run_on_ranks("comm.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots)
+        run_on_ranks(
+            "benchmarks/comm", lambda world: run(world, options), device=options.device, num_slots=options.num_slots
+        )
     )

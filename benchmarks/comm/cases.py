@@ -1,7 +1,7 @@
-"""The exchanges that comm.py times: for each, its wave, its buffers filled with data that can be checked, and its call.
+"""The exchanges that benchmarks/comm times: each with its wave, buffers of data that can be checked, and its call.
 
-Grouped broadcast and padded all-gather bring rows to every rank (bytes); grouped reduce, reduce-scatter and gather
-bring sums to the rows' owners. All through pipemoe's own transport, on the communicators of slot 0.
+Grouped broadcast and padded all-gather bring rows to every rank (bytes). Grouped reduce, reduce-scatter and gather
+bring sums to the rows' owners. All go through pipemoe's own transport, on the communicators of slot 0.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ class Exchange:
     scattered: bool
 
     def bus_factor(self, num_ranks: int) -> float:
-        """Source: nccl-tests, doc/PERFORMANCE.md (broadcast and reduce 1; all-gather, reduce-scatter, gather (R - 1) /
-        R).
-        """
+        """Broadcast and reduce: 1; all-gather, reduce-scatter, gather: (R - 1) / R (nccl-tests, doc/PERFORMANCE.md)."""
         return (num_ranks - 1) / num_ranks if self.scattered else 1.0
 
 
@@ -58,7 +56,7 @@ def rank_rows(num_rows: int, num_ranks: int, counts: str) -> list[int]:
 
 
 def wave_of(rows: list[int], padded: bool) -> Wave:
-    """The wave that holds rows[r] rows of rank r; padded: in blocks of the longest."""
+    """The wave with rows[r] rows of rank r; padded: each padded to the longest."""
     block = max(rows)
     begins = [rank * block for rank in range(len(rows))] if padded else [0, *accumulate(rows)]
     segments = tuple(Segment(rank, 0, count, begin) for rank, (count, begin) in enumerate(zip(rows, begins)) if count)
@@ -69,7 +67,7 @@ class Case:
     """An exchange on `rows` (per rank) of `width` elements, on this rank.
 
     Every element that a rank sends is a small whole number, a function of owner, row and column (and, for sums, of the
-    sender), exact in every dtype, so that every element that arrives has one right value.
+    sender). It is exact in every dtype, so every element that arrives has one right value.
     """
 
     def __init__(self, world: World, exchange: Exchange, rows: list[int], width: int, dtype: torch.dtype) -> None:
@@ -89,7 +87,7 @@ class Case:
             self._sums = WaveSums(self._buffer, self._results, staging)
 
     def fill(self) -> None:
-        """Data to send where it is sent from, wrong values where some are to arrive."""
+        """Write data where it is sent from, and wrong values where it is to arrive."""
         self._buffer.fill_(99)
         for result in self._results:
             result.fill_(99)

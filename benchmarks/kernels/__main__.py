@@ -5,13 +5,13 @@
 
 A call must do 6 x pairs x H x I operations and read the weights of every expert that has a row. Its floor is the larger
 of operations / dense rate and bytes / copy bandwidth, both measured first, in this run. Every implementation gets the
-same rows and is checked against float64 on a sample of them before it is timed; times are medians over interleaved
+same rows and is checked against float64 on a sample of them before it is timed. Times are medians over interleaved
 rounds of graph replays of the whole call with a flushed L2 cache. Beside pipemoe's times stand those of its router and
-its index by themselves, and what the host takes to enqueue a call that no graph has captured. liger-kernel is compared
-with where it is installed (kernels_liger.py). pipemoe_fp8 is pipemoe in e4m3, on the layers of FP8_LAYERS; that floor
-has half the bytes, and twice the rate. An implementation that fails, or a peer whose turn comes after `--seconds`,
-leaves a row without figures. At the end the figures are held against the bars (kernels_judge.py): the status is 1 if
-one of pipemoe's own rows is missing.
+its index alone, and the host's time to enqueue a call that no graph has captured. liger-kernel takes part if it is
+installed (liger.py). pipemoe_fp8 is pipemoe in e4m3, on the layers of FP8_LAYERS; its floor has half the bytes and
+twice the rate. An implementation that fails, or a peer whose turn comes after `--seconds`, leaves a row without
+figures. At the end the figures are compared with the bars (judge.py). The status is 1 if one of pipemoe's own rows is
+missing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.kernels.judge import judge, verdict_table
 from benchmarks.kernels.table import kernels_summary
 from pipemoe.errors import ConfigError
 
-# norm ratio; e4m3 itself costs about 6e-2 on normal data (see kernels/NOTES.md)
+# Norm ratio; e4m3 itself costs about 6e-2 on normal data (see kernels/NOTES.md).
 MAX_ERROR = {"bf16": 1e-2, "fp8": 8e-2}
 SAMPLE = 24  # rows compared with float64
 DEVICE = "cuda"
@@ -122,9 +122,7 @@ def measure(
     *,
     ours_alone: bool = False,
 ) -> list[dict[str, Any]]:
-    """Check and time all implementations on one cell; a row of results each, without figures for one that fails or is
-    left out.
-    """
+    """Check and time all implementations on one cell. Returns a row each, without figures if it fails or is skipped."""
     import torch
 
     from benchmarks.kernels.peers import PEERS
@@ -138,7 +136,7 @@ def measure(
     floor_ms = max(operations / ceilings["tflops"] / 1e9, weight_bytes / ceilings["copy_tbps"] / 1e9)
     sample = torch.linspace(0, num_tokens - 1, min(SAMPLE, num_tokens), device=DEVICE).long()
     wanted = expected_rows(rows, weights, sample)
-    calls, outs, graphs, errors = {}, {}, {}, {}  # calls and outs are kept: their memory is in the graphs
+    calls, outs, graphs, errors = {}, {}, {}, {}  # graphs use the memory of calls and outs: keep these
     for impl in impls:
         if ours_alone and not _is_ours(impl):
             continue
@@ -201,9 +199,7 @@ def _dtype_of(impl: str) -> str:
 
 
 def time_parts(layer: Layer, weights: Any, rows: Any) -> dict[str, float | None]:
-    """Microseconds of the router's kernel for as many tokens, and of the index kernels; None where Hopper's do not
-    run.
-    """
+    """Microseconds of the router and of the index kernels, for these tokens; None where Hopper's do not run."""
     import torch
 
     if torch.cuda.get_device_capability() != (9, 0):
@@ -228,5 +224,5 @@ if __name__ == "__main__":
     try:
         sys.exit(run(parse()))
     except ConfigError as error:
-        print(f"kernels.py: {error}", file=sys.stderr)
+        print(f"benchmarks/kernels: {error}", file=sys.stderr)
         sys.exit(2)

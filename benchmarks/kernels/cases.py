@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
 TOKENS = (64, 512, 4096, 16384)
-SEEDS = 40  # routings tried for one whose local pairs are as many as expected
+SEEDS = 40  # routings tried, to find one with the expected number of local pairs
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One MoE layer, of which this rank has the experts [0, num_local_experts)."""
+    """One MoE layer; this rank has its experts [0, num_local_experts)."""
 
     hidden: int
     intermediate: int
@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def routing(self) -> RoutingSpec:
-        """How models of such layers route: 256 experts as DeepSeek-V3, fewer as Qwen3-MoE and Mixtral."""
+        """How models of such layers route: with 256 experts as DeepSeek-V3, with fewer as Qwen3-MoE and Mixtral."""
         from pipemoe.models.routing import SIGMOID, RoutingSpec
 
         if self.num_experts < 256:
@@ -75,7 +75,7 @@ def make_weights(layer: Layer, device: torch.device) -> ExpertWeights:
 
 
 def make_rows(layer: Layer, num_tokens: int, device: torch.device) -> WireRows:
-    """Wire rows whose local pairs are as many as uniform routing gives on average, as nearly as a few seeds allow."""
+    """Wire rows with as many local pairs as uniform routing gives on average, as nearly as SEEDS routings allow."""
     import torch
 
     from pipemoe.wire import WireFormat

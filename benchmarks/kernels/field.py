@@ -1,9 +1,8 @@
-"""The best of the other implementations that could be found for each cell, each in its best configuration: what to be
-ahead of.
+"""For each cell the best other implementation that could be found, in its best configuration: what to be ahead of.
 
 Measured on one H200, 2026-11, bfloat16, one run each: milliseconds of the whole routed-expert computation, and the
-floor with the ceilings of those runs (cuBLAS 663 to 708 TFLOP/s, copies 4.21 to 4.26 TB/s). Another card's run is
-compared by ratio to its own floor.
+floor by the ceilings of those runs (cuBLAS 663 to 708 TFLOP/s, copies 4.21 to 4.26 TB/s). Another card's run is
+compared by its ratio to its own floor.
 """
 
 from __future__ import annotations

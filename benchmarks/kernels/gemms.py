@@ -1,11 +1,10 @@
-"""Both grouped GEMMs of the "hopper" experts by themselves, with every size of row tile: which one is the better, and
-by how much.
+"""Both grouped GEMMs of the "hopper" experts alone, with every size of row tile: which size is faster, by how much.
 
     python benchmarks/kernels/gemms.py
     python benchmarks/kernels/gemms.py --layers deepseek-v3 --tokens 4096,16384
 
-A cell of benchmarks/kernels a line: microseconds of graph replays with a flushed L2 cache, interleaved over all forms,
-and TFLOP/s. Results of all sizes must be the same bits. Nothing is written to disk.
+One line per cell of benchmarks/kernels: microseconds of graph replays with a flushed L2 cache, interleaved over all
+forms, and TFLOP/s. All sizes must give the same bits. Nothing is written to disk.
 """
 
 from __future__ import annotations
@@ -70,9 +69,7 @@ def run(options: argparse.Namespace) -> int:
 def gemms(
     layer: Layer, num_tokens: int, weights: ExpertWeights, shapes: Sequence[TileShape]
 ) -> tuple[int, dict[str, Callable[[], None]]]:
-    """Number of local pairs, and "gate_up" and "down" with each size's rows; all have run once and given the same
-    bits.
-    """
+    """Number of local pairs, and "gate_up" and "down" by each size's rows. All have run once, with the same bits."""
     import torch
 
     from pipemoe_kernels.gemm.wgmma import down_rows, gate_up_rows, grouped_kernel
@@ -135,5 +132,5 @@ if __name__ == "__main__":
     try:
         sys.exit(run(parse()))
     except ConfigError as error:
-        print(f"kernels_gemms.py: {error}", file=sys.stderr)
+        print(f"gemms.py: {error}", file=sys.stderr)
         sys.exit(2)

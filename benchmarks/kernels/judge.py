@@ -1,7 +1,7 @@
-"""The bars that the kernel benchmark's figures are held against, and the verdicts of one run in one table.
+"""The bars for the kernel benchmark's figures, and the verdicts on one run in one table.
 
-Cells are compared with the best of the field (kernels_field.py) by their ratios to the floor, each with the ceilings of
-its own run.
+Cells are compared with the best of the field (field.py) by their ratios to the floor, each by the ceilings of its own
+run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FP8_CELL, FP8_GAIN, FP8_TFLOPS = ("deepseek-v3", 16384), 1.6, 850.0
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One bar. found: None where the run has no figure for it; met is False then."""
+    """One bar. found: None if the run has no figure for it; then met is False."""
 
     bar: str
     wanted: str
@@ -145,7 +145,7 @@ def _most(bar: str, most: float, values: Sequence[float], text: Callable[[float]
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
-    """One line a bar, aligned."""
+    """One line per bar, aligned."""
     lines = [("bar", "wanted", "found", "")]
     lines += [
         (v.bar, v.wanted, v.found or "-", "met" if v.met else "not measured" if v.found is None else "NOT MET")

@@ -1,8 +1,8 @@
 """liger-kernel's fused MoE as a peer of the kernel benchmark: an option, used where the package is installed.
 
-It takes rows whose experts are all local, and synchronises the host in its index. So here the index is its own, but
-made beforehand and not timed, as for the loop over experts; and where some experts are not local, every local pair goes
-in as a row with one expert, which its kernels gather as they would, and torch adds up the results.
+It takes rows whose experts are all local, and its index synchronises the host. So its index is made beforehand and not
+timed, as for the loop over experts. If some experts are not local, every local pair goes in as a row with one expert:
+its kernels gather such rows as usual, and torch adds up the results.
 """
 
 from __future__ import annotations

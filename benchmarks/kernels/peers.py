@@ -18,7 +18,7 @@ Call = Callable[[torch.Tensor], None]
 
 
 def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows, num_experts: int | None = None) -> Call:
-    """pipemoe's experts call in one of its implementations; rows become what it takes beforehand."""
+    """pipemoe's experts call in one of its implementations; rows are converted for it beforehand."""
     experts = make_experts(
         [weights],
         top_k=rows.ids.shape[1],
@@ -38,7 +38,7 @@ def experts_call(implementation: str, weights: ExpertWeights, rows: WireRows, nu
 
 
 def hopper_call(weights: ExpertWeights, rows: WireRows, *, tile_rows: int) -> Call:
-    """pipemoe's "hopper" implementation with row tiles of that many rows."""
+    """pipemoe's "hopper" implementation with row tiles of `tile_rows` rows."""
     from pipemoe.experts.hopper import HopperExperts
 
     settings = {
@@ -53,7 +53,7 @@ def hopper_call(weights: ExpertWeights, rows: WireRows, *, tile_rows: int) -> Ca
 
 
 def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
-    """One expert after the other through torch.mm. Which rows are whose is worked out beforehand, and not timed."""
+    """One expert after the other through torch.mm. Each expert's rows are found beforehand, and not timed."""
     local = rows.ids.flatten().long() - weights.first_expert
     is_local = (local >= 0) & (local < weights.num_local_experts)
     order = torch.argsort(torch.where(is_local, local, weights.num_local_experts), stable=True)[: int(is_local.sum())]
@@ -76,7 +76,7 @@ def cublas_loop(weights: ExpertWeights, rows: WireRows) -> Call:
     return call
 
 
-# Name in the results -> maker of the call; what comes after weights and rows is the number of all ranks' experts.
+# Name in the results -> maker of the call, from weights, rows and the number of all ranks' experts.
 PEERS: dict[str, Callable[[ExpertWeights, WireRows, int], Call]] = {
     "pipemoe": lambda weights, rows, num_experts: experts_call("auto", weights, rows, num_experts),
     "pipemoe_128": lambda weights, rows, _: hopper_call(weights, rows, tile_rows=128),

@@ -1,4 +1,4 @@
-"""The kernel benchmark's table: one line per cell, pipemoe beside its peers; and what all cells together say."""
+"""The kernel benchmark's table: one line per cell, pipemoe beside its peers; and a summary of all cells."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 _OURS = "pipemoe"  # its variants' names begin with it: they are no peers
 _CELL = ("layer", "dtype", "tokens")
-_LARGE_TOKENS = 4096  # from here on the share of routing and index counts, below it their time
+_LARGE_TOKENS = 4096  # from here on the share of routing and index counts, below only their time
 
 Row = Mapping[str, Any]
 

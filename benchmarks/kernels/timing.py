@@ -30,8 +30,8 @@ def captured(work: Callable[[], None], repeats: int = 1) -> torch.cuda.CUDAGraph
 
 
 def interleaved_ms(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each graph in each round; the L2 cache holds nothing of use at its start, and nothing to be
-    written back.
+    """Milliseconds of each graph in each round. At its start the L2 cache holds nothing useful, and nothing to write
+    back.
     """
     flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
     total = torch.zeros((), device="cuda")
@@ -49,15 +49,13 @@ def interleaved_ms(graphs: Mapping[str, torch.cuda.CUDAGraph], rounds: int) -> d
 
 
 def repeated_us(work: Callable[[], None], rounds: int = 5) -> float:
-    """Microseconds of short device work, one after the other in a graph, so that launching the graph does not count."""
+    """Microseconds of short device work, repeated in one graph so that launching the graph does not count."""
     graph = captured(work, REPEATS)
     return 1e3 * statistics.median(interleaved_ms({"work": graph}, rounds)["work"]) / REPEATS
 
 
 def host_us(call: Callable[[], None], rounds: int = 5) -> float:
-    """Microseconds that the host takes for a call that only enqueues, the median; few enough in a row that it never
-    waits for the device.
-    """
+    """Microseconds of the host for a call that only enqueues, median; too few in a row to wait for the device."""
     found = []
     for _ in range(rounds):
         torch.cuda.synchronize()

@@ -3,20 +3,19 @@
     launch/mpirun.sh -n 4 benchmarks/ttft                                      # small model, real trace scaled down
     launch/mpirun.sh -n 8 benchmarks/ttft --model qwen3-30b-a3b --rank-tokens 4096,16,16,16,16,16,16,16
 
-1. Parity of every mode with the plain Hugging Face forward (parity.py); a mode that fails is reported, and the exit
-status
-   is 1.
-2. Timing (measure.py): the requests of a step arrive together when it starts, so this is prefill under skew, not
+1. Parity of every mode with the plain Hugging Face forward (parity.py). If a mode fails, that is reported, and the exit
+   status is 1.
+2. Timing (measure.py). The requests of a step arrive together when it starts, so this is prefill under skew, not
    queueing; `--requests trace` replays the trace's own clock with queueing instead (serve.py).
-3. A table on standard output, whose last line is the results as one JSON document (results_schema.py); in --out the
+3. A table on standard output. Its last line is the results as one JSON document (results_schema.py). --out gets the
 same
-   as ttft.json, a picture of the TTFT distribution, and a timeline per mode for Perfetto (https://ui.perfetto.dev), of
-   the step with most tokens.
+   as ttft.json, a picture of the TTFT distribution, and for each mode a timeline of the step with most tokens, for
+   Perfetto (https://ui.perfetto.dev).
 
 --rank-tokens and --trace may be given several times and together: each is a workload of its own, on the same loaded
-models. --draws adds workloads of one step with counts drawn from each trace, timed only. --budgets adds mode auto under
-other makespan budgets: the front of mean against slowest TTFT. `python benchmarks/ttft/judge.py results.json` says who
-is ahead of whom.
+models. --draws adds workloads of one step, with counts drawn from each trace; they are only timed. --budgets adds mode
+auto under other makespan budgets: the front of mean against slowest TTFT. `python benchmarks/ttft/judge.py
+results.json` says who is ahead of whom.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ TRACE = Path(__file__).resolve().parents[1] / "traces" / "azure2023_conv.csv"
 
 @dataclass(frozen=True, slots=True)
 class DeviceDefaults:
-    """What options are when not given, by device: on a CPU the whole job is to end within two minutes on two cores."""
+    """Defaults of options, by device. On a CPU the whole job should end within two minutes on two cores."""
 
     model: str
     layers: int | None  # of that model; another model keeps all its layers
@@ -210,7 +209,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:
-    """The options with the device's defaults where none was given."""
+    """The options, with the device's defaults for those not given."""
     defaults = DEFAULTS[device]
     resolved = argparse.Namespace(**vars(options))
     if options.model is None and options.layers is None:
@@ -224,7 +223,7 @@ def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:
 
 
 def workloads_of(options: argparse.Namespace, num_ranks: int) -> list[Workload]:
-    """What the options ask for; InputError for what cannot be."""
+    """The workloads that the options ask for. Raises InputError for an impossible one."""
     shape = dict(
         first=options.first_request,
         num_requests=options.num_requests,
@@ -283,7 +282,7 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
 
 
 def run(world: World, options: argparse.Namespace) -> int:
-    """The whole benchmark on every rank; the exit status, which is 1 when a mode is not at parity."""
+    """The whole benchmark on every rank. Returns the exit status, 1 if a mode is not at parity."""
     import torch
 
     import pipemoe
@@ -383,22 +382,23 @@ def run(world: World, options: argparse.Namespace) -> int:
                     }
                 rows.append(_row(mode, facts | more, found[mode], peak_bytes[mode], parity[mode.split()[0]]))
             measured.append((workload, found))
-            write(options, rows)  # should a later workload fail, what was measured is kept
+            write(options, rows)  # keep what was measured, should a later workload fail
     if world.rank == 0:
         report(options, rows, measured)
     return 0 if all(p.ok for p in parity.values()) else 1
 
 
 def parity_steps(workloads: Sequence[Workload]) -> list[Step]:
-    """Every workload's first step, and the first one's again with nothing for the last rank."""
+    """Every workload's first step, and once more the first workload's with nothing for the last rank."""
     steps = [w.steps[0] for w in workloads]
     bare = without_last_rank(steps[0])
     return steps + ([bare] if any(bare) and bare not in steps else [])
 
 
 def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
-    """The simulator's TTFT of the slowest and the median rank, mean over steps; to be held against
-    `ttft_ms_slowest_rank` and `ttft_ms_median_rank`."""
+    """The simulator's TTFT of the slowest and the median rank, mean over steps; to be compared with
+    `ttft_ms_slowest_rank` and `ttft_ms_median_rank`.
+    """
     from benchmarks.ttft.measure import step_lengths
     from pipemoe.plan.clock.prediction import simulate
     from pipemoe.plan.schedule import Facts
@@ -410,7 +410,7 @@ def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
 
 
 def steps_with_arrivals(model: Model, workload: Workload) -> int:
-    """Steps whose plans have waves computed as they arrive."""
+    """How many steps have plans that compute waves as they arrive."""
     from benchmarks.ttft.measure import step_lengths
     from pipemoe.plan.schedule import Facts
 
@@ -448,7 +448,7 @@ def _row(mode: str, facts: dict[str, Any], measured: Measured, peak_bytes: int, 
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results' files; returns the document."""
+    """Write the results' files. Returns the document."""
     document = results_schema.results_document("ttft", rows)
     for path in (options.out / "ttft.json", *([options.json] if options.json else [])):
         results_schema.write_results(document, path)
@@ -458,14 +458,14 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, 
 def report(
     options: argparse.Namespace, rows: list[dict[str, Any]], measured: Sequence[tuple[Workload, dict[str, Measured]]]
 ) -> None:
-    """Files, table and last line; rank 0."""
+    """Write files, table and last line; on rank 0."""
     from benchmarks.ttft.plot import plot_ttft
     from pipemoe.trace import chrome_trace
 
     document = write(options, rows)
     for workload, found in measured:
         if workload.trace is not None:
-            continue  # one of many
+            continue  # there are many
         plot_ttft(
             [row for row in rows if row["rank_tokens"] == workload.rank_tokens],
             options.out / f"ttft_{workload.name}.png",
@@ -483,7 +483,7 @@ def report(
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     return run_on_ranks(
-        "ttft.py", lambda world: run(world, options), device=options.device, num_slots=options.num_slots
+        "benchmarks/ttft", lambda world: run(world, options), device=options.device, num_slots=options.num_slots
     )
 
 

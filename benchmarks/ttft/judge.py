@@ -2,8 +2,9 @@
 
     python benchmarks/ttft/judge.py benchmarks/results/h200_one_gpu/ttft.json
 
-The best fixed mode of a workload is picked on the odd rounds and judged, like auto, on the even ones. Best: the lowest
-mean TTFT among the modes whose slowest rank is within the makespan budget of the earliest, as auto itself chooses.
+The best fixed mode of a workload is picked on the odd rounds and judged, as auto is, on the even ones. It is the one
+with the lowest mean TTFT whose slowest rank is within the makespan budget of the earliest, which is how auto itself
+chooses.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from benchmarks.ttft.table import aligned, tokens_text
 from pipemoe.errors import InputError
 
 Row = Mapping[str, Any]
-# field, and its measured one
+# predicted field, measured field
 _PREDICTIONS = (("predicted_ttft_ms", "ttft_ms_slowest_rank"), ("predicted_median_rank_ms", "ttft_ms_median_rank"))
 
 
 def by_workload(rows: Sequence[Row]) -> list[dict[str, Row]]:
-    """The rows of each workload by mode, in order; InputError for rows with neither odd nor even rounds."""
+    """The rows of each workload by mode, in order. Raises InputError for rows without odd or even rounds."""
     found: dict[str, dict[str, Row]] = {}
     for number, row in enumerate(rows):
         if row.get("even_mean_ttft_ms") is None:
-            raise InputError(f"row {number}: no even rounds; ttft.py needs --rounds 2 or more")
+            raise InputError(f"row {number}: no even rounds; benchmarks/ttft needs --rounds 2 or more")
         of_workload = found.setdefault(str(row["rank_tokens"]), {})
         of_workload.setdefault(row["mode"], row)
     return list(found.values())
@@ -48,8 +49,9 @@ def best_fixed(modes: Mapping[str, Row]) -> str | None:
 
 
 def verdict(modes: Mapping[str, Row]) -> dict[str, Any]:
-    """Auto's figures on the even rounds over others', below 1 where auto is ahead, and by how much its predictions were
-    too long (0.1: by a tenth); null where a mode was not run, or nothing predicted."""
+    """Auto's figures on the even rounds over others' (below 1: auto is ahead), and by how much its predictions were too
+    long (0.1: by a tenth). Null if a mode was not run, or nothing predicted.
+    """
     auto, name = modes.get("auto"), best_fixed(modes)
 
     def over(mode: str | None, figure: str) -> float | None:
@@ -84,7 +86,7 @@ def prediction_errors(rows: Sequence[Row]) -> list[float]:
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """Mode auto's rows that no other one of the same workload beats in both mean and slowest TTFT, by slowest."""
+    """Rows of mode auto that no other of their workload beats in both mean and slowest TTFT, ordered by slowest."""
     auto = [row for row in rows if row["mode"].split()[0] == "auto"]
 
     def beaten(row: Row) -> bool:
@@ -119,7 +121,7 @@ def verdict_cells(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def judgement(rows: Sequence[Row]) -> str:
-    """All of it as text."""
+    """The whole judgement as text."""
     text = [aligned(verdict_cells(rows), num_words=2)]
     if errors := prediction_errors(rows):
         text.append(
@@ -142,7 +144,7 @@ def judgement(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Say who is ahead of whom in results of ttft.")
-    parser.add_argument("results", help="a JSON file that ttft.py wrote")
+    parser.add_argument("results", help="a JSON file that benchmarks/ttft wrote")
     options = parser.parse_args()
     try:
         document = read_results(options.results)

@@ -1,12 +1,11 @@
-"""The ttft benchmark's timing: the same steps through every mode, interleaved, and what of the communication was
-hidden.
+"""The ttft benchmark's timing: the same steps through every mode, interleaved, and how much communication was hidden.
 
 All prompts of a step arrive together when it starts, so this measures prefill under skew, not queueing. Before each
 step all ranks meet, so that modes do not bleed into one another. A prompt's TTFT runs from its own rank's call to its
-first token; what is reported is the median over rounds. Plans are cached by then, as compiled kernels are; `plan_ms`
-says what one costs, and `plan_cached_ms` what finding it again does. Of the mean TTFT the least and the most of a round
-are kept, and it and the slowest rank's TTFT over odd and over even rounds by themselves: who picks a mode by the ones
-may judge it by the others.
+first token; the median over rounds is reported. By then plans are cached, as compiled kernels are; `plan_ms` is what
+one costs, and `plan_cached_ms` what finding it again costs. The mean TTFT's least and most over rounds are kept. It and
+the slowest rank's TTFT are also kept over odd and even rounds apart: a mode picked by the ones can be judged by the
+others.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Measured:
     exposed_comm_s: float | None  # per step, mean over ranks and steps
     overlap_pct: float | None
     timelines: list[Timeline]  # per rank, of the step with most tokens
-    more_s: dict[str, float]  # planning, figures over rounds, and what the overlap is computed from (see ttft_measure)
+    more_s: dict[str, float]  # planning, figures over rounds, and the sides of the overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +66,7 @@ class Bench:
         self._sequences = [[p.token_ids(vocab_size, seed) for p in step[world.rank]] for step in workload.steps]
 
     def measure(self, rounds: int, *, overlap: bool = True) -> dict[str, Measured]:
-        """Every mode's figures; every rank calls. overlap: also what of the communication was hidden, in three passes
-        more.
-        """
+        """All figures; every rank calls. overlap: also how much communication was hidden, in three more passes."""
         steps, modes = range(len(self._workload.steps)), list(self._models)
         plan_s = {mode: {"plan": self._plan_all(mode), "plan_cached": self._plan_all(mode)} for mode in modes}
         total, done = len(steps) * len(modes) * (rounds + 1 + 3 * overlap), 0
@@ -151,8 +148,9 @@ class Bench:
 
     def _overlap(self, mode: str) -> Overlap:
         """exposed: time with communication under way on a rank and no computation there, mean over ranks and steps.
-        overlap: OSU's formula on the time until a step is over everywhere, which for R ranks on fewer cores holds the
-        wait for a core."""
+        overlap: OSU's formula on the time until a step is over everywhere; if ranks share cores, that includes waiting
+        for a core.
+        """
         sides = (Only(), Only(communication=False), Only(computation=False))
         steps = range(len(self._workload.steps))
         kept = max(steps, key=lambda s: sum(map(sum, step_lengths(self._workload.steps[s]))))
@@ -191,7 +189,7 @@ class Bench:
 
 
 class NoModel:
-    """The source of a step that only communicates: sums go into a buffer, nothing else is asked for."""
+    """The source of a step that only communicates: sums go into a buffer, and nothing is computed."""
 
     has_side_work = False
 
@@ -224,9 +222,10 @@ def step_lengths(step: Step) -> tuple[tuple[int, ...], ...]:
 
 
 def figures_over_rounds(seconds: Sequence[Sequence[Sequence[Sequence[float]]]]) -> dict[str, float]:
-    """seconds: [step][rank][round][prompt]. The least and the most that a round's mean TTFT was; and over odd and over
-    even rounds (the first is odd), medians per prompt: their mean, and the slowest rank's, mean over steps. With one
-    round only the former."""
+    """The least and the most mean TTFT of a round. With several rounds also, over odd and over even ones (the first is
+    odd), the mean of the prompts' medians, and the slowest rank's, mean over steps. seconds:
+    [step][rank][round][prompt].
+    """
     # each [rounds, prompts]
     prompts = [[np.array(rounds) for rounds in of_ranks if np.size(rounds)] for of_ranks in seconds]
     means = np.concatenate([times for of_ranks in prompts for times in of_ranks], axis=1).mean(axis=1)
@@ -239,8 +238,9 @@ def figures_over_rounds(seconds: Sequence[Sequence[Sequence[Sequence[float]]]]) 
 
 
 def segments_seconds(rows_of_ranks: Sequence[Sequence[Sequence]]) -> float:
-    """What all operations of a step took that ran without the other side, one after another: computation on the slowest
-    rank, a transfer on the one that waited least. rows: of Timeline.as_rows."""
+    """The time of a step's operations that ran without the other side, added up: computation on the slowest rank, each
+    transfer on the rank that waited least. rows: of Timeline.as_rows.
+    """
     took: dict[tuple, list[float]] = {}
     for rows in rows_of_ranks:
         for timeline_row in rows:

@@ -1,4 +1,4 @@
-"""The models that ttft.py takes, by name or by path, and how a model is cut to its first layers."""
+"""The models that benchmarks/ttft takes, by name or by path, and how a model is cut to its first layers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class BenchModel:
     """A model by preset name, or the path of a checkpoint directory or of a config.json alone (random weights)."""
 
     def __init__(self, name: str, layers: int | None = None) -> None:
-        """layers: of its decoder layers, how many to keep from the first on (default: all)."""
+        """layers: how many of its decoder layers to keep, from the first on (default: all)."""
         self._directory: Path | None = None
         if name in MODEL_CONFIGS:
             self.name, raw = name, MODEL_CONFIGS[name]
@@ -54,9 +54,7 @@ class BenchModel:
 
     @staticmethod
     def _check(directory: Path) -> None:
-        """Before rank 0 alone has transformers read the checkpoint: what that raises, the other ranks would not hear
-        of.
-        """
+        """Later only rank 0 reads the checkpoint with transformers, whose errors the other ranks would not hear."""
         from pipemoe.models.checkpoint import Checkpoint
 
         with Checkpoint(directory):
@@ -64,13 +62,14 @@ class BenchModel:
 
     @property
     def random_weights(self) -> bool:
-        """Has it no checkpoint?"""
+        """Is there no checkpoint?"""
         return self._directory is None
 
     @contextmanager
     def source(self, layers: int) -> Iterator[Any]:
         """What pipemoe.load_model takes, with `random_weights`, for the first `layers` layers: a config, or a
-        checkpoint directory (a cut one is a folder of links, which lasts as long as the context)."""
+        checkpoint directory. A cut checkpoint is a folder of links, which lasts as long as the context.
+        """
         config = cut_config(self._config, layers)
         if self._directory is None:
             yield config

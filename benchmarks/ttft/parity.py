@@ -1,11 +1,10 @@
-"""Parity: every mode's logits and first tokens beside those of the plain Hugging Face forward, before anything is
-timed.
+"""Parity: every mode's logits and first tokens against the plain Hugging Face forward, before anything is timed.
 
 float32: the same first tokens. bfloat16 and float16: logits within 2e-2 by norm ratio, and the same token wherever the
 reference's top-2 margin exceeds twice the largest error of that prompt's logits.
 
-Rank 0 runs the reference on all ranks' prompts (the whole model, all experts, on one device: that is why large models
-are cut to their first layers for this), frees it, and compares what the ranks send it.
+Rank 0 runs the reference on all ranks' prompts, frees it, and compares what the ranks send it. The whole model with all
+experts must fit on one device for that, so large models are cut to their first layers.
 """
 
 from __future__ import annotations
@@ -52,8 +51,10 @@ def check_parity(
     seed: int,
     progress: Progress,
 ) -> dict[str, Parity]:
-    """Parity of each config's mode on `steps`; every rank calls and gets the same. source: what load_model takes,
-    already cut to `layers`. Leaves no weights behind."""
+    """Parity of each config's mode on `steps`; every rank calls and gets the same. Leaves no weights behind.
+
+    source: what load_model takes, already cut to `layers`.
+    """
     reference = _reference_logits(source, steps, world, dtype, seed) if world.rank == 0 else []
     free_memory(world)
     progress.say("reference done; loading the same layers on all ranks")
@@ -85,7 +86,7 @@ def compare(
         reference_squares += float(wanted.astype(np.float64) @ wanted)
         best, second = np.sort(wanted)[:-3:-1]
         decided = dtype == "float32" or best - second > 2 * np.abs(error).max()
-        # NaN compares false, so an undecided NaN is caught by the norm ratio only
+        # NaN compares false: only the norm ratio catches an undecided NaN
         wrong += bool(token != int(wanted.argmax()) and decided)
     ratio = float(np.sqrt(error_squares / max(reference_squares, 1e-300)))
     near = np.isfinite(ratio) and (dtype == "float32" or ratio <= MAX_NORM_RATIO)
@@ -97,7 +98,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def free_memory(world: World) -> None:
-    """Give back what nothing refers to any more; every rank calls."""
+    """Give back memory that nothing refers to any longer; every rank calls."""
     import torch
 
     world.all_gather(b"", "freeing memory")  # the engine lets go of its last step

@@ -1,4 +1,4 @@
-"""The ttft benchmark's picture: for each mode, which share of the requests had their first token after how long.
+"""The ttft benchmark's picture: for each mode, the share of requests that had their first token by a given time.
 
 python benchmarks/ttft/plot.py results.json picture.png
 """

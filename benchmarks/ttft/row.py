@@ -1,9 +1,9 @@
 """A row of the ttft benchmark: what one mode did with one set of requests.
 
-Names and units of vLLM's serving benchmark where it has one (`mean_ttft_ms`, `ttfts` in seconds, `input_lens`, ...),
-and its percentiles (numpy's, linear between samples); figures over ranks are ours. In a step a rank's TTFT is
-the latest of its requests; `slowest_rank` is the largest over ranks and `median_rank` the median over the ranks that
-had requests, each a mean over steps.
+Names, units and percentiles are those of vLLM's serving benchmark where it has them (`mean_ttft_ms`, `ttfts` in
+seconds, `input_lens`, ...; percentiles as numpy's, linear between samples). Figures over ranks are ours. In a step a
+rank's TTFT is that of its latest request; `slowest_rank` is the largest over ranks, and `median_rank` the median over
+the ranks that had requests, each a mean over steps.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def ttft_row(
     peak_workspace_bytes: int | None,
     parity: bool,
 ) -> dict[str, Any]:
-    """The row, with the raw per-request lists in the order of `requests`; InputError without requests."""
+    """The row, with raw per-request lists in the order of `requests`. Raises InputError without requests."""
     if not requests:
         raise InputError(f"mode {mode}: no request was served, so there is no time to first token")
     ttft_ms = np.array([request.ttft_s for request in requests]) * 1e3  # [requests]

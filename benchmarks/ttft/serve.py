@@ -1,8 +1,7 @@
-"""Replay of a trace with its own arrival times: each rank queues what has come and prefills it, all ranks step
-together.
+"""Replay of a trace by its own clock: each rank queues requests and prefills them; all ranks step together.
 
-TTFT runs from a request's arrival, so it holds the wait for the step under way and, in lockstep modes, for the other
-ranks' prompts. There is no decoding: a request leaves with its first token.
+TTFT runs from when a request comes, so it includes the wait for the step under way and, in lockstep modes, for the
+other ranks' prompts. There is no decoding: a request leaves with its first token.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ def serve(
     seed: int,
     progress: Progress,
 ) -> dict[str, Measured]:
-    """Every mode's figures: medians over `rounds` replays, interleaved over modes; the trace's times divided by
-    `time_scale`.
-    """
+    """Figures of all modes: medians over `rounds` interleaved replays; times are divided by `time_scale`."""
     modes = list(models)
     replays: dict[str, list[list[dict]]] = {mode: [] for mode in modes}
     for round_number in range(rounds):
@@ -58,7 +55,7 @@ def _replay(world: World, model: Model, workload: Workload, time_scale: float, s
     world.all_gather(b"", "start of a replay")
     begin, step = time.perf_counter(), 0
     while True:
-        # One small exchange a step: is anything left anywhere, and when does the next request come?
+        # One small exchange per step: is anything left anywhere, and when does the next request come?
         now = time.perf_counter() - begin
         until_next = max(0.0, waiting[0][0] - now) if waiting else None
         left = [
@@ -100,9 +97,7 @@ def _arrived(waiting: deque[tuple[float, Prompt, object]], now: float, room: int
 
 
 def _measured(replays: list[list[dict]]) -> Measured:
-    """Medians over replays per request; its step is that of the first replay. Overlap has no meaning across idle
-    gaps.
-    """
+    """Medians over replays per request; its step is that of the first replay. Idle gaps make overlap meaningless."""
     times: dict[int, list[float]] = {}
     for replay in replays:
         for request in replay:

@@ -40,7 +40,7 @@ def tokens_text(value: Sequence[int] | str) -> str:
 
 _Column = tuple[str, Callable[[Any], str]]
 
-# field of a row -> heading, and how a value that is not null is written
+# field of a row -> heading, and how to write a value that is not null
 COLUMNS: Mapping[str, _Column] = {
     "mode": ("mode", str),
     "mean_ttft_ms": ("TTFT mean ms", _milliseconds),
@@ -54,7 +54,7 @@ COLUMNS: Mapping[str, _Column] = {
     "peak_workspace_bytes": ("workspace MiB", _mebibytes),
     "parity": ("parity", lambda value: "yes" if value else "NO"),
 }
-# What tells tables apart; a column of its own where the rows differ in it.
+# What tells tables apart; it gets a column if the rows differ in it.
 CONTEXT: Mapping[str, _Column] = {
     "model": ("model", str),
     "layers": ("layers", str),

@@ -4,14 +4,17 @@ Importing this package imports neither Numba nor torch; each module with a kerne
 
     routing, largest_keys            the router's top-k (from sm_80 on)
     index/                           which rows go to which expert: portable.py for any GPU, hopper.py
-    gather, activation, combine      rows in the experts' order, gate x up, sums back in the tokens' order;
-    combine_lanes for Hopper
-    gemm/                            grouped GEMMs: simt.py for any GPU, mma.py from sm_80 on, wgmma.py and fp8.py for
-    Hopper
-    gemm/arrivals/                   the same, for rows that arrive while the kernel runs
-    quantise, pack                   rows to e4m3 and back, rows to the wire format
+    gather, activation, combine      rows in the experts' order; gate x up; sums back in the tokens' order
+    combine_lanes                    combine for bfloat16, 16 bytes at a time
+    gemm/                            grouped GEMMs: simt.py (any GPU), mma.py (sm_80 on), wgmma.py and fp8.py (Hopper)
+    gemm/arrivals/                   grouped GEMMs over rows that arrive while the kernel runs
+    quantise, pack                   rows to e4m3 and back; rows to the wire format
     element                          number formats of matrices in memory
-    ptx/                             every PTX string; simulated, simulated_warp: the same for Numba's simulator
+    ptx/                             every PTX string
+    simulated, simulated_warp        what ptx/ does, for Numba's simulator
     launch/                          compile, keep on disk, load, pack arguments, launch
     numba_cuda                       the only place that imports numba.cuda
+
+In these files a *block* is a thread block; a *block of columns* and a scale's *block of values* are always called so. A
+*pair* is a (token, k) pair, a *place* its row in the sorted order of the experts.
 """

@@ -3,8 +3,8 @@
     h [pairs, 2I]:  | gate (I) | up (I) |   ->   a [pairs, I] = silu(gate) * up       rows 0 .. offsets[-1]
                     | not valid         |        untouched                            rows after that
 
-Without a gate h is [pairs, I], and a = activation(h). The number of valid rows is read on the device; the grid is
-bounded and strides over the rows.
+Without a gate h is [pairs, I], and a = activation(h). The device reads the number of valid rows; the grid is bounded
+and strides over the rows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def activation_kernel(
     element = ELEMENTS[dtype]
     load, store = element.load, element.store
     activation = ACTIVATIONS[name]
-    widths = 2 if gated else 1  # of a row of h, in widths of a row of a
+    widths = 2 if gated else 1  # a row of h is this many times as wide as one of a
 
     def activate_rows(h, bias, offsets, num_local, intermediate, a):
         num_valid = offsets[num_local - 1]

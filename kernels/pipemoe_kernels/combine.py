@@ -5,7 +5,7 @@
      -1  1               -  .4       and     1 | y_1' |      ->   .4 y[1]
      -1 -1               -   -               2 | y_0  |           0
 
-float32 sums, or for a float64 out: each float32 product is rounded to a multiple of 2^-32 first. Sums of such numbers
+Sums are float32. For a float64 out, each float32 product is first rounded to a multiple of 2^-32: sums of such numbers
 are exact below 2^20, so the order of addition, here and over the ranks, cannot change a bit.
 """
 
@@ -85,12 +85,11 @@ def combine_rows(
     out: torch.Tensor,
     kernel: Kernel | None = None,
 ) -> None:
-    """out[i] = sum over k with positions[i, k] >= 0 of weights[i, k] * (y[positions[i, k]] + bias[ids[i, k] -
-    first_expert]).
+    """out[i] = sum of weights[i, k] * (y[p] + bias[ids[i, k] - first_expert]), p = positions[i, k], over k with p >= 0.
 
     y [pairs, H] float32 or 16-bit; positions [n, K] int32; ids [n, K] int32 and weights [n, K] float32, rows strided;
-    bias [E_loc, H] like y, rows strided, or None; out [n, H], rows strided, n >= 1: float32, 16-bit, or float64 (on the
-    grid).
+    bias [E_loc, H] like y, rows strided, or None; out [n, H], n >= 1, rows strided: float32, 16-bit, or float64 (on the
+    grid of 2^-32).
     """
     kernel = kernel or combine_kernel(y.dtype, out.dtype, bias is not None)
     num_rows, hidden = out.shape

@@ -1,6 +1,6 @@
-"""Combine of bfloat16 expert results, 16 bytes at a time: combine.py's sums where rows allow that.
+"""Combine of bfloat16 expert results, 16 bytes at a time: the same sums as combine.py, where the rows allow it.
 
-One block per token; a thread has up to MAX_PARTS parts of the row, whose loads overlap.
+One block per token. A thread has up to MAX_PARTS parts of the row, and their loads overlap.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def combine_lanes_kernel(
     row_columns: int | None = None,
     on_hopper: bool = True,
 ) -> Kernel:
-    """For `columns` neighbouring columns of y and bias, whose rows are row_columns apart (None: as many as
-    `columns`).
-    """
+    """For `columns` neighbouring columns of y and bias; their rows are `row_columns` apart (None: `columns`)."""
     size = out_dtype.itemsize
     row_bytes = 2 * (row_columns or columns)
     limit = 2 * columns
@@ -37,7 +35,7 @@ def combine_lanes_kernel(
     num_parts = min(MAX_PARTS, -(-parts // threads))
     stride = PART_BYTES * threads
     find, add_up, store = row_sum(top_k, has_bias, out_dtype, num_parts, stride)
-    # For what 4 parts of 8 sums and their loads take: about 64 registers, twice that for float64.
+    # 4 parts of 8 sums and their loads take about 64 registers, twice that for float64.
     blocks = max(1, 65536 // (threads * (128 if size == 8 or has_bias else 72)))
 
     def combine_lanes(y, positions, ids, ids_stride, first_expert, weights, weights_stride, bias, out, out_stride):
@@ -72,9 +70,7 @@ def fits(hidden: int, out: torch.Tensor) -> bool:
 
 
 class PackedCombine:
-    """combine_lanes, ready for ids, weights and an `out` of one layout (see there) and up to as many rows as
-    `positions` has.
-    """
+    """combine_lanes, ready for ids, weights and an `out` of one layout, and for as many rows as `positions` has."""
 
     def __init__(
         self,
@@ -103,12 +99,12 @@ class PackedCombine:
         self._launch = kernel.pack(
             device_index, *rows, y if bias is None else bias, out, out.stride(0), may_start_early=may_start_early
         )
-        self._ids, self._weights, self._out = map(kernel.slot, ("ids", "weights", "out"))
+        self._ids, self._weights, self._out = map(kernel.index_of, ("ids", "weights", "out"))
 
     def __call__(self, stream: int, ids: int, weights: int, out: int, num_rows: int) -> None:
         """Enqueue on a stream's handle, for num_rows >= 1 rows with ids, weights and out at these addresses."""
-        slots = self._launch.slots
-        slots[self._ids], slots[self._weights], slots[self._out] = ids, weights, out
+        values = self._launch.values
+        values[self._ids], values[self._weights], values[self._out] = ids, weights, out
         self._launch(stream, num_rows)
 
 
@@ -125,7 +121,7 @@ def combine_lanes(
     on_hopper: bool = True,
     may_start_early: bool = True,
 ) -> None:
-    """As combine.combine_rows, for bfloat16 y with rows on 16-byte boundaries and an `out` that `fits`."""
+    """combine.combine_rows for a bfloat16 y with rows on 16-byte boundaries and an `out` that `fits`."""
     how = {"on_hopper": on_hopper, "may_start_early": may_start_early}
     combine = PackedCombine(stream.device_index, y, positions, ids, first_expert, weights, bias, out, **how)
     combine(stream.handle, ids.data_ptr(), weights.data_ptr(), out.data_ptr(), len(out))

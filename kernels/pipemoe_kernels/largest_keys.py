@@ -1,10 +1,9 @@
-"""The largest of a token's choices, in the registers of one warp: what routing.py takes experts and groups of experts
-by.
+"""The largest of a token's choices, in the registers of one warp: routing.py picks experts and their groups with it.
 
     lane      0     1    ...  31        a lane has the places lane, lane + 32, ...: `each` of them
     place     0     1         31
               32    33        63
-    key of a choice           uint32 in the same order: 0 not to be taken, 1 NaN, then the numbers from -inf on
+    key of a choice           uint32, ordered as the choices: 0 not to be taken, 1 NaN, then the numbers from -inf on
 
 Of equal keys the lowest place is taken. All 32 lanes call everything together.
 """
@@ -36,11 +35,10 @@ ZERO = np.float32(0.0)
 class LargestKeys:
     """For `each` keys of a lane, in a local array.
 
-    take(keys, count, lane) -> the k-th largest key's place in lane k, for k < count; they become NOT_TAKEN
-    keep_groups(keys, shared, first, num_experts, num_groups, top_groups, lane)   the keys of all but the top_groups
-    groups of
-        neighbouring places whose two largest choices have the largest sums become NOT_TAKEN; shared:
-        words_of_groups(each) from first on
+    take(keys, count, lane) -> in lane k < count the place of the k-th largest key; the keys taken become NOT_TAKEN
+    keep_groups(keys, shared, first, num_experts, num_groups, top_groups, lane)
+        Of groups of neighbouring places, keeps the top_groups whose two largest choices have the largest sums; all
+        other keys become NOT_TAKEN. shared: words_of_groups(each) words, from `first` on
     """
 
     take: Callable
@@ -48,7 +46,7 @@ class LargestKeys:
 
 
 def words_of_groups(each: int) -> int:
-    """A pad after every 32 keys, so that lanes that scan neighbouring groups of 32 do not meet in one bank."""
+    """With a pad after every 32 keys: lanes that scan neighbouring groups of 32 then use different banks."""
     return 33 * each
 
 
@@ -65,7 +63,7 @@ def key_of(choice):
 
 @cuda.jit(device=True, inline="always")
 def choice_of(key):
-    """key_of backwards."""
+    """The inverse of key_of."""
     bits = UINT32(~key)
     if key >= SIGN:
         bits = UINT32(key ^ SIGN)

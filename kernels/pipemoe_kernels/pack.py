@@ -1,11 +1,10 @@
-"""Pack: hidden values, router weights and expert ids of tokens into their wire rows, one launch instead of three
-copies.
+"""Pack: tokens' hidden values, router weights and expert ids into their wire rows, in one launch instead of three.
 
     x [n, H]      ids [n, K]   weights [n, K]            wire rows, row_bytes apart
     | x_0 ... |   | e ... |    | w ... |           ->    | x_0 ... | w ... | e ... | pad |
 
-One block per token; hidden values move in 16-byte vectors, weights and ids as pairs of 32 bits, the padding is left as
-it is.
+One block per token. Hidden values move in 16-byte vectors, weights and ids as pairs of 32 bits; the padding stays as it
+is.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def pack_rows(
     row_bytes: int,
     kernel: Kernel | None = None,
 ) -> None:
-    """Write wire rows whose hidden values are `wire_hidden`, and whose weights and ids follow these without a gap.
+    """Fill the wire rows: hidden values go to `wire_hidden`, weights and ids right behind them.
 
     x [n, H] of any dtype, n >= 1, see `fits`; ids [n, K] int32; weights [n, K] float32; rows of all three may be
     strided. wire_hidden [n, H] of x's dtype, rows `row_bytes` apart and on boundaries of 16 bytes.

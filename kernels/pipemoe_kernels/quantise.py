@@ -1,11 +1,10 @@
 """Rows to e4m3 and back: one float32 scale for each 128 columns of a row.
 
     x [n, H]                          values [n, H] e4m3              scales [n, H/128]
-    | block 0 | block 1 | ...    ->   | block 0 * 448 / peak | ...    | peak / 448 | ...      peak: largest magnitude of
-    the block
+    | 128 values | ...     ->         | values * 448 / peak | ... | peak / 448 | ...      peak: their largest magnitude
 
-One block of threads per row. A thread has 8 neighbouring columns, so that 16 threads share a scale; they exchange peaks
-through shared memory. NaN does not count as a magnitude and stays NaN. Conversions to e4m3 need compute capability 8.9.
+One thread block per row. A thread has 8 neighbouring columns, so 16 threads share a scale; they exchange peaks through
+shared memory. NaN does not count as a magnitude and stays NaN. Conversions to e4m3 need compute capability 8.9.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from pipemoe_kernels.launch.kernel import BYTE_POINTER, FLOAT32_POINTER, INT32, 
 from pipemoe_kernels.numba_cuda import cuda, types
 
 BLOCK = 128
-COLUMNS = 8  # of a thread: what fills one store of 8 bytes
+COLUMNS = 8  # of a thread: they fill one store of 8 bytes
 SHARERS = BLOCK // COLUMNS
 ONE = np.float32(1.0)
 LARGEST = np.float32(448.0)
@@ -100,9 +99,7 @@ def quantise_rows(
 def dequantise_rows(
     stream: Stream, values: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, kernel: Kernel | None = None
 ) -> None:
-    """values [n, H] float8_e4m3fn, scales [n, H/128] float32 -> x [n, H] float32 or 16-bit; n >= 1, rows may be
-    strided.
-    """
+    """values [n, H] float8_e4m3fn, scales [n, H/128] float32 -> x [n, H] float32 or 16-bit; n >= 1, rows strided."""
     kernel = kernel or dequantise_kernel(x.dtype)
     _check(x, values, scales)
     sizes = (values, values.stride(0), scales, scales.stride(0), x.shape[1], x, x.stride(0))

@@ -1,17 +1,16 @@
-"""Routing: from a router's logits to the K experts of every token and their weights, in one launch; a warp has one
-token.
+"""Routing: from a router's logits to every token's K experts and their weights, in one launch; one warp per token.
 
     softmax   choice = logit              weight = exp(logit) / sum over all experts
     sigmoid   choice = score + bias       weight = score = 1 / (1 + exp(-logit))        bias [E] may be left out
-              of the experts in the top_groups groups whose two largest choices have the largest sums
+              only experts of the top_groups groups whose two largest choices have the largest sums
 
-The K largest choices are taken, largest first; then weights are divided by their sum (renormalise) and multiplied by
-`scale`. Of equal choices the lower expert is taken, of equal groups the lower group. NaN loses to every number, and
-where only NaN is left the lowest expert is taken: ids are always valid and all different. A NaN logit makes all softmax
-weights of its token NaN; a sigmoid weight is NaN if its own logit is, and renormalised all of them are if one is.
+The K largest choices are taken, largest first. Their weights are then divided by their sum (renormalise) and multiplied
+by `scale`. Of equal choices the lower expert is taken, of equal groups the lower group. NaN loses to every number;
+where only NaN is left the lowest expert is taken, so ids are always valid and all different. A NaN logit makes all
+softmax weights of its token NaN. A sigmoid weight is NaN if its own logit is; renormalised, all are NaN if one is.
 
-A lane has the experts lane, lane + 32, ...: their logits are loaded all at once, and stay in registers with their keys
-(largest_keys.py).
+A lane has the experts lane, lane + 32, ...: it loads their logits all at once, and keeps them in registers with their
+keys (largest_keys.py).
 
 DeepSeek-V3 (arXiv:2412.19437, section 2.1.2) has the bias and the groups; Qwen3-MoE and Mixtral are softmax.
 """
@@ -172,11 +171,10 @@ def route_tokens(
     top_groups: int = 1,
     kernel: Kernel | None = None,
 ) -> None:
-    """logits [T, E] float32 or 16-bit, rows strided -> ids [T, K] int32 in [0, E), weights [T, K] float32, rows
-    strided.
+    """logits [T, E] float32 or 16-bit -> ids [T, K] int32 in [0, E), weights [T, K] float32; rows may be strided.
 
-    bias [E] float32 or None, and groups, E / num_groups >= 2 neighbouring experts each, for sigmoid scoring only. T may
-    be 0.
+    bias [E] float32 (or None) and groups are for sigmoid scoring only; a group has E / num_groups >= 2 neighbouring
+    experts. T may be 0.
     """
     num_tokens, num_experts = logits.shape
     top_k = ids.shape[1]

@@ -1,4 +1,4 @@
-"""What the functions of ptx.py do, in Python for the CUDA simulator, where pointers are flat NumPy arrays."""
+"""What the intrinsics of ptx/access.py do, in Python for the CUDA simulator, where pointers are flat NumPy arrays."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What the functions of ptx_warp.py do, in Python for the CUDA simulator. A block must be one warp."""
+"""What the intrinsics of ptx/warp.py do, in Python for the CUDA simulator. A block must be one warp."""
 
 import threading
 
@@ -6,9 +6,7 @@ import numpy as np
 
 
 def _of_all_lanes(value):
-    """Every lane's value, in order. The simulator runs each CUDA thread as a Python thread with a barrier for its
-    block.
-    """
+    """Every lane's value, in order. The simulator runs CUDA threads as Python threads; a block has a barrier."""
     thread = threading.current_thread()
     values = vars(thread._manager).setdefault("lane_values", {})
     values[thread.threadIdx.x] = value

@@ -1,6 +1,4 @@
-"""Experts on any GPU from compute capability 8.0 on: as hopper.py, with GEMMs through the tensor cores that all of them
-have.
-"""
+"""Experts on any GPU from compute capability 8.0 on: hopper.py with GEMMs by mma.sync, which all of these have."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ if TYPE_CHECKING:
 
 
 class AmpereExperts(HopperExperts):
-    """Only enqueues on torch's current stream, and gives a row the same bits whatever its neighbours. Implementation
-    name "ampere".
-    """
+    """Only enqueues on torch's current stream; a row's bits do not depend on its neighbours. Name: "ampere"."""
 
     implementation = "ampere"
     supports_arrivals = False

@@ -3,17 +3,18 @@
     lane of the dispatch   rows of part 0 | arrived(0): index, flag | rows of part 1 | arrived(1) | ...
     lane of the experts    gate_up: waits for flags, takes what is there | down | combine
 
-The rows of the result are the same bits as in a call on the whole wave at once. Weights are read once for all parts
-that arrive while the GPU is busy with others.
+The result has the same bits as a call on the whole wave at once. Weights are read once for all parts that arrive while
+the GPU is busy with others.
 
-Who calls this keeps to three rules, or the GPU stands still:
-- Everything that a flag waits for is enqueued before the experts call, which checks that, and never waits for this
-call.
-- The experts leave room to all collectives that may be under way (`Experts.with_free_sms`). Room for the index is
-  left here.
-- One object of this class for all cohorts of a GPU: it has one call at a time wait for parts.
-A call whose parts do not come spins until the lane that should bring them goes on: an aborted collective does, and the
-flags behind it are written. The end of the process ends it too.
+Callers keep to three rules, or the GPU stands still:
+- Everything that a flag waits for is enqueued before the experts call (which checks that), and never waits for it.
+- The experts leave room to all collectives that may be under way (`Experts.with_free_sms`). This class leaves room for
+the
+  index.
+- All cohorts of a GPU share one object of this class: it lets only one call at a time wait for parts.
+
+A call whose parts do not come spins until the lane that should bring them goes on. An aborted collective goes on, and
+the flags behind it are written. The end of the process ends the call too.
 """
 
 from __future__ import annotations
@@ -55,11 +56,9 @@ def too_many_rows(experts: HopperExperts, max_rows: int) -> str | None:
 
 
 class Arrivals:
-    """What is known of the rows in one receive buffer of up to `max_rows` rows: their parts, which are there, and their
-    index.
+    """The state of one receive buffer of up to `max_rows` rows: its parts, which of them are there, and their index.
 
-    For one wave at a time, as the buffer itself; the next one's parts wait on the GPU until the last one's call is
-    over.
+    It serves one wave at a time, as the buffer does. The next wave's parts wait on the GPU until the call is over.
     """
 
     def __init__(self, experts: HopperExperts, max_rows: int):
@@ -76,17 +75,17 @@ class Arrivals:
         self.flags = zeros(MAX_PARTS)
         self.batches = zeros(MAX_PARTS, dtype=torch.int64)
         self.num_bytes = sum(value.nbytes for value in vars(self).values() if isinstance(value, torch.Tensor))
-        self.free = torch.cuda.Event()  # behind the last reader of all this
+        self.free = torch.cuda.Event()  # recorded behind the last reader
         self.epoch = 0
-        self.layer: int | None = None  # of the wave that is expected
+        self.layer: int | None = None  # of the expected wave
         self.rows: WireRows | None = None
-        self.first_rows: list[int] = []  # of each part, and behind the last one
-        self.slots: list[int | None] = []  # of each part: its number among those with rows
+        self.first_rows: list[int] = []  # of each part; at the end the number of rows
+        self.numbers: list[int | None] = []  # of each part, among those with rows
         self.missing: set[int] = set()
 
 
 class ArrivingExperts:
-    """Calls of `experts`, on CUDA tensors, whose rows arrive in parts. Only enqueues, and allocates nothing.
+    """Calls `experts` on CUDA rows that arrive in parts. Only enqueues, and allocates nothing.
 
     Raises ConfigError unless experts.supports_arrivals.
     """
@@ -111,7 +110,7 @@ class ArrivingExperts:
         for layer, w in enumerate(experts.weights):
             if w.num_local_experts:
                 self._map_of_layer[layer] = 2 * len(W_BOXES) * len(self._map_of_layer)
-        self._turn = torch.cuda.Event()  # when the last call has all its parts
+        self._turn = torch.cuda.Event()  # recorded when the last call has all its parts
 
     def new_arrivals(self, max_rows: int) -> Arrivals:
         """Allocate what waves of up to `max_rows` rows in one receive buffer need. Raises ConfigError for too many."""
@@ -139,10 +138,10 @@ class ArrivingExperts:
         torch.cuda.synchronize(experts.device)
 
     def expect(self, arrivals: Arrivals, layer: int, rows: WireRows, part_rows: Sequence[int]) -> None:
-        """Begin a wave: `rows` will arrive as parts of so many rows each, one behind the other. Enqueues nothing.
+        """Begin a wave: `rows` will arrive as adjacent parts of `part_rows` rows each. Enqueues nothing.
 
-        Raises InputError: the wave before has not been called for; other counts than rows; more than MAX_PARTS parts
-        with rows.
+        Raises InputError if the wave before has not been called for, if the counts are not those of the rows, or if
+        more than MAX_PARTS parts have rows.
         """
         if arrivals.missing or arrivals.rows is not None:
             raise InputError(
@@ -156,18 +155,17 @@ class ArrivingExperts:
         if num_parts > MAX_PARTS:
             raise InputError(f"layer {layer}: {num_parts} parts with rows; at most {MAX_PARTS} are possible: join some")
         arrivals.layer, arrivals.rows = layer, rows
-        arrivals.first_rows, arrivals.slots = [0], []
+        arrivals.first_rows, arrivals.numbers = [0], []
         for count in part_rows:
-            arrivals.slots.append(sum(slot is not None for slot in arrivals.slots) if count else None)
+            arrivals.numbers.append(sum(number is not None for number in arrivals.numbers) if count else None)
             arrivals.first_rows.append(arrivals.first_rows[-1] + count)
         arrivals.missing = set(range(len(part_rows)))
         arrivals.epoch += 1
 
     def arrived(self, arrivals: Arrivals, part: int) -> None:
-        """Enqueue on torch's current stream, behind what brings the part's rows: their index, and the word that they
-        are there.
+        """Enqueue the index of a part, and the flag that says it is there, behind its rows on torch's current stream.
 
-        Raises InputError for a part that is not expected, or not any more.
+        Raises InputError for a part that is not expected, or no longer.
         """
         if part not in arrivals.missing:
             raise InputError(
@@ -176,9 +174,9 @@ class ArrivingExperts:
         layer, rows = arrivals.layer, arrivals.rows
         assert layer is not None and rows is not None  # `expect` has set them
         weights = self.experts.weights[layer]
-        slot, first, stop = arrivals.slots[part], arrivals.first_rows[part], arrivals.first_rows[part + 1]
+        number, first, stop = arrivals.numbers[part], arrivals.first_rows[part], arrivals.first_rows[part + 1]
         arrivals.missing.remove(part)
-        if slot is None or not weights.num_local_experts:
+        if number is None or not weights.num_local_experts:
             return
         torch.cuda.current_stream(rows.buffer.device).wait_event(arrivals.free)
         stream = Stream.current(rows.buffer.device)
@@ -188,13 +186,13 @@ class ArrivingExperts:
             rows.ids[first:stop],
             weights.first_expert,
             num_local,
-            arrivals.block_counts[slot],
-            arrivals.ends[slot * num_local : (slot + 1) * num_local],
+            arrivals.block_counts[number],
+            arrivals.ends[number * num_local : (number + 1) * num_local],
             arrivals.positions[first:stop],
             arrivals.tokens[first_place:],
             first_place=first_place,
         )
-        driver.write_word(stream.handle, arrivals.flags.data_ptr() + 4 * slot, arrivals.epoch)
+        driver.write_word(stream.handle, arrivals.flags.data_ptr() + 4 * number, arrivals.epoch)
 
     @torch.no_grad()
     def __call__(
@@ -204,9 +202,9 @@ class ArrivingExperts:
         scratch: HopperScratch,
         events: Sequence[Recordable] = (),
     ) -> None:
-        """As the experts' own call on the wave that `arrivals` expects, on torch's current stream.
+        """The experts' own call, on the wave that `arrivals` expects, on torch's current stream.
 
-        Raises InputError if a part has not been announced by `arrived`, and as the experts' own call.
+        Raises InputError if `arrived` has not announced a part, and whatever the experts' own call raises.
         """
         if arrivals.rows is None or arrivals.missing:
             raise InputError(
@@ -225,9 +223,9 @@ class ArrivingExperts:
         current = torch.cuda.current_stream(rows.buffer.device)
         stream = Stream.current(rows.buffer.device)
         num_pairs, intermediate = num_rows * experts.top_k, weights.intermediate
-        slots = zip(arrivals.slots, arrivals.first_rows, strict=False)
+        numbers = zip(arrivals.numbers, arrivals.first_rows, strict=False)
         parts = Parts(
-            [first for slot, first in slots if slot is not None],
+            [first for number, first in numbers if number is not None],
             experts.top_k,
             arrivals.tokens,
             arrivals.ends[: MAX_PARTS * num_local].view(MAX_PARTS, num_local),

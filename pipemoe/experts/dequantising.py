@@ -1,8 +1,8 @@
-"""Rows that travel as e4m3, for experts that take wider ones.
+"""Rows that travel as e4m3, for experts that take wider rows.
 
     e4m3 rows --dequantise--> rows in the model's dtype --inner experts--> out
 
-Half the bytes on the wire on any device; only "hopper_fp8" experts multiply e4m3 as it is.
+Half the bytes on the wire, with any experts; only "hopper_fp8" ones multiply e4m3 as it is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DequantisingScratch:
 
 
 class DequantisingExperts:
-    """The experts call of `inner` on e4m3 rows; a row's result is as deterministic as inner's."""
+    """Calls `inner` on e4m3 rows, dequantised; results are as deterministic as those of `inner`."""
 
     wire_dtype = torch.float8_e4m3fn
     supports_arrivals = False

@@ -33,16 +33,15 @@ def make_experts(
     """Build the experts call over `weights`, one entry per MoE layer, which stay referenced and are not copied.
 
     implementation: "host" (CPU), "hopper" (CUDA of compute capability 9.0, bfloat16: tensor-core kernels), "hopper_fp8"
-    (the same in e4m3: rows travel as e4m3, unquantised weights are quantised into a copy), "ampere" (as "hopper" from
-    8.0 on, by the instructions that all these have), "torch" (CUDA: grouped_mm between Numba kernels) or "auto" (by
-    device: "hopper" where it can
-    run, else "ampere" where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights,
-    which no other one takes). deterministic: a row's result is the same bits whatever its neighbours and however
-    experts are spread over ranks; `out` is float64 then. num_sms: multiprocessors that the GEMMs of "hopper",
-    "hopper_fp8" and "ampere" may fill, None: all; the others take no notice. num_experts: of all ranks together, by
-    which "hopper" chooses its tiles; None: always the same ones. dispatch_dtype: what hidden values of the rows are;
-    None: what the implementation computes in (its `wire_dtype`); torch.float8_e4m3fn: with scales, for any
-    implementation. Weights are not checked for NaN: see `check_finite`. Raises ConfigError and InputError.
+    (the same in e4m3: rows travel as e4m3, unquantised weights are quantised into a copy), "ampere" (the same from 8.0
+    on), "torch" (CUDA: grouped_mm between Numba kernels) or "auto" (on a GPU "hopper" where it can run, else "ampere"
+    where it can and torch has no grouped_mm for the device; "hopper_fp8" for quantised weights, which nothing else
+    takes). deterministic: a row's result has the same bits whatever its neighbours and however experts are spread over
+    ranks; `out` is then float64. num_sms: multiprocessors that the GEMMs of "hopper", "hopper_fp8" and "ampere" may
+    fill; None: all. num_experts: of all ranks together; "hopper" chooses its tiles by it; None: always the same tiles.
+    dispatch_dtype: format of the rows' hidden values; None: what the implementation computes in (its `wire_dtype`);
+    torch.float8_e4m3fn: with scales, for any implementation. Weights are not checked for NaN: see `check_finite`.
+    Raises ConfigError and InputError.
     """
     import torch
 
@@ -63,8 +62,7 @@ def make_experts(
     if any(w.is_quantised for w in weights) and implementation != "hopper_fp8":
         raise ConfigError(
             f"the weights are quantised, which experts implementation {implementation!r} does not take; "
-            'use "hopper_fp8" on a Hopper GPU, '
-            "or pass them through pipemoe.experts.dequantise_experts"
+            'use "hopper_fp8" on a Hopper GPU, or pass them through pipemoe.experts.dequantise_experts'
         )
     e4m3_rows = dispatch_dtype == torch.float8_e4m3fn
     if dispatch_dtype is not None and not e4m3_rows:

@@ -3,8 +3,9 @@
     rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, activation)--> a [pairs, I]
       for each block of columns:  --down_rows--> y [pairs, block] --combine--> out [n, block]
 
-Nothing is allocated and nothing synchronises the host; launches are packed at a layer's first call with a scratch and a
-layout of rows and out (prepared_call.py). The GEMMs run in persistent blocks, one per multiprocessor of num_sms.
+Nothing is allocated and nothing synchronises the host. Launches are packed at a layer's first call with a scratch and a
+layout of rows and out (prepared_call.py). The GEMMs run in persistent thread blocks, one on each of num_sms
+multiprocessors.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
 CAPABILITY, LEAST_CAPABILITY = (9, 0), (8, 0)
-# of a layer's calls that a scratch keeps ready; more are of a caller whose tensors have no steady layout
+# A scratch keeps so many prepared calls of a layer. Only a caller whose tensors have no steady layout makes more.
 MAX_LAYOUTS = 64
 
 
@@ -80,8 +81,8 @@ class HopperScratch:
         self.block_counts = empty(MAX_BLOCKS * num_local)
         self.a = empty(num_pairs * experts.max_intermediate, dtype=torch.bfloat16)
         self.y = empty(num_pairs, experts.hidden, dtype=torch.bfloat16)
-        # A layer's intermediate and a shape of tiles -> address of the maps of `a` with rows of that length and the
-        # shape's boxes.
+        # A layer's intermediate and a shape of tiles -> address of the maps of `a`, with rows of that length and boxes
+        # of that shape.
         sizes = sorted({w.intermediate for w in experts.weights}) if num_pairs and experts.on_hopper else []
         views = {size: self.a[: num_pairs * size].view(num_pairs, size) for size in sizes}
         places: dict[tuple[int, TileShape], int] = {}
@@ -98,17 +99,17 @@ class HopperScratch:
 class HopperExperts(ExpertsShape):
     """The experts call on CUDA tensors: only enqueues on torch's current stream. Implementation name "hopper".
 
-    Every kernel sums a row's products in an order that depends on nothing but the sizes of the matrices, so that a
-    row's bits depend on the row alone; deterministic adds that the sum over ranks is exact (see
-    pipemoe_kernels.combine). num_sms: blocks of the GEMMs; None: one for each multiprocessor. num_experts: of all ranks
-    together; with it, the shape of the bfloat16 GEMMs' tiles is chosen by the rows that an expert can expect of a call.
-    tile_rows: always that one of tile_shape.SHAPES.
+    Every kernel sums a row's products in an order that depends only on the sizes of the matrices, so a row's bits
+    depend on the row alone. deterministic: the sum over ranks is exact too (see pipemoe_kernels.combine). num_sms:
+    thread blocks of the GEMMs; None: one for each multiprocessor. num_experts: of all ranks together; with it, the
+    bfloat16 GEMMs choose their tiles by the rows that an expert can expect. tile_rows: always this one of
+    tile_shape.SHAPES.
     """
 
     implementation = "hopper"
-    blockwise_permille = 350  # the down projection is a third of the arithmetic; and the sums
+    blockwise_permille = 350  # the down projection, a third of the arithmetic, and the sums
     supports_arrivals = True
-    on_hopper = True  # whether kernels may use what only Hopper has
+    on_hopper = True  # may kernels use instructions that only Hopper has?
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class HopperExperts(ExpertsShape):
         if reason := unsupported(weights, hidden, device, dtype, self.implementation):
             raise ConfigError(reason)
         self.num_sms = num_sms or torch.cuda.get_device_properties(device).multi_processor_count
-        # to others: then blocks of the second GEMM and the sums must not sit there and wait for the kernel before
+        # To others: blocks of the second GEMM and the sums must then not wait there for the previous kernel.
         self._leaves_sms = False
         self._num_experts = num_experts
         self._shape_of: dict[tuple[int, int], TileShape] = {}  # by layer and rows
@@ -154,7 +155,7 @@ class HopperExperts(ExpertsShape):
         return grouped_kernel(gated=False, shape=shape)
 
     def _shape(self, layer: int, num_rows: int) -> TileShape:
-        """Of the tiles of a call on so many rows."""
+        """The shape of the tiles of a call on `num_rows` rows."""
         if len(self.shapes) == 1:
             return self.shapes[0]
         found = self._shape_of.get((layer, num_rows))
@@ -200,7 +201,7 @@ class HopperExperts(ExpertsShape):
         torch.cuda.synchronize(self.device)
 
     def _gemms_of_several_shapes(self) -> list[Kernel]:
-        """Those whose shape a call on one row may not have."""
+        """Kernels of the shapes that a call on one row does not use."""
         if len(self.shapes) == 1:
             return []
         gate_ups = [
@@ -217,8 +218,7 @@ class HopperExperts(ExpertsShape):
         events: Sequence[Recordable] = (),
     ) -> None:
         num_rows, out_layout = _layout_of_out(out)
-        # All that the prepared launches, and the checks at their making, depend on; not how many rows there are, nor
-        # where.
+        # Everything that prepared launches and their checks depend on; the number of rows and their address are not.
         shape = self._shape(layer, num_rows)
         layout = self, layer, shape.rows, len(events), rows.layout, out_layout
         call = scratch.calls.get(layout)
@@ -292,8 +292,8 @@ class HopperExperts(ExpertsShape):
         y: torch.Tensor,
         first_column: int,
     ) -> PackedDown | None:
-        """Columns of a times down, from `first_column` on: y [pairs, columns]; None if an earlier block's gives them
-        too.
+        """Columns of a times down, from `first_column` on: y [pairs, columns]. None if an earlier block's launch
+        computes them too.
         """
         kernel, maps = self._down_kernel(shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][1]
         a_maps, intermediate = scratch.a_maps[a.shape[1], shape], a.shape[1]

@@ -3,7 +3,7 @@
     e4m3 rows [n] --index--> tokens [pairs] --gate_up_fp8 (gather, GEMM, SwiGLU, quantise)--> a [pairs, I] e4m3, scales
          --down_fp8--> y [pairs, H] bfloat16 --combine--> out [n, H]
 
-Like hopper.py's otherwise: nothing is allocated, nothing synchronises the host, a row's bits depend on the row alone.
+As in hopper.py, nothing is allocated, nothing synchronises the host, and a row's bits depend on the row alone.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class HopperFp8Scratch:
 class HopperFp8Experts(HopperExperts):
     """The experts call on CUDA tensors with e4m3 rows. Implementation name "hopper_fp8".
 
-    weights: quantised, or bfloat16, of which a quantised copy is made here; the latter may then be freed by the caller.
-    With events, out comes in blocks of columns, but y is computed at once before the first of them.
+    weights: quantised, or bfloat16; of the latter a quantised copy is made here, so the caller may free them. With
+    events, out comes in blocks of columns, but all of y is computed before the first of them.
     """
 
     implementation = "hopper_fp8"

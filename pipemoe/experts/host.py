@@ -24,16 +24,14 @@ from pipemoe.wire import WireFormat
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
-TILE_ROWS = 256  # rows of one GEMM: large enough for the library's rate, small enough for the tile to stay in cache
+TILE_ROWS = 256  # of one GEMM: large enough for the library's full rate, small enough for the cache
 DETERMINISTIC_TILE_ROWS = 16  # every GEMM of the deterministic mode has exactly this many rows
 COMBINE_ROWS = 64  # rows of the staging tile for results that are 16-bit, not contiguous, or in blocks of columns
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class HostScratch:
-    """Memory of one slot: the sorted order of up to `max_rows` rows, their expert results, and one tile of each
-    GEMM.
-    """
+    """Memory of one slot: the sorted order and expert results of up to `max_rows` rows, and one tile of each GEMM."""
 
     def __init__(self, shape: ExpertsShape, max_rows: int, tile_rows: int):
         max_pairs = shape.max_pairs(max_rows)
@@ -48,7 +46,7 @@ class HostScratch:
         self.positions = np.empty((max_rows, shape.top_k), np.int32)
         self.sorted_tokens = np.empty(max_pairs, np.int32)
         self.offsets = np.empty(shape.max_local_experts + 1, np.int64)
-        self.y = empty(max_pairs, hidden).zero_()  # touched: no page is first used inside a step
+        self.y = empty(max_pairs, hidden).zero_()  # touches every page, so that no step is the first to
         self.x_tile = empty(tile_rows, hidden)
         self.x_tile_narrow = empty(tile_rows if widened else 0, hidden, dtype=shape.dtype)
         self.h_tile = empty(tile_rows * 2 * intermediate)
@@ -65,8 +63,8 @@ class HostScratch:
 class HostExperts(ExpertsShape):
     """The experts call on CPU tensors; synchronous in the calling thread. Implementation name "host".
 
-    deterministic: GEMMs run in zero-padded tiles of DETERMINISTIC_TILE_ROWS rows, so that the library always sees one
-    shape. A probe at construction checks that it then treats all rows of a tile alike; if not, tiles have one row.
+    deterministic: GEMMs run in zero-padded tiles of DETERMINISTIC_TILE_ROWS rows, so the library always sees one shape.
+    A probe at construction checks that the library then treats all rows of a tile alike; if not, tiles have one row.
     """
 
     implementation = "host"
@@ -116,7 +114,7 @@ class HostExperts(ExpertsShape):
         scratch: HostScratch,
         events: Sequence[Recordable] = (),
     ) -> None:
-        """Blocks of columns are complete all at once."""
+        """All blocks of columns are complete at once."""
         self._compute(layer, rows, self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events))), scratch)
         for event in events:
             event.record()
@@ -205,9 +203,7 @@ class HostExperts(ExpertsShape):
 
     @torch.no_grad()
     def _library_treats_rows_alike(self) -> bool:
-        """Whether a row gives the same bits at every place of a tile, for the shapes of the first layer with
-        experts.
-        """
+        """Does a row give the same bits at every place of a tile? Tried with the first layer that has experts."""
         weights = next((w for w in self.weights if w.num_local_experts), None)
         if weights is None:
             return True

@@ -8,9 +8,9 @@
     (local experts 2..7)  -1: no local expert   within an expert: ascending token, then ascending k
 
 Numba functions that release the GIL, so that several worker threads run at once. Every loop runs along one row at a
-time: a row's bits cannot depend on its neighbours. They are compiled in warming up, or at the first call, for the
-layouts that are written out here alone, so that no later call compiles. The vocabulary follows scattermoe (sorted
-order, expert offsets).
+time, so a row's bits cannot depend on its neighbours. They are compiled while warming up, or at the first call, and
+only for the layouts written out here, so that no later call compiles. The vocabulary follows scattermoe (sorted order,
+expert offsets).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from pipemoe.compiled import Compiled
 
 # Adding and subtracting 1.5 * 2^52 * 2^-32 rounds a float64 of magnitude under 2^19 to the nearest multiple of 2^-32.
-# Larger values land on coarser multiples, which are on the grid as well.
+# Larger values are rounded to coarser multiples, which lie on the same grid.
 GRID_ROUNDING = 1.5 * 2.0**20
 
 
@@ -65,7 +65,7 @@ def index_pairs(ids, first_expert, offsets, positions, sorted_tokens):
                 offsets[expert + 1] += 1
     for expert in range(num_local):
         offsets[expert + 1] += offsets[expert]
-    # offsets[e] serves as the cursor of expert e, and ends as the start of e + 1: shift back afterwards.
+    # offsets[e] is the cursor of expert e and ends as the start of e + 1: shift back afterwards.
     for token in range(ids.shape[0]):
         for k in range(ids.shape[1]):
             expert = ids[token, k] - first_expert
@@ -106,8 +106,7 @@ def gather_rows(rows, sorted_tokens, start, stop, out):
 def activate_rows(h, bias, activation, out):
     """out[i, j] = activation(h[i, j] + bias[j]) * (h[i, I + j] + bias[I + j]); float32, bias [2I] or [0].
 
-    activation: its place in weights.ACTIVATIONS. h [tile, I] has no second half and no second factor; bias is [I] or
-    [0].
+    activation: its index in weights.ACTIVATIONS. If h is [tile, I] there is no second factor, and bias is [I] or [0].
     """
     intermediate = out.shape[1]
     zero, half, one, root_of_half = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(0.5**0.5)
@@ -132,9 +131,7 @@ def activate_rows(h, bias, activation, out):
 
 @compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.float32[:, :], t.int64, t.float32[:, ::1])])
 def combine_rows(y, positions, weights, start, out):
-    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]], float32, every row
-    written.
-    """
+    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]]; float32, every row."""
     for i in range(out.shape[0]):
         for h in range(out.shape[1]):
             out[i, h] = 0
@@ -148,7 +145,7 @@ def combine_rows(y, positions, weights, start, out):
 
 @compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.float32[:, :], t.int64, t.float64[:, ::1])])
 def combine_rows_on_grid(y, positions, weights, start, out):
-    """As combine_rows into float64: each float32 product is rounded to a multiple of 2^-32, so that sums are exact."""
+    """combine_rows into float64: each float32 product is rounded to a multiple of 2^-32, so sums are exact."""
     for i in range(out.shape[0]):
         for h in range(out.shape[1]):
             out[i, h] = 0
@@ -162,6 +159,6 @@ def combine_rows_on_grid(y, positions, weights, start, out):
 
 
 def compile_all(deterministic: bool) -> None:
-    """What the experts call."""
+    """Compile all functions that the experts call."""
     for function in (index_pairs, gather_rows, activate_rows, combine_rows_on_grid if deterministic else combine_rows):
         function.compile()

@@ -1,11 +1,10 @@
-"""One layer's experts call with one scratch, for rows and an out of one layout: every launch packed once, ready for the
-next rows.
+"""One layer's experts call with one scratch, for rows and an out of one layout, with all launches packed beforehand.
 
     launches    index        gate_up      for each block of columns:  down   combine
     rewritten   ids, pairs   hidden                                   -      ids, weights, out
 
-A call is then a few addresses and numbers written into place, and the driver's calls. It is used as its scratch is: by
-one call at a time.
+A call then only writes a few addresses and numbers into place, and calls the driver. As its scratch, it serves one call
+at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ PackedDown = Callable[[int, int], None]  # stream, pairs
 
 @dataclass(frozen=True, slots=True)
 class ColumnBlock:
-    """A block of out's columns. down: None where an earlier block's has computed this one too; y [pairs, block]."""
+    """A block of out's columns; y [pairs, block]. down: None if an earlier block's launch has computed this one too."""
 
     columns: range
     down: PackedDown | None
@@ -41,10 +40,10 @@ class ColumnBlock:
 
 
 class PreparedCall:
-    """Enqueues on torch's current stream. rows, parts of out: of the call that this is made for; later ones have the
-    same layout.
+    """Enqueues on torch's current stream. rows, parts: of the call that this is made for; later calls have their
+    layout.
 
-    parts: a matrix for each block.
+    parts: a matrix for each block of out's columns.
     """
 
     def __init__(
@@ -84,8 +83,8 @@ class PreparedCall:
     def __call__(
         self, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], num_rows: int, events: Sequence[Recordable]
     ) -> None:
-        """num_rows: of rows and of out, at least 1. events: as many as there are blocks, or none. out: one matrix, or
-        the blocks.
+        """num_rows: of rows and of out, at least 1. events: one for each block, or none. out: one matrix, or the
+        blocks.
         """
         stream = current_stream(self._device_index)
         num_pairs = num_rows * self._top_k

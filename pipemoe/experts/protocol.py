@@ -38,15 +38,13 @@ class Experts(Protocol):
 
     implementation: str
     deterministic: bool
-    wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn, with scales, or what the experts compute in
-    blockwise_permille: int  # per mille of a call's time spent in the column-blocked part (down projection, combine)
+    wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn with scales, or the format of the computation
+    blockwise_permille: int  # of a call spent in the column-blocked part (down, combine), about
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
-    supports_arrivals: bool  # whether arrivals.ArrivingExperts takes them
+    supports_arrivals: bool  # may arrivals.ArrivingExperts call them?
 
     def with_free_sms(self, num_sms: int) -> Experts:
-        """The same experts with kernels that leave `num_sms` multiprocessors free for collectives; scratches serve
-        both.
-        """
+        """These experts with kernels that leave `num_sms` multiprocessors to collectives. Scratches serve both."""
 
     def new_scratch(self, max_rows: int) -> Scratch:
         """Allocate what calls with up to `max_rows` rows need."""
@@ -65,15 +63,14 @@ class Experts(Protocol):
         scratch: Scratch,
         events: Sequence[Recordable] = (),
     ) -> None:
-        """out[i] = sum over local ids[i, k], ascending k, of weights[i, k] * expert ids[i, k] of x_i (see
-        ExpertWeights).
+        """out[i] = sum of weights[i, k] * (expert ids[i, k] of x_i), over k with a local expert, ascending.
 
         rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
         float16, or float64 (on the grid of 2^-32) when deterministic. Raises InputError for other shapes or dtypes.
 
-        events: if given, out comes in as many blocks of columns as there are events, column_ranges(H, number of
-        events), one after the other, and each event is recorded when its block is complete. Every weight is still read
-        once, and no bit differs. out may then be these blocks, each a matrix of its own, as collectives want them.
+        events: if given, out comes in as many blocks of columns, column_ranges(H, number of events), one after the
+        other; each event is recorded when its block is complete. Every weight is still read once, and the bits are the
+        same. out may then be these blocks, each a matrix of its own, as collectives want them.
         """
 
 
@@ -124,19 +121,18 @@ class ExpertsShape:
         self.out_dtypes = tuple(getattr(torch, name) for name in names)
 
     def with_free_sms(self, num_sms: int) -> Self:
-        """The same experts with kernels that leave `num_sms` multiprocessors free for collectives.
-
-        A persistent kernel with a block for every multiprocessor would otherwise have one block wait for its place, and
-        all others wait for that block. Here there are no persistent kernels, so this is the same object.
+        """These experts with kernels that leave `num_sms` multiprocessors to collectives beside them. Without
+        persistent kernels, as here, the same object: only in those would a block wait for its place, and all others for
+        it.
         """
         return self
 
     def max_pairs(self, max_rows: int) -> int:
-        """Most local pairs of `max_rows` rows. A row may name one expert several times, so that K alone bounds it."""
+        """Most local pairs of `max_rows` rows. A row may name one expert several times, so only K bounds them."""
         return max_rows * self.top_k if self.max_local_experts else 0
 
     def nothing_local(self, blocks: Sequence[torch.Tensor], events: Sequence[Recordable]) -> None:
-        """The call's result where no row has an expert here: zeros, complete at once."""
+        """The call's result if no row has an expert here: zeros, complete at once."""
         import torch
 
         with torch.no_grad():
@@ -152,9 +148,7 @@ class ExpertsShape:
     def check_call(
         self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], max_rows: int, num_blocks: int = 1
     ) -> list[torch.Tensor]:
-        """Raise InputError unless the call fits the layer, the scratch and this object's dtypes. Returns the blocks of
-        out.
-        """
+        """The blocks of out. Raises InputError unless the call fits the layer, the scratch and this object's dtypes."""
         import torch
 
         num_rows = len(rows)

@@ -1,4 +1,4 @@
-"""Experts in e4m3, from others and back to others."""
+"""Expert weights to e4m3 and back."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 
 def quantise_experts(weights: ExpertWeights) -> ExpertWeights:
-    """The same experts in float8_e4m3fn; one expert at a time is in float32 besides. Raises InputError for what is no
-    ExpertWeights or does not fit together, for quantised ones, and for biases.
+    """The same experts in float8_e4m3fn. Takes memory for one expert in float32.
+
+    Raises InputError for what is no ExpertWeights or does not fit together, for quantised ones, and for biases.
     """
     import torch
 

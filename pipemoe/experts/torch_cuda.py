@@ -1,14 +1,13 @@
 """Experts on a GPU: grouped GEMMs between Numba CUDA kernels. Implementation name "torch".
 
-    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I] --activation--> a [pairs,
-    I]
-         --grouped_mm--> y [pairs, H] --combine--> out [n, H]
+    rows --index--> offsets, positions --gather--> x [pairs, H] --grouped_mm--> h [pairs, 2I]
+         --activation--> a [pairs, I] --grouped_mm--> y [pairs, H] --combine--> out [n, H]
 
-The host knows only n: how many pairs are local stays on the device. GEMMs therefore get matrices of one of two fixed
-heights, of which they compute the rows below offsets[-1]: the scratch's full height, or the largest for which torch
-picks its tile for few rows, when all pairs fit that. So torch's allocator is asked for the same few sizes again and
-again. grouped_mm serves bfloat16 on Hopper and Blackwell; elsewhere torch would fall back to a loop that synchronises
-with the host, and the SIMT kernel takes its place.
+The host knows only n; the number of local pairs stays on the device. GEMMs therefore get matrices of one of two fixed
+heights, and compute the rows below offsets[-1]. One height is the scratch's. The other, if all pairs fit it, is the
+largest for which torch picks its tile for few rows. So torch's allocator is asked for the same few sizes again and
+again. grouped_mm serves bfloat16 on Hopper and Blackwell. Elsewhere torch would fall back to a loop that synchronises
+with the host, so the SIMT kernel takes its place.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED_MM_MAJORS = (9, 10)  # compute capabilities (major) whose grouped_mm needs no host synchronisation
 GROUPED_MM_ALIGNMENT = 8  # columns: it wants rows on 16-byte boundaries
-# torch takes a smaller tile when the matrix has at most this many rows per expert (its GroupMM.cu). The order of a sum
-# may follow the tile, so the deterministic mode always keeps above it.
+# torch takes a smaller tile if the matrix has at most this many rows per expert (its GroupMM.cu). The order of a sum
+# may depend on the tile, so the deterministic mode always stays above.
 SMALL_TILE_ROWS_PER_EXPERT = 128
 
 
@@ -59,7 +58,7 @@ class TorchScratch:
         self.positions = empty(max_rows, experts.top_k, dtype=torch.int32)
         self.offsets = empty(num_local, dtype=torch.int32)
         self.tile_counts = empty(num_tiles(max_rows * experts.top_k, index_kernels()) * num_local, dtype=torch.int32)
-        # Rows that grouped_mm computes nothing for are never read into results; zeros only keep sanitizers quiet.
+        # Results never read rows that grouped_mm skips; the zeros only keep sanitizers quiet.
         self.x = empty(max_pairs, padded_columns(hidden, experts.dtype)).zero_()
         self.a = empty(max_pairs * intermediate).zero_()
         # grouped_mm returns a new h, freed before it returns a new y. The SIMT path writes h here, and y over x.
@@ -73,8 +72,8 @@ class TorchScratch:
 class TorchExperts(ExpertsShape):
     """The experts call on CUDA tensors: only enqueues on torch's current stream.
 
-    deterministic: products and sums of one row are independent of other rows in every kernel here and, as measured, in
-    grouped_mm as long as its tile is the same; the result is then summed on the grid (see pipemoe_kernels.combine).
+    deterministic: a row's products and sums do not depend on other rows, in every kernel here and, as measured, in
+    grouped_mm as long as its tile is the same. The result is then summed on the grid (see pipemoe_kernels.combine).
     """
 
     implementation = "torch"
@@ -96,8 +95,7 @@ class TorchExperts(ExpertsShape):
         if self.max_local_experts > MAX_LOCAL_EXPERTS:
             raise ConfigError(
                 f"a rank would hold {self.max_local_experts} experts; the index kernels take at most "
-                f"{MAX_LOCAL_EXPERTS}: "
-                "use more ranks"
+                f"{MAX_LOCAL_EXPERTS}: use more ranks"
             )
         aligned = hidden % GROUPED_MM_ALIGNMENT == 0 and all(
             w.intermediate % GROUPED_MM_ALIGNMENT == 0 for w in self.weights

@@ -1,6 +1,6 @@
 """Expert weights of one MoE layer that one rank holds.
 
-rank:      0            1            2
+rank:      0       1       2
 experts: | 0 1 2 | 3 4 5 | 6 7 8 9 |        E = 10, R = 3: uneven counts are fine, zero too
 """
 
@@ -37,8 +37,8 @@ def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
 class ExpertWeights:
     """Weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
 
-    An expert is down(activation(gate x) * (up x)), or if not gated, down(activation(up x)) with the rows of up alone in
-    gate_up. Raises InputError from `validate` alone, so that a loader may build it from views in any order.
+    An expert is down(activation(gate x) * (up x)); if not gated it is down(activation(up x)), and gate_up holds only
+    up. Only `validate` raises InputError, so that a loader may fill it through views in any order.
     """
 
     gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection; [E_loc, I, H] if not gated
@@ -84,7 +84,7 @@ class ExpertWeights:
 
     @property
     def row_dtype(self) -> torch.dtype:
-        """What rows these experts belong to: their own dtype, or bfloat16 if they are quantised."""
+        """Of the rows that these experts serve: their own dtype, or bfloat16 if they are quantised."""
         import torch
 
         return torch.bfloat16 if self.is_quantised else self.dtype
@@ -157,8 +157,7 @@ class ExpertWeights:
 def check_finite(weights: Sequence[ExpertWeights]) -> None:
     """Raise InputError at the first NaN or infinite weight, naming layer, tensor and global expert id.
 
-    Reads every weight once (a load-time check, it synchronises a GPU); one expert at a time, so that the extra memory
-    is that of one expert.
+    For load time: reads every weight once and synchronises a GPU. Takes one expert at a time, and memory for one more.
     """
     import torch
 

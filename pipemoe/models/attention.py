@@ -3,9 +3,9 @@
 Registered with transformers' AttentionInterface under the name PACKED; what varies per microbatch arrives in the
 keyword argument `packing`, so there is no global state and any number of threads may attend at once.
 
-On CUDA in half precision all pieces are one launch of FlashAttention-2's variable-length kernel, which aligns the
-causal diagonal to the last key and so needs no mask for a piece with earlier tokens. Elsewhere (float32, the host) it
-is one call of scaled_dot_product_attention per piece.
+On CUDA in half precision all pieces are one launch of FlashAttention-2's variable-length kernel. It aligns the causal
+diagonal to the last key, so a piece with earlier tokens needs no mask. Elsewhere (float32, the host) each piece is one
+call of scaled_dot_product_attention.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 For multi-head latent attention the kept rows are what transformers caches there: the compressed latents.
 
 On CUDA the microbatches of a sequence may run on different streams; the caller orders them by events, layer by layer.
-Kept rows stay referenced until the StepCache itself is freed, which the caller does after the step's last event:
-dropped earlier, their memory could be handed out again on the stream that made them while another still reads.
+Kept rows stay referenced until the StepCache itself is freed, which the caller does after the step's last event. If
+they were dropped earlier, the stream that made them could reuse their memory while another still reads it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,13 @@ class StepCache:
         return MicrobatchCache(self, packing)
 
     def earlier(self, layer: int, sequence: int, num_tokens: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Rows [1, heads, n_i, D] of the first `num_tokens` tokens, in order; InputError when they are not all
-        there.
-        """
+        """Rows [1, heads, n_i, D] of the first `num_tokens` tokens, in order. InputError if any is missing."""
         rows = self._rows.get((layer, sequence), []) if num_tokens else []
         seen = sum(key.shape[2] for key, _ in rows)
         if seen != num_tokens:
             raise InputError(
                 f"decoder layer {layer}: a piece of sequence {sequence} starts at token {num_tokens}, but {seen} "
-                "earlier "
-                "tokens have passed this layer; attend the earlier pieces of a sequence first"
+                "earlier tokens have passed this layer; attend the earlier pieces of a sequence first"
             )
         return rows
 
@@ -65,7 +62,7 @@ class MicrobatchCache:
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the rows that a later microbatch needs; return all rows that this one's queries need.
+        """Keep the rows that a later microbatch needs, and return all rows that this one's queries need.
 
         key, value: [1, heads, T, D] of the microbatch. Returns [1, heads, packing.num_keys, D], piece after piece, each
         with its sequence's earlier tokens in front. Without cut sequences the arguments come back as they are.

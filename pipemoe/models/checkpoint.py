@@ -7,8 +7,8 @@
 Headers of all shards are read first, so that a missing tensor or a truncated shard is found before any weight moves.
 Weights are then read tensor by tensor (experts: only this rank's) out of memory-mapped files.
 
-DeepSeek-V3's own checkpoints hold matrices `name` as e4m3 beside `name`_scale_inv, a float32 for each 128 x 128 of them
-(the word says inverse; it is what to multiply by). They are widened while reading, or for fp8 experts taken as they
+DeepSeek-V3's own checkpoints hold a matrix `name` as e4m3 beside `name`_scale_inv, a float32 for each 128 x 128 values
+(the word says inverse, but values are multiplied by it). They are widened while reading; fp8 experts take them as they
 are.
 """
 
@@ -78,7 +78,7 @@ class Checkpoint:
         return self._hash.hexdigest()
 
     def locate(self, names: Sequence[str], shape: tuple[int, ...]) -> str:
-        """The first of `names` that is stored; CheckpointError when none is, or its shape or dtype are wrong."""
+        """The first of `names` that is stored. Raises CheckpointError if none is, or if its shape or dtype is wrong."""
         name = next((name for name in names if name in self.tensors), None)
         if name is None:
             raise self._error(
@@ -100,8 +100,8 @@ class Checkpoint:
             raise self._error(
                 stored.file,
                 f"tensor {name} is stored as {stored.dtype}{missing}; {', '.join(READABLE)} can be read, and "
-                f"{QUANTISED} matrices with their "
-                f"{SCALES_SUFFIX}. Is the checkpoint quantised in another way? Convert it to bfloat16 first",
+                f"{QUANTISED} matrices with their {SCALES_SUFFIX}. "
+                "Is the checkpoint quantised in another way? Convert it to bfloat16 first",
             )
         return name
 
@@ -116,13 +116,12 @@ class Checkpoint:
             raise self._error(
                 scales.file,
                 f"tensor {name}{SCALES_SUFFIX} has shape {scales.shape} and is stored as {scales.dtype}; one of "
-                f"{', '.join(READABLE)} for each "
-                f"128 x 128 values of {name} is wanted, shape {shape}. Fetch the checkpoint again",
+                f"{', '.join(READABLE)} for each 128 x 128 values of {name} is wanted, shape {shape}. "
+                "Fetch the checkpoint again",
             )
 
     def read(self, names: Sequence[str], shape: tuple[int, ...], rows: range | None = None) -> torch.Tensor:
-        """Read the first of `names` that is stored, on the host in its stored dtype; with `rows`, those of its first
-        axis.
+        """Read the first of `names` that is stored, on the host, in its stored dtype; only `rows` of it, if given.
 
         shape: the whole tensor's. A quantised matrix is widened to float32. Raises what `locate` raises.
         """
@@ -177,7 +176,7 @@ class Checkpoint:
         hidden, width, total = config.hidden_size, family.intermediate(config), family.num_experts(config)
         result = []
         for layer in family.moe_layers(config):
-            # Where a projection ends within a block, its scales are not those of gate and up together.
+            # If a projection ends within a block, its scales are not those of gate and up together.
             whole = experts and width % BLOCK == 0
             if (
                 quantised
@@ -235,7 +234,7 @@ class Checkpoint:
         return self._open[file]
 
     def _shards(self) -> tuple[list[Path], dict[str, str]]:
-        """All shards, and by the index the shard of each tensor."""
+        """All shards, and the shard of each tensor as the index has it."""
         place_of: dict[str, str] = {}
         if not self.directory.is_dir():
             raise self._error(self.directory, "is not a directory; give a checkpoint directory")
@@ -259,8 +258,8 @@ class Checkpoint:
         return shards, place_of
 
     def _check_shard_name(self, index: Path, name: object) -> None:
-        """An index comes from elsewhere: it must not lead out of the directory. (Links may: downloads are kept as links
-        to one store.)
+        """An index comes from elsewhere, so it must not lead out of the directory. Links may: downloads are often links
+        to one store.
         """
         text = name if isinstance(name, str) else ""
         parts = PurePosixPath(text).parts
@@ -289,9 +288,7 @@ class Checkpoint:
         return f"holds neither {SINGLE} nor {INDEX}; fetch the checkpoint's safetensors files"
 
     def _read_header(self, shard: Path, place_of: Mapping[str, str]) -> None:
-        """Index one shard; the layout is 8 bytes little-endian header size, JSON header, data. place_of: see
-        _shards.
-        """
+        """Index one shard: 8 bytes little-endian header size, JSON header, data. place_of: see _shards."""
         size = shard.stat().st_size
         with shard.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
@@ -313,7 +310,7 @@ class Checkpoint:
                 self._hash.update(file.read(_SAMPLE_BYTES))
         for name, tensor in stored.items():
             if name in place_of and self.directory / place_of[name] != shard:
-                continue  # the index says that it is another shard's
+                continue  # the index says that it belongs to another shard
             if name in self.tensors:
                 raise self._error(
                     shard,

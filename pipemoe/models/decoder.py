@@ -1,11 +1,10 @@
-"""A decoder model cut open at its MoE layers: attend(layer) up to the router, finish() from the last experts to the
-logits.
+"""A decoder cut open at its MoE layers: attend(layer) runs to the router, finish() from the last experts to the logits.
 
     start -> attend(0) -> [experts 0] -> attend(1) -> [experts 1] -> ... -> attend(L-1) -> [experts L-1] -> finish
 
-The routed experts are not here: the caller carries (x, ids, weights) to the ranks that hold them and brings the sums
-back as `y`. Everything else is transformers' own modules, run unchanged on one microbatch that packs several sequence
-pieces into the rows of one batch [1, T_mb, H].
+The routed experts are not here: the caller takes (x, ids, weights) to the ranks that hold them and brings the sums back
+as `y`. Everything else is transformers' own modules, run unchanged on one microbatch, whose rows [1, T_mb, H] hold
+several sequence pieces.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class MicrobatchState:
 
 
 class Decoder:
-    """Everything of a model but its routed experts, on one device.
+    """A model without its routed experts, on one device.
 
     Made by pipemoe.models.loading.load_decoder. Methods run on the current torch stream (on the host: in the calling
     thread), never wait for the device, and may be called from any number of threads as long as each MicrobatchState
@@ -68,7 +67,7 @@ class Decoder:
         dtype: torch.dtype,
         facts: dict[str, str],
     ) -> None:
-        """facts: what of the model must be equal on all ranks, by name."""
+        """facts: what must be equal on all ranks, by name."""
         config = model.config
         self.config: PreTrainedConfig = config
         self.family: str = family.model_type
@@ -116,9 +115,7 @@ class Decoder:
 
     @property
     def caches_keys(self) -> bool:
-        """Do attention modules cache the keys and values that they attend to, not something to compute them from (MLA's
-        latents)?
-        """
+        """Do attention modules cache keys and values themselves? (MLA caches latents, to compute them from.)"""
         return not hasattr(self._blocks[0].self_attn, "kv_lora_rank")
 
     def kept_bytes_per_token(self) -> int:
@@ -154,7 +151,7 @@ class Decoder:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """From the routed experts' result of MoE layer `layer - 1` to the router of MoE layer `layer`.
 
-        y: [T_mb, H], any floating dtype; None for layer 0. It is read here only.
+        y: [T_mb, H], any floating dtype, only read; None for layer 0.
         Returns x [T_mb, H] dtype, ids [T_mb, K] int32 (global expert ids), weights [T_mb, K] float32.
         """
         self._add_experts(state, layer, y)
@@ -172,8 +169,9 @@ class Decoder:
 
     @torch.no_grad()
     def run_shared(self, state: MicrobatchState) -> None:
-        """Compute the shared experts of the layer attended last, which hides the dispatch's time; the next attend or
-        finish does it otherwise."""
+        """Compute the shared experts of the layer attended last, while its dispatch is under way. Without this call the
+        next attend or finish computes them.
+        """
         if state.moe_input is not None:
             state.shared = self._shared_experts[state.layer](state.moe_input)
             state.moe_input = None
@@ -196,8 +194,7 @@ class Decoder:
             given = "no y" if y is None else "a y"
             raise InputError(
                 f"MoE layer {layer} of {len(self._blocks)} was asked for with {given} after layer {state.layer}; "
-                "layers run in "
-                "order, each but the first with the result of the one before"
+                "layers run in order, each but the first with the result of the one before"
             )
         if y is None:
             return

@@ -1,4 +1,4 @@
-"""What a capture of CUDA graphs asks of the process around it."""
+"""What capturing CUDA graphs demands of the rest of the process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collection_held() -> Iterator[None]:
-    """No cyclic garbage is collected inside: a tensor or graph that is freed in the middle of a capture makes it
-    invalid.
-    """
+    """No cyclic garbage is collected inside: freeing a tensor or graph within a capture makes the capture invalid."""
     gc.collect()
     was_enabled = gc.isenabled()
     gc.disable()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class GraphStore:
-    """Shared by the models of one decoder under several configurations; captures what is not there yet."""
+    """Shared by all configurations of one decoder; captures only what is not there yet."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -28,7 +28,7 @@ class GraphStore:
         self._keys: dict[int, StepKeys] = {}  # by most tokens of a rank
 
     def most_rows(self, config: Config) -> int:
-        """Rows of the largest graph; 0: there are none."""
+        """Rows of the largest graph; 0 if there are no graphs."""
         most = min(config.graph_tokens, config.max_tokens_per_rank)
         if not most or not self._decoder.can_be_captured:
             return 0
@@ -57,7 +57,8 @@ class GraphStore:
         return self._graphs.get(self._key(config, slot, results_dtype))
 
     def new_step(self, config: Config, begins: Sequence[int]) -> StepCache | StepOfKeys:
-        """Where a step keeps keys and values: at fixed addresses if graphs read them there. begins: of each sequence,
-        its first token among the rank's."""
+        """Where a step keeps keys and values: at fixed addresses if graphs read them. begins: for each sequence, the
+        number of its first token among the rank's.
+        """
         keys = self._keys.get(config.max_tokens_per_rank) if self.serves_cuts(config) else None
         return self._decoder.new_step() if keys is None else keys.step(begins)

@@ -1,4 +1,4 @@
-"""Load a decoder: attention and everything shared on every rank, of the routed experts this rank's only."""
+"""Load a decoder: attention and all that is shared on every rank, and of the routed experts only this rank's."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def load_decoder(
 
 
 class PreparedDecoder:
-    """What is to be loaded, looked at as far as it can be before any weight is there."""
+    """A model that is to be loaded, checked as far as possible before any weight is read."""
 
     def __init__(
         self,
@@ -73,8 +73,8 @@ class PreparedDecoder:
         path_or_config: a checkpoint directory (config.json and safetensors), or, for random weights made from `seed`, a
         transformers config; with random_weights also a dict like config.json, the path of a .json file or of a
         directory with one. The other ranks' experts are never allocated and never read. quantised: experts in e4m3 (see
-        pipemoe.e4m3), all else in `dtype`. Raises CheckpointError that names rank, file and tensor: here for all that
-        headers say, in `load` for NaN weights.
+        pipemoe.e4m3), all else in `dtype`. Raises CheckpointError that names rank, file and tensor: here for anything
+        wrong in headers, in `load` for NaN weights.
         """
         self._where = f"rank {rank}: "
         self.device = _indexed(torch.device(device))
@@ -164,7 +164,7 @@ def _has_own_head(checkpoint: Checkpoint, family: Family, dtype: torch.dtype) ->
         return head is not None
     shape = checkpoint.tensors[head].shape
     if checkpoint.tensors[embedding].shape != shape:
-        return True  # whichever is wrong is named later
+        return True  # what is wrong with them is named later
     return not torch.equal(checkpoint.read([head], shape).to(dtype), checkpoint.read([embedding], shape).to(dtype))
 
 
@@ -178,7 +178,7 @@ def _fill_from(
 
 
 def _check_finite(model: PreTrainedModel, weights: list[ExpertWeights], where: str) -> None:
-    """NaN in any weight would spread over the ranks' sums and show up far from its cause."""
+    """A NaN in any weight would spread over the ranks' sums and show far from its cause."""
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(

@@ -1,10 +1,10 @@
-"""Whether a model's weights fit the memory there is, before any is taken: the system ends a process that takes too much
-without a word.
+"""Do a model's weights fit into memory? Asked before any is taken: the system kills a process that takes too much,
+silently.
 
 The rule. On a GPU all ranks that share it must find room in what is free. On a host all its ranks together must stay
-below the limit of their control group, if there is one (a container's, a batch job's), else below the machine's memory
-and swap. Free memory decides nothing there: caches give way, and the memory of some virtual machines grows as it is
-used. Where less is free than needed, a warning says so.
+below the limit of their control group if there is one (a container's, a batch job's), else below the machine's memory
+and swap. There, free memory decides nothing: caches give way, and the memory of some virtual machines grows as it is
+used. If less is free than needed, a warning says so.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ _NO_LIMIT = 1 << 60  # control groups of version 1 say "no limit" with a number 
 
 
 def shortage(world: World, num_bytes: int) -> ConfigError | None:
-    """What is wrong if this rank's weights, with those of the ranks beside it, do not fit; every rank calls. num_bytes:
-    of this rank.
-    """
+    """An error if the weights of the ranks here do not fit, else None; every rank calls. num_bytes: of this rank."""
     place = _place(world.device)
     told = [
         json.loads(payload)
@@ -68,7 +66,7 @@ def shortage(world: World, num_bytes: int) -> ConfigError | None:
 
 
 def host_limit() -> tuple[int | None, str]:
-    """Bytes that processes here can ever have together, and what says so; None if nothing does."""
+    """Bytes that the processes of this host can have together, and what says so; None if nothing limits them."""
     groups = [limit for limit in map(_limit_in, _control_group_files()) if limit is not None]
     if groups:
         return min(groups), "the control group of this process (a container, or a job) may have"
@@ -84,7 +82,7 @@ def _place(device: torch.device) -> str:
 
 
 def _gpu_bytes(device: torch.device) -> tuple[int, int]:
-    """Free, with what torch keeps for later, and in all."""
+    """Free bytes, with those that torch keeps for later; and all bytes."""
     free, total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
 
@@ -99,7 +97,7 @@ def _meminfo() -> dict[str, int]:
 
 
 def _control_group_files() -> Iterable[Path]:
-    """Where limits of this process's control groups and of all above them may stand: version 2, then 1."""
+    """Files that may limit this process's control groups and all above them: version 2, then 1."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:

@@ -1,13 +1,13 @@
 """A microbatch on its way through a decoder: attention launched kernel by kernel, or as CUDA graphs.
 
-Launching the some fifty kernels of a layer's attention takes the host about a millisecond; the GPU is done with 2000
+The host takes about a millisecond to launch the fifty or so kernels of a layer's attention; the GPU computes 2000
 tokens in less than that. Graphs are captured at set-up, one per MoE layer and bucket of token counts:
 
     tokens of the microbatch    |  7 tokens | 9 rows of padding |     bucket of 16: the graph always computes 16 rows
     rows handed on              |  7 tokens |                         padding is never dispatched
 
 A slot holds one microbatch at a time, so all graphs of a slot share their inputs, outputs and memory. With StepKeys
-they serve pieces of sequences that are cut over several microbatches as well, else only whole sequences.
+they also serve pieces of sequences that are cut over several microbatches, without only whole sequences.
 """
 
 from __future__ import annotations
@@ -52,9 +52,7 @@ class EagerMicrobatch:
 
 
 class _Bucket:
-    """One graph per MoE layer over the first `num_rows` rows of a slot's tensors, and one for its shared experts if it
-    has any.
-    """
+    """One graph per MoE layer over the first `num_rows` rows of a slot's tensors, and one for its shared experts."""
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
@@ -68,10 +66,10 @@ class AttendGraphs:
     def __init__(
         self, decoder: Decoder, results_dtype: torch.dtype, num_rows: int, keys: StepKeys | None = None
     ) -> None:
-        """Capture for microbatches of up to `num_rows` tokens, one of GRAPH_ROWS, on the current stream, which must not
-        be the default one. keys: what the slots of a step share, if cut sequences are to be served.
+        """Capture for microbatches of up to `num_rows` (one of GRAPH_ROWS) tokens, on the current stream, which must
+        not be the default one. keys: shared by the slots of a step, if cut sequences are to be served.
 
-        Set-up work: allocates, and needs about 5 ms per layer and bucket.
+        For set-up: allocates, and takes about 5 ms per layer and bucket.
         """
         self._decoder, self._keys, self._pool = decoder, keys, torch.cuda.graph_pool_handle()
         state = self._padding(num_rows)
@@ -141,7 +139,7 @@ class AttendGraphs:
 
     @contextmanager
     def _capturing(self, graphs: list) -> Iterator[None]:
-        """Not torch.cuda.graph: that gives back all memory that torch holds, also what is reserved for the lanes."""
+        """Not torch.cuda.graph, which gives back all memory that torch holds, also that reserved for the lanes."""
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
@@ -169,7 +167,7 @@ class AttendGraphs:
         return GraphedMicrobatch(self._decoder, state, bucket, (hidden, ids, weights), self._sums[:num_tokens])
 
     def _take_pieces(self, packing: Packing) -> None:
-        """Copy where pieces and keys lie. What follows the last piece are pieces without tokens."""
+        """Copy where pieces and keys lie. Behind the last piece stand pieces without tokens."""
         num_pieces = len(packing.pieces)
         self._query_offsets.fill_(packing.num_tokens)
         self._query_offsets[: num_pieces + 1].copy_(packing.query_offsets)
@@ -184,7 +182,7 @@ class AttendGraphs:
 
 
 class GraphedMicrobatch:
-    """One graph launch per layer. As EagerMicrobatch."""
+    """EagerMicrobatch with one graph launch per layer."""
 
     def __init__(
         self, decoder: Decoder, state: MicrobatchState, bucket: _Bucket, routed: Routed, sums: torch.Tensor
@@ -216,9 +214,7 @@ def start_microbatch(
     pieces: Sequence[Piece],
     results_dtype: torch.dtype,
 ) -> EagerMicrobatch | GraphedMicrobatch:
-    """Embed a microbatch (see Decoder.start) and take the graphs for it if they serve. step: with StepKeys, those of
-    the graphs.
-    """
+    """Embed a microbatch (see Decoder.start), with graphs if they serve. step: with StepKeys, those of the graphs."""
     state = decoder.start(step, token_ids, pieces)
     graphed = graphs.start(state) if graphs is not None else None
     return graphed or EagerMicrobatch(decoder, state, results_dtype)

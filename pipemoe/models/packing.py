@@ -1,11 +1,10 @@
 """How sequence pieces lie in the rows of one microbatch.
 
     rows of the microbatch     | piece 0 | piece 1      | piece 2 |       queries: only the piece's own tokens
-    keys and values      | earlier | piece 0 | piece 1      | earlier of 2 | piece 2 |    ... and its sequence's earlier
-    ones
+    keys and values      | earlier | piece 0 | piece 1      | earlier of 2 | piece 2 |   and its sequence's earlier ones
 
-Where keys and values have places of their own (StepKeys), a piece's begin where its sequence does, and are
-`key_lengths` many.
+With StepKeys, keys and values have rows of their own: a piece's begin where its sequence's do, and are `key_lengths`
+many.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Packing:
         device: torch.device,
         begins: Sequence[int] | None = None,
     ) -> None:
-        """begins: per sequence of the step, the row of its first key, if keys have places of their own."""
+        """begins: for each sequence of the step the row of its first key, if keys have rows of their own."""
         self.pieces = [Piece(*piece) for piece in pieces]
         self.num_tokens = len(token_ids)
         _check(token_ids, self.pieces, vocab_size)
@@ -98,9 +97,7 @@ class Packing:
 def _key_parts(
     pieces: Sequence[Piece], spans: Sequence[Span], positions: Sequence[np.ndarray], begins: Sequence[int] | None
 ) -> list[np.ndarray]:
-    """Offsets of the pieces' keys; and, if keys have places of their own, how many each piece reads and where its own
-    go.
-    """
+    """Offsets of the pieces' keys. If keys have rows of their own: how many each piece reads, and where its own go."""
     if begins is None:
         return [np.asarray([0, *(s.key_stop for s in spans)])]
     first = [begins[p.sequence] for p in pieces]

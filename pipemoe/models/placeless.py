@@ -1,9 +1,7 @@
-"""Tensors that a checkpoint stores and the model has no place for: refused by name, as dropping them would change what
-it computes.
+"""Stored tensors that the model has no place for are refused by name: without them it would compute something else.
 
-Two kinds are left out by rule, and said through `logging`: buffers that are computed anew (rotary frequencies), and
-decoder layers beyond num_hidden_layers (DeepSeek-V3's layers for multi-token prediction; a config cut to its first
-layers).
+Two kinds are left out by rule, and `logging` says so: buffers that are computed anew (rotary frequencies), and decoder
+layers beyond num_hidden_layers (DeepSeek-V3's layers for multi-token prediction; a config cut to its first layers).
 """
 
 from __future__ import annotations
@@ -51,9 +49,8 @@ def check_placeless(
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         raise CheckpointError(
             f"{where}{checkpoint.directory}: a {family.model_type} model of this config has no place for the stored "
-            f"tensor{'s' * (len(left) > 1)} "
-            f"{shown}{more}; without what is stored it would compute something else. Check that config.json belongs "
-            "to the shards"
+            f"tensor{'s' * (len(left) > 1)} {shown}{more}; without what is stored it would compute something else. "
+            "Check that config.json belongs to the shards"
         )
     if beyond:
         promised = getattr(config, "num_nextn_predict_layers", None) or 0

@@ -1,12 +1,12 @@
-"""Weights out of names: every rank, and the reference model, make the same ones without exchanging anything.
+"""Random weights by name: every rank and the reference model make the same ones without exchanging anything.
 
 Parameter p has its own generator, seeded with hash(seed, name of p); expert e of MoE layer l has two, seeded with
 hash(seed, l, e, projection). Values are drawn in float32 on the device and then rounded to the dtype, so that models of
 different dtypes agree up to rounding. Devices of different types draw different values.
 
-Scales follow the fan-in, so that a wrong expert shows in a float32 parity check by orders of magnitude. Router and
-experts have gains besides: rounding to bfloat16 flips near-ties of the router, and with a decided router and quiet
-experts such a flip stays small against the residual, as in trained models.
+Scales follow the fan-in, so a wrong expert shows in a float32 parity check by orders of magnitude. Router and experts
+also have gains. Rounding to bfloat16 flips near-ties of the router; with a decided router and quiet experts such a flip
+stays small against the residual, as in trained models.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def _generator(device: torch.device, *key: object) -> torch.Generator:
 def random_parameter(
     name: str, shape: torch.Size, *, seed: int, device: torch.device, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The value of one parameter or buffer outside the routed experts; a function of (seed, name, shape, device
-    type).
-    """
+    """One parameter or buffer outside the routed experts: a function of (seed, name, shape, device type)."""
     values = torch.empty(shape, dtype=torch.float32, device=device)
     values.normal_(generator=_generator(device, seed, name))
     if name.endswith("norm.weight"):
@@ -57,9 +55,7 @@ def random_parameter(
 
 
 def fill_random_expert(gate_up: torch.Tensor, down: torch.Tensor, layer: int, expert: int, seed: int) -> None:
-    """Overwrite one expert's gate_up [2I, H] and down [H, I]; a function of (seed, layer, expert, shape, device
-    type).
-    """
+    """Fill one expert's gate_up [2I, H] and down [H, I]: functions of (seed, layer, expert, shape, device type)."""
     for projection, target, gain in (("gate_up", gate_up, 1.0), ("down", down, EXPERT_GAIN)):
         values = torch.empty(target.shape, dtype=torch.float32, device=target.device)
         generator = _generator(target.device, seed, layer, expert, projection)

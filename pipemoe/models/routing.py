@@ -3,16 +3,14 @@
 Two scorings, as in transformers' own routers (which the tests compare with):
 
 - softmax top-k (Mixtral; Qwen3-MoE, Switch Transformer lineage): probabilities over all experts, the K largest,
-optionally
-  renormalised to sum to one;
+  optionally renormalised to sum to one;
 - sigmoid with a bias-corrected, group-limited choice (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): the bias and the
-groups
-  decide who is chosen, the unbiased scores weigh.
+  groups decide who is chosen, the unbiased scores are the weights.
 
-On the host the choice is a numba kernel that holds no GIL, on CUDA one kernel (pipemoe_kernels.routing); both break
-ties towards the lower expert and the lower group. What that kernel does not take (more than 512 experts or 16 of them a
-token, GPUs older than sm_80) is a handful of torch operations, without a host synchronisation; ties are as torch.topk
-has them there.
+On the host the choice is a numba function without the GIL, on CUDA one kernel (pipemoe_kernels.routing); both break
+ties towards the lower expert and the lower group. That kernel does not take more than 512 experts, more than 16 of them
+per token, or GPUs older than sm_80. There, a handful of torch operations does it, without a host synchronisation; ties
+are broken as by torch.topk.
 """
 
 from __future__ import annotations
@@ -152,7 +150,7 @@ def _route_host(
 
 @functools.partial(Compiled, inside=True, nogil=True)
 def _take_largest(scores, taken, chosen):  # pragma: no cover (compiled)
-    """Fill `chosen` with the positions of the largest scores that are not `taken` yet, largest first; marks them taken.
+    """Fill `chosen` with the positions of the largest scores that are not yet `taken`, largest first; mark them taken.
 
     NaN loses to every number; when only NaN is left the lowest free position is chosen, so every position is valid.
     """

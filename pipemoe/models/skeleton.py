@@ -1,4 +1,4 @@
-"""A transformers model without memory behind it, and how its tensors are then put in place."""
+"""A transformers model without memory, and how its tensors are put in place later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build_skeleton(config: PreTrainedConfig, *, attention: str) -> PreTrainedMod
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    # Its frequencies are computed by the constructor, not loaded, so it is made again off the meta device.
+    # The constructor computes its frequencies, so it is made again off the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     return model.eval().requires_grad_(False)
 
@@ -45,15 +45,14 @@ def materialise(
 
 
 def tied_name(model: PreTrainedModel) -> str | None:
-    """The parameter that is another's twin: the output projection, where the config ties it to the embedding."""
+    """The output projection's name if the config ties it to the embedding."""
     return "lm_head.weight" if model.config.tie_word_embeddings else None
 
 
 def fuse_norms(model: PreTrainedModel) -> None:
-    """Replace the RMS norms by torch's, the same function in one kernel instead of eight; weights are shared, not
-    copied.
+    """Replace the RMS norms by torch's: one kernel instead of eight, with the same weights, not copies.
 
-    Rounds once, at the end, where transformers rounds before the weight too: in bfloat16 the results differ by that.
+    torch rounds once, at the end; transformers rounds before the weight too. In bfloat16 the results differ by that.
     """
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):

@@ -4,9 +4,9 @@
     rows                        in the order of this rank's tokens, whichever microbatch computed them    max_tokens
 
 A microbatch writes its rows and reads those of its sequences so far. Microbatches of a sequence may run on different
-streams; the caller orders them by events, layer by layer, and steps one after the other. Serves attention that
-FlashAttention finds by offsets in device memory (see attention.py), and whose cache holds the keys themselves (not
-multi-head latent attention).
+streams; the caller orders them by events, layer by layer, and runs one step after the other. This serves attention for
+which FlashAttention finds pieces by offsets in device memory (see attention.py), and whose cache holds the keys
+themselves (not multi-head latent attention).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class StepKeys:
-    """Room for `max_tokens` tokens in every decoder layer, and a row more for padding to write to."""
+    """Room for `max_tokens` tokens in every decoder layer, and one more row that padding writes to."""
 
     def __init__(self, decoder: Decoder, max_tokens: int) -> None:
         """Allocates on the current stream, zeroed: 2 x (max_tokens + 1) x heads x D values per layer."""
@@ -46,7 +46,7 @@ class StepKeys:
     def write(
         self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put key, value [1, heads, T, D] of a decoder layer into `rows` [T] int64; all rows [1, heads, len(self),
+        """Put key, value [1, heads, T, D] of a decoder layer into `rows` [T] int64. Returns all: [1, heads, len(self),
         D].
         """
         for kept, new in zip(self._rows[layer], (key, value), strict=True):
@@ -56,7 +56,7 @@ class StepKeys:
 
 
 class StepOfKeys:
-    """One step's use of them; takes the place of a StepCache."""
+    """One step's use of StepKeys; stands in for a StepCache."""
 
     def __init__(self, keys: StepKeys, begins: Sequence[int]) -> None:
         self.keys, self.begins = keys, begins

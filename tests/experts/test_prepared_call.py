@@ -103,7 +103,7 @@ def test_what_a_call_says(launched):
         launched.clear()
         experts(1, rows, out, scratch)
     index, gate_up, down, combine = (
-        {name: launch.arguments[launch.kernel.slot(name)] for name in _names(launch)} for launch in launched
+        {name: launch.arguments[launch.kernel.index_of(name)] for name in _names(launch)} for launch in launched
     )
     stride = rows.buffer.shape[1]
     assert (
@@ -150,7 +150,7 @@ def test_tiles_by_the_rows_that_an_expert_can_expect(launched, monkeypatch):
             gate_up.kernel is experts._gate_up_kernel(0, shape).kernel
             and down.kernel is experts._down_kernel(shape).kernel
         )
-        assert down.arguments[down.kernel.slot("x")] == scratch.a_maps[128, shape]
+        assert down.arguments[down.kernel.index_of("x")] == scratch.a_maps[128, shape]
     assert len(scratch.calls) == 3
 
 

@@ -1,16 +1,15 @@
-"""Grouped GEMM on Hopper's tensor cores in e4m3: scales for 1 x 128 of x and 128 x 128 of w, one persistent launch over
-all experts.
+"""Grouped GEMM on Hopper's tensor cores in e4m3: scales for 1 x 128 of x and 128 x 128 of w, one persistent launch.
 
     rows [n, H] e4m3 | scales [n, H/128]   w [E_loc, N, Kd] e4m3, scales [E_loc, N/128, Kd/128]   out [pairs, columns]
       gate_up: out = silu(x gate^T) * (x up^T) as e4m3, with scales [I/128, pitch] (a row's scales one below the other)
       down:    out = x w^T as bfloat16; x as gate_up left it
 
-Blocks, ring, gather and order of tiles are those of wgmma.py. A step takes 128 columns of both operands: the bytes and
-cycles of a bfloat16 step of 64. After each the products are scaled and added to float32 sums: a consumer has 64 x 256
-sums, and products of 64 x 128 at a time, the registers of a thread allowing no more; while one consumer adds, the
-tensor cores work for the other. A tile of gate_up gives 128 columns of out, which is what one scale is for: so it
-leaves quantised. Ideas: the format from DeepSeek-V3's report, scales beside the ring and promotion between two
-consumers from DeepGEMM.
+Thread blocks, ring, gather and order of tiles are those of wgmma.py. A step takes 128 columns of both operands: the
+bytes and cycles of a bfloat16 step of 64. After each step the products are scaled and added to float32 sums. A consumer
+has 64 x 256 sums and makes products of 64 x 128 at a time; a thread has no registers for more. While one consumer adds,
+the tensor cores work for the other. A tile of gate_up gives 128 columns of out, which share one scale, so it leaves
+quantised. Ideas: the format from DeepSeek-V3's report; scales beside the ring and promotion between two consumers from
+DeepGEMM.
 """
 
 from __future__ import annotations
@@ -54,11 +53,9 @@ E4M3 = torch.float8_e4m3fn
 
 @cache
 def grouped_fp8_kernel(*, gated: bool) -> Kernel:
-    """gated: x is gathered from wire rows and the result is SwiGLU of both halves of w's rows; else x is in sorted
-    order already.
-    """
+    """gated: x is gathered from wire rows, and the result is SwiGLU of both halves of w's rows. Else x is sorted."""
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
-    full_arrivals = 5 if gated else 1  # the bulk copies' thread, and one of each warp that gathers
+    full_arrivals = 5 if gated else 1  # the bulk copies' thread, and one thread of each warp that gathers
     consume = consumer(gated)
     produce = gathering_producer() if gated else sorted_producer()
     keep_registers, take_registers = ptx.keep_registers(PRODUCER_REGISTERS), ptx.take_registers(CONSUMER_REGISTERS)
@@ -90,7 +87,7 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
             ptx.barrier_fence()
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         if gated:
-            # After this the index is complete; the down kernel relies on that when its blocks start.
+            # Now the index is complete. The down kernel relies on that when its blocks start.
             ptx.wait_for_earlier()
         ptx.launch_dependents()
         load_ends(thread, UINT32(THREADS), offsets, num_local, ends)
@@ -162,7 +159,7 @@ def grouped_fp8_kernel(*, gated: bool) -> Kernel:
                         target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column)
                     else:
                         scale_line = UINT32(line_of_tile + (row & UINT32(3)))
-                        # The last tile may have one block only: its other half is zeros, times any scale.
+                        # The last tile may have only 128 columns: its other half is zeros, times any scale.
                         second_block = UINT32(1) if columns_left > WIDTH else UINT32(0)
                         target = out + ADDRESS(line) * out_row_bytes + ADDRESS(first_column * 2)
                     block = UINT32(expert * scale_rows + first_column // UINT32(WIDTH))
@@ -212,7 +209,7 @@ def row_maps(a: torch.Tensor, scales: torch.Tensor) -> list[bytes]:
 
 
 class PackedGateUpFp8:
-    """gate_up_fp8, ready for hidden values of one layout (see there) and any number of pairs for which `a` has room."""
+    """gate_up_fp8, ready for hidden values of one layout and any number of pairs for which `a` has room."""
 
     def __init__(
         self,
@@ -252,13 +249,13 @@ class PackedGateUpFp8:
             a_scales,
             a_scales.stride(0),
         )
-        self._x = kernel.slot("x")
+        self._x = kernel.index_of("x")
         self._sizes = len(offsets), intermediate // WIDTH, num_sms
 
     def __call__(self, stream: int, hidden: int, num_pairs: int) -> None:
         """Enqueue on a stream's handle, for rows at the address `hidden` that have num_pairs >= 1 pairs in all."""
         assert hidden % 16 == 0, hidden
-        self._launch.slots[self._x] = hidden
+        self._launch.values[self._x] = hidden
         self._launch(stream, _num_blocks(num_pairs, *self._sizes))
 
 
@@ -277,8 +274,8 @@ def gate_up_fp8(
 
     hidden [n, H] e4m3, rows on 16-byte boundaries, each followed by its H/128 float32 scales; tokens [pairs] int32;
     gate_up_map: address of the map of [E_loc, 2I, H]; gate_up_scales [E_loc, 2I/128, H/128] float32; offsets [E_loc]
-    int32 ends; a [pairs, I] e4m3 and a_scales [I/128, >= pairs] float32: a value times its scale, a_scales[column //
-    128, row], is meant.
+    int32 ends; a [pairs, I] e4m3, each value to be multiplied by a_scales[column // 128, row]; a_scales [I/128, >=
+    pairs] float32.
     """
     gate_up = PackedGateUpFp8(
         stream.device_index, hidden, tokens, gate_up_map, gate_up_scales, offsets, a, a_scales, num_sms
@@ -357,5 +354,5 @@ def _check_scales(scales: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _num_blocks(num_pairs: int, num_local: int, column_tiles: int, num_sms: int) -> int:
-    """No more blocks than tiles that any routing can give."""
+    """At most as many blocks as there can be tiles, whatever the routing."""
     return min(num_sms, (num_pairs // TILE_ROWS + min(num_local, num_pairs)) * column_tiles)

@@ -1,11 +1,11 @@
-"""What the warpgroups of grouped_fp8.py do with one tile: fill the ring, use it up, or only keep it turning.
+"""What the warpgroups of fp8.py do with one tile: fill the ring, use it up, or only keep it turning.
 
     shared memory:  | barriers | scales of x, by stage | experts' ends | stage 0: x tile, w tile | stage 1 | ... |
     full[s]   the producer's copies of stage s have landed      parity flips with every turn of the ring
     empty[s]  all consumer warps are done with stage s
 
-A stage holds STEP columns of 128 rows of x and of 256 rows of w, and the 128 scales of that x. As in roles.py, whose
-tiles are bfloat16 and may be cut; here they are always whole. Every function here is inlined into the kernel.
+A stage holds STEP columns of 128 rows of x and of 256 rows of w, and the 128 scales of that x. roles.py does the same
+for bfloat16, where tiles may be cut; here they are always whole. Every function here is inlined into the kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TILE_COLUMNS = 2 * WIDTH  # rows of w in a stage
 X_BYTES = TILE_ROWS * STEP
 HALF_BYTES = WIDTH * STEP
 STAGE_BYTES = X_BYTES + 2 * HALF_BYTES
-# The copy engine starts at every fourth scale only (16 bytes): a tile's scales come with up to 3 of the rows before.
+# The copy engine starts only at every fourth scale (16 bytes), so up to 3 scales of earlier rows come along.
 SCALE_COLUMNS = TILE_ROWS + 4
 SCALE_BYTES = 4 * SCALE_COLUMNS
 SCALE_PITCH = 640  # bytes from one stage's scales to the next one's
@@ -35,8 +35,8 @@ SHARED_BYTES = 1024 + RING_AT + NUM_STAGES * STAGE_BYTES  # the first 1024 to al
 
 
 def gathering_producer():
-    """x: rows of the wire buffer and their scales, which follow `depth` values, by 128 threads' copies; w: boxes of
-    gate and of up rows.
+    """x: 128 threads copy rows of the wire buffer and their scales, which follow `depth` values. w: boxes of gate and
+    of up rows.
     """
 
     @cuda.jit(device=True, inline="always")
@@ -78,7 +78,7 @@ def gathering_producer():
             ptx.copy_rows(rows, x, x_tile + line_at, UINT32(step * 8) + part, 16)
             fp8.copy_scale(own_row, scales + ADDRESS(4 * step), barriers + SCALES_AT + stage * SCALE_PITCH + 4 * thread)
             ptx.commit_copies()
-            # Two stages stay on their way; the one before them is announced, by one thread of each warp.
+            # Two stages stay under way; one thread of each warp announces the stage before them.
             ptx.wait_for_copies_but_two()
             cuda.syncwarp()
             if thread & UINT32(31) == 0 and issued >= 2:
@@ -122,7 +122,7 @@ def sorted_producer():
         num_bytes = UINT32(2 * HALF_BYTES + SCALE_BYTES) + (UINT32(X_BYTES) >> halvings)
         ahead = UINT32(0)
         if issued == 0:
-            # The first stages' weights need nothing of the kernel before: they come while it ends.
+            # The first stages' weights do not depend on the previous kernel: fetch them while it ends.
             ahead = UINT32(min(steps, UINT32(NUM_STAGES)))
             step = UINT32(0)
             while step < ahead:
@@ -149,10 +149,10 @@ def sorted_producer():
 
 
 def consumer(gated: bool):
-    """A warpgroup's 64 rows times two blocks of 128 rows of w, and their way out.
+    """Multiply a warpgroup's 64 rows with twice 128 rows of w, and store the results.
 
-    line: where the scale of this thread's first row is; w_scales, second_w_scales: addresses of both blocks' scales, by
-    step.
+    line: where the scale of this thread's first row is. w_scales, second_w_scales: addresses of the scales, by step, of
+    the first and the second 128 rows of w.
     """
     sums = accumulators(WIDTH, has_bias=False)
     zero, store = sums.zero, sums.store

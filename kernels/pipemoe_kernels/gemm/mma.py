@@ -1,15 +1,14 @@
 """Grouped GEMM on the tensor cores of sm_80 and newer: what wgmma.py computes, without Hopper's instructions.
 
-    shared memory:  | experts' ends | stage 0: x tile, w tile | stage 1 | ... |      ring of NUM_STAGES stages of 32
-    columns
+    shared memory:  | experts' ends | stage 0: x tile, w tile | stage 1 | ... |     NUM_STAGES stages of 32 columns
 
     block = 8 warps; a tile of 128 rows and 256 rows of w, 64 x 64 each:      | 0 1 2 3 |
                                                                               | 4 5 6 7 |
     a slice of 128 or 64 rows of w (see raster.py), 32 x 64 or 16 x 64 each:  | 0 1 |, ...
 
-All threads copy one stage (`cp.async`, rows of x through `tokens` where they are gathered) while they multiply another;
-the copies of the next tile's first stages begin within the last steps of a tile. Sums run over ascending k in steps of
-16: the same order in every tile and slice. Idea: the multistage GEMM of CUTLASS.
+All threads copy one stage by `cp.async` while they multiply another (gathered rows of x are found through `tokens`).
+The copies of the next tile's first stages begin within a tile's last steps. Sums run over ascending k in steps of 16,
+in the same order in every tile and slice. Idea: the multistage GEMM of CUTLASS.
 """
 
 from __future__ import annotations
@@ -63,9 +62,7 @@ def copy_stage(
     next_w_2,
     next_w_3,
 ):
-    """Start the copies of the step AHEAD of `step`, of this tile or of the next one. x_i, w_i: 16-byte units, or
-    NO_ROW.
-    """
+    """Start the copies for the step AHEAD of `step`, of this tile or the next. x_i, w_i: 16-byte units, or NO_ROW."""
     step = UINT32(step + AHEAD)
     if step >= steps:
         step = UINT32(step - steps)
@@ -88,7 +85,7 @@ def copy_stage(
 
 
 def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
-    """One tile (cuts 0) or slice of one: multiply all its steps and store it."""
+    """Multiply all steps of one tile (cuts 0), or of a slice of one, and store the results."""
     blocks = 4 >> cuts
     warp_columns = 4 >> cuts  # warps next to one another
     columns_of_warp = 32 if gated else 64  # of out
@@ -180,7 +177,7 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
 
 @cache
 def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> Kernel:
-    """As wgmma.grouped_kernel: with an activation x is gathered, else it is in sorted order already."""
+    """Like wgmma.grouped_kernel: with an activation x is gathered, else it is in sorted order already."""
     gathers = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     halves = 2 if gated else 1
@@ -213,13 +210,13 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
         line = thread >> UINT32(2)
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         units = UINT32(depth // UINT32(PART_COLUMNS))
-        # At least as many steps as are on their way at once: those after the last multiply zeros.
+        # At least as many steps as are under way at once; steps after the last real one multiply zeros.
         steps = UINT32(max(UINT32(UINT32(depth + STEP - 1) // UINT32(STEP)), UINT32(AHEAD)))
         row_tiles = load_ends(thread, UINT32(THREADS), offsets, num_local, ends)
         num_blocks = UINT32(cuda.gridDim.x)
         num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
         whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, MAX_CUTS)
-        slot = UINT32(cuda.blockIdx.x)
+        turn = UINT32(cuda.blockIdx.x)
         stage = UINT32(0)
         expert, first_tile, begin = UINT32(0), UINT32(0), UINT32(0)
         row, end, first_column, cuts = UINT32(0), UINT32(0), UINT32(0), UINT32(0)
@@ -228,8 +225,8 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
         w_2, w_3 = UINT32(NO_ROW), UINT32(NO_ROW)
         is_first = True
         while True:
-            # The tile after the present one: its first stages are copied at the end of the present one.
-            tile, next_cuts, part = tile_of(slot, whole, rest_cuts)
+            # The next tile: its first stages are copied at the end of the present one.
+            tile, next_cuts, part = tile_of(turn, whole, rest_cuts)
             expert, first_tile, begin, next_end = next_expert(
                 tile, expert, first_tile, begin, ends, num_local, column_tiles
             )
@@ -248,7 +245,7 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
                 next_w_2 = w_row(UINT32(line + 2 * LINES), width, next_column, num_columns, first_row, units)
                 next_w_3 = w_row(UINT32(line + 3 * LINES), width, next_column, num_columns, first_row, units)
             if is_first:
-                # No present tile: copy what its last steps would.
+                # There is no present tile: make the copies that its last steps would make.
                 for i in range(AHEAD):
                     copy_stage(
                         thread,
@@ -370,7 +367,7 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
                 break
             x_0, x_1, w_0, w_1, w_2, w_3 = next_x_0, next_x_1, next_w_0, next_w_1, next_w_2, next_w_3
             row, end, first_column, cuts, tile_expert = next_row, next_end, next_column, next_cuts, expert
-            slot = UINT32(slot + num_blocks)
+            turn = UINT32(turn + num_blocks)
 
     parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, UINT32, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
     return Kernel(
@@ -379,7 +376,7 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
 
 
 class PackedMma:
-    """grouped_mma, ready for x of one layout (see there) and any number of pairs for which `out` has room."""
+    """grouped_mma, ready for x of one layout and any number of pairs for which `out` has room."""
 
     def __init__(
         self,
@@ -426,7 +423,7 @@ class PackedMma:
             out,
             2 * out.stride(0),
         )
-        self._x = kernel.slot("x")
+        self._x = kernel.index_of("x")
         output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
         self._slices = -(-num_columns // output_columns) << MAX_CUTS
         self._num_local, self._num_sms = num_local, num_sms
@@ -435,7 +432,7 @@ class PackedMma:
         """Enqueue on a stream's handle, for num_pairs >= 1 pairs and x at that address."""
         assert x % 16 == 0, x
         row_tiles = num_pairs // TILE_ROWS + min(self._num_local, num_pairs)
-        self._launch.slots[self._x] = x
+        self._launch.values[self._x] = x
         self._launch(stream, min(self._num_sms, row_tiles * self._slices))
 
 
@@ -452,10 +449,10 @@ def grouped_mma(
     gated: bool = False,
     activation: str | None = None,
 ) -> None:
-    """out[p] = activation(gate x) * (up x) or activation(w x), x = x[tokens[p]]; or w x[p] where tokens and activation
-    are None.
+    """out[p] = activation(gate r) * (up r), or activation(w r), r = x[tokens[p]]; w x[p] if tokens and activation are
+    None.
 
-    For every place p < offsets[-1] of the sorted order; rows after that are neither read nor written. x [n, Kd]
+    For every place p < offsets[-1] of the sorted order; later rows are neither read nor written. x [n, Kd]
     bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; w [E_loc, N, Kd], experts strided; offsets
     [E_loc] int32 ends; bias [E_loc, N] or None; out [pairs, N], or [pairs, N / 2] if gated, rows strided on 16-byte
     boundaries.

@@ -1,14 +1,12 @@
 """Raster: which tile of which expert a block takes, from the experts' ends alone; no schedule is stored.
 
-    tiles of one expert: row tiles x column tiles       numbered so that blocks of neighbouring numbers share operands
-    in
-    | 0  3  6 |                                         the L2 cache: bands of at most BAND_ROWS rows, in a band down
-    the
-    | 1  4  7 |   one band of 3 row tiles               row tiles first
-    | 2  5  8 |
+    tiles of one expert: row tiles x column tiles
+    | 0  3  6 |        numbered so that blocks of neighbouring numbers share operands in the L2 cache: bands of at most
+    | 1  4  7 |        BAND_ROWS row tiles, and in a band down the row tiles first
+    | 2  5  8 |        (here one band of 3 row tiles)
 
-All blocks take one tile in each round. The tiles of the last round, if they are few, are cut into 2, 4 or 8 slices of
-columns, so that it keeps more blocks busy for less time.
+All blocks take one tile in each round. If the last round has few tiles, they are cut into 2, 4 or 8 slices of columns,
+so that the round keeps more blocks busy for less time.
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ MAX_EXPERTS = 512
 BAND_ROWS = UINT32(2048)
 TILE_ROWS = UINT32(128)  # unless a kernel says otherwise
 ONE = UINT32(1)
-# A step of a whole tile of 128 rows multiplies for 1024 cycles, and takes 32 KB of w and 16 KB of x from the L2 cache,
-# which gives one multiprocessor at most 64 bytes a cycle, and all of them together about half of that each.
+# A step of a whole tile of 128 rows multiplies for 1024 cycles, and takes 32 KB of w and 16 KB of x from the L2 cache.
+# That gives a single multiprocessor at most 64 bytes a cycle, and about half of that when all of them ask.
 WHOLE_KB, ROWS_OF_KB, CYCLES_OF_KB, SHARED_CYCLES_OF_KB = UINT32(32), UINT32(8), UINT32(16), UINT32(32)
-ROUND_CYCLES = UINT32(64)  # what a step costs besides, with its share of the tile's start and end
+ROUND_CYCLES = UINT32(64)  # a step's other costs, with its share of the tile's start and end
 
 
 @cuda.jit(device=True, inline="always")
 def load_ends(thread, threads, offsets, num_local, ends, tile_rows=TILE_ROWS):
-    """By all threads of a block: copy the experts' ends to shared memory, and the number of row tiles behind them."""
+    """Copy the experts' ends to shared memory, and the number of row tiles behind. All threads of a block call it."""
     num_tiles_at = UINT32(ends + UINT32(4) * num_local)
     if thread == UINT32(0):
         ptx.store_shared_u32(num_tiles_at, UINT32(0))
@@ -45,10 +43,9 @@ def load_ends(thread, threads, offsets, num_local, ends, tile_rows=TILE_ROWS):
 
 @cuda.jit(device=True, inline="always")
 def plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows=TILE_ROWS, blocks=ONE):
-    """How many tiles are whole, and cuts: the others have 2 ** cuts slices, as the estimate of their rounds' time has
-    it.
+    """How many tiles stay whole, and cuts: the others have 2 ** cuts slices, as many as the estimate of time favours.
 
-    blocks: that share a tile's rows and w; num_blocks counts such pairs then.
+    blocks: how many share a tile's rows and w; if 2, num_blocks counts pairs.
     """
     num_tiles = UINT32(row_tiles * column_tiles)
     whole = UINT32(num_tiles // num_blocks * num_blocks)
@@ -74,9 +71,7 @@ def plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_ro
 
 @cuda.jit(device=True, inline="always")
 def steps_in_stage(num_rows, cuts, tile_rows=TILE_ROWS):
-    """log2 of the steps of k that one stage holds: a slice leaves room for several, each of w's slice and of a box for
-    the rows of x.
-    """
+    """log2 of the steps of k that one stage holds: a slice leaves room for several, with w's slice and a box of x."""
     stage_kb = UINT32(WHOLE_KB + tile_rows // ROWS_OF_KB)
     box_rows = tile_rows
     half = UINT32(64)
@@ -93,17 +88,17 @@ def steps_in_stage(num_rows, cuts, tile_rows=TILE_ROWS):
 
 
 @cuda.jit(device=True, inline="always")
-def tile_of(slot, whole, cuts):
-    """The tile of a slot, its cuts, and which slice of it."""
-    if slot < whole:
-        return slot, UINT32(0), UINT32(0)
-    slice_number = UINT32(slot - whole)
+def tile_of(turn, whole, cuts):
+    """The tile of a turn (turns count over all blocks and rounds), its cuts, and which slice of it."""
+    if turn < whole:
+        return turn, UINT32(0), UINT32(0)
+    slice_number = UINT32(turn - whole)
     return UINT32(whole + (slice_number >> cuts)), cuts, UINT32(slice_number & UINT32((ONE << cuts) - ONE))
 
 
 @cuda.jit(device=True, inline="always")
 def next_expert(tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows=TILE_ROWS):
-    """Go on from `expert`, whose tiles start at number `first_tile` and rows at `begin`, to the expert of `tile`.
+    """Move from `expert`, whose tiles start at number `first_tile` and rows at `begin`, to the expert of `tile`.
 
     ends: shared-memory address of each expert's end. Returns expert (num_local: no such tile), first_tile, begin, end.
     """

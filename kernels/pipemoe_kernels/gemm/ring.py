@@ -1,5 +1,4 @@
-"""The ring of stages between the warpgroups of a grouped GEMM on Hopper: what bfloat16 (roles.py) and e4m3
-(fp8_roles.py) share.
+"""The ring of stages between the warpgroups of a grouped GEMM on Hopper, for roles.py and fp8_roles.py.
 
 Every function here is inlined into the kernel.
 """
@@ -16,7 +15,7 @@ GROUP_ROWS = 64  # rows of one consumer warpgroup
 CONSUMERS = TILE_ROWS // GROUP_ROWS
 NUM_STAGES = 4
 EMPTY_AT = 8 * NUM_STAGES  # the barriers "empty" after the barriers "full"
-X_BOXES = (128, 64, 32, 16)  # rows of the boxes of x's tensor maps, which stand in this order
+X_BOXES = (128, 64, 32, 16)  # rows of the boxes of x's tensor maps, in the maps' order
 
 
 @cuda.jit(device=True, inline="always")
@@ -30,7 +29,7 @@ def next_stage(stage, parity):
 
 @cuda.jit(device=True, inline="always")
 def announce_rest(thread, barriers, stage, issued):
-    """After the last tile: the stages that a gathering producer has not announced yet."""
+    """After the last tile: announce the stages that a gathering producer has not announced yet."""
     ptx.wait_for_all_copies()
     cuda.syncwarp()
     if thread & UINT32(31) == 0:
@@ -42,9 +41,7 @@ def announce_rest(thread, barriers, stage, issued):
 
 @cuda.jit(device=True, inline="always")
 def release(barrier, blocks):
-    """Say at an "empty" barrier that a consumer warp is done with the stage; to both blocks of a pair, as either fills
-    both.
-    """
+    """Say at an "empty" barrier that a consumer warp is done with the stage; in a pair, to both, as each fills both."""
     ptx.barrier_arrive(barrier)
     if blocks == 2:
         ptx_cluster.barrier_arrive_at_other(barrier)
@@ -56,7 +53,7 @@ def skip_tile(barriers, stage, parity, steps, together, lane, blocks=UINT32(1)):
     for _ in range(UINT32(steps + (UINT32(1) << together) - 1) >> together):
         full = UINT32(barriers + 8 * stage)
         ptx.barrier_wait(full, parity)
-        cuda.syncwarp()  # no lane may still wait for a phase that the others see through
+        cuda.syncwarp()  # no lane may still wait for a phase that the others have passed
         if lane == 0:
             release(full + EMPTY_AT, blocks)
         stage, parity = next_stage(stage, parity)

@@ -1,19 +1,18 @@
 """What the warpgroups of wgmma.py do with one tile: fill the ring, use it up, or only keep it turning.
 
-    shared memory:  | barriers | experts' ends | stage 0: x tile, w tile | stage 1 | ... |       ring of NUM_STAGES
-    stages
+    shared memory:  | barriers | experts' ends | stage 0: x tile, w tile | stage 1 | ... |       NUM_STAGES stages
     full[s]   the producer's copies of stage s have landed      parity flips with every turn of the ring
     empty[s]  all consumer warps are done with stage s
 
 A slice of a tile (see raster.py) needs less of a stage's w tile, and may have few rows. Then a stage holds 2 **
-together steps of k: an equal share of it each, w's slice taken off for the rows of x.
+together steps of k. Each gets an equal share of the stage: its slice of w, and the rest for rows of x.
 
     whole tile   | x: 128 rows, one step     | w: 256 rows, one step                       |
     slice        | x: 32 rows | 32 | 32 | 32 | w: 64 rows | 64 rows | 64 rows | 64 rows     |   together = 2
 
-The blocks of a pair have the same stages at the same time, with rows of x of their own: w's tile comes in two halves,
-each fetched by one of them for both. A stage is filled when both have used it up. Rows that a block has none of are not
-fetched.
+The blocks of a pair have the same stages at the same time, each with its own rows of x. w's tile comes in two halves;
+each block fetches one of them, for both. A stage is filled again when both have used it up. Rows that a block does not
+have are not fetched.
 
 Every function here is inlined into the kernel.
 """
@@ -35,15 +34,14 @@ PART_COLUMNS = 8  # of a 16-byte part
 
 @cuda.jit(device=True, inline="always")
 def x_step_bytes(stage_bytes, w_bytes, together):
-    """From one step's rows of x to the next one's in a stage; w_bytes: of a step. The steps of w begin behind all of
+    """Bytes from one step's rows of x to the next one's in a stage; w_bytes: of a step. All of w stands behind all of
     x.
     """
     return UINT32((UINT32(stage_bytes) >> together) - w_bytes)
 
 
 def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool = False):
-    """x: rows of the wire buffer by 128 threads' copies; w: boxes of gate rows and of up rows, or of both halves of its
-    rows.
+    """x: 128 threads copy rows of the wire buffer. w: boxes of gate rows and of up rows, or of both halves of its rows.
 
     listed: `tokens` is in shared memory.
     """
@@ -110,7 +108,7 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
                 shared = UINT32(x_tile + i * x_bytes + line_at)
                 ptx.copy_rows(rows, x, shared, from_part if size else part, size)
             ptx.commit_copies()
-            # Two stages stay on their way; the one before them is announced, by one thread of each warp.
+            # Two stages stay under way; one thread of each warp announces the stage before them.
             ptx.wait_for_copies_but_two()
             cuda.syncwarp()
             if lane == 0 and issued >= 2:
@@ -124,9 +122,7 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool
 
 
 def sorted_producer(*, shape: TileShape = ROWS_128):
-    """x: boxes of rows in sorted order; w: boxes of its rows, the first column of out being row `first_w_row`. One
-    thread.
-    """
+    """x: boxes of rows in sorted order. w: boxes of its rows; out's first column is row `first_w_row`. One thread."""
     stage_bytes, is_pair = shape.stage_bytes, shape.blocks == 2
     tile_bytes, first_half, num_boxes = shape.x_bytes, shape.x_boxes[1], len(shape.x_boxes)
 
@@ -169,7 +165,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
     ):
         w_map += MAP_BYTES * cuts
         w_row = UINT32(first_w_row + first_column)
-        # The smallest box that holds the tile's rows; none where the other block of the pair has them all.
+        # The smallest box that holds the tile's rows; none if the other block of the pair has them all.
         num_rows = UINT32(end - row) if row < end else UINT32(0)
         box = UINT32(0)
         box_bytes = UINT32(tile_bytes)
@@ -188,7 +184,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
         most = UINT32(1) << together
         ahead = UINT32(0)
         if issued == 0:
-            # The first stages' weights need nothing of the kernel before: they come while it ends.
+            # The first stages' weights do not depend on the previous kernel: fetch them while it ends.
             ahead = UINT32(min(steps, UINT32(NUM_STAGES) << together))
             step = UINT32(0)
             while step < ahead:
@@ -218,7 +214,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
 
 
 def consumer(width: int, gated: bool, has_bias: bool, activation: str | None, *, shape: TileShape = ROWS_128):
-    """A warpgroup's 64 rows times `width` rows of w, and their way out."""
+    """Multiply a warpgroup's 64 rows with `width` rows of w, and store the results."""
     sums = accumulators(width, has_bias=has_bias, activation=activation, gated=gated, max_width=shape.product_columns)
     zero, multiply, wait_all, wait_but_one = sums.zero, sums.multiply, sums.wait_all, sums.wait_but_one
     store, store_activated = sums.store, sums.store_activated

@@ -6,9 +6,9 @@
     | rows of expert 1 |  tile 2        from one expert into
     | ...              |                the next
 
-The grid covers the most tiles that any routing can give; a block walks the offsets to find its tile, and leaves when
-there is none. Each sum runs over ascending k with fused multiply-adds: a row's bits do not depend on its neighbours or
-its place.
+The grid covers the most tiles that any routing can give. A block walks the offsets to find its tile, and leaves if
+there is none. Each sum runs over ascending k with fused multiply-adds, so a row's bits depend on neither its neighbours
+nor its place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipemoe_kernels.launch.kernel import INT32, INT32_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
 
 ZERO = np.float32(0.0)
-DEPTH = 16  # columns of x and w in shared memory at a time
+DEPTH = 16  # columns of x and of w that are in shared memory at a time
 EACH = 4  # a thread computes EACH x EACH results
 NUM_SUMS = EACH * EACH
 
@@ -36,7 +36,7 @@ def grouped_simt_kernel(dtype: torch.dtype, side: int = 16) -> Kernel:
     edge = side * EACH
     threads = side * side
     pitch = edge + 1  # keeps the transposing stores off one shared-memory bank
-    slots = DEPTH * pitch
+    tile_size = DEPTH * pitch
     items = edge * DEPTH // threads
 
     def grouped_gemm(x, x_stride, w, offsets, num_local, num_columns, depth, out):
@@ -57,8 +57,8 @@ def grouped_simt_kernel(dtype: torch.dtype, side: int = 16) -> Kernel:
         if first_row < 0:
             return
         first_column = cuda.blockIdx.y * edge
-        x_tile = cuda.shared.array(slots, types.float32)
-        w_tile = cuda.shared.array(slots, types.float32)
+        x_tile = cuda.shared.array(tile_size, types.float32)
+        w_tile = cuda.shared.array(tile_size, types.float32)
         sums = cuda.local.array(NUM_SUMS, types.float32)
         for i in range(NUM_SUMS):
             sums[i] = ZERO
@@ -108,7 +108,7 @@ def grouped_gemm(
     kernel: Kernel | None = None,
     side: int = 16,
 ) -> None:
-    """out[i] = w[e] @ x[i] for the rows i of each expert e; rows after offsets[-1] are neither read nor written.
+    """out[i] = w[e] @ x[i] for the rows i of each expert e; rows from offsets[-1] on are neither read nor written.
 
     x [pairs, Kd] rows strided, w [E_loc, N, Kd], offsets [E_loc] int32 ends, out [pairs, N]; one dtype, float32 sums.
     """

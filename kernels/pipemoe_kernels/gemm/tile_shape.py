@@ -5,11 +5,11 @@
     3           192    24 + 32 KB     32, 160                             once for every 192 rows
     2 x 2       256    16 + 32 KB     as 128                              once for every 256 rows
 
-The last is a pair of blocks (a cluster) with 128 rows each: either fetches half of the w tile, for both.
+The last is a pair of blocks (a cluster) with 128 rows each; each block fetches half of the w tile, for both.
 
-Two consumers get by with equal shares of the registers, three do not: their kernels must be linked whole
-(Kernel.moves_registers). The assembler refuses products of 256 columns where threads have 128 registers before they
-move, so three consumers' have 128.
+Two consumers get by with equal shares of the registers. Three do not: their kernels must be linked whole
+(Kernel.moves_registers). There, threads start with 128 registers, for which the assembler refuses products of 256
+columns, so three consumers make products of 128.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_SHARED_BYTES = 227 * 1024  # of a block
 
 @dataclass(frozen=True)
 class TileShape:
-    """consumers: of a block. product_columns: rows of w in one product. blocks: that share a tile's w, 1 or 2."""
+    """consumers: of a block. product_columns: rows of w in one product. blocks: how many share a tile's w, 1 or 2."""
 
     consumers: int
     consumer_registers: int
@@ -54,9 +54,7 @@ class TileShape:
 
     @property
     def x_boxes(self) -> tuple[int, ...]:
-        """Rows of the boxes of x's tensor maps, in the order in which the maps stand; the first holds all rows of a
-        block.
-        """
+        """Rows of the boxes of x's tensor maps, in the maps' order; the first holds all rows of a block."""
         return X_BOXES if self.block_rows == X_BOXES[0] else (self.block_rows, *X_BOXES)
 
     @property
@@ -69,7 +67,7 @@ class TileShape:
 
     @property
     def shared_bytes(self) -> int:
-        """With room to align the ring, should the array not be aligned as it says; 192 rows leave none."""
+        """With room to align the ring, in case the array is not aligned as it says; 192 rows leave no such room."""
         return min(ALIGNMENT + RING_AT + NUM_STAGES * self.stage_bytes, MAX_SHARED_BYTES)
 
 
@@ -81,17 +79,16 @@ ROWS_256 = TileShape(consumers=2, consumer_registers=224, blocks=2)
 SHAPES = {shape.rows: shape for shape in (ROWS_128, ROWS_192, ROWS_256)}
 PAIRED_ROWS = 768
 PAIRED_OPERATIONS = 2e12  # some 3 ms
-PAIRED_SMS = 100  # in a share of a GPU, neighbours that no other rank's collectives hold are not certain
+PAIRED_SMS = 100  # with fewer, another rank's collectives may hold one of two neighbours (a shared GPU)
 
 
 def shape_for(expected_rows: float, operations: float, num_sms: int) -> TileShape:
-    """Where an expert can expect that many rows, give or take their square root, of a call of so many operations on
-    `num_sms` multiprocessors.
+    """The shape for a call of `operations` on `num_sms` multiprocessors, if an expert can expect `expected_rows` rows,
+    give or take their square root.
 
-    192 rows where that is more than one tile of 128 and one of 192 holds it (measured at 128: 1.3 times as fast). 256
-    where there is so much to do that the GPU comes to its limit of power, which lets what moves fewer bytes run faster:
-    1.03 to 1.15 times, where pairs of blocks, which wait for each other, take 1.03 to 1.12 times as long otherwise.
-    Else 128.
+    192 rows if those do not fit one tile of 128 but one of 192 (measured at 128 rows: 1.3 times as fast). 256 if there
+    is so much to do that the GPU reaches its limit of power, where moving fewer bytes is faster: 1.03 to 1.15 times.
+    Otherwise pairs take 1.03 to 1.12 times as long, since their blocks wait for each other. Else 128.
     """
     if expected_rows >= PAIRED_ROWS and operations >= PAIRED_OPERATIONS and num_sms >= PAIRED_SMS:
         return ROWS_256

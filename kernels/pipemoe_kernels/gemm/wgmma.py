@@ -5,17 +5,18 @@
     | x_1 |                     | x_0 | expert 0     | gate 1 | up 1 |  down:    out = x w^T
                                 | x_1 | expert 1                        (or another activation; without gate: of x w^T)
 
-    block = warpgroups:     producer   fills a ring of stages in shared memory: a tile of x, by gathering copies through
-                                       `tokens` (gate_up) or by the bulk copy engine (down); a tile of w, always by the
-                                       latter
-                            consumers  each multiplies 64 of the tile's rows with all its columns, and writes the
-                            results
+    block = warpgroups:   producer   fills a ring of stages in shared memory with tiles of x and w: x by gathering
+                                     copies through `tokens` (gate_up) or by the bulk copy engine (down), w by the
+                                     engine
+                          consumers  each multiplies 64 of the tile's rows with all its columns, and writes the results
 
-A tile never crosses from one expert into the next; a warpgroup whose 64 rows all lie after its expert's end multiplies
-nothing. Blocks, or pairs of blocks with half of a tile's rows each (tile_shape.py), take tiles as far apart as there
-are of them, in an order that keeps neighbours on the same weights (raster.py). All sums run over ascending k in steps
-of 16, whatever the tile: a row's bits depend on the row alone.
-Ideas: warp specialisation and the ring from CUTLASS, the gather inside the GEMM from SonicMoE, the raster from Triton.
+A tile never crosses from one expert into the next. A warpgroup multiplies nothing if its 64 rows all lie after its
+expert's end. With B blocks, each takes every B-th tile (a pair of blocks, see tile_shape.py, counts as one and halves
+the tile's rows); the order keeps neighbours on the same weights (raster.py). All sums run over ascending k in steps of
+16, whatever the tile: a row's bits depend on the row alone.
+
+Ideas: warp specialisation and the ring from CUTLASS, the
+gather inside the GEMM from SonicMoE, the raster from Triton.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ from pipemoe_kernels.ptx.wgmma import STEP
 
 @dataclass(frozen=True)
 class GroupedKernel:
-    """One launchable form. output_columns: columns of out that a whole tile gives; max_cuts: a tile has up to 2 ** that
+    """One launchable form. output_columns: columns of out that a whole tile gives. A tile has up to 2 ** max_cuts
     slices.
 
-    w_boxes: rows of the boxes of w's tensor maps, which stand in this order at w_map, whole tiles first; the same for
-    all shapes.
+    w_boxes: rows of the boxes of w's tensor maps, in the maps' order at w_map (whole tiles first); equal for all
+    shapes.
     """
 
     kernel: Kernel
@@ -62,7 +63,7 @@ class GroupedKernel:
     shape: TileShape = ROWS_128
 
     def num_blocks(self, num_local: int, num_columns: int, num_sms: int) -> Callable[[int], int]:
-        """Of a number of pairs: no more blocks than slices of tiles that any routing can give."""
+        """For a number of pairs: at most as many blocks as there can be slices of tiles, whatever the routing."""
         slices = -(-num_columns // self.output_columns) << self.max_cuts
         tile_rows, blocks = self.shape.rows, self.shape.blocks
         most = max(1, num_sms // blocks)
@@ -73,22 +74,22 @@ class GroupedKernel:
 def grouped_kernel(
     *, gated: bool, has_bias: bool = False, activation: str | None = None, shape: TileShape = ROWS_128
 ) -> GroupedKernel:
-    """With an activation x is gathered, and the result is activation(x w^T), or if gated, activation(left half) * right
+    """With an activation x is gathered; the result is activation(x w^T), or if gated, activation(left half) * right
     half.
 
-    activation: a name of ptx_activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already and none
-    follows.
+    activation: a name of ptx.activation.ACTIVATIONS. None: "silu" if gated, else x is in sorted order already, and no
+    activation follows.
     """
     if gated and activation is None:
         activation = "silu"
     gathers = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     max_cuts = 2 if gathers else 3  # a slice gives at least 32 columns of out
-    full_arrivals = 5 if gathers else 1  # the bulk copies' thread, and one of each warp that gathers
+    full_arrivals = 5 if gathers else 1  # the bulk copies' thread, and one thread of each warp that gathers
     consume_whole, consume_half, consume_quarter = (
         consumer(TILE_COLUMNS >> c, gated, has_bias, activation, shape=shape) for c in range(3)
     )
-    # A quarter again where there are no eighths.
+    # Where there are no eighths, this is a quarter again.
     consume_eighth = consumer(TILE_COLUMNS >> max_cuts, gated, has_bias, activation, shape=shape)
     produce = gathering_producer(gated, shape=shape) if gathers else sorted_producer(shape=shape)
     w_rows_of_column = 2 if gated else 1
@@ -123,14 +124,14 @@ def grouped_kernel(
         column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
         steps = UINT32(UINT32(depth + STEP - 1) // UINT32(STEP))
         if gathers:
-            # After this the index is complete; the down kernel relies on that when its blocks start.
+            # Now the index is complete. The down kernel relies on that when its blocks start.
             ptx.wait_for_earlier()
         ptx.launch_dependents()
         row_tiles = load_ends(thread, UINT32(threads), offsets, num_local, ends, tile_rows)
         num_blocks = UINT32(UINT32(cuda.gridDim.x) // blocks)  # a pair counts as one
         num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
         whole, rest_cuts = plan_rounds(num_rows, row_tiles, column_tiles, num_blocks, max_cuts, tile_rows, blocks)
-        slot = UINT32(UINT32(cuda.blockIdx.x) // blocks)
+        turn = UINT32(UINT32(cuda.blockIdx.x) // blocks)
         stage = UINT32(0)
         expert = UINT32(0)
         first_tile = UINT32(0)
@@ -141,7 +142,7 @@ def grouped_kernel(
             issued = UINT32(0)
             if gathers or thread == 0:
                 while True:
-                    tile, cuts, part = tile_of(slot, whole, rest_cuts)
+                    tile, cuts, part = tile_of(turn, whole, rest_cuts)
                     expert, first_tile, begin, end = next_expert(
                         tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
                     )
@@ -172,7 +173,7 @@ def grouped_kernel(
                         cuts,
                         together,
                     )
-                    slot = UINT32(slot + num_blocks)
+                    turn = UINT32(turn + num_blocks)
             if gathers:
                 announce_rest(thread, barriers, stage, issued)
         else:
@@ -182,7 +183,7 @@ def grouped_kernel(
             lane = thread & UINT32(31)
             line_of_group = UINT32(((thread >> UINT32(5)) & UINT32(3)) * 16 + (lane >> UINT32(2)))
             while True:
-                tile, cuts, part = tile_of(slot, whole, rest_cuts)
+                tile, cuts, part = tile_of(turn, whole, rest_cuts)
                 expert, first_tile, begin, end = next_expert(
                     tile, expert, first_tile, begin, ends, num_local, column_tiles, tile_rows
                 )
@@ -269,7 +270,7 @@ def grouped_kernel(
                             gate_bias,
                             up_bias,
                         )
-                slot = UINT32(slot + num_blocks)
+                turn = UINT32(turn + num_blocks)
         if is_pair:
             ptx_cluster.leave_pair()  # until then the other block may write here
 
@@ -291,9 +292,7 @@ def grouped_kernel(
 
 
 class PackedGateUp:
-    """gate_up_rows, ready for hidden values of one layout (see there) and any number of pairs for which `a` has
-    room.
-    """
+    """gate_up_rows, ready for hidden values of one layout and any number of pairs for which `a` has room."""
 
     def __init__(
         self,
@@ -332,13 +331,13 @@ class PackedGateUp:
             a,
             2 * intermediate,
         )
-        self._x = kernel.kernel.slot("x")
+        self._x = kernel.kernel.index_of("x")
         self._num_blocks = kernel.num_blocks(num_local, intermediate, num_sms)
 
     def __call__(self, stream: int, hidden: int, num_pairs: int) -> None:
         """Enqueue on a stream's handle, for rows at the address `hidden` that have num_pairs >= 1 pairs in all."""
         assert hidden % 16 == 0, hidden
-        self._launch.slots[self._x] = hidden
+        self._launch.values[self._x] = hidden
         self._launch(stream, self._num_blocks(num_pairs))
 
 
@@ -357,7 +356,7 @@ def gate_up_rows(
 
     hidden [n, H] bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; gate_up_maps: address of the
     tensor maps of [E_loc, 2I, H] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; bias [E_loc, 2I] or
-    None; a [pairs, I]. A kernel that is not gated computes activation(x w^T), with I in the place of 2I.
+    None; a [pairs, I]. A kernel that is not gated computes activation(x w^T); 2I is then I.
     """
     gate_up = PackedGateUp(stream.device_index, kernel, hidden, tokens, gate_up_maps, offsets, bias, a, num_sms)
     gate_up(stream.handle, hidden.data_ptr(), len(a))
@@ -418,8 +417,7 @@ def down_rows(
     num_sms: int,
     first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order, or some columns of it, from `first_column`
-    on.
+    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order; or only its columns from `first_column` on.
 
     a_maps: address of the tensor maps of a [pairs, I] with boxes of the kernel's shape.x_boxes; down_maps: of [E_loc,
     H, I] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.

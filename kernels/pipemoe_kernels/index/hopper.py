@@ -1,4 +1,4 @@
-"""Index on Hopper: index.py's result and the token of each place, in one launch for few pairs, else in two.
+"""Index on Hopper: portable.py's result and the token of each place, in one launch for few pairs, else in two.
 
     ids [n, K]      offsets [E_loc]        positions [n, K]     tokens [pairs]
       7  2            2 2 2 2 2 4            2  0                 0 1 | 0 2
@@ -8,10 +8,9 @@
     count_pairs   block_counts [blocks, E_loc]   how many pairs of each expert every block of place_pairs has
     place_pairs   all the rest; alone if one block does
 
-Every warp has a run of neighbouring pairs, 32 at a time, and counts them by expert. Counts become starts by sums over
-the warps of a block, the blocks, and the experts. A second pass over the pairs writes their positions, always ascending
-token, then ascending k: lanes with the same expert find one another by a vote on each bit of its number. index.py is
-the form for other GPUs.
+Every warp has a run of neighbouring pairs, takes 32 at a time, and counts them by expert. Sums over the warps of a
+block, the blocks, and the experts turn counts into starts. A second pass over the pairs writes their positions, in
+ascending order of token, then of k. Lanes with the same expert find one another by a vote on each bit of its number.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from pipemoe_kernels.ptx import hopper as ptx
 MAX_EXPERTS = 512
 THREADS = 1024
 WARPS = THREADS // 32
-PITCH = WARPS + 1  # of an expert's counts, so that neither all warps nor all experts meet in one bank
-MAX_BLOCKS = 32  # the lanes of the warp that sums over them
+PITCH = WARPS + 1  # between experts' counts: neither all warps nor all experts then meet in one bank
+MAX_BLOCKS = 32  # one for each lane of the warp that sums over them
 PAIRS_OF_A_BLOCK = 4096
 NOT_LOCAL = 0xFFFFFFFF
-BATCH = 4  # groups of a warp whose ids are on their way at once
+BATCH = 4  # groups whose ids a warp loads at once
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def groups_of_warp(num_pairs, block, num_blocks, warp):
 
 @cuda.jit(device=True, inline="always")
 def sum_over_lanes(value):
-    """Of the lanes up to this one."""
+    """Sum of the values of all lanes up to this one."""
     distance = 1
     while distance < 32:
         value = UINT32(value + ptx.from_lane_below(value, distance))
@@ -65,11 +64,11 @@ def sum_over_lanes(value):
 
 @cache
 def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
-    """on_hopper: starting early, as only Hopper's kernels can; else the same for sm_80 and newer."""
+    """on_hopper: kernels that start early, as only Hopper's can; else the same kernels for sm_80 and newer."""
 
     @cuda.jit(device=True, inline="always")
     def expert_of(ids, row_stride, first_expert, num_pairs, group, last, lane):
-        """Local expert of a lane's pair of a group; what is no local expert is at least the number of them."""
+        """Local expert of a lane's pair of a group; at least num_local if the expert is not local."""
         pair = UINT32(group * 32 + lane)
         expert = UINT32(NOT_LOCAL)
         if group < last and pair < num_pairs:
@@ -176,12 +175,12 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
                     pair = UINT32((batch + i) * 32 + lane)
                     position = -1
                     if expert < num_local:
-                        slot = types.int64(expert) * PITCH + warp
-                        position = starts[expert] + counts[slot] + cuda.popc(UINT32(same & before_me))
+                        cell = types.int64(expert) * PITCH + warp
+                        position = starts[expert] + counts[cell] + cuda.popc(UINT32(same & before_me))
                         tokens[position] = UINT32(pair // UINT32(top_k))
                     cuda.syncwarp()
                     if expert < num_local and same & before_me == 0:
-                        counts[slot] += cuda.popc(UINT32(same))
+                        counts[cell] += cuda.popc(UINT32(same))
                     cuda.syncwarp()
                     if batch + i < last and pair < num_pairs:
                         positions[pair] = position + first_place if position >= 0 else position
@@ -201,7 +200,7 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
 
 
 class PackedIndex:
-    """index_local_pairs, ready for ids of one layout (see there) and up to as many rows as `positions` has."""
+    """index_local_pairs, ready for ids of one layout and for as many rows as `positions` has."""
 
     def __init__(
         self,
@@ -232,7 +231,7 @@ class PackedIndex:
             kernels.count.pack(device_index, *pairs),
             kernels.place.pack(device_index, *pairs, offsets, positions, tokens, first_place),
         ]
-        self._ids, self._num_pairs = kernels.alone.slot("ids"), kernels.alone.slot("num_pairs")
+        self._ids, self._num_pairs = kernels.alone.index_of("ids"), kernels.alone.index_of("num_pairs")
         self._max_rows, self._top_k = max_rows, top_k
 
     def __call__(self, stream: int, ids: int, num_rows: int) -> None:
@@ -241,8 +240,8 @@ class PackedIndex:
         num_pairs = num_rows * self._top_k
         num_blocks = min(MAX_BLOCKS, -(-num_pairs // PAIRS_OF_A_BLOCK))
         for launch in (self._alone,) if num_blocks == 1 else self._several:
-            launch.slots[self._ids] = ids
-            launch.slots[self._num_pairs] = num_pairs
+            launch.values[self._ids] = ids
+            launch.values[self._num_pairs] = num_pairs
             launch(stream, num_blocks)
 
 
@@ -262,9 +261,8 @@ def index_local_pairs(
     """ids [n, K] int32, rows strided, n >= 1 -> offsets [E_loc], positions [n, K] (-1: not local), tokens [>= pairs],
     all int32.
 
-    block_counts: int32 workspace of MAX_BLOCKS * E_loc. What follows the last pair's place in tokens is untouched.
-    first_place: what positions count from, where these rows are a part of more; offsets and tokens count from 0 all the
-    same.
+    block_counts: int32 workspace of MAX_BLOCKS * E_loc. tokens stays as it is behind the last pair's place.
+    first_place: positions count from it, for rows that are a part of more; offsets and tokens still count from 0.
     """
     assert positions.shape == ids.shape and offsets.numel() == num_local, (positions.shape, ids.shape, offsets.shape)
     index = PackedIndex(

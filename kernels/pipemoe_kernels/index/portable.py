@@ -7,13 +7,12 @@
                                                                     3: token 2 (expert 7)
 Three launches over tiles of pairs (pair p is token p // K, k = p % K):
 
-    count_pairs   tile_counts [tiles, E_loc]   histogram of each tile (integer atomics in shared memory: order is no
-    matter)
+    count_pairs   tile_counts [tiles, E_loc]: histogram of each tile (integer atomics in shared memory: any order does)
     scan_counts   tile_counts -> first position of each (tile, expert); offsets
     place_pairs   positions: first position + rank within the tile, found by comparing, so that the order is always
                   ascending token, then ascending k
 
-No host synchronisation: only n is known to the host.
+The host knows only n, and nothing synchronises with it.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ One file per kernel: the entry's name, a digest of entry and cubin, and the cubi
 name is a hash of all that the code depends on: this package's sources, the kernel's key (the constants in it), its
 signature and launch bounds, the architecture, and the compilers' versions. As in DeepGEMM's cache a file is written
 aside under a name that no other process has, flushed to the disk and renamed: homes are shared between hosts, and hosts
-lose power. What fails its digest is compiled anew.
+lose power. A file that fails its digest is compiled anew.
 
-Folder: $PIPEMOE_CACHE, else pipemoe in $XDG_CACHE_HOME or ~/.cache, made for its user alone. What lies there is run on
-the GPU, so a folder or file that others own or may write to is not used; that is said once, and nothing is kept, as
-where it cannot be written.
+Folder: $PIPEMOE_CACHE, else pipemoe in $XDG_CACHE_HOME or ~/.cache, made for its user alone. What lies there runs on
+the GPU, so a folder or file that others own or may write to is not used; that is said once. Nothing is kept then, nor
+where the folder cannot be written.
 """
 
 from __future__ import annotations
@@ -69,9 +69,7 @@ def _digest(entry: bytes, cubin: bytes) -> bytes:
 
 
 def _refused(folder: Path) -> bool:
-    """Is the folder one that others may have put something into? Says so once. Raises FileNotFoundError if there is
-    none.
-    """
+    """May others have put something into the folder? Says so once. Raises FileNotFoundError if it is not there."""
     if not _is_others(folder.stat()):
         return False
     _say_refused(folder)

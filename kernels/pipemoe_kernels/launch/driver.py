@@ -1,6 +1,4 @@
-"""The few CUDA driver calls behind a launch, by ctypes: a launch costs microseconds, Numba's dispatcher tens of
-them.
-"""
+"""The few CUDA driver calls behind a launch, by ctypes: they cost microseconds, Numba's dispatcher tens of them."""
 
 from __future__ import annotations
 
@@ -46,10 +44,9 @@ _threads = threading.local()
 
 
 def enter_context(device_index: int) -> None:
-    """Make the device's primary context current if the calling thread has none: a new thread could not launch
-    otherwise.
+    """Make the device's primary context current if the calling thread has none; a new thread cannot launch without.
 
-    Asked of the driver once a thread: nobody takes a thread's context away again.
+    The driver is asked once per thread: nobody takes a thread's context away again.
     """
     if getattr(_threads, "has_context", False):
         return
@@ -61,9 +58,9 @@ def enter_context(device_index: int) -> None:
 
 
 def load_function(cubin: bytes, name: str, device_index: int, shared_bytes: int = 0) -> ctypes.c_void_p:
-    """Load `cubin` into the device's primary context for the life of the process; the handle of its kernel `name`.
+    """Load `cubin` into the device's primary context for the life of the process. Returns the handle of kernel `name`.
 
-    shared_bytes: dynamic shared memory of its launches; more than 48 KB is allowed only when asked for here.
+    shared_bytes: dynamic shared memory of its launches; more than 48 KB must be asked for here.
     """
     enter_context(device_index)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
@@ -92,9 +89,7 @@ class LaunchConfig(ctypes.Structure):
 
 @cache
 def _attributes(starts_early: bool, cluster: int) -> tuple[ctypes.Array, int]:
-    """An array of CUlaunchAttribute, each an int kind, 4 bytes of padding and 64 bytes of value; how many of them
-    count.
-    """
+    """An array of CUlaunchAttribute (an int kind, 4 bytes of padding, 64 of value), and how many of them count."""
     wanted = []
     if starts_early:
         wanted.append((_PROGRAMMATIC_STREAM_SERIALIZATION, (1,)))
@@ -108,10 +103,10 @@ def _attributes(starts_early: bool, cluster: int) -> tuple[ctypes.Array, int]:
 
 
 def launch_config(threads: int, shared_bytes: int, starts_early: bool, cluster: int = 1) -> LaunchConfig:
-    """Of a launch whose grid and stream are still to be filled in.
+    """Everything about a launch but its grid and stream, which are filled in later.
 
-    starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch). cluster:
-    blocks that are started together, side by side; grids are multiples of it.
+    starts_early: blocks may start as soon as the kernel before allows it (programmatic dependent launch). cluster: how
+    many blocks start together, side by side; grids are multiples of it.
     """
     attributes, count = _attributes(starts_early, cluster)  # its cache keeps them for every launch
     return LaunchConfig(
@@ -125,10 +120,8 @@ def launch_call() -> Callable[..., int]:
 
 
 def write_word(stream: int, address: int, value: int) -> None:
-    """Enqueue the write of one 32-bit word of device memory; who sees it sees all that was enqueued before it on the
-    stream.
-    """
-    # The name without _v2 is that of an older call, which needs a setting of the driver.
+    """Enqueue the write of a 32-bit word of device memory. Who sees it sees all that the stream did before it."""
+    # The name without _v2 is an older call, which needs a setting of the driver.
     result = _library().cuStreamWriteValue32_v2(
         ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER
     )
@@ -138,7 +131,8 @@ def write_word(stream: int, address: int, value: int) -> None:
 def encode_tensor_map(
     address: int, sizes: list[int], strides: list[int], box: list[int], element: str = "bfloat16", swizzled: bool = True
 ) -> bytes:
-    """The 128-byte map of an array, with 128-byte swizzle or none; innermost dimension first, its stride left out.
+    """The 128-byte map of an array, with 128-byte swizzle or none. The innermost dimension comes first, without a
+    stride.
 
     sizes, box: elements; strides: bytes; element: "bfloat16", "float32" or "uint8".
     """

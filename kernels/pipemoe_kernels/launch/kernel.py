@@ -1,6 +1,6 @@
 """A kernel: a Numba function compiled once per device, launched by our own launcher.
 
-Numba is the compiler only (PTX), nvJitLink makes the cubin, the driver loads it, `Kernel.launch` packs the arguments
+Numba only compiles (to PTX), nvJitLink makes the cubin, the driver loads it, and `Kernel.launch` packs the arguments
 (`Kernel.pack`: once, for many launches). In the simulator the same call runs the function on NumPy views of CPU
 tensors.
 """
@@ -40,7 +40,7 @@ class Stream:
 
     @staticmethod
     def current(device: torch.device) -> Stream:
-        """torch's current stream on `device`; its context becomes current in the calling thread if none was."""
+        """torch's current stream on `device`; its context becomes current in a thread that has none."""
         if SIMULATOR:
             return Stream(0, 0)
         device_index = torch.cuda.current_device() if device.index is None else device.index
@@ -48,23 +48,21 @@ class Stream:
 
 
 def current_stream(device_index: int) -> int:
-    """The handle of torch's current stream on a device, whose context becomes current in the calling thread if none
-    was.
-    """
+    """The handle of torch's current stream on a device; its context becomes current in a thread that has none."""
     driver.enter_context(device_index)
-    # torch.cuda.current_stream makes an object, for microseconds
+    # torch.cuda.current_stream would take microseconds to make an object.
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 class Kernel:
     """`function` with parameters of the Numba types `parameters` (pointers, integers), in blocks of `threads` threads.
 
-    shared_bytes: dynamic shared memory. hopper_only: for sm_90a, whose instructions no other architecture has, with
-    registers for `blocks_per_sm` blocks on a multiprocessor. starts_early: its blocks may start before the kernel in
-    front of it in the stream has ended, and must wait for that themselves (ptx_hopper.wait_for_earlier); also Hopper's.
-    moves_registers: its warpgroups must not have equal shares of the registers (ptx_hopper.take_registers). cluster:
-    blocks that run side by side on neighbouring multiprocessors (ptx_cluster.py); also Hopper's.
-    key: all constants in `function` besides its sources; with it the compiled kernel is kept on disk (cubin_cache).
+    shared_bytes: dynamic shared memory. hopper_only: it has instructions of sm_90a alone, and registers for
+    `blocks_per_sm` blocks on a multiprocessor. The next three are for Hopper only. starts_early: its blocks may start
+    before the previous kernel of the stream has ended, and must wait for that themselves (ptx/hopper.py,
+    wait_for_earlier). moves_registers: its warpgroups take unequal shares of the registers (take_registers there).
+    cluster: how many blocks run side by side on neighbouring multiprocessors (ptx/cluster.py). key: all constants in
+    `function` that its sources do not show; with it the compiled kernel is kept on disk (cubin_cache).
     """
 
     def __init__(
@@ -107,7 +105,7 @@ class Kernel:
         return cuda.compile(self.function, self.parameters, **settings)[0]
 
     def load(self, device_index: int) -> None:
-        """Compile and load for a device unless that is done; seconds the first time."""
+        """Compile and load for a device unless that is done; takes seconds the first time."""
         if SIMULATOR or device_index in self._handles:
             return
         cc = torch.cuda.get_device_capability(device_index)
@@ -122,7 +120,7 @@ class Kernel:
         self._handles[device_index] = self._function(built, device_index)
 
     def _load(self, kept: tuple[str, bytes], device_index: int) -> bool:
-        """Load what was kept on disk; False if the driver does not take it, so that it has to be built."""
+        """Load what was kept on disk; False if the driver refuses it, and it has to be built."""
         try:
             self._handles[device_index] = self._function(kept, device_index)
         except Exception as error:  # noqa: BLE001  (a new build shows whether it is the kept file's fault)
@@ -137,8 +135,8 @@ class Kernel:
     def build(self, cc: tuple[int, int], arch: str) -> tuple[str, bytes]:
         """Entry name and cubin; needs no GPU.
 
-        The linker takes PTX for a part of a program, in which it ignores setmaxnreg. Link-time optimisation sees the
-        whole of it.
+        The linker takes PTX to be a part of a program, where it ignores setmaxnreg. Link-time optimisation sees the
+        whole program.
         """
         from cuda.core import Linker, LinkerOptions, ObjectCode
 
@@ -148,8 +146,7 @@ class Kernel:
         if self.moves_registers:
             try:
                 cubin = linked(ObjectCode.from_ltoir(self._compiled(cc, "ltoir")), link_time_optimization=True)
-                # Sections of code: the kernel's, whose name is a mangled one, and those of subroutines such as
-                # division.
+                # There are also sections of subroutines, such as division; the kernel's has a mangled name.
                 return re.search(rb"\.text\.(_Z[\w$]+)\0", cubin).group(1).decode(), cubin
             except Exception as error:  # noqa: BLE001  (such as a linker older than the compiler)
                 warnings.warn(f"{self.name} cannot be linked whole, and will be slow: {error}", stacklevel=3)
@@ -161,8 +158,8 @@ class Kernel:
         """A launch with these arguments to use again and again; tensors are passed as their first element's address.
 
         The tensors are not kept: whoever keeps the launch keeps them. Compiles and loads the kernel. may_start_early:
-        False has a kernel that `starts_early` wait in the stream instead, where its blocks must not take
-        multiprocessors meanwhile.
+        False makes a kernel that `starts_early` wait in the stream, so that its blocks take no multiprocessors
+        meanwhile.
         """
         self.load(device_index)
         values = [a if isinstance(a, int) else a.data_ptr() for a in arguments]
@@ -184,14 +181,14 @@ class Kernel:
             return
         self.pack(stream.device_index, *arguments, may_start_early=may_start_early)(stream.handle, *grid)
 
-    def slot(self, name: str) -> int:
-        """The place of the parameter `name` among the arguments."""
+    def index_of(self, name: str) -> int:
+        """The index of the parameter `name` among the arguments."""
         code = self.function.__code__
         return code.co_varnames[: code.co_argcount].index(name)
 
 
 def _simulator_argument(parameter: types.Type, argument: torch.Tensor | int):
-    """A pointer parameter as the flat rest of the tensor's storage, in the pointer's number format."""
+    """For a pointer parameter the flat rest of the tensor's storage, in the pointer's number format."""
     if isinstance(argument, int):
         return np.int32(argument)
     start = argument.storage_offset() * argument.element_size()

@@ -1,13 +1,12 @@
-"""A kernel's launch, laid out once as the driver reads it, of which each use rewrites only what has moved.
+"""A kernel's launch, laid out once as the driver reads it; each use rewrites only what has moved.
 
-    slots       | address | stride | ... |      8 bytes an argument; a 32-bit parameter reads the low half (little
-    endian)
-    addresses   | &slots[0] | &slots[1] | ...   what the driver takes
+    values      | address | stride | ... |          8 bytes an argument; a 32-bit parameter reads the low half
+    addresses   | &values[0] | &values[1] | ...     what the driver takes
     config      grid, threads, shared memory, stream, attributes
 
 The driver copies all of it before a launch returns, also into a graph that is being captured. So a launch may be used
-again at once, but by one thread at a time: its owner is whatever must not be used by two calls at once anyway, such as
-a scratch.
+again at once, but by one thread at a time. Its owner is something that two calls must not use at once anyway, such as a
+scratch.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from pipemoe_kernels.launch import driver
 
 
 class PackedLaunch:
-    """Call it to enqueue. slots: the arguments, to be rewritten in place (Kernel.slot has a parameter's place)."""
+    """Call it to enqueue. values: the arguments, to be rewritten in place (Kernel.index_of finds a parameter's)."""
 
-    __slots__ = ("_addresses", "_arguments", "_call", "_config", "slots")
+    __slots__ = ("_addresses", "_arguments", "_call", "_config", "values")
 
     def __init__(self, function: ctypes.c_void_p, config: driver.LaunchConfig, values: Sequence[int]):
         count = len(values)
-        self.slots = (ctypes.c_int64 * count)(*values)
-        base = ctypes.addressof(self.slots)
+        self.values = (ctypes.c_int64 * count)(*values)
+        base = ctypes.addressof(self.values)
         self._addresses = (ctypes.c_void_p * count)(*range(base, base + 8 * count, 8))
         self._config = config
         self._arguments = (ctypes.byref(config), function, self._addresses, None)
         self._call = driver.launch_call()
 
     def __call__(self, stream: int, num_blocks: int, num_blocks_y: int = 1) -> None:
-        """Enqueue on the stream of that handle, in a grid of so many blocks."""
+        """Enqueue on the stream with this handle, in a grid of num_blocks x num_blocks_y blocks."""
         config = self._config
         config.grid_x, config.grid_y, config.stream = num_blocks, num_blocks_y, stream
         if result := self._call(*self._arguments):

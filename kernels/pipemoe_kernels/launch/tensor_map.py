@@ -16,11 +16,10 @@ MAX_BOX_ROWS = 256
 
 
 def tensor_map(matrix: torch.Tensor, box_rows: int) -> bytes:
-    """The map of bfloat16 or e4m3 `matrix` [rows, columns] or [experts, rows, columns], columns adjacent, rows on
-    16-byte boundaries.
+    """The map of bfloat16 or e4m3 `matrix` [rows, columns] or [experts, rows, columns].
 
-    A box is BOX_BYTES x `box_rows` of one expert, swizzled by 128 bytes in shared memory; outside the matrix it is
-    zero.
+    Columns are adjacent, rows on 16-byte boundaries. A box is BOX_BYTES x `box_rows` of one expert, swizzled by 128
+    bytes in shared memory; outside the matrix it is zero.
     """
     assert matrix.dtype in ELEMENTS and matrix.dim() in (2, 3), (matrix.dtype, matrix.shape)
     assert matrix.stride(-1) == 1 and 1 <= box_rows <= MAX_BOX_ROWS, (matrix.stride(), box_rows)
@@ -34,9 +33,7 @@ def tensor_map(matrix: torch.Tensor, box_rows: int) -> bytes:
 
 
 def line_map(matrix: torch.Tensor, box_columns: int) -> bytes:
-    """The map of float32 `matrix` [rows, columns], rows on 16-byte boundaries: boxes of one row, as they are; zero
-    outside.
-    """
+    """The map of float32 `matrix` [rows, columns], rows on 16-byte boundaries; boxes of one row, plain, 0 outside."""
     assert matrix.dtype == torch.float32 and matrix.dim() == 2, (matrix.dtype, matrix.shape)
     stride = 4 * matrix.stride(0)
     assert matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0 and stride % 16 == 0 and 1 <= box_columns <= 256, (

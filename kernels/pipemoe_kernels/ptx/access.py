@@ -1,13 +1,14 @@
-"""Every PTX string of the kernels, behind Numba intrinsics.
+"""PTX of memory accesses in several number formats, behind Numba intrinsics.
 
-load_vector(p, i), store_vector(p, i, v)   the i-th 16 bytes of p, a pointer to uint64 on a 16-byte boundary, as two
-uint64 load_plain(p, i), store_plain(p, i, x)     p[i], converted to the pointer's type when written
-load_bf16(p, i), store_bf16(p, i, x)       p[i] of bfloat16 bits as float32; written to nearest even
-load_half(p, i), store_half(p, i, x)       the same for float16
-load_e4m3(p, i), to_e4m3(x)                p[i] of e4m3 bits as float32; the e4m3 bits of x, to nearest even, at most
-448
+    load_vector(p, i), store_vector(p, i, v)   the i-th 16 bytes of p, a pointer to uint64 on a 16-byte boundary, as two
+                                               uint64
+    load_plain(p, i), store_plain(p, i, x)     p[i], converted to the pointer's type when written
+    load_bf16(p, i), store_bf16(p, i, x)       p[i] of bfloat16 bits as float32; rounded to nearest even when written
+    load_half(p, i), store_half(p, i, x)       the same for float16
+    load_e4m3(p, i), to_e4m3(x)                p[i] of e4m3 bits as float32; the e4m3 bits of x, to nearest even and at
+                                               most 448
 
-Intrinsics, and not device functions: those can only be compiled where there is a GPU.
+These are intrinsics, not device functions, because those can only be compiled where there is a GPU.
 """
 
 from llvmlite import ir

@@ -1,20 +1,17 @@
-"""PTX of the arrival-driven GEMM: words in device memory by which blocks, and the stream that brings rows, tell one
-another things.
+"""PTX of the arrival-driven GEMM: words in device memory, by which blocks and the stream of the rows talk.
 
-    load_flag(global)                     a 32-bit word, and with it all that was written before it by whom it is from
-    (acquire)
-    load_batch(global)                    the same for a 64-bit word that a block of this grid has written
-    replace_batch(global, old, new)       `new` instead of `old`, if that is there; what was there. Acquires and
-    releases.
-    pause()                               a few hundred nanoseconds
-    barrier_of_producers()                the 128 threads of the first warpgroup wait for one another; whole warps only
+load_flag(global)                     a 32-bit word, with all that its writer wrote before it (acquire)
+load_batch(global)                    the same for a 64-bit word that a block of this grid has written
+replace_batch(global, old, new)       writes `new` if `old` is there; returns what was there (acquires and releases)
+pause()                               a few hundred nanoseconds
+barrier_of_producers()                the 128 threads of the first warpgroup wait for one another; whole warps only
 """
 
 from __future__ import annotations
 
 from pipemoe_kernels.ptx.hopper import U32, U64, instruction
 
-# The writer of a flag is no thread of this GPU, but its front end: a part of the system.
+# The GPU's front end writes flags, not one of its threads: hence the scope `sys`.
 load_flag = instruction("ld.acquire.sys.global.b32 $0, [$1];", U32, U64)
 load_batch = instruction("ld.acquire.gpu.global.b64 $0, [$1];", U64, U64)
 replace_batch = instruction("atom.acq_rel.gpu.global.cas.b64 $0, [$1], $2, $3;", U64, U64, U64, U64)

@@ -1,19 +1,15 @@
-"""PTX of pairs of thread blocks on neighbouring multiprocessors of Hopper (clusters of two), which see each other's
-shared memory.
+"""PTX of pairs of thread blocks on neighbouring multiprocessors of Hopper (clusters of two), which share their memory.
 
-    rank()                                    of this block in its pair, 0 or 1
-    sync_pair()                               until all threads of both blocks are here; of what they wrote, only
-    barriers that
-                                              barrier_fence has announced are sure to be seen after it
-    leave_pair()                              the same, behind all that they wrote and all their arrivals at the other
-    block's barriers: a
-                                              block that has ended takes none any more
-    barrier_arrive_at_other(bar)              one arrival at the other block's barrier of the same place, which waits
-    for no write
-                                              of this thread (a release for the cluster would wait for memory, at each
-                                              stage)
-    load_box_3d_to_both(shared, map, bar, x, y, z)   bulk copy of one box to the same place of both blocks, announced at
-    bar in each
+rank()                                    of this block in its pair, 0 or 1
+sync_pair()                               until all threads of both blocks are here; of what they wrote, only barriers
+                                          that barrier_fence has announced are sure to be seen
+leave_pair()                              the same, and behind all that they wrote and all arrivals at the other's
+                                          barriers: a block that has ended takes no more
+barrier_arrive_at_other(bar)              one arrival at the other block's barrier of the same place; waits for no
+                                          write of this thread (a release for the cluster would wait for memory, at
+                                          each stage)
+load_box_3d_to_both(shared, map, bar, x, y, z)   bulk copy of one box to the same place of both blocks, announced at
+                                          bar in each
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
     multiply(products, a, b) -> products      64 x 128 new ones over STEP columns, complete; a, b: descriptors
     promote(sums, products, low, high) -> sums      sums + products * low (rows l // 4) or * high (rows l // 4 + 8)
     store_swiglu_e4m3(gate, up, address, row_bytes, scales, lane, rows)     silu(gate) * up, one scale for a row's 128
-    columns row_offset(tokens, row, end, stride), copy_scale(row, base, shared)     of gathered rows, see
-    ptx_hopper.RowOffsets load_f32(global), load_shared_f32(shared)       numbers that do not change while the kernel
-    runs, or of a stage
+                                              columns
+    row_offset(tokens, row, end, stride), copy_scale(row, base, shared)     of gathered rows, see hopper.py's RowOffsets
+    load_f32(global)                          a number that does not change while the kernel runs
+    load_shared_f32(shared)                   a number of a stage
 
-Sums and products are Accumulators of ptx_wgmma.py. The tensor cores add e4m3 products with some 14 bits: so no more
-than 128 at a time, the rest in float32 (DeepSeek-V3's report, section 3.3.2).
+Sums and products are wgmma.py's Accumulators. The tensor cores add e4m3 products with some 14 bits. So they add no more
+than 128 at a time, and float32 sums take the rest (DeepSeek-V3's report, section 3.3.2).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ STEP = 128  # columns of both operands that one product takes: a 128-byte row of
 WIDTH = 128  # columns of a product
 COUNT = WIDTH // 2
 LARGEST = 448.0  # of e4m3
-SMALLEST_PEAK = 1e-10  # a block's largest magnitude counts as at least this
+SMALLEST_PEAK = 1e-10  # the largest magnitude of 128 values counts as at least this
 _KIND = Accumulator(COUNT)
 _STRUCT = ir.LiteralStructType([F32] * COUNT)
 
@@ -174,9 +175,7 @@ def _scaled(builder, values):
 
 
 def _in_order(builder, words):
-    """Words of lanes 0 to 3, each with two columns of one block of 8 and two of the next, to 16 neighbouring
-    columns.
-    """
+    """Words of lanes 0 to 3, each two columns of one group of 8 and two of the next, to 16 neighbouring columns."""
     return [
         asm(builder, halves, I32, words[i : i + 2], "=r,r,r", side_effect=False)
         for halves in (_LOW_HALVES, _HIGH_HALVES)

@@ -1,6 +1,6 @@
 """PTX of Hopper (sm_90a) behind Numba intrinsics: barriers, the bulk copy engine, gathering copies, register budgets.
 
-Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit generic ones. ptx_wgmma.py has the tensor
+Addresses: `shared` are 32-bit addresses of the shared window, `global` 64-bit generic ones. wgmma.py has the tensor
 cores.
 
     shared_address(array)                     of a shared array; one of size 0 is the dynamic shared memory
@@ -13,9 +13,8 @@ cores.
     element_address(pointer, index)           the global address of pointer[index]
     load_u32(global), load_shared_u32(shared), store_shared_u32(shared, value), add_shared_u32(shared, value)
     tile_rows(tokens, first, end, stride), copy_rows(rows, base, shared, part, size)   see RowOffsets
-    rows_of_thread(count, listed)             makes a tile_rows for `count` rows of a thread instead of ROWS_EACH, from
-    a list of tokens
-                                              in shared memory if `listed`
+    rows_of_thread(count, listed)             makes a tile_rows for `count` rows of a thread instead of ROWS_EACH; if
+                                              `listed`, from a list of tokens in shared memory
     of_first_lane(value)                      lane 0's value, which the compiler then knows to be the same in all lanes
     lanes_with(flag)                          the lanes of the warp whose flag is not 0, as bits
     lanes_before()                            the lanes below this one, as bits
@@ -80,7 +79,7 @@ def instruction(text, result, *parameters, side_effect=True):
     return intrinsic(_of_arity(len(parameters), typed))
 
 
-# A wait that never ends becomes a launch failure after this many tries; 0: none. For finding deadlocks.
+# For finding deadlocks: a wait becomes a launch failure after this many tries (0: never).
 MAX_TRIES = int(os.environ.get("PIPEMOE_KERNEL_MAX_TRIES", 0))
 
 _WAIT = """{
@@ -119,7 +118,7 @@ barrier_wait = instruction(_BOUNDED_WAIT if MAX_TRIES else _WAIT, None, U32, U32
 barrier_arrive = instruction("mbarrier.arrive.shared::cta.b64 _, [$0];", None, U32)
 barrier_expect = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", None, U32, U32)
 commit_copies = instruction("cp.async.commit_group;", None)
-# Their tile is then read by the tensor cores, which see ordinary writes after this fence alone.
+# The tensor cores read the copies' tile next; they see ordinary writes only after this fence.
 wait_for_copies_but_two = instruction("cp.async.wait_group 2;\nfence.proxy.async.shared::cta;", None)
 wait_for_all_copies = instruction("cp.async.wait_group 0;\nfence.proxy.async.shared::cta;", None)
 
@@ -208,7 +207,7 @@ setp.ne.b32 exists, $3, {NO_ROW};
 
 
 def rows_of_thread(count: int, *, listed: bool = False):
-    """An intrinsic: RowOffsets of the `count` rows first, first + 16, ... below `end`: row r is row tokens[r] of the
+    """An intrinsic: RowOffsets of `count` rows (first, first + 16, ... below `end`); row r is row tokens[r] of the
     matrix.
 
     listed: `tokens` is a shared-memory address.
@@ -243,9 +242,7 @@ tile_rows = rows_of_thread(ROWS_EACH)
 
 @intrinsic
 def copy_rows(typingctx, rows, base, shared, part, size):
-    """Start copying 16 bytes of each row, from `part` x 16 bytes on, `size` of them (0 or 16) and zeros for the
-    rest.
-    """
+    """Start copying 16 bytes of each row, from `part` x 16 on: `size` of them (0 or 16), and zeros for the rest."""
 
     def codegen(context, builder, signature, args):
         kinds = (signature.args[0], U64, U32, U32, U32)

@@ -1,15 +1,15 @@
 """Weighted sums of rows, several parts of eight neighbouring columns of bfloat16 a thread, as values in registers.
 
-    row_sum(...) makes three intrinsics (P parts, every `stride` bytes of a row one):
+    row_sum(...) makes three intrinsics, for P parts, one every `stride` bytes of a row:
         find(positions, weights, ids)               addresses of one token's K of each -> its TokenRows
         add_up(rows, y, row_bytes, bias, first, column, limit)   the sum over k ascending with positions[k] >= 0 of
                                                     weights[k] * (y[positions[k]] + bias[ids[k] - first])
         store(address, sums, column, limit)         to a row of out, on a boundary of 16 bytes
 
-row_bytes: of y and bias; column: of this thread's first part, in bytes of y; parts from `limit` on do not exist. The
-sums are float32, or for a float64 out float64 sums of float32 products rounded to multiples of 2^-32 (see combine.py).
-The branch on positions[k] is the same for a whole block; the loads of all parts of a row are under way before the first
-is used.
+row_bytes: of y and bias. column: of this thread's first part, in bytes of y. Parts from `limit` on do not exist. Sums
+are float32; for a float64 out they are float64 sums of float32 products rounded to multiples of 2^-32 (see combine.py).
+A whole block takes the same branch on positions[k]. The loads of all parts of a row are under way before the first is
+used.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def row_sum(top_k: int, has_bias: bool, out_dtype: torch.dtype, num_parts: int, 
     return find, add_up, store
 
 
-# out's format: what a 16-byte store holds, its PTX type, constraint, and how two values become a word.
+# By out's format: how much a 16-byte store holds, its PTX type, constraint, and how two values become a word.
 _FORMATS = {
     torch.bfloat16: (4, "b32", "r", "cvt.rn.bf16x2.f32 $0, $2, $1;"),
     torch.float16: (4, "b32", "r", "cvt.rn.f16x2.f32 $0, $2, $1;"),

@@ -1,12 +1,12 @@
 """PTX of the tensor cores of sm_80 and newer: a warp's sums in registers, their products, and how they leave.
 
-A warp holds `blocks` blocks of 16 rows and 64 columns. In a block, lane l, q = l % 4:
+A warp holds `blocks` blocks of 16 rows and 64 columns. In such a block, lane l has, with q = l % 4:
 
     row l // 4         columns 8 j + 2 q, 8 j + 2 q + 1     values 4 j,     4 j + 1
     row l // 4 + 8     the same columns                     values 4 j + 2, 4 j + 3
 
-A tile in shared memory has rows of 32 columns, 64 bytes: part c of row r, 16 bytes, lies at part c ^ (r // 2 % 4), so
-that eight rows that one instruction reads together meet all banks. The sums are ptx_wgmma's Accumulator.
+A tile in shared memory has rows of 32 columns, 64 bytes. Part c (16 bytes) of row r lies at part c ^ (r // 2 % 4), so
+the eight rows that one instruction reads together use all banks. The sums are wgmma.py's Accumulator.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _WORDS, _SUMS = ir.LiteralStructType([I32] * 4), ir.LiteralStructType([F32] * 4)
 
 @intrinsic
 def lane_part_x(typingctx, lane):
-    """Offset in a tile of what a lane names when a warp loads 16 rows and 16 columns of x."""
+    """Offset in a tile that a lane names when a warp loads 16 rows and 16 columns of x."""
 
     def codegen(context, builder, signature, args):
         return _lane_offset(
@@ -61,9 +61,7 @@ def lane_part_x(typingctx, lane):
 
 @intrinsic
 def lane_part_w(typingctx, lane):
-    """The same of w, whose rows are the columns of the result: 8 rows' first halves, their second halves, 8 more
-    rows'.
-    """
+    """The same for w, whose rows are the result's columns: first halves of 8 rows, their second halves, then 8 more."""
 
     def codegen(context, builder, signature, args):
         lane = args[0]
@@ -87,9 +85,8 @@ class WarpSums:
 
     zero() -> sums
     multiply(sums, x, x_part, w, w_part, to_second) -> sums: one stage's columns; x, w: shared addresses of the warp's
-    first rows,
-        a multiple of 64; *_part: this lane's offset; to_second: bytes from the first 32 rows of w to the other 32
-    store(sums, address, row_bytes, lane, rows, columns, bias, up_bias): as ptx_wgmma's store or store_activated
+        first rows, multiples of 64; *_part: this lane's offset; to_second: bytes between the two 32 rows of w
+    store(sums, address, row_bytes, lane, rows, columns, bias, up_bias): as wgmma.py's store or store_activated
     """
 
     zero: object
@@ -99,9 +96,7 @@ class WarpSums:
 
 @cache
 def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: bool) -> WarpSums:
-    """For `blocks` x 16 rows; activation None: the bare sums are stored. gated: the second 32 columns are those of
-    up.
-    """
+    """For `blocks` x 16 rows. activation None: stores the bare sums. gated: the second 32 columns are those of up."""
     kind = Accumulator(blocks * VALUES)
     struct = ir.LiteralStructType([F32] * kind.count)
 
@@ -126,7 +121,7 @@ def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: boo
             values = [builder.extract_value(sums, i) for i in range(kind.count)]
             fragments = []
             for half in range(STEP // 16):
-                # 16 columns on are 2 parts on, which the turned order keeps one bit away.
+                # 16 columns further is 2 parts further: one bit, in the permuted order too.
                 bit = ir.Constant(I32, 32 * half)
                 x_at, w_at = (builder.add(a, builder.xor(p, bit)) for a, p in ((x, x_part), (w, w_part)))
                 second = builder.add(w_at, to_second)

@@ -1,15 +1,15 @@
 """PTX of one warp's work together, and of a number's bits, behind Numba intrinsics; from sm_80 on.
 
-All 32 lanes call the first five together:
+All 32 lanes call all but the last two lines together:
 
     max_over_lanes(value), min_over_lanes(value)   of uint32, in all lanes
     sum_over_lanes(value)                          of float32, in all lanes, always in the same order
     from_lane(value, lane)                         the float32 of a lane
-    sync_lanes()                                   and what they wrote to memory is seen by one another
+    sync_lanes()                                   they wait for one another, and see what all wrote to memory
     bits_of(value), from_bits(bits)                float32 as uint32, and back
     round_to_bf16(value), round_to_half(value)     float32 to the nearest number of a 16-bit format
 
-simulated_warp.py is the same for the CUDA simulator.
+simulated_warp.py does the same for the CUDA simulator.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ A warpgroup's sums, as wgmma has them; warp w of 4, lane l, q = l % 4:
     row 16 w + l // 4         columns 8 j + 2 q, 8 j + 2 q + 1     values 4 j,     4 j + 1
     row 16 w + l // 4 + 8     the same columns                     values 4 j + 2, 4 j + 3
 
-They live in an Accumulator: a Numba type over an LLVM struct, which stays in registers as long as every index is known
-when the code is generated. So loops over values are unrolled here and not in the kernel.
+They live in an Accumulator, a Numba type over an LLVM struct. It stays in registers as long as every index is known
+when the code is generated, so loops over values are unrolled here and not in the kernel.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def _packed(builder, values):
 class Accumulators:
     """Intrinsics for one width.
 
-    zero() -> sums          multiply(sums, a, b, keep) -> sums; a, b: descriptors; keep 0 forgets the sums that were
-    wait_all(sums), wait_but_one(sums) -> sums: until all, or all but the last product are done
-    store(sums, address, row_bytes, lane, rows, columns)                         sums as bfloat16
-    store_activated(sums, address, row_bytes, lane, rows, columns, bias, up_bias)   activation(left half) * right half
-    if gated,
-                                                                                   else activation(sums)
-    address: of this thread's first row; rows, columns: how many from there on exist. Biases: addresses, or absent.
+    zero() -> sums
+    multiply(sums, a, b, keep) -> sums; a, b: descriptors; keep 0: forgets the earlier sums
+    wait_all(sums), wait_but_one(sums) -> sums; until all products, or all but the last, are done
+    store(sums, address, row_bytes, lane, rows, columns): the sums as bfloat16
+    store_activated(sums, address, row_bytes, lane, rows, columns, bias, up_bias): activation(left half) * right half if
+        gated, else activation(sums)
+    address: of this thread's first row. rows, columns: how many exist from there on. Biases: addresses, or absent.
     """
 
     zero: object
@@ -86,7 +86,7 @@ def accumulators(
     struct = ir.LiteralStructType([F32] * count)
 
     def products_of_16(keep):
-        """For 16 columns of both operands; w's rows lie 128 bytes apart, 8 in a descriptor's units."""
+        """For 16 columns of both operands; rows of w are 128 bytes apart, which is 8 in a descriptor's units."""
         text = ""
         for first in range(0, width, width_of_product):
             sums = "{" + ",".join(f"${i}" for i in range(first // 2, (first + width_of_product) // 2)) + "}"
@@ -180,8 +180,7 @@ def with_bias(builder, values, address, lane, columns):
 def store_values(builder, values, address, row_bytes, lane, rows, columns):
     """Values in wgmma's order to bfloat16 rows, 16 bytes a store: the 4 lanes of a row exchange parts first.
 
-    Of four blocks of 8 columns a lane holds 2 columns each; a 4 x 4 transposition gives lane q all 8 columns of block
-    q.
+    A lane holds 2 columns of each of four groups of 8; a 4 x 4 transposition gives lane q all 8 columns of group q.
     """
     lane_of_row = builder.and_(lane, ir.Constant(I32, 3))
     odd = builder.icmp_unsigned("!=", builder.and_(lane, ir.Constant(I32, 1)), ir.Constant(I32, 0))

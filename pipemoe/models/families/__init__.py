@@ -22,9 +22,7 @@ MODULES = {  # model_type in config.json -> module with FAMILY
 
 
 def find_family(model_type: str | None, where: str = "") -> Family:
-    """The family of a config.json's model_type; CheckpointError (its message begins with `where`) for an unknown
-    one.
-    """
+    """The family of a config.json's model_type. Raises CheckpointError, beginning with `where`, for an unknown one."""
     if not isinstance(model_type, str) or model_type not in MODULES:
         raise CheckpointError(
             f"{where}model_type is {model_type!r}; known are {', '.join(sorted(MODULES))}. "
@@ -43,7 +41,7 @@ def check_config(config: PreTrainedConfig, where: str = "") -> Family:
 
 
 def check_fields(config: Mapping[str, Any], where: str = "") -> None:
-    """Raises CheckpointError, naming the field, for what a config's content asks for and its family does not do."""
+    """Raises CheckpointError, naming the field, if a config asks for what its family does not implement."""
     try:
         if config["model_type"] in MODEL_TYPES:
             supported_facts(config)

@@ -1,6 +1,6 @@
 """DeepSeek-V3 and R1: MLA, dense first layers, bias-corrected group-limited sigmoid routing, shared experts.
 
-The multi-token-prediction layers that their checkpoints carry behind the last decoder layer are not read.
+Their checkpoints also have multi-token-prediction layers behind the last decoder layer; these are not read.
 """
 
 from __future__ import annotations

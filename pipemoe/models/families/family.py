@@ -1,4 +1,4 @@
-"""What pipemoe must know about a model family beyond what transformers' own modules do by themselves."""
+"""What pipemoe must know about a model family that transformers' own modules do not tell."""
 
 from __future__ import annotations
 

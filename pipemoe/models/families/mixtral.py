@@ -1,5 +1,5 @@
-"""Mixtral (8x7B, 8x22B): softmax top-2, always renormalised; checkpoints say block_sparse_moe, w1 (gate), w3 (up), w2
-(down).
+"""Mixtral (8x7B, 8x22B): softmax top-2, always renormalised. Its checkpoints say block_sparse_moe, w1 (gate), w2
+(down), w3 (up).
 """
 
 from __future__ import annotations

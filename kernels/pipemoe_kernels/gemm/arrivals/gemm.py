@@ -1,21 +1,19 @@
-"""Grouped GEMM over the rows of a wave that arrives in parts: one launch, which takes the tiles of parts that are
+"""Grouped GEMM over the rows of a wave that arrives in parts: one launch, which takes the tiles of the parts that are
 there.
 
     lane of the communication      rows 0 | index 0 | flag 0 | rows 1 | index 1 | flag 1 | ...
-    one persistent launch            waits for flags, takes batches of parts (arrival_raster.py): a = activation(x
-    gate^T) ... another, behind it                                                                              y = a
-    down^T
+    one persistent launch          waits for flags, takes batches of parts (raster.py): a = activation(x gate^T) ...
+    another, behind it             y = a down^T
 
-As wgmma.py otherwise, whose tiles, sums and bits these are; but the rows of a tile are anywhere, so that tiles hold
-rows of several parts. Both GEMMs gather them: the first one from the wire buffer, the second one from a. Only producers
-know batches: they put a tile's rows and shape into shared memory beside the tile's first stage, and consumers read it
+All else is as in gemm/wgmma.py, with the same tiles, sums and bits. But a tile may hold rows of several parts, which
+are not adjacent, so both GEMMs gather them: the first from the wire buffer, the second from a. Only producers know
+batches: they write a tile's rows and shape into shared memory beside the tile's first stage, and consumers read them
 there.
 
-    slot of a stage    | rows in the tile (0: no more tiles) | expert | first column | cuts | places [128] | rows of x
-    [128] |
+    note of a stage    rows in the tile (0: no more tiles) | expert | first column | cuts | places [128] | rows [128]
 
-The first launch must find room beside all collectives that may be under way, and the index of a part beside them; work
-that comes before a flag must never wait for it. It lets no other kernel start early before the last part is there.
+The first launch needs room beside all collectives that may be under way, and so does the index of a part. Work that
+comes before a flag must never wait for this launch. It lets no other kernel start early before the last part is there.
 """
 
 from __future__ import annotations
@@ -50,13 +48,13 @@ W_BOXES = tuple(TILE_COLUMNS // 2 >> c for c in range(MAX_CUTS + 1))
 MAX_OUT_BYTES = 1 << 32
 PLACES_AT = 16
 SOURCES_AT = PLACES_AT + 4 * TILE_ROWS
-SLOT_BYTES = SOURCES_AT + 4 * TILE_ROWS
-SHARED_BYTES = ROWS_128.shared_bytes + NUM_STAGES * SLOT_BYTES + TABLE_BYTES + 16
+NOTE_BYTES = SOURCES_AT + 4 * TILE_ROWS
+SHARED_BYTES = ROWS_128.shared_bytes + NUM_STAGES * NOTE_BYTES + TABLE_BYTES + 16
 
 
 @cache
 def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> GroupedKernel:
-    """With an activation: the GEMM that waits for parts, as wgmma.grouped_kernel has it. None: that of what it gave."""
+    """With an activation: the first GEMM, which waits for parts, as in wgmma.grouped_kernel. None: the second one."""
     waits = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
     consume_whole, consume_half, consume_quarter = (
@@ -97,15 +95,17 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
         barriers = ptx.shared_address(cuda.shared.array(0, types.uint8, ALIGNMENT))
         ends = UINT32(barriers + ENDS_AT)
         ring = UINT32(barriers + RING_AT)
-        slots = UINT32(ring + NUM_STAGES * stage_bytes)
-        table = UINT32(slots + NUM_STAGES * SLOT_BYTES)
+        notes = UINT32(ring + NUM_STAGES * stage_bytes)
+        table = UINT32(notes + NUM_STAGES * NOTE_BYTES)
         batch_at = UINT32(table + TABLE_BYTES)
         thread = UINT32(cuda.threadIdx.x)
         lane = thread & UINT32(31)
         warpgroup = ptx.of_first_lane(thread >> UINT32(7))
         if thread == 0:
             for i in range(NUM_STAGES):
-                ptx.barrier_init(barriers + 8 * i, 5)  # the bulk copies' thread, and one of each warp that gathers
+                ptx.barrier_init(
+                    barriers + 8 * i, 5
+                )  # the bulk copies' thread, and one thread of each warp that gathers
                 ptx.barrier_init(barriers + EMPTY_AT + 8 * i, 4 * CONSUMERS)
             ptx.barrier_fence()
             first_rows = UINT32(table + FIRST_ROWS_AT)
@@ -127,7 +127,7 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
             keep_registers()
             column_tiles = UINT32(UINT32(num_columns + output_columns - 1) // UINT32(output_columns))
             num_blocks = UINT32(cuda.gridDim.x)
-            slot = UINT32(cuda.blockIdx.x)
+            turn = UINT32(cuda.blockIdx.x)
             all_parts = UINT32((UINT32(1) << num_parts) - UINT32(1))
             parity = UINT32(1)
             issued = UINT32(0)
@@ -142,26 +142,26 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                     batches += ADDRESS(8)
                 done = UINT32(done | batch)
                 if waits and done == all_parts:
-                    # Before, blocks of the next kernel might take the room of what this one waits for.
+                    # Not before: blocks of the next kernel might take the room that the awaited parts need.
                     ptx.launch_dependents()
                 row_tiles = load_batch_ends(thread, batch, part_ends, num_parts, num_local, table, ends)
                 num_rows = ptx.load_shared_u32(ends + 4 * (num_local - 1))
                 whole, rest_cuts = plan_rounds(
                     num_rows, row_tiles, column_tiles, num_blocks, MAX_CUTS, UINT32(TILE_ROWS)
                 )
-                num_slots = UINT32(whole + (UINT32(row_tiles * column_tiles - whole) << rest_cuts))
+                num_turns = UINT32(whole + (UINT32(row_tiles * column_tiles - whole) << rest_cuts))
                 expert = UINT32(0)
                 first_tile = UINT32(0)
                 begin = UINT32(0)
-                while slot < num_slots:
-                    tile, cuts, cut = tile_of(slot, whole, rest_cuts)
+                while turn < num_turns:
+                    tile, cuts, cut = tile_of(turn, whole, rest_cuts)
                     expert, first_tile, begin, end = next_expert(
                         tile, expert, first_tile, begin, ends, num_local, column_tiles, UINT32(TILE_ROWS)
                     )
                     row, column = find_tile(UINT32(tile - first_tile), begin, end, column_tiles, UINT32(TILE_ROWS))
                     count = UINT32(min(UINT32(end - row), UINT32(TILE_ROWS)))
                     first_column = UINT32(column * output_columns + cut * (UINT32(output_columns) >> cuts))
-                    at = UINT32(slots + stage * SLOT_BYTES)
+                    at = UINT32(notes + stage * NOTE_BYTES)
                     ptx.barrier_wait(barriers + EMPTY_AT + 8 * stage, parity)
                     if thread < count:
                         place, first_row = find_place(UINT32(row - begin + thread), expert, batch, table, top_k)
@@ -197,15 +197,15 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                         cuts,
                         steps_in_stage(count, cuts, UINT32(TILE_ROWS)),
                     )
-                    slot = UINT32(slot + num_blocks)
-                slot = UINT32(slot - num_slots)
-                # Whatever comes next may be long in coming.
+                    turn = UINT32(turn + num_blocks)
+                turn = UINT32(turn - num_turns)
+                # The next part may be long in coming.
                 announce_rest(thread, barriers, stage, issued)
                 issued = UINT32(0)
             full = UINT32(barriers + 8 * stage)
             ptx.barrier_wait(full + EMPTY_AT, parity)
             if thread == 0:
-                ptx.store_shared_u32(slots + stage * SLOT_BYTES, UINT32(0))
+                ptx.store_shared_u32(notes + stage * NOTE_BYTES, UINT32(0))
                 ptx.barrier_arrive(full)
             if lane == 0:
                 ptx.barrier_arrive(full)
@@ -215,7 +215,7 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
             group = UINT32(warpgroup - 1)
             line_of_group = UINT32(((thread >> UINT32(5)) & UINT32(3)) * 16 + (lane >> UINT32(2)))
             while True:
-                at = UINT32(slots + stage * SLOT_BYTES)
+                at = UINT32(notes + stage * NOTE_BYTES)
                 ptx.barrier_wait(barriers + 8 * stage, parity)
                 count = ptx.load_shared_u32(at)
                 if count == 0:
@@ -223,7 +223,7 @@ def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | No
                 expert = ptx.load_shared_u32(at + 4)
                 first_column = ptx.load_shared_u32(at + 8)
                 cuts = ptx.load_shared_u32(at + 12)
-                # A thread has the rows line and line + 8; places ascend in a tile.
+                # A thread has the rows `line` and `line + 8`; places ascend in a tile.
                 line = UINT32(group * GROUP_ROWS + line_of_group)
                 place = ptx.load_shared_u32(at + PLACES_AT + 4 * line)
                 apart = UINT32(ptx.load_shared_u32(at + PLACES_AT + 4 * line + 32) - place)
@@ -313,11 +313,10 @@ def gate_up_arriving(
     a: torch.Tensor,
     num_sms: int,
 ) -> None:
-    """a[p] = activation(gate x) * (up x), x the row of the pair with place p, for the places of all parts, as these
-    arrive.
+    """a[p] = activation(gate x) * (up x) for the places p of all parts, as these arrive; x: the row of the pair at p.
 
     hidden [n, H] bfloat16: all parts' rows, strided on 16-byte boundaries; gate_up_maps: address of the tensor maps of
-    [E_loc, 2I, H] with boxes of W_BOXES; bias [E_loc, 2I] or None; a [K n, I]: rows that are no place stay as they are.
+    [E_loc, 2I, H] with boxes of W_BOXES; bias [E_loc, 2I] or None; a [K n, I]: rows without a place stay as they are.
     """
     num_pairs, intermediate = a.shape
     num_local = parts.ends.shape[1]
@@ -355,9 +354,9 @@ def down_arrived(
     num_sms: int,
     first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for the places of all parts, or some columns of it, from `first_column` on. All must have
-    arrived. It does not start early, as its blocks would take the multiprocessors that the kernel before leaves to
-    collectives.
+    """y[p] = down a[p] for the places of all parts, or only its columns from `first_column` on. All parts have arrived.
+
+    It does not start early: its blocks would take the multiprocessors that the previous kernel leaves to collectives.
 
     a [K n, I] contiguous; down_maps: address of the tensor maps of [E_loc, H, I] with boxes of W_BOXES; y [K n,
     columns], rows strided.
@@ -389,6 +388,6 @@ def down_arrived(
 def _num_blocks(
     kernel: GroupedKernel, num_pairs: int, num_local: int, num_columns: int, num_sms: int, most_batches: int
 ) -> int:
-    """No more blocks than slices of tiles that any routing can give in so many batches."""
+    """At most as many blocks as there can be slices of tiles in so many batches, whatever the routing."""
     row_tiles = num_pairs // TILE_ROWS + min(most_batches * num_local, num_pairs)
     return min(num_sms, row_tiles * -(-num_columns // kernel.output_columns) << kernel.max_cuts)

@@ -13,12 +13,12 @@ from pipemoe_kernels.gemm.raster import MAX_EXPERTS
 
 @dataclass(frozen=True)
 class Parts:
-    """Rows of a wave in the parts in which they arrive, and the index of each (see index_hopper.py).
+    """Rows of a wave in the parts in which they arrive, and the index of each (see index/hopper.py).
 
-    first_rows: of each, ascending; none is empty. top_k: K. tokens [pairs] int32: the part's tokens from place K * its
-    first row on, counted from its first row. ends [S, E_loc] int32, rows E_loc apart: ends of the experts' places,
-    counted from the part's first one. flags [S] and batches [S], int32 and int64: a part is there when its flag is
-    `epoch`; batches hold no word of it yet.
+    first_rows: of each part, ascending; no part is empty. top_k: K. tokens [pairs] int32: a part's tokens stand from
+    place K * its first row on, and count from its first row. ends [S, E_loc] int32, rows E_loc apart: ends of the
+    experts' places, counted from the part's first place. flags [S] int32: a part is there when its flag is `epoch`.
+    batches [S] int64: they do not hold a word of this epoch yet.
     """
 
     first_rows: Sequence[int]

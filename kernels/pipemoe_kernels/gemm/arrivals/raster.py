@@ -1,18 +1,17 @@
 """Raster of the arrival-driven GEMM: batches of parts that have arrived, and the rows of a batch's tiles.
 
-    flags [S]       | e | - | e | - |    parts 0 and 2 have arrived: their flag is this call's epoch e
-    batches [S]     | e: 0101 | - | - | - |    so the first batch is these two; whichever block saw it first has written
-    it down
+    flags [S]       | e | - | e | - |        parts 0 and 2 have arrived: their flag is this call's epoch e
+    batches [S]     | e: 0101 | - | - | - |  the first batch is these two, as the first block to see them wrote down
 
     rows of one expert in a batch      part 0: places 7, 8, 9   part 2: places 50, 51      tile rows 0 1 2 | 3 4
 
-A block that has taken its share of a batch looks at the next one. If no block has formed it, it becomes all parts that
-have arrived and are in no batch before; while there are none, the block waits. So late parts share tiles, and the
-weights that these read, with all that came while the blocks were busy; nobody waits for one part while there is
-another.
+A block that has done its share of a batch looks at the next one. If no block has formed it, it becomes all parts that
+have arrived and are in no earlier batch; while there are none, the block waits. So late parts share tiles, and the
+weights that these read, with all that came while the blocks were busy. Nobody waits for one part while another is
+there.
 
-The place of a pair, which is its row of a and y, is known when its part is there: K * the part's first row, and from
-there on as the part's own index has it (index_hopper.py).
+The place of a pair, which is its row of a and y, is known when its part is there: K * the part's first row, plus the
+pair's place in the part's own index (index/hopper.py).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pipemoe_kernels.ptx.hopper import add_shared_u32, load_shared_u32, load_u32
 MAX_PARTS = 8
 PRODUCERS = UINT32(128)
 WORD = UINT32(4)
-# Shared memory behind the address `table`: the parts' ends of experts, rows of MAX_EXPERTS; then the parts' first rows.
+# Shared memory at `table`: for each part the ends of its experts (rows of MAX_EXPERTS), then the parts' first rows.
 FIRST_ROWS_AT = UINT32(4 * MAX_PARTS * MAX_EXPERTS)
 TABLE_BYTES = 4 * MAX_PARTS * (MAX_EXPERTS + 1)
 
@@ -34,13 +33,13 @@ TABLE_BYTES = 4 * MAX_PARTS * (MAX_EXPERTS + 1)
 @cuda.jit(device=True, inline="always")
 def sync_producers():
     """The 128 threads of the first warpgroup wait for one another."""
-    cuda.syncwarp()  # also keeps the compiler from a copy of the barrier in each branch before it
+    cuda.syncwarp()  # also keeps the compiler from copying the barrier into each branch before it
     ptx.barrier_of_producers()
 
 
 @cuda.jit(device=True, inline="always")
 def claim_batch(flags, num_parts, epoch, done, word):
-    """By one thread: the parts of the batch at address `word`, as bits; none of those in `done`."""
+    """The parts of the batch at address `word`, as bits, without those in `done`. One thread calls it."""
     batch = UINT32(0)
     while batch == 0:
         found = ptx.load_batch(word)
@@ -61,9 +60,9 @@ def claim_batch(flags, num_parts, epoch, done, word):
 
 @cuda.jit(device=True, inline="always")
 def load_batch_ends(thread, batch, part_ends, num_parts, num_local, table, ends):
-    """By all producers: copy the batch's parts' ends, their sums, and the number of row tiles behind those."""
+    """Copy the ends of the batch's parts, their sums, and the number of row tiles behind. All producers call it."""
     num_tiles_at = UINT32(ends + WORD * num_local)
-    sync_producers()  # nobody reads the last batch's any more
+    sync_producers()  # nobody still reads those of the last batch
     if thread == UINT32(0):
         store_shared_u32(num_tiles_at, UINT32(0))
     for expert in range(thread, num_local, PRODUCERS):
@@ -85,7 +84,7 @@ def load_batch_ends(thread, batch, part_ends, num_parts, num_local, table, ends)
 
 @cuda.jit(device=True, inline="always")
 def find_place(number, expert, batch, table, top_k):
-    """Of the expert's row `number` of a batch: its place, and the first row of its part."""
+    """For the expert's row `number` of a batch: its place, and the first row of its part."""
     part = UINT32(0)
     while True:
         if batch & UINT32(ONE << part):

@@ -1,0 +1,61 @@
+"""Pages lead somewhere: each test that docs/robustness.md names exists, and so does each file that a page links to."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+_PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((_ROOT / "docs").glob("*.md"))))
+_LEAST_ROWS = 50  # a page that lost its tables must not pass
+
+
+def test_the_tests_in_the_table_of_faults_exist():
+    rows = [line for line in (_ROOT / "docs/robustness.md").read_text().splitlines() if "`tests/" in line]
+    assert len(rows) >= _LEAST_ROWS
+    missing = [name for row in rows for name in _named_tests(row) if not _exists(*name)]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", _PAGES)
+def test_relative_links_lead_to_files(page):
+    text = (_ROOT / page).read_text()
+    links = {target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
+    assert links or page != "README.md"
+    missing = [link for link in links if not _leads_somewhere(_ROOT / page, link)]
+    assert not missing
+
+
+def _leads_somewhere(page: Path, link: str) -> bool:
+    path, _, heading = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    return target.exists() and (not heading or heading in _headings(target))
+
+
+def _headings(page: Path) -> set[str]:
+    """As GitHub writes them in links."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def _named_tests(row: str) -> list[tuple[str, str]]:
+    """File and test's name, which is empty where a whole file is named."""
+    named, path = [], ""
+    for file, test in re.findall(r"`(tests/[\w/]+\.py)?(?:::(test_\w+)(?:\[\w+\])?)?`", row):
+        path = file or path
+        named.append((path, test))
+    return [(path, test) for path, test in named if path]
+
+
+def _exists(path: str, test: str) -> bool:
+    return (_ROOT / path).is_file() and (not test or test in _tests_of(path))
+
+
+@cache
+def _tests_of(path: str) -> frozenset[str]:
+    tree = ast.parse((_ROOT / path).read_text())
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
