@@ -77,7 +77,7 @@ def run(world: World, options: argparse.Namespace) -> int:
     weights = make_weights(world, options)
     rows = []
     for done, mode in enumerate(options.modes):
-        # what libraries set up at first use does not count
+        # A warm-up: libraries set themselves up at first use, which must not count.
         measure(world, options, weights, mode, tokens * FACTORS[-1], cap)
         for factor in FACTORS:
             found = measure(world, options, weights, mode, tokens * factor, cap)

@@ -39,7 +39,7 @@ _MARKED = re.compile(
 
 
 def _plain_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Every field of the first row that is a single value, as it is."""
+    """Every field of the first row that is a single value, unchanged."""
     names = [name for name, value in rows[0].items() if not isinstance(value, (list, dict))]
     return [names, *(["-" if row.get(name) is None else str(row[name]) for name in names] for row in rows)]
 

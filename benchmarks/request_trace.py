@@ -189,7 +189,7 @@ def _number(where: str, row: Mapping[str, Any], name: str, kind: type[int] | typ
     if value is None:
         raise InputError(f"{where}: no {name}; it must be {wanted}")
     try:
-        # int() and float() would take True, and int() would cut 1.5
+        # int() and float() would take True, and int() would cut 1.5.
         if (
             isinstance(value, bool)
             or (kind is int and isinstance(value, float))

@@ -24,7 +24,7 @@ from benchmarks.ttft.table import aligned, tokens_text
 from pipemoe.errors import InputError
 
 Row = Mapping[str, Any]
-# predicted field, measured field
+# Predicted field and measured field.
 _PREDICTIONS = (("predicted_ttft_ms", "ttft_ms_slowest_rank"), ("predicted_median_rank_ms", "ttft_ms_median_rank"))
 
 
