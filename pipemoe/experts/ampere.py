@@ -35,9 +35,17 @@ class AmpereExperts(HopperExperts):
         a: torch.Tensor,
     ) -> PackedGateUp:
         w = self.weights[layer]
-        form = {"gated": w.gated, "activation": w.activation}
         return PackedMma(
-            a.get_device(), hidden, scratch.tokens, w.gate_up.detach(), offsets, w.gate_up_bias, a, self.num_sms, **form
+            a.get_device(),
+            hidden,
+            scratch.tokens,
+            w.gate_up.detach(),
+            offsets,
+            w.gate_up_bias,
+            a,
+            self.num_sms,
+            gated=w.gated,
+            activation=w.activation,
         )
 
     def _pack_down(

@@ -113,6 +113,7 @@ class HopperFp8Experts(HopperExperts):
         a: torch.Tensor,
     ) -> PackedGateUp:
         weight_map, scales = self._maps.data_ptr() + MAP_BYTES * self._layers[layer], self.weights[layer].gate_up_scales
+        assert scales is not None  # `_prepare` has quantised all weights
         a_scales = scratch.a_scales[: a.shape[1] // BLOCK]
         return PackedGateUpFp8(
             a.get_device(), hidden, scratch.tokens, weight_map, scales, offsets, a, a_scales, self.num_sms
@@ -130,10 +131,9 @@ class HopperFp8Experts(HopperExperts):
     ) -> PackedDown | None:
         if first_column:
             return None
-        weight_map, scales = (
-            self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1),
-            self.weights[layer].down_scales,
-        )
+        weight_map = self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1)
+        scales = self.weights[layer].down_scales
+        assert scales is not None  # `_prepare` has quantised all weights
         return PackedDownFp8(
             y.get_device(),
             scratch.a_maps[a.shape[1]],

@@ -53,7 +53,7 @@ class Engine:
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
         self.side_channel: SideChannel | None = None
-        self.wake = threading.Event()  # set by whoever has news for the engine's thread
+        self.wake = threading.Event()  # other threads set it when they have news for the engine's
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
         self._library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL

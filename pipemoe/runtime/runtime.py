@@ -344,7 +344,16 @@ class Runtime:
             raise InputError(f"{rank}on_done is a {type(on_done).__name__}; it must be a function of one operation")
         return step_lengths(self.world.rank, lengths, self.config.max_tokens_per_rank), only, timeline, on_done
 
-    def _step(self, lengths, only, timeline, on_done, source, error, future) -> None:
+    def _step(
+        self,
+        lengths: tuple[int, ...],
+        only: Only,
+        timeline: Timeline | None,
+        on_done: Callable[[Op], None],
+        source: Source,
+        error: PipemoeError | None,
+        future: Future,
+    ) -> None:
         engine = self.world.engine
         seconds = max(engine.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
         facts = self._exchange(lengths, only, error, seconds)
