@@ -502,7 +502,14 @@ def test_an_error_of_all_ranks_says_so(world, monkeypatch):
             patch.setattr("pipemoe.runtime.runtime.verify", verify)
             moe(*rows)
 
+    endless = [replace(w, first_expert=10**5000) for w in own] if world.rank == 0 else own  # has no words in Python
     cases = {
+        "first_expert is a int; it must be below": lambda: PipelinedMoE(
+            world, endless, num_experts=NUM_EXPERTS, top_k=TOP_K
+        ),
+        "num_experts is a int; it must be below": lambda: PipelinedMoE(
+            world, own, num_experts=10**5000 if world.rank == 0 else NUM_EXPERTS, top_k=TOP_K
+        ),
         "each once": lambda: PipelinedMoE(world, away, num_experts=NUM_EXPERTS, top_k=TOP_K),
         "rank 0: x is a": lambda: moe(None if world.rank == 0 else rows[0], *rows[1:]),
         "may take .* Bring fewer tokens": too_costly,
