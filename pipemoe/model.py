@@ -254,6 +254,8 @@ def token_ids(where: str, sequence: Any) -> torch.Tensor:
     import numpy as np
     import torch
 
+    if isinstance(sequence, np.ma.MaskedArray) and np.ma.is_masked(sequence):
+        raise InputError(f"{where} has masked token ids; give those that are there alone")
     ids: Any
     if isinstance(sequence, torch.Tensor):
         is_whole = sequence.layout is torch.strided and not (

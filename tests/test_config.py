@@ -37,3 +37,5 @@ def test_counts_have_bounds_wherever_they_are_given(kind, name):
         kind(**{name: 2**31})
     with pytest.raises(ConfigError, match=f"^{name} is 0; it must be a whole number of at least 1"):
         kind(**{name: 0})
+    with pytest.raises(ConfigError, match=f"^{name} is a int; it must be at most"):
+        kind(**{name: 10**5000})  # has no words in Python

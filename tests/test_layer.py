@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipemoe import Config, PipelinedMoE
-from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError, PipemoeError
+from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError, PipemoeError, PlanError
 from pipemoe.experts import make_experts
 from pipemoe.plan.config import MODES
 from pipemoe.wire import WireFormat
@@ -494,11 +494,22 @@ def test_an_error_of_all_ranks_says_so(world, monkeypatch):
             moe(*rows)
 
     def issued_otherwise():
+        def verify(plan, *, issues=None, **_):
+            if issues is not None:
+                raise PlanError("planted in the logs")
+
         with monkeypatch.context() as patch:
-            patch.setattr("pipemoe.runtime.runtime.Issue", lambda *entry: ("another", *entry))
+            patch.setattr("pipemoe.runtime.runtime.verify", verify)
             moe(*rows)
 
+    endless = [replace(w, first_expert=10**5000) for w in own] if world.rank == 0 else own  # has no words in Python
     cases = {
+        "first_expert is a int; it must be below": lambda: PipelinedMoE(
+            world, endless, num_experts=NUM_EXPERTS, top_k=TOP_K
+        ),
+        "num_experts is a int; it must be below": lambda: PipelinedMoE(
+            world, own, num_experts=10**5000 if world.rank == 0 else NUM_EXPERTS, top_k=TOP_K
+        ),
         "each once": lambda: PipelinedMoE(world, away, num_experts=NUM_EXPERTS, top_k=TOP_K),
         "rank 0: x is a": lambda: moe(None if world.rank == 0 else rows[0], *rows[1:]),
         "may take .* Bring fewer tokens": too_costly,
@@ -512,7 +523,7 @@ def test_an_error_of_all_ranks_says_so(world, monkeypatch):
             "mode is ": lambda: PipelinedMoE(world, own, num_experts=NUM_EXPERTS, top_k=TOP_K, config=own_config),
             "here they meet": lambda: world.all_gather(b"", f"something else {world.rank}"),
             "rank 1: payload of": lambda: world.all_gather(7 if world.rank == 1 else b""),
-            ".": issued_otherwise,
+            "planted in the logs": issued_otherwise,
         }
     for words, call in cases.items():
         with pytest.raises(PipemoeError, match=words) as caught:

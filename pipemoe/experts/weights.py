@@ -105,7 +105,8 @@ class ExpertWeights:
             raise InputError(
                 f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted"
             )
-        whole_number(f"layer {layer}: first_expert", self.first_expert, 0)
+        if whole_number(f"layer {layer}: first_expert", self.first_expert, 0) >= 1 << 31:
+            raise InputError(f"layer {layer}: first_expert is {shown(self.first_expert)}; it must be below 2**31")
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
             raise InputError(
                 f"layer {layer}: gate_up and down have {self.gate_up.dim()} and {self.down.dim()} dimensions; "

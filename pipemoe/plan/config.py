@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipemoe.arguments import shown
 from pipemoe.errors import ConfigError
 from pipemoe.plan.columns import MANY_COLUMNS
 
@@ -125,6 +126,6 @@ class PlanConfig:
 def check_count(name: str, value: object, least: int, otherwise: str = "") -> None:
     """Raise ConfigError unless a setting is a whole number from `least` to what 32 bits hold."""
     if type(value) is not int or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number of at least {least}{otherwise}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {least}{otherwise}")
     if value > _LARGEST:
-        raise ConfigError(f"{name} is {value}; it must be at most {_LARGEST}{otherwise}")
+        raise ConfigError(f"{name} is {shown(value)}; it must be at most {_LARGEST}{otherwise}")

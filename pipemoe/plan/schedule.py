@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipemoe.arguments import shown
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.columns import column_ranges
 from pipemoe.plan.compiled import compiled_part
@@ -155,10 +156,11 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if not isinstance(getattr(self, name), numbers.Integral) or getattr(self, name) <= 0:
-                raise ConfigError(
-                    f"ModelShape.{name} is {getattr(self, name)!r}; it must be a whole number of at least 1"
-                )
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value <= 0:
+                raise ConfigError(f"ModelShape.{name} is {shown(value)}; it must be a whole number of at least 1")
+            if value >= 1 << 31:
+                raise ConfigError(f"ModelShape.{name} is {shown(value)}; it must be below 2**31")
         if self.top_k > self.num_experts:
             raise ConfigError(f"ModelShape.top_k is {self.top_k}, more than num_experts {self.num_experts}")
 

@@ -190,7 +190,7 @@ def test_null_is_what_transformers_makes_of_it(family):
     from transformers import CONFIG_MAPPING
 
     def content(config):
-        without_effect = ("return_dict", "num_nextn_predict_layers", "pretraining_tp", "attention_dropout")
+        without_effect = ("return_dict", "num_nextn_predict_layers", "pretraining_tp", "qk_head_dim")
         known = {k: v or None for k, v in config.to_dict().items() if k not in without_effect}
         return {k: v for k, v in known.items() if k not in ("head_dim", "layer_types")}
 
