@@ -157,9 +157,9 @@ class ModelShape:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if not isinstance(value, numbers.Integral) or value <= 0:
+            if not isinstance(value, numbers.Integral) or int(value) <= 0:
                 raise ConfigError(f"ModelShape.{name} is {shown(value)}; it must be a whole number of at least 1")
-            if value >= 1 << 31:
+            if int(value) >= 1 << 31:
                 raise ConfigError(f"ModelShape.{name} is {shown(value)}; it must be below 2**31")
         if self.top_k > self.num_experts:
             raise ConfigError(f"ModelShape.top_k is {self.top_k}, more than num_experts {self.num_experts}")
