@@ -112,7 +112,7 @@ def main(fault: str, folder: str) -> None:
     elif fault == "plan" and culprit:
         # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run
         # ahead.
-        runtime.cost = CostModel(attend=AttendCost(row_ps=10**12), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
+        runtime.cost = CostModel(attend=AttendCost(row_ps=10**11), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
         runtime._plans.clear()
     elif fault == "absent" and culprit:
         signal.pause()
