@@ -79,7 +79,10 @@ def _look_at(weights: Any, *, is_quantised: bool) -> None:
     if not isinstance(weights, ExpertWeights):
         raise InputError(f"weights is a {type(weights).__name__}; it must be a pipemoe.experts.ExpertWeights")
     try:
-        weights.validate(0)
+        if is_quantised:
+            _look_at_scales(weights)
+        else:
+            weights.validate(0)
         found, is_wide = weights.is_quantised, weights.dtype.is_floating_point
     except InputError as error:
         raise InputError(str(error).removeprefix("layer 0: ")) from None
@@ -88,3 +91,20 @@ def _look_at(weights: Any, *, is_quantised: bool) -> None:
     if found != is_quantised or not is_wide:
         wanted = "float8_e4m3fn with scales" if is_quantised else "floating, and not quantised yet"
         raise InputError(f"the weights are {weights.dtype}; {wanted} is wanted")
+
+
+def _look_at_scales(weights: ExpertWeights) -> None:
+    """Raises InputError unless each matrix has its scales; of any size, also where no experts run on it."""
+    import torch
+
+    for name in ("gate_up", "down"):
+        values, scales = getattr(weights, name), getattr(weights, f"{name}_scales")
+        if values.dtype != torch.float8_e4m3fn or values.dim() != 3 or scales is None:
+            raise InputError(
+                f"{name} is {values.dtype} of {values.dim()} dimensions; float8_e4m3fn with scales is wanted"
+            )
+        experts, rows, columns = values.shape
+        if tuple(scales.shape) != (experts, num_blocks(rows), num_blocks(columns)) or scales.dtype != torch.float32:
+            raise InputError(
+                f"{name}_scales is {scales.dtype} of shape {tuple(scales.shape)}; one float32 per block is wanted"
+            )

@@ -142,3 +142,5 @@ def test_what_are_no_weights_is_refused():
     for dtype in (None, "float32", torch.int8, E4M3):
         with pytest.raises(InputError, match="^dtype is "):
             dequantise_experts(narrow, dtype)
+    uneven = quantise_experts(random_weights(2, 100, 30, dtype=torch.float32))
+    assert dequantise_experts(uneven, torch.float32).gate_up.shape == (2, 60, 100)
