@@ -179,7 +179,7 @@ def _fill_from(
 
 def _check_finite(model: PreTrainedModel, weights: list[ExpertWeights], where: str) -> None:
     """A NaN in any weight would spread over the ranks' sums and show far from its cause."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *model.named_buffers()]:  # routers' biases are buffers
         if not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(
                 f"{where}{name} holds NaN or infinite values; every weight must be finite, check the checkpoint"

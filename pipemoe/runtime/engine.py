@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.errors import FatalError, PeerLost, PipemoeError, WatchdogTimeout, words
+from pipemoe.errors import FatalError, InputError, PeerLost, PipemoeError, WatchdogTimeout, words
 from pipemoe.runtime.last_words import EXIT_CODE, OUTPUT_SECONDS, exit_now, say
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Engine:
         self._moves_transfers = moves_transfers
         self.failure: FatalError | None = None
         self._closed = False
-        self._unusable: PipemoeError = FatalError(f"rank {rank}: the world is closed")
+        self._unusable: PipemoeError = InputError(f"rank {rank}: the world is closed")
         self.step = 0
         self.step_seconds = 0.0  # see ask_patience
         self.ops_done = 0

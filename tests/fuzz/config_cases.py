@@ -83,7 +83,6 @@ def config(draw: Draw, stage: Stage) -> Case:
     family = draw.random.choice(FAMILIES)
     arguments = draw.per_rank(_settings, lambda _: Argument("nothing odd", SMALL, RIGHT, repr(Config(**SMALL))))
     model = stage.model(family, 0)
-    sequences = [[1, 2, 3], [4]]
     try:
         configs = [Config(**a.value) for a in arguments]
     except PipemoeError:
@@ -96,6 +95,7 @@ def config(draw: Draw, stage: Stage) -> Case:
         )
 
     def judge(with_it: pipemoe.Model) -> str | None:
+        sequences = [[1, 2, 3], [4]] if configs[draw.rank].max_tokens_per_rank >= 4 else [[1]]
         found = with_it.prefill(sequences, keep_logits=True)
         return judge_prefilled(family, found, sequences) if _is_exact(configs[draw.rank]) else None
 

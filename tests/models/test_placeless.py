@@ -130,6 +130,14 @@ def test_a_missing_router_bias_is_named(copy_of):
         load(folder)
 
 
+def test_nan_in_a_router_bias_is_refused(copy_of):
+    """It is a buffer of transformers' modules, not one of their parameters."""
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    folder = copy_of("deepseek_v3", {name: torch.full((tiny_config("deepseek_v3").n_routed_experts,), torch.nan)})
+    with pytest.raises(CheckpointError, match="e_score_correction_bias holds NaN"):
+        load(folder)
+
+
 def test_what_is_left_out_by_rule_is_said(copy_of, caplog):
     extra = {
         "model.layers.2.eh_proj.weight": torch.zeros(64, 128),

@@ -270,5 +270,5 @@ def test_closing_finishes_what_was_handed_in_then_leaves_then_refuses(make_engin
     future = engine.submit(lambda: done.append("task"))
     engine.close(lambda: done.append(("last", channel.said_good_bye.is_set())))
     assert future.done() and done == ["task", ("last", True)]
-    with pytest.raises(FatalError, match="rank 3: the world is closed"):
+    with pytest.raises(InputError, match="rank 3: the world is closed"):
         engine.submit(lambda: None).result(0)
