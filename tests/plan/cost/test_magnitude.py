@@ -195,7 +195,7 @@ def test_what_is_too_long_to_reckon_with_is_refused():
         simulate(cheap, cost)
     many = Facts(((MOST_TOKENS,), (1,)))
     with pytest.raises(InputError, match=f"{MOST_TOKENS + 1} tokens in one step; at most {MOST_TOKENS}"):
-        plan(many, SHAPE, replace(config, max_tokens_per_rank=1 << 40))
+        plan(many, SHAPE, replace(config, max_tokens_per_rank=MOST_TOKENS))
     assert longest_ns(Facts(((10**4,),) * 256), SHAPE, config, CostModel()) < LONGEST_NS
 
 
