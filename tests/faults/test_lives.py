@@ -93,4 +93,4 @@ def test_the_first_rank_that_does_not_catch_it_prints_it_and_debug_shows_all(tmp
     for path in tmp_path.glob("rank*"):
         path.unlink()
     _, said = run_job("shared_error", 2, tmp_path, PIPEMOE_DEBUG="1")
-    assert all("/pipemoe/comm/world.py" in text and "planted for all" in text for text in said.values()), said
+    assert all("/pipemoe/world/world.py" in text and "planted for all" in text for text in said.values()), said
