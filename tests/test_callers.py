@@ -348,7 +348,7 @@ def test_odd_arguments_of_pipelined_moe_on_one_rank(world, layers, moes, case):
 def test_other_numbers_on_one_rank_are_an_error_on_all(world, layers):
     if world.size == 1:
         pytest.skip("needs two ranks to differ")
-    for named in ({"num_experts": NUM_EXPERTS + 1}, {"num_experts": 10**15}, {"top_k": 2}):
+    for named in ({"num_experts": NUM_EXPERTS + 1}, {"num_experts": 10**9}, {"top_k": 2}):
         arguments = {"num_experts": NUM_EXPERTS, "top_k": TOP_K, "config": Config(**SMALL)} | (
             named if world.rank == 1 else {}
         )

@@ -235,15 +235,22 @@ def test_the_callers_state_stays_as_it_is(world, given):
 PROGRAM = """
 import numpy as np, torch, warnings
 warnings.simplefilter("error", UserWarning)
-torch.set_default_dtype(torch.bfloat16); torch.set_default_device("meta"); torch.set_grad_enabled(False);
-np.seterr(all="raise") import pipemoe
+torch.set_default_dtype(torch.bfloat16)
+torch.set_default_device("meta")
+torch.set_grad_enabled(False)
+np.seterr(all="raise")
+import pipemoe
 world = pipemoe.init("cpu", watchdog_seconds=60)
 from tests.models.tiny import tiny_config
 config = tiny_config("qwen3_moe")
-model = pipemoe.load_model(config, world, dtype=torch.float32, seed=3, config=pipemoe.Config(mode="chunked",
-max_tokens_per_rank=40)) found = model.prefill([[1, 2, 3]], keep_logits=True).logits
-torch.set_default_dtype(torch.float32); torch.set_default_device(None); torch.set_grad_enabled(True);
-np.seterr(all="warn") from pipemoe.models.random_weights import reference_model
+chunked = pipemoe.Config(mode="chunked", max_tokens_per_rank=40)
+model = pipemoe.load_model(config, world, dtype=torch.float32, seed=3, config=chunked)
+found = model.prefill([[1, 2, 3]], keep_logits=True).logits
+torch.set_default_dtype(torch.float32)
+torch.set_default_device(None)
+torch.set_grad_enabled(True)
+np.seterr(all="warn")
+from pipemoe.models.random_weights import reference_model
 wanted = reference_model(config, device="cpu", dtype=torch.float32, seed=3)(torch.tensor([[1, 2, 3]])).logits[:, -1]
 assert (found - wanted).norm() < 1e-4 * wanted.norm(), (found, wanted)
 """

@@ -134,7 +134,7 @@ def on_cpu(monkeypatch):
 
     monkeypatch.setattr(kernels, "DEVICE", "cpu")
     monkeypatch.setattr(kernels, "LAYERS", {"small": LAYER, "deepseek-v3": LAYER})
-    monkeypatch.setattr("kernels_cases.LAYERS", kernels.LAYERS)
+    monkeypatch.setattr("benchmarks.kernels.cases.LAYERS", kernels.LAYERS)
     for name, value in (
         ("is_available", True),
         ("get_device_name", "a card"),
