@@ -252,9 +252,9 @@ class Step:
             # Allocate everything before the engine gets the call. If this fails, the layer can be called again.
             sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
             y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            source.give(
-                self._done, x.detach().contiguous(), topk_ids.detach().int(), topk_weights.detach().float(), sums
-            )
+            # Kernels read the last dimension as it lies in memory.
+            ids, weights = topk_ids.detach().int().contiguous(), topk_weights.detach().float().contiguous()
+            source.give(self._done, x.detach().contiguous(), ids, weights, sums)
             self._given += 1
             self._wait(source.issued[self._done])
             for event in source.events[self._done]:

@@ -35,7 +35,8 @@ load_box_3d_to_both = instruction(
 .reg .b16 both;
 mov.b16 both, 3;
 cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [$0], [$1, {$3, $4, $5}],
-[$2], both; }""",
+    [$2], both;
+}""",
     None,
     U32,
     U64,
