@@ -29,7 +29,7 @@ def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
         whole_number(f"{where}rank", rank, 0, ConfigError),
     )
     if not 0 <= rank < num_ranks:
-        raise ConfigError(f"rank {rank}: a rank must be in [0, {num_ranks}), the number of ranks")
+        raise ConfigError(f"{where}a rank must be in [0, {shown(num_ranks)}), the number of ranks")
     return range(num_experts * rank // num_ranks, num_experts * (rank + 1) // num_ranks)
 
 

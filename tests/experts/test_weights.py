@@ -25,6 +25,11 @@ def test_rank_out_of_range(rank, num_ranks):
         local_range(8, num_ranks, rank)
 
 
+def test_a_rank_of_more_digits_than_python_prints():
+    with pytest.raises(ConfigError, match="a rank must be in"):
+        local_range(7, 3, 10**5000)
+
+
 @pytest.mark.parametrize("name", ["gate_up", "down", "gate_up_bias", "down_bias"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_check_finite_names_layer_and_expert(name, value):
