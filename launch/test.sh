@@ -64,13 +64,13 @@ echo "== running; the first part is done in a minute or two"
     part "kernels" one_process tests/kernels
     part "4 ranks" on_ranks 4 --ignore=tests/benchmarks tests
     part "1 rank" on_ranks 1 tests
+    part "3 ranks" on_ranks 3 tests # the benchmarks on 1 and 3 ranks only: they take a third of the time
 } </dev/null &
 rows+=($!)
 {
     part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
     part "faults" one_process tests/faults
     part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
-    part "3 ranks" on_ranks 3 tests # the benchmarks on 1 and 3 ranks only: they take a third of the time
     part "2 ranks" on_ranks 2 --ignore=tests/benchmarks tests
 } </dev/null &
 rows+=($!)
