@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from pipemoe.errors import FatalError, PipemoeError
+from pipemoe.errors import FatalError, PipemoeError, words
 from pipemoe.runtime.last_words import say
 from pipemoe.world.departure import departure
 
@@ -66,10 +66,7 @@ def reason(error: BaseException) -> str:
         or (isinstance(error, SystemExit) and error.code in (None, 0))
     ):
         return ""
-    try:
-        text = " ".join(str(error).split())[:_REASON_LENGTH]
-    except Exception:  # noqa: BLE001  (a caller's class)
-        text = ""
+    text = " ".join(words(error).split())[:_REASON_LENGTH]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
