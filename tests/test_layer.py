@@ -393,7 +393,7 @@ def test_out_of_memory_on_one_rank_is_an_error_on_every_rank(world, monkeypatch,
         raise error
 
     if world.rank == culprit:
-        monkeypatch.setattr("pipemoe.runtime.runtime.Workspace", refuse)
+        monkeypatch.setattr("pipemoe.runtime.set_up.Workspace", refuse)
     with pytest.raises(ConfigError, match=rf"rank {culprit}: out of memory at set-up \(.*planted\)"):
         make_moe(world, layers)
     monkeypatch.undo()

@@ -43,14 +43,12 @@ from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
-from pipemoe.runtime.arriving import arrival_room, arrivals_permille, arriving_experts
+from pipemoe.runtime.arriving import arrival_room, arrivals_permille
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.engine import settle
-from pipemoe.runtime.lanes import Lane, SlotLanes
-from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
 from pipemoe.runtime.run import Only, Run
+from pipemoe.runtime.set_up import SetUp
 from pipemoe.runtime.source import Source, SourceTraits
-from pipemoe.runtime.workspace import SlotBuffers, Workspace
 from pipemoe.trace import Span, Timeline
 from pipemoe.version import __version__
 from pipemoe.wire import WireFormat
@@ -62,7 +60,6 @@ if TYPE_CHECKING:
 
 _CACHED_PLANS = 64
 _WATCH_SECONDS = 0.25  # how often a waiting caller checks the engine
-_RESERVE_FACTOR = 1.5  # of a trial's activations: steps split memory differently, and allocate before they free
 
 
 class Runtime:
@@ -85,11 +82,11 @@ class Runtime:
         import torch
 
         self.world, self.shape, self.config, self.dtype = world, shape, config, dtype
-        self._experts, self._callers_stream = experts, None
+        self._experts, is_gpu = experts, world.device.type == "cuda"
         _, found = look(world.rank, "looking at the configuration", self._settle, ConfigError)
         world.agree(error or found, {}, "looking at the configuration")  # from here on every rank has what it needs
         speed, refused = arrivals_permille(world, experts, self.config)
-        self._has_arrivals = speed > 0 and self.config.may_arrive and (world.size > 1 or bool(self.config.arrivals))
+        has_arrivals = speed > 0 and self.config.may_arrive and (world.size > 1 or bool(self.config.arrivals))
         self.cost, self.cost_subject, error = runtime_cost(
             world,
             traits.dimensions or dimensions_of_shape(shape),
@@ -100,7 +97,7 @@ class Runtime:
             graph_rows=traits.graph_rows,
             graph_cuts=traits.graph_cuts,
             blockwise_permille=experts.blockwise_permille,
-            arrivals_permille=speed if self._has_arrivals else 0,
+            arrivals_permille=speed if has_arrivals else 0,
             num_sms=experts.num_sms,
         )
         if self.config.arrivals and refused:
@@ -116,13 +113,23 @@ class Runtime:
         world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._compile_planner()
-        self._traits = traits
-        if traits.hands_out_results and world.device.type == "cuda":
-            self._callers_stream = torch.cuda.current_stream(world.device)
-        _, error = world.engine.call(
-            lambda: look(world.rank, "setting up", lambda: self._set_up(sms_left), ConfigError)
+        set_up = SetUp(
+            world,
+            shape,
+            self.config,
+            dtype,
+            self.wire,
+            self.combine_dtype,
+            experts,
+            traits,
+            sms_left,
+            has_arrivals,
+            torch.cuda.current_stream(world.device) if traits.hands_out_results and is_gpu else None,
         )
+        _, error = world.engine.call(lambda: look(world.rank, "setting up", set_up.run, ConfigError))
         world.agree(error, {}, "setting up the workspace")
+        self._workspace, self._arriving = set_up.workspace, set_up.arriving
+        self.experts_with_free_sms = set_up.experts_with_free_sms
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._is_first_step = True  # the caller's code may compile in it, so it may take longer
 
@@ -171,102 +178,6 @@ class Runtime:
     def results_dtype(self) -> torch.dtype:
         """The dtype of a source's results."""
         return self._workspace.results_dtype
-
-    def _set_up(self, sms_left: Sequence[int]) -> None:
-        """Compile, load and allocate in the lanes that will run the experts and the model, so that no step does.
-
-        sms_left: all numbers of SMs that plans may leave to collectives. Runs on the engine's thread. Raises
-        ConfigError if memory does not suffice.
-        """
-        import torch
-
-        world, experts = self.world, self._experts
-        try:
-            # for every plan
-            self.experts_with_free_sms = {
-                num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in sms_left
-            }
-            self._arriving: Any = arriving_experts(world, self._experts) if self._has_arrivals else None
-            self._workspace = Workspace(
-                self.config, self.wire, self.combine_dtype, world.size, self._experts, world.device, self._arriving
-            )
-            lanes = world.lanes.slots[: len(self._workspace.slots)]
-            if world.device.type == "cuda":
-                torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
-                self._reserve(lanes)
-                prepare = self._traits.prepare
-                if prepare is not None:
-                    preparing = [
-                        (lane.compute, partial(prepare, slot, self.results_dtype)) for slot, lane in enumerate(lanes)
-                    ]
-                    self._in_lanes(preparing, "preparing the model")
-            warm_ups = [partial(self._warm_up, slot) for slot in self._workspace.slots]
-            self._in_lanes(
-                [(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts"
-            )
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ConfigError(
-                f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, "
-                "max_tokens_per_rank or num_slots"
-            ) from error
-
-    def _warm_up(self, slot: SlotBuffers) -> None:
-        self.wire.warm_up(self.world.device, self.dtype)
-        self._experts.warm_up(slot.scratch, self.config.block_choices(self.shape.hidden))
-        if slot.arrivals[0] is not None:
-            self._arriving.warm_up(slot.arrivals[0], slot.scratch, self.config.block_choices(self.shape.hidden))
-
-    def _reserve(self, lanes: list[SlotLanes]) -> None:
-        import torch
-
-        device, reserved, activations = self.world.device, self.world.reserved, 0
-        trial = self._traits.trial
-        if trial is not None:
-            for lane in lanes:  # in each: libraries keep a workspace per stream
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                self._in_lanes([(lane.compute, trial)], "trial of the model's attention")
-                activations = max(activations, torch.cuda.max_memory_allocated(device) - before)
-        # Drops what earlier runtimes have reserved, so all lanes reserve anew, each in one piece.
-        torch.cuda.empty_cache()
-        for slot, buffers in enumerate(self._workspace.slots):
-            needed = int(_RESERVE_FACTOR * activations) + self._traits.kept_bytes + buffers.scratch.transient_bytes
-            reserved.raise_lane("compute", slot, needed)
-            reserved.raise_lane("combine", slot, self._workspace.sum_bytes)
-        work = [
-            (getattr(self.world.lanes.slots[slot], kind), partial(reserve, device, num_bytes))
-            for (kind, slot), num_bytes in reserved.of_lane.items()
-            if num_bytes
-        ]
-        self._in_lanes(work, "reserving memory")
-        if self._callers_stream is not None:
-            reserved.raise_stream(self._callers_stream, self._results_bytes())
-        for stream, num_bytes in reserved.of_stream.items():
-            with torch.cuda.stream(stream):
-                reserve(device, num_bytes)
-        reserve_pinned(len(lanes) + 1)
-
-    def _results_bytes(self) -> int:
-        """Bytes that layer calls allocate on the caller's stream. Two layers' worth: the caller holds one layer's
-        results while the next are computed.
-        """
-        # ids and weights as rows have them
-        of_row = self.shape.hidden * self.results_dtype.itemsize + 8 * self.shape.top_k
-        if self.results_dtype != self.dtype:
-            of_row += self.shape.hidden * self.dtype.itemsize
-        return 2 * self.config.max_tokens_per_rank * of_row
-
-    def _in_lanes(self, work: Sequence[tuple[Lane, Callable[[], object]]], doing: str) -> None:
-        """Run set-up work in lanes and wait for it. Only on the engine's thread."""
-        events = [lane.submit(task) for lane, task in work]
-
-        def done() -> bool:
-            self.world.lanes.poll()
-            return all(event.done() for event in events)
-
-        self.world.engine.wait(done, doing, seconds=self.world.setup_seconds)
 
     def _combine_dtype(self, dtype: torch.dtype) -> torch.dtype:
         import torch

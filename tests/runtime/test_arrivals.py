@@ -34,7 +34,7 @@ def waiting(world, monkeypatch):
 
     monkeypatch.setattr(arriving, "refusal", lambda world, experts, config: None)
     monkeypatch.setattr(arriving, "speed_permille", lambda world, experts: 900)
-    monkeypatch.setattr("pipemoe.runtime.runtime.arriving_experts", waiting_experts)
+    monkeypatch.setattr("pipemoe.runtime.set_up.arriving_experts", waiting_experts)
     return found
 
 

@@ -6,6 +6,7 @@ import torch
 from pipemoe import Config, PipelinedMoE, load_model
 from pipemoe.plan.config import MODES
 from pipemoe.runtime.reserve import Reserved, is_out_of_memory
+from pipemoe.runtime.set_up import results_bytes
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOP_K, make_layers, make_rows
 from tests.runtime.sources import make_runtime
@@ -90,7 +91,8 @@ def test_results_of_two_layers_are_reserved(world):
     for combine, of_row in (("reduce", HIDDEN * 4), ("gather", HIDDEN * (4 + 2))):
         dtype = torch.float32 if combine == "reduce" else torch.bfloat16
         runtime = make_runtime(world, make_layers(1, world.device, dtype), combine=combine, combine_dtype="float32")
-        assert runtime._results_bytes() == 2 * 160 * (of_row + 8 * TOP_K)
+        reserved = results_bytes(runtime.config, runtime.shape, runtime.dtype, runtime.results_dtype)
+        assert reserved == 2 * 160 * (of_row + 8 * TOP_K)
 
 
 def test_the_largest_need_of_all_runtimes_is_reserved():
