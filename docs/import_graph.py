@@ -40,6 +40,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pipemoe.plan.clock": ("pipemoe.plan.clock",),
     "pipemoe.plan.auto": ("pipemoe.plan.auto",),
     "pipemoe.plan: planner, report": ("pipemoe.plan.planner", "pipemoe.plan.report"),
+    "pipemoe.model_facts": ("pipemoe.model_facts",),
     "config, trace, wire": ("pipemoe.config", "pipemoe.trace", "pipemoe.wire", "pipemoe.e4m3"),
     "pipemoe.experts": ("pipemoe.experts",),
     "pipemoe.comm": ("pipemoe.comm",),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
-from pipemoe.tune import add_tune_parser
+from pipemoe.tune.command import add_tune_parser
 from pipemoe.version import __version__
 from pipemoe.world.uncaught import say_once
 

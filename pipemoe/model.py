@@ -11,8 +11,8 @@ from pipemoe.arguments import look, shown, whole_number
 from pipemoe.config import Config, check_config
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts import make_experts
+from pipemoe.model_facts.dimensions import dimensions_of_decoder
 from pipemoe.models.source import ModelSource, Prefilled
-from pipemoe.plan.cost.dimensions import dimensions_of_decoder
 from pipemoe.plan.schedule import Op
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime

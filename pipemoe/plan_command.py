@@ -12,17 +12,18 @@ from typing import Any
 from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.config import DTYPES, Config
 from pipemoe.errors import ConfigError, InputError
+from pipemoe.model_facts.dimensions import dimensions_of, dimensions_of_facts
+from pipemoe.model_facts.known_models import MODEL_CONFIGS, model_config
+from pipemoe.model_facts.limits import supported_facts
 from pipemoe.output_path import check_output_file, write_whole
 from pipemoe.plan.auto.choice import Candidate, auto_candidates
 from pipemoe.plan.clock.prediction import Prediction, simulate
 from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, is_hopper
-from pipemoe.plan.cost.dimensions import Dimensions, dimensions_of, dimensions_of_facts
+from pipemoe.plan.cost.dimensions import Dimensions
 from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS, model_config
-from pipemoe.plan.cost.model_limits import supported_facts
 from pipemoe.plan.cost.tuned import COHORT_MARGIN
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text

@@ -17,7 +17,7 @@ from pipemoe.errors import InputError, ModelError, PeerLost
 from pipemoe.plan.schedule import OpKind
 from pipemoe.runtime.runtime import Runtime
 from pipemoe.trace import Timeline
-from pipemoe.tune import Tuner
+from pipemoe.tune.tuner import Tuner
 from tests.hostile import Speechless
 from tests.models.tiny import tiny_config
 from tests.moe_cases import NUM_EXPERTS, TOP_K, make_layers, make_rows, norm_ratio

@@ -9,10 +9,10 @@ import pytest
 
 from pipemoe.cli import main
 from pipemoe.errors import InputError
-from pipemoe.plan.cost.dimensions import dimensions_of
+from pipemoe.model_facts.dimensions import dimensions_of
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.cost.file import write_cost
 from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan_command import parse_facts
 from pipemoe.runtime.costs import model_key
 from pipemoe.version import __version__
@@ -241,7 +241,7 @@ def test_rank_tokens():
 
 
 def test_planning_needs_neither_torch_nor_mpi():
-    code = "import sys, pipemoe.plan.planner, pipemoe.plan.report, pipemoe.plan.cost.fit\n"
+    code = "import sys, pipemoe.plan.planner, pipemoe.plan.report, pipemoe.tune.fit\n"
     code += "print([m for m in ('torch', 'mpi4py', 'cupy') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

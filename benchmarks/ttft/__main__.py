@@ -47,9 +47,9 @@ from benchmarks.ttft.inputs import (
 from benchmarks.ttft.models import BenchModel
 from benchmarks.ttft.table import ttft_table
 from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.output_path import check_output_file, check_output_folder, write_whole
 from pipemoe.plan.config import COMBINES, MODES
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 
 if TYPE_CHECKING:
     from benchmarks.ttft.measure import Measured

@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.model_facts.facts import cut_config, read_facts
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.output_path import write_whole
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
-from pipemoe.plan.cost.model_facts import cut_config, read_facts
 
 
 class BenchModel:

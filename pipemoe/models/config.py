@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.model_facts.facts import positions_of, with_defaults_for_nulls
 from pipemoe.models.families import check_fields, find_family
-from pipemoe.plan.cost.model_facts import positions_of, with_defaults_for_nulls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

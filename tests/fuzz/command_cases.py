@@ -8,8 +8,8 @@ import re
 from typing import Any
 
 from pipemoe.cli import main
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from tests.fuzz.case import ODD, RIGHT, Argument, Case, Draw
 from tests.fuzz.checkpoint_changes import change_config, linked_copy
 from tests.fuzz.stage import Stage

@@ -10,9 +10,9 @@ import torch
 
 import pipemoe
 from pipemoe import Config
+from pipemoe.model_facts.dimensions import dimensions_of
+from pipemoe.model_facts.known_models import model_config
 from pipemoe.models.random_weights import reference_model
-from pipemoe.plan.cost.dimensions import dimensions_of
-from pipemoe.plan.cost.model_configs import model_config
 from tests.fuzz.case import ODD, RIGHT, WRONG, Argument, Case, Draw, wanted_of
 from tests.fuzz.checkpoint_changes import change_config, change_shard, linked_copy
 from tests.fuzz.odd import odd_number, odd_value

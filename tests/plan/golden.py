@@ -12,14 +12,14 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipemoe.model_facts.dimensions import dimensions_of
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, cpu
-from pipemoe.plan.cost.dimensions import dimensions_of
 from pipemoe.plan.cost.file import read_cost
 from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Plan
 

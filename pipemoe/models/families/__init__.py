@@ -7,9 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.model_facts.facts import MODEL_TYPES
+from pipemoe.model_facts.limits import check_common, supported_facts
 from pipemoe.models.families.family import Family
-from pipemoe.plan.cost.model_facts import MODEL_TYPES
-from pipemoe.plan.cost.model_limits import check_common, supported_facts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

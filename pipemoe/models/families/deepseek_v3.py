@@ -5,9 +5,9 @@ Their checkpoints also have multi-token-prediction layers behind the last decode
 
 from __future__ import annotations
 
+from pipemoe.model_facts.facts import read_facts
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SIGMOID, RoutingSpec
-from pipemoe.plan.cost.model_facts import read_facts
 
 
 class DeepseekV3(Family):

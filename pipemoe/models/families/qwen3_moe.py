@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pipemoe.model_facts.facts import read_facts
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SOFTMAX, RoutingSpec
-from pipemoe.plan.cost.model_facts import read_facts
 
 
 class Qwen3Moe(Family):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from benchmarks.ttft.inputs import drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
 from benchmarks.ttft.models import BenchModel
 from pipemoe.errors import CheckpointError, ConfigError, InputError
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 
 SHAPE = {"first": 0, "num_requests": 7, "scale": 0.5, "prompts_per_step": 1}
 

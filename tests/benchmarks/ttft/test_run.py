@@ -11,8 +11,8 @@ from benchmarks import results_schema
 from benchmarks.ttft import __main__ as ttft
 from benchmarks.ttft import judge as ttft_judge
 from pipemoe.errors import CheckpointError, ConfigError, InputError
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.config import MODES
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 
 TINY = {
     "num_hidden_layers": 2,

@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
+from pipemoe.model_facts.dimensions import dimensions_of
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.auto.candidates import fixed_assignment
 from pipemoe.plan.auto.choice import auto_assignment, auto_candidates, auto_effort
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import COMBINES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, cpu
-from pipemoe.plan.cost.dimensions import dimensions_of
 from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
 from pipemoe.plan.verify import verify

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError, InputError
+from pipemoe.model_facts.dimensions import dimensions_of
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.auto.choice import auto_candidates
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH
 from pipemoe.plan.clock.prediction import costs_of, simulate
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS
-from pipemoe.plan.cost.dimensions import dimensions_of
 from pipemoe.plan.cost.magnitude import LONGEST_NS, MOST_TOKENS, check_magnitude, longest_ns
 from pipemoe.plan.cost.model import (
     AttendCost,
@@ -32,7 +33,6 @@ from pipemoe.plan.cost.model import (
     first_busy,
     rates_of,
 )
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.products import in_proportion, scaled
 from pipemoe.plan.schedule import Facts, ModelShape

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
+from pipemoe.model_facts.dimensions import dimensions_of, dimensions_of_decoder
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, UNKNOWN_GPU, cpu, gpu_named
-from pipemoe.plan.cost.dimensions import dimensions_of, dimensions_of_decoder, dimensions_of_shape
+from pipemoe.plan.cost.dimensions import dimensions_of_shape
 from pipemoe.plan.cost.file import read_cost, write_cost
 from pipemoe.plan.cost.model import (
     CROWDED,
@@ -29,7 +31,6 @@ from pipemoe.plan.cost.model import (
     rates_of,
     speeds_of,
 )
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
 
 RATES = rates_of(CostModel())
 SUBJECT = {"device": "a GPU", "num_ranks": 4}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.cost.model_facts import (
+from pipemoe.model_facts.facts import (
     FLAGS,
     ModelFacts,
     experts_field,

@@ -7,7 +7,6 @@ import pytest
 
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.cost.fit import Samples, calibrate, fit_contention, fit_cost, fit_sms, least_squares
 from pipemoe.plan.cost.model import (
     AttendCost,
     ContentionCost,
@@ -22,6 +21,7 @@ from pipemoe.plan.cost.model import (
 )
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
+from pipemoe.tune.fit import Samples, calibrate, fit_contention, fit_cost, fit_sms, least_squares
 
 SHAPE = ModelShape(2048, 768, 128, 8, 4)
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 import pipemoe
-from pipemoe import Config, load_model, tune
+from pipemoe import Config, load_model
 from pipemoe.cli import main
 from pipemoe.contention import BESIDE_TRANSFERS
 from pipemoe.errors import InputError
-from pipemoe.plan.cost.fit import fit_sms
 from pipemoe.plan.cost.model import ContentionCost, CostModel, SmsCost
-from pipemoe.tune import Tuner, accuracy, sequences_text
+from pipemoe.tune import command
+from pipemoe.tune.command import accuracy
+from pipemoe.tune.fit import fit_sms
+from pipemoe.tune.tuner import Tuner, sequences_text
 from tests.models.tiny import tiny_config
 
 
@@ -64,7 +66,7 @@ def test_what_cannot_be_measured_is_refused_at_once(capsys, tmp_path, arguments,
 
 @pytest.fixture
 def quick_tune(world, monkeypatch):
-    """tune.run(...) in this world, on every rank, that measures nothing: quick_tune(path)."""
+    """command.run(...) in this world, on every rank, that measures nothing: quick_tune(path)."""
 
     class NoTuner:
         def __init__(self, *_):
@@ -81,10 +83,10 @@ def quick_tune(world, monkeypatch):
             ("fit_contention", lambda _: ContentionCost()),
             ("fit_sms", lambda sms, *_: sms),
         ):
-            monkeypatch.setattr(tune, name, stand_in)
+            monkeypatch.setattr(command, name, stand_in)
         monkeypatch.setattr(pipemoe, "init", lambda *_, **__: nullcontext(world))
         parser = argparse.ArgumentParser()
-        tune.add_tune_parser(parser.add_subparsers(), int)
+        command.add_tune_parser(parser.add_subparsers(), int)
         arguments = [
             "tune",
             "--model",
@@ -98,7 +100,7 @@ def quick_tune(world, monkeypatch):
             "--out",
             str(path),
         ]
-        return tune.run(parser.parse_args(arguments))
+        return command.run(parser.parse_args(arguments))
 
     return run
 

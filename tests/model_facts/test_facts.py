@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import CheckpointError, ConfigError
+from pipemoe.model_facts import facts as model_facts
+from pipemoe.model_facts.dimensions import dimensions_of
+from pipemoe.model_facts.facts import cut_config, read_facts, with_defaults_for_nulls
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
+from pipemoe.model_facts.limits import supported_facts
 from pipemoe.models.config import read_config
 from pipemoe.models.families import check_config, find_family
 from pipemoe.models.skeleton import build_skeleton
-from pipemoe.plan.cost import model_facts
-from pipemoe.plan.cost.dimensions import dimensions_of
-from pipemoe.plan.cost.model_configs import MODEL_CONFIGS
-from pipemoe.plan.cost.model_facts import cut_config, read_facts, with_defaults_for_nulls
-from pipemoe.plan.cost.model_limits import supported_facts
 
 SMALL = {
     "qwen3_moe": dict(
@@ -434,7 +434,7 @@ def test_a_config_is_cut_to_its_first_layers():
 
 
 def test_the_reader_needs_neither_transformers_nor_torch():
-    names = "pipemoe.plan.cost.model_facts, pipemoe.plan.cost.model_limits, pipemoe.plan.cost.model_configs"
+    names = "pipemoe.model_facts.facts, pipemoe.model_facts.limits, pipemoe.model_facts.known_models"
     found = subprocess.run(
         [sys.executable, "-c", f"import sys, {names}; print([m for m in ('torch', 'transformers', 'mpi4py') if m in "
                                "sys.modules])"],
