@@ -135,12 +135,8 @@ def read_facts(config: Mapping[str, Any]) -> ModelFacts:
         raise ConfigError(f"none of the {layers} decoder layers has routed experts")
     latent, shared = None, 0
     if model_type == "deepseek_v3":
-        latent = Latent(
-            *(
-                counts[name]
-                for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-            )
-        )
+        others = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+        latent = Latent(counts["q_lora_rank"] or None, *(counts[name] for name in others))
         shared, head_dim = counts["moe_intermediate_size"] * counts["n_shared_experts"], latent.nope + latent.rope
     else:
         head_dim = _head_dim(config, counts["hidden_size"], heads)
@@ -267,7 +263,8 @@ def refuse_null(config: Mapping[str, Any], name: str, instead: str) -> None:
         raise ConfigError(f"{name} is null, which transformers does not take there; {instead}, or leave it out")
 
 
-def _count(config: Mapping[str, Any], name: str) -> int | None:
+def _count(config: Mapping[str, Any], name: str) -> int:
+    """0 only where a null means none."""
     default, least = _COUNTS[config["model_type"]][name]
     value = experts_field(config) if name == "num_experts" else config.get(name)
     names = _EXPERTS if name == "num_experts" else () if name in (*_NULL_MEANS_NONE, "num_key_value_heads") else (name,)
@@ -278,7 +275,7 @@ def _count(config: Mapping[str, Any], name: str) -> int | None:
     if value is None and name in config and name in _NULL_MEANS_NONE:
         if name != "q_lora_rank":
             raise ConfigError(f"{name} is null; say 1 where experts are not in groups")
-        return None
+        return 0
     return default if value is None else whole(name, value, least)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pipemoe.errors import ConfigError
 from pipemoe.model_facts.facts import (
     FLAGS,
+    Latent,
     ModelFacts,
     experts_field,
     flag,
@@ -146,9 +147,9 @@ def supported_facts(config: Mapping[str, Any]) -> ModelFacts:
         flag(config, name, False)
     for name in ("hidden_act", "rms_norm_eps", "rope_theta"):
         refuse_null(config, name, "give a value")
-    if model_type == "deepseek_v3":
+    if facts.latent is not None:
         refuse_null(config, "routed_scaling_factor", "give a number")
-        _check_deepseek(config, facts)
+        _check_deepseek(config, facts, facts.latent)
     else:
         _check_windows(config)
     unknown = sorted(
@@ -233,18 +234,18 @@ def _check_rope(config: Mapping[str, Any]) -> None:
         whole("original_max_position_embeddings", rope["original_max_position_embeddings"], 1)
 
 
-def _check_deepseek(config: Mapping[str, Any], facts: ModelFacts) -> None:
+def _check_deepseek(config: Mapping[str, Any], facts: ModelFacts, latent: Latent) -> None:
     if facts.num_key_value_heads != facts.num_heads:
         raise ConfigError(
             f"num_key_value_heads is {facts.num_key_value_heads} (null: as many as heads); latent attention has one "
             f"for each of the {facts.num_heads} heads"
         )
-    if config.get("head_dim") not in (None, facts.latent.rope):
+    if config.get("head_dim") not in (None, latent.rope):
         raise ConfigError(
-            f"head_dim is {config['head_dim']!r}; in deepseek_v3 it is qk_rope_head_dim, which is {facts.latent.rope}"
+            f"head_dim is {config['head_dim']!r}; in deepseek_v3 it is qk_rope_head_dim, which is {latent.rope}"
         )
-    if facts.latent.rope % 2:
-        raise ConfigError(f"qk_rope_head_dim is {facts.latent.rope}; rotary embeddings turn pairs, so it must be even")
+    if latent.rope % 2:
+        raise ConfigError(f"qk_rope_head_dim is {latent.rope}; rotary embeddings turn pairs, so it must be even")
     experts = experts_field(config) or facts.num_experts
     groups, chosen = config.get("n_group", 8), config.get("topk_group", 4)
     if experts % groups or experts // groups < 2:

@@ -100,7 +100,7 @@ def _every_op_once(plan: Plan) -> None:
     """Each cohort attends once a layer, each wave is dispatched, computed and combined once a layer, each cohort
     finishes once.
     """
-    expected = Counter()
+    expected: Counter[tuple] = Counter()
     for c, cohort in enumerate(plan.cohorts):
         for layer in range(plan.shape.num_layers):
             expected[OpKind.ATTEND, c, layer, 0] += 1

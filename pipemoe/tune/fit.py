@@ -109,7 +109,7 @@ def fit_sms(start: SmsCost, usual: Speeds, crowded: Speeds, roomy: Speeds) -> Sm
     )
 
 
-def least_squares(features: Sequence[Sequence[float]], values: Sequence[float]) -> np.ndarray:
+def least_squares(features: Sequence[Sequence[float]], values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Coefficients >= 0 of the linear model with the smallest squared relative errors; tries every set of columns."""
     matrix, wanted = np.asarray(features, float), np.asarray(values, float)
     if not len(wanted):

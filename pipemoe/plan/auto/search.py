@@ -88,7 +88,7 @@ def _price_all(kinds, form, problem, lefts, margins, bounds, price):
     -1: it has none.
     """
     index, marks, guess = np.full(len(kinds), -1, np.int64), np.zeros(len(kinds), np.int64), np.empty(3, np.int64)
-    priced = []
+    priced: list = []
     tokens, starts, first, num_slots = problem.tokens, problem.starts, problem.first, problem.num_slots
     many_sequences = False
     for r in range(len(tokens)):

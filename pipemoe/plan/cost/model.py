@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, lru_cache
+from typing import Any, get_type_hints
 
 import numpy as np
 
@@ -26,6 +27,7 @@ _MOST_OF_A_KIND, _MOST_SPEED = 1 << 20, 10_000  # more is a mistake, and the pla
 CROWDED, USUAL, ROOMY = 0, 1, 2
 
 
+@dataclass(frozen=True, slots=True)
 class _Whole:
     """All fields are whole numbers of at least 0."""
 
@@ -228,10 +230,10 @@ class CostModel:
 
 
 _SINGLE = ("gap_permille", "start_ns", "finish_ns")
-_PARTS = {f.name: f.default_factory for f in fields(CostModel) if f.name not in _SINGLE}
+_PARTS: dict[str, Any] = {name: kind for name, kind in get_type_hints(CostModel).items() if name not in _SINGLE}
 _FLAT = [part for part in _PARTS if part != "contention"]
 _NAMES = [f"{part}_{f.name}" for part in _FLAT for f in fields(_PARTS[part])] + list(_SINGLE)
-Rates = namedtuple("Rates", _NAMES)  # a cost model as compiled code takes it: attend_fixed_ns, ...
+Rates = namedtuple("Rates", _NAMES)  # type: ignore[misc]  # a cost model as compiled code takes it: attend_fixed_ns, ...
 
 
 @lru_cache(maxsize=64)
