@@ -77,9 +77,9 @@ class PipelinedMoE:
     def __call__(self, x: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> torch.Tensor:
         """Routed experts of a one-layer model on this rank's tokens; every rank calls, also with no tokens.
 
-        x: [T_r, H] in the weights' dtype, any T_r >= 0. topk_ids: [T_r, K] int32 or int64, 0 to E - 1. topk_weights:
-        [T_r, K] floating, finite. Returns [T_r, H] in x's dtype. A wrong argument on one rank raises the same
-        InputError on all of them.
+        x: [T_r, H] in the weights' dtype, any T_r >= 0. topk_ids: [T_r, K] int32 or int64, 0 to E - 1, or -1 for
+        no expert. topk_weights: [T_r, K] floating, finite. Returns [T_r, H] in x's dtype. A wrong argument on one rank
+        raises the same InputError on all of them.
         """
         rank = self.runtime.world.rank
 
@@ -144,9 +144,10 @@ class PipelinedMoE:
         check("topk_weights", weights, (rows, shape.top_k), (torch.float32, torch.bfloat16, torch.float16))
         if values and rows:
             low, high = (int(v) for v in torch.aminmax(ids))
-            if low < 0 or high >= shape.num_experts:
+            if low < -1 or high >= shape.num_experts:
                 raise InputError(
-                    f"{rank}topk_ids holds {low if low < 0 else high}; ids go from 0 to {shape.num_experts - 1}"
+                    f"{rank}topk_ids holds {low if low < -1 else high}; ids go from 0 to {shape.num_experts - 1}, and "
+                    "-1 means no expert"
                 )
             if not bool(torch.isfinite(weights).all()):
                 raise InputError(f"{rank}topk_weights holds NaN or infinity; router weights must be finite")

@@ -35,6 +35,8 @@ class Layers:
         y = torch.zeros(x.shape, dtype=torch.float64)
         for t in range(len(x)):
             for e, w in zip(ids[t].tolist(), weights[t].tolist()):
+                if e < 0:  # no expert
+                    continue
                 h = self.gate_up[layer, e].cpu().double() @ x[t].cpu().double()
                 y[t] += w * (
                     self.down[layer, e].cpu().double() @ (torch.nn.functional.silu(h[:INTERMEDIATE]) * h[INTERMEDIATE:])

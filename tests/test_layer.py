@@ -146,6 +146,16 @@ def test_tokens_change_from_step_to_step(world):
         assert norm_ratio(moe(x, ids, weights), layers.oracle(0, x, ids, weights)) < 1e-5
 
 
+def test_minus_one_is_no_expert(world):
+    layers = make_layers(1, world.device, torch.float32)
+    for mode in ("padded", "per_rank", "auto"):
+        x, ids, weights = make_rows(40, world.rank, world.device, torch.float32)
+        ids[torch.rand(ids.shape, generator=torch.Generator().manual_seed(world.rank)) < 0.3] = -1
+        ids[7] = -1
+        y = make_moe(world, layers, mode=mode)(x, ids, weights)
+        assert norm_ratio(y, layers.oracle(0, x, ids, weights)) < 1e-5 and not y[7].any()
+
+
 def wrong_arguments(world):
     x, ids, weights = make_rows(4, 0, world.device, torch.float32)
     bad_id, low_id, nan = ids.clone(), ids.clone(), weights.clone()

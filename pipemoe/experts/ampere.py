@@ -45,7 +45,7 @@ class AmpereExperts(HopperExperts):
             a,
             self.num_sms,
             gated=w.gated,
-            activation=w.activation,
+            activation=w.gating,
         )
 
     def _pack_down(

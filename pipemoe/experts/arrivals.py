@@ -98,7 +98,7 @@ class ArrivingExperts:
         self.experts = experts
         self._down_kernel = arrivals_kernel(gated=False)
         self._gate_up_kernels = [
-            arrivals_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation)
+            arrivals_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.gating)
             for w in experts.weights
         ]
         with_experts = [w for w in experts.weights if w.num_local_experts]

@@ -149,7 +149,7 @@ class HopperExperts(ExpertsShape):
 
     def _gate_up_kernel(self, layer: int, shape: TileShape) -> GroupedKernel:
         w = self.weights[layer]
-        return grouped_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.activation, shape=shape)
+        return grouped_kernel(gated=w.gated, has_bias=w.gate_up_bias is not None, activation=w.gating, shape=shape)
 
     def _down_kernel(self, shape: TileShape) -> GroupedKernel:
         return grouped_kernel(gated=False, shape=shape)

@@ -36,7 +36,7 @@ def unsupported_format(weights: Sequence[ExpertWeights], hidden: int) -> str | N
         return f"hidden and intermediate are {sizes}; hopper_fp8 experts take multiples of {BLOCK}"
     if any(w.gate_up_bias is not None or w.down_bias is not None for w in weights):
         return "the experts have biases, which hopper_fp8 experts do not take"
-    if any(not w.gated or w.activation != "silu" for w in weights):
+    if any(not w.gated or w.gating != "silu" for w in weights):
         return "the experts have no gate, or another activation than silu; hopper_fp8 experts take gated ones with silu"
     return None
 

@@ -18,8 +18,9 @@ import torch
 from pipemoe.errors import ConfigError
 from pipemoe.experts import pairs
 from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
-from pipemoe.experts.weights import ACTIVATIONS, ExpertWeights
+from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
+from pipemoe_kernels.gating import ACTIVATIONS
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
@@ -184,7 +185,9 @@ class HostExperts(ExpertsShape):
             x.copy_(narrow)
         h = torch.mm(x, gate_up.t(), out=s.h_tile[: num_rows * width].view(num_rows, width))
         a = s.a_tile[: num_rows * weights.intermediate].view(num_rows, weights.intermediate)
-        pairs.activate_rows(h.numpy(), bias, ACTIVATIONS.index(weights.activation), a.numpy())
+        limit = np.inf if weights.limit is None else weights.limit
+        form = ACTIVATIONS.index(weights.activation), limit, weights.alpha, weights.up_offset
+        pairs.activate_rows(h.numpy(), bias, *form, a.numpy())
         return a
 
     def _combine(self, rows: WireRows, blocks: list[torch.Tensor], s: HostScratch) -> None:

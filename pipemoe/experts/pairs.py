@@ -102,30 +102,42 @@ def gather_rows(rows, sorted_tokens, start, stop, out):
                 out[i, h] = 0
 
 
-@compiled(lambda t: [t.void(t.float32[:, ::1], t.float32[::1], t.int64, t.float32[:, ::1])])
-def activate_rows(h, bias, activation, out):
-    """out[i, j] = activation(h[i, j] + bias[j]) * (h[i, I + j] + bias[I + j]); float32, bias [2I] or [0].
+@compiled(
+    lambda t: [t.void(t.float32[:, ::1], t.float32[::1], t.int64, t.float64, t.float64, t.float64, t.float32[:, ::1])]
+)
+def activate_rows(h, bias, activation, limit, alpha, up_offset, out):
+    """out[i, j] = activation(h[i, j] + bias[j]) * (h[i, I + j] + bias[I + j] + up_offset); float32, bias [2I] or [0].
 
-    activation: its index in weights.ACTIVATIONS. If h is [tile, I] there is no second factor, and bias is [I] or [0].
+    activation: its index in gating.ACTIVATIONS; limit (infinity: none), alpha: as in Gating. If h is [tile, I] there is
+    no second factor, and bias is [I] or [0].
     """
     intermediate = out.shape[1]
     zero, half, one, root_of_half = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(0.5**0.5)
+    linear, cubic = np.float32(2 * (2 / math.pi) ** 0.5), np.float32(0.044715)
+    most, sharpness, offset = np.float32(limit), np.float32(alpha), np.float32(up_offset)
     for i in range(out.shape[0]):
         for j in range(intermediate):
             gate = h[i, j]
             if bias.shape[0] > 0:
                 gate += bias[j]
+            gate = most if gate > most else gate
             if activation == 0:
-                value = gate / (one + math.exp(-gate))
+                value = gate / (one + math.exp(-sharpness * gate))
             elif activation == 1:
                 value = half * gate * (one + math.erf(root_of_half * gate))
-            else:
+            elif activation == 2:
                 value = zero if gate < zero else gate
+            elif activation == 3:
+                value = gate / (one + math.exp(-linear * (gate + cubic * gate * gate * gate)))
+            else:
+                value = zero if gate < zero else gate * gate
             if h.shape[1] > intermediate:
                 up = h[i, intermediate + j]
                 if bias.shape[0] > 0:
                     up += bias[intermediate + j]
-                value *= up
+                up = most if up > most else up
+                up = -most if up < -most else up
+                value *= up + offset
             out[i, j] = value
 
 

@@ -26,9 +26,9 @@ def quantise_experts(weights: ExpertWeights) -> ExpertWeights:
     _look_at(weights, is_quantised=False)
     if weights.gate_up_bias is not None or weights.down_bias is not None:
         raise InputError("experts with biases cannot be float8_e4m3fn; leave them in bfloat16")
-    if not weights.gated or weights.activation != "silu":
+    if not weights.gated or weights.gating != "silu":
         raise InputError(
-            f"{weights.activation} experts, gated: {weights.gated}, cannot be float8_e4m3fn; only gated ones with silu"
+            f"{weights.gating} experts, gated: {weights.gated}, cannot be float8_e4m3fn; only gated ones with silu"
         )
 
     def quantised(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

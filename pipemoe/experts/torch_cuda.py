@@ -149,14 +149,14 @@ class TorchExperts(ExpertsShape):
         if self.uses_grouped_mm:
             gate_up, down = self._transposed[layer]
             h = grouped_mm(scratch.x[:height], gate_up, offs=offsets)
-            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
+            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.gating)
             del h
             y = grouped_mm(a, down, offs=offsets)
         else:
             h = scratch.h[: height * weights.gate_up_rows].view(height, weights.gate_up_rows)
             y = scratch.x.view(-1)[: height * self.hidden].view(height, self.hidden)
             grouped_gemm(stream, scratch.x[:height, : self.hidden], weights.gate_up, offsets, h)
-            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.activation)
+            activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.gating)
             grouped_gemm(stream, a, weights.down, offsets, y)
         for block, columns in enumerate(column_ranges(self.hidden, len(blocks))):
             part = slice(columns.start, columns.stop)

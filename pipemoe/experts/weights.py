@@ -6,6 +6,7 @@ experts: | 0 1 2 | 3 4 5 | 6 7 8 9 |        E = 10, R = 3: uneven counts are fin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,11 +14,10 @@ from typing import TYPE_CHECKING
 from pipemoe.arguments import shown, whole_number
 from pipemoe.e4m3 import BLOCK
 from pipemoe.errors import ConfigError, InputError
+from pipemoe_kernels.gating import ACTIVATIONS, Gating
 
 if TYPE_CHECKING:
     import torch
-
-ACTIVATIONS = ("silu", "gelu", "relu")
 
 
 def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
@@ -37,8 +37,8 @@ def local_range(num_experts: int, num_ranks: int, rank: int) -> range:
 class ExpertWeights:
     """Weights of the experts [first_expert, first_expert + E_loc) of one layer; E_loc may be 0.
 
-    An expert is down(activation(gate x) * (up x)); if not gated it is down(activation(up x)), and gate_up holds only
-    up. Only `validate` raises InputError, so that a loader may fill it through views in any order.
+    An expert is down(activation(gate x) * (up x + up_offset)); if not gated it is down(activation(up x)), and gate_up
+    holds only up. Only `validate` raises InputError, so that a loader may fill it through views in any order.
     """
 
     gate_up: torch.Tensor  # [E_loc, 2I, H]; rows 0..I are the gate, I..2I the up projection; [E_loc, I, H] if not gated
@@ -46,10 +46,13 @@ class ExpertWeights:
     gate_up_bias: torch.Tensor | None = None  # [E_loc, 2I or I]
     down_bias: torch.Tensor | None = None  # [E_loc, H]
     first_expert: int = 0
-    activation: str = "silu"  # of ACTIVATIONS; gelu is the exact one
+    activation: str = "silu"  # of pipemoe_kernels.gating.ACTIVATIONS; gelu is the exact one
     gated: bool = True
     gate_up_scales: torch.Tensor | None = None  # [E_loc, 2I/128, H/128] float32, if gate_up and down are float8_e4m3fn
     down_scales: torch.Tensor | None = None  # [E_loc, H/128, I/128]; see pipemoe.e4m3
+    limit: float | None = None  # what gate is at most, and up within plus and minus
+    alpha: float = 1.0  # silu is x * sigmoid(alpha x)
+    up_offset: float = 0.0
 
     @property
     def num_local_experts(self) -> int:
@@ -72,7 +75,13 @@ class ExpertWeights:
     def kind(self) -> tuple[object, ...]:
         """Layers of one kind run the same kernels."""
         biases = self.gate_up_bias is None, self.down_bias is None
-        return self.num_local_experts, self.intermediate, *biases, self.activation, self.gated
+        return self.num_local_experts, self.intermediate, *biases, self.gating, self.gated
+
+    @property
+    def gating(self) -> str | Gating:
+        """What stands between the two GEMMs, as kernels take it: the activation's name if nothing else is special."""
+        gating = Gating(self.activation, self.limit, self.alpha, self.up_offset)
+        return self.activation if gating == Gating(self.activation) else gating
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,6 +114,7 @@ class ExpertWeights:
             raise InputError(
                 f"layer {layer}: activation is {self.activation!r}; one of {', '.join(ACTIVATIONS)} is wanted"
             )
+        self._validate_gating(layer)
         if whole_number(f"layer {layer}: first_expert", self.first_expert, 0) >= 1 << 31:
             raise InputError(f"layer {layer}: first_expert is {shown(self.first_expert)}; it must be below 2**31")
         if self.gate_up.dim() != 3 or self.down.dim() != 3:
@@ -131,6 +141,19 @@ class ExpertWeights:
                 raise InputError(f"layer {layer}: {name} is on {tensor.device}; gate_up is on {self.gate_up.device}")
             if not tensor.is_contiguous():
                 raise InputError(f"layer {layer}: {name} is not contiguous; call .contiguous() on it")
+
+    def _validate_gating(self, layer: int) -> None:
+        numbers = {"limit": self.limit, "alpha": self.alpha, "up_offset": self.up_offset}
+        for name, value in numbers.items():
+            if name == "limit" and value is None:
+                continue
+            if type(value) not in (int, float) or not math.isfinite(value) or (value <= 0 and name != "up_offset"):
+                sign = "" if name == "up_offset" else " above 0"
+                raise InputError(f"layer {layer}: {name} is {shown(value)}; it must be a finite number{sign}")
+        if self.alpha != 1 and self.activation != "silu":
+            raise InputError(f"layer {layer}: alpha is {self.alpha}, but only silu has one, not {self.activation}")
+        if self.up_offset and not self.gated:
+            raise InputError(f"layer {layer}: up_offset is {self.up_offset}, but experts without a gate have no up")
 
     def _validate_format(self, layer: int) -> None:
         """Values and scales belong together."""

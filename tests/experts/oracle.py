@@ -10,7 +10,16 @@ from pipemoe.experts import ExpertWeights, local_range
 from pipemoe.wire import WireFormat, WireRows
 
 FIELDS = ("gate_up", "down", "gate_up_bias", "down_bias")
-FUNCTIONS = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu": torch.relu}
+FUNCTIONS = {
+    "silu": lambda x, alpha: x * torch.sigmoid(alpha * x),
+    "gelu": lambda x, _: torch.nn.functional.gelu(x),
+    "relu": lambda x, _: torch.relu(x),
+    "gelu_tanh": lambda x, _: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu2": lambda x, _: torch.relu(x) ** 2,
+}
+# Of GPT-OSS (with a limit low enough to matter in tests), of DeepSeek-V4, and one without a gate.
+CLAMPED = {"limit": 0.75, "alpha": 1.702, "up_offset": 1.0}
+GATINGS = [CLAMPED, {"limit": 0.5}, {"activation": "relu2", "gated": False, "limit": 0.25}]
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ def random_weights(
     first_expert=0,
     activation="silu",
     gated=True,
+    **gating,
 ) -> ExpertWeights:
     generator = torch.Generator().manual_seed(seed)
     rows = 2 * intermediate if gated else intermediate
@@ -70,6 +80,7 @@ def random_weights(
         first_expert,
         activation,
         gated,
+        **gating,
     )
 
 
@@ -110,10 +121,12 @@ def expected(rows: WireRows, weights: ExpertWeights) -> torch.Tensor:
             h = gate_up @ hidden[i]
             if gate_up_bias is not None:
                 h = h + gate_up_bias
-            gate = h[: weights.intermediate]
-            a = FUNCTIONS[weights.activation](gate)
+            gate, up = h[: weights.intermediate], h[weights.intermediate :]
+            if weights.limit is not None:
+                gate, up = gate.clamp(max=weights.limit), up.clamp(-weights.limit, weights.limit)
+            a = FUNCTIONS[weights.activation](gate, weights.alpha)
             if weights.gated:
-                a = a * h[weights.intermediate :]
+                a = a * (up + weights.up_offset)
             y = down @ a
             if down_bias is not None:
                 y = y + down_bias

@@ -21,7 +21,9 @@ from pipemoe.comm.transport import column_blocks
 from pipemoe.errors import ConfigError
 from pipemoe.experts import column_ranges, local_range, make_experts
 from pipemoe.experts.hopper import HopperExperts
+from pipemoe_kernels.gating import ACTIVATIONS
 from tests.experts.oracle import (
+    GATINGS,
     TOLERANCE,
     expected,
     random_rows,
@@ -90,18 +92,10 @@ def test_awkward_sizes(num_rows, bias, hidden, intermediate):
     assert relative_error(run(rows, weights, deterministic=True)[sample], wanted) < TOLERANCE[BF16]
 
 
-@pytest.mark.parametrize(
-    "activation, gated, bias",
-    [
-        ("silu", False, False),
-        ("gelu", True, True),
-        ("gelu", False, False),
-        ("relu", True, False),
-        ("relu", False, True),
-    ],
-)
-def test_activations(activation, gated, bias):
-    weights = random_weights(6, 208, 144, dtype=BF16, bias=bias, activation=activation, gated=gated)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", [*({"activation": a, "gated": g} for a in ACTIVATIONS for g in (0, 1)), *GATINGS])
+def test_gatings(form, bias):
+    weights = random_weights(6, 208, 144, dtype=BF16, bias=bias, **form)
     rows = random_rows(300, 208, 6, 3, dtype=BF16, device="cuda")
     assert relative_error(run(rows, weights), expected(rows, weights)) < TOLERANCE[BF16]
 

@@ -1,6 +1,7 @@
 """Host experts against the oracle: shapes, dtypes, routing of every kind, memory, bad input."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from hypothesis import strategies as st
 
 from pipemoe.errors import InputError
 from pipemoe.experts import column_ranges, make_experts, pairs
+from pipemoe_kernels.gating import ACTIVATIONS
 from tests.experts.oracle import (
+    GATINGS,
     TOLERANCE,
     expected,
     make_rows,
@@ -70,12 +73,21 @@ def test_awkward_sizes(num_rows, bias, dtype):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations(dtype, activation, gated, bias):
     weights = random_weights(5, 48, 40, dtype=dtype, bias=bias, activation=activation, gated=gated)
     rows = random_rows(70, 48, 5, 2, dtype=dtype)
     assert relative_error(run(rows, weights), expected(rows, weights)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("form", GATINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_clamped(dtype, form):
+    weights, rows = random_weights(5, 48, 40, dtype=dtype, bias=True, **form), random_rows(70, 48, 5, 2, dtype=dtype)
+    found = run(rows, weights)
+    assert relative_error(found, expected(rows, weights)) < TOLERANCE[dtype]
+    assert relative_error(found, expected(rows, replace(weights, limit=None))) > 0.01  # or the limit was not reached
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])

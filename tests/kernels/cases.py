@@ -68,7 +68,7 @@ def expected_activations(
     if bias is not None:
         h = h + bias.double()[expert_of_rows(offsets)]
     gate, up = h.chunk(2, dim=1) if gated else (h, 1)
-    return FUNCTIONS[activation](gate) * up
+    return FUNCTIONS[activation](gate, 1.0) * up
 
 
 def expert_of_rows(offsets: torch.Tensor) -> torch.Tensor:

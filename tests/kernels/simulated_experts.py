@@ -10,9 +10,18 @@ from pipemoe.experts.torch_cuda import TorchExperts
 from pipemoe_kernels.activation import activate_rows, activation_kernel
 from pipemoe_kernels.combine import combine_kernel, combine_rows
 from pipemoe_kernels.gather import gather_kernel, gather_rows
+from pipemoe_kernels.gating import ACTIVATIONS
 from pipemoe_kernels.gemm.simt import grouped_gemm
 from pipemoe_kernels.index.portable import index_kernels, index_pairs
-from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error, slice_experts
+from tests.experts.oracle import (
+    GATINGS,
+    TOLERANCE,
+    expected,
+    random_rows,
+    random_weights,
+    relative_error,
+    slice_experts,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +36,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
 
 
-def small_activation(stream, h, bias, offsets, a, name):
-    kernel = activation_kernel(h.dtype, bias is not None, 4, name=name, gated=h.shape[1] != a.shape[1])
-    activate_rows(stream, h, bias, offsets, a, name, kernel)
+def small_activation(stream, h, bias, offsets, a, gating):
+    kernel = activation_kernel(h.dtype, bias is not None, 4, gating=gating, gated=h.shape[1] != a.shape[1])
+    activate_rows(stream, h, bias, offsets, a, gating, kernel)
 
 
 def small_combine(stream, y, positions, ids, first, weights, bias, out):
@@ -73,13 +82,14 @@ def test_call(dtype, major, bias, deterministic, uses_grouped_mm, monkeypatch):
     assert relative_error(out, expected(rows, weights)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(
-    "activation, gated", [("silu", False), ("gelu", True), ("gelu", False), ("relu", True), ("relu", False)]
-)
-def test_activations(activation, gated, monkeypatch):
+FORMS = [{"activation": a, "gated": gated} for a in ACTIVATIONS for gated in (True, False)]
+
+
+@pytest.mark.parametrize("form", [*FORMS[1:], *GATINGS], ids=str)
+def test_gatings(form, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for dtype in (torch.float32, torch.bfloat16):
-        weights = random_weights(3, 16, 8, dtype=dtype, bias=True, activation=activation, gated=gated)
+        weights = random_weights(3, 16, 8, dtype=dtype, bias=True, **form)
         rows = random_rows(11, 16, 3, 2, dtype=dtype)
         assert relative_error(run(rows, weights)[1], expected(rows, weights)) < TOLERANCE[dtype]
 

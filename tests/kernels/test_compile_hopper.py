@@ -13,6 +13,7 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes_kernel
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.tile_shape import ROWS_128, ROWS_192, ROWS_256, SHAPES
 from pipemoe_kernels.gemm.wgmma import grouped_kernel
 from pipemoe_kernels.index.hopper import index_kernels
@@ -20,7 +21,15 @@ from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, disa
 
 HOPPER = (9, 0), "sm_90a"
 # Each side of every choice; gelu with a bias and a gate takes the most registers.
-FORMS = [(True, False, "silu"), (True, True, "gelu"), (False, True, "relu"), (False, False, None)]
+CLAMPED = Gating("silu", 7.0, 1.702, 1.0)  # of GPT-OSS
+FORMS = [
+    (True, False, "silu"),
+    (True, True, "gelu"),
+    (True, True, CLAMPED),
+    (True, False, "gelu_tanh"),
+    (False, True, "relu2"),
+    (False, False, None),
+]
 
 
 @pytest.mark.parametrize("gated, has_bias, activation", FORMS)

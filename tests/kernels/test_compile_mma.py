@@ -9,12 +9,21 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
     pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes_kernel
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.mma import SHARED_BYTES, THREADS, grouped_mma_kernel
 from pipemoe_kernels.index.hopper import index_kernels
 from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build
 
 AMPERE = (8, 0), "sm_80"
-FORMS = [(True, False, "silu"), (True, True, "gelu"), (False, True, "relu"), (False, False, None)]
+CLAMPED = Gating("silu", 7.0, 1.702, 1.0)  # of GPT-OSS
+FORMS = [
+    (True, False, "silu"),
+    (True, True, "gelu"),
+    (True, True, CLAMPED),
+    (True, False, "gelu_tanh"),
+    (False, True, "relu2"),
+    (False, False, None),
+]
 # Compiling takes seconds, assembling does not: the PTX of sm_80 stands in for that of sm_90 in all forms but one.
 CASES = (
     [(*form, *AMPERE) for form in FORMS]

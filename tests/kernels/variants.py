@@ -4,9 +4,10 @@ from itertools import product
 
 import torch
 
-from pipemoe_kernels.activation import ACTIVATIONS, activation_kernel
+from pipemoe_kernels.activation import activation_kernel
 from pipemoe_kernels.combine import combine_kernel
 from pipemoe_kernels.gather import gather_kernel
+from pipemoe_kernels.gating import ACTIVATIONS, Gating
 from pipemoe_kernels.gemm.simt import grouped_simt_kernel
 from pipemoe_kernels.index.portable import index_kernels
 from pipemoe_kernels.pack import pack_kernel
@@ -30,7 +31,8 @@ def enumerate_kernels():
     for dtype, bias in product(DTYPES, (False, True)):
         yield f"activate_rows-{dtype}-{bias}", activation_kernel(dtype, bias)
     for name, gated in product(ACTIVATIONS, (False, True)):
-        yield f"activate_rows-{name}-{gated}", activation_kernel(torch.bfloat16, True, name=name, gated=gated)
+        yield f"activate_rows-{name}-{gated}", activation_kernel(torch.bfloat16, True, gating=name, gated=gated)
+    yield "activate_rows-clamped", activation_kernel(torch.bfloat16, True, gating=Gating("silu", 7.0, 1.702, 1.0))
     for dtype, bias in product(DTYPES, (False, True)):
         for out_dtype in (*DTYPES, torch.float64):
             yield f"combine_rows-{dtype}-{out_dtype}-{bias}", combine_kernel(dtype, out_dtype, bias)
