@@ -143,11 +143,11 @@ class ExpertWeights:
                 raise InputError(f"layer {layer}: {name} is not contiguous; call .contiguous() on it")
 
     def _validate_gating(self, layer: int) -> None:
-        numbers = {"limit": self.limit, "alpha": self.alpha, "up_offset": self.up_offset}
-        for name, value in numbers.items():
+        for name, value in (("limit", self.limit), ("alpha", self.alpha), ("up_offset", self.up_offset)):
             if name == "limit" and value is None:
                 continue
-            if type(value) not in (int, float) or not math.isfinite(value) or (value <= 0 and name != "up_offset"):
+            is_number = type(value) in (int, float) and math.isfinite(value or 0)
+            if not is_number or (name != "up_offset" and not (value or 0) > 0):
                 sign = "" if name == "up_offset" else " above 0"
                 raise InputError(f"layer {layer}: {name} is {shown(value)}; it must be a finite number{sign}")
         if self.alpha != 1 and self.activation != "silu":

@@ -17,6 +17,7 @@ from functools import cache
 
 import torch
 
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, tile_of
 from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
@@ -84,7 +85,7 @@ def copy_stage(
     mma.commit_copies()
 
 
-def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
+def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | Gating | None):
     """Multiply all steps of one tile (cuts 0), or of a slice of one, and store the results."""
     blocks = 4 >> cuts
     warp_columns = 4 >> cuts  # warps next to one another
@@ -176,7 +177,7 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | None):
 
 
 @cache
-def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> Kernel:
+def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str | Gating | None = None) -> Kernel:
     """Like wgmma.grouped_kernel: with an activation x is gathered, else it is in sorted order already."""
     gathers = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
@@ -390,7 +391,7 @@ class PackedMma:
         num_sms: int,
         *,
         gated: bool = False,
-        activation: str | None = None,
+        activation: str | Gating | None = None,
     ):
         num_local, num_rows_of_w, depth = w.shape
         num_columns = out.shape[1]
@@ -447,7 +448,7 @@ def grouped_mma(
     num_sms: int,
     *,
     gated: bool = False,
-    activation: str | None = None,
+    activation: str | Gating | None = None,
 ) -> None:
     """out[p] = activation(gate r) * (up r), or activation(w r), r = x[tokens[p]]; w x[p] if tokens and activation are
     None.

@@ -19,6 +19,7 @@ Every function here is inlined into the kernel.
 
 from __future__ import annotations
 
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, next_stage, release
 from pipemoe_kernels.gemm.tile_shape import ROWS_128, STEP_BYTES, TILE_COLUMNS, W_BYTES, TileShape
 from pipemoe_kernels.launch.kernel import ADDRESS, UINT32
@@ -213,7 +214,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
     return produce
 
 
-def consumer(width: int, gated: bool, has_bias: bool, activation: str | None, *, shape: TileShape = ROWS_128):
+def consumer(width: int, gated: bool, has_bias: bool, activation: str | Gating | None, *, shape: TileShape = ROWS_128):
     """Multiply a warpgroup's 64 rows with `width` rows of w, and store the results."""
     sums = accumulators(width, has_bias=has_bias, activation=activation, gated=gated, max_width=shape.product_columns)
     zero, multiply, wait_all, wait_but_one = sums.zero, sums.multiply, sums.wait_all, sums.wait_but_one

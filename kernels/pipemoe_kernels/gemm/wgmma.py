@@ -27,6 +27,7 @@ from functools import cache
 
 import torch
 
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.raster import (
     MAX_EXPERTS,
     find_tile,
@@ -72,7 +73,7 @@ class GroupedKernel:
 
 @cache
 def grouped_kernel(
-    *, gated: bool, has_bias: bool = False, activation: str | None = None, shape: TileShape = ROWS_128
+    *, gated: bool, has_bias: bool = False, activation: str | Gating | None = None, shape: TileShape = ROWS_128
 ) -> GroupedKernel:
     """With an activation x is gathered; the result is activation(x w^T), or if gated, activation(left half) * right
     half.

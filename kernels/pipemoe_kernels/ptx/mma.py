@@ -17,6 +17,7 @@ from functools import cache
 from llvmlite import ir
 from numba.cuda.extending import intrinsic
 
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.numba_cuda import types
 from pipemoe_kernels.ptx.activation import activated
 from pipemoe_kernels.ptx.hopper import F32, I32, I64, U32, U64, asm, instruction
@@ -95,7 +96,7 @@ class WarpSums:
 
 
 @cache
-def warp_sums(blocks: int, *, has_bias: bool, activation: str | None, gated: bool) -> WarpSums:
+def warp_sums(blocks: int, *, has_bias: bool, activation: str | Gating | None, gated: bool) -> WarpSums:
     """For `blocks` x 16 rows. activation None: stores the bare sums. gated: the second 32 columns are those of up."""
     kind = Accumulator(blocks * VALUES)
     struct = ir.LiteralStructType([F32] * kind.count)

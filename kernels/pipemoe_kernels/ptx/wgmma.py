@@ -17,6 +17,7 @@ from functools import cache
 from llvmlite import ir
 from numba.cuda.extending import core_models, intrinsic, register_model
 
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.numba_cuda import types
 from pipemoe_kernels.ptx.activation import activated
 from pipemoe_kernels.ptx.hopper import F32, I32, I64, U32, U64, asm
@@ -76,7 +77,7 @@ class Accumulators:
 
 @cache
 def accumulators(
-    width: int, *, has_bias: bool, activation: str = "silu", gated: bool = True, max_width: int = MAX_WIDTH
+    width: int, *, has_bias: bool, activation: str | Gating = "silu", gated: bool = True, max_width: int = MAX_WIDTH
 ) -> Accumulators:
     """For 64 x `width` sums, in products of at most max_width columns of them at a time."""
     count = width // 2

@@ -22,6 +22,7 @@ from functools import cache
 
 import torch
 
+from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.arrivals.parts import Parts
 from pipemoe_kernels.gemm.arrivals.raster import (
     FIRST_ROWS_AT,
@@ -53,7 +54,7 @@ SHARED_BYTES = ROWS_128.shared_bytes + NUM_STAGES * NOTE_BYTES + TABLE_BYTES + 1
 
 
 @cache
-def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | None = None) -> GroupedKernel:
+def arrivals_kernel(*, gated: bool, has_bias: bool = False, activation: str | Gating | None = None) -> GroupedKernel:
     """With an activation: the first GEMM, which waits for parts, as in wgmma.grouped_kernel. None: the second one."""
     waits = activation is not None
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS
