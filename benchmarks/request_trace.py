@@ -1,7 +1,9 @@
 """Request traces: when requests came and how long they were. Reads, scales and deals them out to ranks.
 
-Two formats, told apart by the first character:
+Formats, told apart by the first character and by the header:
 - CSV with a header that has at least `timestamp_ms` or `timestamp_s`, `input_tokens` and `output_tokens`
+- CSV as Azure publishes it: TIMESTAMP (date and time of day), ContextTokens, GeneratedTokens
+- CSV as BurstGPT publishes it: Timestamp (in seconds), Request tokens, Response tokens, and others
 - JSON lines as Mooncake publishes them: {"timestamp": ms, "input_length": ..., "output_length": ..., ...}
 
 Others write JSON lines under the same names with times in seconds. Read as milliseconds, they would be a thousand times
@@ -16,13 +18,20 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from pipemoe.errors import InputError
 
-_CSV_TIMES = {"timestamp_ms": "ms", "timestamp_s": "s"}  # columns of the time, and its unit
-_CSV_FIELDS = ("input_tokens", "output_tokens")
+_DATE = "a date"  # the unit of times such as 2023-11-16 18:15:46.68
+# Of each form of CSV: the columns of time, input and output tokens, and the unit of the time.
+_CSV_FORMS = (
+    (("timestamp_ms", "input_tokens", "output_tokens"), "ms"),
+    (("timestamp_s", "input_tokens", "output_tokens"), "s"),
+    (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _DATE),
+    (("Timestamp", "Request tokens", "Response tokens"), "s"),
+)
 _JSONL_FIELDS = ("timestamp", "input_length", "output_length")
 UNITS = {"ms": 1.0, "s": 1000.0}  # in ms
 _DENSE_MS = 1.0  # between requests, on average; denser traces need their unit said
@@ -57,16 +66,23 @@ def read_trace(path: str | os.PathLike[str], unit: str | None = None) -> list[Re
     if is_jsonl:
         fields, written, rows = _JSONL_FIELDS, "ms", _jsonl_rows(path, text)
     else:
-        time, rows = _csv_rows(path, text)
-        fields, written = (time, *_CSV_FIELDS), _CSV_TIMES[time]
+        (fields, written), rows = _csv_rows(path, text)
         if unit not in (None, written):
             raise InputError(
-                f"{path}, line 1: the column {time} says its unit, which is not {unit}; name the column "
+                f"{path}, line 1: the column {fields[0]} says its unit, which is not {unit}; name the column "
                 f"timestamp_{unit}, or leave the unit out"
             )
     requests: list[Request] = []
+    first: datetime | None = None  # of dates
     for line, row in rows:
-        request = _request(f"{path}, line {line}", row, fields, UNITS[unit or written])
+        where = f"{path}, line {line}"
+        if written == _DATE:
+            date = _date(where, row, fields[0])
+            first = first or date
+            time_ms = (date - first) / timedelta(milliseconds=1)
+        else:
+            time_ms = _number(where, row, fields[0], float, 0) * UNITS[unit or written]
+        request = _request(where, row, fields, time_ms)
         if requests and request.timestamp_ms < requests[-1].timestamp_ms:
             raise InputError(
                 f"{path}, line {line}: {fields[0]} is {row[fields[0]]}, which is before that of the request before; "
@@ -131,27 +147,35 @@ def rank_token_requests(rank_tokens: Sequence[int]) -> list[list[Request]]:
     return [[Request(0.0, tokens, 1)] if tokens else [] for tokens in rank_tokens]
 
 
-def _csv_rows(path: str | os.PathLike[str], text: str) -> tuple[str, Iterator[tuple[int, Mapping[str, Any]]]]:
-    """The time's column, and the rows with their lines."""
+def _csv_rows(
+    path: str | os.PathLike[str], text: str
+) -> tuple[tuple[tuple[str, str, str], str], Iterator[tuple[int, Mapping[str, Any]]]]:
+    """The form, one of _CSV_FORMS, and the rows with their lines."""
     reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
     header = [name.strip() for name in _read_csv(path, reader, lambda: reader.fieldnames) or ()]
-    times = [name for name in _CSV_TIMES if name in header]
-    missing = [name for name in (*(() if times else ("timestamp_ms",)), *_CSV_FIELDS) if name not in header]
-    if missing:
-        raise InputError(f"{path}, line 1: no column {', '.join(missing)} in the header {','.join(header)[:200]!r}")
-    twice = [name for name in (*_CSV_TIMES, *_CSV_FIELDS) if header.count(name) > 1]
-    if twice or len(times) > 1:
+    forms = [form for form in _CSV_FORMS if form[0][0] in header]
+    shown = f"the header {','.join(header)[:200]!r}"
+    if not forms:
+        known = "; ".join(", ".join(fields) for fields, _ in _CSV_FORMS)
+        missing = [name for name in _CSV_FORMS[0][0] if name not in header]
         raise InputError(
-            f"{path}, line 1: the header {','.join(header)[:200]!r} has "
-            f"{' and '.join(times) if not twice else twice[0] + ' twice'}; one is wanted"
+            f"{path}, line 1: no column {', '.join(missing)} in {shown}; a header has the columns of one of these "
+            f"forms: {known}"
         )
+    missing = [name for name in forms[0][0] if name not in header]
+    if missing:
+        raise InputError(f"{path}, line 1: no column {', '.join(missing)} in {shown}")
+    twice = [name for name in forms[0][0] if header.count(name) > 1]
+    if twice or len(forms) > 1:
+        found = f"{twice[0]} twice" if twice else " and ".join(fields[0] for fields, _ in forms)
+        raise InputError(f"{path}, line 1: {shown} has {found}; one is wanted")
     reader.fieldnames = header
 
     def rows() -> Iterator[tuple[int, Mapping[str, Any]]]:
         while (row := _read_csv(path, reader, lambda: next(reader, None))) is not None:
             yield reader.line_num, row
 
-    return times[0], rows()
+    return forms[0], rows()
 
 
 def _read_csv(path: str | os.PathLike[str], reader: csv.DictReader, read: Callable[[], Any]) -> Any:
@@ -174,13 +198,25 @@ def _jsonl_rows(path: str | os.PathLike[str], text: str) -> Iterator[tuple[int, 
         yield line, row
 
 
-def _request(where: str, row: Mapping[str, Any], fields: tuple[str, str, str], unit_ms: float) -> Request:
-    timestamp, inputs, outputs = fields
+def _request(where: str, row: Mapping[str, Any], fields: tuple[str, str, str], time_ms: float) -> Request:
+    _, inputs, outputs = fields
     tokens = [int(_number(where, row, name, int, least)) for name, least in ((inputs, 1), (outputs, 0))]
     for name, count in zip((inputs, outputs), tokens):
         if count > _MOST_TOKENS:
             raise InputError(f"{where}: {name} is {row[name]!r}; no request has more than {_MOST_TOKENS} tokens")
-    return Request(_number(where, row, timestamp, float, 0) * unit_ms, *tokens)
+    return Request(time_ms, *tokens)
+
+
+def _date(where: str, row: Mapping[str, Any], name: str) -> datetime:
+    """UTC, unless it says otherwise. Digits behind microseconds are cut off."""
+    value = row.get(name)
+    try:
+        date = datetime.fromisoformat(str(value).strip())
+    except ValueError:
+        raise InputError(
+            f"{where}: {name} is {value!r}; it must be a date and time such as 2023-11-16 18:15:46.68"
+        ) from None
+    return date if date.tzinfo else date.replace(tzinfo=UTC)
 
 
 def _number(where: str, row: Mapping[str, Any], name: str, kind: type[int] | type[float], least: int) -> float:

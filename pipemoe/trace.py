@@ -96,11 +96,15 @@ def chrome_trace(timelines: list[Timeline]) -> dict:
 
     It has a process per rank and a thread per cohort and lane. Times are microseconds from the earliest span. An arrow
     leads from every dispatch to the experts call that reads its rows.
+
+    Perfetto reads an arrow's id as a number, the same one for arrows of all processes, and takes thread 0 for the
+    process's idle thread. So arrows are numbered over all ranks, and threads from 1.
     """
     lanes = {OpKind.ATTEND: 0, OpKind.EXPERTS: 0, OpKind.FINISH: 0, OpKind.DISPATCH: 1, OpKind.COMBINE: 2}
     names = ("compute", "dispatch", "combine")
     start = min((s.begin for t in timelines for s in t.spans), default=0.0)
     events: list[dict] = []
+    arrows: dict[tuple[int, int, int, int], int] = {}  # by rank, cohort, layer and wave
     for rank, timeline in enumerate(timelines):
         events.append({"ph": "M", "name": "process_name", "pid": rank, "args": {"name": f"rank {rank}"}})
         for cohort in sorted({s.op.cohort for s in timeline.spans}):
@@ -110,12 +114,12 @@ def chrome_trace(timelines: list[Timeline]) -> dict:
                         "ph": "M",
                         "name": "thread_name",
                         "pid": rank,
-                        "tid": 3 * cohort + lane,
+                        "tid": 1 + 3 * cohort + lane,
                         "args": {"name": f"cohort {cohort} {name}"},
                     }
                 )
         for s in timeline.spans:
-            where = {"pid": rank, "tid": 3 * s.op.cohort + lanes[s.op.kind]}
+            where = {"pid": rank, "tid": 1 + 3 * s.op.cohort + lanes[s.op.kind]}
             begin, end = (s.begin - start) * 1e6, (s.end - start) * 1e6
             args = {"cohort": s.op.cohort, "layer": s.op.layer, "wave": s.op.wave}
             events.append(
@@ -130,12 +134,8 @@ def chrome_trace(timelines: list[Timeline]) -> dict:
                 }
             )
             if s.op.kind in (OpKind.DISPATCH, OpKind.EXPERTS):
-                arrow = {
-                    "name": "rows",
-                    "cat": "dispatch",
-                    "id": f"{rank}.{s.op.cohort}.{s.op.layer}.{s.op.wave}",
-                    **where,
-                }
+                number = arrows.setdefault((rank, s.op.cohort, s.op.layer, s.op.wave), len(arrows) + 1)
+                arrow = {"name": "rows", "cat": "dispatch", "id": number, **where}
                 if s.op.kind is OpKind.DISPATCH:
                     events.append({"ph": "s", "ts": end, **arrow})
                 else:

@@ -57,3 +57,26 @@ def test_chrome_trace_has_processes_lanes_spans_and_arrows():
     start, finish = (next(e for e in document["traceEvents"] if e["ph"] == ph) for ph in "sf")
     assert start["id"] == finish["id"] and start["tid"] != finish["tid"] and start["ts"] <= finish["ts"]
     assert {e["args"]["name"] for e in document["traceEvents"] if e["name"] == "process_name"} == {"rank 0", "rank 1"}
+
+
+def test_chrome_trace_follows_perfettos_rules():
+    """Arrow ids are numbers and belong to one dispatch of one rank; no thread is 0, and none has two lanes."""
+    timelines = [
+        Timeline(
+            Span(Op(kind, cohort, layer, wave), at, at + 1)
+            for at, kind in enumerate((OpKind.ATTEND, OpKind.DISPATCH, OpKind.EXPERTS, OpKind.COMBINE))
+            for cohort in range(3)
+            for layer in range(2)
+            for wave in range(2)
+        )
+        for _ in range(3)
+    ]
+    events = json.loads(json.dumps(chrome_trace(timelines)))["traceEvents"]
+    begins, ends = ([e for e in events if e["ph"] == ph] for ph in "sf")
+    assert all(type(e["id"]) is int and e["id"] > 0 for e in begins + ends)
+    assert len({e["id"] for e in begins}) == len(begins) == 3 * 12
+    assert sorted((e["id"], e["pid"]) for e in begins) == sorted((e["id"], e["pid"]) for e in ends)
+    assert all(e["tid"] >= 1 for e in events if "tid" in e)
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert len(set(names.values())) * len(timelines) == len(names)
+    assert {(e["pid"], e["tid"]) for e in events if "tid" in e} == set(names)

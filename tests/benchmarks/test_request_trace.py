@@ -51,6 +51,31 @@ def test_mooncake_json_lines(trace):
     assert read_trace(path) == [Request(0.0, 6758, 500), Request(3000.0, 10, 0)]
 
 
+def test_azures_own_header(trace):
+    """Its times are dates with seven digits behind the second; a later publication adds the time zone."""
+    path = trace(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 23:59:59.9805900,374,44\n"
+        "2023-11-17 00:00:04.2951690,396,109\n2023-11-17 02:00:04.295169+02:00,1,0\n"
+    )
+    assert read_trace(path) == [Request(0.0, 374, 44), Request(4314.579, 396, 109), Request(4314.579, 1, 0)]
+    for value in ("yesterday", "", "4.5", "2023-13-16 18:15:46"):
+        bad = trace(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{value},374,44\n")
+        with pytest.raises(InputError, match=f"line 2: TIMESTAMP is '{value}'; it must be a date"):
+            read_trace(bad)
+    with pytest.raises(InputError, match="line 3: TIMESTAMP is 2023-11-16 23:59:58, which is before"):
+        read_trace(trace("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 23:59:59,1,1\n2023-11-16 23:59:58,1,1\n"))
+    with pytest.raises(InputError, match="line 1: the column TIMESTAMP says its unit, which is not s"):
+        read_trace(path, "s")
+
+
+def test_burstgpts_own_header(trace):
+    path = trace(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,1087,0,1087,API log\n"
+    )
+    assert read_trace(path) == [Request(5000.0, 472, 18), Request(45000.0, 1087, 0)]
+
+
 def mooncake(times):
     return "".join(json.dumps({"timestamp": time, "input_length": 5, "output_length": 1}) + "\n" for time in times)
 
