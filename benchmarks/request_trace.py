@@ -125,6 +125,30 @@ def scale_lengths(requests: Sequence[Request], factor: float) -> list[Request]:
     ]
 
 
+TOO_LONG = ("error", "clip", "drop")
+
+
+def fit_lengths(requests: Sequence[Request], most: int, too_long: str = "error") -> tuple[list[Request], int]:
+    """The requests, with at most `most` input tokens each, and how many had more.
+
+    too_long: what becomes of those: InputError, cut to `most`, or left out (InputError if none is left).
+    """
+    if too_long not in TOO_LONG:
+        raise InputError(f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}")
+    longer = [request.input_tokens for request in requests if request.input_tokens > most]
+    if longer and too_long == "error":
+        raise InputError(
+            f"{len(longer)} of {len(requests)} requests have more than {most} input tokens, up to {max(longer)}; "
+            "--too-long clip cuts them, --too-long drop leaves them out"
+        )
+    if too_long == "drop":
+        fitting = [request for request in requests if request.input_tokens <= most]
+        if not fitting:
+            raise InputError(f"all {len(requests)} requests have more than {most} input tokens, so none is left")
+        return fitting, len(longer)
+    return [replace(request, input_tokens=min(request.input_tokens, most)) for request in requests], len(longer)
+
+
 def round_robin(requests: Sequence[Request], num_ranks: int) -> list[list[Request]]:
     """Request i goes to rank i mod `num_ranks`, as a data-parallel front end deals them; ranks may stay empty."""
     if num_ranks < 1:

@@ -26,7 +26,15 @@ from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.tuned import COHORT_MARGIN
 from pipemoe.plan.planner import plan
-from pipemoe.plan.report import candidates_table, cohorts_lines, milliseconds, ranks_table, table, timeline_text
+from pipemoe.plan.report import (
+    candidates_table,
+    cohorts_lines,
+    milliseconds,
+    ranks_table,
+    table,
+    timeline_ranks,
+    timeline_text,
+)
 from pipemoe.plan.row import row_bytes
 from pipemoe.plan.schedule import Facts, Plan
 from pipemoe.runtime.arriving import GATHERING_PERMILLE
@@ -129,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     chosen = plan(facts, shape, config, cost)  # first: it finds what is wrong with the step
     candidates = auto_candidates(facts, shape, config, cost) if options.mode == "auto" else []
-    prediction = simulate(chosen, cost, spans=True)
+    prediction = simulate(chosen, cost, spans=True if options.trace else timeline_ranks(chosen))
     front = _pareto(facts, dimensions, config, cost) if options.pareto else ""
     device = f"costs of {options.cost}" if options.cost else options.gpu
     print(

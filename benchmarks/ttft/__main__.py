@@ -35,18 +35,19 @@ if not __package__:  # run as a script
 
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive, run_on_ranks
-from benchmarks.request_trace import UNITS
+from benchmarks.request_trace import TOO_LONG, UNITS
 from benchmarks.ttft.inputs import (
     Step,
     Workload,
     drawn_workloads,
     rank_tokens_workload,
+    shortened,
     trace_workload,
     without_last_rank,
 )
 from benchmarks.ttft.models import BenchModel
 from benchmarks.ttft.table import ttft_table
-from pipemoe.errors import ConfigError, PipemoeError
+from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.output_path import check_output_file, check_output_folder, write_whole
 from pipemoe.plan.config import COMBINES, MODES
@@ -97,7 +98,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--seed", type=int, default=0, help="of token ids, and of weights where there is no checkpoint")
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
-        "--trace", action="append", default=[], help="CSV or Mooncake JSON lines (default: azure2023_conv)"
+        "--trace",
+        action="append",
+        default=[],
+        help="CSV (ours, Azure's or BurstGPT's), or Mooncake's JSON lines (default: azure2023_conv)",
     )
     inputs.add_argument(
         "--rank-tokens",
@@ -110,6 +114,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--trace-unit",
         choices=tuple(UNITS),
         help="of the times in --trace (default: what its format says, unless far too dense)",
+    )
+    inputs.add_argument(
+        "--too-long",
+        choices=TOO_LONG,
+        default="error",
+        help="what becomes of a trace's requests that are longer than the model takes (default: %(default)s)",
     )
     inputs.add_argument(
         "--scale", type=positive(float), help="factor on the trace's lengths (default: 0.1 on a CPU, else 1)"
@@ -155,6 +165,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--parity-layers",
         type=positive(int),
         help="layers compared with the plain forward (default: all in float32 on a CPU, else 4)",
+    )
+    run.add_argument(
+        "--parity-tokens",
+        type=positive(int),
+        default=4096,
+        help="prompts are cut to as many for parity (default %(default)s); longer ones would take most of the time",
     )
     run.add_argument("--moe-max-num-tokens", type=positive(int), help="default: 256 on a CPU, else 8192")
     run.add_argument("--max-tokens-per-rank", type=positive(int), help="default: what the inputs need")
@@ -222,14 +238,19 @@ def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:
     return resolved
 
 
-def workloads_of(options: argparse.Namespace, num_ranks: int) -> list[Workload]:
-    """The workloads that the options ask for. Raises InputError for an impossible one."""
+def workloads_of(options: argparse.Namespace, num_ranks: int, positions: int) -> list[Workload]:
+    """The workloads that the options ask for. positions: tokens that a sequence of the model may have.
+
+    Raises InputError for an impossible one.
+    """
     shape = dict(
         first=options.first_request,
         num_requests=options.num_requests,
         scale=options.scale,
         prompts_per_step=options.requests_per_rank,
         unit=options.trace_unit,
+        most=positions,
+        too_long=options.too_long,
     )
     traces = options.trace or ([] if options.rank_tokens else [str(TRACE)])
     found = [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [
@@ -241,9 +262,14 @@ def workloads_of(options: argparse.Namespace, num_ranks: int) -> list[Workload]:
             num_ranks,
             options.draws,
             scale=options.scale,
-            most=options.moe_max_num_tokens,
+            most=min(options.moe_max_num_tokens, positions),
             unit=options.trace_unit,
         )
+    for workload in found:
+        if workload.longest > positions:
+            raise InputError(
+                f"--rank-tokens: a prompt of {workload.longest} tokens, but the model has positions for {positions}"
+            )
     return found
 
 
@@ -253,15 +279,13 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
 
     needed = max(w.max_tokens_per_rank for w in workloads)
     if options.requests == "trace":  # a rank takes more than one request when several wait
-        needed = max(options.moe_max_num_tokens, *(w.longest for w in workloads))
-    if (
-        options.max_tokens_per_rank is not None
-        and options.max_tokens_per_rank < needed
-        and options.requests == "together"
-    ):
+        needed = max(w.longest for w in workloads)
+    if options.max_tokens_per_rank is not None and options.max_tokens_per_rank < needed:
         raise ConfigError(
             f"--max-tokens-per-rank is {options.max_tokens_per_rank}, but a step gives one rank {needed} tokens"
         )
+    if options.requests == "trace":
+        needed = max(options.moe_max_num_tokens, needed)
     return [
         Config(
             mode=mode,
@@ -299,7 +323,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             if options.json:
                 check_output_file("--json", options.json, may_make_folder=True)
         model = BenchModel(options.model, options.layers)
-        workloads = workloads_of(options, world.size)
+        workloads = workloads_of(options, world.size, model.positions)
         inputs = model, workloads, configs_of(options, workloads)
     except PipemoeError as found:
         error = found
@@ -318,7 +342,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             sources.enter_context(model.source(layers)),
             layers,
             configs,
-            parity_steps(workloads),
+            parity_steps(workloads, options.parity_tokens),
             dtype=dtype,
             seed=options.seed,
             progress=progress,
@@ -372,6 +396,8 @@ def run(world: World, options: argparse.Namespace) -> int:
             }
             facts |= {
                 "trace": workload.trace,
+                "clipped": workload.clipped,
+                "dropped": workload.dropped,
                 "rounds": options.rounds if workload.trace is None else options.draw_rounds,
             }
             for mode, model_of_mode in models.items():
@@ -388,9 +414,11 @@ def run(world: World, options: argparse.Namespace) -> int:
     return 0 if all(p.ok for p in parity.values()) else 1
 
 
-def parity_steps(workloads: Sequence[Workload]) -> list[Step]:
-    """Every workload's first step, and once more the first workload's with nothing for the last rank."""
-    steps = [w.steps[0] for w in workloads]
+def parity_steps(workloads: Sequence[Workload], most: int) -> list[Step]:
+    """Every workload's first step, with prompts of at most `most` tokens; and once more the first workload's with
+    nothing for the last rank.
+    """
+    steps = [shortened(w.steps[0], most) for w in workloads]
     bare = without_last_rank(steps[0])
     return steps + ([bare] if any(bare) and bare not in steps else [])
 

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING
 from benchmarks.request_trace import (
     Request,
     cut,
+    fit_lengths,
     parse_rank_tokens,
     rank_token_requests,
     read_trace,
     round_robin,
     scale_lengths,
 )
+from pipemoe.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +56,8 @@ class Workload:
     prompts: tuple[tuple[Prompt, ...], ...]  # per rank, in order of arrival
     steps: tuple[Step, ...]
     trace: str | None = None  # where the lengths were drawn from
+    clipped: int = 0  # requests of the trace that were too long for the model, and were cut
+    dropped: int = 0  # or left out
 
     @property
     def name(self) -> str:
@@ -79,11 +83,23 @@ def trace_workload(
     scale: float,
     prompts_per_step: int,
     unit: str | None = None,
+    most: int | None = None,
+    too_long: str = "error",
 ) -> Workload:
     """Requests number `first` to `first + num_requests` of the trace, their lengths times `scale`; a step gives every
-    rank its next `prompts_per_step`. unit: of its times, see read_trace. Raises InputError for a bad trace."""
-    requests = scale_lengths(cut(read_trace(path, unit), num_requests, first), scale)
-    return _workload(Path(path).stem, round_robin(requests, num_ranks), prompts_per_step)
+    rank its next `prompts_per_step`.
+
+    unit: of its times, see read_trace. most, too_long: tokens that a sequence may have, and what becomes of longer
+    requests, see fit_lengths. Raises InputError for a bad trace.
+    """
+    requests, longer = scale_lengths(cut(read_trace(path, unit), num_requests, first), scale), 0
+    if most is not None:
+        try:
+            requests, longer = fit_lengths(requests, most, too_long)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+    workload = _workload(Path(path).stem, round_robin(requests, num_ranks), prompts_per_step)
+    return replace(workload, clipped=longer * (too_long == "clip"), dropped=longer * (too_long == "drop"))
 
 
 def drawn_workloads(
@@ -92,8 +108,6 @@ def drawn_workloads(
     """`count` workloads of one step, each with one request per rank, drawn from the trace's requests of at most `most`
     tokens. Which ones follows from the trace's name alone. Raises InputError for a bad trace, or one without such
     requests."""
-    from pipemoe.errors import InputError
-
     name = Path(path).stem
     lengths = [r.input_tokens for r in scale_lengths(read_trace(path, unit), scale) if r.input_tokens <= most]
     if count and not lengths:
@@ -105,8 +119,6 @@ def drawn_workloads(
 
 def rank_tokens_workload(text: str, num_ranks: int) -> Workload:
     """One step with one prompt per rank, of the lengths in "4096,16,16,16"; InputError unless some are positive."""
-    from pipemoe.errors import InputError
-
     rank_tokens = parse_rank_tokens(text, num_ranks)
     if not any(rank_tokens):
         raise InputError(f"rank tokens {text!r}: no rank has any, so there is nothing to measure")
@@ -134,3 +146,8 @@ def _workload(rank_tokens: list[int] | str, dealt: Sequence[Sequence[Request]], 
 def without_last_rank(step: Step) -> Step:
     """The step with nothing for the last rank: it still has experts to compute for the others."""
     return (*step[:-1], ())
+
+
+def shortened(step: Step, most: int) -> Step:
+    """The step with prompts of at most `most` tokens."""
+    return tuple(tuple(replace(p, num_tokens=min(p.num_tokens, most)) for p in of_rank) for of_rank in step)

@@ -21,8 +21,8 @@ class BenchModel:
     def __init__(self, name: str, layers: int | None = None) -> None:
         """layers: how many of its decoder layers to keep, from the first on (default: all)."""
         self._directory: Path | None = None
-        if name in MODEL_CONFIGS:
-            self.name, raw = name, MODEL_CONFIGS[name]
+        if name.lower() in MODEL_CONFIGS:
+            self.name, raw = name.lower(), MODEL_CONFIGS[name.lower()]
         else:
             path = Path(name)
             self.name = path.stem if path.suffix == ".json" else path.resolve().name
@@ -34,6 +34,7 @@ class BenchModel:
         self._config, facts = dict(raw), read_facts(raw)
         self.num_layers, self.first_moe_layer = facts.num_layers, facts.num_dense_layers_first
         self._stored_layers = self.num_layers
+        self.positions = facts.positions  # tokens that a sequence may have
         if layers is not None:
             if not 1 <= layers <= self.num_layers:
                 raise ConfigError(f"--layers is {layers}; {self.name} has {self.num_layers}")

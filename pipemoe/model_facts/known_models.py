@@ -121,11 +121,11 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def model_config(model: str) -> dict[str, Any]:
-    """The config of `model`: a name above, or the path of a config.json or of a directory that holds one. Raises
-    InputError.
+    """The config of `model`: a name above in any letter case, or the path of a config.json or of a directory that
+    holds one. Raises InputError.
     """
-    if model in MODEL_CONFIGS:
-        return dict(MODEL_CONFIGS[model])
+    if model.lower() in MODEL_CONFIGS:
+        return dict(MODEL_CONFIGS[model.lower()])
     path = Path(model)
     try:
         if path.is_dir():

@@ -68,16 +68,21 @@ def cohorts_lines(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def timeline_text(plan: Plan, prediction: Prediction, *, num_layers: int, width: int) -> str:
-    """The first layers on two ranks, one with the most and one with the fewest tokens, a letter per piece of time.
-
-    prediction: with spans. Per rank and cohort: a attend, E experts, f finish; > dispatch, < combine.
-    """
-    layers = range(min(num_layers, plan.shape.num_layers))
+def timeline_ranks(plan: Plan) -> list[int]:
+    """The ranks that `timeline_text` shows: one with the most and one with the fewest tokens."""
     chosen: dict[int, int] = {}
     for rank, tokens in enumerate(plan.facts.tokens):
         chosen.setdefault(tokens, rank)
-    ranks = sorted({chosen[max(chosen)], chosen[min(chosen)]})
+    return sorted({chosen[max(chosen)], chosen[min(chosen)]})
+
+
+def timeline_text(plan: Plan, prediction: Prediction, *, num_layers: int, width: int) -> str:
+    """The first layers on the ranks of `timeline_ranks`, a letter per piece of time.
+
+    prediction: with those ranks' spans. Per rank and cohort: a attend, E experts, f finish; > dispatch, < combine.
+    """
+    layers = range(min(num_layers, plan.shape.num_layers))
+    ranks = timeline_ranks(plan)
     spans = {rank: [s for s in prediction.spans[rank] if s[0].layer in layers and s[1][0] < s[1][1]] for rank in ranks}
     end = max((stop for of_rank in spans.values() for _, (_, stop) in of_rank), default=1)
     lines = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,9 +41,11 @@ class Prediction:
         return sum(every) / len(every) if every else 0.0
 
 
-def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
-    """Predict `plan`. spans: also when each operation runs. Raises PlanError if the plan can never end, which no sound
-    plan does; InputError if it takes longer than int64 nanoseconds can count.
+def simulate(plan: Plan, cost: CostModel, *, spans: bool | Collection[int] = False) -> Prediction:
+    """Predict `plan`. spans: also when each operation runs, on all ranks or on these.
+
+    Raises PlanError if the plan can never end, which no sound plan does; InputError if it takes longer than int64
+    nanoseconds can count.
     """
     num_ranks, num_cohorts, num_layers = plan.facts.num_ranks, len(plan.cohorts), plan.shape.num_layers
     if not plan.cohorts:
@@ -70,7 +73,8 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool = False) -> Prediction:
         tuple(cost.start_ns + int(finish[c, rank]) for c in cohorts) for rank, cohorts in enumerate(_last_cohorts(plan))
     )
     ttft = tuple(max(of_rank, default=None) for of_rank in sequences)
-    found = _spans(plan, costs, computed, moved) if spans else ((),) * num_ranks
+    wanted = range(num_ranks) if spans is True else spans or ()
+    found = tuple(_spans(plan, rank, costs, computed, moved) if rank in wanted else () for rank in range(num_ranks))
     return Prediction(ttft, sequences, tuple(exposed.tolist()), found)
 
 
@@ -124,24 +128,21 @@ def _last_cohorts(plan: Plan) -> list[list[int]]:
 
 
 def _spans(
-    plan: Plan, costs: LayerCosts, computed: np.ndarray, moved: np.ndarray
-) -> tuple[tuple[tuple[Op, Interval], ...], ...]:
-    of_ranks = []
-    for rank in range(plan.facts.num_ranks):
-        spans = []
-        for op in plan.ops:
-            waves, num_blocks = int(costs.num_waves[op.cohort]), costs.num_blocks
-            parts = costs.num_early + num_blocks
-            blocks, works = waves * num_blocks, waves * parts
-            if op.kind is OpKind.DISPATCH:
-                spans.append((op, tuple(moved[op.cohort, DISPATCH, op.layer * waves + op.wave].tolist())))
-            elif op.kind is OpKind.COMBINE:  # one for each block of columns
-                first = op.layer * blocks + op.wave * num_blocks
-                spans += [(op, tuple(span)) for span in moved[op.cohort, COMBINE, first : first + num_blocks].tolist()]
-            else:
-                first = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * parts, OpKind.FINISH: 1 + works}[op.kind]
-                last = first + (parts - 1 if op.kind is OpKind.EXPERTS else 0)
-                of_layer = computed[op.cohort, rank, op.layer * (1 + works) :]
-                spans.append((op, (int(of_layer[first, 0]), int(of_layer[last, 1]))))
-        of_ranks.append(tuple(sorted(spans, key=lambda span: (span[1], span[0]))))
-    return tuple(of_ranks)
+    plan: Plan, rank: int, costs: LayerCosts, computed: np.ndarray, moved: np.ndarray
+) -> tuple[tuple[Op, Interval], ...]:
+    spans = []
+    for op in plan.ops:
+        waves, num_blocks = int(costs.num_waves[op.cohort]), costs.num_blocks
+        parts = costs.num_early + num_blocks
+        blocks, works = waves * num_blocks, waves * parts
+        if op.kind is OpKind.DISPATCH:
+            spans.append((op, tuple(moved[op.cohort, DISPATCH, op.layer * waves + op.wave].tolist())))
+        elif op.kind is OpKind.COMBINE:  # one for each block of columns
+            first = op.layer * blocks + op.wave * num_blocks
+            spans += [(op, tuple(span)) for span in moved[op.cohort, COMBINE, first : first + num_blocks].tolist()]
+        else:
+            first = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * parts, OpKind.FINISH: 1 + works}[op.kind]
+            last = first + (parts - 1 if op.kind is OpKind.EXPERTS else 0)
+            of_layer = computed[op.cohort, rank, op.layer * (1 + works) :]
+            spans.append((op, (int(of_layer[first, 0]), int(of_layer[last, 1]))))
+    return tuple(sorted(spans, key=lambda span: (span[1], span[0])))

@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.ttft.inputs import drawn_workloads, rank_tokens_workload, trace_workload, without_last_rank
+from benchmarks.ttft.inputs import (
+    drawn_workloads,
+    rank_tokens_workload,
+    shortened,
+    trace_workload,
+    without_last_rank,
+)
 from benchmarks.ttft.models import BenchModel
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
@@ -35,6 +41,28 @@ def test_requests_are_dealt_in_turn_and_cut_into_steps(trace):
     assert [p.arrival_s for p in workload.prompts[1]] == pytest.approx([0.01, 0.04])
     assert workload.max_tokens_per_rank == workload.longest == 7
     assert {p.rank for p in workload.prompts[2]} == {2}
+
+
+def test_requests_longer_than_the_model_takes(trace):
+    def tokens(**more):
+        workload = trace_workload(trace, 3, **SHAPE, **more)
+        return [p.num_tokens for step in workload.steps for of_rank in step for p in of_rank], workload
+
+    assert tokens(most=7)[0] == tokens()[0] == [1, 2, 3, 4, 5, 6, 7]
+    lengths, workload = tokens(most=5, too_long="clip")
+    assert lengths == [1, 2, 3, 4, 5, 5, 5] and (workload.clipped, workload.dropped) == (2, 0)
+    lengths, workload = tokens(most=5, too_long="drop")
+    assert lengths == [1, 2, 3, 4, 5] and (workload.clipped, workload.dropped) == (0, 2)
+    with pytest.raises(InputError, match="seven.csv: 2 of 7 requests have more than 5 input tokens, up to 7; --too"):
+        tokens(most=5)
+    with pytest.raises(InputError, match="all 7 requests have more than 0 input tokens"):
+        tokens(most=0, too_long="drop")
+
+
+def test_parity_looks_at_the_beginning_of_long_prompts(trace):
+    step = trace_workload(trace, 3, **SHAPE).steps[1]
+    assert [[p.num_tokens for p in of_rank] for of_rank in shortened(step, 5)] == [[4], [5], [5]]
+    assert shortened(step, 6) == step
 
 
 def test_a_step_may_give_each_rank_several(trace):

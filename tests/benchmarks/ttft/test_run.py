@@ -235,5 +235,27 @@ def test_defaults_follow_the_device():
 
 def test_what_a_user_demands_of_plans_is_demanded_in_every_mode():
     options = ttft.resolve(ttft.parse(["--num-sms", "100", "--combine-blocks", "2", "--rank-tokens", "5,3"]), "cpu")
-    configs = ttft.configs_of(options, ttft.workloads_of(options, 2))
+    configs = ttft.configs_of(options, ttft.workloads_of(options, 2, 4096))
     assert {(config.num_sms, config.combine_blocks) for config in configs} == {(100, 2)} and len(configs) == len(MODES)
+
+
+def test_what_cannot_be_is_said_before_anything_is_loaded(tmp_path):
+    """A prompt beyond the model's positions ended a run after loading and parity; one beyond the room, never."""
+    path = tmp_path / "long.csv"
+    path.write_text("timestamp_ms,input_tokens,output_tokens\n0,9,1\n1,5000,1\n")
+
+    def found(*more, positions=4096):
+        options = ttft.resolve(ttft.parse(more), "cpu")
+        workloads = ttft.workloads_of(options, 2, positions)
+        return workloads, ttft.configs_of(options, workloads)
+
+    trace = ("--trace", str(path), "--scale", "1")
+    with pytest.raises(InputError, match="long.csv: 1 of 2 requests have more than 4096 input tokens"):
+        found(*trace)
+    (workload,), _ = found(*trace, "--too-long", "clip")
+    assert workload.longest == 4096
+    with pytest.raises(InputError, match="a prompt of 5000 tokens, but the model has positions for 4096"):
+        found("--rank-tokens", "5000,1")
+    for requests in ("trace", "together"):
+        with pytest.raises(ConfigError, match="--max-tokens-per-rank is 100, but a step gives one rank 5000"):
+            found(*trace, "--requests", requests, "--max-tokens-per-rank", "100", positions=8192)
