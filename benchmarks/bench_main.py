@@ -24,7 +24,10 @@ def launched_rank() -> int:
 
 
 class RankParser(argparse.ArgumentParser):
-    """All ranks read the same bad options; only one complains."""
+    """All ranks read the same bad options; only one complains. Options are written out, as for `pipemoe`."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | more)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if launched_rank() == 0:

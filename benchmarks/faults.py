@@ -42,7 +42,7 @@ def measure(fault: str, num_ranks: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="How survivors end when a rank is lost.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="How survivors end when a rank is lost.")
     parser.add_argument("num_ranks", type=positive(int), help="2 or more")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
     options = parser.parse_args(arguments)

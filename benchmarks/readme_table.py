@@ -114,7 +114,9 @@ def fill_page(page: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Put results into the marked places of a Markdown page.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Put results into the marked places of a Markdown page."
+    )
     parser.add_argument("page", type=Path)
     parser.add_argument(
         "--check", action="store_true", help="change nothing; exit status 1 when the page is out of date"

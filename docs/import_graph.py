@@ -49,7 +49,14 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pipemoe.world": ("pipemoe.world",),
     "layer, model": ("pipemoe.layer", "pipemoe.model"),
     "pipemoe": ("pipemoe",),
-    "commands": ("pipemoe.cli", "pipemoe.plan_command", "pipemoe.tune", "pipemoe.doctor", "pipemoe.contention"),
+    "commands": (
+        "pipemoe.__main__",
+        "pipemoe.cli",
+        "pipemoe.plan_command",
+        "pipemoe.tune",
+        "pipemoe.doctor",
+        "pipemoe.contention",
+    ),
 }
 _RANK = {part: rank for rank, part in enumerate(PARTS)}
 

@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
@@ -20,9 +21,16 @@ from pipemoe.world.uncaught import say_once
 _FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Options are written out: an abbreviation would change its meaning with the next option that begins like it."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | more)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status of the process."""
-    parser = argparse.ArgumentParser(prog="pipemoe", description="Mixture-of-experts prefill without a barrier.")
+    parser = _Parser(prog="pipemoe", description="Mixture-of-experts prefill without a barrier.")
     parser.add_argument("--version", action="version", version=f"pipemoe {__version__}")
     subcommands = parser.add_subparsers(dest="subcommand", required=True)
 

@@ -27,11 +27,12 @@ from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.tuned import COHORT_MARGIN
 from pipemoe.plan.planner import plan
 from pipemoe.plan.report import (
+    as_json,
     candidates_table,
     cohorts_lines,
+    front_table,
     milliseconds,
     ranks_table,
-    table,
     timeline_ranks,
     timeline_text,
 )
@@ -56,7 +57,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
         "--model",
         help=f"{', '.join(MODEL_CONFIGS)}, or the path of a config.json or its directory (default {_DEFAULT_MODEL})",
     )
-    parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="default %(default)s")
+    parser.add_argument("--gpu", type=str.lower, choices=tuple(GPUS), default="h200", help="default %(default)s")
     parser.add_argument(
         "--cost", metavar="FILE", help="measured costs (pipemoe tune) of --model, in place of those derived from --gpu"
     )
@@ -102,6 +103,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
         metavar="FILE",
         help="write the predicted timeline as a Chrome trace (https://ui.perfetto.dev)",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--width", type=positive, default=100, help="columns of the timeline (default %(default)s)")
 
 
@@ -133,37 +135,41 @@ def run(options: argparse.Namespace) -> int:
     )
     cost = _cost(options, dimensions, facts.num_ranks)
     if not any(facts.tokens):
-        print("nothing to plan: no rank has a token")
+        print(json.dumps({}) if options.json else "nothing to plan: no rank has a token")
         return 0
     chosen = plan(facts, shape, config, cost)  # first: it finds what is wrong with the step
     candidates = auto_candidates(facts, shape, config, cost) if options.mode == "auto" else []
-    prediction = simulate(chosen, cost, spans=True if options.trace else timeline_ranks(chosen))
-    front = _pareto(facts, dimensions, config, cost) if options.pareto else ""
+    spans = True if options.trace else () if options.json else timeline_ranks(chosen)
+    prediction = simulate(chosen, cost, spans=spans)
+    front = _pareto(facts, dimensions, config, cost) if options.pareto else []
+    num_bytes = exchange_bytes(config, dimensions, facts.num_ranks, value_bytes)
     device = f"costs of {options.cost}" if options.cost else options.gpu
-    print(
-        f"{model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {sum(facts.tokens)} tokens\n"
-    )
-    if candidates:
-        print(candidates_table(candidates))
-        print(_rule(config, f"{100 * config.makespan_budget:g} %") + _differing(candidates, prediction) + "\n")
-    print(cohorts_lines(chosen))
-    if config.arrivals and not chosen.arrivals:
-        print(_no_arrivals(chosen))
-    print("\n" + ranks_table(chosen, prediction) + "\n")
-    print(
-        f"mean TTFT {milliseconds(prediction.mean)} ms, slowest {milliseconds(prediction.makespan)} ms, over "
-        f"{sum(map(len, facts.lengths))} sequences"
-    )
-    print(
-        f"exchange buffers {exchange_bytes(config, dimensions, facts.num_ranks, value_bytes) / 2**20:.1f} MiB per "
-        "rank (plus the experts' scratch)\n"
-    )
-    if front:
-        print(front + "\n" + _rule(config, "the line's budget") + _differing(candidates, prediction) + "\n")
-    print(timeline_text(chosen, prediction, num_layers=3, width=options.width))
+    if options.json:
+        about = {"model": model, "device": device, "exchange_bytes": num_bytes}
+        print(json.dumps(about | as_json(chosen, prediction, candidates, front)))
+    else:
+        tokens = sum(facts.tokens)
+        print(f"{model} on {facts.num_ranks} ranks of {device}, {shape.num_layers} MoE layers, {tokens} tokens\n")
+        if candidates:
+            print(candidates_table(candidates))
+            print(_rule(config, f"{100 * config.makespan_budget:g} %") + _differing(candidates, prediction) + "\n")
+        print(cohorts_lines(chosen))
+        if config.arrivals and not chosen.arrivals:
+            print(_no_arrivals(chosen))
+        print("\n" + ranks_table(chosen, prediction) + "\n")
+        print(
+            f"mean TTFT {milliseconds(prediction.mean)} ms, slowest {milliseconds(prediction.makespan)} ms, over "
+            f"{sum(map(len, facts.lengths))} sequences"
+        )
+        print(f"exchange buffers {num_bytes / 2**20:.1f} MiB per rank (plus the experts' scratch)\n")
+        if front:
+            print(front_table(front))
+            print(_rule(config, "the line's budget") + _differing(candidates, prediction) + "\n")
+        print(timeline_text(chosen, prediction, num_layers=3, width=options.width))
     if options.trace:
         write_whole(options.trace, json.dumps(_trace(prediction)))
-        print(f"timeline: {options.trace}")
+        if not options.json:
+            print(f"timeline: {options.trace}")
     return 0
 
 
@@ -287,14 +293,13 @@ def _no_arrivals(chosen: Plan) -> str:
     )
 
 
-def _pareto(facts: Facts, dimensions: Dimensions, config: PlanConfig, cost: CostModel) -> str:
-    lines = [["makespan budget", "mean ms", "slowest ms", "candidate"]]
+def _pareto(facts: Facts, dimensions: Dimensions, config: PlanConfig, cost: CostModel) -> list[tuple[int, Candidate]]:
+    """What is chosen with each makespan budget, in percent."""
+    found = []
     for percent in (0, 2, 5, 10, 15, 20):
         candidates = auto_candidates(facts, dimensions.shape, replace(config, makespan_budget=percent / 100), cost)
-        lines += [
-            [f"{percent} %", milliseconds(c.mean), milliseconds(c.slowest), c.name] for c in candidates if c.chosen
-        ]
-    return table(lines)
+        found += [(percent, candidate) for candidate in candidates if candidate.chosen]
+    return found
 
 
 def _trace(prediction: Prediction) -> dict:

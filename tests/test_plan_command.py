@@ -246,3 +246,35 @@ def test_planning_needs_neither_torch_nor_mpi():
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+def test_the_same_figures_as_one_document(capsys):
+    arguments = ["plan", "--model", "Qwen3-30B-A3B", "--gpu", "H200", *SKEWED, "--pareto"]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert f"mean TTFT {document['mean_ttft_ms']:.2f} ms, slowest {document['slowest_ttft_ms']:.2f} ms" in text
+    assert [rank["tokens"] for rank in document["ranks"]] == [4096] + 7 * [16]
+    for rank, of_rank in enumerate(document["ranks"]):
+        figures = [str(rank), str(of_rank["tokens"]), f"{of_rank['ttft_ms']:.2f}", f"{of_rank['exposed_comm_ms']:.2f}"]
+        assert re.search("^" + " +".join(map(re.escape, figures)) + "$", text, re.MULTILINE)
+    chunks = [chunk for cohort in document["cohorts"] for chunk in cohort["chunks"]]
+    assert sum(chunk["stop"] - chunk["start"] for chunk in chunks) == 4096 + 7 * 16
+    (chosen,) = (c for c in document["candidates"] if c["chosen"])
+    assert chosen["cohorts"] == len(document["cohorts"])
+    assert all(c["name"] in text for c in document["candidates"])
+    assert [line["makespan_budget_percent"] for line in document["front"]] == [0, 2, 5, 10, 15, 20]
+    assert main(["plan", "--rank-tokens", "0,0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {}
+
+
+def test_options_are_written_out(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--rank-tok", "5"])
+    assert "--rank-tok" in capsys.readouterr().err
+
+
+def test_python_m_pipemoe():
+    done = subprocess.run([sys.executable, "-m", "pipemoe", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"pipemoe {__version__}\n"

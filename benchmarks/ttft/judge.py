@@ -143,7 +143,7 @@ def judgement(rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Say who is ahead of whom in results of ttft.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Say who is ahead of whom in results of ttft.")
     parser.add_argument("results", help="a JSON file that benchmarks/ttft wrote")
     options = parser.parse_args()
     try:

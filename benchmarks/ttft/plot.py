@@ -53,7 +53,7 @@ def plot_ttft(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The results of the ttft benchmark as a picture.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="The results of the ttft benchmark as a picture.")
     parser.add_argument("results", help="its JSON file")
     parser.add_argument("picture", help="the PNG file to write")
     options = parser.parse_args()

@@ -101,6 +101,6 @@ def aligned(cells: Sequence[Sequence[str]], num_words: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The results of the ttft benchmark as a table.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="The results of the ttft benchmark as a table.")
     parser.add_argument("results", help="its JSON file")
     print(ttft_table(read_results(parser.parse_args().results)["rows"]))

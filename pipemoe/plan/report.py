@@ -1,8 +1,11 @@
-"""What `pipemoe plan` prints: candidates, predicted times, a timeline in letters. Text only, no decisions."""
+"""What `pipemoe plan` prints: candidates, predicted times, a timeline in letters; or all but that as plain data. No
+decisions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pipemoe.plan.arrivals import groups_of
 from pipemoe.plan.auto.choice import Candidate
@@ -35,6 +38,50 @@ def candidates_table(candidates: Sequence[Candidate]) -> str:
         form = ["yes" if c.arrivals else "no", str(c.sms_left)]
         lines.append([c.name, *map(str, counts), *form, *map(milliseconds, times), "<- chosen" if c.chosen else ""])
     return table(lines)
+
+
+def front_table(front: Sequence[tuple[int, Candidate]]) -> str:
+    """front: the candidate chosen with each makespan budget, in percent."""
+    lines = [["makespan budget", "mean ms", "slowest ms", "candidate"]]
+    lines += [[f"{percent} %", milliseconds(c.mean), milliseconds(c.slowest), c.name] for percent, c in front]
+    return table(lines)
+
+
+def as_json(
+    plan: Plan, prediction: Prediction, candidates: Sequence[Candidate], front: Sequence[tuple[int, Candidate]]
+) -> dict[str, Any]:
+    """The same as plain data for `json.dumps`; times in ms, None for a rank without tokens."""
+
+    def ms(nanoseconds: int | float | None) -> float | None:
+        return None if nanoseconds is None else nanoseconds / 1e6
+
+    def figures(c: Candidate) -> dict[str, Any]:
+        return {"name": c.name, "mean_ttft_ms": ms(c.mean), "slowest_ttft_ms": ms(c.slowest)}
+
+    def form(c: Candidate) -> dict[str, Any]:
+        counts = {"cohorts": len(c.assignment), "column_blocks": c.num_column_blocks, "sms_left": c.sms_left}
+        return figures(c) | {"p50_ttft_ms": ms(c.p50), "arrivals": c.arrivals, "chosen": c.chosen} | counts
+
+    return {
+        "num_ranks": plan.facts.num_ranks,
+        "moe_layers": plan.shape.num_layers,
+        "mean_ttft_ms": ms(prediction.mean),
+        "slowest_ttft_ms": ms(prediction.makespan),
+        "ranks": [
+            {"tokens": tokens, "ttft_ms": ms(ttft), "exposed_comm_ms": ms(exposed)}
+            for tokens, ttft, exposed in zip(plan.facts.tokens, prediction.ttft, prediction.exposed)
+        ],
+        "cohorts": [
+            {
+                "rows": sum(wave.num_rows for wave in cohort.waves),
+                "waves": len(cohort.waves),
+                "chunks": [{"rank": m.rank, "start": m.start, "stop": m.stop} for m in cohort.microbatches],
+            }
+            for cohort in plan.cohorts
+        ],
+        "candidates": [form(c) for c in candidates],
+        "front": [{"makespan_budget_percent": percent} | figures(c) for percent, c in front],
+    }
 
 
 def ranks_table(plan: Plan, prediction: Prediction) -> str:

@@ -58,14 +58,15 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool | Collection[int] = Fal
         positions = np.flatnonzero(plan.order[:, 1] == cohort)
         keys[cohort, : len(positions)] = positions
     slots = np.array([c.slot for c in plan.cohorts], dtype=np.int64)
+    keep = bool(spans)
     blocks, works = waves * costs.num_blocks, waves * (costs.num_early + costs.num_blocks)
-    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + works) + 1, 2) if spans else (1, 1, 1, 1), np.int64)
-    moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if spans else (1, 1, 1, 1), np.int64)
+    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + works) + 1, 2) if keep else (1, 1, 1, 1), np.int64)
+    moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if keep else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
     rates = rates_of(cost)
     speeds = speeds_where_left(rates, speeds_of(cost), plan.sms_left, plan.num_slots_used)
     finish, exposed, _ = run_clock(
-        costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates, speeds, computed, moved, spans
+        costs, keys, slots, weight, num_layers, plan.config.num_buffers, rates, speeds, computed, moved, keep
     )
     if (finish == NEVER).any():
         raise PlanError("simulation: the plan comes to a standstill")

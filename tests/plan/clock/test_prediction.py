@@ -101,6 +101,7 @@ def check_against_the_naive_simulator(p, cost):
     naive = NaiveSimulator(p, cost)
     finish = naive.run()
     assert found.spans == naive.spans
+    assert simulate(p, cost, spans=[0]).spans == (naive.spans[0], *[()] * (facts.num_ranks - 1))
     last = {(m.rank, m.stop): c for c, cohort in enumerate(p.cohorts) for m in cohort.microbatches}
     for rank, tokens in enumerate(facts.tokens):
         if tokens:
