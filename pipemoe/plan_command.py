@@ -26,7 +26,9 @@ from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.tuned import COHORT_MARGIN
 from pipemoe.plan.planner import plan
-from pipemoe.plan.report import (
+from pipemoe.plan.row import row_bytes
+from pipemoe.plan.schedule import Facts, Plan
+from pipemoe.plan_report import (
     as_json,
     candidates_table,
     cohorts_lines,
@@ -36,8 +38,6 @@ from pipemoe.plan.report import (
     timeline_ranks,
     timeline_text,
 )
-from pipemoe.plan.row import row_bytes
-from pipemoe.plan.schedule import Facts, Plan
 from pipemoe.runtime.arriving import GATHERING_PERMILLE
 from pipemoe.runtime.costs import model_key
 

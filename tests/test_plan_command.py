@@ -241,7 +241,7 @@ def test_rank_tokens():
 
 
 def test_planning_needs_neither_torch_nor_mpi():
-    code = "import sys, pipemoe.plan.planner, pipemoe.plan.report, pipemoe.tune.fit\n"
+    code = "import sys, pipemoe.plan.planner, pipemoe.plan_report, pipemoe.tune.fit\n"
     code += "print([m for m in ('torch', 'mpi4py', 'cupy') if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -18,8 +18,8 @@ from pipemoe.errors import ModelError
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.cost.model import CostModel, graph_rows, rates_of
 from pipemoe.plan.planner import plan
-from pipemoe.plan.report import table
 from pipemoe.plan.schedule import Facts, OpKind
+from pipemoe.plan_report import table
 from pipemoe.trace import Span, Timeline
 from pipemoe.tune.fit import Samples, Speeds
 

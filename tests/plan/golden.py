@@ -18,7 +18,7 @@ from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, cpu
-from pipemoe.plan.cost.file import read_cost
+from pipemoe.plan.cost.file import cost_of_bytes, read_cost_bytes
 from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Plan
@@ -59,7 +59,7 @@ def _costs() -> Iterator[tuple[str, str, CostModel | None]]:
         yield (
             f"{path.parent.name}/{path.stem}",
             "deepseek-v3" if "deepseek" in path.stem else "qwen3-30b-a3b",
-            read_cost(path),
+            cost_of_bytes(read_cost_bytes(path), path),
         )
 
 

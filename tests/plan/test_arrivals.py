@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError
 from pipemoe.plan.arrivals import MAX_PARTS, OWN, Part, groups_of, parts_of
-from pipemoe.plan.auto.choice import auto_candidates, auto_effort
+from pipemoe.plan.auto.choice import auto_candidates, evaluate
 from pipemoe.plan.clock.prediction import costs_of, simulate
 from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.cost.model import AttendCost, ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
@@ -175,9 +175,10 @@ def test_auto_takes_arrivals_where_that_hides_the_dispatch(tokens):
 @pytest.mark.parametrize("cap", [2048, 8192])
 @pytest.mark.parametrize("slots", [1, 4])
 def test_choosing_takes_a_bounded_number_of_events(lengths, cap, slots):
-    """As without arrivals (test_auto.py)."""
+    """As without arrivals (auto/test_choice.py)."""
     shape, cost = ModelShape(7168, 2048, 256, 8, 61), CostModel(experts=ExpertsCost(arrivals_permille=900))
-    assert auto_effort(Facts(lengths), shape, PlanConfig(moe_max_num_tokens=cap, num_slots=slots), cost) <= 4100
+    config = PlanConfig(moe_max_num_tokens=cap, num_slots=slots)
+    assert evaluate(Facts(lengths), shape, config, cost, only_chosen=True)[1] <= 4100
 
 
 @pytest.mark.parametrize("value", [1, 0, "on"])

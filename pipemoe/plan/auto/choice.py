@@ -41,7 +41,7 @@ def auto_assignment(
     """What mode auto chooses: cohorts, the number of blocks of columns, whether waves are computed as they arrive, and
     how many multiprocessors the experts leave.
     """
-    found = _evaluate(facts, shape, config, cost, only_chosen=True)[0]
+    found = evaluate(facts, shape, config, cost, only_chosen=True)[0]
     if not found:
         return [], config.combine_blocks or 1, False, forced_sms_left(config, cost.sms) or 0
     return found[0].assignment, found[0].num_column_blocks, found[0].arrivals, found[0].sms_left
@@ -52,17 +52,13 @@ def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: C
     in another form, and with other numbers of multiprocessors left.
     """
     check_magnitude(facts, shape, config, cost)
-    return _evaluate(facts, shape, config, cost, only_chosen=False)[0]
+    return evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
 
-def auto_effort(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> int:
-    """How many events on the clock choosing takes."""
-    return _evaluate(facts, shape, config, cost, only_chosen=True)[1]
-
-
-def _evaluate(
+def evaluate(
     facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel, *, only_chosen: bool
 ) -> tuple[list[Candidate], int]:
+    """The candidates, or only the chosen one, and how many events on the clock choosing took."""
     if not any(facts.tokens):
         return [], 0
     problem = _problem(facts, shape, config, cost)

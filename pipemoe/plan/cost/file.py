@@ -31,11 +31,6 @@ def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: C
     write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
-def read_cost(path: str | os.PathLike[str], subject: Mapping[str, Any] | None = None) -> CostModel:
-    """The cost model in a file. Raises what `read_cost_bytes` and `cost_of_bytes` raise."""
-    return cost_of_bytes(read_cost_bytes(path), path, subject)
-
-
 def read_cost_bytes(path: str | os.PathLike[str]) -> bytes:
     """What a file holds. Raises ConfigError if there is no such file, or it cannot be read."""
     try:

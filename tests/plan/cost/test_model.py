@@ -14,7 +14,7 @@ from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, UNKNOWN_GPU, cpu, gpu_named
 from pipemoe.plan.cost.dimensions import dimensions_of_shape
-from pipemoe.plan.cost.file import read_cost, write_cost
+from pipemoe.plan.cost.file import cost_of_bytes, read_cost_bytes, write_cost
 from pipemoe.plan.cost.model import (
     CROWDED,
     KINDS,
@@ -34,6 +34,10 @@ from pipemoe.plan.cost.model import (
 
 RATES = rates_of(CostModel())
 SUBJECT = {"device": "a GPU", "num_ranks": 4}
+
+
+def read_cost(path, subject=None) -> CostModel:
+    return cost_of_bytes(read_cost_bytes(path), path, subject)
 
 
 @settings(deadline=None)
