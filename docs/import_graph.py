@@ -54,6 +54,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "pipemoe.cli",
         "pipemoe.plan_command",
         "pipemoe.plan_report",
+        "pipemoe.report",
         "pipemoe.tune",
         "pipemoe.doctor",
         "pipemoe.contention",

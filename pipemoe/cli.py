@@ -14,6 +14,7 @@ from typing import Any
 
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
+from pipemoe.report.command import add_report_parser
 from pipemoe.tune.command import add_tune_parser
 from pipemoe.version import __version__
 from pipemoe.world.uncaught import say_once
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
     add_plan_parser(subcommands, _positive)
     add_tune_parser(subcommands, _positive)
+    add_report_parser(subcommands)
 
     options = parser.parse_args(_negative_values_joined(sys.argv[1:] if arguments is None else arguments))
     try:

@@ -1,0 +1,1 @@
+"""`pipemoe report`: results of the ttft benchmark as one HTML file that needs nothing else."""
