@@ -3,9 +3,8 @@
 Registered with transformers' AttentionInterface under the name PACKED; what varies per microbatch arrives in the
 keyword argument `packing`, so there is no global state and any number of threads may attend at once.
 
-On CUDA in half precision all pieces are one launch of FlashAttention-2's variable-length kernel. It aligns the causal
-diagonal to the last key, so a piece with earlier tokens needs no mask. Elsewhere (float32, the host) each piece is one
-call of scaled_dot_product_attention.
+On CUDA in half precision all pieces are one launch (packed_attention.py). Elsewhere (float32, the host) each piece is
+one call of scaled_dot_product_attention.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from pipemoe.models.packed_attention import attend_pieces, serves
 from pipemoe.models.packing import Packing
 
 PACKED = "pipemoe_packed"
-FLASH_MAX_HEAD_DIM = 256
 
 
 def register_packed_attention() -> None:
@@ -44,38 +43,24 @@ def packed_attention(
     Hkv divides Hq. Returns [1, T, Hq, Dv] in query's dtype.
     """
     head_dim, value_dim = query.shape[-1], value.shape[-1]
+    if query.shape[2] and serves(query.device, query.dtype, head_dim):
+        out = attend_pieces(
+            query[0].transpose(0, 1),  # [T, Hq, D]
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            packing.query_offsets,
+            packing.key_offsets,
+            max_query=packing.max_query,
+            max_key=packing.max_key,
+            scale=scaling,
+            key_lengths=packing.key_lengths,
+            window=sliding_window,
+        )
+        return out.unsqueeze(0), None
     if value_dim < head_dim:  # the fused kernels want one head size (MLA: 192 and 128)
         value = F.pad(value, (0, head_dim - value_dim))
-    if query.shape[2] and can_use_flash(query.device, query.dtype, query.shape[-1]):
-        out = _flash(query, key, value, packing, scaling, sliding_window)
-    else:
-        out = _by_piece(query, key, value, packing, scaling, sliding_window)
+    out = _by_piece(query, key, value, packing, scaling, sliding_window)
     return out[..., :value_dim].unsqueeze(0), None
-
-
-def can_use_flash(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Is attention one kernel that finds the pieces by offsets in device memory?"""
-    half = dtype in (torch.float16, torch.bfloat16)
-    return device.type == "cuda" and half and head_dim % 8 == 0 and head_dim <= FLASH_MAX_HEAD_DIM
-
-
-def _flash(query, key, value, packing: Packing, scaling: float, window: int | None) -> torch.Tensor:
-    return torch.ops.aten._flash_attention_forward(
-        query[0].transpose(0, 1),  # [T, Hq, D]
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        packing.query_offsets,
-        packing.key_offsets,
-        packing.max_query,
-        packing.max_key,
-        0.0,
-        True,
-        False,
-        scale=scaling,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-        seqused_k=packing.key_lengths,
-    )[0]
 
 
 def _by_piece(query, key, value, packing: Packing, scaling: float, window: int | None) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from pipemoe.errors import InputError
-from pipemoe.models.attention import can_use_flash
+from pipemoe.models import packed_attention
 from pipemoe.models.cache import MicrobatchCache, StepCache
 from pipemoe.models.config import fingerprint_of
 from pipemoe.models.packing import Packing, Piece
@@ -111,7 +111,7 @@ class Decoder:
         """Can `attend` run from a CUDA graph on other pieces than those of the capture?"""
         attention = self._blocks[0].self_attn
         head_dim = getattr(attention, "qk_head_dim", None) or attention.head_dim
-        return can_use_flash(self.device, self.dtype, head_dim)
+        return packed_attention.serves(self.device, self.dtype, head_dim)
 
     @property
     def caches_keys(self) -> bool:

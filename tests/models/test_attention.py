@@ -80,6 +80,6 @@ def test_the_flash_path_hands_over_the_same_problem(kv_heads, value_dim, window,
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", kernel)
     arguments = dict(packing=packing, scaling=0.3, sliding_window=window)
     by_piece, _ = packed_attention(None, query, key, value, None, **arguments)
-    monkeypatch.setattr(attention, "can_use_flash", lambda *_: True)
+    monkeypatch.setattr(attention, "serves", lambda *_: True)
     by_flash, _ = packed_attention(None, query, key, value, None, **arguments)
     torch.testing.assert_close(by_flash, by_piece)
