@@ -52,6 +52,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "commands": (
         "pipemoe.__main__",
         "pipemoe.cli",
+        "pipemoe.launch",
         "pipemoe.plan_command",
         "pipemoe.plan_report",
         "pipemoe.report",

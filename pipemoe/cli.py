@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from pipemoe import launch
 from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.report.command import add_report_parser
@@ -50,8 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan_parser(subcommands, _positive)
     add_tune_parser(subcommands, _positive)
     add_report_parser(subcommands)
+    subcommands.add_parser("run", help="run a script or module on several ranks", add_help=False)
 
-    options = parser.parse_args(_negative_values_joined(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["run"]:  # what follows is the launcher's, and the script's
+        return launch.run(arguments[1:])
+    options = parser.parse_args(_negative_values_joined(arguments))
     try:
         status = options.run(options)
         if sys.stdout:  # it may be closed

@@ -131,7 +131,16 @@ def printed_command(folder: Path, version: str, *options: str, **settings: str) 
     return result.stdout.splitlines()
 
 
-COMMAND = [str(CHECKOUT / "launch" / "rank.sh"), sys.executable, "-m", "mpi4py", "-m", "module", "one two"]
+COMMAND = [
+    "bash",
+    str(CHECKOUT / "pipemoe" / "launch" / "rank.sh"),
+    sys.executable,
+    "-m",
+    "mpi4py",
+    "-m",
+    "module",
+    "one two",
+]
 
 
 def test_open_mpi_may_oversubscribe_binds_nothing_and_forwards_settings(tmp_path):

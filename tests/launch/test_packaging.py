@@ -24,9 +24,10 @@ def test_every_package_is_listed():
     assert set(setup_cfg()["options"]["packages"].split()) == found
 
 
-def test_packages_ship_their_types_and_the_report_its_page():
+def test_packages_ship_their_types_the_launchers_and_the_reports_page():
     shipped = dict(setup_cfg()["options.package_data"])
-    assert shipped == {"pipemoe": "py.typed", "pipemoe.report": "page.html", "pipemoe_kernels": "py.typed"}
+    types = {"pipemoe": "py.typed", "pipemoe_kernels": "py.typed"}
+    assert shipped == types | {"pipemoe.launch": "*.sh", "pipemoe.report": "page.html"}
     assert (CHECKOUT / "pipemoe" / "py.typed").exists()
     assert (CHECKOUT / "kernels" / "pipemoe_kernels" / "py.typed").exists()
 
