@@ -47,6 +47,7 @@ from benchmarks.ttft.inputs import (
 )
 from benchmarks.ttft.models import BenchModel
 from benchmarks.ttft.table import ttft_table
+from benchmarks.ttft.words import in_words
 from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.output_path import check_output_file, check_output_folder, write_whole
@@ -504,6 +505,7 @@ def report(
                     options.out / f"timeline_{workload.name}_{mode}.json", json.dumps(chrome_trace(figures.timelines))
                 )
     print(ttft_table(rows))
+    print("\n" + in_words([row for row in rows if row["trace"] is None]))  # drawn workloads are many
     print(f"results, pictures and timelines: {options.out}\n")
     results_schema.print_results(document)
 
