@@ -38,6 +38,7 @@ def load_model(
     config: Config = Config(),
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    router_skew: float = 0.0,
 ) -> Model:
     """Load a Mixture-of-Experts decoder: all of attention, and this rank's share of the routed experts. Every rank
     calls.
@@ -45,7 +46,8 @@ def load_model(
     path_or_config: a directory with a Hugging Face checkpoint (config.json and safetensors shards), or a transformers
     config for random weights drawn from `seed`. random_weights: draw weights for other inputs too: a dict like
     config.json, the path of such a file, or a directory that holds one. dtype: of weights and activations (default:
-    bfloat16 on a GPU, float32 on the host).
+    bfloat16 on a GPU, float32 on the host). router_skew: of random weights. 0: all experts take about as many tokens;
+    more: the exponent of a Zipf law over the experts of each layer (see models.random_weights.expert_shares).
 
     Raises, on every rank, CheckpointError if any rank cannot load, ConfigError if memory does not suffice for the
     weights (see models.memory), and MismatchError if the ranks' checkpoints differ.
@@ -71,6 +73,7 @@ def load_model(
             "seed": whole_number(f"{rank}seed", seed, -(2**63), ConfigError),
             "quantised": config.experts == "hopper_fp8",
             "random_weights": random_weights,
+            "router_skew": router_skew,
         }
 
     with undisturbed():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipemoe.arguments import shown
 from pipemoe.e4m3 import num_blocks
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts.quantised import quantise_experts
@@ -17,7 +18,7 @@ from pipemoe.models.config import facts_of, read_config
 from pipemoe.models.decoder import Decoder
 from pipemoe.models.families import Family, check_config
 from pipemoe.models.placeless import check_placeless
-from pipemoe.models.random_weights import fill_random, random_experts
+from pipemoe.models.random_weights import expert_shares, fill_random, random_experts
 from pipemoe.models.skeleton import build_skeleton, fuse_norms, materialise, tied_name
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def load_decoder(
     seed: int = 0,
     quantised: bool = False,
     random_weights: bool = False,
+    router_skew: float = 0.0,
 ) -> tuple[Decoder, list[ExpertWeights]]:
     """Build the decoder and this rank's expert weights, one ExpertWeights per MoE layer.
 
@@ -50,6 +52,7 @@ def load_decoder(
         seed=seed,
         quantised=quantised,
         random_weights=random_weights,
+        router_skew=router_skew,
     )
     return prepared.load()
 
@@ -68,13 +71,14 @@ class PreparedDecoder:
         seed: int = 0,
         quantised: bool = False,
         random_weights: bool = False,
+        router_skew: float = 0.0,
     ) -> None:
         """
         path_or_config: a checkpoint directory (config.json and safetensors), or, for random weights made from `seed`, a
         transformers config; with random_weights also a dict like config.json, the path of a .json file or of a
         directory with one. The other ranks' experts are never allocated and never read. quantised: experts in e4m3 (see
-        pipemoe.e4m3), all else in `dtype`. Raises CheckpointError that names rank, file and tensor: here for anything
-        wrong in headers, in `load` for NaN weights.
+        pipemoe.e4m3), all else in `dtype`. router_skew: of random weights, see random_weights.expert_shares. Raises
+        CheckpointError that names rank, file and tensor: here for anything wrong in headers, in `load` for NaN weights.
         """
         self._where = f"rank {rank}: "
         self.device = _indexed(torch.device(device))
@@ -82,13 +86,17 @@ class PreparedDecoder:
             raise ConfigError(
                 f"{self._where}dtype is {dtype}; it must be torch.float32, torch.bfloat16 or torch.float16"
             )
-        self._dtype, self._seed, self._quantised = dtype, seed, quantised
+        self._dtype, self._seed, self._quantised, self._router_skew = dtype, seed, quantised, router_skew
         self._config, directory = read_config(path_or_config, self._where, random_weights=random_weights)
         self._family = check_config(self._config, self._where)
         self._moe_layers = self._family.moe_layers(self._config)
         self._experts = local_range(self._family.num_experts(self._config), num_ranks, rank)
         register_packed_attention()
         self._checkpoint = None if directory is None else Checkpoint(directory, self._where)
+        if self._checkpoint is None:
+            expert_shares(self._family.routing(self._config), router_skew, self._where)
+        elif router_skew:
+            raise ConfigError(f"{self._where}router_skew is {shown(router_skew)}, but is of random weights alone")
         if self._checkpoint is not None and self._config.tie_word_embeddings:
             with self._checkpoint as checkpoint:  # a stored head that differs wins
                 self._config.tie_word_embeddings = not _has_own_head(checkpoint, self._family, dtype)
@@ -125,7 +133,7 @@ class PreparedDecoder:
         config, family, experts, model = self._config, self._family, self._experts, self._model
         place: dict[str, Any] = {"device": self.device, "dtype": self._dtype}
         if self._checkpoint is None:
-            fill_random(model, seed=self._seed, **place)
+            fill_random(model, seed=self._seed, router_skew=self._router_skew, **place)
             shape: dict[str, Any] = {"hidden": config.hidden_size, "intermediate": family.intermediate(config)}
             weights = [
                 random_experts(layer, experts, **shape, seed=self._seed, **place)
@@ -133,7 +141,7 @@ class PreparedDecoder:
             ]
             if self._quantised:
                 weights = [quantise_experts(layer_weights) for layer_weights in weights]
-            identity = f"random weights, seed {self._seed}"
+            identity = f"random weights, seed {self._seed}, router skew {self._router_skew:g}"
         else:
             with self._checkpoint as checkpoint:
                 _fill_from(checkpoint, model, family, **place)
