@@ -97,6 +97,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: float32 on a CPU, bfloat16 on a GPU"
     )
     model.add_argument("--seed", type=int, default=0, help="of token ids, and of weights where there is no checkpoint")
+    model.add_argument(
+        "--router-skew",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="random routers give experts of popularity rank r about r ** -S of the tokens (default: 0, all the same)",
+    )
     inputs = parser.add_argument_group("inputs")
     inputs.add_argument(
         "--trace",
@@ -346,6 +353,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             parity_steps(workloads, options.parity_tokens),
             dtype=dtype,
             seed=options.seed,
+            router_skew=options.router_skew,
             progress=progress,
         )
         progress.say(
@@ -360,6 +368,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             config=configs[0],
             dtype=dtype,
             seed=options.seed,
+            router_skew=options.router_skew,
         )
     models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
     for percent in options.budgets:  # of the same model, at the same parity
@@ -368,6 +377,7 @@ def run(world: World, options: argparse.Namespace) -> int:
     rows, measured = [], []
     for workload in workloads:
         progress.say(f"{workload.name}: {sum(map(len, workload.prompts))} requests in {len(workload.steps)} steps")
+        load: dict[str, float | None] = {"active_experts": None, "expert_load_max_over_mean": None}
         if options.requests == "trace":
             found = serve(
                 world,
@@ -380,9 +390,9 @@ def run(world: World, options: argparse.Namespace) -> int:
             )
         else:
             rounds = options.rounds if workload.trace is None else options.draw_rounds
-            found = Bench(world, models, workload, options.seed, progress).measure(
-                rounds, overlap=workload.trace is None
-            )
+            bench = Bench(world, models, workload, options.seed, progress)
+            found = bench.measure(rounds, overlap=workload.trace is None)
+            load |= bench.expert_load()
         if world.rank == 0:
             facts = {
                 "model": model.name,
@@ -394,6 +404,8 @@ def run(world: World, options: argparse.Namespace) -> int:
                 "dtype": dtype_name(dtype),
                 "moe_max_num_tokens": options.moe_max_num_tokens,
                 "requests": options.requests,
+                "router_skew": options.router_skew,
+                **load,
             }
             facts |= {
                 "trace": workload.trace,

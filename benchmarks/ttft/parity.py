@@ -49,17 +49,24 @@ def check_parity(
     *,
     dtype: torch.dtype,
     seed: int,
+    router_skew: float,
     progress: Progress,
 ) -> dict[str, Parity]:
     """Parity of each config's mode on `steps`; every rank calls and gets the same. Leaves no weights behind.
 
     source: what load_model takes, already cut to `layers`.
     """
-    reference = _reference_logits(source, steps, world, dtype, seed) if world.rank == 0 else []
+    reference = _reference_logits(source, steps, world, dtype, seed, router_skew) if world.rank == 0 else []
     free_memory(world)
     progress.say("reference done; loading the same layers on all ranks")
     base = pipemoe.load_model(
-        source, world, random_weights=isinstance(source, dict), config=configs[0], dtype=dtype, seed=seed
+        source,
+        world,
+        random_weights=isinstance(source, dict),
+        config=configs[0],
+        dtype=dtype,
+        seed=seed,
+        router_skew=router_skew,
     )
     found = {}
     for config in configs:
@@ -108,14 +115,16 @@ def free_memory(world: World) -> None:
 
 
 def _reference_logits(
-    source: Any, steps: Sequence[Step], world: World, dtype: torch.dtype, seed: int
+    source: Any, steps: Sequence[Step], world: World, dtype: torch.dtype, seed: int, router_skew: float
 ) -> list[np.ndarray]:
     """The plain forward's last logits [V] of every prompt, in order of step, rank and position."""
     import torch
 
     from pipemoe.models.random_weights import reference_model
 
-    model = reference_model(source, world.device, dtype, seed, random_weights=isinstance(source, dict))
+    model = reference_model(
+        source, world.device, dtype, seed, random_weights=isinstance(source, dict), router_skew=router_skew
+    )
     logits = []
     with torch.inference_mode():
         for prompt in (p for step in steps for of_rank in step for p in of_rank):

@@ -81,6 +81,7 @@ def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
             "segments_alone_ms" in row or row["mode"] not in ("padded", "broadcast", "chunked")
         )
         assert row["peak_workspace_bytes"] > 0 and row["exposed_comm_ms"] >= 0
+        assert 2 <= row["active_experts"] <= 8 and row["expert_load_max_over_mean"] >= 1 and row["router_skew"] == 0
         assert (row["overlap_pct"] is None) == (world.size == 1)
     name = "_".join(map(str, rank_tokens))
     assert (options.out / f"ttft_{name}.png").read_bytes().startswith(b"\x89PNG")
