@@ -44,6 +44,22 @@ ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "peak_workspace_bytes": _NUMBER,
         "parity": (bool,),
     },
+    "forward": {
+        "impl": (str,),  # "pipemoe", "pipemoe_before" or "vllm"
+        "model": (str,),
+        "layers": (int,),
+        "num_ranks": (int,),
+        "tokens": (int,),  # of one prompt on each rank
+        "ttft_ms": _NUMBER,
+        "ttft_ms_least": _NUMBER,
+        "ttft_ms_most": _NUMBER,
+        "rounds": (int,),
+        "order": (str,),
+        "issue_us_per_layer": _NUMBER,
+        "active_experts": _NUMBER,  # mean over layers
+        "expert_load_max_over_mean": _NUMBER,
+        "sm_clock_mhz": _NUMBER,
+    },
     "kernels": {
         "layer": (str,),
         "H": (int,),

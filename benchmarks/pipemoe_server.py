@@ -1,0 +1,164 @@
+"""A server of benchmarks/forward.py (see case_server.py): prefill by pipemoe, this one or the one in another folder.
+
+    python benchmarks/pipemoe_server.py --tree FOLDER --model config.json --max-tokens 8192
+
+With a launcher before it, every rank prefills a prompt of each case's length, and a round's time is the slowest rank's.
+The weights are drawn by this checkout's random_weights in any case, so that all implementations route alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import inspect
+import json
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipemoe import Model, World
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+FIGURE_STEPS = 5  # timed steps for the host's time of issuing
+
+
+def module_from(file: Path, name: str) -> ModuleType:
+    """The module in `file` under `name`, whatever the import path has under that name."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Prefill by pipemoe, asked over pipes.")
+    parser.add_argument("--tree", type=Path, default=CHECKOUT, help="the pipemoe to run (default: this one)")
+    parser.add_argument("--model", type=Path, required=True, help="a config.json")
+    parser.add_argument("--max-tokens", type=int, required=True, help="of a rank's longest prompt")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), required=True)
+    parser.add_argument("--mode", default="broadcast")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--router-skew", type=float, default=0.0)
+    return parser.parse_args()
+
+
+class PipemoeServer:
+    """One rank: rank 0 is asked, and tells the others."""
+
+    def __init__(self, world: World, model: Model, options: argparse.Namespace, prompt: Any, counted: Any) -> None:
+        self._world, self._model, self._seed = world, model, options.seed
+        self._prompt, self._counted = prompt, counted
+
+    def answer_to(self, request: dict[str, Any]) -> dict[str, Any]:
+        """On rank 0."""
+        return self._do(self._told(request))
+
+    def follow(self) -> None:
+        """On every other rank, until rank 0 has no more requests."""
+        while (request := self._told(None)) is not None:
+            self._do(request)
+
+    def end(self) -> None:
+        """On rank 0: let the other ranks go."""
+        self._told(None)
+
+    def _told(self, request: dict[str, Any] | None) -> Any:
+        return json.loads(self._world.all_gather(json.dumps(request).encode(), "a request")[0])
+
+    def _do(self, request: dict[str, Any]) -> dict[str, Any]:
+        return self._figures(request) if request.get("figures") else self._rounds(request)
+
+    def _ids(self, request: dict[str, Any], number: int) -> Any:
+        import torch
+
+        ids = self._prompt(self._seed, request["tokens"], number, self._world.rank, self._model.decoder.vocab_size)
+        return torch.tensor(ids, device="cpu")
+
+    def _rounds(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Times of `rounds` prompts, from number `first` on; before them those numbered below 0, to warm up."""
+        times, tokens = [], []
+        first, warm_up = request["first"], request["warm_up"]
+        gc.collect()
+        for number in [*range(-warm_up, 0), *range(first, first + request["rounds"])]:
+            ids = self._ids(request, number)
+            time.sleep(request["gap_s"])
+            self._world.all_gather(b"", "start of a round")
+            begin = time.perf_counter()
+            found = self._model.prefill([ids])
+            seconds = time.perf_counter() - begin
+            if number >= 0:
+                times.append(seconds * 1e3)
+                tokens.append(found.first_tokens[0])
+        mine = json.dumps([times, tokens]).encode()
+        ranks = [json.loads(payload) for payload in self._world.all_gather(mine, "times of the rounds")]
+        return {
+            "ttft_ms": [max(of_ranks) for of_ranks in zip(*(times for times, _ in ranks))],
+            "first_tokens": [list(of_ranks) for of_ranks in zip(*(tokens for _, tokens in ranks))],
+        }
+
+    def _figures(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Outside the timing: how the case's tokens spread over the experts, and the host's time of issuing."""
+        from pipemoe.trace import Timeline
+
+        ids = self._ids(request, request["first"])
+        with self._counted(self._model) as loads:
+            self._model.prefill([ids])
+            self._world.all_gather(b"", "end of the counted step")  # its last rows have been counted
+        issued = []
+        for _ in range(FIGURE_STEPS):
+            timeline = Timeline()
+            self._model.prefill([ids], timeline=timeline)
+            of_layer: dict[tuple[int, int], float] = {}
+            for op, seconds in timeline.issue_seconds:
+                of_layer[op.cohort, op.layer] = of_layer.get((op.cohort, op.layer), 0.0) + seconds
+            issued.append(median(of_layer.values()) * 1e6)
+        shape = self._model.decoder.shape
+        figures = {"num_experts": shape.num_experts, "top_k": shape.top_k, "issue_us_per_layer": median(issued)}
+        return {**figures, **loads.figures()}
+
+
+def main() -> None:
+    options = parse()
+    # In place of this script's folder: whatever --tree holds comes first, whoever has installed another.
+    sys.path[0:1] = [str(options.tree), str(options.tree / "kernels")]
+    case_server = module_from(CHECKOUT / "benchmarks" / "case_server.py", "case_server")
+    answers = case_server.Answers()
+
+    import torch
+    from transformers import CONFIG_MAPPING
+
+    weights = module_from(CHECKOUT / "pipemoe" / "models" / "random_weights.py", "pipemoe.models.random_weights")
+    counted = module_from(CHECKOUT / "benchmarks" / "routing_load.py", "routing_load").counted
+    import pipemoe
+
+    assert Path(pipemoe.__file__).is_relative_to(options.tree.resolve()), pipemoe.__file__
+    raw = json.loads(options.model.read_text())
+    config = CONFIG_MAPPING[raw.pop("model_type")].from_dict(raw)
+    with pipemoe.init(options.device) as world:
+        most = options.max_tokens
+        settings = pipemoe.Config(mode=options.mode, max_tokens_per_rank=most, moe_max_num_tokens=most * world.size)
+        more: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "seed": options.seed}
+        if "router_skew" in inspect.signature(pipemoe.load_model).parameters:
+            more["router_skew"] = options.router_skew
+        else:  # an older tree asks for weights without it
+            weights.fill_random = partial(weights.fill_random, router_skew=options.router_skew)
+        model = pipemoe.load_model(config, world, config=settings, **more)
+        server = PipemoeServer(world, model, options, case_server.prompt, counted)
+        if world.rank:
+            server.follow()
+            return
+        answers.send({"num_ranks": world.size, "device": world.device.type, "mode": options.mode})
+        case_server.serve(answers, server.answer_to)
+        server.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The forward benchmark end to end on a tiny model: this pipemoe beside itself, and vLLM left out where it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import forward, results_schema
+from benchmarks.vllm_peer import RandomTensors
+from pipemoe.model_facts.known_models import MODEL_CONFIGS
+from pipemoe.models.random_weights import reference_model
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "num_experts": 32,
+    "num_experts_per_tok": 2,
+    "vocab_size": 4096,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps({**MODEL_CONFIGS["small"], **TINY}))
+    return str(tmp_path / "tiny.json")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM would start")
+def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys):
+    out = tmp_path / "out" / "forward.json"
+    asked = ["--model", model, "--device", "cpu", "--tokens", "1,40", "--rounds", "2", "--warm-up", "1"]
+    status = forward.main([*asked, "--before", str(CHECKOUT), "--vllm", "--json", str(out)])
+    told = capsys.readouterr()
+    assert status == 0, told.err
+    assert "vllm: vLLM is not installed" in told.err
+    document = results_schema.read_results(out)
+    assert document == json.loads(told.out.splitlines()[-1])
+    rows = document["rows"]
+    assert [(row["impl"], row["tokens"]) for row in rows] == [
+        (impl, tokens) for tokens in (1, 40) for impl in ("pipemoe", "pipemoe_before")
+    ]
+    for row in rows:
+        assert row["num_ranks"] == 1 and row["layers"] == 2 and row["rounds"] == len(row["ttfts_ms"]) == 4
+        assert 0 < row["ttft_ms_least"] <= row["ttft_ms"] <= row["ttft_ms_most"]
+        assert row["order"] == "pipemoe pipemoe_before pipemoe_before pipemoe"
+        assert row["issue_us_per_layer"] > 0 and row["sm_clock_mhz"] is None
+        assert row["active_experts"] == pytest.approx(row["active_experts_expected"], rel=0.15)
+        assert row["expert_load_max_over_mean"] >= 1
+        assert row["same_first_tokens"] == (None if row["impl"] == "pipemoe" else 1)
+
+
+def test_an_implementation_that_cannot_start_is_named(model, tmp_path, capsys):
+    """Here: a tree of pipemoe that raises when it is imported."""
+    (tmp_path / "broken" / "pipemoe").mkdir(parents=True)
+    (tmp_path / "broken" / "pipemoe" / "__init__.py").write_text("raise SystemExit(9)\n")
+    asked = ["--model", model, "--device", "cpu", "--tokens", "1", "--rounds", "1", "--json", str(tmp_path / "f.json")]
+    assert forward.main([*asked, "--before", str(tmp_path / "broken")]) == 1
+    assert "pipemoe_before: pipemoe_before: ended with status 9" in capsys.readouterr().err
+    assert [row["impl"] for row in results_schema.read_results(tmp_path / "f.json")["rows"]] == ["pipemoe"]
+
+
+@pytest.mark.parametrize("bad", [["--tokens", "1,x"], ["--tokens", "0"], ["--before", "/nowhere"], ["--rounds", "0"]])
+def test_bad_options_are_named(bad, capsys):
+    with pytest.raises(SystemExit) as raised:
+        forward.parse(bad)
+    assert raised.value.code == 2 and bad[0] in capsys.readouterr().err
+
+
+def test_phases_hold_what_fits_and_compare_the_first_with_each():
+    impls = ["pipemoe", "pipemoe_before", "vllm"]
+    assert forward.phases_of(impls, 5) == forward.phases_of(impls, 3) == [impls]
+    assert forward.phases_of(impls, 2) == [["pipemoe", "vllm"], ["pipemoe", "pipemoe_before"]]
+    assert forward.phases_of(impls, 1) == forward.phases_of(impls, 0) == [[impl] for impl in impls]
+    assert forward.phases_of(impls[:1], 0) == [["pipemoe"]]
+
+
+def test_vllms_parameters_get_the_reference_models_values():
+    """By name and layout: attention's three projections and each expert's two stand side by side."""
+    raw = {**MODEL_CONFIGS["small"], **TINY}
+    tensors = RandomTensors(raw, 3, 0.5, torch.device("cpu"))
+    wanted = reference_model(raw, "cpu", torch.float32, 3, random_weights=True, router_skew=0.5).state_dict()
+    layer = "model.layers.1."
+    qkv = torch.cat([wanted[f"{layer}self_attn.{part}_proj.weight"] for part in "qkv"])
+    for name, value in {
+        f"{layer}self_attn.qkv_proj.weight": qkv,
+        f"{layer}mlp.experts.w13_weight": wanted[f"{layer}mlp.experts.gate_up_proj"],
+        f"{layer}mlp.experts.routed_experts.w2_weight": wanted[f"{layer}mlp.experts.down_proj"],
+        **{
+            name: wanted[name]
+            for name in (
+                *("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"),
+                *(f"{layer}mlp.gate.weight", f"{layer}self_attn.o_proj.weight", f"{layer}input_layernorm.weight"),
+            )
+        },
+    }.items():
+        assert torch.equal(tensors.of(name, torch.empty(value.shape)), value), name
+    with pytest.raises(ValueError, match=r"w13_weight is \(32, 64, 65\), pipemoe's \(32, 64, 64\)"):
+        tensors.of(f"{layer}mlp.experts.w13_weight", torch.empty(32, 64, 65))
