@@ -23,14 +23,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -39,25 +34,37 @@ if not __package__:  # run as a script
 
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, positive
-from benchmarks.case_server import Server, ServerError
-from benchmarks.routing_load import expected_active
 from benchmarks.ttft.models import BenchModel
 from benchmarks.ttft.table import aligned
+from benchmarks.visits import PIPEMOE, Forward
 from pipemoe.doctor import installed_gpus
 from pipemoe.errors import InputError, PipemoeError
 from pipemoe.output_path import check_output_file
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-PIPEMOE, BEFORE, VLLM = "pipemoe", "pipemoe_before", "vllm"
 TOKENS = {"cpu": "1,16,64", "cuda": "1,16,64,512,2048,4096,8192"}
-START_SECONDS, CASE_SECONDS = 420.0, 180.0
-GIB = 1 << 30
-ROOM = 10 * GIB  # of a GPU, for one implementation beside its weights
-VLLM_ROOM = 8 * GIB  # of that, what vLLM is told to keep to
+# field of a row -> heading, and how to write a value that is not null
+COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+    "impl": ("implementation", str),
+    "tokens": ("tokens", str),
+    "ttft_ms": ("TTFT ms", "{:.2f}".format),
+    "ttft_ms_least": ("least", "{:.2f}".format),
+    "ttft_ms_most": ("most", "{:.2f}".format),
+    "pipemoe_over_it": ("pipemoe / it", "{:.3f}".format),
+    "client_ttft_ms": ("at the client", "{:.2f}".format),
+    "issue_us_per_layer": ("issue us", "{:.0f}".format),
+    "active_experts": ("active experts", "{:.1f}".format),
+    "active_experts_expected": ("expected", "{:.1f}".format),
+    "expert_load_max_over_mean": ("load max / mean", "{:.2f}".format),
+    "same_first_tokens": ("same tokens", "{:.0%}".format),
+    "sm_clock_mhz": ("MHz", "{:.0f}".format),
+    "phase": ("phase", str),
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Time to first token of one prompt, beside an older version and vLLM.")
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Time to first token of one prompt, beside an older version and vLLM."
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="as of benchmarks/ttft, random weights (default: small; qwen3-30b-a3b on a GPU)")
     model.add_argument("--layers", type=positive(int), help="only the first N decoder layers (default: all)")
@@ -103,260 +110,28 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def phases_of(impls: Sequence[str], room_for: int) -> list[list[str]]:
-    """Which implementations run together, if memory holds `room_for` of them; the first one beside each of the others,
-    or each alone.
+def forward_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Heading and one line of cells per row; columns without any value are left out. `pipemoe / it` compares with
+    pipemoe's row of the same phase.
     """
-    if len(impls) <= max(1, room_for):
-        return [list(impls)]
-    if room_for < 2:
-        return [[impl] for impl in impls]
-    return [[impls[0], other] for other in reversed(impls[1:])]
-
-
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """The first GPU's state right after a visit; None where nobody tells."""
-
-    sm_clock_mhz: float | None = None
-    power_w: float | None = None
-    temperature_c: float | None = None
-
-    @classmethod
-    def now(cls) -> Clocks:
-        fields = "clocks.sm,power.draw,temperature.gpu"
-        query = ["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-        try:
-            told = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
-            return cls(*(float(value) for value in told.split(",")))
-        except (OSError, subprocess.SubprocessError, ValueError, TypeError):
-            return cls()
-
-
-@dataclass(slots=True)
-class Visited:
-    """What one implementation did with one case in one phase."""
-
-    ttft_ms: list[float] = field(default_factory=list)
-    client_ttft_ms: list[float] = field(default_factory=list)
-    first_tokens: list[list[int]] = field(default_factory=list)
-    clocks: list[Clocks] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, answer: Mapping[str, Any], clocks: Clocks) -> None:
-        """One visit's rounds."""
-        self.ttft_ms += answer["ttft_ms"]
-        self.client_ttft_ms += answer.get("client_ttft_ms", [])
-        self.first_tokens += answer["first_tokens"]
-        self.clocks.append(clocks)
-
-
-class Forward:
-    """The benchmark: its servers, and the rows so far."""
-
-    def __init__(self, options: argparse.Namespace, model: BenchModel, config: Path, progress: Progress) -> None:
-        self._options, self._model, self._config, self._progress = options, model, config, progress
-        self._servers: dict[str, Server] = {}
-        self._hello: dict[str, dict[str, Any]] = {}
-        self.left_out: dict[str, str] = {}  # implementation: why
-        self.failed = False
-        self.rows: list[dict[str, Any]] = []
-
-    def run(self) -> None:
-        options = self._options
-        wanted = [PIPEMOE] + [BEFORE] * (options.before is not None) + [VLLM] * options.vllm
-        self._room = self._room_for()
-        phases = phases_of(wanted, min(self._room, 2) if options.in_turn else self._room)
-        try:
-            for number, phase in enumerate(phases, 1):
-                for impl in [impl for impl in self._servers if impl not in phase]:
-                    self._servers.pop(impl).close()
-                # vLLM measures the free memory while it starts, so it comes first.
-                for impl in sorted(phase, key=lambda impl: impl != VLLM):
-                    if impl not in self._servers and impl not in self.left_out:
-                        self._start(impl)
-                for tokens in options.tokens:
-                    self._case(number, [impl for impl in phase if impl in self._servers], tokens)
-        finally:
-            for server in self._servers.values():
-                server.close()
-
-    def _room_for(self) -> int:
-        """How many implementations the memory holds at once."""
-        gpus = installed_gpus() if self._options.device == "cuda" else []
-        if not gpus:
-            return 3
-        import torch
-
-        from pipemoe.models.loading import PreparedDecoder
-
-        place: dict[str, Any] = {"rank": 0, "num_ranks": self._options.num_ranks, "device": "cpu"}
-        dtype = getattr(torch, self._options.dtype)
-        prepared = PreparedDecoder(self._config, **place, dtype=dtype, random_weights=True)
-        self._weight_bytes, self._gpu_bytes = prepared.num_bytes, gpus[0].memory_mib << 20
-        return self._gpu_bytes // (self._weight_bytes + ROOM)
-
-    def _start(self, impl: str) -> None:
-        self._progress.say(f"starting {impl}")
-        server = Server(impl, *self._command(impl))
-        self._servers[impl] = server
-        try:
-            hello = server.read(START_SECONDS)
-        except ServerError as error:
-            self._drop(impl, error)
-            return
-        if "absent" in hello:
-            self._servers.pop(impl).close()
-            self.left_out[impl] = hello["absent"]
-            self._progress.say(f"{impl} is left out: {hello['absent']}")
-            return
-        self._hello[impl] = hello
-        self._progress.say(f"{impl} is ready: {hello}")
-
-    def _drop(self, impl: str, error: ServerError) -> None:
-        self._servers.pop(impl).close()
-        self.left_out[impl], self.failed = str(error), True
-        self._progress.say(f"{impl} is left out from here on: {error}")
-
-    def _command(self, impl: str) -> tuple[list[str], dict[str, str]]:
-        """Words and environment of an implementation's process."""
-        options = self._options
-        common = [
-            *("--model", str(self._config), "--max-tokens", str(max(options.tokens)), "--seed", str(options.seed)),
-            *("--dtype", options.dtype, "--router-skew", str(options.router_skew)),
-        ]
-        inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-        if impl == VLLM:
-            script = [sys.executable, str(CHECKOUT / "benchmarks" / "vllm_peer.py"), *common]
-            share = (self._weight_bytes + VLLM_ROOM) / self._gpu_bytes if options.device == "cuda" else 0.5
-            script += ["--num-ranks", str(options.num_ranks), "--memory", f"{share:.3f}"]
-            path = [options.vllm_path] if options.vllm_path else []
-        else:
-            tree = (options.before if impl == BEFORE else CHECKOUT).resolve()
-            launcher = [sys.executable]
-            if options.launcher or options.num_ranks > 1:
-                words = options.launcher or f"{CHECKOUT / 'launch' / 'mpirun.sh'} -n {options.num_ranks}"
-                launcher = shlex.split(words)
-            script = [*launcher, str(CHECKOUT / "benchmarks" / "pipemoe_server.py"), *common]
-            script += ["--tree", str(tree), "--mode", options.mode, "--device", options.device]
-            path = [str(tree), str(tree / "kernels")]
-            inherited = [p for p in inherited if not Path(p).resolve().is_relative_to(CHECKOUT) or ".venv" in p]
-        return script, {**os.environ, "PYTHONPATH": os.pathsep.join([*path, *inherited])}
-
-    def _case(self, phase: int, impls: Sequence[str], tokens: int) -> None:
-        """Visit everybody twice, A B C C B A, then ask for what is measured outside the timing."""
-        options, found = self._options, {impl: Visited() for impl in impls}
-        for visit, order in enumerate((impls, impls[::-1])):
-            for impl in order:
-                request = {
-                    "tokens": tokens,
-                    "first": visit * options.rounds,
-                    "rounds": options.rounds,
-                    "warm_up": options.warm_up,
-                    "gap_s": options.gap_ms / 1e3,
-                }
-                self._ask(found, impl, request)
-        for impl in impls:
-            if impl != VLLM:
-                self._ask(found, impl, {"tokens": tokens, "first": 0, "figures": True})
-        done = [impl for impl in impls if impl in self._servers]
-        order = " ".join([*done, *reversed(done)])
-        for impl in done:
-            self.rows.append(self._row(impl, tokens, found, phase, order))
-        self._progress.say(
-            f"{tokens} tokens: " + ", ".join(f"{impl} {median(found[impl].ttft_ms):.2f} ms" for impl in done)
-        )
-
-    def _ask(self, found: Mapping[str, Visited], impl: str, request: Mapping[str, Any]) -> None:
-        if impl not in self._servers:
-            return
-        try:
-            answer = self._servers[impl].ask(request, CASE_SECONDS)
-        except ServerError as error:
-            self._drop(impl, error)
-            return
-        if "figures" in request:
-            found[impl].figures = answer
-        else:
-            found[impl].add(answer, Clocks.now() if self._options.device == "cuda" else Clocks())
-
-    def _row(self, impl: str, tokens: int, found: Mapping[str, Visited], phase: int, order: str) -> dict[str, Any]:
-        options, own, hello = self._options, found[impl], self._hello[impl]
-        drawn = f"pipemoe's, seed {options.seed}, router skew {options.router_skew:g}"
-        weights = hello.get("weights", drawn)
-        ours = found.get(PIPEMOE)
-        figures, routing_of = own.figures, impl
-        if impl == VLLM and ours is not None and weights == drawn:
-            figures, routing_of = {**ours.figures, "issue_us_per_layer": None}, PIPEMOE
-        same = None
-        if impl != PIPEMOE and ours is not None and weights == drawn:
-            pairs = list(zip(own.first_tokens, ours.first_tokens))
-            same = sum(a == b for a, b in pairs) / len(pairs)
-        expected = None
-        if figures.get("num_experts"):
-            counts = figures["num_experts"], figures["top_k"], tokens * options.num_ranks
-            expected = expected_active(*counts)
-        clocks = {
-            name: [value for c in own.clocks if (value := getattr(c, name)) is not None]
-            for name in ("sm_clock_mhz", "power_w", "temperature_c")
-        }
-        return {
-            "impl": impl,
-            "model": self._model.name,
-            "layers": self._model.num_layers,
-            "dtype": options.dtype,
-            "num_ranks": hello["num_ranks"],
-            "tokens": tokens,
-            "ttft_ms": median(own.ttft_ms),
-            "ttft_ms_least": min(own.ttft_ms),
-            "ttft_ms_most": max(own.ttft_ms),
-            "client_ttft_ms": median(own.client_ttft_ms) if own.client_ttft_ms else None,
-            "rounds": len(own.ttft_ms),
-            "issue_us_per_layer": figures.get("issue_us_per_layer"),
-            "active_experts": figures.get("active_experts"),
-            "active_experts_expected": expected,
-            "expert_load_max_over_mean": figures.get("expert_load_max_over_mean"),
-            "routing_of": routing_of,
-            "weights": weights,
-            "router_skew": options.router_skew,
-            "same_first_tokens": same,
-            "phase": phase,
-            "order": order,
-            "ttfts_ms": own.ttft_ms,
-            **{name: median(values) if values else None for name, values in clocks.items()},
-            "sm_clock_mhz_least": min(clocks["sm_clock_mhz"], default=None),
-            "mode": hello.get("mode"),
-            "version": hello.get("version"),
-            "before": options.before.resolve().name if impl == BEFORE else None,
-        }
-
-
-def forward_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per case and phase: each implementation's median, spread, and pipemoe's speed beside it."""
-
-    def text(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:.{digits}f}"
-
-    heading = ["impl", "phase", "tokens", "TTFT ms", "least", "most", "pipemoe / it", "issue us", "active", "expected"]
-    heading += ["load", "MHz"]
-    cells = [heading]
+    ours = {(row["phase"], row["tokens"]): row["ttft_ms"] for row in rows if row["impl"] == PIPEMOE}
+    filled = []
     for row in rows:
-        ours = next(
-            (r for r in rows if (r["impl"], r["phase"], r["tokens"]) == (PIPEMOE, row["phase"], row["tokens"])), None
-        )
-        ratio = None if ours is None or row is ours else ours["ttft_ms"] / row["ttft_ms"]
-        cells.append(
-            [
-                *(row["impl"], str(row["phase"]), str(row["tokens"])),
-                *(text(row[name], 2) for name in ("ttft_ms", "ttft_ms_least", "ttft_ms_most")),
-                text(ratio, 3),
-                text(row["issue_us_per_layer"], 0),
-                *(text(row[name], 1) for name in ("active_experts", "active_experts_expected")),
-                text(row["expert_load_max_over_mean"], 2),
-                text(row["sm_clock_mhz"], 0),
-            ]
-        )
-    return aligned(cells, 1)
+        beside = None if row["impl"] == PIPEMOE else ours.get((row["phase"], row["tokens"]))
+        filled.append({**row, "pipemoe_over_it": None if beside is None else beside / row["ttft_ms"]})
+    columns = {name: column for name, column in COLUMNS.items() if any(row.get(name) is not None for row in filled)}
+    lines = [[heading for heading, _ in columns.values()]]
+    for row in filled:
+        values = [(row.get(name), write) for name, (_, write) in columns.items()]
+        lines.append(["-" if value is None else write(value) for value, write in values])
+    return lines
+
+
+def forward_context(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What all rows share."""
+    row = rows[0]
+    orders = " | ".join(dict.fromkeys(r["order"] for r in rows))
+    return f"{row['model']}, layers {row['layers']}, {row['dtype']}, ranks {row['num_ranks']}; order {orders}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -376,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks/forward.py: {error}", file=sys.stderr)
         return 2
     if bench.rows:
-        print(forward_table(bench.rows))
+        print(forward_context(bench.rows), aligned(forward_cells(bench.rows), 1), sep="\n")
         document = results_schema.results_document("forward", bench.rows)
         results_schema.write_results(document, options.json)
         results_schema.print_results(document)

@@ -38,7 +38,7 @@ def module_from(file: Path, name: str) -> ModuleType:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prefill by pipemoe, asked over pipes.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Prefill by pipemoe, asked over pipes.")
     parser.add_argument("--tree", type=Path, default=CHECKOUT, help="the pipemoe to run (default: this one)")
     parser.add_argument("--model", type=Path, required=True, help="a config.json")
     parser.add_argument("--max-tokens", type=int, required=True, help="of a rank's longest prompt")

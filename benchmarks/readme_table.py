@@ -23,6 +23,7 @@ from typing import Any
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.forward import forward_cells, forward_context
 from benchmarks.kernels.table import kernels_cells, kernels_context
 from benchmarks.overlap import overlap_cells
 from benchmarks.results_schema import read_results
@@ -68,6 +69,7 @@ def _ttft_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 # How rows become cells; those of other benchmarks are written as they are.
 _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {
     "ttft": _ttft_cells,
+    "forward": forward_cells,
     "memory": _memory_cells,
     "overlap": overlap_cells,
     "kernels": kernels_cells,
@@ -75,6 +77,7 @@ _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] =
 # What the rows have in common, for the line below the table.
 _CONTEXT: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
     "ttft": ttft_context,
+    "forward": forward_context,
     "kernels": kernels_context,
 }
 

@@ -122,7 +122,7 @@ class RandomTensors:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prefill by vLLM, asked over pipes.")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Prefill by vLLM, asked over pipes.")
     parser.add_argument("--model", type=Path, required=True, help="a config.json")
     parser.add_argument("--max-tokens", type=int, required=True, help="of the longest prompt")
     parser.add_argument("--num-ranks", type=int, default=1)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import forward, results_schema
+from benchmarks import forward, readme_table, results_schema
+from benchmarks.visits import phases_of
 from benchmarks.vllm_peer import RandomTensors
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.models.random_weights import reference_model
@@ -53,6 +54,11 @@ def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys):
         assert row["active_experts"] == pytest.approx(row["active_experts_expected"], rel=0.15)
         assert row["expert_load_max_over_mean"] >= 1
         assert row["same_first_tokens"] == (None if row["impl"] == "pipemoe" else 1)
+    table = readme_table.markdown_table(document)
+    assert "| pipemoe_before | 40 |" in table and "order pipemoe pipemoe_before pipemoe_before pipemoe" in table
+    heading, line = table.splitlines()[0], table.splitlines()[3]
+    ratio = dict(zip(heading.split(" | "), line.split(" | ")))["pipemoe / it"]
+    assert float(ratio) == pytest.approx(rows[0]["ttft_ms"] / rows[1]["ttft_ms"], abs=1e-3)
 
 
 def test_an_implementation_that_cannot_start_is_named(model, tmp_path, capsys):
@@ -74,10 +80,10 @@ def test_bad_options_are_named(bad, capsys):
 
 def test_phases_hold_what_fits_and_compare_the_first_with_each():
     impls = ["pipemoe", "pipemoe_before", "vllm"]
-    assert forward.phases_of(impls, 5) == forward.phases_of(impls, 3) == [impls]
-    assert forward.phases_of(impls, 2) == [["pipemoe", "vllm"], ["pipemoe", "pipemoe_before"]]
-    assert forward.phases_of(impls, 1) == forward.phases_of(impls, 0) == [[impl] for impl in impls]
-    assert forward.phases_of(impls[:1], 0) == [["pipemoe"]]
+    assert phases_of(impls, 5) == phases_of(impls, 3) == [impls]
+    assert phases_of(impls, 2) == [["pipemoe", "vllm"], ["pipemoe", "pipemoe_before"]]
+    assert phases_of(impls, 1) == phases_of(impls, 0) == [[impl] for impl in impls]
+    assert phases_of(impls[:1], 0) == [["pipemoe"]]
 
 
 def test_vllms_parameters_get_the_reference_models_values():
