@@ -26,15 +26,19 @@ import torch
 
 from pipemoe_kernels.element import ELEMENTS
 from pipemoe_kernels.largest_keys import NOT_TAKEN, key_of, largest_keys, words_of_groups
-from pipemoe_kernels.launch.kernel import FLOAT32_POINTER, INT32, INT32_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import FLOAT32_POINTER, INT32, INT32_POINTER, WORD_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
+from pipemoe_kernels.placed_rows import PlacedRows
 
 if SIMULATOR:
+    from pipemoe_kernels import simulated_eights as eights
     from pipemoe_kernels import simulated_warp as warp_operations
 else:
+    from pipemoe_kernels.ptx import eights
     from pipemoe_kernels.ptx import warp as warp_operations
 
 sum_over_lanes, from_lane = warp_operations.sum_over_lanes, warp_operations.from_lane
+bits_of, store_word_at = warp_operations.bits_of, eights.store_word_at
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 16
@@ -54,9 +58,16 @@ class Scoring:
 
 @cache
 def routing_kernel(
-    dtype: torch.dtype, scoring: Scoring, has_bias: bool = False, warps: int = 4, max_experts: int = MAX_EXPERTS
+    dtype: torch.dtype,
+    scoring: Scoring,
+    has_bias: bool = False,
+    warps: int = 4,
+    max_experts: int = MAX_EXPERTS,
+    placed: bool = False,
 ) -> Kernel:
-    """For up to max_experts experts, a multiple of 32."""
+    """For up to max_experts experts, a multiple of 32. placed: `ids` is the place of PlacedRows; then ids_stride is
+    the bytes of a row, and weights_stride the weights' place in it.
+    """
     element = ELEMENTS[dtype]
     load = element.load
     sigmoid, renormalise, rounded, scale = (
@@ -136,17 +147,23 @@ def routing_kernel(
             if rounded:
                 weight = round_to(weight)
             if lane < top_k:
-                ids[token * ids_stride + lane] = expert
-                weights[token * weights_stride + lane] = weight
+                if placed:
+                    if token < types.int64(ids[1]):
+                        address = ids[0] + types.uint64(token * ids_stride + weights_stride + 4 * lane)
+                        store_word_at(address, bits_of(weight))
+                        store_word_at(address + types.uint64(4 * top_k), types.uint32(expert))
+                else:
+                    ids[token * ids_stride + lane] = expert
+                    weights[token * weights_stride + lane] = weight
 
     return Kernel(
         route_tokens,
         (
             *(element.pointer, INT32, FLOAT32_POINTER, INT32, INT32, INT32, INT32, INT32),
-            *(INT32_POINTER, INT32, FLOAT32_POINTER, INT32),
+            *(WORD_POINTER if placed else INT32_POINTER, INT32, FLOAT32_POINTER, INT32),
         ),
         32 * warps,
-        key=(dtype, scoring, has_bias, warps, max_experts),
+        key=(dtype, scoring, has_bias, warps, max_experts, placed),
     )
 
 
@@ -176,13 +193,37 @@ def route_tokens(
     bias [E] float32 (or None) and groups are for sigmoid scoring only; a group has E / num_groups >= 2 neighbouring
     experts. T may be 0.
     """
-    num_tokens, num_experts = logits.shape
-    top_k = ids.shape[1]
+    num_tokens, top_k = len(logits), ids.shape[1]
     assert ids.shape == weights.shape == (num_tokens, top_k), (ids.shape, weights.shape)
     assert ids.dtype == torch.int32 and weights.dtype == torch.float32, (ids.dtype, weights.dtype)
+    assert top_k == 1 or ids.stride(1) == weights.stride(1) == 1, (ids.stride(), weights.stride())
+    places = ids, ids.stride(0), weights, weights.stride(0)
+    _launch(stream, logits, bias, top_k, places, scoring, num_groups, top_groups, kernel)
+
+
+def route_placed_tokens(
+    stream: Stream,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    rows: PlacedRows,
+    weights_offset: int,
+    scoring: Scoring,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    kernel: Kernel | None = None,
+) -> None:
+    """route_tokens into wire rows: weights from byte `weights_offset` of a row on, ids right behind them."""
+    rows.check()
+    assert weights_offset % 4 == 0 and weights_offset + 8 * top_k <= rows.row_bytes, (weights_offset, rows.row_bytes)
+    places = rows.place, rows.row_bytes, logits, weights_offset
+    _launch(stream, logits, bias, top_k, places, scoring, num_groups, top_groups, kernel, placed=True)
+
+
+def _launch(stream, logits, bias, top_k, places, scoring, num_groups, top_groups, kernel, *, placed=False) -> None:
+    num_tokens, num_experts = logits.shape
     assert fits(num_experts, top_k), (num_experts, top_k)
     assert num_experts == 1 or logits.stride(1) == 1, logits.stride()
-    assert top_k == 1 or ids.stride(1) == weights.stride(1) == 1, (ids.stride(), weights.stride())
     assert scoring.sigmoid or (bias is None and num_groups == top_groups == 1)
     assert bias is None or (bias.dtype == torch.float32 and bias.is_contiguous() and bias.shape == (num_experts,))
     assert num_experts % num_groups == 0 and (num_groups == 1 or num_experts // num_groups >= 2), (
@@ -192,21 +233,20 @@ def route_tokens(
     assert 1 <= top_groups <= num_groups and 1 <= top_k <= top_groups * (num_experts // num_groups), (top_k, top_groups)
     if num_tokens == 0:
         return
-    kernel = kernel or routing_kernel(logits.dtype, scoring, bias is not None, max_experts=_least_size(num_experts))
+    kernel = kernel or routing_kernel(
+        logits.dtype, scoring, bias is not None, max_experts=_least_size(num_experts), placed=placed
+    )
     warps = kernel.threads // 32
     kernel.launch(
         stream,
         (-(-num_tokens // warps), 1),
         logits,
         logits.stride(0),
-        weights if bias is None else bias,
+        logits if bias is None else bias,
         num_tokens,
         num_experts,
         top_k,
         num_groups,
         top_groups,
-        ids,
-        ids.stride(0),
-        weights,
-        weights.stride(0),
+        *places,
     )

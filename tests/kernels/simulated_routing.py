@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipemoe_kernels.launch.kernel import Stream
-from pipemoe_kernels.routing import Scoring, route_tokens, routing_kernel
+from pipemoe_kernels.placed_rows import PlacedRows
+from pipemoe_kernels.routing import Scoring, route_placed_tokens, route_tokens, routing_kernel
 from tests.kernels.routing_cases import CASES, RoutingCase, check_routing, make_logits
 
 STREAM = Stream.current(torch.device("cpu"))
@@ -53,3 +54,24 @@ def test_nan(sigmoid):
 def test_no_tokens():
     ids, weights = run(torch.empty(0, 8), None, CASES["mixtral"])
     assert ids.shape == weights.shape == (0, 2)
+
+
+def test_into_wire_rows_whose_place_is_read_from_memory():
+    """The last token is padding: its row, and all else, stays as it was."""
+    case = CASES["qwen3"]
+    logits, _ = make_logits(case, 3, torch.bfloat16, ties=False)
+    row_bytes, offset = 16 + 8 * case.top_k + 16, 16
+    wire = torch.full((5, row_bytes), 0xAB, dtype=torch.uint8)
+    rows = PlacedRows(torch.tensor([wire.data_ptr() + row_bytes, 2]), row_bytes)
+    kernel = routing_kernel(logits.dtype, case.scoring, warps=1, max_experts=128, placed=True)
+    route_placed_tokens(STREAM, logits, None, case.top_k, rows, offset, case.scoring, kernel=kernel)
+    written = wire[1:3, offset : offset + 8 * case.top_k].clone().view(torch.int32)
+    check_routing(
+        written[:, case.top_k :].clone(),
+        written[:, : case.top_k].clone().view(torch.float32),
+        logits[:2],
+        None,
+        case,
+    )
+    wire[1:3, offset : offset + 8 * case.top_k] = 0xAB
+    assert bool((wire == 0xAB).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from pipemoe.models.attention_form import AttentionForm
 from pipemoe.models.routing import RoutingSpec
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class Family:
 
     def routing(self, config: PreTrainedConfig) -> RoutingSpec:
         raise NotImplementedError
+
+    def attention(self, config: PreTrainedConfig) -> AttentionForm | None:
+        """What the fused path must know; None leaves attention to transformers' modules."""
+        return None
 
     def expert_names(self, layer: int, expert: int) -> tuple[str, str, str]:
         """Checkpoint names of one expert's gate [I, H], up [I, H] and down [H, I] weights."""

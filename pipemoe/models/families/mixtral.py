@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from pipemoe.models.attention_form import AttentionForm
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SOFTMAX, RoutingSpec
 
@@ -19,6 +20,16 @@ class Mixtral(Family):
 
     def intermediate(self, config) -> int:
         return config.intermediate_size
+
+    def attention(self, config) -> AttentionForm:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return AttentionForm(
+            num_query=config.num_attention_heads,
+            num_key=config.num_key_value_heads,
+            head_dim=head_dim,
+            rotary=head_dim,
+            window=config.sliding_window,
+        )
 
     def routing(self, config) -> RoutingSpec:
         return RoutingSpec(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipemoe.model_facts.facts import read_facts
+from pipemoe.models.attention_form import AttentionForm
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SOFTMAX, RoutingSpec
 
@@ -13,6 +14,18 @@ class Qwen3Moe(Family):
 
     def moe_layers(self, config) -> list[int]:
         return list(read_facts(config.to_dict()).moe_layers)
+
+    def attention(self, config) -> AttentionForm:
+        return AttentionForm(
+            num_query=config.num_attention_heads,
+            num_key=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rotary=config.head_dim,
+            head_norms=True,
+            biased=config.attention_bias,
+            output_biased=config.attention_bias,
+            window=config.sliding_window,
+        )
 
     def routing(self, config) -> RoutingSpec:
         return RoutingSpec(
