@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "bfloat16", "float16")
 DISPATCH_DTYPES = ("float8_e4m3fn",)
+ATTENTIONS = ("auto", "fused", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,10 @@ class Config(PlanConfig):
 
     experts: "auto", or the name of an implementation.
 
+    attention: "fused" runs a model's attention by kernels of pipemoe and of libraries, one for each step of a layer;
+    "transformers" by the modules of the model in transformers. "auto" is fused where that serves: on a GPU, in a 16-bit
+    dtype, and for families that state what their attention is made of. Layers of callers (PipelinedMoE) have none.
+
     graph_tokens: on a GPU, attention on up to about this many tokens of a cohort is launched as CUDA graphs, which are
     captured when the model is made. The number is rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, or down to
     the largest. 0: no graphs.
@@ -51,6 +56,7 @@ class Config(PlanConfig):
     combine_dtype: str | None = None
     deterministic: bool = False
     experts: str = "auto"
+    attention: str = "auto"
     graph_tokens: int = 4096
     debug: bool = False
     # left out of the comparison between ranks: the file's content counts, not its path
@@ -79,6 +85,8 @@ class Config(PlanConfig):
             raise ConfigError(
                 f"experts is a {type(self.experts).__name__}; it must be 'auto', or the implementation by name"
             )
+        if not isinstance(self.attention, str) or self.attention not in ATTENTIONS:
+            raise ConfigError(f"attention is {shown(self.attention)}; it must be one of {', '.join(ATTENTIONS)}")
         if self.cost is not None and not isinstance(self.cost, (str, os.PathLike)):
             raise ConfigError(f"cost is {shown(self.cost)}; it must be the path of a file, or None")
         if self.dispatch_dtype is not None and self.dispatch_dtype not in DISPATCH_DTYPES:

@@ -100,7 +100,9 @@ class Operations:
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
         state = self._decoder.start(
-            self._decoder.new_step(), torch.zeros(self._num_tokens, dtype=torch.long, device="cpu"), pieces
+            self._decoder.lone_step(self._num_tokens),
+            torch.zeros(self._num_tokens, dtype=torch.long, device="cpu"),
+            pieces,
         )
         hidden = state.hidden
         self._read_by_graphs.append((state, hidden))

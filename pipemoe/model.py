@@ -25,6 +25,7 @@ from pipemoe.world.world import world_of
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.models.attention_choice import AttentionChoice
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.graph_store import GraphStore
     from pipemoe.world.world import World
@@ -97,19 +98,23 @@ class Model:
     """A decoder and this rank's experts under one configuration."""
 
     def __init__(
-        self, world: World, decoder: Decoder, weights: list, config: Config, graphs: GraphStore | None = None
+        self, world: World, decoder: Decoder, weights: list, config: Config, attention: AttentionChoice | None = None
     ) -> None:
-        """graphs: another Model's, with the same decoder, to share and extend."""
-        from pipemoe.models.graph_store import GraphStore
+        """decoder: by transformers' modules. attention: another Model's, of the same decoder, to share and extend."""
+        from pipemoe.models.attention_choice import AttentionChoice
 
-        self.world, self.decoder, self.config = world, decoder, config
-        self._weights = weights
-        self._graphs = graphs or GraphStore(decoder)
+        self.world, self.config = world, config
+        self._plain, self._weights = decoder, weights
+        self._attention = attention or AttentionChoice(decoder)
+        self.decoder: Decoder
+        self._graphs: GraphStore
 
         def look_at_config() -> tuple[Any, SourceTraits]:
             check_config(config, f"rank {world.rank}: ")
-            in_places = self._graphs.serves_cuts(config)  # keys and values have places of their own
-            kept = config.cuts_sequences and not in_places
+            self.decoder, self._graphs = self._attention.of(config, f"rank {world.rank}: ")
+            self._graphs.prepare(config)
+            decoder, has_places = self.decoder, self._graphs.has_places(config)
+            kept = config.cuts_sequences and not has_places
             traits = SourceTraits(
                 must_agree={"model": decoder.fingerprint},
                 dimensions=dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
@@ -117,7 +122,7 @@ class Model:
                 kept_bytes=config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
                 prepare=self._capture,
                 graph_rows=self._graphs.most_rows(config),
-                graph_cuts=in_places,
+                graph_cuts=self._graphs.serves_cuts(config),
             )
             experts = make_experts(
                 weights,
@@ -145,7 +150,7 @@ class Model:
 
         count, decoder = self.config.max_tokens_per_rank, self.decoder
         state = decoder.start(
-            decoder.new_step(), torch.zeros(count, dtype=torch.long, device="cpu"), [Piece(0, 0, count, count)]
+            decoder.lone_step(count), torch.zeros(count, dtype=torch.long, device="cpu"), [Piece(0, 0, count, count)]
         )
         y = None
         for layer in range(min(2, decoder.shape.num_layers)):
@@ -158,7 +163,7 @@ class Model:
 
     def with_config(self, config: Config) -> Model:
         """A model of the same weights under another configuration, with its own workspace. Every rank calls."""
-        return Model(self.world, self.decoder, self._weights, config, self._graphs)
+        return Model(self.world, self._plain, self._weights, config, self._attention)
 
     def prefill(
         self,
@@ -198,7 +203,8 @@ class Model:
         dtype = self.runtime.results_dtype
         graphs = [self._graphs.graphs(self.config, slot, dtype) for slot in range(self.world.num_slots)]
         new_step = partial(self._graphs.new_step, self.config)
-        source = ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits)
+        writes_rows = self.decoder.writes_rows and self.runtime.wire.dtype == self.decoder.dtype
+        source = ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits, writes_rows)
         step = self.runtime.submit_step(
             [len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done
         )

@@ -58,6 +58,8 @@ class Decoder:
     the pieces.
     """
 
+    writes_rows = False  # whether `attend` takes `rows`, see FusedDecoder
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -76,6 +78,7 @@ class Decoder:
         self.facts, self.fingerprint = facts, fingerprint_of(facts)
         self.vocab_size: int = config.vocab_size
         self.routing = family.routing(config)
+        self.attention_form, self.plain_rms_norm = family.attention(config), family.plain_rms_norm
         self._moe_layers = family.moe_layers(config)  # decoder layer of each MoE layer
         self.shape = ModelShape(
             hidden=config.hidden_size,
@@ -113,6 +116,15 @@ class Decoder:
         head_dim = getattr(attention, "qk_head_dim", None) or attention.head_dim
         return packed_attention.serves(self.device, self.dtype, head_dim)
 
+    def gate_bias(self, layer: int) -> torch.Tensor | None:
+        """Of the router of a MoE layer: [E] float32, if it has one."""
+        return self._gate_biases[layer]
+
+    @property
+    def keys_in_places(self) -> bool:
+        """Does `start` take only steps of StepKeys?"""
+        return False
+
     @property
     def caches_keys(self) -> bool:
         """Do attention modules cache keys and values themselves? (MLA caches latents, to compute them from.)"""
@@ -129,6 +141,10 @@ class Decoder:
         self.attend(self.start(step, torch.zeros(1, dtype=torch.long, device="cpu"), [Piece(0, 0, 1, 2)]), 0, None)
         ((key, value),) = step.earlier(self._moe_layers[0], 0, 1)
         return [(kept.shape[1], kept.shape[3]) for kept in (key, value)]
+
+    def lone_step(self, num_tokens: int) -> StepCache | StepOfKeys:
+        """A step of one sequence of num_tokens tokens through the first two MoE layers, for measurements."""
+        return self.new_step()
 
     def new_step(self) -> StepCache:
         """An empty cache for the sequences that the next step cuts over several microbatches."""
@@ -189,17 +205,20 @@ class Decoder:
         ends = self._model.norm(state.hidden[0].index_select(0, state.packing.end_rows))
         return self._lm_head(ends).float()
 
-    def _add_experts(self, state: MicrobatchState, layer: int, y: torch.Tensor | None) -> None:
+    def _check_order(self, state: MicrobatchState, layer: int, y: torch.Tensor | None) -> None:
         if state.layer != layer - 1 or (y is None) != (layer == 0):
             given = "no y" if y is None else "a y"
             raise InputError(
                 f"MoE layer {layer} of {len(self._blocks)} was asked for with {given} after layer {state.layer}; "
                 "layers run in order, each but the first with the result of the one before"
             )
+        if y is not None and tuple(y.shape) != tuple(state.hidden.shape[1:]):
+            raise InputError(f"y has shape {tuple(y.shape)}; {tuple(state.hidden.shape[1:])} is wanted")
+
+    def _add_experts(self, state: MicrobatchState, layer: int, y: torch.Tensor | None) -> None:
+        self._check_order(state, layer, y)
         if y is None:
             return
-        if tuple(y.shape) != tuple(state.hidden.shape[1:]):
-            raise InputError(f"y has shape {tuple(y.shape)}; {tuple(state.hidden.shape[1:])} is wanted")
         self.run_shared(state)
         # In place: one kernel that adds in the wider dtype. The residual belongs to this microbatch alone.
         state.hidden.add_(y)

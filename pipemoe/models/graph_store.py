@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from pipemoe.models.microbatch import AttendGraphs
 from pipemoe.models.step_keys import StepKeys
 from pipemoe.plan.cost.model import GRAPH_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from pipemoe.config import Config
     from pipemoe.models.cache import StepCache
@@ -46,19 +46,33 @@ class GraphStore:
         key = self._key(config, slot, results_dtype)
         if key in self._graphs or not self.most_rows(config):
             return
-        if self.serves_cuts(config) and config.max_tokens_per_rank not in self._keys:
-            self._keys[config.max_tokens_per_rank] = StepKeys(self._decoder, config.max_tokens_per_rank)
-        self._graphs[key] = AttendGraphs(
-            self._decoder, results_dtype, self.most_rows(config), self._keys.get(config.max_tokens_per_rank)
-        )
+        self._graphs[key] = AttendGraphs(self._decoder, results_dtype, self.most_rows(config), self._keys_for(config))
+
+    def has_places(self, config: Config) -> bool:
+        """Do keys and values of a step have places of their own?"""
+        return self._decoder.keys_in_places or self.serves_cuts(config)
+
+    def prepare(self, config: Config) -> None:
+        """Reserve memory for keys and values, unless that is done; to be called before steps and captures."""
+        if self._keys_for(config) is not None:
+            torch.cuda.synchronize(self._decoder.device)  # other streams use it
+
+    def _keys_for(self, config: Config) -> StepKeys | None:
+        """On the current stream, the first time."""
+        if not self.has_places(config):
+            return None
+        most = config.max_tokens_per_rank
+        if most not in self._keys:
+            self._keys[most] = StepKeys(self._decoder, most)
+        return self._keys[most]
 
     def graphs(self, config: Config, slot: int, results_dtype: torch.dtype) -> AttendGraphs | None:
         """What was captured for a slot, if anything."""
         return self._graphs.get(self._key(config, slot, results_dtype))
 
     def new_step(self, config: Config, begins: Sequence[int]) -> StepCache | StepOfKeys:
-        """Where a step keeps keys and values: at fixed addresses if graphs read them. begins: for each sequence, the
-        number of its first token among the rank's.
+        """Where a step keeps keys and values: at fixed addresses if graphs or the fused path read them. begins: for
+        each sequence, the number of its first token among the rank's.
         """
-        keys = self._keys.get(config.max_tokens_per_rank) if self.serves_cuts(config) else None
+        keys = self._keys_for(config)
         return self._decoder.new_step() if keys is None else keys.step(begins)

@@ -19,14 +19,34 @@ import torch
 
 from pipemoe.models.cache import StepCache
 from pipemoe.models.decoder import Decoder, MicrobatchState
+from pipemoe.models.fused_decoder import FusedDecoder
 from pipemoe.models.graph_capture import collection_held
 from pipemoe.models.packing import Packing, Piece
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.plan.cost.model import GRAPH_ROWS
+from pipemoe.wire import WireRows
 
 MAX_PIECES = 16  # sequences in one graph
+NUM_PLACES = 2  # of rows; layers take turns, as their receive buffers do
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x [n, H], ids [n, K], weights [n, K]
+
+
+class _Place:
+    """Where graphs write wire rows: an address and a number of rows in device memory."""
+
+    def __init__(self, decoder: FusedDecoder) -> None:
+        from pipemoe_kernels.placed_rows import PlacedRows
+
+        self._known = [0, 0]
+        self.rows = PlacedRows(torch.zeros(2, dtype=torch.int64, device=decoder.device), decoder.wire.row_bytes)
+
+    def point_to(self, rows: WireRows) -> None:
+        """On the current stream; most layers find the place of two layers before."""
+        for i, value in enumerate((rows.buffer.data_ptr(), len(rows))):
+            if self._known[i] != value:
+                self.rows.place[i].fill_(value)
+                self._known[i] = value
 
 
 class EagerMicrobatch:
@@ -38,9 +58,13 @@ class EagerMicrobatch:
             (state.packing.num_tokens, decoder.shape.hidden), dtype=results_dtype, device=decoder.device
         )
 
-    def attend(self, layer: int) -> Routed:
-        """From the sums of layer - 1 to the router of `layer`; see Decoder.attend."""
-        return self._decoder.attend(self._state, layer, self.sums if layer else None)
+    def attend(self, layer: int, rows: WireRows | None = None) -> Routed:
+        """From the sums of layer - 1 to the router of `layer`; see Decoder.attend. rows: see FusedDecoder.attend."""
+        sums = self.sums if layer else None
+        if rows is None:
+            return self._decoder.attend(self._state, layer, sums)
+        assert isinstance(self._decoder, FusedDecoder)
+        return self._decoder.attend(self._state, layer, sums, rows)
 
     def run_shared(self) -> None:
         """The shared experts of the layer attended last, if it has any; see Decoder.run_shared."""
@@ -88,19 +112,36 @@ class AttendGraphs:
             )
             self._key_rows = torch.full((num_rows,), keys.padding_row, dtype=torch.long, device=decoder.device)
         top_k = num_rows, shape.top_k
-        self._routed = (
-            zeros(num_rows, shape.hidden),
-            zeros(*top_k, dtype=torch.int32),
-            zeros(*top_k, dtype=torch.float32),
-        )
-        self._shared = zeros(1, num_rows, shape.hidden) if decoder.has_shared_experts else None
+        self._routed: Routed
+        self._places: list[_Place] = []
+        if isinstance(decoder, FusedDecoder):
+            self._own_rows = decoder.wire.rows(zeros(num_rows, decoder.wire.row_bytes, dtype=torch.uint8))
+            self._places = [_Place(decoder) for _ in range(NUM_PLACES)]
+            self._routed = self._own_rows.hidden, self._own_rows.ids, self._own_rows.weights
+        else:
+            self._routed = (
+                zeros(num_rows, shape.hidden),
+                zeros(*top_k, dtype=torch.int32),
+                zeros(*top_k, dtype=torch.float32),
+            )
+        adds_shared = decoder.has_shared_experts and not decoder.writes_rows
+        self._shared = zeros(1, num_rows, shape.hidden) if adds_shared else None
         with collection_held():
             self._buckets = [self._capture(bucket) for bucket in GRAPH_ROWS if bucket <= num_rows]
         torch.cuda.current_stream().synchronize()
 
     def _padding(self, num_rows: int) -> MicrobatchState:
         tokens = torch.zeros(num_rows, dtype=torch.long, device="cpu")
-        return self._decoder.start(self._decoder.new_step(), tokens, [Piece(0, 0, num_rows, num_rows)])
+        step = self._decoder.new_step() if self._keys is None else self._keys.step([0])
+        return self._decoder.start(step, tokens, [Piece(0, 0, num_rows, num_rows)])
+
+    def _attend(self, state: MicrobatchState, layer: int, sums: torch.Tensor) -> None:
+        y, num_rows = sums if layer else None, len(sums)
+        if isinstance(self._decoder, FusedDecoder):
+            self._decoder.attend(state, layer, y, self._places[layer % NUM_PLACES].rows)
+            return
+        for mine, theirs in zip(self._routed, self._decoder.attend(state, layer, y)):
+            mine[:num_rows].copy_(theirs)  # so that the graphs' own memory is used again
 
     def _place_keys(self, state: MicrobatchState, num_rows: int) -> None:
         """Let a state's attention find keys by this object's tensors."""
@@ -121,20 +162,20 @@ class AttendGraphs:
         state.hidden, state.rope = self._hidden[:, :num_rows], tuple(r[:, :num_rows] for r in self._rope)
         self._place_keys(state, num_rows)
         for layer in range(min(2, decoder.shape.num_layers)):  # libraries set themselves up outside a capture
-            decoder.attend(state, layer, sums if layer else None)
+            self._attend(state, layer, sums)
         state.layer, state.moe_input = -1, None  # as Decoder.start leaves them
         for layer in range(decoder.shape.num_layers):
             with self._capturing(bucket.attend):
-                routed = decoder.attend(state, layer, sums if layer else None)
-                for mine, theirs in zip(self._routed, routed):  # copies, so that the graphs' own memory is used again
-                    mine[:num_rows].copy_(theirs)
+                self._attend(state, layer, sums)
             if state.moe_input is None:
                 bucket.shared.append(None)
                 continue
             with self._capturing(bucket.shared):
                 decoder.run_shared(state)
-                self._shared[:, :num_rows].copy_(state.shared)
-            state.shared = self._shared[:, :num_rows]
+                if self._shared is not None:
+                    self._shared[:, :num_rows].copy_(state.shared)
+            if self._shared is not None:
+                state.shared = self._shared[:, :num_rows]
         return bucket
 
     @contextmanager
@@ -154,17 +195,21 @@ class AttendGraphs:
         packing, num_tokens = state.packing, state.packing.num_tokens
         whole = all(piece.start == 0 and piece.stop == piece.length for piece in packing.pieces)
         bucket = next((b for b in self._buckets if num_tokens <= b.num_rows), None)
-        if bucket is None or not (whole or self._keys) or len(packing.pieces) > MAX_PIECES:
+        cuts = self._keys is not None and self._decoder.caches_keys
+        if bucket is None or not (whole or cuts) or len(packing.pieces) > MAX_PIECES:
             return None
         self._hidden[:, :num_tokens].copy_(state.hidden)
         for mine, theirs in zip(self._rope, state.rope):
             mine[:, :num_tokens].copy_(theirs)
         self._take_pieces(packing)
         state.hidden = self._hidden[:, :num_tokens]
-        shared = self._shared if bucket.shared[-1] is not None else None
+        shared = self._shared if bucket.shared[-1] is not None else None  # already in the sum if it is fused
         state.shared = None if shared is None else shared[:, :num_tokens]  # what `finish` adds
         hidden, ids, weights = (t[:num_tokens] for t in self._routed)
-        return GraphedMicrobatch(self._decoder, state, bucket, (hidden, ids, weights), self._sums[:num_tokens])
+        rows = self._own_rows[:num_tokens] if self._places else None
+        return GraphedMicrobatch(
+            self._decoder, state, bucket, (hidden, ids, weights), self._sums[:num_tokens], self._places, rows
+        )
 
     def _take_pieces(self, packing: Packing) -> None:
         """Copy where pieces and keys lie. Behind the last piece stand pieces without tokens."""
@@ -185,12 +230,25 @@ class GraphedMicrobatch:
     """EagerMicrobatch with one graph launch per layer."""
 
     def __init__(
-        self, decoder: Decoder, state: MicrobatchState, bucket: _Bucket, routed: Routed, sums: torch.Tensor
+        self,
+        decoder: Decoder,
+        state: MicrobatchState,
+        bucket: _Bucket,
+        routed: Routed,
+        sums: torch.Tensor,
+        places: Sequence[_Place] = (),
+        own_rows: WireRows | None = None,
     ) -> None:
+        """places, own_rows: of graphs that write wire rows, where they read the rows' place, and where rows go that the
+        caller has none for.
+        """
         self._decoder, self._state, self._bucket, self._routed, self.sums = decoder, state, bucket, routed, sums
+        self._places, self._own_rows = places, own_rows
         self._layer = -1  # attended last
 
-    def attend(self, layer: int) -> Routed:
+    def attend(self, layer: int, rows: WireRows | None = None) -> Routed:
+        if self._own_rows is not None:
+            self._places[layer % NUM_PLACES].point_to(self._own_rows if rows is None else rows)
         self._bucket.attend[layer].replay()
         self._layer = layer
         return self._routed

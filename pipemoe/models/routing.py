@@ -17,12 +17,17 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pipemoe.compiled import Compiled
 from pipemoe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipemoe_kernels.placed_rows import PlacedRows
+    from pipemoe_kernels.routing import Scoring
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 
@@ -68,7 +73,7 @@ def route(
     logits [T, E] float32, bfloat16 or float16; bias [E] float32 (sigmoid scoring only), on the same device.
     Returns ids [T, K] int32 in [0, E) and weights [T, K] float32. NaN logits give valid ids and NaN weights.
     """
-    if logits.device.type == "cuda" and _kernel_takes(logits, spec):
+    if logits.device.type == "cuda" and kernel_takes(logits.device, spec):
         return _route_cuda(logits, spec, bias)
     if logits.device.type == "cpu":
         ids, weights = _route_host(logits, spec, bias)
@@ -81,24 +86,48 @@ def route(
     return ids, weights
 
 
-def _kernel_takes(logits: torch.Tensor, spec: RoutingSpec) -> bool:
+def kernel_takes(device: torch.device, spec: RoutingSpec) -> bool:
+    """Does one kernel route, on this GPU?"""
     from pipemoe_kernels.routing import CAPABILITY, fits
 
-    return fits(spec.num_experts, spec.top_k) and torch.cuda.get_device_capability(logits.device) >= CAPABILITY
+    return fits(spec.num_experts, spec.top_k) and torch.cuda.get_device_capability(device) >= CAPABILITY
 
 
 def _route_cuda(
     logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from pipemoe_kernels.launch.kernel import Stream
-    from pipemoe_kernels.routing import Scoring, route_tokens
-
     ids = torch.empty((len(logits), spec.top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((len(logits), spec.top_k), dtype=torch.float32, device=logits.device)
-    scoring = Scoring(spec.scoring == SIGMOID, spec.renormalise, spec.round_weights, spec.scale)
-    groups = (spec.num_groups, spec.top_groups) if spec.scoring == SIGMOID else (1, 1)
-    route_tokens(Stream.current(logits.device), logits, bias, ids, weights, scoring, *groups)
+    route_into(logits, spec, bias, ids, weights)
     return ids, weights
+
+
+def route_into(
+    logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None, ids: torch.Tensor, weights: torch.Tensor
+) -> None:
+    """`route` on a GPU, where kernel_takes, into tensors of which rows may be strided."""
+    from pipemoe_kernels.launch.kernel import Stream
+    from pipemoe_kernels.routing import route_tokens
+
+    route_tokens(Stream.current(logits.device), logits, bias, ids, weights, *_kernel_settings(spec))
+
+
+def route_into_placed(
+    logits: torch.Tensor, spec: RoutingSpec, bias: torch.Tensor | None, rows: PlacedRows, weights_offset: int
+) -> None:
+    """`route` on a GPU, where kernel_takes, into wire rows whose place is read when the kernel runs."""
+    from pipemoe_kernels.launch.kernel import Stream
+    from pipemoe_kernels.routing import route_placed_tokens
+
+    stream = Stream.current(logits.device)
+    route_placed_tokens(stream, logits, bias, spec.top_k, rows, weights_offset, *_kernel_settings(spec))
+
+
+def _kernel_settings(spec: RoutingSpec) -> tuple[Scoring, int, int]:
+    from pipemoe_kernels.routing import Scoring
+
+    scoring = Scoring(spec.scoring == SIGMOID, spec.renormalise, spec.round_weights, spec.scale)
+    return scoring, *((spec.num_groups, spec.top_groups) if spec.scoring == SIGMOID else (1, 1))
 
 
 def _softmax_torch(logits: torch.Tensor, spec: RoutingSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
     from pipemoe.models.step_keys import StepOfKeys
     from pipemoe.plan.schedule import Plan
+    from pipemoe.wire import WireRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,15 @@ class ModelSource:
         tokens: list[torch.Tensor],
         results_dtype: torch.dtype,
         keep_logits: bool,
+        writes_rows: bool = False,
     ) -> None:
-        """graphs: per slot. new_step: see GraphStore.new_step."""
+        """graphs: per slot. new_step: see GraphStore.new_step. writes_rows: the decoder writes rows in wire format, as
+        they travel.
+        """
         self._decoder, self._graphs, self._tokens, self._results_dtype = decoder, graphs, tokens, results_dtype
         self._new_step, self._keep_logits = new_step, keep_logits
         self.has_side_work = decoder.has_shared_experts
+        self.writes_rows = writes_rows
         self._microbatches: dict[int, EagerMicrobatch | GraphedMicrobatch] = {}  # per cohort
         self._rows: dict[int, tuple] = {}
         self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
@@ -63,10 +68,10 @@ class ModelSource:
     def ready(self, cohort: int, layer: int) -> bool:
         return True
 
-    def attend(self, cohort: int, layer: int) -> None:
+    def attend(self, cohort: int, layer: int, rows: WireRows | None = None) -> None:
         if layer == 0:
             self._start(cohort)
-        self._rows[cohort] = self._microbatches[cohort].attend(layer)
+        self._rows[cohort] = self._microbatches[cohort].attend(layer, rows)
 
     def _start(self, cohort: int) -> None:
         import torch

@@ -24,16 +24,18 @@ if TYPE_CHECKING:
 class StepKeys:
     """Room for `max_tokens` tokens in every decoder layer, and one more row that padding writes to."""
 
-    def __init__(self, decoder: Decoder, max_tokens: int) -> None:
-        """Allocates on the current stream, zeroed: 2 x (max_tokens + 1) x heads x D values per layer."""
+    def __init__(self, decoder: Decoder, max_tokens: int, num_layers: int | None = None) -> None:
+        """Allocates on the current stream, zeroed: 2 x (max_tokens + 1) x heads x D values per layer. num_layers: of
+        the first decoder layers; None: of all.
+        """
         self.padding_row = max_tokens
         sizes = decoder.key_sizes()
-        self._rows = [
-            tuple(
+        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = [
+            tuple(  # type: ignore[misc]  # two, as sizes
                 torch.zeros((max_tokens + 1, heads, dim), dtype=decoder.dtype, device=decoder.device)
                 for heads, dim in sizes
             )
-            for _ in range(decoder.config.num_hidden_layers)
+            for _ in range(num_layers or decoder.config.num_hidden_layers)
         ]
 
     def __len__(self) -> int:
@@ -42,6 +44,10 @@ class StepKeys:
     def step(self, begins: Sequence[int]) -> StepOfKeys:
         """For a step whose sequence i begins at this rank's token begins[i]."""
         return StepOfKeys(self, begins)
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All rows of a decoder layer: [len(self), heads, D] of keys, and of values."""
+        return self._rows[layer]
 
     def write(
         self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -72,6 +78,15 @@ class KeysOfMicrobatch:
 
     def __init__(self, keys: StepKeys, rows: torch.Tensor) -> None:
         self._keys, self._rows = keys, rows
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """[T] int64: where the microbatch's tokens go."""
+        return self._rows
+
+    def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """See StepKeys."""
+        return self._keys.of_layer(layer)
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *_: object, **__: object

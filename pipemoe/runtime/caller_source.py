@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.lanes import Event
+    from pipemoe.wire import WireRows
 
 
 class _Given(NamedTuple):
@@ -27,6 +28,7 @@ class CallerSource:
     """Rows from the caller's layer calls; results into tensors that the calls return."""
 
     has_side_work = False
+    writes_rows = False
 
     def __init__(self, num_layers: int, wake: Callable[[], None]) -> None:
         """wake: wakes the engine, which then asks again."""
@@ -71,7 +73,7 @@ class CallerSource:
     def ready(self, cohort: int, layer: int) -> bool:
         return self._inputs[layer] is not None or self._error is not None
 
-    def attend(self, cohort: int, layer: int) -> None:
+    def attend(self, cohort: int, layer: int, rows: WireRows | None = None) -> None:
         import torch
 
         given = self._inputs[layer]

@@ -64,6 +64,8 @@ class _CohortState:
         self.has_tokens = has_tokens
         self.groups = 0  # of dispatches, under way
         self.results: list[Event] = []  # combines of this rank's rows in the layer
+        self.attended: Event | None = None  # the last attend
+        self.in_place: bool | None = None  # see Run._writes_in_place
         self.failure: BaseException | None = None
 
 
@@ -260,22 +262,47 @@ class Run:
         return before + [(e, op.layer - 1) for e in self._plan.pacemakers[op.cohort] if op.layer]
 
     def _attend(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
-        waits = state.results + [self._attended[attend] for attend in self._attends_before(op)]
+        waits: list[Event | None] = [*state.results, *(self._attended[a] for a in self._attends_before(op))]
         state.results = []
-        event = lanes.compute.submit(self._model_work(state, lambda: self._source.attend(op.cohort, op.layer)), waits)
+        attend = partial(self._source.attend, op.cohort, op.layer)
+        if self._writes_in_place(op.cohort, state):
+            views, used = self._place(Op(OpKind.DISPATCH, op.cohort, op.layer, 0))
+            waits += self._before_writing(used)
+            attend = partial(attend, views.own[0][1])
+        state.attended = event = lanes.compute.submit(self._model_work(state, attend), waits)
         if op.cohort in self._awaited:
             self._attended[op.cohort, op.layer] = event
         return event
 
+    def _writes_in_place(self, cohort: int, state: _CohortState) -> bool:
+        """Does the source write its rows of the cohort where the broadcast sends them from?"""
+        if state.in_place is None:
+            waves = self._plan.cohorts[cohort].waves
+            state.in_place = (
+                self._source.writes_rows
+                and len(waves) == 1
+                and sum(segment.rank == self._rank for segment in waves[0].segments) == 1
+                and self._plan.exchange(waves[0]) != "padded"
+            )
+        return state.in_place
+
+    def _before_writing(self, used: _BufferState) -> list[Event | None]:
+        """What must be over before a receive buffer is filled again. Experts that had all rows themselves may have
+        finished before the dispatch has sent them.
+        """
+        return [used.read] if self._arriving is None else [used.read, used.dispatched]
+
     def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
-        free = [used.read]
+        free = self._before_writing(used)
         if self._arriving is not None:
-            # Experts that had all rows themselves may have finished before the dispatch has sent them.
-            free.append(used.dispatched)
             self._arriving.expect(views.arrivals, op.layer, views.rows, [part.num_rows for part in views.parts])
         if self._only.computation and views.is_sent_from_here:
-            free = [lanes.compute.submit(lambda: self._pack(op, state, views), free)]
+            written = self._writes_in_place(op.cohort, state) and state.failure is None
+            if written and self._arriving is None:
+                free = [state.attended]
+            else:
+                free = [lanes.compute.submit(lambda: self._pack(op, state, views, written), free)]
         state.groups += self._num_groups[op.cohort]
         send = self._send_and_announce if self._plan.arrivals else self._send
         used.dispatched = lanes.dispatch.submit(lambda: send(views, *views.groups), free)
@@ -312,11 +339,13 @@ class Run:
                 if part.group == group:
                     self._arriving.arrived(views.arrivals, number)
 
-    def _pack(self, op: Op, state: _CohortState, views: WaveBuffers) -> None:
-        """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from."""
+    def _pack(self, op: Op, state: _CohortState, views: WaveBuffers, written: bool) -> None:
+        """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from, unless the
+        source has written them there.
+        """
         if views.exchange == "padded":
             views.own_block_ids.fill_(-1)
-        for segment, part in views.own:
+        for segment, part in [] if written else views.own:
             self._of_source(state, partial(self._write, op.cohort, segment, part))
             if state.failure is not None:  # the others still expect rows: send rows that no expert takes
                 part.ids.fill_(-1)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipemoe.plan.cost.dimensions import Dimensions
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.lanes import Event
+    from pipemoe.wire import WireRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class SourceTraits:
 
 class Source(Protocol):
     has_side_work: bool  # whether `side_work` does anything
+    # Whether `attend` takes `rows`; only in lanes that run work as it is submitted (CUDA streams).
+    writes_rows: bool
 
     def begin(self, plan: Plan, rank: int) -> None:
         """Called once, before the first operation."""
@@ -50,8 +53,12 @@ class Source(Protocol):
     def ready(self, cohort: int, layer: int) -> bool:
         """May `attend(cohort, layer)` be issued now? After False the engine asks again later."""
 
-    def attend(self, cohort: int, layer: int) -> None:
-        """Take in the results of layer - 1 and produce this layer's rows."""
+    def attend(self, cohort: int, layer: int, rows: WireRows | None = None) -> None:
+        """Take in the results of layer - 1 and produce this layer's rows.
+
+        rows: where all of them go, in their order, in wire format; `rows` is not asked for them then. Only if the
+        source `writes_rows`, and this rank's part of the cohort is one segment.
+        """
 
     def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [n, H], ids [n, K] int32, weights [n, K] float32 of this rank's tokens [start, stop)."""

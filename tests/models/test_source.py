@@ -20,7 +20,7 @@ class Microbatch:
         self.ids, self.pieces, self.nan = ids, pieces, nan
         self.sums, self.shared_runs = torch.zeros(len(ids), WIDTH), 0
 
-    def attend(self, layer):
+    def attend(self, layer, rows=None):
         rows = torch.arange(len(self.ids))
         return rows + 100 * layer, rows.int(), rows.float()
 

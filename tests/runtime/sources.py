@@ -18,6 +18,7 @@ class RowsSource:
     """`before_attend(cohort, layer)` runs in the compute lane ahead of each attend."""
 
     has_side_work = False
+    writes_rows = False
 
     def __init__(
         self, num_tokens: int, runtime: Runtime, before_attend: Callable[[int, int], None] = lambda cohort, layer: None
@@ -44,7 +45,7 @@ class RowsSource:
     def ready(self, cohort: int, layer: int) -> bool:
         return True
 
-    def attend(self, cohort: int, layer: int) -> None:
+    def attend(self, cohort: int, layer: int, rows=None) -> None:
         self._before(cohort, layer)
         self._layer[cohort] = layer
 

@@ -32,6 +32,7 @@ def raise_planted(*arguments, **options):
 
 class Source:
     has_side_work = False
+    writes_rows = False
 
     def __init__(self):
         self.layers_given = NUM_LAYERS

@@ -12,8 +12,8 @@
     store_vector_at(address, vector)                 to a 64-bit address on a boundary of 16 bytes
     store_word_at(address, word)                     32 bits
     element_address(p, i)                            the 64-bit address of p[i]
-    sum_over(n)                                      makes sum_over_n(value): of each group of n neighbouring lanes, in all of
-                                                     them; n a power of two; all 32 lanes call it
+    sum_over(n)                                      an intrinsic of float32: the sum over each group of n neighbouring
+                                                     lanes, in all of them; n a power of two; all 32 lanes call it
 
 simulated_eights.py does the same for the CUDA simulator.
 """

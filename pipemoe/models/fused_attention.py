@@ -1,0 +1,131 @@
+"""The parts of a fused decoder layer that read and write the residual: norms and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipemoe.models.attention import attend_packed
+
+if TYPE_CHECKING:
+    from pipemoe.models.attention_form import AttentionForm
+    from pipemoe.models.packing import Packing
+    from pipemoe.models.step_keys import KeysOfMicrobatch
+    from pipemoe_kernels.placed_rows import PlacedRows
+
+Norm = Callable[..., None]  # hidden [T, H], sums [T, H] or None, out [T, H] or None, placed rows or None
+
+
+def fuse(linears: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights [sum of outputs, H] and biases of several nn.Linear of the same input, one behind another. The modules'
+    own become views of them.
+    """
+
+    def together(name: str) -> torch.Tensor:
+        parts = [getattr(linear, name) for linear in linears]
+        whole = torch.cat([part.detach() for part in parts])
+        for linear, view in zip(linears, whole.split([len(part) for part in parts])):
+            setattr(linear, name, torch.nn.Parameter(view, requires_grad=False))
+        return whole
+
+    return together("weight"), None if linears[0].bias is None else together("bias")
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [T, H], weight [N, H], bias [N] or None -> [T, N]."""
+    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+
+
+def norm_of(module: Any) -> Norm:
+    """A module's RMSNorm as one kernel, see pipemoe_kernels.attention.norm."""
+    return partial(_norm, module.weight, _eps(module))
+
+
+def _eps(module: Any) -> float:
+    """Of an RMSNorm of torch, or of transformers."""
+    eps = module.eps if isinstance(module, torch.nn.RMSNorm) else module.variance_epsilon
+    assert isinstance(eps, float)
+    return eps
+
+
+def _norm(
+    weight: torch.Tensor,
+    eps: float,
+    hidden: torch.Tensor,
+    sums: torch.Tensor | None,
+    out: torch.Tensor | None,
+    placed: PlacedRows | None = None,
+) -> None:
+    from pipemoe_kernels.attention.norm import norm_rows
+    from pipemoe_kernels.launch.kernel import Stream
+
+    norm_rows(Stream.current(hidden.device), hidden, sums, weight, eps, out, placed)
+
+
+class HeadAttention:
+    """One layer's attention with heads of queries, keys and values that are projected from the row."""
+
+    def __init__(self, form: AttentionForm, module: Any, layer: int) -> None:
+        """module: transformers', whose weights are shared (see fuse). layer: of the decoder."""
+        from pipemoe_kernels.attention.heads import HeadForm
+
+        self._form, self._layer, self._scaling = form, layer, module.scaling
+        self._weight, self._bias = fuse([module.q_proj, module.k_proj, module.v_proj])
+        self._out, self._out_bias = module.o_proj.weight, module.o_proj.bias
+        self._norms, eps = None, None
+        if form.head_norms:
+            self._norms, eps = (module.q_norm.weight, module.k_norm.weight), _eps(module.q_norm)
+        self._heads = HeadForm(form.head_dim, form.rotary, form.interleaved, eps)
+
+    @staticmethod
+    def lack(form: AttentionForm) -> str | None:
+        """Why this class does not serve a form, or None."""
+        from pipemoe_kernels.attention.heads import HeadForm
+
+        if form.latent is not None:
+            return "its keys and values come from latents"
+        return HeadForm(form.head_dim, form.rotary, form.interleaved).lack()
+
+    def key_sizes(self) -> list[tuple[int, int]]:
+        """Heads and their size, of keys and of values."""
+        return [(self._form.num_key, self._form.head_dim)] * 2
+
+    def tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [1, T, rotary] of transformers, as `add_to` reads them: [1, T, n]."""
+        from pipemoe_kernels.attention.heads import interleaved_tables
+
+        cos, sin = (t[0, :, : self._form.rotary // 2] for t in (cos, sin))
+        if self._form.interleaved:
+            cos, sin = interleaved_tables(cos, sin)
+        return cos.unsqueeze(0), sin.unsqueeze(0)
+
+    def add_to(
+        self,
+        hidden: torch.Tensor,
+        x: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        packing: Packing,
+        keys: KeysOfMicrobatch,
+    ) -> None:
+        """Add to hidden [T, H] what attention makes of x [T, H]; keeps the tokens' keys and values in `keys`."""
+        from pipemoe_kernels.attention.heads import place_heads
+        from pipemoe_kernels.launch.kernel import Stream
+
+        form = self._form
+        qkv = product(x, self._weight, self._bias)
+        key, value = keys.of_layer(self._layer)
+        stream, cos, sin = Stream.current(x.device), rope[0][0], rope[1][0]
+        place_heads(stream, qkv, form.num_query, cos, sin, self._norms, keys.rows, key, value, self._heads)
+        query = qkv[:, : form.num_query * form.head_dim].unflatten(1, (form.num_query, form.head_dim))
+        out = attend_packed(query, key, value, packing, self._scaling, form.window)
+        add_product(hidden, out, self._out, self._out_bias)
+
+
+def add_product(hidden: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """hidden [T, H] += heads [T, heads, D] as rows, times weight [H, heads D], + bias [H]."""
+    hidden.addmm_(heads.flatten(1), weight.t())
+    if bias is not None:
+        hidden.add_(bias)

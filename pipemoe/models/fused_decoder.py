@@ -1,0 +1,216 @@
+"""A decoder whose layers are one kernel or one library call for each step, of the weights of another's modules.
+
+    hidden += routed sums; norm       one kernel
+    q, k, v                           one product with weights that lie one behind another
+    norms of heads, rotary embedding, keys and values in their place       one kernel
+    attention
+    hidden += output                  one product that adds
+    norm, as wire rows                one kernel
+    router, top-k into wire rows      one product and one kernel
+
+Nothing is copied or packed. Keys and values stay in StepKeys for as long as the step does. What this cannot do, `lack`
+says; then transformers' modules run, as in decoder.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipemoe.models.attention import can_use_flash
+from pipemoe.models.decoder import Decoder, MicrobatchState
+from pipemoe.models.fused_attention import HeadAttention, fuse, norm_of
+from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
+from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
+from pipemoe.wire import WireFormat, WireRows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipemoe.models.cache import StepCache
+    from pipemoe.models.packing import Piece
+    from pipemoe_kernels.placed_rows import PlacedRows
+
+
+def lack(decoder: Decoder) -> str | None:
+    """Why the fused path cannot run a decoder, in words; None if it can."""
+    form, device, dtype, hidden = decoder.attention_form, decoder.device, decoder.dtype, decoder.shape.hidden
+    if form is None:
+        return f"family {decoder.family} does not state what its attention is made of"
+    if device.type != "cuda":
+        return "it needs a GPU"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bfloat16 and float16, not in {dtype}"
+    if not decoder.plain_rms_norm:
+        return f"family {decoder.family} has norms that are not plain RMSNorm"
+    from pipemoe_kernels.attention.format import CAPABILITY, WIDTH
+    from pipemoe_kernels.attention.norm import MAX_HIDDEN
+
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return f"it needs a GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or newer"
+    if hidden % WIDTH or hidden > MAX_HIDDEN:
+        return f"rows of {hidden} values are not whole vectors, or more than {MAX_HIDDEN}"
+    if not kernel_takes(device, decoder.routing):
+        return f"no kernel routes to {decoder.routing.top_k} of {decoder.routing.num_experts} experts"
+    if not can_use_flash(device, dtype, form.head_dim):
+        return f"heads of {form.head_dim} values do not fit the attention kernel"
+    return HeadAttention.lack(form)
+
+
+class _Mlp:
+    """A dense SwiGLU layer, or the shared experts: its output is added to the residual."""
+
+    def __init__(self, mlp: Any) -> None:
+        self.width = mlp.gate_proj.weight.shape[0]
+        self.gate_up, _ = fuse([mlp.gate_proj, mlp.up_proj])  # [2I, H]
+        self.down, self._activation = mlp.down_proj.weight, mlp.act_fn
+
+    def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
+        gate, up = torch.mm(x, self.gate_up.t()).split(self.width, dim=1)
+        hidden.addmm_(self._activation(gate).mul_(up), self.down.t())
+
+
+class _Layer:
+    """The parts of one decoder layer; moe: its number among the MoE layers, or None."""
+
+    def __init__(self, decoder: Decoder, block: Any, index: int, moe: int | None) -> None:
+        assert decoder.attention_form is not None  # see lack
+        self.attention = HeadAttention(decoder.attention_form, block.self_attn, index)
+        self.norm_in, self.norm_out = norm_of(block.input_layernorm), norm_of(block.post_attention_layernorm)
+        self.mlp = _Mlp(block.mlp) if moe is None else None
+        self.gate = None if moe is None else block.mlp.gate.weight  # [E, H]
+        self.gate_bias = None if moe is None else decoder.gate_bias(moe)
+        shared = getattr(block.mlp, "shared_experts", None)
+        self.shared = None if shared is None else _Mlp(shared)
+
+
+class FusedDecoder(Decoder):
+    """See the module. `attend` may write its rows where the caller wants them."""
+
+    writes_rows = True
+
+    def __init__(self, plain: Decoder) -> None:
+        """plain: a decoder for which there is no `lack`. Its modules are shared: what was three matrices becomes parts
+        of one.
+        """
+        vars(self).update(vars(plain))
+        assert lack(plain) is None, lack(plain)
+        moe = {layer: number for number, layer in enumerate(self._moe_layers)}
+        self._layers = [_Layer(plain, block, i, moe.get(i)) for i, block in enumerate(self._model.layers)]
+        edges = [-1, *self._moe_layers, len(self._layers)]
+        # For each MoE layer the decoder layers up to it, and the dense ones after the last.
+        self._runs = [self._layers[a + 1 : b + 1] for a, b in zip(edges, edges[1:])]
+        self._last_norm = norm_of(self._model.norm)
+        self.wire = WireFormat(self.shape.hidden, self.shape.top_k, self.dtype)
+
+    @property
+    def keys_in_places(self) -> bool:
+        return True
+
+    def key_sizes(self) -> list[tuple[int, int]]:
+        return self._layers[0].attention.key_sizes()
+
+    def lone_step(self, num_tokens: int) -> StepOfKeys:
+        last = self._moe_layers[min(1, len(self._moe_layers) - 1)]
+        return StepKeys(self, num_tokens, last + 1).step([0])
+
+    @torch.no_grad()
+    def start(self, step: StepCache | StepOfKeys, token_ids: torch.Tensor, pieces: Sequence[Piece]) -> MicrobatchState:
+        """As Decoder.start; step: of StepKeys."""
+        state = super().start(step, token_ids, pieces)
+        state.rope = self._layers[0].attention.tables(*state.rope)
+        return state
+
+    @torch.no_grad()
+    def attend(
+        self,
+        state: MicrobatchState,
+        layer: int,
+        y: torch.Tensor | None,
+        rows: WireRows | PlacedRows | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As Decoder.attend. rows: where they go in wire format; x, ids and weights are then views of them. None makes
+        room for them. PlacedRows: where these say when the kernels run; then only x is given back, and a copy.
+        """
+        self._check_order(state, layer, y)
+        self.run_shared(state)
+        state.layer = layer
+        hidden = state.hidden[0]
+        if rows is None:
+            rows = self.wire.rows(hidden.new_empty((len(hidden), self.wire.row_bytes), dtype=torch.uint8))
+        if len(hidden):
+            x = self._run(state, self._runs[layer], y, rows)
+            if self._shared_experts[layer] is not None:
+                state.moe_input = x
+        if isinstance(rows, WireRows):
+            return rows.hidden, rows.ids, rows.weights
+        return x, x, x
+
+    def _run(
+        self, state: MicrobatchState, layers: list[_Layer], sums: torch.Tensor | None, rows: WireRows | PlacedRows
+    ) -> torch.Tensor:
+        """All of these layers, to the router of the last one. Returns what its experts read."""
+        for layer in layers[:-1]:
+            self._dense_layer(state, layer, sums)
+            sums = None
+        last = layers[-1]
+        self._attention(state, last, sums)
+        return self._route(state.hidden[0], last, rows)
+
+    def _attention(self, state: MicrobatchState, layer: _Layer, sums: torch.Tensor | None) -> None:
+        hidden = state.hidden[0]
+        normed = torch.empty_like(hidden)
+        layer.norm_in(hidden, sums, normed)
+        assert isinstance(state.cache, KeysOfMicrobatch)
+        layer.attention.add_to(hidden, normed, state.rope, state.packing, state.cache)
+
+    def _dense_layer(self, state: MicrobatchState, layer: _Layer, sums: torch.Tensor | None) -> None:
+        assert layer.mlp is not None
+        self._attention(state, layer, sums)
+        hidden = state.hidden[0]
+        x = torch.empty_like(hidden)
+        layer.norm_out(hidden, None, x)
+        layer.mlp.add_to(hidden, x)
+
+    def _route(self, hidden: torch.Tensor, layer: _Layer, rows: WireRows | PlacedRows) -> torch.Tensor:
+        assert layer.gate is not None
+        if isinstance(rows, WireRows):
+            x = rows.hidden
+            layer.norm_out(hidden, None, x)
+        else:
+            x = torch.empty_like(hidden)  # the product must know its address
+            layer.norm_out(hidden, None, x, rows)
+        weight = layer.gate.t()
+        # Products of 16-bit values are exact in float32, so this is the float32 router up to the order of its sums.
+        logits = torch.mm(x, weight, out_dtype=torch.float32) if self.routing.logits_in_float32 else x @ weight
+        if isinstance(rows, WireRows):
+            route_into(logits, self.routing, layer.gate_bias, rows.ids, rows.weights)
+        else:
+            route_into_placed(logits, self.routing, layer.gate_bias, rows, self.wire.weights_offset)
+        return x
+
+    @torch.no_grad()
+    def run_shared(self, state: MicrobatchState) -> None:
+        """As Decoder.run_shared; adds the output to the residual."""
+        if state.moe_input is not None:
+            shared = self._layers[self._moe_layers[state.layer]].shared
+            assert shared is not None
+            shared.add_to(state.hidden[0], state.moe_input)
+            state.moe_input = None
+
+    @torch.no_grad()
+    def finish(self, state: MicrobatchState, y: torch.Tensor) -> torch.Tensor:
+        """As Decoder.finish."""
+        self._check_order(state, len(self._blocks), y)
+        self.run_shared(state)
+        state.layer = len(self._blocks)
+        sums: torch.Tensor | None = y
+        for layer in self._runs[-1] if state.packing.num_tokens else []:
+            self._dense_layer(state, layer, sums)
+            sums = None
+        ends = state.hidden[0].index_select(0, state.packing.end_rows)
+        of_ends = None if sums is None else sums.index_select(0, state.packing.end_rows)
+        normed = torch.empty_like(ends)
+        self._last_norm(ends, of_ends, normed)
+        return self._lm_head(normed).float()
