@@ -61,7 +61,7 @@ def routing_kernel(
     dtype: torch.dtype,
     scoring: Scoring,
     has_bias: bool = False,
-    warps: int = 4,
+    warps: int = 1 if SIMULATOR else 4,
     max_experts: int = MAX_EXPERTS,
     placed: bool = False,
 ) -> Kernel:

@@ -16,6 +16,7 @@ def test_kernels_in_the_simulator():
         str(HERE / "simulated_kernels.py"),
         str(HERE / "simulated_experts.py"),
         str(HERE / "simulated_routing.py"),
+        str(HERE / "simulated_attention.py"),
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

@@ -80,6 +80,7 @@ class Source:
 
     def __init__(self, log):
         self._log, self.fails_at = log, set()  # cohorts and layers
+        self.given = {}  # by cohort and layer: the rows to write in place
 
     def begin(self, plan, rank):
         pass
@@ -87,8 +88,9 @@ class Source:
     def ready(self, cohort, layer):
         return True
 
-    def attend(self, cohort, layer):
-        self._log.append("attend")
+    def attend(self, cohort, layer, rows=None):
+        self._log.append("attend" if rows is None else f"attend {len(rows)} in place")
+        self.given[cohort, layer] = rows
         if (cohort, layer) in self.fails_at:
             raise ValueError(f"planted in layer {layer}")
 
@@ -130,7 +132,13 @@ class NotedRun:
 
 
 def noted_run(
-    rank, hold=frozenset(), num_layers=1, facts=FACTS, on_progress=lambda log, op: None, **options
+    rank,
+    hold=frozenset(),
+    num_layers=1,
+    facts=FACTS,
+    on_progress=lambda log, op: None,
+    writes_rows=False,
+    **options,
 ) -> NotedRun:
     """hold: lanes whose work is never done; those of slot n > 0 are called "compute of n" and so on."""
     log = []
@@ -158,6 +166,7 @@ def noted_run(
     )
     workspace = Workspace(config, wire, torch.float32, facts.num_ranks, experts, device, arriving)
     source = Source(log)
+    source.writes_rows = writes_rows
 
     def call(layer, rows, out, scratch, marks):
         log.append("experts")

@@ -15,6 +15,7 @@ else:
     from pipemoe_kernels.ptx import eights
 
 WIDTH = 8  # values that move together
+BLOCK = 32 if SIMULATOR else 256  # threads, of which the simulator knows one warp
 CAPABILITY = (8, 0)  # the oldest that has the instructions
 
 
@@ -31,7 +32,7 @@ FORMATS = {
     torch.float16: Format(eights.eight_of_half, eights.half_of),
 }
 
-__all__ = ["CAPABILITY", "FORMATS", "WIDTH", "Format", "eights"]
+__all__ = ["BLOCK", "CAPABILITY", "FORMATS", "WIDTH", "Format", "eights"]
 
 
 def check_rows(*rows: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from pipemoe_kernels.attention.format import FORMATS, WIDTH, check_rows, eights
+from pipemoe_kernels.attention.format import BLOCK, FORMATS, WIDTH, check_rows, eights
 from pipemoe_kernels.element import load_vector, store_vector
 from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
@@ -60,7 +60,7 @@ class HeadForm:
 
 
 @cache
-def heads_kernel(dtype: torch.dtype, form: HeadForm, threads: int = 256) -> Kernel:
+def heads_kernel(dtype: torch.dtype, form: HeadForm, threads: int = BLOCK) -> Kernel:
     eight_of, vector_of = FORMATS[dtype].eight_of, FORMATS[dtype].vector_of
     lanes, interleaved, has_norm = form.lanes, form.interleaved, form.eps is not None
     head_vectors, rotary_vectors = form.head_dim // WIDTH, form.rotary // WIDTH

@@ -17,7 +17,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from pipemoe_kernels.attention.format import FORMATS, WIDTH, check_rows, eights
+from pipemoe_kernels.attention.format import BLOCK, FORMATS, WIDTH, check_rows, eights
 from pipemoe_kernels.element import load_vector, store_vector
 from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream
 from pipemoe_kernels.numba_cuda import cuda, types
@@ -26,9 +26,8 @@ from pipemoe_kernels.placed_rows import PlacedRows
 add, multiply, scale, sum_of_squares = eights.add, eights.multiply, eights.scale, eights.sum_of_squares
 eight_of_float32, store_vector_at = eights.eight_of_float32, eights.store_vector_at
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
-MAX_THREADS = 256
 MAX_EACH = 8  # vectors of a thread, kept in registers
-MAX_HIDDEN = WIDTH * MAX_THREADS * MAX_EACH
+MAX_HIDDEN = WIDTH * BLOCK * MAX_EACH
 
 
 @cache
@@ -45,7 +44,7 @@ def norm_kernel(
     for the usual number.
     """
     num_vectors = hidden_size // WIDTH
-    threads = threads or min(MAX_THREADS, -(-num_vectors // 32) * 32)
+    threads = threads or min(BLOCK, -(-num_vectors // 32) * 32)
     each = -(-num_vectors // threads)
     eight_of, vector_of = FORMATS[dtype].eight_of, FORMATS[dtype].vector_of
     has_sums, wide_sums = sums_dtype is not None, sums_dtype == torch.float32

@@ -1,0 +1,106 @@
+"""The fused decoder where there is no GPU: its arithmetic in the simulator, and when it is chosen."""
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipemoe import Config
+from pipemoe.errors import ConfigError
+from pipemoe.models import fused_decoder
+from pipemoe.models.attention_choice import AttentionChoice
+from pipemoe.models.families import find_family
+from pipemoe.models.fused_decoder import lack
+from pipemoe.models.loading import load_decoder
+from tests.models.tiny import tiny_config
+
+HERE = Path(__file__).parent
+
+
+def test_fused_attention_in_the_simulator():
+    paths = [str(HERE.parents[1] / "kernels"), str(HERE.parents[1]), *filter(None, sys.path)]
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "simulated_fused.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def decoder_of(family, **changes):
+    return load_decoder(tiny_config(family, **changes), rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0]
+
+
+def test_without_a_gpu_attention_is_transformers_and_that_is_said_once(caplog):
+    plain = decoder_of("qwen3_moe")
+    choice = AttentionChoice(plain)
+    with caplog.at_level(logging.INFO, "pipemoe"):
+        assert choice.of(Config(attention="auto"), "rank 3: ")[0] is plain
+        assert choice.of(Config(mode="chunked", attention="auto"), "rank 3: ")[0] is plain
+    assert caplog.messages == ["rank 3: attention runs by transformers' modules, not fused: it needs a GPU"]
+
+
+def test_what_is_asked_for_by_name_is_refused_with_the_reason():
+    choice = AttentionChoice(decoder_of("mixtral"))
+    with pytest.raises(ConfigError, match="rank 3: attention='fused' is not to be had: it needs a GPU; use attention="):
+        choice.of(Config(attention="fused"), "rank 3: ")
+    decoder, graphs = choice.of(Config(attention="transformers"), "")
+    assert choice.of(Config(attention="transformers", mode="chunked"), "") == (decoder, graphs)
+
+
+@pytest.mark.parametrize("bad", ["", "Fused", None, 3])
+def test_attention_is_one_of_three_words(bad):
+    with pytest.raises(ConfigError, match="attention is .*; it must be one of auto, fused, transformers"):
+        Config(attention=bad)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """lack(decoder, ...), as if its tensors were on a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fused_decoder, "can_use_flash", lambda device, dtype, head_dim: head_dim <= 256)
+
+    def lack_of(decoder, **changes):
+        decoder.device = torch.device("cuda")
+        for name, value in changes.items():
+            setattr(decoder, name, value)
+        return lack(decoder)
+
+    return lack_of
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_all_families_are_served(family, gpu):
+    assert gpu(decoder_of(family)) is None
+
+
+def test_every_lack_has_its_words(gpu):
+    decoder = decoder_of("qwen3_moe")
+    form, shape, routing = decoder.attention_form, decoder.shape, decoder.routing
+    for words, changes in (
+        ("does not state what its attention is made of", dict(attention_form=None)),
+        ("in bfloat16 and float16, not in torch.float32", dict(dtype=torch.float32)),
+        ("norms that are not plain RMSNorm", dict(plain_rms_norm=False)),
+        ("rows of 68 values are not whole vectors", dict(shape=replace(shape, hidden=68))),
+        ("no kernel routes to 17 of 64 experts", dict(routing=replace(routing, num_experts=64, top_k=17))),
+        ("heads of 512 values do not fit the attention", dict(attention_form=replace(form, head_dim=512))),
+        ("heads of 24 values, 24 of them rotated", dict(attention_form=replace(form, head_dim=24, rotary=24))),
+    ):
+        before = {name: getattr(decoder, name) for name in changes}
+        assert words in (gpu(decoder, **changes) or ""), words
+        gpu(decoder, **before)
+
+
+def test_families_state_what_their_configs_say():
+    def form(family, **changes):
+        return find_family(family).attention(tiny_config(family, **changes))
+
+    assert form("qwen3_moe").head_norms and not form("mixtral").head_norms
+    assert form("qwen3_moe", attention_bias=True).biased and not form("qwen3_moe").biased
+    assert form("mixtral", sliding_window=9).window == 9 and form("mixtral").window is None
+    windowed = form("qwen3_moe", sliding_window=9, use_sliding_window=True)
+    assert windowed.window == 9 and form("qwen3_moe", sliding_window=9).window is None
+    assert (form("qwen3_moe").num_query, form("qwen3_moe").num_key, form("qwen3_moe").head_dim) == (4, 2, 16)
