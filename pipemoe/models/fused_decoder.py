@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipemoe.models.attention import can_use_flash
 from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.fused_attention import HeadAttention, fuse, norm_of
+from pipemoe.models.packed_attention import serves
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.wire import WireFormat, WireRows
@@ -53,7 +53,7 @@ def lack(decoder: Decoder) -> str | None:
         return f"rows of {hidden} values are not whole vectors, or more than {MAX_HIDDEN}"
     if not kernel_takes(device, decoder.routing):
         return f"no kernel routes to {decoder.routing.top_k} of {decoder.routing.num_experts} experts"
-    if not can_use_flash(device, dtype, form.head_dim):
+    if not serves(device, dtype, form.head_dim):
         return f"heads of {form.head_dim} values do not fit the attention kernel"
     return HeadAttention.lack(form)
 

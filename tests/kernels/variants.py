@@ -5,6 +5,8 @@ from itertools import product
 import torch
 
 from pipemoe_kernels.activation import activation_kernel
+from pipemoe_kernels.attention.heads import HeadForm, heads_kernel
+from pipemoe_kernels.attention.norm import norm_kernel
 from pipemoe_kernels.combine import combine_kernel
 from pipemoe_kernels.gather import gather_kernel
 from pipemoe_kernels.gating import ACTIVATIONS, Gating
@@ -41,3 +43,31 @@ def enumerate_kernels():
             f"route_tokens-{name}-{str(dtype).removeprefix('torch.')}",
             routing_kernel(dtype, scoring, scoring.sigmoid),
         )
+        yield (
+            f"route_tokens-{name}-{str(dtype).removeprefix('torch.')}-placed",
+            routing_kernel(dtype, scoring, scoring.sigmoid, placed=True),
+        )
+    yield from enumerate_attention_kernels()
+
+
+def enumerate_attention_kernels():
+    """Those of a decoder layer; each side of every choice."""
+    for dtype, sums_dtype in product((torch.bfloat16, torch.float16), (None, *DTYPES)):
+        yield f"norm_rows-2048-{dtype}-{sums_dtype}", norm_kernel(dtype, sums_dtype, 2048, 1e-6)
+    for placed, copied in ((True, True), (True, False)):
+        yield (
+            f"norm_rows-7168-{placed}-{copied}",
+            norm_kernel(torch.bfloat16, torch.float32, 7168, 1e-6, placed, copied),
+        )
+    yield "norm_rows-16384", norm_kernel(torch.float16, torch.float32, 16384, 1e-6, placed=True)
+    for dtype, form in product(
+        (torch.bfloat16, torch.float16),
+        (
+            HeadForm(128, 128, eps=1e-6),
+            HeadForm(128, 64),
+            HeadForm(80, 80, eps=1e-6),
+            HeadForm(192, 64, interleaved=True, eps=1e-6),
+            HeadForm(512, 512),
+        ),
+    ):
+        yield f"place_heads-{form.head_dim}-{form.rotary}-{form.eps}-{dtype}", heads_kernel(dtype, form)

@@ -61,7 +61,7 @@ def test_attention_is_one_of_three_words(bad):
 def gpu(monkeypatch):
     """lack(decoder, ...), as if its tensors were on a GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(fused_decoder, "can_use_flash", lambda device, dtype, head_dim: head_dim <= 256)
+    monkeypatch.setattr(fused_decoder, "serves", lambda device, dtype, head_dim: head_dim <= 256)
 
     def lack_of(decoder, **changes):
         decoder.device = torch.device("cuda")
