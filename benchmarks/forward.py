@@ -51,6 +51,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "ttft_ms_most": ("most", "{:.2f}".format),
     "pipemoe_over_it": ("pipemoe / it", "{:.3f}".format),
     "client_ttft_ms": ("at the client", "{:.2f}".format),
+    "predicted_ttft_ms": ("predicted", "{:.2f}".format),
     "issue_us_per_layer": ("issue us", "{:.0f}".format),
     "active_experts": ("active experts", "{:.1f}".format),
     "active_experts_expected": ("expected", "{:.1f}".format),
@@ -90,6 +91,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--num-ranks", type=positive(int), default=1)
     run.add_argument("--launcher", help="words before pipemoe's scripts (default: launch/mpirun.sh -n NUM_RANKS)")
     run.add_argument("--mode", help="pipemoe's (default: broadcast for one rank, else auto)")
+    run.add_argument("--cost", metavar="FILE", help="measured costs for pipemoe (pipemoe tune)")
     run.add_argument("--in-turn", action="store_true", help="never more than two implementations in memory at once")
     peers = parser.add_argument_group("beside it")
     peers.add_argument("--before", type=Path, metavar="FOLDER", help="the source tree of an older pipemoe")

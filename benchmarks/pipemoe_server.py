@@ -45,6 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), required=True)
     parser.add_argument("--mode", default="broadcast")
+    parser.add_argument("--cost", help="measured costs (pipemoe tune)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--router-skew", type=float, default=0.0)
     return parser.parse_args()
@@ -122,7 +123,19 @@ class PipemoeServer:
             issued.append(median(of_layer.values()) * 1e6)
         shape = self._model.decoder.shape
         figures = {"num_experts": shape.num_experts, "top_k": shape.top_k, "issue_us_per_layer": median(issued)}
-        return {**figures, **loads.figures()}
+        return {**figures, **loads.figures(), "predicted_ttft_ms": self._predicted_ms(request["tokens"])}
+
+    def _predicted_ms(self, num_tokens: int) -> float | None:
+        """The simulator's time to the slowest rank's first token, by the costs that the plan was made with."""
+        from pipemoe.plan.schedule import Facts
+
+        try:
+            from pipemoe.plan.clock.prediction import simulate
+        except ImportError:  # an older tree has it elsewhere
+            return None
+        runtime = self._model.runtime
+        ttfts = simulate(runtime.plan(Facts(((num_tokens,),) * self._world.size)), runtime.cost).ttft
+        return max(ttfts) / 1e6
 
 
 def main() -> None:
@@ -142,9 +155,12 @@ def main() -> None:
     assert Path(pipemoe.__file__).is_relative_to(options.tree.resolve()), pipemoe.__file__
     raw = json.loads(options.model.read_text())
     config = CONFIG_MAPPING[raw.pop("model_type")].from_dict(raw)
-    with pipemoe.init(options.device) as world:
+    one_cohort = options.mode in ("padded", "broadcast", "chunked")  # one after another, in one slot
+    with pipemoe.init(options.device, num_slots=1 if one_cohort else None) as world:
         most = options.max_tokens
-        settings = pipemoe.Config(mode=options.mode, max_tokens_per_rank=most, moe_max_num_tokens=most * world.size)
+        settings = pipemoe.Config(
+            mode=options.mode, max_tokens_per_rank=most, moe_max_num_tokens=most * world.size, cost=options.cost
+        )
         more: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "seed": options.seed}
         if "router_skew" in inspect.signature(pipemoe.load_model).parameters:
             more["router_skew"] = options.router_skew

@@ -163,6 +163,7 @@ class Forward:
                 launcher = shlex.split(words)
             script = [*launcher, str(CHECKOUT / "benchmarks" / "pipemoe_server.py"), *common]
             script += ["--tree", str(tree), "--mode", options.mode, "--device", options.device]
+            script += ["--cost", options.cost] * (impl == PIPEMOE and options.cost is not None)
             path = [str(tree), str(tree / "kernels")]
             inherited = [p for p in inherited if Path(p).resolve() not in (CHECKOUT, CHECKOUT / "kernels")]
         return script, {**os.environ, "PYTHONPATH": os.pathsep.join([*path, *inherited])}
@@ -241,6 +242,7 @@ class Forward:
             "active_experts_expected": expected,
             "expert_load_max_over_mean": figures.get("expert_load_max_over_mean"),
             "routing_of": routing_of,
+            "predicted_ttft_ms": own.figures.get("predicted_ttft_ms"),
             "weights": weights,
             "router_skew": options.router_skew,
             "same_first_tokens": same,

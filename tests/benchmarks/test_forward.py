@@ -50,7 +50,7 @@ def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys):
         assert row["num_ranks"] == 1 and row["layers"] == 2 and row["rounds"] == len(row["ttfts_ms"]) == 4
         assert 0 < row["ttft_ms_least"] <= row["ttft_ms"] <= row["ttft_ms_most"]
         assert row["order"] == "pipemoe pipemoe_before pipemoe_before pipemoe"
-        assert row["issue_us_per_layer"] > 0 and row["sm_clock_mhz"] is None
+        assert row["issue_us_per_layer"] > 0 and row["predicted_ttft_ms"] > 0 and row["sm_clock_mhz"] is None
         assert row["active_experts"] == pytest.approx(row["active_experts_expected"], rel=0.15)
         assert row["expert_load_max_over_mean"] >= 1
         assert row["same_first_tokens"] == (None if row["impl"] == "pipemoe" else 1)
@@ -59,6 +59,62 @@ def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys):
     heading, line = table.splitlines()[0], table.splitlines()[3]
     ratio = dict(zip(heading.split(" | "), line.split(" | ")))["pipemoe / it"]
     assert float(ratio) == pytest.approx(rows[0]["ttft_ms"] / rows[1]["ttft_ms"], abs=1e-3)
+
+
+# vLLM's names as far as vllm_peer.py uses them; its worker takes the weights if `may_copy`.
+STAND_IN = """
+import asyncio, time
+from types import SimpleNamespace
+__version__ = "0.0"
+class SamplingParams:
+    def __init__(self, **greedy):
+        assert greedy["max_tokens"] == 1 and greedy["temperature"] == 0.0
+class AsyncEngineArgs(SimpleNamespace):
+    pass
+class AsyncLLM:
+    from_engine_args = classmethod(lambda cls, arguments: cls(arguments))
+    def __init__(self, arguments):
+        assert arguments.max_model_len == 256 and arguments.load_format == "dummy"
+        assert arguments.worker_extension_cls == "benchmarks.vllm_peer.PipemoeWeights"
+    async def collective_rpc(self, method, timeout, arguments):
+        assert method == "take_pipemoe_weights"
+        raw, seed, router_skew = arguments
+        if not {may_copy}:
+            raise RuntimeError("other names")
+        return [f"pipemoe's, seed {{seed}}, router skew {{router_skew:g}}"]
+    async def generate(self, prompt, params, name):
+        assert len(prompt["prompt_token_ids"]) in (1, 40)
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[])], metrics=None)
+        await asyncio.sleep(0)
+        metrics = SimpleNamespace(scheduled_ts=5.0, first_token_ts=5.5)
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[-7])], metrics=metrics)
+    def shutdown(self):
+        pass
+"""
+
+
+@pytest.mark.parametrize("may_copy", [True, False])
+def test_vllms_rows_say_whose_weights_and_whose_routing(model, tmp_path, capsys, may_copy):
+    site = tmp_path / "site"
+    for folder in ("vllm", "vllm/engine", "vllm/v1", "vllm/v1/engine"):
+        (site / folder).mkdir(parents=True)
+        (site / folder / "__init__.py").write_text("")
+    (site / "vllm/__init__.py").write_text(STAND_IN.format(may_copy=may_copy))
+    (site / "vllm/engine/arg_utils.py").write_text("from vllm import AsyncEngineArgs\n")
+    (site / "vllm/v1/engine/async_llm.py").write_text("from vllm import AsyncLLM\n")
+    asked = ["--model", model, "--device", "cpu", "--tokens", "1,40", "--rounds", "1", "--warm-up", "1"]
+    out = tmp_path / "forward.json"
+    assert forward.main([*asked, "--vllm", "--vllm-path", str(site), "--json", str(out)]) == 0, capsys.readouterr().err
+    ours, theirs, *more = results_schema.read_results(out)["rows"]
+    assert [row["impl"] for row in more] == ["pipemoe", "vllm"] and theirs["order"] == "pipemoe vllm vllm pipemoe"
+    assert theirs["ttft_ms"] == 500 and theirs["client_ttft_ms"] > 0 and theirs["rounds"] == 2
+    assert theirs["issue_us_per_layer"] is None and ours["active_experts"] == 2
+    if may_copy:
+        assert theirs["weights"] == ours["weights"] and theirs["routing_of"] == "pipemoe"
+        assert theirs["active_experts"] == 2 and theirs["same_first_tokens"] == 0
+    else:
+        assert "other names" in theirs["weights"] and theirs["routing_of"] == "vllm"
+        assert theirs["active_experts"] is None and theirs["same_first_tokens"] is None
 
 
 def test_an_implementation_that_cannot_start_is_named(model, tmp_path, capsys):
