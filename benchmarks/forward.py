@@ -14,9 +14,10 @@ The boundary is the same: token ids on the host to the first token's id on the h
 Where memory does not hold all models at once, there are several phases: pipemoe beside vLLM, then pipemoe beside the
 older one, or one after the other. Each row says its phase and its order; compare rows of one phase.
 
-Routing (`active_experts`, `expert_load_max_over_mean`) and `issue_us_per_layer` (host time of issuing a layer of a
-cohort, median) come from steps outside the timing. vLLM's routing is that of pipemoe's step if it has pipemoe's
-weights; `same_first_tokens` is the share of rounds in which it found pipemoe's first tokens.
+Routing (`active_experts`, `expert_load_max_over_mean`) is counted in a step outside the timing. vLLM's is that of
+pipemoe's step if it has pipemoe's weights; `same_first_tokens` is the share of rounds in which it found pipemoe's first
+tokens. `issue_us_per_layer` is the host's time of issuing a layer of a cohort: all of a round's, divided by layers and
+cohorts; in an older pipemoe, which does not count it, the median over layers of steps with every operation timed.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--num-ranks", type=positive(int), default=1)
     run.add_argument("--launcher", help="words before pipemoe's scripts (default: launch/mpirun.sh -n NUM_RANKS)")
     run.add_argument("--mode", help="pipemoe's (default: broadcast for one rank, else auto)")
+    run.add_argument("--attention", help="pipemoe's Config(attention=...)")
     run.add_argument("--cost", metavar="FILE", help="measured costs for pipemoe (pipemoe tune)")
     run.add_argument("--in-turn", action="store_true", help="never more than two implementations in memory at once")
     peers = parser.add_argument_group("beside it")
@@ -136,6 +138,13 @@ def forward_context(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{row['model']}, layers {row['layers']}, {row['dtype']}, ranks {row['num_ranks']}; order {orders}"
 
 
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write the results' file. Returns the document."""
+    document = results_schema.results_document("forward", rows)
+    results_schema.write_results(document, options.json)
+    return document
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     progress = Progress(0)
@@ -147,16 +156,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise InputError(f"--model {options.model}: a config is wanted, as all weights are random ones")
             config = Path(folder) / "config.json"
             config.write_text(json.dumps(source))
-            bench = Forward(options, model, config, progress)
+            bench = Forward(options, model, config, progress, lambda rows: write(options, rows))
             bench.run()
     except PipemoeError as error:
         print(f"benchmarks/forward.py: {error}", file=sys.stderr)
         return 2
     if bench.rows:
         print(forward_context(bench.rows), aligned(forward_cells(bench.rows), 1), sep="\n")
-        document = results_schema.results_document("forward", bench.rows)
-        results_schema.write_results(document, options.json)
-        results_schema.print_results(document)
+        results_schema.print_results(write(options, bench.rows))
     for impl, why in bench.left_out.items():
         print(f"benchmarks/forward.py: {impl}: {why}", file=sys.stderr)
     return 1 if bench.failed or not bench.rows else 0

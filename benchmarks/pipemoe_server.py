@@ -46,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), required=True)
     parser.add_argument("--mode", default="broadcast")
     parser.add_argument("--cost", help="measured costs (pipemoe tune)")
+    parser.add_argument("--attention")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--router-skew", type=float, default=0.0)
     return parser.parse_args()
@@ -85,36 +86,47 @@ class PipemoeServer:
 
     def _rounds(self, request: dict[str, Any]) -> dict[str, Any]:
         """Times of `rounds` prompts, from number `first` on; before them those numbered below 0, to warm up."""
-        times, tokens = [], []
+        times, tokens, issue_us = [], [], []
         first, warm_up = request["first"], request["warm_up"]
         gc.collect()
         for number in [*range(-warm_up, 0), *range(first, first + request["rounds"])]:
             ids = self._ids(request, number)
             time.sleep(request["gap_s"])
             self._world.all_gather(b"", "start of a round")
-            begin = time.perf_counter()
+            issued, begin = self._issued(), time.perf_counter()
             found = self._model.prefill([ids])
             seconds = time.perf_counter() - begin
+            self._world.all_gather(b"", "end of a round")  # on every rank
             if number >= 0:
                 times.append(seconds * 1e3)
                 tokens.append(found.first_tokens[0])
+                if issued is not None:
+                    spent, layers = (after - before for after, before in zip(self._issued(), issued))
+                    issue_us.append(spent * 1e6 / layers)
         mine = json.dumps([times, tokens]).encode()
         ranks = [json.loads(payload) for payload in self._world.all_gather(mine, "times of the rounds")]
         return {
             "ttft_ms": [max(of_ranks) for of_ranks in zip(*(times for times, _ in ranks))],
             "first_tokens": [list(of_ranks) for of_ranks in zip(*(tokens for _, tokens in ranks))],
+            "issue_us": issue_us,
         }
 
+    def _issued(self) -> tuple[float, int] | None:
+        """Seconds of issuing and layers of cohorts so far; None in an older tree, which does not count."""
+        return getattr(self._model.runtime, "issued", None)
+
     def _figures(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Outside the timing: how the case's tokens spread over the experts, and the host's time of issuing."""
+        """Outside the timing: how the case's tokens spread over the experts, and in older trees, by steps whose every
+        operation is timed, the host's time of issuing a layer of a cohort, median over layers.
+        """
         from pipemoe.trace import Timeline
 
         ids = self._ids(request, request["first"])
         with self._counted(self._model) as loads:
-            self._model.prefill([ids])
+            self._model.prefill([ids], timeline=Timeline())  # issued call by call
             self._world.all_gather(b"", "end of the counted step")  # its last rows have been counted
         issued = []
-        for _ in range(FIGURE_STEPS):
+        for _ in range(FIGURE_STEPS if self._issued() is None else 0):
             timeline = Timeline()
             self._model.prefill([ids], timeline=timeline)
             of_layer: dict[tuple[int, int], float] = {}
@@ -122,7 +134,11 @@ class PipemoeServer:
                 of_layer[op.cohort, op.layer] = of_layer.get((op.cohort, op.layer), 0.0) + seconds
             issued.append(median(of_layer.values()) * 1e6)
         shape = self._model.decoder.shape
-        figures = {"num_experts": shape.num_experts, "top_k": shape.top_k, "issue_us_per_layer": median(issued)}
+        figures = {
+            "num_experts": shape.num_experts,
+            "top_k": shape.top_k,
+            "issue_us_per_layer": median(issued) if issued else None,
+        }
         return {**figures, **loads.figures(), "predicted_ttft_ms": self._predicted_ms(request["tokens"])}
 
     def _predicted_ms(self, num_tokens: int) -> float | None:
@@ -158,8 +174,9 @@ def main() -> None:
     one_cohort = options.mode in ("padded", "broadcast", "chunked")  # one after another, in one slot
     with pipemoe.init(options.device, num_slots=1 if one_cohort else None) as world:
         most = options.max_tokens
+        named = {name: value for name in ("cost", "attention") if (value := getattr(options, name)) is not None}
         settings = pipemoe.Config(
-            mode=options.mode, max_tokens_per_rank=most, moe_max_num_tokens=most * world.size, cost=options.cost
+            mode=options.mode, max_tokens_per_rank=most, moe_max_num_tokens=most * world.size, **named
         )
         more: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "seed": options.seed}
         if "router_skew" in inspect.signature(pipemoe.load_model).parameters:

@@ -78,9 +78,8 @@ class _Counting:
 
 @contextmanager
 def counted(model: Model) -> Iterator[ExpertLoads]:
-    """Count the tokens of all ranks' rows in the steps of this context; waves that arrive in parts are not counted.
-
-    Every rank may count, and finds the same. Steps are slower meanwhile.
+    """Count the tokens of all ranks' rows in the steps of this context, which must be given a `timeline`: only then is
+    every call made anew. Waves that arrive in parts are not counted. Every rank may count, and finds the same.
     """
     shape, runtime = model.decoder.shape, model.runtime
     loads = ExpertLoads(shape.num_layers, shape.num_experts, model.world.device)

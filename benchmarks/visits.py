@@ -7,7 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -63,6 +63,7 @@ class Visited:
 
     ttft_ms: list[float] = field(default_factory=list)
     client_ttft_ms: list[float] = field(default_factory=list)
+    issue_us: list[float] = field(default_factory=list)  # per layer, of each round
     first_tokens: list[list[int]] = field(default_factory=list)
     clocks: list[Clocks] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class Visited:
         """One visit's rounds."""
         self.ttft_ms += answer["ttft_ms"]
         self.client_ttft_ms += answer.get("client_ttft_ms", [])
+        self.issue_us += answer.get("issue_us", [])
         self.first_tokens += answer["first_tokens"]
         self.clocks.append(clocks)
 
@@ -78,8 +80,17 @@ class Visited:
 class Forward:
     """The benchmark: its servers, and the rows so far."""
 
-    def __init__(self, options: argparse.Namespace, model: BenchModel, config: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        model: BenchModel,
+        config: Path,
+        progress: Progress,
+        keep: Callable[[list[dict[str, Any]]], None],
+    ) -> None:
+        """keep: called with all rows after each case, should a later one fail."""
         self._options, self._model, self._config, self._progress = options, model, config, progress
+        self._keep = keep
         self._servers: dict[str, Server] = {}
         self._hello: dict[str, dict[str, Any]] = {}
         self.left_out: dict[str, str] = {}  # implementation: why
@@ -163,7 +174,9 @@ class Forward:
                 launcher = shlex.split(words)
             script = [*launcher, str(CHECKOUT / "benchmarks" / "pipemoe_server.py"), *common]
             script += ["--tree", str(tree), "--mode", options.mode, "--device", options.device]
-            script += ["--cost", options.cost] * (impl == PIPEMOE and options.cost is not None)
+            for name in ("cost", "attention"):  # an older tree knows neither, or not all
+                value = getattr(options, name)
+                script += [f"--{name}", value] * (impl == PIPEMOE and value is not None)
             path = [str(tree), str(tree / "kernels")]
             inherited = [p for p in inherited if Path(p).resolve() not in (CHECKOUT, CHECKOUT / "kernels")]
         return script, {**os.environ, "PYTHONPATH": os.pathsep.join([*path, *inherited])}
@@ -188,6 +201,7 @@ class Forward:
         order = " ".join([*done, *reversed(done)])
         for impl in done:
             self.rows.append(self._row(impl, tokens, found, phase, order))
+        self._keep(self.rows)
         self._progress.say(
             f"{tokens} tokens: " + ", ".join(f"{impl} {median(found[impl].ttft_ms):.2f} ms" for impl in done)
         )
@@ -212,7 +226,7 @@ class Forward:
         ours = found.get(PIPEMOE)
         figures, routing_of = own.figures, impl
         if impl == VLLM and ours is not None and weights == drawn:
-            figures, routing_of = {**ours.figures, "issue_us_per_layer": None}, PIPEMOE
+            figures, routing_of = ours.figures, PIPEMOE
         same = None
         if impl != PIPEMOE and ours is not None and weights == drawn:
             pairs = list(zip(own.first_tokens, ours.first_tokens))
@@ -237,7 +251,7 @@ class Forward:
             "ttft_ms_most": max(own.ttft_ms),
             "client_ttft_ms": median(own.client_ttft_ms) if own.client_ttft_ms else None,
             "rounds": len(own.ttft_ms),
-            "issue_us_per_layer": figures.get("issue_us_per_layer"),
+            "issue_us_per_layer": median(own.issue_us) if own.issue_us else own.figures.get("issue_us_per_layer"),
             "active_experts": figures.get("active_experts"),
             "active_experts_expected": expected,
             "expert_load_max_over_mean": figures.get("expert_load_max_over_mean"),

@@ -110,7 +110,7 @@ class Bench:
         found: dict[str, list[float]] = {"active_experts": [], "expert_load_max_over_mean": []}
         for step in steps if counts else ():
             with counted(self._models[counts[0]]) as loads:
-                self._run(counts[0], step)
+                self._run(counts[0], step, timeline=Timeline())  # issued call by call
                 self._world.all_gather(b"", "end of the counted step")  # its last rows have been counted
             for name, value in loads.figures().items():
                 found[name].append(value or 0.0)
