@@ -47,7 +47,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pipemoe.models": ("pipemoe.models",),
     "pipemoe.runtime": ("pipemoe.runtime",),
     "pipemoe.world": ("pipemoe.world",),
-    "layer, model": ("pipemoe.layer", "pipemoe.model"),
+    "layer, model, plug_in": ("pipemoe.layer", "pipemoe.model", "pipemoe.plug_in"),
     "pipemoe": ("pipemoe",),
     "commands": (
         "pipemoe.__main__",

@@ -6,6 +6,7 @@ from pipemoe.experts import ExpertWeights, local_range
 from pipemoe.layer import PipelinedMoE
 from pipemoe.model import Model, load_model
 from pipemoe.models.source import Prefilled
+from pipemoe.plug_in import from_transformers
 from pipemoe.version import __version__
 from pipemoe.world import World, init
 
@@ -17,6 +18,7 @@ __all__ = [
     "PipemoeError",
     "Prefilled",
     "World",
+    "from_transformers",
     "init",
     "load_model",
     "local_range",

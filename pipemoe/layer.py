@@ -213,6 +213,11 @@ class Step:
         self._source: CallerSource | None = None
         self._left = False
 
+    @property
+    def is_empty(self) -> bool:
+        """Has no rank any tokens in this step? Known once it is entered."""
+        return self._source is not None and self._source.is_empty
+
     def __enter__(self) -> Step:
         runtime = self._moe.runtime
         if self._source is not None:

@@ -34,6 +34,7 @@ class CallerSource:
         """wake: wakes the engine, which then asks again."""
         self._wake = wake
         self.begun = threading.Event()
+        self.is_empty = False  # has no rank any token in this step? Known once it has begun
         self.issued = [threading.Event() for _ in range(num_layers)]
         self.events: list[list[Event]] = [[] for _ in range(num_layers)]
         self._inputs: list[_Given | None] = [None] * num_layers
@@ -67,6 +68,7 @@ class CallerSource:
         self._wake()
 
     def begin(self, plan: Plan, rank: int) -> None:
+        self.is_empty = not any(map(any, plan.facts.lengths))
         self._due = sum(any(s.rank == rank for s in wave.segments) for cohort in plan.cohorts for wave in cohort.waves)
         self.begun.set()
 
