@@ -41,7 +41,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pipemoe.plan.auto": ("pipemoe.plan.auto",),
     "pipemoe.plan.planner": ("pipemoe.plan.planner",),
     "pipemoe.model_facts": ("pipemoe.model_facts",),
-    "config, trace, wire": ("pipemoe.config", "pipemoe.trace", "pipemoe.wire", "pipemoe.e4m3"),
+    "config, trace, wire": ("pipemoe.config", "pipemoe.trace", "pipemoe.wire", "pipemoe.e4m3", "pipemoe.mxfp4"),
     "pipemoe.experts": ("pipemoe.experts",),
     "pipemoe.comm": ("pipemoe.comm",),
     "pipemoe.models": ("pipemoe.models",),

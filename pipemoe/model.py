@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ def load_model(
     """
     import torch
 
-    from pipemoe.models.loading import PreparedDecoder
+    from pipemoe.models.loading import PreparedDecoder, PreparedWhole, prepare_decoder
     from pipemoe.models.memory import shortage
 
     world, error = world_of(world)
@@ -78,15 +79,16 @@ def load_model(
         }
 
     with undisturbed():
-        prepared = None
+        prepared: PreparedDecoder | PreparedWhole | None = None
         found, wrong = look(world.rank, "settings of load_model", settings, ConfigError)
         error = error or wrong
         if error is None and found is not None:  # transformers and torch raise what they like at an odd config.json
-            prepare = partial(PreparedDecoder, path_or_config, **place, **found)
+            prepare = partial(prepare_decoder, path_or_config, **place, **found)
             prepared, error = look(world.rank, where, prepare, CheckpointError)
         world.agree(error, {}, "looking at the model's files")
         assert prepared is not None  # or `agree` has raised, as below
         world.agree(shortage(world, prepared.num_bytes), {}, "looking for memory for the model")
+        loaded: Any  # either's
         loaded, error = look(world.rank, where, prepared.load, CheckpointError)
         world.agree(error, loaded[0].facts if loaded else {}, "loading the model")
         assert loaded is not None
@@ -103,6 +105,8 @@ class Model:
         """decoder: by transformers' modules. attention: another Model's, of the same decoder, to share and extend."""
         from pipemoe.models.attention_choice import AttentionChoice
 
+        if decoder.takes_whole_sequences and isinstance(config, Config):
+            config = replace(config, whole_sequences=True)
         self.world, self.config = world, config
         self._plain, self._weights = decoder, weights
         self._attention = attention or AttentionChoice(decoder)

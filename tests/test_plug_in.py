@@ -1,12 +1,9 @@
 """transformers' models with pipemoe's experts: the same logits and tokens as by themselves, on any number of ranks."""
 
-import copy
-
 import pytest
 import torch
 
 import pipemoe
-from pipemoe.errors import InputError, ModelError
 from tests.models.tiny_families import FAMILIES, VOCAB, tiny_family_config
 
 pytestmark = pytest.mark.mpi
@@ -20,7 +17,7 @@ def make_model(family, world, dtype=torch.float32, **changes):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_family_config(family, **changes)).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # some begin with zeros, which would hide what is wrong
+        for parameter in model.parameters():  # some begin with zeros, which would hide what is wrong
             if not parameter.any():
                 parameter.normal_(0, 0.1)
     return model.to(world.device, dtype)

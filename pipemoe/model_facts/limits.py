@@ -166,7 +166,7 @@ def check_common(config: Mapping[str, Any]) -> None:
     """Checks what holds for every family. Raises ConfigError."""
     for name, done in _ANY.items():
         _check(config, name, done, "the experts" if name == "hidden_act" else "models here")
-    _check_quantisation(config.get("quantization_config"))
+    check_quantisation(config.get("quantization_config"))
     _check_rope(config)
 
 
@@ -178,11 +178,13 @@ def _check(config: Mapping[str, Any], name: str, done: tuple[Any, ...], whose: s
     raise ConfigError(f"{name} is {value!r}; by {whose} {wanted}")
 
 
-def _check_quantisation(quantisation: Any) -> None:
+def check_quantisation(quantisation: Any) -> None:
     if quantisation is None:
         return
     known = quantisation if isinstance(quantisation, Mapping) else getattr(quantisation, "to_dict", dict)()
     method, block = known.get("quant_method"), known.get("weight_block_size")
+    if method == "mxfp4":
+        return
     if method != "fp8" or not isinstance(block, (list, tuple)) or list(block) != FP8_BLOCK:
         raise ConfigError(
             f"the checkpoint is quantised (quantization_config: quant_method {method!r}, weight_block_size "

@@ -7,9 +7,9 @@
 Headers of all shards are read first, so that a missing tensor or a truncated shard is found before any weight moves.
 Weights are then read tensor by tensor (experts: only this rank's) out of memory-mapped files.
 
-DeepSeek-V3's own checkpoints hold a matrix `name` as e4m3 beside `name`_scale_inv, a float32 for each 128 x 128 values
-(the word says inverse, but values are multiplied by it). They are widened while reading; fp8 experts take them as they
-are.
+DeepSeek-V3's own checkpoints hold a matrix `name` as e4m3 beside `name`_scale_inv, a number for each 128 x 128 values
+(the word says inverse, but values are multiplied by it): float32, bfloat16, or a power of two (e8m0). They are widened
+while reading; fp8 experts take them as they are.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F64", "F32", "F16", "BF16")
+SCALES = (*READABLE, "F8_E8M0")
 QUANTISED, SCALES_SUFFIX = "F8_E4M3", "_scale_inv"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of every shard, for the digest
 
@@ -93,8 +94,8 @@ class Checkpoint:
                 f"tensor {name} has shape {stored.shape}; the config wants {shape}. Check that config.json belongs "
                 "to it",
             )
-        if stored.dtype == QUANTISED and self.scales_of(name) and len(shape) == 2:
-            self._check_scales(name, (num_blocks(shape[0]), num_blocks(shape[1])))
+        if stored.dtype == QUANTISED and self.scales_of(name) and len(shape) in (2, 3):
+            self._check_scales(name, (*shape[:-2], num_blocks(shape[-2]), num_blocks(shape[-1])))
         elif stored.dtype not in READABLE:
             missing = f", and {name}{SCALES_SUFFIX} is missing" if stored.dtype == QUANTISED else ""
             raise self._error(
@@ -110,13 +111,13 @@ class Checkpoint:
         stored, scales = self.tensors.get(name), name + SCALES_SUFFIX
         return scales if stored and stored.dtype == QUANTISED and scales in self.tensors else None
 
-    def _check_scales(self, name: str, shape: tuple[int, int]) -> None:
+    def _check_scales(self, name: str, shape: tuple[int, ...]) -> None:
         scales = self.tensors[name + SCALES_SUFFIX]
-        if scales.shape != shape or scales.dtype not in READABLE:
+        if scales.shape != shape or scales.dtype not in SCALES:
             raise self._error(
                 scales.file,
                 f"tensor {name}{SCALES_SUFFIX} has shape {scales.shape} and is stored as {scales.dtype}; one of "
-                f"{', '.join(READABLE)} for each 128 x 128 values of {name} is wanted, shape {shape}. "
+                f"{', '.join(SCALES)} for each 128 x 128 values of {name} is wanted, shape {shape}. "
                 "Fetch the checkpoint again",
             )
 
@@ -127,12 +128,25 @@ class Checkpoint:
         """
         name = self.locate(names, shape)
         if self.tensors[name].dtype == QUANTISED:
-            return dequantise_weight(*self.read_quantised(name), torch.float32)
+            values, scales = self.read_quantised(name, rows if len(shape) == 3 else None)
+            if len(shape) == 3:
+                return torch.stack([dequantise_weight(v, s, torch.float32) for v, s in zip(values, scales)])
+            return dequantise_weight(values, scales, torch.float32)
         return self._read(name, rows)
 
-    def read_quantised(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A quantised matrix [N, Kd] as it is, and its scales [N/128, Kd/128] float32, both rounded up; on the host."""
-        return self._read(name), self._read(name + SCALES_SUFFIX).float()
+    def read_quantised(self, name: str, rows: range | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """A quantised matrix [N, Kd] as it is, and its scales [N/128, Kd/128] float32, both rounded up; on the host. Of
+        a stack of them only `rows`, if given.
+        """
+        return self._read(name, rows), self._read(name + SCALES_SUFFIX, rows).float()
+
+    def read_raw(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """A stored tensor, or rows of it, as it is; on the host."""
+        return self._read(name, rows)
+
+    def is_scales(self, name: str) -> bool:
+        """Does it hold the scales of a stored matrix?"""
+        return self.scales_of(name.removesuffix(SCALES_SUFFIX)) == name
 
     def _read(self, name: str, rows: range | None = None) -> torch.Tensor:
         file = self.tensors[name].file

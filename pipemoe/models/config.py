@@ -13,7 +13,8 @@ import torch
 
 from pipemoe.errors import CheckpointError, ConfigError
 from pipemoe.model_facts.facts import positions_of, with_defaults_for_nulls
-from pipemoe.models.families import check_fields, find_family
+from pipemoe.models.families import MODULES, check_fields, find_family
+from pipemoe.models.families.whole import ALIASES, is_whole, whole_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -55,7 +56,12 @@ def read_config(
     else:
         wanted = "a checkpoint directory, a transformers config, or with random_weights=True a dict"
         raise CheckpointError(f"{where}a model cannot be loaded from a {type(source).__name__}; give {wanted}")
-    family = find_family(raw.get("model_type"), f"{where}{name}: ")
+    model_type = raw.get("model_type")
+    if isinstance(model_type, str) and model_type in ALIASES:
+        raw["model_type"] = model_type = ALIASES[model_type]
+    if model_type not in MODULES and is_whole(model_type):
+        return whole_config(raw, f"{where}{name}: "), directory
+    family = find_family(model_type, f"{where}{name}: ")
     model_type = family.model_type
     check_fields(raw, f"{where}{name}: ")
     raw = with_defaults_for_nulls(raw)

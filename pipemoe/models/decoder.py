@@ -59,6 +59,7 @@ class Decoder:
     """
 
     writes_rows = False  # whether `attend` takes `rows`, see FusedDecoder
+    takes_whole_sequences = False
 
     def __init__(
         self,

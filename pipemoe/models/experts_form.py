@@ -46,8 +46,10 @@ class Matrix:
         stored = stored[experts.start * (self.flat or 1) : experts.stop * (self.flat or 1)]
         if self.flat:
             stored = stored.view(len(experts), self.flat, stored.shape[-1])
-        if self.transposed:
-            stored = stored.transpose(1, 2)
+        return self.of_plain(stored.transpose(1, 2) if self.transposed else stored, range(len(experts)))
+
+    def of_plain(self, stored: torch.Tensor, experts: range) -> torch.Tensor:
+        """[experts, rows, columns], in the module's order of rows, as ours."""
         if self.interleaved:
             stored = torch.cat((stored[:, ::2], stored[:, 1::2]), dim=1)
         return stored
@@ -77,6 +79,10 @@ class ExpertsSite:
     def matrices(self) -> Iterator[Matrix]:
         """All that the module keeps per expert."""
         yield from (m for m in (*self.gate_up, self.down, self.gate_up_bias, self.down_bias) if m is not None)
+
+    def full_name(self, matrix: Matrix) -> str:
+        """A matrix's parameter in the model."""
+        return f"{self.name}.{matrix.parameter}"
 
     def make(self, read: Callable[[Matrix], torch.Tensor], first_expert: int) -> ExpertWeights:
         """Weights of some experts. read: gives what Matrix.of_experts gives, for these experts."""

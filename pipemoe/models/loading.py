@@ -16,10 +16,13 @@ from pipemoe.models.attention import PACKED, register_packed_attention
 from pipemoe.models.checkpoint import Checkpoint
 from pipemoe.models.config import facts_of, read_config
 from pipemoe.models.decoder import Decoder
-from pipemoe.models.families import Family, check_config
+from pipemoe.models.families import MODULES, Family, check_config
+from pipemoe.models.families.whole import is_whole
 from pipemoe.models.placeless import check_placeless
 from pipemoe.models.random_weights import expert_shares, fill_random, random_experts
 from pipemoe.models.skeleton import build_skeleton, fuse_norms, materialise, tied_name
+from pipemoe.models.whole_decoder import WholeDecoder
+from pipemoe.models.whole_loading import PreparedWhole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -38,12 +41,12 @@ def load_decoder(
     quantised: bool = False,
     random_weights: bool = False,
     router_skew: float = 0.0,
-) -> tuple[Decoder, list[ExpertWeights]]:
+) -> tuple[Decoder | WholeDecoder, list[ExpertWeights]]:
     """Build the decoder and this rank's expert weights, one ExpertWeights per MoE layer.
 
     Arguments and errors: see PreparedDecoder.
     """
-    prepared = PreparedDecoder(
+    prepared = prepare_decoder(
         path_or_config,
         rank=rank,
         num_ranks=num_ranks,
@@ -55,6 +58,25 @@ def load_decoder(
         router_skew=router_skew,
     )
     return prepared.load()
+
+
+def prepare_decoder(
+    path_or_config: str | Path | dict | PreTrainedConfig,
+    *,
+    rank: int,
+    num_ranks: int,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    random_weights: bool = False,
+    **options: Any,
+) -> PreparedDecoder | PreparedWhole:
+    """By the way that serves the model's family best. Arguments and errors: see PreparedDecoder."""
+    where = f"rank {rank}: "
+    place: dict[str, Any] = {"rank": rank, "num_ranks": num_ranks, "device": device, "dtype": dtype}
+    config, directory = read_config(path_or_config, where, random_weights=random_weights)
+    if config.model_type in MODULES or not is_whole(config.model_type):
+        return PreparedDecoder(path_or_config, **place, random_weights=random_weights, **options)
+    return PreparedWhole(config, directory, **place | {"device": _indexed(torch.device(device))}, **options)
 
 
 class PreparedDecoder:

@@ -25,7 +25,8 @@ class PlanConfig:
     that a rank may bring to one step; it sizes the workspace of the uncapped baselines. num_slots: cohorts that may be
     under way at once. combine: "reduce" (padded mode: reduce-scatter), or "gather" to the owner, which sums in rank
     order. pipelined_ratio: in mode "pipelined", ranks share a cohort if their token counts differ by at most this
-    factor.
+    factor. whole_sequences: never put parts of one sequence into several cohorts (mode "two_batch" then halves the
+    sequences, not their tokens). A model that takes only whole ones sets it.
 
     objective: "mean", "slowest" or "p50" of the sequences' times to first token. Mode "auto" takes the cohorts for
     which it is predicted to be lowest, as long as the slowest sequence comes at most `makespan_budget` (a fraction)
@@ -44,6 +45,7 @@ class PlanConfig:
     num_slots: int = 4
     combine: str = "reduce"
     pipelined_ratio: int = 4
+    whole_sequences: bool = False
     objective: str = "mean"
     makespan_budget: float = 0.10
     combine_blocks: int | None = None
@@ -69,6 +71,8 @@ class PlanConfig:
             raise ConfigError(
                 f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None"
             )
+        if type(self.whole_sequences) is not bool:
+            raise ConfigError(f"whole_sequences is {self.whole_sequences!r}; it must be True or False")
         if self.arrivals is not None and type(self.arrivals) is not bool:
             raise ConfigError(f"arrivals is {self.arrivals!r}; it must be True, False, or None")
         if self.num_sms is not None:
@@ -114,7 +118,7 @@ class PlanConfig:
     @property
     def cuts_sequences(self) -> bool:
         """May a plan put parts of one sequence into several cohorts?"""
-        return self.mode in ("two_batch", "auto")
+        return self.mode in ("two_batch", "auto") and not self.whole_sequences
 
     def max_wave_rows(self, num_ranks: int) -> int:
         """Rows that a wave's buffers must hold. It depends on the configuration alone."""

@@ -103,7 +103,8 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_moe_text": _GATED_DELTA,
     "qwen3_next": _GATED_DELTA,
-    "qwen4_exp_text": _GATED_DELTA | {"hc_lowrank": 16, "ple_embed_dim": 16, "ngram_vocab_size_base": 200}
+    "qwen4_exp_text": _GATED_DELTA
+    | {"hc_lowrank": 16, "ple_embed_dim": 16, "ngram_vocab_size_base": 200}
     | {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 4}
     | {"indexer_compress_ratio": 2},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},

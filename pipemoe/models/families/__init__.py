@@ -25,8 +25,9 @@ def find_family(model_type: str | None, where: str = "") -> Family:
     """The family of a config.json's model_type. Raises CheckpointError, beginning with `where`, for an unknown one."""
     if not isinstance(model_type, str) or model_type not in MODULES:
         raise CheckpointError(
-            f"{where}model_type is {model_type!r}; known are {', '.join(sorted(MODULES))}. "
-            "A new family is one module in pipemoe/models/families and one line in MODULES"
+            f"{where}model_type is {model_type!r}; known are {', '.join(sorted(MODULES))}, and the causal LMs with "
+            "routed experts that transformers ships. A new family is one module in pipemoe/models/families and one "
+            "line in MODULES"
         )
     return import_module(MODULES[model_type]).FAMILY
 

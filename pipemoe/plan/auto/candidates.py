@@ -34,6 +34,8 @@ CANDIDATES = np.array(
     ],
     dtype=np.int64,
 )
+# Those that cut no sequence; the others are one cohort here, which comes first and so is looked at once.
+WHOLE_CANDIDATES = np.where(CANDIDATES[:, :1] < CHUNKS, CANDIDATES, CANDIDATES[0])
 # The others have one cohort.
 FIXED_MODES = {"two_batch": (CHUNKS, 2, RANK), "per_rank": (EVEN, EACH, RANK), "pipelined": (SIMILAR, 0, RANK)}
 MOST_RATIO = 1 << 31  # no token count is larger, and products with one fit int64
@@ -59,6 +61,9 @@ def fixed_assignment(facts: Facts, config: PlanConfig) -> Assignment:
     if not any(facts.tokens):
         return []
     kind = FIXED_MODES.get(config.mode, (ONE, 1, RANK))
+    if kind[0] == CHUNKS and config.whole_sequences:
+        several = sum(map(len, facts.lengths)) > 1
+        kind = (EVEN, kind[1], SEQUENCE) if several else (ONE, 1, RANK)
     starts, first = facts.flat_boundaries
     tokens = np.array(facts.tokens, np.int64)
     ratio = min(config.pipelined_ratio, MOST_RATIO)

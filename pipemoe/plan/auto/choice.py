@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.auto.candidates import CANDIDATES, MOST_RATIO, Assignment, assignment_of, candidate_name
+from pipemoe.plan.auto.candidates import (
+    CANDIDATES,
+    MOST_RATIO,
+    WHOLE_CANDIDATES,
+    Assignment,
+    assignment_of,
+    candidate_name,
+)
 from pipemoe.plan.auto.forms import try_forms
 from pipemoe.plan.auto.problem import Problem
 from pipemoe.plan.auto.search import in_one_slot, microbatches_of, search
@@ -63,7 +70,7 @@ def evaluate(
         return [], 0
     problem = _problem(facts, shape, config, cost)
     forms = _forms(facts, shape, config, cost)
-    tables = CANDIDATES, np.array(forms), problem
+    tables = WHOLE_CANDIDATES if config.whole_sequences else CANDIDATES, np.array(forms), problem
     figures, lefts, margins, there, best, lowest, events, passed_over = search(*tables, only_chosen)
     if best[0] < 0:
         raise PlanError("no candidate can be carried out")
