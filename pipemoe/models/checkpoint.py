@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F64", "F32", "F16", "BF16")
+INTEGERS = ("I64", "I32")  # tables that a few families have
 SCALES = (*READABLE, "F8_E8M0")
 QUANTISED, SCALES_SUFFIX = "F8_E4M3", "_scale_inv"
 _SAMPLES, _SAMPLE_BYTES = 16, 4096  # of every shard, for the digest
@@ -78,8 +79,11 @@ class Checkpoint:
         """Hash of all headers and of samples of every shard's data: fine-tunes of one model differ too."""
         return self._hash.hexdigest()
 
-    def locate(self, names: Sequence[str], shape: tuple[int, ...]) -> str:
-        """The first of `names` that is stored. Raises CheckpointError if none is, or if its shape or dtype is wrong."""
+    def locate(self, names: Sequence[str], shape: tuple[int, ...], *, is_floating: bool = True) -> str:
+        """The first of `names` that is stored. Raises CheckpointError if none is, or if its shape or dtype is wrong.
+
+        is_floating: of the model's tensor; False: it holds integers.
+        """
         name = next((name for name in names if name in self.tensors), None)
         if name is None:
             raise self._error(
@@ -96,7 +100,7 @@ class Checkpoint:
             )
         if stored.dtype == QUANTISED and self.scales_of(name) and len(shape) in (2, 3):
             self._check_scales(name, (*shape[:-2], num_blocks(shape[-2]), num_blocks(shape[-1])))
-        elif stored.dtype not in READABLE:
+        elif stored.dtype not in (READABLE if is_floating else INTEGERS):
             missing = f", and {name}{SCALES_SUFFIX} is missing" if stored.dtype == QUANTISED else ""
             raise self._error(
                 stored.file,
@@ -121,12 +125,14 @@ class Checkpoint:
                 "Fetch the checkpoint again",
             )
 
-    def read(self, names: Sequence[str], shape: tuple[int, ...], rows: range | None = None) -> torch.Tensor:
+    def read(
+        self, names: Sequence[str], shape: tuple[int, ...], rows: range | None = None, *, is_floating: bool = True
+    ) -> torch.Tensor:
         """Read the first of `names` that is stored, on the host, in its stored dtype; only `rows` of it, if given.
 
         shape: the whole tensor's. A quantised matrix is widened to float32. Raises what `locate` raises.
         """
-        name = self.locate(names, shape)
+        name = self.locate(names, shape, is_floating=is_floating)
         if self.tensors[name].dtype == QUANTISED:
             values, scales = self.read_quantised(name, rows if len(shape) == 3 else None)
             if len(shape) == 3:

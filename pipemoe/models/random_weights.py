@@ -127,6 +127,8 @@ def random_parameter(
     name: str, shape: torch.Size, *, seed: int, device: torch.device, dtype: torch.dtype, gains: Gains
 ) -> torch.Tensor:
     """One parameter or buffer outside the routed experts: a function of (seed, name, shape, gains, device type)."""
+    if not dtype.is_floating_point:  # tables of expert ids, by token: any valid ones
+        return torch.zeros(shape, dtype=dtype, device=device)
     values = torch.empty(shape, dtype=torch.float32, device=device)
     values.normal_(generator=_generator(device, seed, name))
     module, _, kind = name.rpartition(".")

@@ -49,6 +49,7 @@ class StoredNames:
         renamings = [c for c in conversions if not isinstance(c, WeightConverter)]
         of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         known = model.state_dict()
+        self._integers = {name for name, tensor in known.items() if not tensor.is_floating_point()}
         self._sources: dict[str, list[_Source]] = {}
         for stored in sorted(checkpoint.tensors, key=dot_natural_key):
             if checkpoint.is_scales(stored) or self._is_mx(stored, _MX_SCALES):
@@ -96,13 +97,13 @@ class StoredNames:
                 continue
             stored = self._checkpoint.tensors[source.name]
             wanted = stored.shape if source.converter is not None else shape
-            self._checkpoint.locate([source.name], wanted)
+            self._checkpoint.locate([source.name], wanted, is_floating=name not in self._integers)
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The model's tensor `name`, on the host, in its stored dtype (widened if quantised)."""
         sources = self._of(name)
         if sources[0].converter is None:
-            return self._checkpoint.read([sources[0].name], shape)
+            return self._checkpoint.read([sources[0].name], shape, is_floating=name not in self._integers)
         return self._convert(name, sources, shape)
 
     def read_experts(self, name: str, shape: tuple[int, ...], experts: range) -> tuple[torch.Tensor, bool]:

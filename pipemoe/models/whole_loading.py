@@ -33,7 +33,7 @@ _log = logging.getLogger("pipemoe")
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb|rotary_pos_emb)\.(inv_freq|original_inv_freq|cos_cached|sin_cached)$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SHOWN = 3
-_DEPENDS_ON_BATCH = ("dynamic", "longrope", "su")
+_BY_LENGTH = ("dynamic", "longrope", "su")
 
 
 class PreparedWhole:
@@ -149,7 +149,7 @@ class PreparedWhole:
             device=self._device,
             dtype=self._dtype,
             facts=facts_of(self._config, identity, self._dtype),
-            equal_lengths=_rope_kind(self._config) in _DEPENDS_ON_BATCH,
+            equal_lengths=_depends_on_batch(self._config),
         )
         return decoder, weights
 
@@ -275,7 +275,11 @@ def _has_own_head(config: PreTrainedConfig, checkpoint: Checkpoint, dtype: torch
     return False
 
 
-def _rope_kind(config: PreTrainedConfig) -> str:
+def _depends_on_batch(config: PreTrainedConfig) -> bool:
+    """Would padding change what a sequence gets? Some rotary embeddings depend on the longest sequence, and some sparse
+    attention on the number of keys.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return next((k["rope_type"] for k in kinds if k.get("rope_type") in _DEPENDS_ON_BATCH), "default")
+    by_length = any(kind.get("rope_type") in _BY_LENGTH for kind in kinds)
+    return by_length or getattr(config, "index_topk", None) is not None

@@ -144,4 +144,7 @@ def test_expert_weights_have_no_other_tensors():
         "gated",
         "gate_up_scales",
         "down_scales",
+        "limit",
+        "alpha",
+        "up_offset",
     ]

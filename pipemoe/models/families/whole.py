@@ -64,7 +64,8 @@ def whole_config(raw: Mapping[str, Any], where: str) -> Any:
     """The transformers config of a config.json. Raises CheckpointError that names the field."""
     from transformers import CONFIG_MAPPING
 
-    fields = {name: value for name, value in raw.items() if name not in ("model_type", "quantization_config")}
+    left_out = ("model_type", "quantization_config")
+    fields = {name: _with_floats(value) for name, value in raw.items() if name not in left_out}
     try:
         check_quantisation(raw.get("quantization_config"))
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(fields)
@@ -76,14 +77,29 @@ def whole_config(raw: Mapping[str, Any], where: str) -> Any:
     return config
 
 
+def _with_floats(value: Any) -> Any:
+    """transformers writes what JSON has no number for as an object."""
+    if isinstance(value, dict):
+        return (
+            float(value["__float__"]) if set(value) == {"__float__"} else {k: _with_floats(v) for k, v in value.items()}
+        )
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
+
+
 def check_ignored_fields(raw: Mapping[str, Any], config: Any, where: str) -> None:
     """Raise CheckpointError for a field that changes a forward by its name, but that transformers does not read."""
     texts = _sources(config)
     if texts is None:
         return
-    unread = []
+    unread, usual = [], type(config)().to_dict()
     for name, value in raw.items():
-        if not value or name in type(config).attribute_map or f".{name}" in texts or f'"{name}"' in texts:
+        if (
+            not value
+            or (name in usual and usual[name] == value)
+            or name in type(config).attribute_map
+            or f".{name}" in texts
+            or f'"{name}"' in texts
+        ):
             continue
         done = _TELLING.get(name)
         if name == "scoring_func":
