@@ -21,9 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-import re
 from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING

@@ -56,6 +56,8 @@ class StoredNames:
                 continue
             base = stored.removesuffix(_MX_BLOCKS) if self._is_mx(stored, _MX_BLOCKS) else stored
             name, pattern = rename_source_key(base, renamings, converters, model.base_model_prefix, known)
+            if name not in known and base in known:  # a renaming that is meant for older names took this one too
+                name, pattern = base, None
             source = _Source(stored, pattern, of_pattern.get(pattern) if pattern else None)
             self._sources.setdefault(name, []).append(source)
 

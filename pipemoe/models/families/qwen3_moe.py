@@ -16,11 +16,12 @@ class Qwen3Moe(Family):
         return list(read_facts(config.to_dict()).moe_layers)
 
     def attention(self, config) -> AttentionForm:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return AttentionForm(
             num_query=config.num_attention_heads,
             num_key=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            rotary=config.head_dim,
+            head_dim=head_dim,
+            rotary=head_dim,
             head_norms=True,
             biased=config.attention_bias,
             output_biased=config.attention_bias,
