@@ -71,7 +71,8 @@ rows+=($!)
     part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
     part "faults" one_process tests/faults
     part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
-    part "2 ranks" on_ranks 2 --ignore=tests/benchmarks tests
+    # over MPI; the others share memory
+    PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 --ignore=tests/benchmarks tests
 } </dev/null &
 rows+=($!)
 for row in "${rows[@]}"; do

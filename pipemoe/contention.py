@@ -24,6 +24,8 @@ from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.wire import WireFormat
 
 if TYPE_CHECKING:
+    import torch
+
     from pipemoe.models.decoder import Decoder
     from pipemoe.runtime.lanes import Lane
     from pipemoe.world.world import World
@@ -53,6 +55,47 @@ class Side:
     lane: Lane
     work: Callable[[], Any]
 
+    def submit(self) -> Any:
+        """The event of one more run."""
+        return self.lane.submit(self.work)
+
+
+class SharedTransfers:
+    """Transfers of one wave over shared memory, and nothing else of a step: a dispatch that nobody computes on, a
+    combine of sums that nobody has computed.
+    """
+
+    def __init__(self, world: World, wave: Wave, row_bytes: int, hidden: int, sums_dtype: torch.dtype) -> None:
+        from pipemoe.comm.shared.waves import WaveMemory
+
+        self._wave, num_tokens = wave, wave.segments[0].num_rows
+        layout = WaveMemory(world.num_slots, 1, num_tokens, row_bytes, wave.num_rows, hidden, sums_dtype)
+        self._dispatched, self._combined = world.new_waves(layout), world.new_waves(layout)
+
+    def dispatch(self, slot: int, lane: Lane) -> Any:
+        waves = self._dispatched
+        use = waves.use(slot, 0, self._wave)
+        lane.submit(lambda: waves.tell_sent(slot, 0, use), [waves.rows_free(slot, 0, use)])
+        return lane.submit(lambda: waves.tell_summed(slot, 0, use), [waves.sent(slot, 0, use)])
+
+    def combine(self, slot: int, lane: Lane, results: list[torch.Tensor]) -> Any:
+        waves = self._combined
+        use = waves.use(slot, 0, self._wave)
+
+        def add_up() -> None:
+            waves.add_up(self._wave, waves.sums[slot, 0], results)
+            waves.tell_combined(slot, 0, use)
+
+        lane.submit(lambda: waves.tell_summed(slot, 0, use), [waves.sums_free(slot, 0, use)])
+        return lane.submit(add_up, [waves.summed(slot, 0, use)])
+
+
+class SharedSide:
+    """A transfer of SharedTransfers."""
+
+    def __init__(self, submit: Callable[[], Any]) -> None:
+        self.submit = submit
+
 
 class Operations:
     """The operations of the first MoE layer on this rank, `num_tokens` tokens from every rank, in the lanes of two
@@ -73,7 +116,10 @@ class Operations:
         sums_dtype = torch.float64 if experts.deterministic else dtype if world.device.type == "cuda" else torch.float32
         begins = [0, *accumulate([num_tokens] * world.size)]
         wave = Wave(tuple(Segment(rank, 0, num_tokens, begins[rank]) for rank in range(world.size)), rows)
-        self._sides: dict[tuple[str, int], Side] = {}
+        self._sides: dict[tuple[str, int], Side | SharedSide] = {}
+        shared = None
+        if world.shared is not None:
+            shared = SharedTransfers(world, wave, wire.row_bytes, shape.hidden, sums_dtype)
         self._read_by_graphs: list[Any] = []  # a graph does not keep the tensors that it reads
         for slot, lanes in enumerate(world.lanes.slots[:2]):
             scratch = experts.new_scratch(rows)
@@ -85,6 +131,11 @@ class Operations:
             world.engine.call(partial(run_all, world, [(warm_up, 1)]))
             self._sides["attend", slot] = Side(lanes.compute, self._attend(world, lanes.compute))
             self._sides["experts", slot] = Side(lanes.compute, partial(experts, 0, wire.rows(buffer), out, scratch))
+            if shared is not None:
+                self._sides["dispatch", slot] = SharedSide(partial(shared.dispatch, slot, lanes.dispatch))
+                results = list(sums.results)
+                self._sides["combine", slot] = SharedSide(partial(shared.combine, slot, lanes.combine, results))
+                continue
             dispatch = partial(world.transport.dispatch, slot, 0, wave, "broadcast", buffer)
             self._sides["dispatch", slot] = Side(lanes.dispatch, dispatch)
             combine = partial(world.transport.combine, slot, 0, wave, "broadcast", "reduce", sums)
@@ -126,20 +177,20 @@ class Operations:
         world.engine.call(lambda: run_all(world, [(Side(lane, capture), 1)]))
         return graph.replay
 
-    def pair(self, a: str, b: str) -> tuple[Side, Side]:
+    def pair(self, a: str, b: str) -> tuple[Side | SharedSide, Side | SharedSide]:
         """Two sides in lanes of their own: of two slots where both compute, or both do the same."""
         computes = a not in COMMUNICATION and b not in COMMUNICATION
         return self._sides[a, 0], self._sides[b, 1 if computes or a == b else 0]
 
 
-def run_all(world: World, sides: Sequence[tuple[Side, int]]) -> list[tuple[float, float]]:
+def run_all(world: World, sides: Sequence[tuple[Side | SharedSide, int]]) -> list[tuple[float, float]]:
     """Run each side so many times, all at once; begin and end of each in seconds. Engine's thread."""
     world.lanes.clock.start(True)
     events: list[list[Any]] = [[] for _ in sides]
     for repeat in range(max(count for _, count in sides)):
         for of_side, (side, count) in zip(events, sides):
             if repeat < count:
-                of_side.append(side.lane.submit(side.work))
+                of_side.append(side.submit())
 
     def done() -> bool:
         world.lanes.poll()
@@ -155,7 +206,7 @@ class Timer:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    def seconds(self, sides: Sequence[tuple[Side, int]]) -> list[float]:
+    def seconds(self, sides: Sequence[tuple[Side | SharedSide, int]]) -> list[float]:
         """Of each side, and at the end of all together."""
         self._world.all_gather(b"", "start of a measurement")
         spans = self._world.engine.call(lambda: run_all(self._world, sides))
@@ -188,7 +239,9 @@ class PairTimes:
         return max(0.0, (b_end + a - a_end) / b_end), b / b_end
 
 
-def measure_pair(timer: Timer, sides: tuple[Side, Side], target_s: float, rounds: int) -> PairTimes:
+def measure_pair(
+    timer: Timer, sides: tuple[Side | SharedSide, Side | SharedSide], target_s: float, rounds: int
+) -> PairTimes:
     """Every rank calls and gets the same. target_s: how long each side is to take alone."""
     once = [timer.seconds([(side, 3)])[0] / 3 for side in sides for _ in range(2)][1::2]  # the second of two
     counts = [int(min(MAX_REPEATS, max(3, target_s / max(seconds, 1e-6)))) for seconds in once]

@@ -55,6 +55,7 @@ def examine(*, num_slots: int = 4, ranks_per_gpu: int = 1) -> list[Finding]:
         lambda: check_mps(gpus, ranks_per_gpu),
         lambda: check_connections(gpus),
         check_mpi,
+        check_host_transport,
         check_shared_memory,
         check_old_segments,
     )
@@ -274,6 +275,25 @@ def check_mpi() -> list[Finding]:
         action = "every rank would be alone: set PIPEMOE_MPIRUN to that MPI's mpirun, or rebuild mpi4py for this one"
         return [*findings, Finding("mpirun", "FAIL", seen, action)]
     return [*findings, Finding("mpirun", "OK", f"{mpirun} ({theirs})")]
+
+
+def check_host_transport() -> list[Finding]:
+    """How ranks of this host would exchange rows without a GPU, and whether they share the cores fairly."""
+    from pipemoe.comm.shared.memory import refusal
+    from pipemoe.world.shared_host import VARIABLE, wanted_transport
+
+    subject = "host transport"
+    try:
+        wanted = wanted_transport()
+    except ConfigError as error:
+        return [Finding(subject, "FAIL", os.environ.get(VARIABLE, ""), str(error))]
+    if wanted == "mpi":
+        return [Finding(subject, "OK", f"MPI ({VARIABLE})")]
+    refused = refusal()
+    if refused:
+        verdict = "WARN" if wanted == "auto" else "FAIL"
+        return [Finding(subject, verdict, f"MPI: {refused}", "ranks on the CPU are slower over MPI")]
+    return [Finding(subject, "OK", "shared memory (ranks of one host)")]
 
 
 def check_shared_memory() -> list[Finding]:

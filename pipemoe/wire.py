@@ -13,6 +13,7 @@ The router runs on the owner, so ids are global expert ids; -1 means "no expert 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from pipemoe.errors import ConfigError
 from pipemoe.plan.row import row_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -117,6 +119,28 @@ class WireRows:
         found = tuple((view.get_device(), view.dtype, view.shape[1:], view.stride()) for view in views)
         return _layouts.setdefault(found, len(_layouts))
 
+    @property
+    def places(self) -> np.ndarray:
+        """[1, 5] int64, for rows on the host: see ScatteredRows."""
+        import numpy as np
+
+        addresses = self.hidden.data_ptr(), self.ids.data_ptr(), self.weights.data_ptr()
+        return np.array([[*addresses, len(self), 0]], np.int64)
+
+    @property
+    def pieces(self) -> list[tuple[int, WireRows]]:
+        """As of ScatteredRows: one piece."""
+        return [(0, self)]
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        return [(0, len(self))]
+
+    @property
+    def stride(self) -> int:
+        """Bytes from row to row."""
+        return self.buffer.stride(0)
+
     def __getitem__(self, rows: slice) -> WireRows:
         scales = None if self.scales is None else self.scales[rows]
         return WireRows(self.buffer[rows], self.hidden[rows], self.weights[rows], self.ids[rows], scales)
@@ -156,3 +180,21 @@ class WireRows:
             from pipemoe_kernels.launch.kernel import Stream
 
             quantise.quantise_rows(Stream.current(hidden.device), hidden, self.hidden, self.scales)
+
+
+class ScatteredRows:
+    """The wire rows of a wave where they lie, on the host: in pieces, in memory of the ranks that own them."""
+
+    def __init__(self, pieces: Sequence[tuple[int, WireRows]], num_rows: int) -> None:
+        """pieces: the wave's row that each begins at, and its rows. num_rows: of the wave, padding included."""
+        import numpy as np
+
+        self.pieces, self._num_rows = [piece for piece in pieces if len(piece[1])], num_rows
+        self.stride = self.pieces[0][1].stride if self.pieces else 0
+        # Per piece: addresses of its hidden values, ids and weights; how many rows it has; where they begin.
+        self.places = np.concatenate([np.empty((0, 5), np.int64)] + [rows.places for _, rows in self.pieces])
+        self.places[:, 4] = [first for first, _ in self.pieces]
+        self.ranges = [(first, first + len(rows)) for first, rows in self.pieces]
+
+    def __len__(self) -> int:
+        return self._num_rows

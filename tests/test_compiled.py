@@ -84,7 +84,9 @@ import numpy as np
 from pipemoe.experts import pairs
 from pipemoe.plan.clock.clock import run_clock
 offsets, positions = np.zeros(3, np.int64), np.zeros((1, 2), np.int32)
-pairs.index_pairs(np.array([[1, 0]], np.int32), 0, offsets, positions, np.zeros(2, np.int32))
+ids = np.array([[1, 0]], np.int32)
+pieces = np.array([[0, ids.ctypes.data, 0, 1, 0]], np.int64)
+pairs.index_pairs(pieces, 8, 0, offsets, positions, np.zeros(2, np.int64), np.zeros((1, 2), np.int64))
 pairs.combine_rows.compile()
 assert offsets.tolist() == [0, 1, 2] and positions.tolist() == [[1, 0]] and not pairs.index_pairs.is_kept
 from pipemoe import cli

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -87,6 +88,8 @@ def run(world: World, options: argparse.Namespace) -> int:
     """All cases on every rank. Returns the exit status, 1 if data were wrong."""
     if world.size == 1:
         raise ConfigError("one rank has nobody to exchange with; start several (launch/mpirun.sh -n 4 benchmarks/comm)")
+    if world.shared is not None:
+        raise ConfigError("ranks that share memory exchange nothing; set PIPEMOE_HOST_TRANSPORT=mpi to measure MPI")
     import torch
 
     largest, iterations, warm_up = DEFAULTS[world.device.type]
@@ -212,6 +215,7 @@ def _line(cells: Sequence[Any]) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("PIPEMOE_HOST_TRANSPORT", "mpi")
     options = parse()
     sys.exit(
         run_on_ranks(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipemoe.e4m3 import dequantise_rows
 from pipemoe.errors import InputError
 from pipemoe.experts.protocol import Experts, Recordable, Scratch
-from pipemoe.wire import WireFormat
+from pipemoe.wire import ScatteredRows, WireFormat
 
 if TYPE_CHECKING:
     from pipemoe.wire import WireRows
@@ -40,7 +40,7 @@ class DequantisingExperts:
     supports_arrivals = False
 
     def __init__(self, inner: Experts, *, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype):
-        self._inner = inner
+        self._inner: Any = inner  # host experts take scattered rows too
         self._device = device
         self._wire = WireFormat(hidden, top_k, dtype)
         self._narrow = WireFormat(hidden, top_k, self.wire_dtype)
@@ -71,19 +71,25 @@ class DequantisingExperts:
     def __call__(
         self,
         layer: int,
-        rows: WireRows,
+        rows: WireRows | ScatteredRows,
         out: torch.Tensor | Sequence[torch.Tensor],
         scratch: DequantisingScratch,
         events: Sequence[Recordable] = (),
     ) -> None:
-        if rows.hidden.dtype != self.wire_dtype or len(rows) > scratch.max_rows:
+        if len(rows) > scratch.max_rows or any(p.hidden.dtype != self.wire_dtype for _, p in rows.pieces):
+            found = {str(piece.hidden.dtype) for _, piece in rows.pieces}
             raise InputError(
-                f"layer {layer}: {len(rows)} rows of {rows.hidden.dtype}; at most {scratch.max_rows} of "
+                f"layer {layer}: {len(rows)} rows of {', '.join(found)}; at most {scratch.max_rows} of "
                 f"{self.wire_dtype} are wanted"
             )
-        wide = scratch.rows[: len(rows)]
-        self._dequantise(rows, wide)
-        self._inner(layer, wide, out, scratch.inner, events)
+        if isinstance(rows, ScatteredRows):
+            wide = [(first, scratch.rows[first : first + len(piece)]) for first, piece in rows.pieces]
+            for (_, piece), (_, into) in zip(rows.pieces, wide, strict=True):
+                self._dequantise(piece, into)
+            self._inner(layer, ScatteredRows(wide, len(rows)), out, scratch.inner, events)
+        else:
+            self._dequantise(rows, scratch.rows[: len(rows)])
+            self._inner(layer, scratch.rows[: len(rows)], out, scratch.inner, events)
 
     def _dequantise(self, rows: WireRows, wide: WireRows) -> None:
         assert rows.scales is not None  # e4m3 rows have them

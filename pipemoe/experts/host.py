@@ -18,12 +18,13 @@ import torch
 from pipemoe.errors import ConfigError
 from pipemoe.experts import pairs
 from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
+from pipemoe.experts.sgemm import sgemm_address
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
 from pipemoe_kernels.gating import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from pipemoe.wire import WireRows
+    from pipemoe.wire import ScatteredRows, WireRows
 
 TILE_ROWS = 256  # of one GEMM: large enough for the library's full rate, small enough for the cache
 DETERMINISTIC_TILE_ROWS = 16  # every GEMM of the deterministic mode has exactly this many rows
@@ -45,7 +46,8 @@ class HostScratch:
             return torch.empty(shape, dtype=dtype, device="cpu")
 
         self.positions = np.empty((max_rows, shape.top_k), np.int32)
-        self.sorted_tokens = np.empty(max_pairs, np.int32)
+        self.sources = np.empty(max_pairs, np.int64)
+        self.rows = np.empty((max_rows, 2), np.int64)
         self.offsets = np.empty(shape.max_local_experts + 1, np.int64)
         self.y = empty(max_pairs, hidden).zero_()  # touches every page, so that no step is the first to
         self.x_tile = empty(tile_rows, hidden)
@@ -88,9 +90,35 @@ class HostExperts(ExpertsShape):
             [no_bias] * w.num_local_experts if w.gate_up_bias is None else list(w.gate_up_bias.detach().float().numpy())
             for w in self.weights
         ]
+        self._forms = [
+            (ACTIVATIONS.index(w.activation), np.inf if w.limit is None else w.limit, w.alpha, w.up_offset)
+            for w in self.weights
+        ]
+        self._addresses, self._biases = self._of_compiled()
         self.tile_rows = TILE_ROWS
         if deterministic:
             self.tile_rows = DETERMINISTIC_TILE_ROWS if self._library_treats_rows_alike() else 1
+
+    def _of_compiled(self) -> tuple[list, list]:
+        """Per layer, the addresses of the experts' matrices and their biases, for `compute_experts`; nothing if it
+        cannot take them.
+        """
+        tensors = [t for w in self.weights for t in (w.gate_up, w.down)]
+        if self.dtype != torch.float32 or not sgemm_address() or not all(t.is_contiguous() for t in tensors):
+            return [], []
+
+        def addresses(matrices: torch.Tensor) -> np.ndarray:
+            return matrices.data_ptr() + matrices.stride(0) * 4 * np.arange(len(matrices), dtype=np.int64)
+
+        def bias(values: torch.Tensor | None, num_experts: int) -> np.ndarray:
+            if values is None:
+                return np.empty((num_experts, 0), np.float32)
+            return np.ascontiguousarray(values.detach().float().numpy())
+
+        return (
+            [(addresses(w.gate_up), addresses(w.down)) for w in self.weights],
+            [(bias(w.gate_up_bias, len(w.gate_up)), bias(w.down_bias, len(w.down))) for w in self.weights],
+        )
 
     def new_scratch(self, max_rows: int) -> HostScratch:
         self.check_max_rows(max_rows)
@@ -110,17 +138,19 @@ class HostExperts(ExpertsShape):
     def __call__(
         self,
         layer: int,
-        rows: WireRows,
+        rows: WireRows | ScatteredRows,
         out: torch.Tensor | Sequence[torch.Tensor],
         scratch: HostScratch,
         events: Sequence[Recordable] = (),
     ) -> None:
-        """All blocks of columns are complete at once."""
+        """All blocks of columns are complete at once. Only rows that lie in a piece are written."""
         self._compute(layer, rows, self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events))), scratch)
         for event in events:
             event.record()
 
-    def _compute(self, layer: int, rows: WireRows, blocks: list[torch.Tensor], scratch: HostScratch) -> None:
+    def _compute(
+        self, layer: int, rows: WireRows | ScatteredRows, blocks: list[torch.Tensor], scratch: HostScratch
+    ) -> None:
         weights = self.weights[layer]
         if weights.num_local_experts == 0:
             for block in blocks:
@@ -129,9 +159,38 @@ class HostExperts(ExpertsShape):
         if len(rows) == 0:
             return
         offsets = scratch.offsets[: weights.num_local_experts + 1]
-        pairs.index_pairs(rows.ids.numpy(), weights.first_expert, offsets, scratch.positions, scratch.sorted_tokens)
-        # Numba knows no 16-bit floats; a gather only moves bits.
-        values = rows.buffer.view(torch.float32 if self.dtype == torch.float32 else torch.int16).numpy()
+        pairs.index_pairs(
+            rows.places, rows.stride, weights.first_expert, offsets, scratch.positions, scratch.sources, scratch.rows
+        )
+        if self._addresses:
+            self._compute_compiled(layer, offsets, scratch)
+        else:
+            self._compute_by_torch(layer, offsets, scratch)
+        self._combine(rows, blocks, scratch)
+
+    def _compute_compiled(self, layer: int, offsets: np.ndarray, s: HostScratch) -> None:
+        """The experts' results for all sorted pairs, in one call."""
+        weights, rows = self.weights[layer], len(s.x_tile)
+        width = weights.gate_up.shape[1]
+        pairs.compute_experts(
+            sgemm_address(),
+            *self._addresses[layer],
+            *self._biases[layer],
+            offsets,
+            s.sources,
+            self.tile_rows,
+            self.deterministic,
+            *self._forms[layer],
+            s.x_tile.numpy(),
+            s.h_tile.numpy()[: rows * width],
+            s.a_tile.numpy()[: rows * weights.intermediate],
+            s.y_tile.numpy(),
+            s.y.numpy(),
+        )
+
+    def _compute_by_torch(self, layer: int, offsets: np.ndarray, scratch: HostScratch) -> None:
+        """The same, a call of torch for each GEMM: where weights are narrow, or torch's library shows no sgemm."""
+        weights = self.weights[layer]
         for expert in range(weights.num_local_experts):
             begin, end = int(offsets[expert]), int(offsets[expert + 1])
             if begin == end:
@@ -139,9 +198,7 @@ class HostExperts(ExpertsShape):
             gate_up, down = self._float32_weights(weights, expert, scratch)
             for start in range(begin, end, self.tile_rows):
                 stop = min(start + self.tile_rows, end)
-                a = self._activations(
-                    weights, gate_up, self._gate_up_biases[layer][expert], values, start, stop, scratch
-                )
+                a = self._activations(layer, gate_up, self._gate_up_biases[layer][expert], start, stop, scratch)
                 y = scratch.y[start:stop]
                 if self.deterministic:
                     y.copy_(torch.mm(a, down.t(), out=scratch.y_tile)[: stop - start])
@@ -149,7 +206,6 @@ class HostExperts(ExpertsShape):
                     torch.mm(a, down.t(), out=y)
             if weights.down_bias is not None:
                 scratch.y[begin:end].add_(weights.down_bias[expert])
-        self._combine(rows, blocks, scratch)
 
     def _float32_weights(
         self, weights: ExpertWeights, expert: int, s: HostScratch
@@ -165,44 +221,42 @@ class HostExperts(ExpertsShape):
 
     def _activations(
         self,
-        weights: ExpertWeights,
+        layer: int,
         gate_up: torch.Tensor,
         bias: np.ndarray,
-        values: np.ndarray,
         start: int,
         stop: int,
         s: HostScratch,
     ) -> torch.Tensor:
         """activation(gate(x)) * up(x) [rows of the tile, I] for the sorted pairs [start, stop) of one expert."""
-        num_rows = self.tile_rows if self.deterministic else stop - start
+        weights, num_rows = self.weights[layer], self.tile_rows if self.deterministic else stop - start
         width = gate_up.shape[0]
         x = s.x_tile[:num_rows]
         if self.dtype == torch.float32:
-            pairs.gather_rows(values, s.sorted_tokens, start, stop, x.numpy())
+            pairs.gather_rows(s.sources, start, stop, x.numpy())
         else:
             narrow = s.x_tile_narrow[:num_rows]
-            pairs.gather_rows(values, s.sorted_tokens, start, stop, narrow.view(torch.int16).numpy())
+            pairs.gather_narrow_rows(s.sources, start, stop, narrow.view(torch.int16).numpy())
             x.copy_(narrow)
         h = torch.mm(x, gate_up.t(), out=s.h_tile[: num_rows * width].view(num_rows, width))
         a = s.a_tile[: num_rows * weights.intermediate].view(num_rows, weights.intermediate)
-        limit = np.inf if weights.limit is None else weights.limit
-        form = ACTIVATIONS.index(weights.activation), limit, weights.alpha, weights.up_offset
-        pairs.activate_rows(h.numpy(), bias, *form, a.numpy())
+        pairs.activate_rows(h.numpy(), bias, *self._forms[layer], a.numpy())
         return a
 
-    def _combine(self, rows: WireRows, blocks: list[torch.Tensor], s: HostScratch) -> None:
-        y, weights = s.y.numpy(), rows.weights.numpy()
+    def _combine(self, rows: WireRows | ScatteredRows, blocks: list[torch.Tensor], s: HostScratch) -> None:
+        y, out = s.y.numpy(), blocks[0]
         combine = pairs.combine_rows_on_grid if self.deterministic else pairs.combine_rows
-        out, *others = blocks
-        if not others and out.dtype == s.out_tile.dtype and out.is_contiguous():
-            combine(y, s.positions, weights, 0, out.numpy())
+        if len(blocks) == 1 and out.dtype == s.out_tile.dtype and out.is_contiguous():
+            for first, stop in rows.ranges:
+                combine(y, s.positions, s.rows, first, out[first:stop].numpy())
             return
         ranges = column_ranges(self.hidden, len(blocks))
-        for start in range(0, len(rows), COMBINE_ROWS):
-            tile = s.out_tile[: len(rows) - start]
-            combine(y, s.positions, weights, start, tile.numpy())
-            for block, columns in zip(blocks, ranges, strict=True):
-                block[start : start + len(tile)].copy_(tile[:, columns.start : columns.stop])
+        for first, stop in rows.ranges:
+            for start in range(first, stop, COMBINE_ROWS):
+                tile = s.out_tile[: stop - start]
+                combine(y, s.positions, s.rows, start, tile.numpy())
+                for block, columns in zip(blocks, ranges, strict=True):
+                    block[start : start + len(tile)].copy_(tile[:, columns.start : columns.stop])
 
     @torch.no_grad()
     def _library_treats_rows_alike(self) -> bool:

@@ -1,11 +1,13 @@
 """The (token, k) pairs of a wave that meet a local expert, on the host: index, gather, activation, weighted combine.
 
-    ids [n, K]          positions [n, K]      sorted order (rows of x, h, y)
+    ids [n, K]          positions [n, K]      sorted order (sources; rows of x, h, y)
       7  2                2  0                  0: token 0 (expert 2)  |
      -1  2        ->     -1  1                  1: token 1 (expert 2)  | offsets[0] .. offsets[1]
       9  7               -1  3                  2: token 0 (expert 7)  | offsets[5] .. offsets[6]
                                                 3: token 2 (expert 7)  |
     (local experts 2..7)  -1: no local expert   within an expert: ascending token, then ascending k
+
+The rows of a wave may lie in pieces, one for each segment, in the memory of the ranks that own them.
 
 Numba functions that release the GIL, so that several worker threads run at once. Every loop runs along one row at a
 time, so a row's bits cannot depend on its neighbours. They are compiled while warming up, or at the first call, and
@@ -22,6 +24,8 @@ from typing import Any
 import numpy as np
 
 from pipemoe.compiled import Compiled
+from pipemoe.experts.addresses import floats_at, ints_at, shorts_at
+from pipemoe.experts.sgemm import call_sgemm
 
 # Adding and subtracting 1.5 * 2^52 * 2^-32 rounds a float64 of magnitude under 2^19 to the nearest multiple of 2^-32.
 # Larger values are rounded to coarser multiples, which lie on the same grid.
@@ -43,60 +47,80 @@ def compiled(signatures: Callable[[Any], list]) -> Callable[[Callable], Compiled
     return decorate
 
 
+def part(function: Callable) -> Compiled:
+    """For functions that compiled code calls."""
+    return Compiled(function, inside=True, nogil=True, error_model="numpy")
+
+
 def _numba_types() -> Any:
     from numba import types
 
     return types
 
 
-@compiled(lambda t: [t.void(t.int32[:, :], t.int64, t.int64[::1], t.int32[:, ::1], t.int32[::1])])
-def index_pairs(ids, first_expert, offsets, positions, sorted_tokens):
+@compiled(
+    lambda t: [t.void(t.int64[:, ::1], t.int64, t.int64, t.int64[::1], t.int32[:, ::1], t.int64[::1], t.int64[:, ::1])]
+)
+def index_pairs(pieces, stride, first_expert, offsets, positions, sources, rows):
     """Stable counting sort of the local pairs by expert.
 
-    ids [n, K] int32 global expert ids -> offsets [E_loc + 1] int64, positions [>= n, K] int32 (-1: not local),
-    sorted_tokens [>= number of local pairs] int32.
+    pieces [P, 5]: addresses of a piece's hidden values, ids (global) and weights, its number of rows, and the first of
+    them in the wave, which ascends. stride: bytes from row to row. Writes offsets [E_loc + 1]; positions [>= n, K] (-1:
+    not local); sources [>= number of local pairs], the address of each sorted pair's hidden values; and rows [n, 2], of
+    each row of the wave the addresses of its hidden values and weights. Rows in no piece keep what they had.
     """
-    num_local = offsets.shape[0] - 1
+    num_local, top_k = offsets.shape[0] - 1, positions.shape[1]
     offsets[:] = 0
-    for token in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            expert = ids[token, k] - first_expert
-            if 0 <= expert < num_local:
-                offsets[expert + 1] += 1
+    for p in range(pieces.shape[0]):
+        for i in range(pieces[p, 3]):
+            ids, row = ints_at(pieces[p, 1] + i * stride), pieces[p, 4] + i
+            rows[row, 0] = pieces[p, 0] + i * stride
+            rows[row, 1] = pieces[p, 2] + i * stride
+            for k in range(top_k):
+                expert = ids[k] - first_expert
+                if 0 <= expert < num_local:
+                    offsets[expert + 1] += 1
+                    positions[row, k] = expert  # ids are read once: whoever owns them may be at fault
+                else:
+                    positions[row, k] = -1
     for expert in range(num_local):
         offsets[expert + 1] += offsets[expert]
     # offsets[e] is the cursor of expert e and ends as the start of e + 1: shift back afterwards.
-    for token in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            expert = ids[token, k] - first_expert
-            if 0 <= expert < num_local:
-                position = offsets[expert]
-                offsets[expert] = position + 1
-                positions[token, k] = position
-                sorted_tokens[position] = token
-            else:
-                positions[token, k] = -1
+    for p in range(pieces.shape[0]):
+        for row in range(pieces[p, 4], pieces[p, 4] + pieces[p, 3]):
+            for k in range(top_k):
+                expert = positions[row, k]
+                if expert >= 0:
+                    position = offsets[expert]
+                    offsets[expert] = position + 1
+                    positions[row, k] = position
+                    sources[position] = rows[row, 0]
     for expert in range(num_local, 0, -1):
         offsets[expert] = offsets[expert - 1]
     offsets[0] = 0
 
 
-@compiled(
-    lambda t: [
-        t.void(t.float32[:, ::1], t.int32[::1], t.int64, t.int64, t.float32[:, ::1]),
-        t.void(t.int16[:, ::1], t.int32[::1], t.int64, t.int64, t.int16[:, ::1]),
-    ]
-)
-def gather_rows(rows, sorted_tokens, start, stop, out):
-    """out[i] = rows[sorted_tokens[start + i], :H] for start + i < stop, zeros in the rest of out [tile, H].
-
-    rows [n, >= H]: whole wire rows in the format of their hidden values, which come first.
-    """
+@compiled(lambda t: [t.void(t.int64[::1], t.int64, t.int64, t.float32[:, ::1])])
+def gather_rows(sources, start, stop, out):
+    """out[i] = the values at sources[start + i] for start + i < stop, zeros in the rest of out [tile, H]."""
     for i in range(out.shape[0]):
         if start + i < stop:
-            token = sorted_tokens[start + i]
+            row = floats_at(sources[start + i])
             for h in range(out.shape[1]):
-                out[i, h] = rows[token, h]
+                out[i, h] = row[h]
+        else:
+            for h in range(out.shape[1]):
+                out[i, h] = 0
+
+
+@compiled(lambda t: [t.void(t.int64[::1], t.int64, t.int64, t.int16[:, ::1])])
+def gather_narrow_rows(sources, start, stop, out):
+    """gather_rows of 16-bit floats. Numba knows none, but a gather only moves bits."""
+    for i in range(out.shape[0]):
+        if start + i < stop:
+            row = shorts_at(sources[start + i])
+            for h in range(out.shape[1]):
+                out[i, h] = row[h]
         else:
             for h in range(out.shape[1]):
                 out[i, h] = 0
@@ -141,30 +165,95 @@ def activate_rows(h, bias, activation, limit, alpha, up_offset, out):
             out[i, j] = value
 
 
-@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.float32[:, :], t.int64, t.float32[:, ::1])])
-def combine_rows(y, positions, weights, start, out):
-    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]]; float32, every row."""
+@part
+def _multiply(sgemm, x, num_rows, depth, weights, width, out, call, sizes):
+    """out [num_rows, width] = x [num_rows, depth] @ weights.T; x, weights [width, depth] and out are addresses.
+
+    call, sizes: as `compute_experts` has filled them. To BLAS, which counts by columns, this is out.T = weights @ x.T.
+    """
+    sizes[0], sizes[1], sizes[2] = width, num_rows, depth
+    call[6], call[8], call[11] = weights, x, out
+    call_sgemm(sgemm, call.ctypes.data)
+
+
+@compiled(
+    lambda t: [
+        t.void(
+            *(t.int64, t.int64[::1], t.int64[::1], t.float32[:, ::1], t.float32[:, ::1], t.int64[::1], t.int64[::1]),
+            *(t.int64, t.boolean, t.int64, t.float64, t.float64, t.float64, t.float32[:, ::1], t.float32[::1]),
+            *(t.float32[::1], t.float32[:, ::1], t.float32[:, ::1]),
+        )
+    ]
+)
+def compute_experts(
+    sgemm, gate_up, down, gate_up_bias, down_bias, offsets, sources,
+    tile_rows, whole_tiles, activation, limit, alpha, up_offset, x_tile, h_tile,
+    a_tile, y_tile, y,
+):  # fmt: skip
+    """All experts of a layer on the sorted pairs: y [pairs, H], before weights.
+
+    sgemm: its address. gate_up, down [E_loc]: addresses of [2I or I, H] and [H, I]. Biases [E_loc, 2I or I] and
+    [E_loc, H], or [E_loc, 0]. whole_tiles: every GEMM has tile_rows rows. The other arguments: see activate_rows, and
+    HostScratch.
+    """
+    num_experts, hidden = len(gate_up), y.shape[1]
+    intermediate = len(a_tile) // max(1, x_tile.shape[0])
+    width = len(h_tile) // max(1, x_tile.shape[0])
+    transposed, sizes, factors = np.empty(2, np.uint8), np.empty(3, np.int32), np.empty(2, np.float32)
+    transposed[0], transposed[1] = 84, 78  # "T" and "N"
+    factors[0], factors[1] = 1, 0
+    call = np.empty(13, np.int64)
+    call[0], call[1] = transposed.ctypes.data, transposed.ctypes.data + 1
+    at = sizes.ctypes.data
+    call[2], call[3], call[4], call[7], call[9], call[12] = at, at + 4, at + 8, at + 8, at + 8, at
+    call[5], call[10] = factors.ctypes.data, factors.ctypes.data + 4
+    for expert in range(num_experts):
+        for start in range(offsets[expert], offsets[expert + 1], tile_rows):
+            num_pairs = min(tile_rows, offsets[expert + 1] - start)
+            num_rows = tile_rows if whole_tiles else num_pairs
+            gather_rows(sources, start, start + num_pairs, x_tile[:num_rows])
+            h = h_tile[: num_rows * width].reshape(num_rows, width)
+            a = a_tile[: num_rows * intermediate].reshape(num_rows, intermediate)
+            _multiply(sgemm, x_tile.ctypes.data, num_rows, hidden, gate_up[expert], width, h.ctypes.data, call, sizes)
+            activate_rows(h, gate_up_bias[expert], activation, limit, alpha, up_offset, a)
+            out = y_tile if whole_tiles else y[start : start + num_pairs]
+            _multiply(sgemm, a.ctypes.data, num_rows, intermediate, down[expert], hidden, out.ctypes.data, call, sizes)
+            if whole_tiles:
+                y[start : start + num_pairs] = y_tile[:num_pairs]
+            for i in range(start, start + num_pairs):
+                for h_at in range(down_bias.shape[1]):
+                    y[i, h_at] += down_bias[expert, h_at]
+
+
+@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.int64[:, ::1], t.int64, t.float32[:, ::1])])
+def combine_rows(y, positions, rows, start, out):
+    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]]; float32, every row.
+
+    rows: see index_pairs; they say where the weights are.
+    """
     for i in range(out.shape[0]):
         for h in range(out.shape[1]):
             out[i, h] = 0
-        for k in range(weights.shape[1]):
+        weights = floats_at(rows[start + i, 1])
+        for k in range(positions.shape[1]):
             position = positions[start + i, k]
             if position >= 0:
-                weight = weights[start + i, k]
+                weight = weights[k]
                 for h in range(out.shape[1]):
                     out[i, h] += weight * y[position, h]
 
 
-@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.float32[:, :], t.int64, t.float64[:, ::1])])
-def combine_rows_on_grid(y, positions, weights, start, out):
+@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.int64[:, ::1], t.int64, t.float64[:, ::1])])
+def combine_rows_on_grid(y, positions, rows, start, out):
     """combine_rows into float64: each float32 product is rounded to a multiple of 2^-32, so sums are exact."""
     for i in range(out.shape[0]):
         for h in range(out.shape[1]):
             out[i, h] = 0
-        for k in range(weights.shape[1]):
+        weights = floats_at(rows[start + i, 1])
+        for k in range(positions.shape[1]):
             position = positions[start + i, k]
             if position >= 0:
-                weight = weights[start + i, k]
+                weight = weights[k]
                 for h in range(out.shape[1]):
                     contribution = np.float64(np.float32(weight * y[position, h]))
                     out[i, h] += (contribution + GRID_ROUNDING) - GRID_ROUNDING
@@ -172,5 +261,6 @@ def combine_rows_on_grid(y, positions, weights, start, out):
 
 def compile_all(deterministic: bool) -> None:
     """Compile all functions that the experts call."""
-    for function in (index_pairs, gather_rows, activate_rows, combine_rows_on_grid if deterministic else combine_rows):
+    combine = combine_rows_on_grid if deterministic else combine_rows
+    for function in (index_pairs, gather_rows, gather_narrow_rows, activate_rows, compute_experts, combine):
         function.compile()

@@ -12,7 +12,7 @@ from pipemoe.plan.columns import column_ranges
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.wire import WireRows
+    from pipemoe.wire import ScatteredRows, WireRows
 
 COMBINE_DTYPES = ("float32", "bfloat16", "float16")
 DETERMINISTIC_DTYPE = "float64"
@@ -146,7 +146,12 @@ class ExpertsShape:
             raise ConfigError(f"max_rows is {max_rows}; it must be 0 or more")
 
     def check_call(
-        self, layer: int, rows: WireRows, out: torch.Tensor | Sequence[torch.Tensor], max_rows: int, num_blocks: int = 1
+        self,
+        layer: int,
+        rows: WireRows | ScatteredRows,
+        out: torch.Tensor | Sequence[torch.Tensor],
+        max_rows: int,
+        num_blocks: int = 1,
     ) -> list[torch.Tensor]:
         """The blocks of out. Raises InputError unless the call fits the layer, the scratch and this object's dtypes."""
         import torch
@@ -156,13 +161,8 @@ class ExpertsShape:
             raise InputError(f"layer {layer} does not exist: there are {len(self.weights)} MoE layers")
         if num_rows > max_rows:
             raise InputError(f"layer {layer}: {num_rows} rows do not fit a scratch made for {max_rows}; make it larger")
-        if rows.hidden.dtype != self.wire_dtype or rows.hidden.shape != (num_rows, self.hidden):
-            raise InputError(
-                f"layer {layer}: rows.hidden is {rows.hidden.dtype} {tuple(rows.hidden.shape)}; "
-                f"{self.wire_dtype} {(num_rows, self.hidden)} is wanted"
-            )
-        if rows.ids.shape != (num_rows, self.top_k):
-            raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")
+        for _, piece in rows.pieces:
+            self._check_rows(layer, piece)
         whole, ranges = isinstance(out, torch.Tensor), column_ranges(self.hidden, num_blocks)
         matrices = [out] if isinstance(out, torch.Tensor) else list(out)
         if not whole and len(matrices) != num_blocks:
@@ -177,9 +177,21 @@ class ExpertsShape:
                     f"{wanted} with adjacent columns is wanted, in one of {self.out_dtypes} "
                     f"(deterministic={self.deterministic})"
                 )
-        for tensor in (rows.buffer, *matrices):
+        for tensor in matrices:
             if tensor.device.type != self.device.type:
                 raise InputError(f"layer {layer}: a tensor is on {tensor.device}; the experts are on {self.device}")
         if num_blocks == 1 or not whole:
             return matrices
         return [matrices[0][:, columns.start : columns.stop] for columns in ranges]
+
+    def _check_rows(self, layer: int, rows: WireRows) -> None:
+        num_rows = len(rows)
+        if rows.hidden.dtype != self.wire_dtype or rows.hidden.shape != (num_rows, self.hidden):
+            raise InputError(
+                f"layer {layer}: rows.hidden is {rows.hidden.dtype} {tuple(rows.hidden.shape)}; "
+                f"{self.wire_dtype} {(num_rows, self.hidden)} is wanted"
+            )
+        if rows.ids.shape != (num_rows, self.top_k):
+            raise InputError(f"layer {layer}: rows.ids is {tuple(rows.ids.shape)}; {(num_rows, self.top_k)} is wanted")
+        if rows.buffer.device.type != self.device.type:
+            raise InputError(f"layer {layer}: a tensor is on {rows.buffer.device}; the experts are on {self.device}")

@@ -9,6 +9,7 @@ from pipemoe.errors import ConfigError, PlanError
 from pipemoe.plan.arrivals import MAX_PARTS, OWN, groups_of, parts_of
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.projection import Issue, match, project
+from pipemoe.plan.reuse import prove_reuse
 from pipemoe.plan.room import Room
 from pipemoe.plan.schedule import MAX_GROUPS, OpKind, Plan, Wave
 
@@ -32,6 +33,7 @@ def verify(
     _buffers_have_one_user(plan)
     _workspace_is_bounded(plan)
     _chunks_in_causal_order(plan)
+    prove_reuse(plan)
     _arrivals_in_one_slot(plan)
     _every_row_arrives_once(plan)
     _kernels_have_room(plan, room)

@@ -35,6 +35,25 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
 _LONGEST_PAUSE_OF_MPI, _OFTEN_SECONDS = 50e-6, 0.05
 
 
+class PolledWake:
+    """Wakes up the engine's thread while it rests between polls."""
+
+    longest_rest = 0.0  # as long as the poller likes
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def look(self) -> None:
+        """Begin a look around; a `set` from now on ends the next rest."""
+
+    def rest(self, seconds: float) -> None:
+        if self._event.wait(seconds):
+            self._event.clear()
+
+
 class Engine:
     """Runs the tasks handed to it one after another on its own thread."""
 
@@ -53,7 +72,7 @@ class Engine:
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
         self.side_channel: SideChannel | None = None
-        self.wake = threading.Event()  # other threads set it when they have news for the engine's
+        self.wake: Any = PolledWake()  # other threads set it when they have news for the engine's
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
         self._library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL
@@ -78,6 +97,10 @@ class Engine:
     def hear_peers_by(self, channel: SideChannel) -> None:
         """Watch the peers by this channel, and tell them by it when this rank fails."""
         self.side_channel = channel
+
+    def listen_by(self, wake: Any) -> None:
+        """From now on rest by `wake`, which hears all that this thread may wait for: nothing needs polling any more."""
+        self.wake, self._moves_transfers = wake, False
 
     def watch_transport(self, transport: Transport) -> None:
         """Raise what the transport notices by itself, and abort it when this rank fails."""
@@ -144,7 +167,10 @@ class Engine:
         seen, since, checked, pause = self.ops_done, time.monotonic(), 0.0, _SHORTEST_PAUSE
         patience = _LEFT_SECONDS if needs_all else math.inf
         often = _OFTEN_SECONDS if needs_all or self._moves_transfers else 0.0
-        while not ready():
+        while True:
+            self.wake.look()
+            if ready():
+                return
             now = self._alive = time.monotonic()
             if now - checked > _PEER_CHECK_SECONDS:
                 self._check_peers(now - since, needs_all=now - since > patience)
@@ -153,8 +179,7 @@ class Engine:
                 seen, since, pause = self.ops_done, now, _SHORTEST_PAUSE
             elif now - since > limit and now - since > self._patience_of_peers():
                 raise self._timeout(f"no progress for {now - since:.1f} s")
-            if self.wake.wait(pause):
-                self.wake.clear()
+            self.wake.rest(self.wake.longest_rest or pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_OF_MPI if now - since < often else _LONGEST_PAUSE)
 
     def _check_peers(self, waited: float, needs_all: bool) -> None:

@@ -77,6 +77,10 @@ class HostEvent:
             raise self.error
         return True
 
+    def is_over(self) -> bool:
+        """Has the lane passed it, whatever the work before it raised?"""
+        return self._flag.is_set()
+
     def span(self) -> tuple[float, float]:
         return self._begin, self._end
 

@@ -37,6 +37,7 @@ from pipemoe.runtime.wave_buffers import WaveBuffers
 from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
+    from pipemoe.runtime.host_lanes import HostLanes
     from pipemoe.runtime.workspace import Workspace
 
 LANE_OF = {
@@ -76,6 +77,9 @@ class _BufferState:
     read: Event | None = None  # experts have read the receive buffer and written the partial sums
     summed: Sequence[Event] = ()  # of these, each block of columns
     sent: Event | None = None  # the combine is done with the partial sums
+    # of shared memory: its use by the last wave (pipemoe.plan.reuse), and this rank's rows of it have been written
+    use: Any = None
+    written: Event | None = None
 
 
 class Run:
@@ -85,7 +89,7 @@ class Run:
         self,
         plan: Plan,
         rank: int,
-        lanes: Lanes,
+        lanes: Lanes | HostLanes,
         transport: Transport,
         workspace: Workspace,
         wire: WireFormat,
@@ -119,7 +123,7 @@ class Run:
         self._position = {op: position for position, op in enumerate(self._ops)}
         for op, position in self._position.items():
             self._cohorts[op.cohort].positions.append(position)
-        self._views: dict[tuple[int, int, int], WaveBuffers] = {}  # by cohort, wave and buffer
+        self._views: dict[tuple[int, int, int], Any] = {}  # by cohort, wave and buffer
         self._attended: dict[tuple[int, int], Event] = {}
         self._finished: dict[int, Event] = {}  # per cohort
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
@@ -250,9 +254,8 @@ class Run:
 
     def _issue(self, op: Op) -> Event:
         lanes = self._lanes.slots[self._plan.cohorts[op.cohort].slot]
-        # functions, not bound methods kept by the run: a finished run must not wait for the cycle collector
-        issue = _ISSUE[op.kind]
-        return issue(self, op, self._cohorts[op.cohort], lanes)
+        # looked up each time, not bound methods kept by the run: a finished run must not wait for the cycle collector
+        return getattr(self, _ISSUE[op.kind])(op, self._cohorts[op.cohort], lanes)
 
     def _attends_before(self, op: Op) -> list[tuple[int, int]]:
         """Cohort and layer of the attentions for which this one waits: those of earlier chunks, for their keys and
@@ -264,12 +267,13 @@ class Run:
     def _attend(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         waits: list[Event | None] = [*state.results, *(self._attended[a] for a in self._attends_before(op))]
         state.results = []
-        attend = partial(self._source.attend, op.cohort, op.layer)
+        rows: tuple[WireRows, ...] = ()
         if self._writes_in_place(op.cohort, state):
             views, used = self._place(Op(OpKind.DISPATCH, op.cohort, op.layer, 0))
             waits += self._before_writing(used)
-            attend = partial(attend, views.own[0][1])
-        state.attended = event = lanes.compute.submit(self._model_work(state, attend), waits)
+            rows = (views.own[0][1],)
+        attend = self._model_work(state, lambda: self._source.attend(op.cohort, op.layer, *rows))
+        state.attended = event = lanes.compute.submit(attend, waits)
         if op.cohort in self._awaited:
             self._attended[op.cohort, op.layer] = event
         return event
@@ -407,14 +411,17 @@ class Run:
         self._finished[op.cohort] = event
         return event
 
-    def _place(self, op: Op) -> tuple[WaveBuffers, _BufferState]:
+    def _place(self, op: Op) -> tuple[Any, _BufferState]:
         """The workspace's views for a wave's operation, and the buffer's last users."""
         buffer = self._plan.buffer(*op[1:])
         place = op.cohort, op.wave, buffer
         if place not in self._views:
-            self._views[place] = WaveBuffers(self._plan, self._rank, *place, self._workspace, self._wire)
+            self._views[place] = self._new_views(*place)
         views = self._views[place]
         return views, self._buffer_states[views.slot][buffer]
+
+    def _new_views(self, cohort: int, wave: int, buffer: int) -> Any:
+        return WaveBuffers(self._plan, self._rank, cohort, wave, buffer, self._workspace, self._wire)
 
     def _model_work(self, state: _CohortState, work: Callable[[], None]) -> Callable[[], None]:
         """Model code as work of a lane."""
@@ -445,11 +452,11 @@ class Run:
 
 
 _ISSUE = {
-    OpKind.ATTEND: Run._attend,
-    OpKind.DISPATCH: Run._dispatch,
-    OpKind.EXPERTS: Run._compute,
-    OpKind.COMBINE: Run._combine,
-    OpKind.FINISH: Run._finish,
+    OpKind.ATTEND: "_attend",
+    OpKind.DISPATCH: "_dispatch",
+    OpKind.EXPERTS: "_compute",
+    OpKind.COMBINE: "_combine",
+    OpKind.FINISH: "_finish",
 }
 
 

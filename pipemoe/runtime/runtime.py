@@ -49,6 +49,7 @@ from pipemoe.runtime.engine import settle
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.set_up import SetUp
 from pipemoe.runtime.source import Source, SourceTraits
+from pipemoe.runtime.workspace import shared_layout
 from pipemoe.trace import Span, Timeline
 from pipemoe.version import __version__
 from pipemoe.wire import WireFormat
@@ -56,6 +57,7 @@ from pipemoe.wire import WireFormat
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.comm.shared.waves import SharedWaves
     from pipemoe.world.world import World
 
 _CACHED_PLANS = 64
@@ -113,6 +115,10 @@ class Runtime:
         world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         self._compile_planner()
+        self._shared: SharedWaves | None = None
+        if world.shared is not None:
+            self._shared = world.new_waves(shared_layout(self.config, self.wire, self.combine_dtype, world.size))
+        self.transport: Any = world.transport if self._shared is None else self._shared
         set_up = SetUp(
             world,
             shape,
@@ -125,6 +131,7 @@ class Runtime:
             sms_left,
             has_arrivals,
             torch.cuda.current_stream(world.device) if traits.hands_out_results and is_gpu else None,
+            self._shared,
         )
         _, error = world.engine.call(lambda: look(world.rank, "setting up", set_up.run, ConfigError))
         world.agree(error, {}, "setting up the workspace")
@@ -277,12 +284,12 @@ class Runtime:
             self._compare(digests.payloads)
         assert plan is not None  # _compare raises for a rank without one
         if self.config.debug:
-            self.world.transport.start_log()
-        run = Run(
+            self.transport.start_log()
+        run = self._run_type()(
             plan,
             self.world.rank,
             self.world.lanes,
-            self.world.transport,
+            self.transport,
             self._workspace,
             self.wire,
             self.experts_with_free_sms[plan.sms_left],
@@ -346,6 +353,13 @@ class Runtime:
         self.world.announce(error)
         return error
 
+    def _run_type(self) -> type[Run]:
+        if self._shared is None:
+            return Run
+        from pipemoe.runtime.shared_run import SharedRun
+
+        return SharedRun
+
     def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None, seconds: float) -> Facts:
         world = self.world
         announced = world.take_announced()
@@ -403,7 +417,7 @@ class Runtime:
 
     def _check_issued(self, plan: Plan, only: Only, seconds: float) -> None:
         """Compare the collectives that every rank has issued with the plan (debug)."""
-        log = self.world.transport.take_log()
+        log = self.transport.take_log()
         doing = "comparison of the ranks' logs"
         gathering = self.world.start_gathering(json.dumps(log).encode(), doing)
         self.world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)

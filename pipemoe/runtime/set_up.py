@@ -20,6 +20,7 @@ from pipemoe.wire import WireFormat
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.comm.shared.waves import SharedWaves
     from pipemoe.world.world import World
 
 _RESERVE_FACTOR = 1.5  # of a trial's activations: steps split memory differently, and allocate before they free
@@ -40,6 +41,7 @@ class SetUp:
     sms_left: Sequence[int]  # all numbers of SMs that plans may leave to collectives
     has_arrivals: bool  # whether plans may take waves as they arrive
     callers_stream: Any  # on which results are handed out, or None
+    shared: SharedWaves | None  # where rows and sums lie, if ranks share memory
 
     # What `run` makes:
     workspace: Workspace = field(init=False)
@@ -58,7 +60,14 @@ class SetUp:
             }
             self.arriving = arriving_experts(world, self.experts) if self.has_arrivals else None
             self.workspace = Workspace(
-                self.config, self.wire, self.combine_dtype, world.size, self.experts, world.device, self.arriving
+                self.config,
+                self.wire,
+                self.combine_dtype,
+                world.size,
+                self.experts,
+                world.device,
+                self.arriving,
+                self.shared,
             )
             lanes = world.lanes.slots[: len(self.workspace.slots)]
             if world.device.type == "cuda":

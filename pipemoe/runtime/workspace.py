@@ -14,11 +14,14 @@ from pipemoe.wire import WireFormat
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.comm.shared.waves import SharedWaves, WaveMemory
+
 
 @dataclass(frozen=True, slots=True)
 class SlotBuffers:
     """One cohort slot's buffers; the lists have one entry per double buffer."""
 
+    # If ranks share memory, rows and partial sums lie in Workspace.shared, and these lists are empty.
     receive: list[torch.Tensor]  # [rows, row_bytes] uint8
     partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave's blocks of columns lie one after another
     staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"; by blocks as well
@@ -39,9 +42,14 @@ class Workspace:
         experts: Any,
         device: torch.device,
         arriving: Any = None,
+        shared: SharedWaves | None = None,
     ) -> None:
-        """arriving: experts that take waves as they arrive, in the first slot; or None."""
+        """arriving: experts that take waves as they arrive, in the first slot; or None. shared: where rows and sums
+        lie, if ranks share memory.
+        """
         import torch
+
+        self.shared = shared
 
         # A gather sums in float32; a reduce writes what the partial sums travel as.
         self.results_dtype = torch.float32 if config.combine == "gather" else combine_dtype
@@ -57,7 +65,7 @@ class Workspace:
             return torch.empty(shape, dtype=dtype, device=device).zero_()
 
         def slot(number: int) -> SlotBuffers:
-            buffers = range(config.num_buffers)
+            buffers = range(0 if shared else config.num_buffers)
             return SlotBuffers(
                 receive=[filled((rows, wire.row_bytes), torch.uint8) for _ in buffers],
                 partial=[filled((rows, wire.hidden), combine_dtype) for _ in buffers],
@@ -66,7 +74,8 @@ class Workspace:
                 ],
                 scratch=experts.new_scratch(rows),
                 arrivals=[
-                    arriving.new_arrivals(rows) if arriving is not None and number == 0 else None for _ in buffers
+                    arriving.new_arrivals(rows) if arriving is not None and number == 0 else None
+                    for _ in range(config.num_buffers)
                 ],
             )
 
@@ -83,7 +92,17 @@ class Workspace:
         tensors = [t for s in self.slots for t in (*s.receive, *s.partial, *s.staging) if t is not None]
         arrivals = [a for s in self.slots for a in s.arrivals if a is not None]
         return (
-            sum(t.numel() * t.element_size() for t in tensors)
+            (self.shared.num_bytes if self.shared else 0)
+            + sum(t.numel() * t.element_size() for t in tensors)
             + sum(s.scratch.num_bytes for s in self.slots)
             + sum(a.num_bytes for a in arrivals)
         )
+
+
+def shared_layout(config: Config, wire: WireFormat, combine_dtype: torch.dtype, num_ranks: int) -> WaveMemory:
+    """What a rank shares with the others if ranks share memory."""
+    from pipemoe.comm.shared.waves import WaveMemory
+
+    rows = config.max_wave_rows(num_ranks)
+    own_rows = min(rows, config.max_tokens_per_rank)
+    return WaveMemory(config.max_slots, config.num_buffers, own_rows, wire.row_bytes, rows, wire.hidden, combine_dtype)

@@ -13,10 +13,10 @@ import socket
 import sys
 import threading
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look
-from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, unpack_shared
+from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, shared, unpack_shared
 from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
 from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport
@@ -34,6 +34,10 @@ from pipemoe.world.gpu import lanes_of, runs_on_gpu
 from pipemoe.world.launcher import launched
 from pipemoe.world.meet import Met, meet
 from pipemoe.world.warm_up import WarmUp
+
+if TYPE_CHECKING:
+    from pipemoe.comm.shared.waves import SharedWaves, WaveMemory
+    from pipemoe.world.shared_host import SharedHost
 
 _open_world: World | None = None  # of this process
 _forks_are_watched = False
@@ -125,6 +129,8 @@ class World:
             self.device = torch.device("cuda", (met.local_rank if met else 0) % torch.cuda.device_count())
             torch.cuda.set_device(self.device)
         self.transport: Transport = LocalTransport()
+        self.lanes: Any  # Lanes, or HostLanes
+        self.shared: SharedHost | None = None  # ranks of this host that share memory
         self.reserved = Reserved()  # by all runtimes
         self._num_runtimes = 0
         self._announced: ModelError | None = None
@@ -141,11 +147,10 @@ class World:
         try:
             if met is not None:
                 self.engine.call(lambda: self._meet(error))
-            self.lanes: Lanes = (
-                lanes_of(self.device, self.num_slots) if on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
-            )
             if met is not None:
                 self.engine.call(self._connect)
+            else:
+                self.lanes = self._own_lanes()
         except BaseException as error:
             self._dismantle(uncaught.reason(error))
             raise
@@ -167,10 +172,67 @@ class World:
             [json.loads(p) for p in self._exchange(json.dumps(settings).encode(), "comparing the arguments of init")]
         )
 
+    def _own_lanes(self) -> Lanes:
+        return (
+            lanes_of(self.device, self.num_slots) if self._on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
+        )
+
     def _connect(self) -> None:
+        if not self._on_gpu and self._shares_memory():
+            return
+        self.lanes = self._own_lanes()
         self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
         self.engine.watch_transport(self.transport)
         self._warm_up()
+
+    def _shares_memory(self) -> bool:
+        """Let the ranks share memory, if they are all of one host, the system allows it, and the user too."""
+        from pipemoe.comm.shared.memory import refusal
+        from pipemoe.world.shared_host import VARIABLE, SharedHost, wanted_transport
+
+        assert self._met is not None
+        error, wanted, refused = None, "", None
+        try:
+            wanted = wanted_transport()
+            refused = None if wanted == "mpi" else refusal()
+        except ConfigError as e:
+            error = e
+        self._raise_on_all(error, "looking at the transport of the host")
+        told = [json.loads(p) for p in self._exchange(json.dumps([wanted, refused]).encode(), "choosing the transport")]
+        check_equal([{VARIABLE: name} for name, _ in told])
+        if wanted == "mpi":
+            return False
+        refused = next((f"rank {rank}: {why}" for rank, (_, why) in enumerate(told) if why), None)
+        if self._met.num_hosts > 1:
+            refused = f"the ranks are on {self._met.num_hosts} hosts"
+        try:
+            if refused:
+                raise ConfigError(refused)
+            self.shared = SharedHost(self.rank, self.size, self.num_slots, self._exchange_texts)
+        except ConfigError as e:  # the same on all ranks
+            if wanted == "shared":
+                raise shared(ConfigError(f"{VARIABLE} is 'shared', but {e}")) from None
+            if self.rank == 0:
+                say(f"pipemoe: no shared memory between the ranks, so MPI moves their rows: {e}")
+            return False
+        self.lanes = self.shared.lanes
+        self.engine.listen_by(self.lanes.wake)
+        return True
+
+    def _exchange_texts(self, text: str) -> list[str]:
+        return [p.decode() for p in self._exchange(text.encode(), "sharing memory")]
+
+    def new_waves(self, layout: WaveMemory) -> SharedWaves:
+        """Memory for a runtime's waves, shared by all ranks. Every rank calls, with the same sizes, and all raise
+        ConfigError if some rank lacks memory.
+        """
+        from pipemoe.comm.shared.memory import shared_by_all
+
+        assert self.shared is not None
+        memories, refused = self.engine.call(lambda: shared_by_all(layout.num_bytes, self._exchange_texts))
+        if refused:
+            raise shared(ConfigError(f"{refused}; lower moe_max_num_tokens, max_tokens_per_rank or num_slots"))
+        return self.shared.waves(layout, memories)
 
     def _open_side_channel(self) -> None:
         from mpi4py import MPI
@@ -280,11 +342,11 @@ class World:
         """Begin a small all-gather. Only on the engine's thread. `doing` must be the same on every rank, or all raise
         MismatchError.
         """
-        return (
-            LocalGathering(payload)
-            if self._met is None
-            else MpiGathering(self._met.communicators.world, payload, doing)
-        )
+        if self._met is None:
+            return LocalGathering(payload)
+        if self.shared is not None:
+            return self.shared.start_gathering(payload, doing)
+        return MpiGathering(self._met.communicators.world, payload, doing)
 
     def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
         """A small all-gather on the engine's thread. It waits up to setup_seconds."""

@@ -12,6 +12,14 @@ from pipemoe.plan.schedule import Facts, ModelShape, OpKind
 from tests.comm.wave_cases import broadcast_waves, padded_wave
 
 pytestmark = pytest.mark.mpi
+
+
+@pytest.fixture(autouse=True)
+def needs_collectives(world):
+    if world.shared is not None:
+        pytest.skip("of MPI's and NCCL's transport; PIPEMOE_HOST_TRANSPORT=mpi has one")
+
+
 WIDTH = 128
 COUNTS = ((3, 0, 17, 1), (1, 1, 1, 1), (0, 0, 0, 9), (5, 1000, 2, 0))
 

@@ -21,10 +21,12 @@ POLL_SECONDS = 0.02
 class FaultJob:
     """`num_ranks` ranks of which rank CULPRIT meets `fault`, in a folder that takes what each rank says."""
 
-    def __init__(self, fault: str, num_ranks: int, folder: Path) -> None:
+    def __init__(self, fault: str, num_ranks: int, folder: Path, transport: str = "auto") -> None:
+        """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it."""
         self.folder, self._num_ranks = folder, num_ranks
         self._token = f"fault-{uuid.uuid4().hex}"
         environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
+        environment["PIPEMOE_HOST_TRANSPORT"] = transport
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
         )

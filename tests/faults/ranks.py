@@ -104,9 +104,10 @@ def main(fault: str, folder: str) -> None:
         if getattr(doing, "layer", 0) == 2:
             raise ValueError("planted in the engine")
 
+    posts = {"dispatch": "tell_sent", "combine": "tell_summed"} if world.shared is not None else {}
     run()
     if fault == "transport" and culprit:
-        world.transport.dispatch = broken
+        setattr(runtime.transport, posts.get("dispatch", "dispatch"), broken)
     elif fault == "engine" and culprit:
         world.engine.note = broken_note
     elif fault == "plan" and culprit:
@@ -123,7 +124,8 @@ def main(fault: str, folder: str) -> None:
             n: DyingExperts(e, 2, meet_signal) for n, e in runtime.experts_with_free_sms.items()
         }
     elif fault in ("kill dispatch", "kill combine") and culprit:
-        setattr(world.transport, fault.split()[1], then_die(getattr(world.transport, fault.split()[1])))
+        post = posts.get(fault.split()[1], fault.split()[1])
+        setattr(runtime.transport, post, then_die(getattr(runtime.transport, post)))
     elif fault == "kill exchange" and culprit:
         world.start_gathering = then_die(world.start_gathering)
     elif fault == "kill idle" and culprit:

@@ -34,9 +34,13 @@ NUM_RANKS = (
 )
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_survivors_end_with_the_reason(fault, tmp_path):
-    job = FaultJob(fault, NUM_RANKS[fault], tmp_path)
+# Of ranks that share memory, and a few of those that MPI connects.
+JOBS = [(fault, "auto") for fault in FAULTS] + [(fault, "mpi") for fault in ("stop", "transport", "kill combine")]
+
+
+@pytest.mark.parametrize(("fault", "transport"), JOBS, ids=str)
+def test_survivors_end_with_the_reason(fault, transport, tmp_path):
+    job = FaultJob(fault, NUM_RANKS[fault], tmp_path, transport)
     out, err = job.wait()
     assert job.process.returncode != 0, out + err
     assert "survived" not in out

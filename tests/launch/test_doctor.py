@@ -227,6 +227,23 @@ def test_little_shared_memory_is_named(monkeypatch):
     assert of(64 << 20).status == "WARN" and of(2 << 30).status == "OK"
 
 
+@pytest.mark.parametrize(
+    ("wanted", "refused", "status", "seen"),
+    [
+        ("auto", None, "OK", "shared memory"),
+        ("mpi", None, "OK", "MPI"),
+        ("auto", "no memory today", "WARN", "MPI: no memory today"),
+        ("shared", "no memory today", "FAIL", "MPI: no memory today"),
+        ("other", None, "FAIL", "other"),
+    ],
+)
+def test_the_hosts_transport_is_named(monkeypatch, wanted, refused, status, seen):
+    monkeypatch.setenv("PIPEMOE_HOST_TRANSPORT", wanted)
+    monkeypatch.setattr("pipemoe.comm.shared.memory.refusal", lambda: refused)
+    finding = the_one(doctor.check_host_transport())
+    assert finding.status == status and seen in finding.seen
+
+
 def test_segments_that_no_process_uses_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "old_segments", list)
     assert doctor.check_old_segments() == []

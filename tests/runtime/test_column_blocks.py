@@ -36,6 +36,8 @@ class _HeldAfter:
 
 @pytest.mark.parametrize("mode", ["broadcast", "padded"])
 def test_a_block_is_combined_before_the_next_one_is_computed(world, mode, monkeypatch):
+    if world.shared is not None:
+        pytest.skip("on shared memory all blocks are complete together")
     layers = make_layers(3, world.device, torch.float32)
     runtime = make_runtime(world, layers, mode=mode, combine_blocks=3)
     hold, combined = Hold(world.device), []

@@ -227,7 +227,7 @@ def test_wake_ends_a_pause(make_engine):
     engine.wake.set()
     news = iter((False, True))
     call(engine, lambda: engine.wait(lambda: next(news), "news"))
-    assert not engine.wake.is_set()
+    assert not engine.wake._event.is_set()
 
 
 def never():

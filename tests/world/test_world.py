@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import pipemoe
+from pipemoe.comm.shared import memory
 from pipemoe.errors import ConfigError, InputError, MismatchError
 from pipemoe.world import meet as meet_module
 from pipemoe.world import world as world_module
+from pipemoe.world.shared_host import VARIABLE
 from pipemoe.world.warm_up import WarmUp
 from tests.moe_cases import make_layers
 from tests.runtime.sources import RowsSource, make_runtime
@@ -60,6 +62,7 @@ def test_an_init_that_fails_half_way_leaves_room_for_the_next(world, monkeypatch
     if world.size == 1:
         pytest.skip("needs two ranks")
     monkeypatch.setattr(world_module, "_open_world", None)
+    monkeypatch.setenv(VARIABLE, "mpi")
     with pipemoe.init("cpu", num_slots=1):
         pass
     num_threads, num_files = threading.active_count(), num_open_files()
@@ -140,3 +143,52 @@ def test_ranks_that_call_different_things_are_told(world, size):
         else:
             step()
     step()
+
+
+def test_ranks_of_one_host_share_memory_unless_told_otherwise(world, monkeypatch, capfd):
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    monkeypatch.setattr(world_module, "_open_world", None)
+    for name, shares in (("auto", True), ("shared", True), ("mpi", False)):
+        monkeypatch.setenv(VARIABLE, name)
+        with pipemoe.init("cpu", num_slots=1) as new:
+            assert (new.shared is not None) == shares
+            assert new.all_gather(bytes([world.rank])) == [bytes([rank]) for rank in range(world.size)]
+    assert "no shared memory" not in capfd.readouterr().err
+    monkeypatch.setenv(VARIABLE, "wrong")
+    with pytest.raises(ConfigError, match=f"{VARIABLE} is 'wrong'; it must be one of auto, shared, mpi"):
+        pipemoe.init("cpu", num_slots=1)
+    monkeypatch.setenv(VARIABLE, "mpi" if world.rank else "auto")
+    with pytest.raises(MismatchError, match=VARIABLE):
+        pipemoe.init("cpu", num_slots=1)
+
+
+@pytest.mark.parametrize("where", ["in the kernel", "in taking it"])
+def test_a_rank_that_cannot_share_memory_makes_all_use_mpi(world, monkeypatch, capfd, where):
+    if world.size == 1:
+        pytest.skip("needs two ranks")
+    monkeypatch.setattr(world_module, "_open_world", None)
+
+    def refuse(*arguments):
+        raise OSError(12, "Cannot allocate memory")
+
+    if world.rank == world.size - 1:
+        if where == "in the kernel":
+            monkeypatch.setattr(memory.os, "memfd_create", refuse)
+        else:
+            monkeypatch.setattr(memory, "refusal", lambda: None)
+            monkeypatch.setattr(memory.os, "posix_fallocate", refuse)
+    monkeypatch.setenv(VARIABLE, "auto")
+    with pipemoe.init("cpu", num_slots=1) as new:
+        assert new.shared is None
+        runtime = make_runtime(new, make_layers(1, new.device, torch.float32))
+        source = RowsSource(3, runtime)
+        runtime.submit_step([3], source).result()
+        assert torch.isfinite(source.sums[0]).all()
+    said = capfd.readouterr().err
+    if world.rank == 0:
+        assert f"no shared memory between the ranks, so MPI moves their rows: rank {world.size - 1}: " in said
+        assert "Cannot allocate memory" in said
+    monkeypatch.setenv(VARIABLE, "shared")
+    with pytest.raises(ConfigError, match=f"{VARIABLE} is 'shared', but rank {world.size - 1}: .*Cannot allocate"):
+        pipemoe.init("cpu", num_slots=1)

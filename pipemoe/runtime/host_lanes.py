@@ -1,0 +1,214 @@
+"""The lanes of a host whose ranks share memory. A slot's work is one queue for its computations and one for its sums,
+both served by the same thread, which takes whatever may go on: a cohort's work needs no change of threads.
+
+If a step has one cohort, that thread is the engine's own: it works in `poll`. If it has several, each slot has a
+thread, so that none holds up another. A thread without work sleeps on its rank's bell, until the ranks that it waits
+for have rung (pipemoe.comm.shared.bells).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pipemoe.comm.shared.bells import LONGEST_SLEEP, Bells, Sleeper
+from pipemoe.comm.shared.flags import FlagEvent
+from pipemoe.runtime.lanes import HostClock, HostEvent, HostMark, SlotLanes
+from pipemoe.torch_state import no_grad_on_this_thread
+
+_Work = tuple[Callable[[], Any], list[Any], HostEvent]
+# With so few pieces of work left in a slot's queues, the engine is told that it may issue more.
+_FEW_LEFT = 6
+
+
+class QueueLane:
+    """One of a slot's queues."""
+
+    def __init__(self, slot: HostSlot) -> None:
+        self._slot = slot
+        self.work: deque[_Work] = deque()
+
+    def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> HostEvent:
+        event = HostEvent()
+        self.work.append((work, [w for w in waits if w is not None], event))
+        self._slot.has_work()
+        return event
+
+    def poll(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._slot.close()
+
+
+class HostSlot:
+    """A slot's queues and its thread."""
+
+    def __init__(self, number: int, bells: Bells, on_done: Callable[[HostSlot], None]) -> None:
+        self.number, self._bells, self._on_done = number, bells, on_done
+        self.compute, self.combine = QueueLane(self), QueueLane(self)
+        self._queues = self.combine.work, self.compute.work  # a sum completes a layer, so sums go first
+        self.is_inline = True  # no thread of its own serves it
+        self.waits_here = False  # for an event of another slot of this rank
+        self._filled = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def num_left(self) -> int:
+        return len(self.compute.work) + len(self.combine.work)
+
+    def serve(self, is_inline: bool) -> None:
+        """From now on the engine's thread serves this slot, or a thread of its own. Only while there is no work."""
+        self.is_inline = is_inline
+        if not is_inline and self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=f"pipemoe slot {self.number}", daemon=True)
+            self._thread.start()
+
+    def has_work(self) -> None:
+        if not self.is_inline:
+            self._filled.set()
+            self._bells.ring_here(self.number)
+
+    def run_one(self) -> bool:
+        """Do the first piece of work that may go on; False if there is none."""
+        for queue in self._queues:
+            if not queue:
+                continue
+            work, waits, event = queue[0]
+            try:
+                while waits and waits[-1].done():
+                    waits.pop()
+                if waits:
+                    continue
+                event.begin()
+                work()
+                event.set()
+            except BaseException as error:  # noqa: BLE001  (handed to whoever polls the event)
+                event.set(error)
+            queue.popleft()
+            del work, waits, event  # do not keep a step's tensors alive while idle
+            self._on_done(self)
+            return True
+        return False
+
+    def say_what_lacks(self, sleeper: Sleeper) -> None:
+        """Tell a sleeper for which rings the work at the queues' heads waits."""
+        self.waits_here = every = False
+        for queue in self._queues:
+            if queue and queue[0][1]:
+                event = queue[0][1][-1]
+                if isinstance(event, FlagEvent):
+                    missing = event.missing()
+                    every |= event.of_reuse
+                    if missing:
+                        sleeper.want(self.number, 1 if every else missing)
+                    else:
+                        sleeper.stay_awake()
+                else:
+                    self.waits_here = True
+                    if event.is_over():
+                        sleeper.stay_awake()
+        sleeper.want_every(self.number, every)
+
+    def _run(self) -> None:
+        no_grad_on_this_thread()
+        sleeper = self._bells.sleeper([self.number])
+        while not self._closed:
+            self._filled.wait()
+            sleeper.look()
+            if self.is_inline or not self.num_left:
+                self._filled.clear()
+                if (self.num_left and not self.is_inline) or self._closed:
+                    self._filled.set()
+                continue
+            if not self.run_one():
+                self.say_what_lacks(sleeper)
+                sleeper.rest(LONGEST_SLEEP)
+
+    def close(self) -> None:
+        self._closed = True
+        self._filled.set()
+
+
+class HostLanes:
+    """All lanes of a rank. `poll` does the work of a slot that has no thread."""
+
+    def __init__(self, num_slots: int, bells: Bells) -> None:
+        self._bells = bells
+        self.wake = Wake(bells)
+        self._host_slots = [HostSlot(number, bells, self._work_done) for number in range(num_slots)]
+        # Nothing is handed to the dispatch lane: rows are sent by whoever has written them.
+        self.slots = [SlotLanes(slot.compute, slot.compute, slot.combine) for slot in self._host_slots]
+        self.clock = HostClock()
+
+    def new_mark(self) -> HostMark:
+        return HostMark(self.wake.set)
+
+    def begin(self, slots: set[int]) -> None:
+        """A step uses these slots. Of several, each gets a thread."""
+        for slot in self._host_slots:
+            slot.serve(is_inline=len(slots) < 2 or slot.number not in slots)
+        self.wake.listens_to(self._host_slots[next(iter(slots))] if len(slots) == 1 else None)
+
+    def _work_done(self, slot: HostSlot) -> None:
+        for other in self._host_slots:
+            if other.waits_here and other is not slot:
+                self._bells.ring_here(other.number)
+        if not slot.is_inline and slot.num_left <= _FEW_LEFT:
+            self.wake.set()
+
+    def poll(self) -> None:
+        for slot in self._host_slots:
+            if slot.is_inline:
+                while slot.run_one():
+                    self.wake.stay_awake()
+
+    def close(self) -> None:
+        for slot in self._host_slots:
+            slot.close()
+
+
+class Wake:
+    """What wakes up the engine's thread: other threads by `set`, and its peers' news."""
+
+    longest_rest = LONGEST_SLEEP
+
+    def __init__(self, bells: Bells) -> None:
+        self._bells = bells
+        self._slot: HostSlot | None = None  # that the engine's thread serves
+        self._sleepers: dict[int | None, Sleeper] = {}
+        self._sleeper = self._for(None)
+
+    def _for(self, slot: HostSlot | None) -> Sleeper:
+        number = None if slot is None else slot.number
+        if number not in self._sleepers:
+            channels = [self._bells.engine_channel] + ([] if number is None else [number])
+            self._sleepers[number] = self._bells.sleeper(channels)
+        return self._sleepers[number]
+
+    def listens_to(self, slot: HostSlot | None) -> None:
+        """The engine's thread does the work of this slot."""
+        self._slot = slot
+        self._sleeper = self._for(slot)
+        self._sleeper.look()
+
+    def set(self) -> None:
+        self._bells.ring_here(self._bells.engine_channel)
+
+    def look(self) -> None:
+        self._sleeper.look()
+
+    def stay_awake(self) -> None:
+        self._sleeper.stay_awake()
+
+    def wants(self, num_rings: int) -> None:
+        """The engine waits for so many ranks."""
+        self._sleeper.want(self._bells.engine_channel, num_rings)
+
+    def rest(self, seconds: float) -> None:
+        if self._slot is not None:
+            self._slot.say_what_lacks(self._sleeper)
+        self._sleeper.rest(seconds)
