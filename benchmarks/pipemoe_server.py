@@ -3,7 +3,8 @@
     python benchmarks/pipemoe_server.py --tree FOLDER --model config.json --max-tokens 8192
 
 With a launcher before it, every rank prefills a prompt of each case's length, and a round's time is the slowest rank's.
-The weights are drawn by this checkout's random_weights in any case, so that all implementations route alike.
+An older pipemoe, whose random routers send most tokens to a few experts, draws its weights by this checkout's
+random_parameters, so that all implementations route alike.
 """
 
 from __future__ import annotations
@@ -164,7 +165,6 @@ def main() -> None:
     import torch
     from transformers import CONFIG_MAPPING
 
-    weights = module_from(CHECKOUT / "pipemoe" / "models" / "random_weights.py", "pipemoe.models.random_weights")
     counted = module_from(CHECKOUT / "benchmarks" / "routing_load.py", "routing_load").counted
     import pipemoe
 
@@ -181,7 +181,9 @@ def main() -> None:
         more: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "seed": options.seed}
         if "router_skew" in inspect.signature(pipemoe.load_model).parameters:
             more["router_skew"] = options.router_skew
-        else:  # an older tree asks for weights without it
+        else:  # a tree whose own random routers are not even
+            place = CHECKOUT / "pipemoe" / "models" / "random_parameters.py"
+            weights = module_from(place, "pipemoe.models.random_weights")  # what its loading will import
             weights.fill_random = partial(weights.fill_random, router_skew=options.router_skew)
         model = pipemoe.load_model(config, world, config=settings, **more)
         server = PipemoeServer(world, model, options, case_server.prompt, counted)

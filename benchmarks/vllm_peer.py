@@ -63,7 +63,7 @@ class RandomTensors:
     def __init__(self, raw: Mapping[str, Any], seed: int, router_skew: float, device: Any) -> None:
         from pipemoe.models.config import read_config
         from pipemoe.models.families import check_config
-        from pipemoe.models.random_weights import Gains
+        from pipemoe.models.random_parameters import Gains
 
         self._config, _ = read_config(dict(raw), random_weights=True)
         self._family, self._gains = check_config(self._config), Gains.of(self._config, router_skew)
@@ -96,14 +96,14 @@ class RandomTensors:
     def _parameter(self, name: str, like: Any, num_rows: int) -> Any:
         import torch
 
-        from pipemoe.models.random_weights import random_parameter
+        from pipemoe.models.random_parameters import random_parameter
 
         shape = torch.Size([num_rows, *like.shape[1:]])
         return random_parameter(name, shape, seed=self._seed, device=self._device, dtype=like.dtype, gains=self._gains)
 
     def _experts(self, layer: int, dtype: Any) -> Any:
         """All experts of decoder layer `layer`; the latest layer's are kept."""
-        from pipemoe.models.random_weights import random_experts
+        from pipemoe.models.random_parameters import random_experts
 
         if self._layer[0] != layer:
             self._layer = (-1, None)

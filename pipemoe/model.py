@@ -49,7 +49,7 @@ def load_model(
     config for random weights drawn from `seed`. random_weights: draw weights for other inputs too: a dict like
     config.json, the path of such a file, or a directory that holds one. dtype: of weights and activations (default:
     bfloat16 on a GPU, float32 on the host). router_skew: of random weights. 0: all experts take about as many tokens;
-    more: the exponent of a Zipf law over the experts of each layer (see models.random_weights.expert_shares).
+    more: the exponent of a Zipf law over the experts of each layer (see models.random_parameters.expert_shares).
 
     Raises, on every rank, CheckpointError if any rank cannot load, ConfigError if memory does not suffice for the
     weights (see models.memory), and MismatchError if the ranks' checkpoints differ.

@@ -19,7 +19,7 @@ from pipemoe.models.decoder import Decoder
 from pipemoe.models.families import MODULES, Family, check_config
 from pipemoe.models.families.whole import is_whole
 from pipemoe.models.placeless import check_placeless
-from pipemoe.models.random_weights import expert_shares, fill_random, random_experts
+from pipemoe.models.random_parameters import expert_shares, fill_random, random_experts
 from pipemoe.models.skeleton import build_skeleton, fuse_norms, materialise, tied_name
 from pipemoe.models.whole_decoder import WholeDecoder
 from pipemoe.models.whole_loading import PreparedWhole
@@ -99,7 +99,7 @@ class PreparedDecoder:
         path_or_config: a checkpoint directory (config.json and safetensors), or, for random weights made from `seed`, a
         transformers config; with random_weights also a dict like config.json, the path of a .json file or of a
         directory with one. The other ranks' experts are never allocated and never read. quantised: experts in e4m3 (see
-        pipemoe.e4m3), all else in `dtype`. router_skew: of random weights, see random_weights.expert_shares. Raises
+        pipemoe.e4m3), all else in `dtype`. router_skew: of random weights, see random_parameters.expert_shares. Raises
         CheckpointError that names rank, file and tensor: here for anything wrong in headers, in `load` for NaN weights.
         """
         self._where = f"rank {rank}: "

@@ -20,13 +20,8 @@ from pipemoe.models.config import facts_of
 from pipemoe.models.experts_form import ExpertsSite, Matrix
 from pipemoe.models.find_experts import find_experts
 from pipemoe.models.progress import Progress
-from pipemoe.models.random_weights import (
-    expert_shares,
-    gains_of_whole,
-    kept_in_float32,
-    random_expert,
-    random_parameter,
-)
+from pipemoe.models.random_parameters import expert_shares, random_parameter
+from pipemoe.models.random_weights import gains_of_whole, kept_in_float32, random_expert
 from pipemoe.models.stored_names import StoredNames
 from pipemoe.models.whole_decoder import WholeDecoder
 

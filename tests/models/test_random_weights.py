@@ -14,15 +14,15 @@ from pipemoe.errors import ConfigError, MismatchError
 from pipemoe.model import load_model
 from pipemoe.models.loading import load_decoder
 from pipemoe.models.packing import Piece
-from pipemoe.models.random_weights import (
+from pipemoe.models.random_parameters import (
     MOST_SHARE,
     ROUTER_GAIN,
     Gains,
     expert_shares,
     random_experts,
     random_parameter,
-    reference_model,
 )
+from pipemoe.models.random_weights import reference_model
 from pipemoe.models.routing import SIGMOID, RoutingSpec, route
 from tests.models.tiny import FAMILIES, tiny_config
 
