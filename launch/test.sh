@@ -53,7 +53,7 @@ on_ranks() {
     shift
     mkdir "$rank_logs"
     PIPEMOE_RANK_LOGS=$rank_logs timeout --foreground --kill-after=20 600 launch/mpirun.sh -n "$num_ranks" \
-        -m pytest -q -m "mpi and not gpu" -p no:cacheprovider --hypothesis-seed=0 "$@" && return
+        -m pytest -q -m "mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "$@" && return
     tail -n 60 "$rank_logs"/rank*.log 2>/dev/null
     return 1
 }

@@ -4,23 +4,10 @@ import pytest
 import torch
 
 import pipemoe
-from tests.models.tiny_families import FAMILIES, VOCAB, tiny_family_config
+from pipemoe.errors import InputError, ModelError
+from tests.models.tiny_families import FAMILIES, VOCAB, make_model
 
 pytestmark = pytest.mark.mpi
-# What transformers itself does otherwise in a step of decoding than in a whole prompt, or not at all, for a tiny model.
-NO_GENERATE = ()
-
-
-def make_model(family, world, dtype=torch.float32, **changes):
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_family_config(family, **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # some begin with zeros, which would hide what is wrong
-            if not parameter.any():
-                parameter.normal_(0, 0.1)
-    return model.to(world.device, dtype)
 
 
 def prompts(world, count=2, length=9):
@@ -28,19 +15,128 @@ def prompts(world, count=2, length=9):
     return torch.randint(3, VOCAB, (count, length + world.rank), generator=generator).to(world.device)
 
 
-def config(mode):
+def config(mode="auto"):
     return pipemoe.Config(mode=mode, moe_max_num_tokens=16, max_tokens_per_rank=64)
 
 
+def check_family(world, family, modes):
+    """Ranks generate different numbers of tokens: who is done earlier serves the others."""
+    model, tokens, count = make_model(family, world.device), prompts(world), 2 + 2 * world.rank
+    with torch.inference_mode():
+        wanted = model(tokens).logits
+        generated = model.generate(tokens, max_new_tokens=count, do_sample=False)
+    for mode in modes:
+        model = make_model(family, world.device)
+        with pipemoe.from_transformers(model, world, config(mode)), torch.inference_mode():
+            assert torch.allclose(model(tokens).logits, wanted, atol=1e-4, rtol=1e-4), mode
+            if mode == modes[-1]:
+                assert torch.equal(model.generate(tokens, max_new_tokens=count, do_sample=False), generated)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_tokens(world, family):
-    for mode in ("broadcast", "auto"):
-        model, tokens = make_model(family, world), prompts(world)
-        with torch.inference_mode():
-            wanted = model(tokens).logits
-            generated = model.generate(tokens, max_new_tokens=3 + world.rank, do_sample=False)
-        experts = pipemoe.from_transformers(model, world, config(mode))
+def test_every_family(world, family):
+    if world.size != 2:
+        pytest.skip("takes a minute: on two ranks only; the slow test below runs on any")
+    check_family(world, family, ("broadcast", "auto"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_every_mode(world, family):
+    check_family(world, family, ("padded", "chunked", "two_batch", "per_rank", "pipelined", "broadcast", "auto"))
+
+
+def test_other_ranks_experts_are_freed(world):
+    model = make_model("qwen3_moe", world.device)
+    before = sum(p.numel() for p in model.parameters())
+    experts = pipemoe.from_transformers(model, world, config())
+    own = len(pipemoe.local_range(8, world.size, world.rank))
+    held = sum(t.numel() for w in experts.moe.runtime.experts.weights for _, t in w.tensors())
+    assert held * 8 == own * 3 * 8 * 3 * 64 * 32  # 3 layers, 8 experts, 3 matrices
+    assert before - sum(p.numel() for p in model.parameters()) == 3 * 8 * 3 * 64 * 32
+    with experts:
+        pass
+
+
+def test_bfloat16(world):
+    model, tokens = make_model("gpt_oss", world.device, torch.bfloat16), prompts(world)
+    with torch.inference_mode():
+        wanted = model(tokens).logits.float()
+    with pipemoe.from_transformers(model, world, config()), torch.inference_mode():
+        found = model(tokens).logits.float()
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_ranks_without_prompts_and_several_rounds(world):
+    model = make_model("mixtral", world.device)
+    tokens = prompts(world)
+    with torch.inference_mode():
+        wanted = model(tokens).logits
+    experts = pipemoe.from_transformers(model, world, config())
+    for turn in range(3):  # in each only some have work; in the last nobody
         with experts, torch.inference_mode():
-            assert torch.allclose(model(tokens).logits, wanted, atol=1e-4, rtol=1e-4)
-            found = model.generate(tokens, max_new_tokens=3 + world.rank, do_sample=False)
-            assert torch.equal(found, generated)
+            if turn < 2 and world.rank % 2 == turn:
+                for _ in range(turn + 1):
+                    assert torch.allclose(model(tokens).logits, wanted, atol=1e-4)
+
+
+def test_a_call_without_tokens_is_a_call(world):
+    """Rows of no token go through the experts as well: all ranks take part, and nobody takes it for the end."""
+    model = make_model("mixtral", world.device)
+    tokens = prompts(world)
+    with torch.inference_mode():
+        wanted = model(tokens).logits
+    experts = pipemoe.from_transformers(model, world, config())
+    with experts, torch.inference_mode():
+        if world.rank % 2 == 0:
+            site = (
+                model.model.layers[0].mlp.experts,
+                model.model.layers[1].mlp.experts,
+                model.model.layers[2].mlp.experts,
+            )
+            nothing = torch.empty(0, 64), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2)
+            for module in site:
+                assert module(*(t.to(world.device) for t in nothing)).shape == (0, 64)
+            assert torch.allclose(model(tokens).logits, wanted, atol=1e-4)
+
+
+def test_an_error_of_one_rank_ends_the_step_of_all(world):
+    model, tokens = make_model("olmoe", world.device), prompts(world)
+    experts = pipemoe.from_transformers(model, world, config())
+    culprit = world.size - 1
+
+    def fail(*_):
+        if world.rank == culprit:
+            raise ValueError("odd")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    wanted = ValueError if world.rank == culprit else ModelError
+    with pytest.raises(wanted, match="odd"), experts, torch.inference_mode():
+        model(tokens)
+        model(tokens)
+    handle.remove()
+    with experts, torch.inference_mode():  # and all goes on
+        assert torch.isfinite(model(tokens).logits).all()
+
+
+def test_what_is_refused_says_why(world):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(InputError, match="no routed experts were found in a LlamaForCausalLM: looked for gate_up_proj"):
+        pipemoe.from_transformers(LlamaForCausalLM(LlamaConfig(vocab_size=99, **small)), world, config())
+    with pytest.raises(InputError, match="model is a str"):
+        pipemoe.from_transformers("a path", world, config())
+    model = make_model("mixtral", world.device)
+    model.model.layers[1].mlp.experts.act_fn = torch.nn.Tanh()
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.experts: the gating of MixtralExperts is none"):
+        pipemoe.from_transformers(model, world, config())
+
+
+def test_gradients_are_refused(world):
+    model = make_model("mixtral", world.device)
+    experts = pipemoe.from_transformers(model, world, config())
+    with pytest.raises(InputError, match="experts here have no gradients"), experts:
+        model(prompts(world))
+    with experts:
+        pass

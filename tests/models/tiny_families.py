@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 VOCAB = 131
 # Fields that most families have; each gets those that its config knows.
 _COMMON: dict[str, Any] = {
@@ -127,3 +129,16 @@ def tiny_family_config(model_type: str, **changes: Any) -> Any:
     known = config_class().to_dict()
     fields = {name: value for name, value in _COMMON.items() if name in known or name.endswith("_token_id")}
     return config_class(**fields | _OWN.get(model_type, {}) | changes)
+
+
+def make_model(family: str, device: Any = "cpu", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """The same transformers model of a tiny config wherever this is called."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_family_config(family, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # some begin with zeros, which would hide what is wrong
+            if not parameter.any():
+                parameter.normal_(0, 0.1)
+    return model.to(device, dtype)
