@@ -12,6 +12,7 @@ statement on what from_transformers returns; a rank that gets to its end serves 
 from __future__ import annotations
 
 import contextlib
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -123,11 +124,11 @@ class PluggedExperts:
         return all(told == b"serves" for told in self.moe.runtime.world.all_gather(b"serves" if serves else b"runs"))
 
     def _leave_broken_step(self) -> None:
-        """End a step whose forward was left between its experts, by an exception."""
+        """End a step whose forward was left between its experts, mostly by an exception, which is then under way."""
         step, self._step = self._step, None
         if step is not None:
             where = f"rank {self.moe.runtime.world.rank}: the model's forward"
-            error = InputError(f"{where} was left before {self._names[self._layer]}")
+            error = sys.exc_info()[1] or InputError(f"{where} was left before {self._names[self._layer]}")
             step.__exit__(type(error), error, None)
 
     def _run(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def test_other_ranks_experts_are_freed(world):
     before = sum(p.numel() for p in model.parameters())
     experts = pipemoe.from_transformers(model, world, config())
     own = len(pipemoe.local_range(8, world.size, world.rank))
-    held = sum(t.numel() for w in experts.moe.runtime.experts.weights for _, t in w.tensors())
+    held = sum(t.numel() for w in experts.moe.runtime.experts_with_free_sms[0].weights for _, t in w.tensors())
     assert held * 8 == own * 3 * 8 * 3 * 64 * 32  # 3 layers, 8 experts, 3 matrices
     assert before - sum(p.numel() for p in model.parameters()) == 3 * 8 * 3 * 64 * 32
     with experts:
@@ -59,12 +59,16 @@ def test_other_ranks_experts_are_freed(world):
 
 
 def test_bfloat16(world):
-    model, tokens = make_model("gpt_oss", world.device, torch.bfloat16), prompts(world)
-    with torch.inference_mode():
-        wanted = model(tokens).logits.float()
+    """As near to float32 as transformers' own bfloat16; both flip near-ties of the routers."""
+    tokens, logits = prompts(world), []
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.inference_mode():
+            logits.append(make_model("gpt_oss", world.device, dtype)(tokens).logits.float())
+    model = make_model("gpt_oss", world.device, torch.bfloat16)
     with pipemoe.from_transformers(model, world, config()), torch.inference_mode():
-        found = model(tokens).logits.float()
-    assert (found - wanted).norm() < 0.02 * wanted.norm()
+        found = model(tokens).logits
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - logits[0]).norm() < 1.5 * (logits[1] - logits[0]).norm() < 0.2 * logits[0].norm()
 
 
 def test_ranks_without_prompts_and_several_rounds(world):

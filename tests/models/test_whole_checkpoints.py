@@ -226,7 +226,11 @@ EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
         ("olmoe", _set(scoring_func="sigmoid"), "scoring_func is 'sigmoid', which transformers does not read in olmoe"),
         ("glm4_moe", _set(scoring_func="softmax"), "scoring_func is 'softmax'.*as if it were 'sigmoid'"),
         ("olmoe", _set(moe_layer_freq=2), "moe_layer_freq is 2, which transformers does not read"),
-        ("olmoe", _set(attn_logit_softcapping=30.0), "attn_logit_softcapping is 30.0, which transformers does not read"),
+        (
+            "olmoe",
+            _set(attn_logit_softcapping=30.0),
+            "attn_logit_softcapping is 30.0, which trans",
+        ),
         ("olmoe", _set(quantization_config={"quant_method": "gptq"}), "quant_method 'gptq'"),
         ("olmoe", _set(hidden_act="tanh"), "the gating of OlmoeExperts is none that experts here have"),
         ("olmoe", _set(model_type="bloom"), "no routed experts were found in a BloomForCausalLM"),
