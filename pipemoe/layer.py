@@ -224,7 +224,7 @@ class Step:
             raise InputError(
                 f"rank {runtime.world.rank}: this step has been entered before; make another one with step()"
             )
-        source = CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set)
+        source = CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set, runtime.world.lanes.new_mark)
         self._future = runtime.submit_step(self._lengths, source, error=self._error)
         self._source, self._thread = source, runtime.world.enter_step()
         try:
@@ -333,7 +333,7 @@ class Step:
         import torch
 
         if isinstance(event, StreamEvent):
-            torch.cuda.current_stream().wait_event(event.event)
+            event.let_wait(torch.cuda.current_stream().cuda_stream)
             return
         assert isinstance(event, HostEvent)
         while not event.wait(_CHECK_SECONDS):

@@ -149,7 +149,8 @@ class WireRows:
         """Fill the rows; `hidden` [n, H] dtype, or wider if the rows' are float8_e4m3fn, `ids` [n, K] int32, `weights`
         [n, K] float32.
         """
-        if hidden.is_cuda and len(self) and self.scales is None and self._pack(hidden, ids, weights):
+        if hidden.is_cuda and len(self) and self.is_packed(hidden, ids, weights):
+            self._pack(hidden, ids, weights)
             return
         if self.scales is None:
             self.hidden.copy_(hidden)
@@ -158,16 +159,18 @@ class WireRows:
         self.ids.copy_(ids)
         self.weights.copy_(weights)
 
-    def _pack(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> bool:
-        """All three by one kernel, if it takes them."""
+    def is_packed(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> bool:
+        """Does one kernel write such values on a GPU, and nothing else?"""
+        from pipemoe_kernels import pack
+
+        wanted = [t.dtype for t in (self.hidden, self.ids, self.weights)]
+        return self.scales is None and [hidden.dtype, ids.dtype, weights.dtype] == wanted and pack.fits(hidden)
+
+    def _pack(self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         from pipemoe_kernels import pack
         from pipemoe_kernels.launch.kernel import Stream
 
-        wanted = [t.dtype for t in (self.hidden, self.ids, self.weights)]
-        if [hidden.dtype, ids.dtype, weights.dtype] != wanted or not pack.fits(hidden):
-            return False
         pack.pack_rows(Stream.current(hidden.device), hidden, ids, weights, self.hidden, self.buffer.shape[1])
-        return True
 
     def _quantise(self, hidden: torch.Tensor) -> None:
         assert self.scales is not None

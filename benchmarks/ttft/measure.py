@@ -207,8 +207,7 @@ class Bench:
 class NoModel:
     """The source of a step that only communicates: sums go into a buffer, and nothing is computed."""
 
-    has_side_work = False
-    writes_rows = False
+    has_side_work = keeps_tensors = writes_rows = False
 
     def __init__(self, num_tokens: int, hidden: int, dtype: torch.dtype, device: torch.device) -> None:
         import torch

@@ -158,11 +158,17 @@ class NcclTransport(CallLog):
             comm.reduce(source, target, s.num_rows * width, kind, self._nccl.NCCL_SUM, s.rank, stream)
         self._nccl.groupEnd()
         for result, total in aside:
-            result.copy_(total)
+            self._copy(total, result)
+
+    def _copy(self, source: Any, target: Any) -> None:
+        target.copy_(source)
 
     def _reduce_scatter(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
         block = wave.num_rows // self.size
         own = sums.partial[self.rank * block : (self.rank + 1) * block]
+        results = sums.results
+        if [(len(r), r.dtype, r.is_contiguous()) for r in results] == [(block, own.dtype, True)]:
+            (own,), results = results, ()  # no padding: straight to where they belong
         self._note("combine", slot, buffer, "reduce_scatter", -1, sums.partial.numel() * sums.partial.element_size())
         self._combine[slot].reduceScatter(
             sums.partial.data_ptr(),
@@ -172,8 +178,8 @@ class NcclTransport(CallLog):
             self._nccl.NCCL_SUM,
             _current_stream(),
         )
-        for result in sums.results:
-            result.copy_(own[: len(result)])
+        for result in results:
+            self._copy(own[: len(result)], result)
 
     def _gather(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
         comm, stream = self._combine[slot], _current_stream()
@@ -184,6 +190,10 @@ class NcclTransport(CallLog):
             call(rows.data_ptr(), rows.nbytes, self._nccl.NCCL_UINT8, peer, stream)
         self._nccl.groupEnd()
         sum_in_rank_order(self.rank, wave, sums)
+
+    def onto(self, tape: Any) -> NcclTransport:
+        """See TapeableTransport.onto."""
+        return _TapeTransport(self, tape)
 
     def check(self) -> None:
         """Raise what NCCL noticed by itself (network errors; not a peer killed on NVLink)."""
@@ -205,6 +215,30 @@ class NcclTransport(CallLog):
         still work.
         """
         self.abort()
+
+
+class _TapeTransport(NcclTransport):
+    """See TapeableTransport.onto."""
+
+    def __init__(self, of: NcclTransport, tape: Any) -> None:
+        from pipemoe.comm.nccl_tape import TapeLibrary
+
+        CallLog.__init__(self)
+        library = TapeLibrary(of._nccl, tape)
+        self._nccl, self._types, self.rank, self.size = library, of._types, of.rank, of.size
+        self._dispatch, self._combine = (
+            [library.communicator(c) for c in comms] for comms in (of._dispatch, of._combine)
+        )
+
+    def _copy(self, source: Any, target: Any) -> None:
+        from pipemoe_kernels.launch.tape import NotRecordable
+
+        raise NotRecordable("a copy of sums")
+
+    def _gather(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
+        from pipemoe_kernels.launch.tape import NotRecordable
+
+        raise NotRecordable("sums of gathered rows are torch's")
 
 
 def _current_stream() -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipemoe.plan.projection import Issue, gather_calls
 from pipemoe.plan.schedule import Wave
@@ -71,6 +71,17 @@ class Transport(Protocol):
         """Give everything back. Only when nothing is under way."""
 
 
+class TapeableTransport(Transport, Protocol):
+    """A transport over streams."""
+
+    log: list[Issue] | None  # since `start_log`
+
+    def onto(self, tape: Any) -> TapeableTransport:
+        """This transport with a dispatch and a combine that are written onto a tape (pipemoe_kernels.launch.tape), and
+        raise NotRecordable for what only torch can do. Its log holds what was written.
+        """
+
+
 class CallLog:
     """The part of a transport that remembers its calls for `verify` (debug)."""
 
@@ -99,7 +110,13 @@ class LocalTransport(CallLog):
 
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> None:
         for segment, result in zip(wave.segments, sums.results, strict=True):
-            result.copy_(sums.partial[segment.row : segment.row + segment.num_rows])
+            self._copy(sums.partial[segment.row : segment.row + segment.num_rows], result)
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def onto(self, tape: Any) -> LocalTransport:
+        return _LocalTapeTransport(tape)
 
     def check(self) -> None:
         pass
@@ -109,6 +126,27 @@ class LocalTransport(CallLog):
 
     def close(self) -> None:
         pass
+
+
+class _LocalTapeTransport(LocalTransport):
+    """See TapeableTransport.onto."""
+
+    def __init__(self, tape: Any) -> None:
+        super().__init__()
+        self._tape = tape
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        import torch
+
+        from pipemoe_kernels.launch import driver
+        from pipemoe_kernels.launch.kernel import Stream
+        from pipemoe_kernels.launch.tape import NotRecordable
+
+        if source.dtype != target.dtype or not (source.is_contiguous() and target.is_contiguous()):
+            raise NotRecordable("a copy that converts or gathers")
+        stream = Stream.current(torch.device(source.device)).handle
+        copy = driver.function("cuMemcpyDtoDAsync_v2")
+        self._tape.call(copy, target.data_ptr(), source.data_ptr(), source.nbytes, stream)
 
 
 def gather_transfers(rank: int, num_ranks: int, wave: Wave, sums: WaveSums) -> Iterator[tuple[str, int, torch.Tensor]]:

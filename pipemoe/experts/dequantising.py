@@ -38,6 +38,7 @@ class DequantisingExperts:
 
     wire_dtype = torch.float8_e4m3fn
     supports_arrivals = False
+    only_launches = False
 
     def __init__(self, inner: Experts, *, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype):
         self._inner: Any = inner  # host experts take scattered rows too

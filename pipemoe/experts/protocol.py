@@ -41,6 +41,7 @@ class Experts(Protocol):
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn with scales, or the format of the computation
     blockwise_permille: int  # of a call spent in the column-blocked part (down, combine), about
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
+    only_launches: bool  # is a call nothing but launches of pipemoe_kernels, without column blocks?
     supports_arrivals: bool  # may arrivals.ArrivingExperts call them?
 
     def with_free_sms(self, num_sms: int) -> Experts:
@@ -80,6 +81,7 @@ class ExpertsShape:
     blockwise_permille = 0
     num_sms = 0
     supports_arrivals = False
+    only_launches = False
 
     def __init__(
         self,

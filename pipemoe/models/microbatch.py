@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 
@@ -66,6 +67,9 @@ class EagerMicrobatch:
         assert isinstance(self._decoder, FusedDecoder)
         return self._decoder.attend(self._state, layer, sums, rows)
 
+    def graphs(self, rows_of: Sequence[WireRows]) -> None:
+        """See Source.graphs: there are none."""
+
     def run_shared(self) -> None:
         """The shared experts of the layer attended last, if it has any; see Decoder.run_shared."""
         self._decoder.run_shared(self._state)
@@ -82,6 +86,14 @@ class _Bucket:
         self.num_rows = num_rows
         self.attend: list[torch.cuda.CUDAGraph] = []
         self.shared: list[torch.cuda.CUDAGraph | None] = []
+
+    @cached_property
+    def handles(self) -> tuple[tuple[int, int], ...]:
+        """Per layer: of the graph of `attend`, and of `shared` (0: none), as CUDA takes them."""
+        return tuple(
+            (attend.raw_cuda_graph_exec(), shared.raw_cuda_graph_exec() if shared is not None else 0)
+            for attend, shared in zip(self.attend, self.shared, strict=True)
+        )
 
 
 class AttendGraphs:
@@ -245,6 +257,15 @@ class GraphedMicrobatch:
         self._decoder, self._state, self._bucket, self._routed, self.sums = decoder, state, bucket, routed, sums
         self._places, self._own_rows = places, own_rows
         self._layer = -1  # attended last
+
+    def graphs(self, rows_of: Sequence[WireRows]) -> tuple[tuple[int, int], ...] | None:
+        """See Source.graphs; from now on their rows go where they should."""
+        if rows_of and NUM_PLACES % len(rows_of):
+            return None  # a layer's place would have to move each time
+        for layer, place in enumerate(self._places):
+            assert self._own_rows is not None
+            place.point_to(rows_of[layer % len(rows_of)] if rows_of else self._own_rows)
+        return self._bucket.handles
 
     def attend(self, layer: int, rows: WireRows | None = None) -> Routed:
         if self._own_rows is not None:

@@ -30,6 +30,8 @@ class Prefilled:
 class ModelSource:
     """Rows from the decoder; results back into it."""
 
+    keeps_tensors = True
+
     def __init__(
         self,
         decoder: Decoder,
@@ -94,6 +96,10 @@ class ModelSource:
         self._microbatches[cohort] = start_microbatch(
             self._decoder, graphs, self._step, ids, pieces, self._results_dtype
         )
+
+    def graphs(self, cohort: int, rows_of: Sequence[WireRows]) -> tuple[tuple[int, int], ...] | None:
+        """See Source.graphs."""
+        return self._microbatches[cohort].graphs(rows_of)
 
     def _row(self, cohort: int, token: int) -> int:
         return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,18 +21,17 @@ class _Given(NamedTuple):
     ids: torch.Tensor
     weights: torch.Tensor
     sums: torch.Tensor  # where its results go
-    event: Any  # of CUDA, behind what has made the tensors; None on the host
+    event: Any  # a mark behind what has made the tensors; None on the host
 
 
 class CallerSource:
     """Rows from the caller's layer calls; results into tensors that the calls return."""
 
-    has_side_work = False
-    writes_rows = False
+    has_side_work = keeps_tensors = writes_rows = False
 
-    def __init__(self, num_layers: int, wake: Callable[[], None]) -> None:
-        """wake: wakes the engine, which then asks again."""
-        self._wake = wake
+    def __init__(self, num_layers: int, wake: Callable[[], None], new_mark: Callable[[], Any]) -> None:
+        """wake: wakes the engine, which then asks again. new_mark: see Lanes."""
+        self._wake, self._new_mark = wake, new_mark
         self.begun = threading.Event()
         self.is_empty = False  # has no rank any token in this step? Known once it has begun
         self.issued = [threading.Event() for _ in range(num_layers)]
@@ -44,11 +43,9 @@ class CallerSource:
 
     def give(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, sums: torch.Tensor) -> None:
         """Take a layer's rows and the tensor for its sums. Other streams use them, so they are kept until `forget`."""
-        import torch
-
         event = None
         if x.is_cuda:
-            event = torch.cuda.Event()
+            event = self._new_mark()
             event.record()
         self._inputs[layer] = _Given(x, ids, weights, sums, event)
         self._wake()
@@ -84,11 +81,14 @@ class CallerSource:
             raise self._error
         self._layer[cohort] = layer
         if given.event is not None:
-            torch.cuda.current_stream().wait_event(given.event)
+            given.event.let_wait(torch.cuda.current_stream().cuda_stream)
 
     def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         given = self._given(cohort)
         return given.x[start:stop], given.ids[start:stop], given.weights[start:stop]
+
+    def graphs(self, cohort: int, rows_of: Sequence[WireRows]) -> None:
+        pass
 
     def side_work(self, cohort: int) -> None:
         pass

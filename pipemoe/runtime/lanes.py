@@ -18,6 +18,10 @@ from typing import Any, Protocol
 from pipemoe.errors import FatalError
 from pipemoe.torch_state import no_grad_on_this_thread
 
+# CUDA events made at set-up, per slot: several times what MAX_GROUPS lets a step have under way. Timed ones: a step's
+# starts and ends; what times every operation makes more.
+NUM_EVENTS, NUM_TIMED_EVENTS = 512, 64
+
 
 class Event(Protocol):
     """A point in a lane."""
@@ -195,26 +199,66 @@ def _at_once() -> bool:
 
 
 class StreamEvent:
-    """A CUDA event. A timed one gets host time from the lane's origin."""
+    """A CUDA event on loan from a pool, to which it goes back by itself. A timed one gets host time from the lane's
+    origin.
+    """
 
-    __slots__ = ("_begin", "_origin", "_passed", "event")
+    __slots__ = ("_begin", "_origin", "_passed", "_pool", "handle", "lane")
 
-    def __init__(self, event: Any, begin: Any, origin: tuple[Any, float] | None) -> None:
-        self.event, self._begin, self._origin, self._passed = event, begin, origin, False
+    def __init__(
+        self,
+        pool: EventPool,
+        lane: StreamLane | None = None,
+        begin: StreamEvent | None = None,
+        origin: tuple[StreamEvent, float] | None = None,
+    ) -> None:
+        """lane: in which it is recorded; work of the same lane comes after it anyway."""
+        self._pool, self.lane, self._begin, self._origin, self._passed = pool, lane, begin, origin, False
+        self.handle = pool.take()
+
+    def __del__(self) -> None:
+        self._pool.give(self.handle)
+
+    def record(self, stream: int) -> None:
+        """Mark the point after all that was enqueued on a stream."""
+        self._pool.driver.record_event(self.handle, stream)
+
+    def let_wait(self, stream: int) -> None:
+        """Work that is enqueued on a stream from now on comes after the event."""
+        self._pool.driver.wait_event(stream, self.handle)
 
     def done(self) -> bool:
-        self._passed = self._passed or self.event.query()
+        self._passed = self._passed or self._pool.driver.has_passed(self.handle)
         return self._passed
 
     def span(self) -> tuple[float, float]:
-        assert self._origin is not None  # a lane's event; marks have no time
-        event, at = self._origin
-        return at + event.elapsed_time(self._begin) / 1e3, self.end()
+        assert self._begin is not None  # of timed work
+        return self._begin.end(), self.end()
 
     def end(self) -> float:
         assert self._origin is not None  # a lane's event; marks have no time
         event, at = self._origin
-        return at + event.elapsed_time(self.event) / 1e3
+        return at + self._pool.driver.milliseconds_between(event.handle, self.handle) / 1e3
+
+
+class EventPool:
+    """CUDA events, made at set-up: the driver may allocate for one that it has to make inside a step (`reserve`)."""
+
+    def __init__(self, num_events: int, *, timed: bool = False) -> None:
+        from pipemoe_kernels.launch import driver
+
+        self.driver, self._timed = driver, timed
+        self._free = [driver.new_event(timed) for _ in range(num_events)]
+
+    def take(self) -> int:
+        """The handle of an event; a new one only if all are out on loan."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self.driver.new_event(self._timed)
+
+    def give(self, handle: int) -> None:
+        self._free.append(handle)
 
 
 class StreamMark(StreamEvent):
@@ -222,29 +266,28 @@ class StreamMark(StreamEvent):
 
     __slots__ = ()
 
-    def __init__(self) -> None:
+    def record(self, stream: int | None = None) -> None:
         import torch
 
-        super().__init__(torch.cuda.Event(), None, None)
-
-    def record(self) -> None:
-        self.event.record()
+        if stream is None:
+            device_index = torch.cuda.current_device()
+            self._pool.driver.enter_context(device_index)  # a caller's thread may have none yet
+            stream = torch._C._cuda_getCurrentRawStream(device_index)
+        super().record(stream)
 
 
 class StreamClock:
     """The last point at which host time and device time were compared, for all streams of a device."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self.origin: tuple[Any, float] | None = None
+        self._stream, self.events = stream, EventPool(NUM_TIMED_EVENTS, timed=True)
+        self.origin: tuple[StreamEvent, float] | None = None
         self.timed = False  # time all work, not only work that asks for it
 
     def start(self, timed: bool) -> None:
-        import torch
-
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
-        event.synchronize()  # the stream is idle between steps
+        event = StreamEvent(self.events)
+        event.record(self._stream.cuda_stream)
+        self._stream.synchronize()  # the stream is idle between steps
         self.origin, self.timed = (event, time.perf_counter()), timed
 
 
@@ -258,30 +301,31 @@ class HostClock:
 class StreamLane:
     """A CUDA stream; work only enqueues."""
 
-    def __init__(self, stream: Any, clock: StreamClock) -> None:
+    def __init__(self, stream: Any, clock: StreamClock, events: EventPool) -> None:
         import torch
 
-        self.stream, self._clock, self._default = stream, clock, torch.cuda.default_stream(stream.device)
+        self.stream, self.handle, self._clock, self._events = stream, stream.cuda_stream, clock, events
+        self._default = torch.cuda.default_stream(stream.device)
 
     def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> StreamEvent:
         import torch
 
+        clock, begin = self._clock, None
         # Not torch.cuda.stream(): its checks take ten times as long.
         torch.cuda.set_stream(self.stream)
         try:
             for other in waits:
-                if other is not None:
-                    self.stream.wait_event(other.event)
-            begin = None
-            if self._clock.timed:
-                begin = torch.cuda.Event(enable_timing=True)
-                begin.record(self.stream)
+                if other is not None and other.lane is not self:
+                    other.let_wait(self.handle)
+            if clock.timed:
+                begin = StreamEvent(clock.events, self, None, clock.origin)
+                begin.record(self.handle)
             work()
-            event = torch.cuda.Event(enable_timing=self._clock.timed or timed)
-            event.record(self.stream)
+            event = StreamEvent(clock.events if clock.timed or timed else self._events, self, begin, clock.origin)
+            event.record(self.handle)
         finally:
             torch.cuda.set_stream(self._default)
-        return StreamEvent(event, begin, self._clock.origin)
+        return event
 
     def poll(self) -> None:
         pass
@@ -325,20 +369,22 @@ def host_lanes(num_slots: int, on_done: Callable[[], None]) -> Lanes:
     return Lanes(slots, HostClock(), lambda: HostMark(on_done))
 
 
-def stream_lanes(device: Any, num_slots: int) -> Lanes:
+def stream_lanes(device: Any, num_slots: int, *, alone: bool = False) -> Lanes:
     """Lanes on streams whose priority falls with the slot. Communication goes before all computation, since its few
     thread blocks must not queue behind a kernel that fills the GPU.
 
     The streams are made one after another. torch would make 128 at once; streams beyond CUDA_DEVICE_MAX_CONNECTIONS
-    share hardware queues, where a waiting cohort holds up another.
+    share hardware queues, where a waiting cohort holds up another. alone: a rank without peers has nothing to send, so
+    a slot's three lanes are one.
     """
     lowest, highest = _priorities()
-    clock = StreamClock(_new_stream(device, lowest))
+    clock, events = StreamClock(_new_stream(device, lowest)), EventPool(NUM_EVENTS * num_slots)
     slots = []
     for slot in range(num_slots):
         priorities = (min(lowest, highest + 1 + slot), highest, highest)
-        slots.append(SlotLanes(*(StreamLane(_new_stream(device, p), clock) for p in priorities)))
-    return Lanes(slots, clock, StreamMark)
+        lanes = [StreamLane(_new_stream(device, p), clock, events) for p in priorities[: 1 if alone else 3]]
+        slots.append(SlotLanes(*(lanes * 3 if alone else lanes)))
+    return Lanes(slots, clock, lambda: StreamMark(events))
 
 
 def _priorities() -> tuple[int, int]:

@@ -99,13 +99,13 @@ class Run:
         arriving: Any = None,
         only: Only = Only(),
         timed: bool = False,
-        on_progress: Callable[[Op], None] = lambda op: None,
+        on_progress: Callable[[object], None] = lambda op: None,
         on_progress_made: Callable[[], None] = lambda: None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> None:
         """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an
-        operation is issued. on_progress_made: called when one has completed. on_done: the caller's, called then too; an
-        exception in it counts as one in model code.
+        operation is issued, with what names it. on_progress_made: called when one has completed. on_done: the
+        caller's, called then too; an exception in it counts as one in model code.
         """
         self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
         self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
@@ -130,6 +130,7 @@ class Run:
         self.failed_op: Op | None = None  # of which `advance` has raised
         self.completed: list[tuple[Op, Event]] = []
         self.issue_seconds: list[tuple[Op, float]] = []  # what the engine's thread took, if timed
+        self.issued_seconds = 0.0  # the sum of these, timed or not
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
@@ -169,8 +170,10 @@ class Run:
                 self._cohorts[op.cohort].positions.popleft()
                 begin = time.perf_counter()
                 event = self._issue(op)
+                seconds = time.perf_counter() - begin
+                self.issued_seconds += seconds
                 if self._timed:
-                    self.issue_seconds.append((op, time.perf_counter() - begin))
+                    self.issue_seconds.append((op, seconds))
                 self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append(
                     (op, event)
                 )
@@ -347,7 +350,7 @@ class Run:
         """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from, unless the
         source has written them there.
         """
-        if views.exchange == "padded":
+        if views.has_padding:
             views.own_block_ids.fill_(-1)
         for segment, part in [] if written else views.own:
             self._of_source(state, partial(self._write, op.cohort, segment, part))

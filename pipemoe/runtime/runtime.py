@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipemoe.arguments import look, step_lengths
 from pipemoe.comm.exchange import (
@@ -62,6 +62,18 @@ if TYPE_CHECKING:
 
 _CACHED_PLANS = 64
 _WATCH_SECONDS = 0.25  # how often a waiting caller checks the engine
+
+
+class Issued(NamedTuple):
+    """What issuing operations has cost so far: the sum over steps of `seconds` of the engine's thread, and of `layers`,
+    counted once for each cohort.
+    """
+
+    seconds: float = 0.0
+    layers: int = 0
+
+    def plus(self, seconds: float, layers: int) -> Issued:
+        return Issued(self.seconds + seconds, self.layers + layers)
 
 
 class Runtime:
@@ -136,7 +148,9 @@ class Runtime:
         _, error = world.engine.call(lambda: look(world.rank, "setting up", set_up.run, ConfigError))
         world.agree(error, {}, "setting up the workspace")
         self._workspace, self._arriving = set_up.workspace, set_up.arriving
-        self.experts_with_free_sms = set_up.experts_with_free_sms
+        self.experts_with_free_sms, self._tapes = set_up.experts_with_free_sms, set_up.tapes
+        self.plays_tapes = False  # where there are tapes; else every operation is issued by Python
+        self.issued = Issued()
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._is_first_step = True  # the caller's code may compile in it, so it may take longer
 
@@ -285,7 +299,7 @@ class Runtime:
         assert plan is not None  # _compare raises for a rank without one
         if self.config.debug:
             self.transport.start_log()
-        run = self._run_type()(
+        run = self._run_type(plan, only, timeline, source)(
             plan,
             self.world.rank,
             self.world.lanes,
@@ -324,6 +338,7 @@ class Runtime:
             raise
         except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
             raise FatalError(f"rank {self.world.rank}: {e} (in {engine.doing})") from e
+        self.issued = self.issued.plus(run.issued_seconds, len(plan.cohorts) * self.shape.num_layers)
         if timeline is not None:
             spans = [Span(op, *event.span()) for op, event in run.completed]
             run.of_caller(lambda: timeline.take(spans, run.issue_seconds))
@@ -353,12 +368,18 @@ class Runtime:
         self.world.announce(error)
         return error
 
-    def _run_type(self) -> type[Run]:
-        if self._shared is None:
-            return Run
-        from pipemoe.runtime.shared_run import SharedRun
+    def _run_type(self, plan: Plan, only: Only, timeline: Timeline | None, source: Source) -> Callable[..., Run]:
+        """What runs a step: over memory that ranks share; from tapes where that is possible."""
+        if self._shared is not None:
+            from pipemoe.runtime.shared_run import SharedRun
 
-        return SharedRun
+            return SharedRun
+        tapes = self._tapes if self.plays_tapes else None
+        if tapes is None or plan.arrivals or not plan.cohorts or timeline is not None or only != Only():
+            return Run
+        from pipemoe.runtime.taped_run import TapedRun
+
+        return partial(TapedRun, tapes=tapes) if source.keeps_tensors else Run
 
     def _exchange(self, lengths: tuple[int, ...], only: Only, error: PipemoeError | None, seconds: float) -> Facts:
         world = self.world

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.comm.shared.waves import SharedWaves
+    from pipemoe.runtime.tapes import Tapes
     from pipemoe.world.world import World
 
+_log = logging.getLogger("pipemoe")
 _RESERVE_FACTOR = 1.5  # of a trial's activations: steps split memory differently, and allocate before they free
 
 
@@ -47,6 +50,7 @@ class SetUp:
     workspace: Workspace = field(init=False)
     experts_with_free_sms: dict[int, Any] = field(init=False)  # by the number of SMs left
     arriving: Any = field(init=False)  # experts that take waves as they arrive, or None
+    tapes: Tapes | None = field(init=False, default=None)  # what steps are played from, on a GPU
 
     def run(self) -> None:
         """Runs on the engine's thread. Raises ConfigError if memory does not suffice."""
@@ -84,6 +88,8 @@ class SetUp:
             self._in_lanes(
                 [(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts"
             )
+            if world.device.type == "cuda":
+                self._prepare_tapes(lanes)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -97,6 +103,24 @@ class SetUp:
         self.experts.warm_up(slot.scratch, self.config.block_choices(self.shape.hidden))
         if slot.arrivals[0] is not None:
             self.arriving.warm_up(slot.arrivals[0], slot.scratch, self.config.block_choices(self.shape.hidden))
+
+    def _prepare_tapes(self, lanes: list[SlotLanes]) -> None:
+        """Write what steps will play, as far as it is known."""
+        from pipemoe.runtime.tapes import Tapes
+        from pipemoe_kernels.launch.tape import NotRecordable
+
+        try:
+            self.tapes = tapes = Tapes(self.world.lanes, self.world.transport, self.experts)
+        except NotRecordable as reason:
+            _log.info("steps are issued by Python alone: %s", reason)
+            return
+        for number, (slot, lane) in enumerate(zip(self.workspace.slots, lanes)):
+            rows, out = self.wire.rows(slot.receive[0]), slot.partial[0]
+            for experts in self.experts_with_free_sms.values():
+                self._in_lanes(
+                    [(lane.compute, partial(tapes.prepare, experts, number, rows, out, slot.scratch))],
+                    "writing the experts' tapes",
+                )
 
     def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch

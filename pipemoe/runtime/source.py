@@ -9,7 +9,7 @@ of it at the next step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,6 +44,7 @@ class SourceTraits:
 
 class Source(Protocol):
     has_side_work: bool  # whether `side_work` does anything
+    keeps_tensors: bool  # whether `graphs` may be asked: `results` are the same tensors in every layer
     # Whether `attend` takes `rows`; only in lanes that run work as it is submitted (CUDA streams).
     writes_rows: bool
 
@@ -58,6 +59,14 @@ class Source(Protocol):
 
         rows: where all of them go, in their order, in wire format; `rows` is not asked for them then. Only if the
         source `writes_rows`, and this rank's part of the cohort is one segment.
+        """
+
+    def graphs(self, cohort: int, rows_of: Sequence[WireRows]) -> Sequence[tuple[int, int]] | None:
+        """Of a cohort whose layer 0 has been attended: handles of the CUDA graphs that `attend` and `side_work` launch
+        in each layer (0: nothing), if they do nothing else; `rows` are then the same tensors in every layer. None: they
+        have to be called. Runs in the compute lane, and only if the source `keeps_tensors`.
+
+        rows_of: what `attend` would be given as `rows`, of layers that take turns; empty: nothing.
         """
 
     def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -38,6 +38,7 @@ class WaveBuffers:
         # this rank's segments, with their wire rows
         self.own = [(s, self.rows[s.row : s.row + s.num_rows]) for s in own]
         block = num_rows // plan.facts.num_ranks
+        self.has_padding = self.exchange == "padded" and block > sum(s.num_rows for s in own)
         self.own_block_ids = self.rows.ids[rank * block : (rank + 1) * block]  # of a padded exchange, padding included
         # Blocks of columns of the partial sums, [n, columns] each, and of the peers' for combine="gather".
         self.columns = [slice(c.start, c.stop) for c in plan.columns]

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from pipemoe.world.arguments import InitArguments
 
-_lanes: dict[tuple[torch.device, int], Lanes] = {}  # streams last as long as the process; the next world reuses them
+_lanes: dict[
+    tuple[torch.device, int, bool], Lanes
+] = {}  # streams last as long as the process; the next world reuses them
 
 
 def runs_on_gpu(arguments: InitArguments) -> bool:
@@ -32,11 +34,12 @@ def runs_on_gpu(arguments: InitArguments) -> bool:
     return found
 
 
-def lanes_of(device: torch.device, num_slots: int) -> Lanes:
-    """The lanes of a world on this GPU."""
-    if (device, num_slots) not in _lanes:
-        _lanes[device, num_slots] = stream_lanes(device, num_slots)
-    return _lanes[device, num_slots]
+def lanes_of(device: torch.device, num_slots: int, *, alone: bool) -> Lanes:
+    """The lanes of a world on this GPU. alone: of one rank."""
+    key = device, num_slots, alone
+    if key not in _lanes:
+        _lanes[key] = stream_lanes(device, num_slots, alone=alone)
+    return _lanes[key]
 
 
 def _prepare_cuda(num_slots: int) -> None:

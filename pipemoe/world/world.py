@@ -173,9 +173,9 @@ class World:
         )
 
     def _own_lanes(self) -> Lanes:
-        return (
-            lanes_of(self.device, self.num_slots) if self._on_gpu else host_lanes(self.num_slots, self.engine.wake.set)
-        )
+        if self._on_gpu:
+            return lanes_of(self.device, self.num_slots, alone=self.size == 1)
+        return host_lanes(self.num_slots, self.engine.wake.set)
 
     def _connect(self) -> None:
         if not self._on_gpu and self._shares_memory():

@@ -75,8 +75,7 @@ class Arriving:
 
 
 class Source:
-    has_side_work = False
-    writes_rows = False
+    has_side_work = keeps_tensors = writes_rows = False
 
     def __init__(self, log):
         self._log, self.fails_at = log, set()  # cohorts and layers

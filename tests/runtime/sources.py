@@ -17,8 +17,7 @@ from tests.moe_cases import HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, Layers, ma
 class RowsSource:
     """`before_attend(cohort, layer)` runs in the compute lane ahead of each attend."""
 
-    has_side_work = False
-    writes_rows = False
+    has_side_work = keeps_tensors = writes_rows = False
 
     def __init__(
         self, num_tokens: int, runtime: Runtime, before_attend: Callable[[int, int], None] = lambda cohort, layer: None

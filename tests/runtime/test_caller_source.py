@@ -15,11 +15,11 @@ RANK = 1
 def source():
     """Of two layers; rank 1 has a segment in two of three waves. Counts what wakes the engine."""
     wakes = []
-    made = CallerSource(2, lambda: wakes.append(None))
+    made = CallerSource(2, lambda: wakes.append(None), lambda: None)
     made.wakes = wakes
     waves = [SimpleNamespace(segments=[SimpleNamespace(rank=rank) for rank in ranks]) for ranks in ([0, 1], [0], [1])]
     assert not made.begun.is_set()
-    made.begin(SimpleNamespace(cohorts=[SimpleNamespace(waves=waves)]), RANK)
+    made.begin(SimpleNamespace(cohorts=[SimpleNamespace(waves=waves)], facts=SimpleNamespace(lengths=((1,),))), RANK)
     assert made.begun.is_set()
     return made
 

@@ -31,8 +31,7 @@ def raise_planted(*arguments, **options):
 
 
 class Source:
-    has_side_work = False
-    writes_rows = False
+    has_side_work = keeps_tensors = writes_rows = False
 
     def __init__(self):
         self.layers_given = NUM_LAYERS

@@ -11,6 +11,8 @@ from functools import cache
 _MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_WITHOUT_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _WITH_BARRIER = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 _TENSOR_MAP_TYPES = {"uint8": 0, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
@@ -26,9 +28,14 @@ def _library() -> ctypes.CDLL:
 def check(result: int, call: str) -> None:
     """Raise RuntimeError with the driver's name of an error unless `result` is 0."""
     if result:
-        name = ctypes.c_char_p()
-        _library().cuGetErrorName(result, ctypes.byref(name))
-        raise RuntimeError(f"{call} failed: CUDA driver error {result} ({(name.value or b'unknown').decode()})")
+        raise RuntimeError(f"{call} failed: {words(result)}")
+
+
+def words(result: int) -> str:
+    """An error's number and name."""
+    name = ctypes.c_char_p()
+    _library().cuGetErrorName(result, ctypes.byref(name))
+    return f"CUDA driver error {result} ({(name.value or b'unknown').decode()})"
 
 
 @cache
@@ -114,9 +121,52 @@ def launch_config(threads: int, shared_bytes: int, starts_early: bool, cluster: 
     )
 
 
+def function(name: str) -> tuple[str, int]:
+    """A function of the driver as a tape wants it: name and address."""
+    address = ctypes.cast(getattr(_library(), name), ctypes.c_void_p).value
+    assert address is not None
+    return name, address
+
+
 def launch_call() -> Callable[..., int]:
     """cuLaunchKernelEx(config, function, addresses of the arguments, None); its result is for `check`."""
     return _library().cuLaunchKernelEx
+
+
+def new_event(timed: bool = False) -> int:
+    """The handle of a new event of the current context, kept until the process ends."""
+    event = ctypes.c_void_p()
+    check(_library().cuEventCreate(ctypes.byref(event), 0 if timed else _WITHOUT_TIMING), "cuEventCreate")
+    assert event.value is not None
+    return event.value
+
+
+def record_event(event: int, stream: int) -> None:
+    """Mark the point after all that was enqueued on the stream with this handle."""
+    if result := _library().cuEventRecord(ctypes.c_void_p(event), ctypes.c_void_p(stream)):
+        check(result, "cuEventRecord")
+
+
+def wait_event(stream: int, event: int) -> None:
+    """What is enqueued on the stream from now on comes after the event as it was recorded last."""
+    if result := _library().cuStreamWaitEvent(ctypes.c_void_p(stream), ctypes.c_void_p(event), 0):
+        check(result, "cuStreamWaitEvent")
+
+
+def has_passed(event: int) -> bool:
+    """Is all done that was enqueued before the event was recorded last?"""
+    result = _library().cuEventQuery(ctypes.c_void_p(event))
+    if result and result != NOT_READY:
+        check(result, "cuEventQuery")
+    return result == 0
+
+
+def milliseconds_between(event: int, later: int) -> float:
+    """On the device's clock; of timed events that have both passed."""
+    found = ctypes.c_float()
+    result = _library().cuEventElapsedTime(ctypes.byref(found), ctypes.c_void_p(event), ctypes.c_void_p(later))
+    check(result, "cuEventElapsedTime")
+    return found.value
 
 
 def write_word(stream: int, address: int, value: int) -> None:
