@@ -85,6 +85,25 @@ ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "dense_tflops": _NUMBER,
         "copy_tbps": _NUMBER,
     },
+    "attention": {
+        "shape": (str,),
+        "heads": (int,),
+        "key_heads": (int,),
+        "head_dim": (int,),
+        "value_dim": (int,),
+        "case": (str,),
+        "pieces": (int,),
+        "tokens": _NUMBER,
+        "keys": _NUMBER,
+        "window": _NUMBER,
+        "impl": (str,),
+        "ms": _NUMBER,
+        "tflops": _NUMBER,
+        "ratio_to_flash": _NUMBER,  # torch's flash kernel's time over this one
+        "host_us": _NUMBER,
+        "rel_err": _NUMBER,
+        "excess_ms": _NUMBER,  # of a call with a new length over those of similar length; only in the stall test's rows
+    },
 }
 _DOCUMENT_FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (str,),

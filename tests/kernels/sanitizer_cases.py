@@ -7,6 +7,7 @@ import torch
 
 from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error
 from tests.experts.test_hopper_experts_gpu import run as run_experts
+from tests.kernels import test_attention_gpu as attention
 from tests.kernels import test_hopper_kernels_gpu as hopper
 from tests.kernels import test_kernels_gpu as any_gpu
 from tests.kernels import test_routing_gpu as routing
@@ -52,3 +53,8 @@ def test_experts(num_rows):
     weights = random_weights(6, 96, 80, dtype=torch.bfloat16, bias=True)
     rows = random_rows(num_rows, 96, 6, 3, dtype=torch.bfloat16, device="cuda")
     assert relative_error(run_experts(rows, weights), expected(rows, weights)) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_attention(window):
+    attention.Pieces([100, 0, 130, 1], [300, 0, 130, 20], gap=3).check(window)

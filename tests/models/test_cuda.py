@@ -15,11 +15,17 @@ pytestmark = pytest.mark.gpu
 
 MICROBATCHES = [[(0, 0, 5), (1, 0, 17)], [(1, 17, 30), (2, 0, 1)], [(1, 30, 31)], [(3, 0, 12), (1, 31, 40)]]
 LENGTHS = [5, 40, 1, 12]
+# Heads of the sizes that our own attention kernel is for.
+OWN_ATTENTION = [
+    ("qwen3_moe", dict(head_dim=128)),
+    ("mixtral", dict(head_dim=64, sliding_window=7)),
+    ("deepseek_v3", dict(qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "family, changes", [(family, {}) for family in FAMILIES] + [("mixtral", dict(sliding_window=7))]
+    "family, changes", [(family, {}) for family in FAMILIES] + [("mixtral", dict(sliding_window=7))] + OWN_ATTENTION
 )
 def test_parity_on_the_gpu(family, changes, dtype):
     config = tiny_config(family, **changes)
@@ -34,9 +40,9 @@ def test_parity_on_the_gpu(family, changes, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_waits_for_the_device(family, dtype):
-    decoder, weights = load_decoder(tiny_config(family), rank=0, num_ranks=1, device="cuda", dtype=dtype)
+@pytest.mark.parametrize("family, changes", [(family, {}) for family in FAMILIES] + OWN_ATTENTION)
+def test_nothing_waits_for_the_device(family, changes, dtype):
+    decoder, weights = load_decoder(tiny_config(family, **changes), rank=0, num_ranks=1, device="cuda", dtype=dtype)
     sequences = sequences_of([9, 14])
 
     def prefill():

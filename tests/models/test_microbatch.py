@@ -10,6 +10,7 @@ import torch
 from pipemoe.models.loading import load_decoder
 from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch, start_microbatch
 from pipemoe.models.step_keys import StepKeys
+from tests.models.test_cuda import OWN_ATTENTION
 from tests.models.test_decoder import packed, sequences_of
 from tests.models.tiny import FAMILIES, naive_experts, tiny_config
 
@@ -40,10 +41,12 @@ def begins_of(lengths):
     return [0, *accumulate(lengths)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, changes", [(family, {}) for family in FAMILIES] + OWN_ATTENTION)
 @pytest.mark.parametrize("in_places", [False, True])
-def test_graphs_give_what_eager_attention_gives(family, in_places):
-    decoder, weights = load_decoder(tiny_config(family), rank=0, num_ranks=1, device="cuda", dtype=torch.bfloat16)
+def test_graphs_give_what_eager_attention_gives(family, changes, in_places):
+    decoder, weights = load_decoder(
+        tiny_config(family, **changes), rank=0, num_ranks=1, device="cuda", dtype=torch.bfloat16
+    )
     if in_places and not decoder.caches_keys:
         pytest.skip("graphs of this family serve whole sequences only")
     with torch.cuda.stream(torch.cuda.Stream()):

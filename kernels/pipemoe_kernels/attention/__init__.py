@@ -1,1 +1,1 @@
-"""What a decoder layer computes around its matrix products and its attention, a kernel for each step."""
+"""What a decoder layer computes around its matrix products, a kernel for each step; attention itself is forward.py."""

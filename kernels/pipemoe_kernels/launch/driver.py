@@ -14,7 +14,7 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 _WITHOUT_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _WITH_BARRIER = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
-_TENSOR_MAP_TYPES = {"uint8": 0, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
+_TENSOR_MAP_TYPES = {"uint8": 0, "float16": 6, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
 
 
@@ -184,7 +184,7 @@ def encode_tensor_map(
     """The 128-byte map of an array, with 128-byte swizzle or none. The innermost dimension comes first, without a
     stride.
 
-    sizes, box: elements; strides: bytes; element: "bfloat16", "float32" or "uint8".
+    sizes, box: elements; strides: bytes; element: "bfloat16", "float16", "float32" or "uint8".
     """
     aligned = (ctypes.c_uint64 * 24)()  # the driver wants 64-byte alignment
     target = -(-ctypes.addressof(aligned) // 64) * 64

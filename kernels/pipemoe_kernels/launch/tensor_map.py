@@ -32,6 +32,22 @@ def tensor_map(matrix: torch.Tensor, box_rows: int) -> bytes:
     )
 
 
+def heads_map(rows: torch.Tensor, box_columns: int, box_heads: int, box_rows: int) -> bytes:
+    """The map of bfloat16 or float16 `rows` [n, heads, columns] of one stride each, in multiples of 16 bytes.
+
+    A box is 128 bytes of columns x `box_heads` x `box_rows`, a row's heads one after the other, swizzled by 128 bytes
+    in shared memory; outside it is zero.
+    """
+    element = {torch.bfloat16: "bfloat16", torch.float16: "float16"}[rows.dtype]
+    num_rows, num_heads, num_columns = rows.shape
+    row_bytes = 2 * rows.stride(0)
+    head_bytes = 2 * rows.stride(1) if num_heads > 1 else row_bytes
+    assert 2 * box_columns == BOX_BYTES and box_heads * box_rows <= MAX_BOX_ROWS, (box_columns, box_heads, box_rows)
+    assert rows.stride(2) == 1 and rows.data_ptr() % 16 == row_bytes % 16 == head_bytes % 16 == 0, rows.stride()
+    sizes, box = [num_columns, num_heads, num_rows], [box_columns, box_heads, box_rows]
+    return driver.encode_tensor_map(rows.data_ptr(), sizes, [head_bytes, row_bytes], box, element)
+
+
 def line_map(matrix: torch.Tensor, box_columns: int) -> bytes:
     """The map of float32 `matrix` [rows, columns], rows on 16-byte boundaries; boxes of one row, plain, 0 outside."""
     assert matrix.dtype == torch.float32 and matrix.dim() == 2, (matrix.dtype, matrix.shape)
