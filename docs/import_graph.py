@@ -54,6 +54,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "pipemoe.cli",
         "pipemoe.launch",
         "pipemoe.plan_command",
+        "pipemoe.models_command",
         "pipemoe.plan_report",
         "pipemoe.report",
         "pipemoe.tune",

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipemoe import launch
 from pipemoe.errors import FatalError, PipemoeError
+from pipemoe.models_command import add_models_parser
 from pipemoe.plan_command import add_plan_parser
 from pipemoe.report.command import add_report_parser
 from pipemoe.tune.command import add_tune_parser
@@ -51,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_plan_parser(subcommands, _positive)
     add_tune_parser(subcommands, _positive)
     add_report_parser(subcommands)
+    add_models_parser(subcommands)
     subcommands.add_parser("run", help="run a script or module on several ranks", add_help=False)
 
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -57,7 +57,9 @@ def is_whole(model_type: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return isinstance(model_type, str) and model_type in known and model_type in CONFIG_MAPPING
+    if not (isinstance(model_type, str) and model_type in known and model_type in CONFIG_MAPPING):
+        return False
+    return "text_config" not in CONFIG_MAPPING[model_type].sub_configs  # of several models, pictures and text
 
 
 def whole_config(raw: Mapping[str, Any], where: str) -> Any:
