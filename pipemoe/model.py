@@ -104,6 +104,7 @@ class Model:
     ) -> None:
         """decoder: by transformers' modules. attention: another Model's, of the same decoder, to share and extend."""
         from pipemoe.models.attention_choice import AttentionChoice
+        from pipemoe.models.whole_decoder import WholeDecoder
 
         if decoder.takes_whole_sequences and isinstance(config, Config):
             config = replace(config, whole_sequences=True)
@@ -119,9 +120,12 @@ class Model:
             self._graphs.prepare(config)
             decoder, has_places = self.decoder, self._graphs.has_places(config)
             kept = config.cuts_sequences and not has_places
+            dimensions = dimensions_of_decoder(decoder.config.to_dict(), decoder.shape)
+            if isinstance(decoder, WholeDecoder):
+                dimensions = replace(dimensions, dense_weights=decoder.dense_weights)
             traits = SourceTraits(
                 must_agree={"model": decoder.fingerprint},
-                dimensions=dimensions_of_decoder(decoder.config.to_dict(), decoder.shape),
+                dimensions=dimensions,
                 trial=self._trial,
                 kept_bytes=config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
                 prepare=self._capture,

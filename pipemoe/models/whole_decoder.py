@@ -96,7 +96,9 @@ class WholeDecoder:
         self.config, self.device, self.dtype = model.config, device, dtype
         self.family: str = model.config.model_type
         self.facts, self.fingerprint = facts, fingerprint_of(facts)
-        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self._embedding: Any = model.get_input_embeddings()
+        self._head: Any = model.get_output_embeddings()
+        self.vocab_size: int = self._embedding.num_embeddings
         first = sites[0]
         most = max(site.intermediate for site in sites)
         self.shape = ModelShape(first.hidden, most, first.num_experts, first.top_k, len(sites))
@@ -111,6 +113,12 @@ class WholeDecoder:
     def num_bytes(self) -> int:
         """Bytes of the weights held here (the routed experts are not)."""
         return sum({t.data_ptr(): t.nbytes for t in self._model.parameters()}.values())
+
+    @property
+    def dense_weights(self) -> int:
+        """Values that multiply each token per MoE layer, about: all but embedding and output projection."""
+        outside = {id(m.weight): m.weight.numel() for m in (self._embedding, self._head) if m is not None}
+        return (sum(p.numel() for p in self._model.parameters()) - sum(outside.values())) // self.shape.num_layers
 
     def kept_bytes_per_token(self) -> int:
         """No sequence is cut, so nothing is kept for its later parts."""
