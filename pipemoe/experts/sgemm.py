@@ -8,7 +8,7 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
