@@ -4,11 +4,14 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from pipemoe_kernels.launch import cubin_cache
 from pipemoe_kernels.launch.kernel import Kernel
 
 NUM_REGISTERS = 65536  # of a multiprocessor, on all devices
@@ -18,8 +21,29 @@ MAX_SHARED_BYTES = {"sm_80": 99 * 1024, "sm_90a": 227 * 1024}
 
 @cache
 def compiled(kernel: Kernel, cc: tuple[int, int]) -> str:
-    """PTX; the large kernels take seconds."""
-    return kernel.compile_ptx(cc)
+    """PTX. The large kernels take seconds, so it is kept on disk as launches keep cubins: under a name that holds all
+    sources, the compilers' versions and the kernel's constants.
+    """
+    return _kept("ptx", kernel, cc, lambda: ("ptx", kernel.compile_ptx(cc).encode()))[1].decode()
+
+
+@cache
+def linked(kernel: Kernel) -> tuple[str, bytes]:
+    """Entry name and cubin for sm_90a, by the linker that launches use. Warnings are errors. Kept on disk as well."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return _kept("linked", kernel, (9, 0), lambda: kernel.build((9, 0), "sm_90a"))
+
+
+def _kept(what: str, kernel: Kernel, cc: tuple[int, int], make: Callable[[], tuple[str, bytes]]) -> tuple[str, bytes]:
+    if kernel.key is None:  # it does not say what its code depends on
+        return make()
+    key = ("tests", what, kernel.name, *kernel.key, kernel.parameters, kernel.threads, kernel.blocks_per_sm, cc)
+    found = cubin_cache.load(key)
+    if found is None:
+        found = make()
+        cubin_cache.store(key, *found)
+    return found
 
 
 def build(

@@ -12,7 +12,7 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
 
 from pipemoe_kernels.gemm.arrivals.gemm import CONSUMER_REGISTERS, PRODUCER_REGISTERS, SHARED_BYTES, arrivals_kernel
 from pipemoe_kernels.gemm.tile_shape import ROWS_128
-from tests.kernels.assembler import assemble, disassemble
+from tests.kernels.assembler import assemble, compiled, disassemble, linked
 
 MAX_SHARED_BYTES = 227 * 1024
 NUM_REGISTERS = 65536
@@ -29,7 +29,7 @@ def check(code):
 def test_grouped_gemm(tmp_path):
     """By the assembler, and by the linker that launches use, which gives all warpgroups the same registers."""
     kernel = arrivals_kernel(gated=True, activation="silu").kernel
-    ptx = kernel.compile_ptx((9, 0))
+    ptx = compiled(kernel, (9, 0))
     assert ".target sm_90a" in ptx and ".local" not in ptx
     report = assemble(ptx, "sm_90a", tmp_path)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
@@ -39,7 +39,7 @@ def test_grouped_gemm(tmp_path):
     if code is not None:
         check(code)
         assert code.count("USETMAXREG") == 2
-        (tmp_path / "kernel.cubin").write_bytes(kernel.build((9, 0), "sm_90a")[1])
+        (tmp_path / "kernel.cubin").write_bytes(linked(kernel)[1])
         check(disassemble(tmp_path))
 
 

@@ -14,7 +14,7 @@ if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("n
 from pipemoe_kernels.gemm.fp8 import CONSUMER_REGISTERS, PRODUCER_REGISTERS, THREADS, grouped_fp8_kernel
 from pipemoe_kernels.gemm.fp8_roles import SHARED_BYTES
 from pipemoe_kernels.quantise import dequantise_kernel, quantise_kernel
-from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, compiled, disassemble
+from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, compiled, disassemble, linked
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -31,7 +31,7 @@ def test_grouped_gemm(gated, tmp_path):
 @pytest.mark.parametrize("gated", [True, False])
 def test_grouped_gemm_as_it_is_linked(gated, tmp_path):
     """By the linker that launches use: it must keep what the assembler alone would give."""
-    entry, cubin = grouped_fp8_kernel(gated=gated).build((9, 0), "sm_90a")
+    entry, cubin = linked(grouped_fp8_kernel(gated=gated))
     (tmp_path / "kernel.cubin").write_bytes(cubin)
     code = disassemble(tmp_path)
     if code is not None:
