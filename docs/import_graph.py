@@ -14,6 +14,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -84,13 +85,21 @@ def part_of(module: str) -> str:
 def imports_of(path: Path, known: dict[str, Path]) -> set[str]:
     """The modules that a file imports."""
     found: set[str] = set()
+    for module, names in _import_statements(path):
+        found |= (names & known.keys()) or {module}
+    return found & known.keys()
+
+
+@cache
+def _import_statements(path: Path) -> list[tuple[str, set[str]]]:
+    """Of each import: the module, and what may be modules in it."""
+    found: list[tuple[str, set[str]]] = []
     for statement in _run_time_statements(ast.parse(path.read_text())):
         if isinstance(statement, ast.Import):
-            found |= {alias.name for alias in statement.names}
+            found += [(alias.name, set()) for alias in statement.names]
         elif isinstance(statement, ast.ImportFrom) and statement.module:
-            names = {f"{statement.module}.{alias.name}" for alias in statement.names}
-            found |= (names & known.keys()) or {statement.module}
-    return found & known.keys()
+            found.append((statement.module, {f"{statement.module}.{alias.name}" for alias in statement.names}))
+    return found
 
 
 def _run_time_statements(node: ast.AST) -> Iterator[ast.AST]:

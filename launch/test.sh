@@ -58,13 +58,16 @@ on_ranks() {
     return 1
 }
 
+# What depends on how many ranks there are. Models and callers run on 1 and 3 ranks, benchmarks on 1 and 2.
+by_ranks=(tests/comm tests/runtime tests/world tests/test_layer.py tests/test_layer_fp8.py)
+
 echo "== running; the first part is done in a minute or two"
 {
     part "format and types" format_and_types
     part "kernels" one_process tests/kernels
-    part "4 ranks" on_ranks 4 --ignore=tests/benchmarks tests
+    part "4 ranks" on_ranks 4 "${by_ranks[@]}"
     part "1 rank" on_ranks 1 tests
-    part "3 ranks" on_ranks 3 tests # the benchmarks on 1 and 3 ranks only: they take a third of the time
+    part "3 ranks" on_ranks 3 --ignore=tests/benchmarks tests
 } </dev/null &
 rows+=($!)
 {
@@ -72,7 +75,7 @@ rows+=($!)
     part "faults" one_process tests/faults
     part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
     # over MPI; the others share memory
-    PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 --ignore=tests/benchmarks tests
+    PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 "${by_ranks[@]}" tests/benchmarks
 } </dev/null &
 rows+=($!)
 for row in "${rows[@]}"; do

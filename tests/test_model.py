@@ -104,7 +104,8 @@ def roundings(models, plain):
     return roundings
 
 
-# Of deterministic sums, the bits are the same in all modes (test_layer.py).
+# Every mode on the ranks' unlike prompts, three on the others. Deterministic sums have the same bits in all modes
+# (test_layer.py).
 @pytest.mark.parametrize(
     ("deterministic", "modes"), [(False, MODES), (True, ("per_rank",))], ids=["any sums", "deterministic"]
 )
@@ -123,6 +124,8 @@ def test_bfloat16_stays_close(world, models, plain, roundings, family, determini
     for mode in modes:
         model = models(family, torch.bfloat16)[1].with_config(Config(mode=mode, deterministic=deterministic, **SMALL))
         for case, (prompts, _) in enumerate(exact):
+            if case and mode not in ("padded", "per_rank", "auto"):
+                continue
             found = model.prefill(prompts, keep_logits=True)
             for i in (i for i, ok in enumerate(sure[case]) if ok):
                 off, wanted = min(

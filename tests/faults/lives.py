@@ -1,7 +1,8 @@
 """The program of test_lives: every rank starts a world, and its end, or that of its process, goes another way than
 usual.
 
-Arguments: the case, and a folder for what each rank writes on standard error (a launcher may drop it).
+Arguments: the case, or several with commas, and a folder for what each rank writes on standard error (a launcher may
+drop it).
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def busy_after_close() -> None:
     world.close()
     if world.rank == CULPRIT:  # no other thread of this process runs meanwhile, nor says that it is alive
         ctypes.PyDLL(None).usleep(int(3 * WATCHDOG_SECONDS * 1e6))
-    print(f"rank {world.rank} survived", flush=True)
+    print(f"rank {world.rank} survived busy_after_close", flush=True)
 
 
 # Errors that nobody catches.
@@ -174,7 +175,8 @@ def bad_arguments() -> None:
         else:
             raise AssertionError(f"{device!r} accepted")
     with start() as world:
-        print(f"rank {world.rank} survived", len(world.all_gather(b"")), flush=True)
+        assert len(world.all_gather(b"")) == 2
+        print(f"rank {world.rank} survived bad_arguments", flush=True)
 
 
 # Forks.
@@ -221,12 +223,13 @@ def forks() -> None:
         assert pool.map(answer, range(4)) == [1, 2, 3, 4]
     assert world.all_gather(bytes([world.rank])) == [b"\x00", b"\x01"]
     world.close()
-    print(f"rank {world.rank} survived", flush=True)
+    print(f"rank {world.rank} survived forks", flush=True)
 
 
-def main(case: str, folder: str) -> None:
+def main(cases: str, folder: str) -> None:
     write_to(folder)
-    globals()[case]()
+    for case in cases.split(","):
+        globals()[case]()
 
 
 if __name__ == "__main__":

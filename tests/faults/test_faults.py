@@ -27,11 +27,7 @@ FAULTS = {
 
 
 # Ranks take seconds to start, and one survivor is enough, but where the launcher does not end the others for it.
-NUM_RANKS = (
-    dict.fromkeys(FAULTS, 2)
-    | {fault: 3 for fault in FAULTS if fault.startswith("kill")}
-    | {"kill experts": 4, "stop": 3}
-)
+NUM_RANKS = dict.fromkeys(FAULTS, 2) | {"kill": 3, "kill experts": 4, "kill exchange": 3, "stop": 3}
 
 
 # Of ranks that share memory, and a few of those that MPI connects.

@@ -16,10 +16,10 @@ from tests.fuzz.campaign import run
 _SEED = 0
 # On one rank, in one process, init may be called many times; on several each of its cases takes a second.
 _JOBS = {
-    "1 rank": (1, 110, "api"),
-    "1 rank, init": (1, 40, "init"),
-    "2 ranks": (2, 140, "api"),
-    "2 ranks, init": (2, 10, "init"),
+    "1 rank": (1, 60, "api"),
+    "1 rank, init": (1, 25, "init"),
+    "2 ranks": (2, 80, "api"),
+    "2 ranks, init": (2, 6, "init"),
 }
 
 

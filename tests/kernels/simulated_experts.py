@@ -89,8 +89,8 @@ FORMS = [{"activation": a, "gated": gated} for a in ACTIVATIONS for gated in (Tr
 def test_gatings(form, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for dtype in (torch.float32, torch.bfloat16):
-        weights = random_weights(3, 16, 8, dtype=dtype, bias=True, **form)
-        rows = random_rows(11, 16, 3, 2, dtype=dtype)
+        weights = random_weights(3, 8, 8, dtype=dtype, bias=True, **form)
+        rows = random_rows(5, 8, 3, 2, dtype=dtype)
         assert relative_error(run(rows, weights)[1], expected(rows, weights)) < TOLERANCE[dtype]
 
 

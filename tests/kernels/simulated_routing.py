@@ -37,7 +37,8 @@ def run(logits, bias, case, max_experts=64):
     ],
 )
 def test_against_the_oracle(name, dtype, ties):
-    logits, bias = make_logits(CASES[name], 2, dtype, ties=ties)
+    num_tokens = 1 if name == "qwen3" else 2  # with 128 experts a token takes seconds
+    logits, bias = make_logits(CASES[name], num_tokens, dtype, ties=ties)
     check_routing(*run(logits, bias, CASES[name]), logits, bias, CASES[name])
 
 

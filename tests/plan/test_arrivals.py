@@ -28,7 +28,7 @@ def facts_of(*tokens):
     return Facts(tuple((n,) if n else () for n in tokens))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_groups_and_parts(data):
     facts = data.draw(all_facts())

@@ -13,14 +13,14 @@ from pipemoe.plan.verify import verify
 from tests.plan.cases import SHAPE, all_facts, assignments, configs
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_every_mode_verifies(data):
     facts = data.draw(all_facts())
     verify(plan(facts, SHAPE, data.draw(configs(facts, most_waves=20))))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_assignment_verifies(data):
     facts = data.draw(all_facts(max_ranks=6))

@@ -65,9 +65,11 @@ def sums(world, layers, counts, **options):
     return found
 
 
-@pytest.mark.parametrize(("combine", "blocks"), [("reduce", 1), ("gather", 2)])
-@pytest.mark.parametrize("mode", MODES)
-def test_the_same_bits_with_arrivals_and_without(world, waiting, mode, blocks, combine):
+@pytest.mark.parametrize(
+    ("mode", "combine", "blocks"),
+    [*((mode, "reduce", 1) for mode in MODES), *((mode, "gather", 2) for mode in ("padded", "chunked", "auto"))],
+)
+def test_the_same_bits_with_arrivals_and_without(world, waiting, mode, combine, blocks):
     """Every distribution of tokens, zero-token ranks included; ranks' logs are compared with the plan (debug)."""
     layers = make_layers(NUM_LAYERS, world.device, dtype_of(world))
     on, off = (

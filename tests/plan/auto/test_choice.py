@@ -71,13 +71,13 @@ costs = st.sampled_from(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(wide_facts(), wide_configs(), costs)
 def test_every_plan_verifies(facts, config, cost):
     verify(plan(facts, SHAPE, config, cost))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(wide_facts(), wide_configs(), costs)
 def test_every_candidate_verifies_and_one_is_chosen(facts, config, cost):
     candidates = auto_candidates(facts, SHAPE, config, cost)
@@ -97,7 +97,7 @@ def test_planning_is_deterministic(facts, config, cost):
     assert plan(facts, SHAPE, config, cost).digest == plan(again, SHAPE, config, cost).digest
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=8), costs)
 def test_shallow_models_are_predicted_as_simulated(tokens, cost):
     """Up to the merging of ranks."""
