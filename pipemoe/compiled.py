@@ -1,7 +1,7 @@
 """Functions that numba compiles at their first call: importing them compiles nothing, and does not even import numba.
 
-What was compiled is kept on disk where that is possible (kept_code). Compiling that takes longer than a user would wait
-in silence is told (notices).
+What was compiled is kept on disk where that is possible (kept_code). If compiling takes longer than a user would wait
+in silence, it says so (notices).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ PATIENCE_SECONDS = 2.0
 class Compiled:
     """`function` as machine code, from its first call on; compiled code may call it as well.
 
-    signatures: makes the numba signatures that it is compiled for, all at its first call, which then are the only ones;
-    without, it is compiled for the types that it is called with. what, seconds: what a user is told if compiling takes
-    long, and how long it takes on an idle core. inside: only compiled code calls it as machine code, and its callers'
-    code is what is kept; Python calls the function as it is. options: numba's.
+    signatures: makes all numba signatures that it is compiled for, at its first call. Without them it is compiled for
+    the types that it is called with. what, seconds: the words for a user if compiling takes long, and how long it takes
+    on an idle core. inside: only compiled code calls the machine code, which is kept as part of its callers' code;
+    Python calls the plain function. options: numba's.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Compiled:
         """numba's own object."""
         from numba import njit
 
-        if self._inside:  # what only Python would call through is a seventh of the time that compiling takes
+        if self._inside:  # the wrappers for Python take a seventh of the compile time
             return njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **self._options)(self._function)
         dispatcher = njit(**self._options)(self._function)
         from pipemoe.kept_code import KeptCode, tell_nothing_is_kept
@@ -64,12 +64,12 @@ class Compiled:
 
     @property
     def _numba_type_(self) -> Any:
-        """By which numba knows what compiled code calls."""
+        """numba looks here when compiled code calls this."""
         return self.dispatcher._numba_type_
 
     @property
     def is_kept(self) -> bool:
-        """Will other processes of this machine find on disk what this one has compiled?"""
+        """Will other processes on this machine find this process's machine code on disk?"""
         return getattr(self.dispatcher._cache, "is_kept", False)
 
     def compile(self) -> None:
@@ -93,9 +93,7 @@ class Compiled:
 
 @contextmanager
 def _compiling(what: str, seconds: int, kept: bool) -> Iterator[None]:
-    """Spare the compiler what can be. Tell that `what` is being compiled if this takes longer than a moment, and then
-    when it is done.
-    """
+    """No garbage collection while compiling. If it takes longer than a moment, say so, and say when it is done."""
     expected = f", which takes about {seconds} s on an idle core" if seconds else ""
     later = "later starts find it on disk" if kept else "every start does so, as it cannot be kept on disk"
     told, collects = threading.Event(), gc.isenabled()
@@ -107,7 +105,7 @@ def _compiling(what: str, seconds: int, kept: bool) -> Iterator[None]:
     begun, timer = time.perf_counter(), threading.Timer(PATIENCE_SECONDS, say)
     timer.daemon = True
     timer.start()
-    # a compiler makes millions of objects; looking through them again and again takes an eighth of its time
+    # a compiler makes millions of objects; the garbage collector would take an eighth of its time
     gc.disable()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What operations do to one another side by side, measured: the ground of the table of contention, and of
+"""Measures how operations slow one another when they run side by side, for the table of contention and for
 benchmarks/overlap.py.
 
 Every pair of attention, experts, dispatch and combine that can overlap in a step, in the lanes that they would have
@@ -145,8 +145,8 @@ class Operations:
             torch.cuda.synchronize(world.device)  # all this was filled on another stream than the lanes'
 
     def _attend(self, world: World, lane: Lane) -> Callable[[], Any]:
-        """Attention of the first MoE layer and all before it, again and again on the same tokens; from a graph where
-        steps can take it from one."""
+        """Attention of the first MoE layer and all before it, repeated on the same tokens; from a graph where steps
+        use one."""
         import torch
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
@@ -178,7 +178,7 @@ class Operations:
         return graph.replay
 
     def pair(self, a: str, b: str) -> tuple[Side | SharedSide, Side | SharedSide]:
-        """Two sides in lanes of their own: of two slots where both compute, or both do the same."""
+        """Two sides, each in its own lane; in two slots if both compute or both do the same."""
         computes = a not in COMMUNICATION and b not in COMMUNICATION
         return self._sides[a, 0], self._sides[b, 1 if computes or a == b else 0]
 
@@ -207,7 +207,7 @@ class Timer:
         self._world = world
 
     def seconds(self, sides: Sequence[tuple[Side | SharedSide, int]]) -> list[float]:
-        """Of each side, and at the end of all together."""
+        """Each side's seconds, then the seconds of all together."""
         self._world.all_gather(b"", "start of a measurement")
         spans = self._world.engine.call(lambda: run_all(self._world, sides))
         own = [end - begin for begin, end in spans] + [max(e for _, e in spans) - min(b for b, _ in spans)]
@@ -231,8 +231,8 @@ class PairTimes:
         return sum(self.alone) / self.both
 
     def speeds(self) -> tuple[float, float]:
-        """Of each side while the other is under way, as a share of its speed alone. What is left of the side that ends
-        later goes on alone."""
+        """Each side's speed while the other is under way, as a share of its speed alone. The side that ends later runs
+        its rest alone."""
         (a, b), (a_end, b_end) = self.alone, self.together
         if a_end <= b_end:
             return a / a_end, max(0.0, (a_end + b - b_end) / a_end)

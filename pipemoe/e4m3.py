@@ -56,5 +56,5 @@ def dequantise_weight(values: torch.Tensor, scales: torch.Tensor, dtype: torch.d
 
 
 def _spread(scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Each block's scale at all of its places: [N, Kd]."""
+    """Each block's scale, repeated for all of its values: [N, Kd]."""
     return scales.repeat_interleave(BLOCK, 0)[: shape[0]].repeat_interleave(BLOCK, 1)[:, : shape[1]]

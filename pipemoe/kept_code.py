@@ -1,8 +1,8 @@
-"""Machine code on disk: numba's cache, but one that no bad file and no full disk can end a start by, and that never
-serves old code.
+"""Machine code on disk: numba's cache made safe. A bad file or a full disk cannot stop a start, and old code is never
+used.
 
-numba takes kept code to be current as long as the function's own file is. But the code holds what the function calls in
-other files too, and the constants that it takes from there. So a file here is named after all sources of the function's
+numba takes kept code to be current as long as the function's own file has not changed. But the code also holds what the
+function calls in other files, and their constants. So a file here is named after all sources of the function's
 part of the package (the stamp), the function and the types of its arguments; it begins with a digest of the rest.
 Whatever cannot be read is compiled again.
 """
@@ -28,7 +28,7 @@ _DIGEST_BYTES = 32
 
 
 class KeptCode(FunctionCache):
-    """What a dispatcher keeps and looks for. Raises RuntimeError where numba finds no folder that may be written."""
+    """Where a dispatcher keeps its code. Raises RuntimeError where numba finds no folder that may be written."""
 
     is_kept = True  # until something could not be
 
@@ -41,7 +41,7 @@ class KeptCode(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(sig, target_context)
-        # a bad file raises whatever pickle and LLVM think of; the function is compiled again, and the file replaced
+        # pickle and LLVM may raise anything for a bad file; the function is compiled again and the file replaced
         except Exception:
             return None
 

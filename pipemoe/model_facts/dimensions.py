@@ -21,7 +21,7 @@ def dimensions_of(config: Mapping[str, Any]) -> Dimensions:
 
 
 def dimensions_of_decoder(config: Mapping[str, Any], shape: ModelShape) -> Dimensions:
-    """Of a loaded decoder, which knows its shape: from its config as far as that is understood."""
+    """Of a loaded decoder, which knows its shape; the rest from its config, if that is a known family's."""
     try:
         return replace(dimensions_of(config), shape=shape)
     except ConfigError:

@@ -3,7 +3,7 @@
 A missing field has the default that transformers gives it in that family. A null field is what the family's modules in
 transformers make of it: a flag is false, heads and ranks have meanings of their own, and where transformers takes no
 null it is refused. Newer and older names are the same field: rope_parameters and rope_scaling; num_local_experts,
-num_experts and n_routed_experts. model_limits refuses what is not done here for a family.
+num_experts and n_routed_experts. limits.py refuses what is not implemented for a family.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ _NULL_MEANS_NONE = (  # not the default
 )
 _SCALED_ALREADY = ("default", "llama3", "longrope")  # whose max_position_embeddings is that after scaling
 FLAGS = ("attention_bias", "norm_topk_prob", "rope_interleave", "tie_word_embeddings", "use_sliding_window")
-# Of any count, and of those that decide how much is built before a weight is looked at: more is no model.
+# The largest counts taken: any, and those that decide how much is built before a weight is read.
 _MOST = (1 << 31) - 1
 _MOST_OF = {"num_hidden_layers": 1024, "head_dim": 1 << 16, "qk_rope_head_dim": 1 << 16, "num_experts": 1 << 20}
 
@@ -113,7 +113,7 @@ class ModelFacts:
         return self.moe_layers[0]
 
     def layers_for(self, num_moe_layers: int) -> int:
-        """How many first decoder layers hold `num_moe_layers` layers with routed experts, or all there are."""
+        """How many decoder layers, from the first, hold `num_moe_layers` MoE layers (or all, if there are fewer)."""
         return self.moe_layers[min(num_moe_layers, len(self.moe_layers)) - 1] + 1
 
 
@@ -250,7 +250,7 @@ def flag(config: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """Raises ConfigError if `value` is no whole number of at least `least`, or more than any model has."""
+    """`value`, a whole number from `least` to the most that a model may have. Raises ConfigError for anything else."""
     most = _MOST_OF.get(name, _MOST)
     if type(value) is not int or not least <= value <= most:
         raise ConfigError(f"{name} is {shown(value)}; it must be a whole number, at least {least} and at most {most}")

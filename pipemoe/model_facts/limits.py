@@ -1,7 +1,7 @@
-"""What a config may ask for that is not done here for its family. It is refused by name, so that no model silently
+"""What a config may ask for that is not implemented for its family. It is refused by name, so that no model silently
 computes something else.
 
-What counts is transformers' own module of the family: it is followed in all that it does with a config.
+The reference is the family's module in transformers: whatever that does with a config is done here, or refused.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ _HARMLESS = frozenset(
 
 
 def supported_facts(config: Mapping[str, Any]) -> ModelFacts:
-    """read_facts, if everything that the config asks for is done here. Else raises ConfigError that names the field."""
+    """read_facts, if everything the config asks for is implemented. Else raises ConfigError that names the field."""
     facts = read_facts(config)
     check_common(config)
     model_type = facts.model_type

@@ -82,13 +82,13 @@ class Wave(NamedTuple):
         return {segment.rank for segment in self.segments}
 
     def is_even(self, num_ranks: int) -> bool:
-        """Has every rank one segment, all of a size, in order?"""
+        """Does every rank have one segment, all of the same size, in rank order?"""
         return is_even([s.rank for s in self.segments], [s.num_rows for s in self.segments], num_ranks)
 
 
 @compiled_part
 def is_even(ranks, rows, num_ranks):
-    """Are a wave's segments, of these ranks and with so many rows, one of every rank, all of a size, in order?"""
+    """Do segments of these ranks and sizes include one of every rank, all of the same size, in rank order?"""
     if len(ranks) != num_ranks:
         return False
     for r in range(num_ranks):

@@ -140,8 +140,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refused(out: Path) -> InputError | None:
-    """Why the file cannot be written, before minutes of measuring. Only rank 0 writes, perhaps where other hosts have
-    no such folder.
+    """Why the file cannot be written; asked before minutes of measuring. Only rank 0 writes: other hosts may not have
+    the folder.
     """
     try:
         check_output_file("--out", out)
@@ -151,9 +151,7 @@ def _refused(out: Path) -> InputError | None:
 
 
 def accuracy(before: float, after: float) -> list[str]:
-    """How near predictions came to measured steps, in words. before, after calibration: Tuner.log_error of the
-    costs.
-    """
+    """How close predictions came to measured steps, in words. before, after calibration: what Tuner.log_error gave."""
     unfitted, fitted = (100 * math.expm1(error) for error in (before, after))
     lines = [
         f"predicted times of the whole steps were off by {unfitted:.0f} % on average; after calibration to the "

@@ -43,7 +43,7 @@ class Samples:
 
 def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: int) -> CostModel:
     """`start`, with all that the samples show replaced. Raises ValueError if a kind of operation was never measured."""
-    # Other threads and full queues hold up an engine now and then, so the quick samples show what issuing takes.
+    # Other threads and full queues sometimes hold up an engine, so the quick samples show what issuing takes.
     host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
     attend = _fit_attend(samples, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns)
@@ -209,8 +209,8 @@ _PASSES, _WORTHWHILE = 10, 2e-3  # over all scales; of the error
 
 
 def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostModel:
-    """Adjust the costs to whole steps, which show what single operations do not. log_error: how far predictions by a
-    cost model are off. One thing after another is scaled as long as that helps, from several starts.
+    """Adjust the costs to whole steps, which show what single operations do not. log_error: how far off a cost model's
+    predictions are. Scales one cost at a time for as long as that helps, from several starts.
     """
     best, least = cost, log_error(cost)
     for start in _STARTS:

@@ -36,8 +36,8 @@ _Lengths = tuple[tuple[int, ...], ...]  # per rank
 
 
 class _TimedStep(NamedTuple):
-    """One rank's step: when it was called for, when each operation ran, and kind, layer and seconds of each one's
-    issuing.
+    """One rank's step: when it was called, when each operation ran, and how long each took to issue (kind, layer,
+    seconds).
     """
 
     begin: float
@@ -81,7 +81,7 @@ class Tuner:
         return samples
 
     def _take_eager(self, samples: Samples, lengths: _Lengths) -> None:
-        """What it takes to issue attention for which there is no graph."""
+        """How long it takes to issue attention that has no graph."""
         say(self._world, "issuing attention without graphs")
         config = replace(self._model.config, mode="two_batch", graph_tokens=0)
         eager = Tuner(self._world, self._model.with_config(config), self._most, self._repeats)
@@ -163,9 +163,7 @@ class Tuner:
         return [[(i * 31 + 7) % vocabulary for i in range(n)] for n in lengths[self._world.rank]]
 
     def _prefill(self, model: Model, lengths: _Lengths, **options: Any) -> Prefilled:
-        """A step. What fails in one rank's model code is raised on all of them now: after it the ranks compare times,
-        not steps.
-        """
+        """Run a step. If one rank's model code fails, every rank raises now: next they exchange times, not steps."""
         rank = self._world.rank
         found, error = look(rank, "a step", lambda: model.prefill(self._sequences(lengths), **options), ModelError)
         self._world.agree(error, {}, "seeing that a step went well")
@@ -219,9 +217,9 @@ class Tuner:
     def _taken(self, timed: list[_TimedStep]) -> dict[OpKind, float]:
         """ns that each operation of a layer took, mean over layers.
 
-        Where the devices are what the step waits for: from the last rank's end of the operation before to the last
+        If the step waits for the devices, an operation takes from the last rank's end of the one before to the last
         rank's end of this one, so that they add up to the step. Otherwise (launches come too late, clocks differ
-        between hosts, or ranks share cores): each by itself, a transfer from when the last rank was ready.
+        between hosts, or ranks share cores) each counts by itself, a transfer from when the last rank was ready.
         """
         layers = range(1, self._model.runtime.shape.num_layers)
         spans: dict[tuple[OpKind, int], list[Span]] = {}

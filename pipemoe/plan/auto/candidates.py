@@ -1,8 +1,8 @@
 """Ways to form cohorts: those that mode "auto" chooses from, and those of the fixed modes. Compiled for mode auto; the
 fixed modes run them as plain Python.
 
-A unit is what stays together if it can: a whole rank's tokens, or one sequence. Units are sorted by length. They are
-split at the largest relative gaps, or into groups of equally many, or cut into causal chunks, each a cohort of its own.
+A unit stays together if possible: a whole rank's tokens, or one sequence. Units are sorted by length. They are split at
+the largest relative gaps, or into groups of equal count, or cut into causal chunks; each part is a cohort.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _groups_of_units(kind, parts, units, ratio, num_slots):
 
 @compiled_part
 def _widest_gaps(lengths, by_length, num_gaps):
-    """[U]: does a group begin at this place in order of length? Empty if there are not so many gaps."""
+    """[U]: does a group begin at this place in order of length? Empty if there are fewer gaps than that."""
     split = np.zeros(len(lengths), np.bool_)
     for _ in range(num_gaps):
         widest = 0

@@ -1,7 +1,7 @@
-"""Mode "auto": what leads, and one cohort, in other forms. Compiled.
+"""Mode "auto": tries the leader, and one cohort, in other forms. Compiled.
 
-A form is a number of blocks of columns, and whether waves are computed as they arrive. Of the other forms the one that
-promises most by itself runs on the clock; then the same for other numbers of multiprocessors left to collectives.
+A form is a number of blocks of columns, and whether waves are computed as they arrive. The most promising other form
+runs on the clock; then the same for other numbers of multiprocessors left to collectives.
 """
 
 from __future__ import annotations

@@ -220,9 +220,9 @@ def _attention(compute, r):
 def merge_alike_ranks(costs, on_cores):
     """The same costs with one rank for all that are alike, and how many it stands for.
 
-    Alike are ranks with rows in the same cohorts and waves, if their attention differs by less than one part in
-    ALIKE_PARTS. If that leaves more than MOST_RANKS, by whatever it differs: the longest holds up the others. On cores
-    that all ranks share, every one counts.
+    Ranks are alike if they have rows in the same cohorts and waves and their attention differs by less than one part in
+    ALIKE_PARTS. If that leaves more than MOST_RANKS, the difference does not count: the longest holds up the others. On
+    cores that all ranks share, every rank counts.
     """
     of_ranks, own_of, issue_of, ends_of, early_of = costs.compute, costs.own, costs.issue, costs.ends, costs.early_ns
     num_cohorts, num_ranks, num_works = of_ranks.shape[0], of_ranks.shape[1], of_ranks.shape[2]

@@ -37,7 +37,7 @@ STATE = np.dtype(  # [R, C]: a cohort on a rank
         ("issue_layer", "i8"),  # of the next operation to issue: its layer,
         ("issue_place", "i8"),  # and its place in layer_template
         ("posted", "i8", (2,)),  # dispatches and combines issued
-        ("ready", "i8", (2,)),  # has the rank what its part of the next dispatch, or combine, needs?
+        ("ready", "i8", (2,)),  # does the rank have all that its part of the next dispatch, or combine, needs?
         ("queued", "i8"),  # computations issued
         ("done", "i8"),  # computations
         ("work_layer", "i8"),  # of the next computation: its layer,
@@ -168,7 +168,7 @@ def _earlier(layer, wave, count, waves):
 
 @compiled_rule
 def demand_of(alone, busy, takes, rates):
-    """In how much of the time that it takes an operation contends with others, in thousandths."""
+    """The share of its time in which an operation contends with others, in thousandths."""
     return (1000 * busy + rates.gap_permille * (alone - busy)) // takes if takes else 0
 
 
@@ -310,7 +310,7 @@ def share_links(transfers, beside, speeds, now):
 
 @compiled_rule
 def is_ready(clock, costs, side, c, r):
-    """Has rank r all that its part of cohort c's next transfer needs?"""
+    """Does rank r have all that its part of cohort c's next transfer needs?"""
     mine, transfer = clock.state[r, c], clock.transfers[side, c]
     num_blocks, num_early = costs.num_blocks, costs.num_early
     if mine.posted[side] <= transfer.arrived:

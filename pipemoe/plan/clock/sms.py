@@ -1,6 +1,6 @@
 """How many multiprocessors the experts' persistent kernels leave to collectives beside them.
 
-If a kernel has a block for every multiprocessor and a collective holds one of them, a block waits for its place, and
+If a kernel has a block for every multiprocessor and a collective holds one of them, one block waits for a place, and
 all others wait for that block. A plan chooses from a few numbers, so that experts can be prepared for each at set-up:
 none, room for the collectives of the slots that it uses, and twice as much.
 """

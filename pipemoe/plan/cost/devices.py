@@ -33,15 +33,15 @@ _HOPPER = ("h100", "h200", "h800", "h20")  # parts of names: gh200 is one too
 
 
 def is_hopper(name: str) -> bool:
-    """Has a GPU the architecture that "hopper" experts need? name: a preset's, or as a driver says it."""
+    """Does a GPU have the architecture that "hopper" experts need? name: of a preset, or as the driver gives it."""
     return any(key in name.lower() for key in _HOPPER)
 
 
 def cpu(cores: int) -> Device:
-    """A host of `cores` cores, with a present server core's rates: float32 peak, memory, copies between processes."""
+    """A host of `cores` cores, with a current server core's rates: float32 peak, memory, copies between processes."""
     return Device("cpu", 150 * 10**9, 20 * 10**9, 16 * 10**9, 0, cores)
 
 
 def gpu_named(name: str) -> Device:
-    """The GPU whose preset's name is part of `name` (as a driver says it); if there is none, one with modest rates."""
+    """The preset whose name is part of `name` (as the driver gives it); without one, a GPU with modest rates."""
     return next((device for key, device in GPUS.items() if key in name.lower()), UNKNOWN_GPU)

@@ -33,7 +33,7 @@ def check_magnitude(facts: Facts, shape: ModelShape, config: PlanConfig, cost: C
 
 
 def longest_ns(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> int:
-    """At least what all operations of any plan take, one after another at full speed, with no rank beside another."""
+    """An upper bound for any plan: all operations one after another at full speed, no two ranks at once."""
     num_ranks, tokens = facts.num_ranks, sum(facts.tokens)
     rows = num_ranks * max(facts.tokens) if config.exchange == "padded" else tokens
     pairs = sum(t * max(lengths) for t, lengths in zip(facts.tokens, facts.lengths) if t)

@@ -67,7 +67,7 @@ LINK_PERMILLE = 700
 # Bytes per second between 4 ranks on one GPU, NCCL 2.30, one thread block per collective; with four about 100 GB/s.
 # 2026-11-24, one H200.
 ONE_GPU_LINK = 20 * 10**9
-# Ranks that share a GPU also share its memory: attention takes so much longer beside as much of it on every other rank.
+# Ranks that share a GPU share its memory: attention takes this much longer if every other rank attends to as much.
 # 2026-11-24, quarters of an H200.
 CROWD_PERMILLE = 150
 
@@ -92,15 +92,15 @@ SMS_BETWEEN_GPUS, SMS_ON_ONE_GPU = (750, 580, 1000, 1070), (690, 1000, 1000, 111
 MOST_SMS_LEFT = 10  # one in so many
 
 # --- Mode auto's search (auto/) ---
-# Predictions are inexact, so each extra cohort must buy so many permille, and so must a form or a number of
-# multiprocessors that is not the usual one. 2026-11-24 and 2026-11-25, before the fits above; no run is recorded.
+# Predictions are inexact, so each extra cohort must gain this many permille, and so must an unusual form or number of
+# multiprocessors. 2026-11-24 and 2026-11-25, before the fits above; no run is recorded.
 COHORT_MARGIN, FORM_MARGIN, SMS_MARGIN = 30, 10, 10
-# Events on the clock, of which a core runs some 4,000 in a millisecond: planning is to take no longer. 2026-11-25.
+# Events on the clock. A core runs some 4,000 in a millisecond, and planning should take no longer. 2026-11-25.
 MOST_EVENTS = 3_600  # in all; a candidate that would take more is not run
-DOUBTFUL_EVENTS = 2_600  # in all, for a candidate that wins only if its bound is nearer than the others' bounds were
+DOUBTFUL_EVENTS = 2_600  # in all, for a candidate that wins only if its bound is tighter than the others' were
 LAST_EVENTS = 4_000  # with those for other forms and other numbers of multiprocessors left
 CANDIDATE_EVENTS = 550  # about as many as one candidate may take; fewer layers are simulated where one has more
 CANDIDATE_LAYERS = 16  # that are simulated at most, and half of them
-# Ranks are simulated as one if their attention differs by less than one part in so many. If more than MOST_RANKS are
-# left, by whatever it differs. 2026-11-23, to make planning faster; no run is recorded.
+# Ranks whose attention differs by less than one part in ALIKE_PARTS are simulated as one. If more than MOST_RANKS
+# remain, the difference no longer counts. 2026-11-23, to make planning faster; no run is recorded.
 ALIKE_PARTS, MOST_RANKS = 16, 3
