@@ -30,22 +30,12 @@ def project(plan: Plan, rank: int, row_bytes: int, sum_bytes: int) -> list[Issue
     for op in plan.ops:
         if op.kind not in (OpKind.DISPATCH, OpKind.COMBINE):
             continue
-        cohort = plan.cohorts[op.cohort]
-        wave = cohort.waves[op.wave]
+        cohort, buffer = plan.cohorts[op.cohort], plan.buffer(op.cohort, op.layer, op.wave)
         communicator = op.kind.name.lower()
         sizes = [row_bytes] if op.kind is OpKind.DISPATCH else [sum_bytes * len(columns) for columns in plan.columns]
         for size in sizes:
-            for primitive, peer, rows in _calls(plan, rank, op.kind, wave):
-                issues.append(
-                    Issue(
-                        communicator,
-                        cohort.slot,
-                        plan.buffer(op.cohort, op.layer, op.wave),
-                        primitive,
-                        peer,
-                        rows * size,
-                    )
-                )
+            for primitive, peer, rows in _calls(plan, rank, op.kind, cohort.waves[op.wave]):
+                issues.append(Issue(communicator, cohort.slot, buffer, primitive, peer, rows * size))
     return issues
 
 

@@ -149,24 +149,15 @@ def costs_of(microbatches, form, problem):
     num_experts, top_k = problem.num_experts, problem.top_k
     arrive = form[1] != 0 and in_one_slot(num_cohorts, num_slots)
     segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, problem.most_rows)
-    waits = attention_waits(microbatches, num_cohorts, problem.starts, problem.first, num_slots)
+    starts, first = problem.starts, problem.first
+    waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
     left = problem.forced_sms_left
     if left < 0:
         left = usual_sms_left(rates, num_waves, form[0], num_slots, arrive)
     sms_left = 0 if arrive else left  # what arrivals leave is in their own price
+    gather, gathered = problem.gather, np.int64(2)
     costs = layer_costs(
-        segments,
-        wave_rows,
-        num_waves,
-        waits,
-        problem.starts,
-        problem.first,
-        rates,
-        num_experts,
-        top_k,
-        problem.gather,
-        np.int64(2),
-        sms_left,
+        segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
     )
     if arrive:
         costs = take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k)

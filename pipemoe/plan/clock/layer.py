@@ -262,18 +262,9 @@ def merge_alike_ranks(costs, on_cores):
                 early_ns[c, class_of[r], w] = min(early_ns[c, class_of[r], w], early_of[c, r, w])
     for r in range(num_ranks):
         weight[class_of[r]] += 1
+    num_waves, exchange, waits, gathered = costs.num_waves, costs.exchange, costs.waits, costs.gathered
+    num_blocks, groups, num_early = costs.num_blocks, costs.groups, costs.num_early
     merged = LayerCosts(
-        costs.num_waves,
-        compute,
-        costs.exchange,
-        own,
-        ends,
-        costs.waits,
-        issue,
-        costs.num_blocks,
-        costs.gathered,
-        costs.groups,
-        early_ns,
-        costs.num_early,
+        num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, groups, early_ns, num_early
     )
     return merged, weight

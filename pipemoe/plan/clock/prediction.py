@@ -92,27 +92,16 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     for c, cohort in enumerate(plan.cohorts):
         rows[c, : num_waves[c]] = [wave.num_rows for wave in cohort.waves]
     starts, first = plan.facts.flat_boundaries
-    config, shape = plan.config, plan.shape
+    num_experts, top_k = plan.shape.num_experts, plan.shape.top_k
     table = np.array(segments, dtype=np.int64)
-    gather, gathered = config.combine == "gather", config.gathered_waves
+    gather, gathered = plan.config.combine == "gather", plan.config.gathered_waves
     rates = rates_of(cost)
     sms_left = 0 if plan.arrivals else plan.sms_left  # what arrivals leave is in their own price
     costs = layer_costs(
-        table,
-        rows,
-        num_waves,
-        plan.waits,
-        starts,
-        first,
-        rates,
-        shape.num_experts,
-        shape.top_k,
-        gather,
-        gathered,
-        sms_left,
+        table, rows, num_waves, plan.waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
     )
     if plan.arrivals:
-        costs = take_as_they_arrive(costs, table, rows, rates, shape.num_experts, shape.top_k)
+        costs = take_as_they_arrive(costs, table, rows, rates, num_experts, top_k)
     return cut_columns(costs, rates, plan.num_column_blocks)
 
 
