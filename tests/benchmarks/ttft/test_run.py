@@ -10,6 +10,7 @@ import pytest
 from benchmarks import results_schema
 from benchmarks.ttft import __main__ as ttft
 from benchmarks.ttft import judge as ttft_judge
+from benchmarks.ttft.options import TRACE, configs_of, parse, resolve, workloads_of
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.config import MODES
@@ -42,7 +43,7 @@ def arguments(tmp_path):
             "--moe-max-num-tokens",
             "16",
         ]
-        return ttft.parse([*small, "--device", "cpu", "--out", str(tmp_path / "out"), *more])
+        return parse([*small, "--device", "cpu", "--out", str(tmp_path / "out"), *more])
 
     return arguments
 
@@ -94,7 +95,14 @@ def test_every_mode_on_rank_tokens(world, arguments, tmp_path, capsys):
 def test_several_workloads_share_the_models(world, arguments, capsys):
     rank_tokens = ",".join(["7"] * world.size)
     options = arguments(
-        "--rank-tokens", rank_tokens, "--trace", str(ttft.TRACE), "--modes", "pipelined,padded", "--num-requests", "3"
+        "--rank-tokens",
+        rank_tokens,
+        "--trace",
+        str(TRACE),
+        "--modes",
+        "pipelined,padded",
+        "--num-requests",
+        "3",
     )
     assert ttft.run(world, options) == 0
     if world.rank == 0:
@@ -210,33 +218,31 @@ def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments, tmp_path)
 def test_bad_options_are_refused_by_rank_0_alone(options, message, capsys, monkeypatch):
     monkeypatch.setenv("PMI_RANK", "0")
     with pytest.raises(SystemExit) as refused:
-        ttft.parse(options)
+        parse(options)
     assert refused.value.code == 2 and message in capsys.readouterr().err
     monkeypatch.setenv("PMI_RANK", "3")
     with pytest.raises(SystemExit) as quiet:
-        ttft.parse(options)
+        parse(options)
     assert quiet.value.code == 0 and capsys.readouterr() == ("", "")
 
 
 def test_device_and_backend_say_the_same():
-    assert ttft.parse([]).device == "auto"
-    assert (
-        ttft.parse(["--backend", "mpi"]).device == ttft.parse(["--device", "cpu", "--backend", "mpi"]).device == "cpu"
-    )
-    assert ttft.parse(["--backend", "nccl"]).device == "cuda"
+    assert parse([]).device == "auto"
+    assert parse(["--backend", "mpi"]).device == parse(["--device", "cpu", "--backend", "mpi"]).device == "cpu"
+    assert parse(["--backend", "nccl"]).device == "cuda"
 
 
 def test_defaults_follow_the_device():
-    on_cpu, on_gpu = (ttft.resolve(ttft.parse([]), device) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (resolve(parse([]), device) for device in ("cpu", "cuda"))
     assert (on_cpu.model, on_cpu.layers, on_cpu.dtype, on_cpu.parity_layers) == ("small", None, "float32", None)
     assert (on_gpu.model, on_gpu.layers, on_gpu.dtype, on_gpu.parity_layers) == ("qwen3-30b-a3b", 8, "bfloat16", 4)
-    named = ttft.resolve(ttft.parse(["--model", "mixtral-8x7b", "--scale", "2"]), "cuda")
+    named = resolve(parse(["--model", "mixtral-8x7b", "--scale", "2"]), "cuda")
     assert (named.layers, named.scale) == (None, 2.0)
 
 
 def test_what_a_user_demands_of_plans_is_demanded_in_every_mode():
-    options = ttft.resolve(ttft.parse(["--num-sms", "100", "--combine-blocks", "2", "--rank-tokens", "5,3"]), "cpu")
-    configs = ttft.configs_of(options, ttft.workloads_of(options, 2, 4096))
+    options = resolve(parse(["--num-sms", "100", "--combine-blocks", "2", "--rank-tokens", "5,3"]), "cpu")
+    configs = configs_of(options, workloads_of(options, 2, 4096))
     assert {(config.num_sms, config.combine_blocks) for config in configs} == {(100, 2)} and len(configs) == len(MODES)
 
 
@@ -246,9 +252,9 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(tmp_path):
     path.write_text("timestamp_ms,input_tokens,output_tokens\n0,9,1\n1,5000,1\n")
 
     def found(*more, positions=4096):
-        options = ttft.resolve(ttft.parse(more), "cpu")
-        workloads = ttft.workloads_of(options, 2, positions)
-        return workloads, ttft.configs_of(options, workloads)
+        options = resolve(parse(more), "cpu")
+        workloads = workloads_of(options, 2, positions)
+        return workloads, configs_of(options, workloads)
 
     trace = ("--trace", str(path), "--scale", "1")
     with pytest.raises(InputError, match="long.csv: 1 of 2 requests have more than 4096 input tokens"):
