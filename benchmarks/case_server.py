@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 
@@ -96,8 +97,8 @@ class Server:
             raise ServerError(f"{self.name}: ended with status {self._process.wait()}") from error
         return self.read(seconds)
 
-    def close(self, seconds: float = 30.0) -> None:
-        """Let it end by itself, or make it."""
+    def close(self, seconds: float = 10.0) -> None:
+        """Let it end by itself, or make it; whatever it has started ends too."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         for end in (None, signal.SIGTERM, signal.SIGKILL):
@@ -105,9 +106,11 @@ class Server:
                 if end is not None:
                     os.killpg(self._process.pid, end)
                 self._process.wait(seconds)
-                return
+                break
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def serve(answers: Answers, answer_to: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:

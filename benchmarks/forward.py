@@ -94,6 +94,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--mode", help="pipemoe's (default: broadcast for one rank, else auto)")
     run.add_argument("--attention", help="pipemoe's Config(attention=...)")
     run.add_argument("--cost", metavar="FILE", help="measured costs for pipemoe (pipemoe tune)")
+    run.add_argument(
+        "--start-seconds", type=positive(float), default=420.0, help="an implementation that takes longer is left out"
+    )
     run.add_argument("--in-turn", action="store_true", help="never more than two implementations in memory at once")
     peers = parser.add_argument_group("beside it")
     peers.add_argument("--before", type=Path, metavar="FOLDER", help="the source tree of an older pipemoe")

@@ -21,7 +21,7 @@ from pipemoe.doctor import installed_gpus
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PIPEMOE, BEFORE, VLLM = "pipemoe", "pipemoe_before", "vllm"
-START_SECONDS, CASE_SECONDS = 420.0, 180.0
+CASE_SECONDS = 120.0
 GIB = 1 << 30
 ROOM = 10 * GIB  # of a GPU, for one implementation beside its weights
 VLLM_ROOM = 8 * GIB  # of that, what vLLM is told to keep to
@@ -136,7 +136,7 @@ class Forward:
         server = Server(impl, *self._command(impl))
         self._servers[impl] = server
         try:
-            hello = server.read(START_SECONDS)
+            hello = server.read(self._options.start_seconds)
         except ServerError as error:
             self._drop(impl, error)
             return
