@@ -23,13 +23,20 @@ _FUNCTIONS = (
 
 
 @cache
-def functions() -> dict[str, tuple[str, int]]:
-    """Names and addresses in the libnccl that is loaded. Raises NotRecordable unless that is one."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    paths = {line.split(maxsplit=5)[5] for line in lines if "libnccl.so" in line}
-    if len(paths) != 1:
-        raise NotRecordable(f"{len(paths)} libraries of NCCL are loaded: {sorted(paths)}")
-    library = ctypes.CDLL(paths.pop())
+def functions(version: int) -> dict[str, tuple[str, int]]:
+    """Names and addresses in the library that cupy calls, which is of this version. Raises NotRecordable if it cannot
+    be told from others.
+    """
+    library = ctypes.CDLL(None)  # where the linker looks first, also for cupy
+    if not hasattr(library, "ncclGetVersion"):
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        paths = {path for line in lines if "/libnccl.so" in (path := line.split(maxsplit=5)[-1])}
+        if len(paths) != 1:
+            raise NotRecordable(f"{len(paths)} libraries of NCCL are loaded: {sorted(paths)}")
+        library = ctypes.CDLL(paths.pop())
+    found_version = ctypes.c_int()
+    if library.ncclGetVersion(ctypes.byref(found_version)) or found_version.value != version:
+        raise NotRecordable(f"cupy has NCCL {version}, the linker finds {found_version.value}")
     found = {}
     for name in _FUNCTIONS:
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
@@ -42,7 +49,8 @@ class TapeLibrary:
     """cupy's NCCL module, for a transport that writes onto a tape."""
 
     def __init__(self, library: Any, tape: Tape) -> None:
-        self._library, self.tape, self.functions = library, tape, functions()
+        self._library, self.tape = library, tape
+        self.functions = functions(library.get_version())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._library, name)  # numbers of types and operations

@@ -130,7 +130,7 @@ class Run:
         self.failed_op: Op | None = None  # of which `advance` has raised
         self.completed: list[tuple[Op, Event]] = []
         self.issue_seconds: list[tuple[Op, float]] = []  # what the engine's thread took, if timed
-        self.issued_seconds = 0.0  # the sum of these, timed or not
+        self.issued_seconds = 0.0  # the sum over operations of layers, timed or not
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
@@ -171,7 +171,8 @@ class Run:
                 begin = time.perf_counter()
                 event = self._issue(op)
                 seconds = time.perf_counter() - begin
-                self.issued_seconds += seconds
+                if op.kind is not OpKind.FINISH:
+                    self.issued_seconds += seconds
                 if self._timed:
                     self.issue_seconds.append((op, seconds))
                 self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append(

@@ -65,8 +65,8 @@ _WATCH_SECONDS = 0.25  # how often a waiting caller checks the engine
 
 
 class Issued(NamedTuple):
-    """What issuing operations has cost so far: the sum over steps of `seconds` of the engine's thread, and of `layers`,
-    counted once for each cohort.
+    """What issuing the layers' operations has cost so far: the sum over steps of `seconds` of the engine's thread, and
+    of `layers`, counted once for each cohort.
     """
 
     seconds: float = 0.0

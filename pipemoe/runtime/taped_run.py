@@ -197,7 +197,8 @@ class TapedRun(Run):
         self._on_progress(op)
         begin = time.perf_counter()
         event = self._issue(op)
-        self.issued_seconds += time.perf_counter() - begin
+        if op.kind is not OpKind.FINISH:
+            self.issued_seconds += time.perf_counter() - begin
         ref = self._push(slot, op.kind, position, event)
         of_cohort[loop.AT] += 1
         if op.kind is OpKind.ATTEND:

@@ -194,7 +194,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(driver, "wait_event", lambda stream, event: check(device.wait(stream, event), "wait"))
     monkeypatch.setattr(driver, "has_passed", lambda event: device.query(event) == 0)
     monkeypatch.setattr(driver, "milliseconds_between", lambda event, later: 0.0)
-    monkeypatch.setattr(nccl_tape, "functions", lambda: dict(zip((name for name, _ in of_nccl), of_nccl)))
+    monkeypatch.setattr(nccl_tape, "functions", lambda version: dict(zip((name for name, _ in of_nccl), of_nccl)))
     monkeypatch.setattr(tapes, "_rings", {})
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(device, "current", stream.cuda_stream))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
@@ -225,6 +225,7 @@ class NcclLibrary(CallLog):
 
     def __init__(self, device: Device) -> None:
         self._device, self._made = device, 0
+        self.get_version = lambda: 23007
         self.groupStart, self.groupEnd = device.group_start, device.group_end
 
     def NcclCommunicator(self, size: int, unique_id: bytes, rank: int) -> Any:  # noqa: N802  (cupy's name)
