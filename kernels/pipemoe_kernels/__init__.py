@@ -12,7 +12,7 @@ Importing this package imports neither Numba nor torch; each module with a kerne
     element                          number formats of matrices in memory
     ptx/                             every PTX string
     simulated, simulated_warp        what ptx/ does, for Numba's simulator
-    launch/                          compile, keep on disk, load, pack arguments, launch
+    launch/                          compile, keep on disk, load, pack arguments, launch, write onto a tape
     numba_cuda                       the only place that imports numba.cuda
 
 In these files a *block* is a thread block; a *block of columns* and a scale's *block of values* are always called so. A

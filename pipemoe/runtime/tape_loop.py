@@ -3,11 +3,10 @@
     lane    | ... done ... | head: oldest under way | ... | tail: next |      numbers of events, from 0 on
 
 A lane's operations have numbers, and its events a ring of CUDA events; number n uses place n % RING. A reference is a
-lane and a number in one integer. What lies before the head is done and need not be waited for. An operation for which
-no other lane waits has no event of its own: it is done when a later one of its lane is.
+lane and a number in one integer. What lies before the head is done and need not be waited for.
 
-The loop stops where only Python can go on (an operation without a tape), where nothing may be issued, and after
-BREATH_NS at the latest.
+The loop stops where only Python can go on (an operation without a tape), where nothing may be issued and nothing has
+completed for SPIN_NS, and after BREATH_NS at the latest.
 """
 
 from __future__ import annotations
@@ -41,12 +40,12 @@ NOTHING = -1  # no reference, or no rows
 
 # Why the loop has stopped.
 WAITS, FOR_PYTHON, BREATH, FAILED = range(4)
-BREATH_NS = 1_000_000
+BREATH_NS, SPIN_NS = 1_000_000, 200_000  # a thread that sleeps instead wakes some 70 us late
 _CLOCK_MONOTONIC = 1
 
 # Columns of State.cohorts.
-AT, SLOT, NUM_WAVES, FIRST_WAVE, GROUPS, ATTENDED, NUM_RESULTS, AWAITED, IS_FINISHED = range(9)
-COHORT_COLUMNS = 9
+AT, SLOT, NUM_WAVES, FIRST_WAVE, GROUPS, ATTENDED, NUM_RESULTS, IS_FINISHED = range(8)
+COHORT_COLUMNS = 8
 # Of State.buffers.
 READ, DISPATCHED, SENT = range(3)
 # Of State.lanes.
@@ -54,7 +53,7 @@ STREAM, HEAD, TAIL = range(3)
 # Of State.wave_pieces.
 PACK, DISPATCH, COMBINE = range(3)
 # Of State.out.
-CURRENT, STATUS, ROW_AT, NUM_DONE, NUM_ISSUED, OLDEST = range(6)
+CURRENT, STATUS, ROW_AT, NUM_DONE, NUM_ISSUED, OLDEST, ISSUE_NS, HAS_FINISHED = range(8)
 # Of State.functions: addresses.
 QUERY, RECORD, WAIT, CLOCK = range(4)
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
@@ -80,12 +79,12 @@ class State(NamedTuple):
     waits: np.ndarray  # [C, C] see Plan.waits
     cohorts: np.ndarray  # [C, COHORT_COLUMNS]
     results: np.ndarray  # [C, most waves] references: combines of this rank's rows in the layer
-    attended: np.ndarray  # [C, L] references, of cohorts that others wait for
+    attended: np.ndarray  # [C, L] references
     finished: np.ndarray  # [C] references
     buffers: np.ndarray  # [slots, buffers, 3] references: the last users of each
     lane_of: np.ndarray  # [slots, 3] of compute, dispatch, combine
     lanes: np.ndarray  # [lanes, 3]
-    ring: np.ndarray  # [lanes, RING] events under way; 0: none
+    ring: np.ndarray  # [lanes, RING] events under way
     own: np.ndarray  # [lanes, RING] events to record
     ops: np.ndarray  # [lanes, RING] positions; -1: no operation of the plan
     attend_pieces: np.ndarray  # [C, L, 2]
@@ -98,7 +97,7 @@ class State(NamedTuple):
     issued: np.ndarray  # [ops] positions that were issued in this call
     own_waves: np.ndarray  # [W] does the wave hold rows of this rank?
     time: np.ndarray  # [2] seconds and nanoseconds of the clock
-    out: np.ndarray  # [6]
+    out: np.ndarray  # [8]
 
 
 def new_state(order: np.ndarray, waits: np.ndarray, **sizes: int) -> State:
@@ -138,7 +137,7 @@ def new_state(order: np.ndarray, waits: np.ndarray, **sizes: int) -> State:
         issued=filled(num_ops),
         own_waves=filled(waves, value=0),
         time=filled(2, value=0),
-        out=filled(6, value=0),
+        out=filled(8, value=0),
     )
 
 
@@ -189,37 +188,30 @@ def wait_for(state, ref, lane):
 
 
 @loop_part
-def record(state, lane, position, has_event):
-    """Mark a point in a lane: its number there, and a status."""
+def record(state, lane, position):
+    """Mark a point in a lane: the reference, and a status."""
     number = state.lanes[lane, TAIL]
     place = number % RING
-    event = state.own[lane, place] if has_event else 0
+    event = state.own[lane, place]
     state.ring[lane, place], state.ops[lane, place] = event, position
     state.lanes[lane, TAIL] = number + 1
-    status = call_2(state.functions[RECORD], event, state.lanes[lane, STREAM]) if has_event else 0
-    return lane << _SHIFT | number, status
+    return lane << _SHIFT | number, call_2(state.functions[RECORD], event, state.lanes[lane, STREAM])
 
 
 @loop_part
 def poll(state):
     """Move the lanes' heads; note operations that have completed. A status."""
     for lane in range(len(state.lanes)):
-        while True:
-            head, tail = state.lanes[lane, HEAD], state.lanes[lane, TAIL]
-            number = head
-            while number < tail and state.ring[lane, number % RING] == 0:
-                number += 1
-            if number == tail:
-                break
-            status = call_1(state.functions[QUERY], state.ring[lane, number % RING])
+        while state.lanes[lane, HEAD] < state.lanes[lane, TAIL]:
+            place = state.lanes[lane, HEAD] % RING
+            status = call_1(state.functions[QUERY], state.ring[lane, place])
             if status == _NOT_READY:
                 break
             if status != 0:
-                state.out[CURRENT] = max(0, state.ops[lane, number % RING])
+                state.out[CURRENT] = max(0, state.ops[lane, place])
                 return status
-            for passed in range(head, number + 1):
-                note_done(state, state.ops[lane, passed % RING])
-            state.lanes[lane, HEAD] = number + 1
+            note_done(state, state.ops[lane, place])
+            state.lanes[lane, HEAD] += 1
     return 0
 
 
@@ -231,6 +223,8 @@ def note_done(state, position):
     state.out[NUM_DONE] += 1
     if state.order[position, 0] == _DISPATCH:
         state.cohorts[state.order[position, 1], GROUPS] -= 1
+    elif state.order[position, 0] == _FINISH:
+        state.out[HAS_FINISHED] = 1  # somebody waits for it
 
 
 @loop_part
@@ -329,7 +323,7 @@ def issue(state, rows, position, start, stop, numbers_kind):
         at, status = play_rows(rows, start, stop, numbers)
         if status != 0:
             return at, status
-        state.attended[c, layer], status = record(state, compute, position, state.cohorts[c, AWAITED] != 0)
+        state.attended[c, layer], status = record(state, compute, position)
         state.cohorts[c, ATTENDED] = layer + 1
         return -1, status
     if kind == _DISPATCH:
@@ -340,7 +334,7 @@ def issue(state, rows, position, start, stop, numbers_kind):
             if status != 0:
                 return at, status
             if dispatch != compute:
-                free, status = record(state, compute, -1, True)
+                free, status = record(state, compute, -1)
                 if status != 0:
                     return -1, status
         status = wait_for(state, free, dispatch)
@@ -349,7 +343,7 @@ def issue(state, rows, position, start, stop, numbers_kind):
         at, status = play_rows(rows, start, stop, numbers)
         if status != 0:
             return at, status
-        used[DISPATCHED], status = record(state, dispatch, position, dispatch != compute)
+        used[DISPATCHED], status = record(state, dispatch, position)
         state.cohorts[c, GROUPS] += 1
         if status == 0 and wave == 0:
             return play_rows(rows, state.side_pieces[c, layer, 0], state.side_pieces[c, layer, 1], numbers)
@@ -363,7 +357,7 @@ def issue(state, rows, position, start, stop, numbers_kind):
         at, status = play_rows(rows, start, stop, numbers)
         if status != 0:
             return at, status
-        used[READ], status = record(state, compute, position, combine != compute)
+        used[READ], status = record(state, compute, position)
         return -1, status
     status = wait_for(state, used[READ], combine)
     if status != 0:
@@ -371,7 +365,7 @@ def issue(state, rows, position, start, stop, numbers_kind):
     at, status = play_rows(rows, start, stop, numbers)
     if status != 0:
         return at, status
-    used[SENT], status = record(state, combine, position, True)
+    used[SENT], status = record(state, combine, position)
     note_result(state, c, w, used[SENT])
     return -1, status
 
@@ -397,26 +391,31 @@ def oldest(state):
 
 
 @loop_part
+def is_idle(state):
+    for lane in range(len(state.lanes)):
+        if state.lanes[lane, HEAD] < state.lanes[lane, TAIL]:
+            return False
+    return True
+
+
+@loop_part
 def nanoseconds(state):
     call_2(state.functions[CLOCK], _CLOCK_MONOTONIC, address_of(state.time))
     return state.time[0] * 1_000_000_000 + state.time[1]
 
 
 @loop
-def play(state, rows, budget_ns):
-    """Issue what may be issued and has a tape. Why it has stopped; see `out`, `done` and `issued`."""
+def play(state, rows, budget_ns, spin_ns):
+    """Issue what may be issued and has a tape. Why it has stopped; see `out`, `done` and `issued`.
+
+    out[ISSUE_NS]: what issuing has taken, without waiting.
+    """
     out = state.out
-    out[NUM_DONE] = out[NUM_ISSUED] = 0
+    out[NUM_DONE] = out[NUM_ISSUED] = out[ISSUE_NS] = out[HAS_FINISHED] = 0
     out[ROW_AT], out[STATUS] = -1, 0
-    begun, has_polled = nanoseconds(state), False
-    reason = WAITS
+    reason, now = WAITS, nanoseconds(state)
+    begun = moved = now  # since nothing has
     while True:
-        if not has_polled or out[NUM_ISSUED] == 0:
-            out[STATUS] = poll(state)
-            if out[STATUS] != 0:
-                reason = FAILED
-                break
-            has_polled = True
         position = next_position(state)
         if position < 0:
             before = out[NUM_DONE]
@@ -424,22 +423,28 @@ def play(state, rows, budget_ns):
             if out[STATUS] != 0:
                 reason = FAILED
                 break
-            if out[NUM_DONE] == before:
+            now = nanoseconds(state)
+            if out[NUM_DONE] > before:
+                moved = now
+            elif now - moved >= spin_ns or is_idle(state):
                 break
-            continue
-        out[CURRENT] = position
-        start, stop, numbers_kind = piece_of(state, position)
-        if start < 0:
-            reason = FOR_PYTHON
-            break
-        out[ROW_AT], out[STATUS] = issue(state, rows, position, start, stop, numbers_kind)
-        if out[STATUS] != 0:
-            reason = FAILED
-            break
-        state.cohorts[state.order[position, 1], AT] += 1
-        state.issued[out[NUM_ISSUED]] = position
-        out[NUM_ISSUED] += 1
-        if nanoseconds(state) - begun > budget_ns:
+        else:
+            out[CURRENT] = position
+            start, stop, numbers_kind = piece_of(state, position)
+            if start < 0:
+                reason = FOR_PYTHON
+                break
+            out[ROW_AT], out[STATUS] = issue(state, rows, position, start, stop, numbers_kind)
+            if out[STATUS] != 0:
+                reason = FAILED
+                break
+            state.cohorts[state.order[position, 1], AT] += 1
+            state.issued[out[NUM_ISSUED]] = position
+            out[NUM_ISSUED] += 1
+            before_ns, now = now, nanoseconds(state)
+            out[ISSUE_NS] += now - before_ns
+            moved = now
+        if now - begun > budget_ns or out[HAS_FINISHED]:
             reason = BREATH
             break
     out[OLDEST] = oldest(state)

@@ -76,7 +76,6 @@ class TapedRun(Run):
         a.cohorts[:, loop.SLOT] = [cohort.slot for cohort in cohorts]
         a.cohorts[:, loop.NUM_WAVES] = num_waves
         a.cohorts[:, loop.FIRST_WAVE] = first_wave[:-1]
-        a.cohorts[list(self._awaited), loop.AWAITED] = 1
         a.own_waves[:] = [any(s.rank == rank for s in wave.segments) for cohort in cohorts for wave in cohort.waves]
         a.lane_of[:], a.own[:], a.functions[:] = tapes.lane_of, tapes.rings, tapes.functions
         a.lanes[:, loop.STREAM] = [lane.handle for lane in tapes.lanes]
@@ -87,14 +86,13 @@ class TapedRun(Run):
         self._is_whole = self._only.computation and self._only.communication
 
     def advance(self) -> bool:
-        """See Run.advance. Gives back control after BREATH_NS, or when one call takes longer."""
+        """See Run.advance. Gives back control after BREATH_NS, unless one call takes longer."""
         op = None
         try:
             while True:
                 self._on_progress(_Current(self))
-                begin = time.perf_counter()
-                reason = loop.play(self._arrays, self._tapes.tape.rows, loop.BREATH_NS)
-                self._note_issued(time.perf_counter() - begin)
+                reason = loop.play(self._arrays, self._tapes.tape.rows, loop.BREATH_NS, loop.SPIN_NS)
+                self._note_issued()
                 self._note_done()
                 if reason == loop.FAILED:
                     op = self._current()
@@ -121,14 +119,11 @@ class TapedRun(Run):
     def _current(self) -> Op:
         return self._ops[int(self._arrays.out[loop.CURRENT])]
 
-    def _note_issued(self, seconds: float) -> None:
-        count = int(self._arrays.out[loop.NUM_ISSUED])
-        if not count:
-            return
-        self.issued_seconds += seconds
+    def _note_issued(self) -> None:
+        self.issued_seconds += 1e-9 * int(self._arrays.out[loop.ISSUE_NS])
         log = self._log_of.log
         if log is not None:
-            for position in self._arrays.issued[:count].tolist():
+            for position in self._arrays.issued[: self._arrays.out[loop.NUM_ISSUED]].tolist():
                 op = self._ops[position]
                 w = int(self._arrays.cohorts[op.cohort, loop.FIRST_WAVE]) + op.wave
                 log.extend(self._issues.get((op.kind, w, self._plan.buffer(*op[1:])), ()))

@@ -70,7 +70,7 @@ class Tapes:
         sizes = {"layers": 1, "waves": 1, "most_waves": 1, "slots": 1, "buffers": 1, "lanes": 1, "kinds": 1}
         state = new_state(np.zeros((0, 4), np.int32), np.zeros((0, 0), np.int64), numbers=NUM_NUMBERS, **sizes)
         state.functions[:] = self.functions
-        play(state, self.tape.rows, BREATH_NS)
+        play(state, self.tape.rows, BREATH_NS, 0)
 
     def of_graphs(self, slot: int, stream: int, handles: Sequence[tuple[int, int]]) -> np.ndarray:
         """[2, L, 2] pieces that launch a slot's graphs: of attention and of shared experts."""

@@ -107,6 +107,7 @@ class Rank:
         self, monkeypatch, lengths, rank, *, has_graphs=True, has_side_work=False, writes_rows=False, **options
     ):
         self.device = driver_stand_in.install(monkeypatch)
+        monkeypatch.setattr(loop, "SPIN_NS", 0)  # nothing goes on meanwhile
         num_ranks = len(lengths)
         options = {"mode": "pipelined", "moe_max_num_tokens": 256, "num_slots": 2, **options}
         config = Config(max_tokens_per_rank=MAX_TOKENS, **options)
