@@ -4,6 +4,7 @@
 #   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
 #
 #   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): tune ttft lockstep front memory overlap comm forward
+#                         attention
 #   PIPEMOE_BENCH_ROUNDS  timed passes per mode of ttft (default: 9)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -26,7 +27,7 @@ ttft() {
     run benchmarks/ttft --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 
-for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm forward}; do
+for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm forward attention}; do
     case $part in
     tune) run -m pipemoe.cli tune --model $model --layers 16 --max-tokens 8192 --out "$results/cost.json" ;;
     ttft)
@@ -41,6 +42,7 @@ for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm 
     front) ttft ttft_front.json --rank-tokens 8192,1024,512,0 --modes broadcast,auto --budgets 0,5,20 --rounds 5 --parity-layers 1 ;;
     memory | overlap) run "benchmarks/$part.py" --json "$results/$part.json" ;;
     comm) run benchmarks/comm --json "$results/comm.json" ;;
+    attention) "$python" benchmarks/attention.py --json "$results/attention.json" || status=1 ;; # one kernel alone
     forward) "$python" benchmarks/forward.py --device cuda --model $model --layers $layers --vllm --json "$results/forward.json" || status=1 ;; # one rank, vLLM if it is there
     *)
         echo "one_gpu.sh: no part $part" >&2
