@@ -110,7 +110,8 @@ def roundings(models, plain):
     ("deterministic", "modes"), [(False, MODES), (True, ("per_rank",))], ids=["any sums", "deterministic"]
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_stays_close(world, models, plain, roundings, family, deterministic, modes):
+@pytest.mark.parametrize("attention", ["auto", "transformers"] if torch.cuda.is_available() else ["auto"])
+def test_bfloat16_stays_close(world, models, plain, roundings, family, deterministic, modes, attention):
     """Logits within 2e-2 by norm ratio of the nearest of `roundings`, and its token wherever its margin exceeds twice
     the largest error.
 
@@ -122,7 +123,9 @@ def test_bfloat16_stays_close(world, models, plain, roundings, family, determini
     ]
     wrong = []
     for mode in modes:
-        model = models(family, torch.bfloat16)[1].with_config(Config(mode=mode, deterministic=deterministic, **SMALL))
+        model = models(family, torch.bfloat16)[1].with_config(
+            Config(mode=mode, deterministic=deterministic, attention=attention, **SMALL)
+        )
         for case, (prompts, _) in enumerate(exact):
             if case and mode not in ("padded", "per_rank", "auto"):
                 continue

@@ -17,7 +17,8 @@ from tests.models.tiny import FAMILIES, naive_experts, tiny_config
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.bfloat16, torch.float16]
-TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+OF_ROWS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}  # by norm ratio, before any router has chosen
+OF_LOGITS = 2e-2  # a rounding may change what a router chooses
 CASES = [
     *((family, {}) for family in FAMILIES),
     ("mixtral", dict(sliding_window=7)),
@@ -66,11 +67,11 @@ def test_packed_and_cut_sequences(family, changes, dtype):
     wanted, wanted_rows = prefill(plain, experts, sequences, CUTS)
     found, rows = prefill(fused, experts, sequences, CUTS)
     for mine, theirs in zip(rows, wanted_rows):
-        assert (mine[0].double() - theirs[0].double()).norm() <= TOLERANCE[dtype] / 2 * theirs[0].double().norm()
+        assert (mine[0].double() - theirs[0].double()).norm() <= OF_ROWS[dtype] * theirs[0].double().norm()
     for s, tokens in enumerate(sequences):
         exact = reference_logits(reference, tokens.cuda())
         for want in (exact, wanted[s]):
-            assert (found[s] - want).norm() <= TOLERANCE[dtype] * want.norm()
+            assert (found[s] - want).norm() <= OF_LOGITS * want.norm()
 
 
 @pytest.mark.parametrize("family, changes", CASES[:5], ids=str)
