@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipemoe.models.decoder import Decoder, MicrobatchState
-from pipemoe.models.fused_attention import HeadAttention, fuse, norm_of
+from pipemoe.models.fused_attention import attention_of, fuse, lack_of_kernels, norm_of, rotary_tables
 from pipemoe.models.packed_attention import serves
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
@@ -55,7 +55,7 @@ def lack(decoder: Decoder) -> str | None:
         return f"no kernel routes to {decoder.routing.top_k} of {decoder.routing.num_experts} experts"
     if not serves(device, dtype, form.head_dim):
         return f"heads of {form.head_dim} values do not fit the attention kernel"
-    return HeadAttention.lack(form)
+    return lack_of_kernels(form)
 
 
 class _Mlp:
@@ -76,7 +76,7 @@ class _Layer:
 
     def __init__(self, decoder: Decoder, block: Any, index: int, moe: int | None) -> None:
         assert decoder.attention_form is not None  # see lack
-        self.attention = HeadAttention(decoder.attention_form, block.self_attn, index)
+        self.attention = attention_of(decoder.attention_form, block.self_attn, index)
         self.norm_in, self.norm_out = norm_of(block.input_layernorm), norm_of(block.post_attention_layernorm)
         self.mlp = _Mlp(block.mlp) if moe is None else None
         self.gate = None if moe is None else block.mlp.gate.weight  # [E, H]
@@ -119,7 +119,11 @@ class FusedDecoder(Decoder):
     def start(self, step: StepCache | StepOfKeys, token_ids: torch.Tensor, pieces: Sequence[Piece]) -> MicrobatchState:
         """As Decoder.start; step: of StepKeys."""
         state = super().start(step, token_ids, pieces)
-        state.rope = self._layers[0].attention.tables(*state.rope)
+        assert self.attention_form is not None
+        state.rope = rotary_tables(self.attention_form, *state.rope)
+        if self.attention_form.latent is not None and not state.packing.starts_fresh:
+            # Keys are made of the latents in this range alone.
+            state.packing.key_offsets = state.packing.key_offsets - state.packing.key_range[0]
         return state
 
     @torch.no_grad()

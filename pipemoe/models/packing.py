@@ -79,7 +79,12 @@ class Packing:
         # [num_pieces], [T]
         self.key_lengths: torch.Tensor | None = None
         self.key_rows: torch.Tensor | None = None
+        self.key_range = 0, 0  # of rows: all that the pieces read, from the first to behind the last
         if begins is not None:
+            self.key_range = (
+                min((begins[p.sequence] for p in self.pieces), default=0),
+                max((begins[p.sequence] + p.stop for p in self.pieces), default=0),
+            )
             self.key_lengths, self.key_rows = split[5], split[6].long()
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pipemoe_kernels.attention.heads import HeadForm, heads_kernel, interleaved_tables, place_heads
+from pipemoe_kernels.attention.latents import LatentShape, join_keys, norm_latents, rotate_queries
 from pipemoe_kernels.attention.norm import norm_kernel, norm_rows
 from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.placed_rows import PlacedRows
@@ -118,3 +119,51 @@ def check_heads(
     others = torch.ones(num_rows, dtype=torch.bool)
     others[rows] = False
     assert all(bool(k.cpu()[others].isnan().all()) for k in kept)
+
+
+def check_latents(
+    num_tokens: int, num_heads: int, shape: LatentShape, dtype: torch.dtype, device: str, stream: Stream
+) -> None:
+    """All three kernels, on rows that are parts of larger ones."""
+
+    def given(*sizes, seed, wide=0):
+        return random(*sizes, dtype=dtype, device=device, seed=seed, wide=wide)
+
+    rows = given(num_tokens, shape.query + shape.rank + shape.position, seed=1, wide=8)
+    query, latent, position = rows.cpu().double().split([shape.query, shape.rank, shape.position], dim=1)
+    angles = 50 * torch.rand(num_tokens, shape.position // 2, generator=torch.Generator().manual_seed(2))
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+    tables = interleaved_tables(cos, sin) if shape.interleaved else (cos, sin)
+    weights = [1 + 0.1 * given(width, seed=seed) for seed, width in ((3, shape.query), (4, shape.rank))]
+    places = torch.randperm(num_tokens + 5, generator=torch.Generator().manual_seed(5))[:num_tokens]
+    kept = [
+        torch.full((num_tokens + 5, width), torch.nan, dtype=dtype, device=device)
+        for width in (shape.rank, shape.position)
+    ]
+    query_weight = weights[0] if shape.has_query_norm else None
+    norm_latents(stream, rows, query_weight, weights[1], EPS, *tables, places.to(device), *kept, shape)
+    form = HeadForm(shape.position, shape.position, shape.interleaved)
+    wanted = oracle_norm(latent, weights[1]), oracle_rotated(position[:, None], cos, sin, form)[:, 0]
+    found = rows.cpu().split([shape.query, shape.rank, shape.position], dim=1)
+    near(found[0], oracle_norm(query, weights[0]) if shape.has_query_norm else query)
+    for k, mine, want in zip(kept, found[1:], wanted, strict=True):
+        near(mine, want)
+        assert torch.equal(k.cpu()[places], mine)
+        others = torch.ones(len(k), dtype=torch.bool)
+        others[places] = False
+        assert bool(k.cpu()[others].isnan().all())
+
+    queries = given(num_tokens, num_heads * (shape.nope + shape.position), seed=6, wide=16)
+    heads = queries.cpu().double().unflatten(1, (num_heads, -1))
+    rotate_queries(stream, queries, *tables, shape)
+    near(
+        queries.cpu().unflatten(1, (num_heads, -1)),
+        torch.cat((heads[..., : shape.nope], oracle_rotated(heads[..., shape.nope :], cos, sin, form)), dim=2),
+    )
+
+    expanded = given(num_tokens, num_heads * (shape.nope + shape.value), seed=7, wide=8)
+    keys = torch.full((num_tokens, num_heads, shape.nope + shape.position), torch.nan, dtype=dtype, device=device)
+    positions = rows[:, shape.query + shape.rank :]
+    join_keys(stream, expanded, positions, keys, shape)
+    assert torch.equal(keys[..., : shape.nope], expanded.unflatten(1, (num_heads, -1))[..., : shape.nope])
+    assert torch.equal(keys[..., shape.nope :], positions[:, None].expand(-1, num_heads, -1))

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pipemoe_kernels.attention.heads import HeadForm
+from pipemoe_kernels.attention.latents import LatentShape
 from pipemoe_kernels.launch.kernel import Stream
-from tests.kernels.attention_cases import check_heads, check_norm
+from tests.kernels.attention_cases import check_heads, check_latents, check_norm
 
 BF16, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
 STREAM = Stream.current(torch.device("cpu"))
@@ -42,3 +43,19 @@ def test_heads(num_query, num_key, form, dtype):
 
 def test_heads_of_no_token():
     check_heads(0, 2, 1, HeadForm(16, 16), BF16, "cpu", STREAM, threads=32)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        (LatentShape(24, True, 16, 16, 8, 16, interleaved=True), BF16),
+        (LatentShape(264, True, 272, 8, 32, 24, interleaved=False), HALF),
+        (LatentShape(48, False, 16, 16, 8, 8, interleaved=True), BF16),
+    ],
+)
+def test_latents(shape, dtype):
+    check_latents(2, 3, shape, dtype, "cpu", STREAM)
+
+
+def test_latents_of_no_token():
+    check_latents(0, 2, LatentShape(24, True, 16, 16, 8, 16, interleaved=True), BF16, "cpu", STREAM)

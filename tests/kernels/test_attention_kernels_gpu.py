@@ -15,10 +15,11 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 from pipemoe_kernels.attention.heads import HeadForm
+from pipemoe_kernels.attention.latents import LatentShape
 from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.placed_rows import PlacedRows
 from pipemoe_kernels.routing import route_placed_tokens
-from tests.kernels.attention_cases import check_heads, check_norm
+from tests.kernels.attention_cases import check_heads, check_latents, check_norm
 from tests.kernels.routing_cases import CASES, check_routing, make_logits
 
 BF16, HALF, FLOAT = torch.bfloat16, torch.float16, torch.float32
@@ -66,13 +67,29 @@ def test_heads(num_query, num_key, form, dtype):
         check_heads(num_tokens, num_query, num_key, form, dtype, "cuda", stream())
 
 
+@pytest.mark.parametrize(
+    "num_heads, shape",
+    [
+        (128, LatentShape(1536, True, 512, 128, 64, 128, interleaved=True)),
+        (16, LatentShape(16 * 192, False, 512, 128, 64, 128, interleaved=True)),
+        (5, LatentShape(776, True, 264, 48, 32, 40, interleaved=False)),
+        (4, LatentShape(24, True, 16, 16, 8, 16, interleaved=True)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+def test_latents(num_heads, shape, dtype):
+    for num_tokens in (1, 67, 0):
+        check_latents(num_tokens, num_heads, shape, dtype, "cuda", stream())
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_routing_into_placed_rows(name, dtype):
     case = CASES[name]
-    logits, bias = make_logits(case, 57, dtype, ties=True)
-    row_bytes, offset, count = 32 + 8 * 16, 16, 55
-    wire = torch.full((60, row_bytes), 0xAB, dtype=torch.uint8, device="cuda")
+    logits, bias = make_logits(case, 101, dtype, ties=True)
+    row_bytes, offset, count = 32 + 8 * 16, 16, 99
+    wire = torch.full((103, row_bytes), 0xAB, dtype=torch.uint8, device="cuda")
     rows = PlacedRows(torch.tensor([wire.data_ptr() + row_bytes, count], device="cuda"), row_bytes)
     on_gpu = None if bias is None else bias.cuda()
     route_placed_tokens(

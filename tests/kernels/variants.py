@@ -6,6 +6,12 @@ import torch
 
 from pipemoe_kernels.activation import activation_kernel
 from pipemoe_kernels.attention.heads import HeadForm, heads_kernel
+from pipemoe_kernels.attention.latents import (
+    LatentShape,
+    join_keys_kernel,
+    norm_latents_kernel,
+    rotate_queries_kernel,
+)
 from pipemoe_kernels.attention.norm import norm_kernel
 from pipemoe_kernels.combine import combine_kernel
 from pipemoe_kernels.gather import gather_kernel
@@ -71,3 +77,14 @@ def enumerate_attention_kernels():
         ),
     ):
         yield f"place_heads-{form.head_dim}-{form.rotary}-{form.eps}-{dtype}", heads_kernel(dtype, form)
+    for dtype, shape in product(
+        (torch.bfloat16, torch.float16),
+        (
+            LatentShape(1536, True, 512, 128, 64, 128, interleaved=True),
+            LatentShape(3072, False, 512, 128, 64, 128, interleaved=False),
+        ),
+    ):
+        name = f"{shape.query}-{dtype}"
+        yield f"norm_latents-{name}", norm_latents_kernel(dtype, shape, 1e-6)
+        yield f"rotate_queries-{name}", rotate_queries_kernel(dtype, shape)
+    yield "join_keys", join_keys_kernel(shape)

@@ -19,6 +19,12 @@ CASES = [
     ("qwen3_moe", torch.float16, {}),
     ("qwen3_moe", torch.bfloat16, dict(attention_bias=True, num_layers=3, mlp_only_layers=[0, 2])),
     ("mixtral", torch.bfloat16, dict(sliding_window=2)),
+    ("deepseek_v3", torch.bfloat16, {}),
+    (
+        "deepseek_v3",
+        torch.float16,
+        dict(q_lora_rank=None, rope_interleave=False, qk_rope_head_dim=16, attention_bias=True),
+    ),
 ]
 LENGTHS = [2, 4]
 CUTS = [[(0, 0, 2), (1, 0, 1)], [(1, 1, 4)]]

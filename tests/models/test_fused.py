@@ -17,7 +17,7 @@ from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
 from pipemoe.models.fused_decoder import lack
 from pipemoe.models.loading import load_decoder
-from tests.models.tiny import tiny_config
+from tests.models.tiny import FAMILIES, tiny_config
 
 HERE = Path(__file__).parent
 
@@ -72,7 +72,7 @@ def gpu(monkeypatch):
     return lack_of
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_families_are_served(family, gpu):
     assert gpu(decoder_of(family)) is None
 
@@ -94,6 +94,11 @@ def test_every_lack_has_its_words(gpu):
         gpu(decoder, **before)
 
 
+def test_a_latent_of_a_width_without_kernels(gpu):
+    assert "widths of latents and heads" in gpu(decoder_of("deepseek_v3", kv_lora_rank=20))
+    assert "widths of latents and heads" in gpu(decoder_of("deepseek_v3", rope_interleave=False))
+
+
 def test_families_state_what_their_configs_say():
     def form(family, **changes):
         return find_family(family).attention(tiny_config(family, **changes))
@@ -103,4 +108,8 @@ def test_families_state_what_their_configs_say():
     assert form("mixtral", sliding_window=9).window == 9 and form("mixtral").window is None
     windowed = form("qwen3_moe", sliding_window=9, use_sliding_window=True)
     assert windowed.window == 9 and form("qwen3_moe", sliding_window=9).window is None
+    latent = form("deepseek_v3").latent
+    assert (latent.query_rank, latent.rank, latent.nope, latent.rope, latent.value) == (24, 16, 16, 8, 16)
+    assert form("deepseek_v3").interleaved and not form("deepseek_v3", rope_interleave=False).interleaved
+    assert form("deepseek_v3", q_lora_rank=None).latent.query_rank is None
     assert (form("qwen3_moe").num_query, form("qwen3_moe").num_key, form("qwen3_moe").head_dim) == (4, 2, 16)

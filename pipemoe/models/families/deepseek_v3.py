@@ -6,6 +6,7 @@ Their checkpoints also have multi-token-prediction layers behind the last decode
 from __future__ import annotations
 
 from pipemoe.model_facts.facts import read_facts
+from pipemoe.models.attention_form import AttentionForm, LatentForm
 from pipemoe.models.families.family import Family
 from pipemoe.models.routing import SIGMOID, RoutingSpec
 
@@ -19,6 +20,24 @@ class DeepseekV3(Family):
 
     def moe_layers(self, config) -> list[int]:
         return list(read_facts(config.to_dict()).moe_layers)
+
+    def attention(self, config) -> AttentionForm:
+        return AttentionForm(
+            num_query=config.num_attention_heads,
+            num_key=config.num_attention_heads,
+            head_dim=config.qk_nope_head_dim + config.qk_rope_head_dim,
+            rotary=config.qk_rope_head_dim,
+            interleaved=config.rope_interleave,
+            biased=config.attention_bias,
+            output_biased=config.attention_bias,
+            latent=LatentForm(
+                query_rank=config.q_lora_rank,
+                rank=config.kv_lora_rank,
+                nope=config.qk_nope_head_dim,
+                rope=config.qk_rope_head_dim,
+                value=config.v_head_dim,
+            ),
+        )
 
     def routing(self, config) -> RoutingSpec:
         return RoutingSpec(
