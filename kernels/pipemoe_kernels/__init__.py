@@ -6,12 +6,14 @@ Importing this package imports neither Numba nor torch; each module with a kerne
     index/                           which rows go to which expert: portable.py for any GPU, hopper.py
     gather, activation, combine      rows in the experts' order; gate x up; sums back in the tokens' order
     combine_lanes                    combine for bfloat16, 16 bytes at a time
+    attention/                       a decoder layer around its products: norms, rotary embedding, latents
+    placed_rows                      rows whose place is read from memory when a kernel runs
     gemm/                            grouped GEMMs: simt.py (any GPU), mma.py (sm_80 on), wgmma.py and fp8.py (Hopper)
     gemm/arrivals/                   grouped GEMMs over rows that arrive while the kernel runs
     quantise, pack                   rows to e4m3 and back; rows to the wire format
     element                          number formats of matrices in memory
     ptx/                             every PTX string
-    simulated, simulated_warp        what ptx/ does, for Numba's simulator
+    simulated, simulated_warp, _eights   what ptx/ does, for Numba's simulator
     launch/                          compile, keep on disk, load, pack arguments, launch, write onto a tape
     numba_cuda                       the only place that imports numba.cuda
 
