@@ -22,21 +22,24 @@ class AttentionChoice:
     def __init__(self, decoder: Decoder) -> None:
         """decoder: by transformers' modules."""
         self._plain = decoder
-        self._made: dict[bool, tuple[Decoder, GraphStore]] = {}
+        self._reason: str | None = None  # why there is no fused one
+        self._fused: FusedDecoder | None = None
+        self._graphs: dict[bool, GraphStore] = {}  # by whether it is fused
         self._has_said = False
 
     def of(self, config: Config, rank: str) -> tuple[Decoder, GraphStore]:
         """What `config.attention` asks for. rank: "rank 0: ", for messages. Raises ConfigError if it cannot be."""
-        reason = lack(self._plain) if config.attention != "transformers" else None
-        if reason and config.attention == "fused":
+        if self._fused is None and self._reason is None:
+            # Also if nobody asks for it: it puts weights together, and graphs know weights by their addresses.
+            self._reason = lack(self._plain)
+            self._fused = None if self._reason else FusedDecoder(self._plain)
+        if self._reason and config.attention == "fused":
             raise ConfigError(
-                f"{rank}attention='fused' is not to be had: {reason}; use attention='transformers', or 'auto'"
+                f"{rank}attention='fused' is not to be had: {self._reason}; use attention='transformers', or 'auto'"
             )
-        if reason and not self._has_said:
+        if self._reason and config.attention == "auto" and not self._has_said:
             self._has_said = True
-            _log.info("%sattention runs by transformers' modules, not fused: %s", rank, reason)
-        fused = config.attention != "transformers" and not reason
-        if fused not in self._made:
-            decoder = FusedDecoder(self._plain) if fused else self._plain
-            self._made[fused] = decoder, GraphStore(decoder)
-        return self._made[fused]
+            _log.info("%sattention runs by transformers' modules, not fused: %s", rank, self._reason)
+        fused = self._fused if config.attention != "transformers" else None
+        decoder = fused or self._plain
+        return decoder, self._graphs.setdefault(fused is not None, GraphStore(decoder))

@@ -14,6 +14,7 @@ says; then transformers' modules run, as in decoder.py.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,8 @@ def lack(decoder: Decoder) -> str | None:
         return f"it computes in bfloat16 and float16, not in {dtype}"
     if not decoder.plain_rms_norm:
         return f"family {decoder.family} has norms that are not plain RMSNorm"
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed"
     from pipemoe_kernels.attention.format import CAPABILITY, WIDTH
     from pipemoe_kernels.attention.norm import MAX_HIDDEN
 
