@@ -56,7 +56,7 @@ class Config(PlanConfig):
     combine_dtype: str | None = None
     deterministic: bool = False
     experts: str = "auto"
-    attention: str = "transformers"
+    attention: str = "auto"
     graph_tokens: int = 4096
     debug: bool = False
     # left out of the comparison between ranks: the file's content counts, not its path

@@ -38,8 +38,8 @@ def test_without_a_gpu_attention_is_transformers_and_that_is_said_once(caplog):
     plain = decoder_of("qwen3_moe")
     choice = AttentionChoice(plain)
     with caplog.at_level(logging.INFO, "pipemoe"):
-        assert choice.of(Config(attention="auto"), "rank 3: ")[0] is plain
-        assert choice.of(Config(mode="chunked", attention="auto"), "rank 3: ")[0] is plain
+        assert choice.of(Config(), "rank 3: ")[0] is plain
+        assert choice.of(Config(mode="chunked"), "rank 3: ")[0] is plain
     assert caplog.messages == ["rank 3: attention runs by transformers' modules, not fused: it needs a GPU"]
 
 
