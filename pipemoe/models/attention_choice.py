@@ -40,8 +40,6 @@ class AttentionChoice:
         if self._reason and config.attention == "auto" and not self._has_said:
             self._has_said = True
             _log.info("%sattention runs by transformers' modules, not fused: %s", rank, self._reason)
-        latent = self._plain.attention_form is not None and self._plain.attention_form.latent is not None
-        asked = config.attention == "fused" or (config.attention == "auto" and not latent)
-        fused = self._fused if asked else None
+        fused = self._fused if config.attention != "transformers" else None
         decoder = fused or self._plain
         return decoder, self._graphs.setdefault(fused is not None, GraphStore(decoder))
