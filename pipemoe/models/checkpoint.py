@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from pipemoe.models.families import Family
+    from pipemoe.models.progress import Progress
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 READABLE = ("F64", "F32", "F16", "BF16")
@@ -59,7 +60,8 @@ class Checkpoint:
         self.directory = directory
         self.where = where
         self.tensors: dict[str, StoredTensor] = {}
-        self.bytes_read = 0  # of tensor data, for tests and progress
+        self.bytes_read = 0  # of tensor data
+        self.progress: Progress | None = None  # is told what is read
         self._open: dict[Path, Any] = {}
         self._hash = hashlib.sha256()
         shards, place_of = self._shards()
@@ -162,6 +164,8 @@ class Checkpoint:
         except Exception as error:  # safetensors raises its own and OSError
             raise self._error(file, f"tensor {name} cannot be read: {error}; fetch the file again") from error
         self.bytes_read += tensor.nbytes
+        if self.progress is not None:
+            self.progress.add(tensor.nbytes)
         return tensor
 
     def check_experts(self, family: Family, config: PreTrainedConfig, experts: range) -> None:

@@ -11,7 +11,7 @@ from pipemoe.arguments import shown
 from pipemoe.e4m3 import num_blocks
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts.quantised import quantise_experts
-from pipemoe.experts.weights import ExpertWeights, check_finite, local_range
+from pipemoe.experts.weights import ExpertWeights, all_finite, check_finite, local_range
 from pipemoe.models.attention import PACKED, register_packed_attention
 from pipemoe.models.checkpoint import Checkpoint
 from pipemoe.models.config import facts_of, read_config
@@ -19,6 +19,7 @@ from pipemoe.models.decoder import Decoder
 from pipemoe.models.families import MODULES, Family, check_config
 from pipemoe.models.families.whole import is_whole
 from pipemoe.models.placeless import check_placeless
+from pipemoe.models.progress import Progress
 from pipemoe.models.random_parameters import expert_shares, fill_random, random_experts
 from pipemoe.models.skeleton import build_skeleton, fuse_norms, materialise, tied_name
 from pipemoe.models.whole_decoder import WholeDecoder
@@ -165,7 +166,7 @@ class PreparedDecoder:
                 weights = [quantise_experts(layer_weights) for layer_weights in weights]
             identity = f"random weights, seed {self._seed}, router skew {self._router_skew:g}"
         else:
-            with self._checkpoint as checkpoint:
+            with self._checkpoint as checkpoint, Progress(self._where, self.num_bytes) as checkpoint.progress:
                 _fill_from(checkpoint, model, family, **place)
                 weights = checkpoint.read_experts(family, config, experts, **place, quantised=self._quantised)
                 identity = checkpoint.digest()
@@ -210,7 +211,7 @@ def _fill_from(
 def _check_finite(model: PreTrainedModel, weights: list[ExpertWeights], where: str) -> None:
     """A NaN in any weight would spread over the ranks' sums and show far from its cause."""
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:  # routers' biases are buffers
-        if not bool(torch.isfinite(parameter).all()):
+        if not all_finite(parameter):
             raise CheckpointError(
                 f"{where}{name} holds NaN or infinite values; every weight must be finite, check the checkpoint"
             )

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 _EXPERT = re.compile(r"experts\.(\d+)\.")
 _MX_BLOCKS, _MX_SCALES = "_blocks", "_scales"
+# Operations of transformers' converters that put experts side by side, and nothing else.
+_STACKED = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FAMILIAR = 3  # names that an error shows
 
 
@@ -127,6 +130,8 @@ class StoredNames:
 
     def _convert(self, name: str, sources: list[_Source], shape: tuple[int, ...]) -> torch.Tensor:
         converter = sources[0].converter
+        if [type(operation).__name__ for operation in converter.operations] in _STACKED:
+            return self._stack(name, sources, shape)
         tensors: dict[str, Any] = {}
         for source in sources:
             stored = self._checkpoint.read([source.name], self._checkpoint.tensors[source.name].shape)
@@ -148,6 +153,23 @@ class StoredNames:
         if tuple(value.shape) != shape:
             raise self._error(f"{name} is {tuple(value.shape)} as made of {sources[0].name} and others; wanted {shape}")
         return value
+
+    def _stack(self, name: str, sources: list[_Source], shape: tuple[int, ...]) -> torch.Tensor:
+        """Matrices of experts one by one, put where they belong in [E, rows of all patterns, columns]; copied once."""
+        first = self._checkpoint.tensors[sources[0].name].dtype
+        dtype = _DTYPES.get(first, torch.float32)
+        out = torch.empty(shape, dtype=dtype)
+        patterns, row = sources[0].converter.source_patterns, 0
+        for pattern in patterns:
+            own = [source for source in sources if source.pattern == pattern]
+            rows = self._checkpoint.tensors[own[0].name].shape[0]
+            for place, source in enumerate(own):  # in the order of the experts
+                self._checkpoint.locate([source.name], (rows, shape[2]))
+                out[place, row : row + rows].copy_(self._checkpoint.read([source.name], (rows, shape[2])))
+            row += rows
+        if row != shape[1]:
+            raise self._error(f"{name} has {shape[1]} rows for each expert, but {patterns} give {row}")
+        return out
 
     def _expert_of(self, source: _Source) -> int:
         found = _EXPERT.search(source.name)

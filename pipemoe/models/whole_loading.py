@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import torch
 
 from pipemoe.errors import CheckpointError, InputError
 from pipemoe.experts.quantised import quantise_experts
-from pipemoe.experts.weights import ExpertWeights, check_finite, local_range
+from pipemoe.experts.weights import ExpertWeights, all_finite, check_finite, local_range
 from pipemoe.models.checkpoint import Checkpoint
 from pipemoe.models.config import facts_of
 from pipemoe.models.experts_form import ExpertsSite, Matrix
@@ -56,6 +55,7 @@ class PreparedWhole:
         """directory: None for random weights."""
         self._where = f"rank {rank}: "
         self._device, self._dtype, self._seed, self._quantised = device, dtype, seed, quantised
+        self._skew = router_skew
         self._checkpoint = None if directory is None else Checkpoint(directory, self._where)
         if self._checkpoint is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = not _has_own_head(config, self._checkpoint, dtype)
@@ -128,21 +128,11 @@ class PreparedWhole:
 
     def load(self) -> tuple[WholeDecoder, list[ExpertWeights]]:
         """Put the weights in place."""
-        weights, begin = [], time.perf_counter()
-        with Progress(self.num_bytes - self.largest_bytes, self._where) as progress:
-            self._fill(progress)
-            for site in self._sites:
-                made = site.make(partial(self._matrix, site), self._experts.start)
-                weights.append(quantise_experts(made) if self._quantised else made)
-                progress.add(weights[-1].num_bytes)
         if self._checkpoint is None:
-            identity = f"random weights, seed {self._seed}"
+            weights, identity = self._filled(), f"random weights, seed {self._seed}, router skew {self._skew:g}"
         else:
-            identity = self._checkpoint.digest()
-            seconds, count = time.perf_counter() - begin, self._checkpoint.bytes_read
-            _log.info("%sread %.3f GB, %.2f GB/s", self._where, count / 1e9, count / 1e9 / seconds)
-            with self._checkpoint:
-                pass  # closes its files
+            with self._checkpoint as checkpoint, Progress(self._where, self.num_bytes) as checkpoint.progress:
+                weights, identity = self._filled(), checkpoint.digest()
         self._check_finite(weights)
         decoder = WholeDecoder(
             self._model,
@@ -153,6 +143,12 @@ class PreparedWhole:
             equal_lengths=_depends_on_batch(self._config),
         )
         return decoder, weights
+
+    def _filled(self) -> list[ExpertWeights]:
+        """All weights in their places; returns the experts'."""
+        self._fill()
+        made = [site.make(partial(self._matrix, site), self._experts.start) for site in self._sites]
+        return [quantise_experts(weights) for weights in made] if self._quantised else made
 
     def _matrix(self, site: ExpertsSite, matrix: Matrix) -> torch.Tensor:
         """This rank's experts of one kind of matrix, as Matrix.of_experts has them."""
@@ -176,7 +172,7 @@ class PreparedWhole:
         rows = (matrix.flat,) if matrix.flat else ()
         return torch.cat(experts) if experts else torch.empty(0, *rows, *shape[1:]).flatten(0, len(rows))
 
-    def _fill(self, progress: Progress) -> None:
+    def _fill(self) -> None:
         """Every tensor that is not of a routed expert; then what transformers computes for itself, such as rotary
         frequencies.
         """
@@ -195,7 +191,6 @@ class PreparedWhole:
                     )
                 else:
                     value = self._names.read(name, self._shapes[name]).to(self._device, dtype)
-                progress.add(value.nbytes)
                 _put(module, attribute, value, is_parameter)
             for site in self._sites:
                 for matrix in site.matrices():
@@ -214,7 +209,7 @@ class PreparedWhole:
 
     def _check_finite(self, weights: list[ExpertWeights]) -> None:
         for name, parameter in self._model.named_parameters():
-            if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            if parameter.is_floating_point() and not all_finite(parameter):
                 raise CheckpointError(
                     f"{self._where}{name} holds NaN or infinite values; every weight must be finite, check the "
                     "checkpoint"

@@ -60,6 +60,9 @@ def test_every_family(world, family, tmp_path_factory):
     loaded = load(world, tmp_path_factory, model)
     assert isinstance(loaded.decoder, WholeDecoder) == (family not in MODULES)
     check(model, loaded, world, ("auto", "broadcast"))
+    alone = own_sequences(world) if world.rank == 0 else []
+    found = loaded.prefill(alone, keep_logits=True)
+    assert found.logits is None or torch.allclose(found.logits, torch.stack(expected(model, alone)), atol=1e-4)
 
 
 @pytest.mark.slow
