@@ -20,14 +20,14 @@ from pipemoe.plan.auto.choice import Candidate, auto_candidates
 from pipemoe.plan.clock.prediction import Prediction, simulate
 from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
-from pipemoe.plan.cost.devices import GPUS, is_hopper
+from pipemoe.plan.cost.devices import GPUS
 from pipemoe.plan.cost.dimensions import Dimensions
 from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.cost.tuned import COHORT_MARGIN
 from pipemoe.plan.planner import plan
 from pipemoe.plan.row import row_bytes
-from pipemoe.plan.schedule import Facts, Plan
+from pipemoe.plan.schedule import Facts
 from pipemoe.plan_report import (
     as_json,
     candidates_table,
@@ -38,7 +38,6 @@ from pipemoe.plan_report import (
     timeline_ranks,
     timeline_text,
 )
-from pipemoe.runtime.arriving import GATHERING_PERMILLE
 from pipemoe.runtime.costs import model_key
 
 _DEFAULT_MODEL = "deepseek-v3"
@@ -154,8 +153,6 @@ def run(options: argparse.Namespace) -> int:
             print(candidates_table(candidates))
             print(_rule(config, f"{100 * config.makespan_budget:g} %") + _differing(candidates, prediction) + "\n")
         print(cohorts_lines(chosen))
-        if config.arrivals and not chosen.arrivals:
-            print(_no_arrivals(chosen))
         print("\n" + ranks_table(chosen, prediction) + "\n")
         print(
             f"mean TTFT {milliseconds(prediction.mean)} ms, slowest {milliseconds(prediction.makespan)} ms, over "
@@ -221,15 +218,12 @@ def exchange_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, v
 
 
 def _cost(options: argparse.Namespace, dimensions: Dimensions, num_ranks: int) -> CostModel:
-    """The file's costs, or those derived from the GPU. Raises ConfigError if the file is of something else, or arrivals
-    cannot be.
-    """
+    """The file's costs, or those derived from the GPU. Raises ConfigError if the file is of something else."""
     if options.cost:
         subject, cost = subject_and_cost(read_cost_bytes(options.cost), options.cost)
-        device = str(subject.get("device"))
         _check_subject(options, subject, dimensions, num_ranks)
     else:
-        gpu, sharing, value_bytes, device = GPUS[options.gpu], options.ranks_per_gpu, _BYTES[options.dtype], options.gpu
+        gpu, sharing, value_bytes = GPUS[options.gpu], options.ranks_per_gpu, _BYTES[options.dtype]
         ctas = default_max_ctas(gpu.num_sms // sharing, options.slots, sharing) if num_ranks > 1 else 0
         cost = default_cost(
             gpu,
@@ -240,14 +234,6 @@ def _cost(options: argparse.Namespace, dimensions: Dimensions, num_ranks: int) -
             ranks_per_device=sharing,
             ctas=ctas,
         )
-    if options.arrivals == "on":
-        if not is_hopper(device):
-            raise ConfigError(
-                f"--arrivals on needs Hopper GPUs (h100, h200), and these are {device}: their experts take whole "
-                "waves only"
-            )
-        if not cost.experts.arrivals_permille:  # a file's, or default costs, are of experts that take whole waves
-            cost = replace(cost, experts=replace(cost.experts, arrivals_permille=GATHERING_PERMILLE))
     return cost
 
 
@@ -283,13 +269,6 @@ def _differing(candidates: Sequence[Candidate], prediction: Prediction) -> str:
     return (
         "\nfigures in this table: few layers, carried on in a straight line; "
         "by rank, and over all sequences: all layers, so they differ a little"
-    )
-
-
-def _no_arrivals(chosen: Plan) -> str:
-    return (
-        "--arrivals on has no effect here: "
-        f"it takes cohorts one after another, and this plan has {len(chosen.cohorts)} side by side"
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pipemoe.plan.arrivals import groups_of
 from pipemoe.plan.auto.choice import Candidate
 from pipemoe.plan.clock.prediction import Prediction
 from pipemoe.plan.schedule import OpKind, Plan
@@ -106,11 +105,8 @@ def cohorts_lines(plan: Plan) -> str:
     if plan.num_column_blocks > 1:
         lines.append(f"sums in {plan.num_column_blocks} blocks of columns, each combined while the next is computed")
     if plan.arrivals:
-        most = max(
-            len(groups_of(plan, c, w)) for c, cohort in enumerate(plan.cohorts) for w in range(len(cohort.waves))
-        )
-        lines.append(f"waves computed as they arrive, dispatched in up to {most} group{'s' if most > 1 else ''}")
-    if plan.sms_left and not plan.arrivals:
+        lines.append("waves computed as they arrive: own rows while the others' come")
+    if plan.sms_left:
         lines.append(f"experts leave {plan.sms_left} multiprocessors to collectives")
     return "\n".join(lines)
 

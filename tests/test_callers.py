@@ -384,7 +384,6 @@ def test_weights_from_a_generator(world, layers):
         Config(num_slots=99),
         Config(combine_dtype="bfloat16"),
         Config(experts="hopper"),
-        Config(arrivals=True),
         Config(cost="/nowhere/cost.json"),
         Config(cost=Hostile()),
     ],
@@ -394,7 +393,7 @@ def test_odd_configs_of_one_rank(world, model, config):
     if (
         world.device.type == "cuda"
         and isinstance(config, Config)
-        and (config.combine_dtype or config.experts == "hopper" or config.arrivals)
+        and (config.combine_dtype or config.experts == "hopper")
     ):
         pytest.skip("these are right on some GPU")
     raised_everywhere(world, ConfigError, 0, lambda: model.with_config(config if world.rank == 0 else Config(**SMALL)))

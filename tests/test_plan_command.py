@@ -46,19 +46,7 @@ def test_waves_computed_as_they_arrive(capsys):
     shape = ["--rank-tokens", "100,300,200,50,0,700,60,80", "--layers", "3", "--mode", "chunked"]
     for setting, wanted in (("on", True), ("off", False)):
         assert main(["plan", *shape, "--arrivals", setting]) == 0
-        assert ("waves computed as they arrive, dispatched in up to 3 groups" in capsys.readouterr().out) == wanted
-
-
-def test_waves_computed_as_they_arrive_are_priced_at_their_measured_speed(capsys):
-    """Experts that gather rows are slower than calls on whole waves, by more than a quick exchange could give them."""
-    mean = {}
-    for setting in ("on", "off"):
-        assert (
-            main(["plan", "--rank-tokens", "4000,4000", "--layers", "3", "--mode", "chunked", "--arrivals", setting])
-            == 0
-        )
-        mean[setting] = float(re.search(r"mean TTFT ([\d.]+) ms", capsys.readouterr().out).group(1))
-    assert mean["on"] > 1.05 * mean["off"]
+        assert ("waves computed as they arrive" in capsys.readouterr().out) == wanted
 
 
 @pytest.mark.parametrize("model", MODEL_CONFIGS)
@@ -138,7 +126,6 @@ def test_measured_costs_are_used(capsys, small_cost):
             ["--model", "small", "--rank-tokens", "5,3"],
             "measured with num_ranks 8, but --ranks and --rank-tokens say 2",
         ),
-        (["--model", "small", *SKEWED, "--arrivals", "on"], "these are cpu"),
     ],
 )
 def test_costs_of_something_else_are_refused(capsys, small_cost, arguments, message):
@@ -184,11 +171,6 @@ def test_the_rule_is_said_and_why_figures_differ(capsys):
     )
 
 
-def test_arrivals_without_effect_are_said(capsys):
-    assert main(["plan", "--rank-tokens", "64,64", "--mode", "per_rank", "--layers", "3", "--arrivals", "on"]) == 0
-    assert "--arrivals on has no effect here" in capsys.readouterr().out
-
-
 def test_a_reader_that_goes_away_is_no_error():
     command = (
         f"{sys.executable} -m pipemoe.cli plan --model small --rank-tokens 5,3 --layers 3 --width 100000 | head -n 1"
@@ -211,7 +193,6 @@ def test_version(capsys):
         (["--rank-tokens", "1,-2"], "positive"),
         (["--rank-tokens", "-5,3"], "must all be positive"),
         (["--rank-tokens", "100000000000,20"], "at most 10000000"),
-        (["--rank-tokens", "5,3", "--arrivals", "on", "--gpu", "a100"], "needs Hopper GPUs"),
         (["--rank-tokens", "5", "--trace", "/missing/trace.json"], "/missing does not exist"),
         (["--rank-tokens", "5", "--trace", "."], "is a directory"),
         (["--rank-tokens", "5", "--model", "."], "config.json: No such file"),

@@ -82,14 +82,6 @@ def max_ctas() -> int:
     return int(os.environ["NCCL_MAX_CTAS"])
 
 
-def cluster_blocks() -> int:
-    """Thread blocks that NCCL starts as one cluster, on neighbouring SMs (0: none).
-
-    Only once a world with several ranks on GPUs is made.
-    """
-    return int(os.environ["NCCL_CGA_CLUSTER_SIZE"])
-
-
 class NcclTransport(CallLog):
     """`ids`: one NCCL unique id per communicator, 2 x num_slots of them, the same on all ranks."""
 

@@ -19,7 +19,6 @@ class AmpereExperts(HopperExperts):
     """Only enqueues on torch's current stream; a row's bits do not depend on its neighbours. Name: "ampere"."""
 
     implementation = "ampere"
-    supports_arrivals = False
     on_hopper = False
 
     def _prepare(self) -> None:

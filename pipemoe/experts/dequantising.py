@@ -37,7 +37,6 @@ class DequantisingExperts:
     """Calls `inner` on e4m3 rows, dequantised; results are as deterministic as those of `inner`."""
 
     wire_dtype = torch.float8_e4m3fn
-    supports_arrivals = False
     only_launches = False
 
     def __init__(self, inner: Experts, *, hidden: int, top_k: int, device: torch.device, dtype: torch.dtype):

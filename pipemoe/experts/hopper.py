@@ -108,7 +108,6 @@ class HopperExperts(ExpertsShape):
 
     implementation = "hopper"
     blockwise_permille = 350  # the down projection, a third of the arithmetic, and the sums
-    supports_arrivals = True
     only_launches = True
     on_hopper = True  # may kernels use instructions that only Hopper has?
 

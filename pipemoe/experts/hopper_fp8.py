@@ -83,7 +83,6 @@ class HopperFp8Experts(HopperExperts):
 
     implementation = "hopper_fp8"
     blockwise_permille = 80  # the sums alone
-    supports_arrivals = False
 
     def _prepare(self) -> None:
         if reason := unsupported_format(self.weights, self.hidden):

@@ -42,7 +42,6 @@ class Experts(Protocol):
     blockwise_permille: int  # of a call spent in the column-blocked part (down, combine), about
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
     only_launches: bool  # is a call nothing but launches of pipemoe_kernels, without column blocks?
-    supports_arrivals: bool  # may arrivals.ArrivingExperts call them?
 
     def with_free_sms(self, num_sms: int) -> Experts:
         """These experts with kernels that leave `num_sms` multiprocessors to collectives. Scratches serve both."""
@@ -80,7 +79,6 @@ class ExpertsShape:
 
     blockwise_permille = 0
     num_sms = 0
-    supports_arrivals = False
     only_launches = False
 
     def __init__(

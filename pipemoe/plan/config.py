@@ -33,10 +33,10 @@ class PlanConfig:
     later than it could.
 
     combine_blocks: blocks of columns in which a wave's sums are computed; each is combined while the next is computed.
-    arrivals: whether the experts take a wave's rows as they arrive, in one launch (see plan.arrivals); it takes effect
-    in plans whose cohorts run in one slot. num_sms: multiprocessors that the experts' persistent kernels fill. Experts
-    that take rows as they arrive ignore it and leave what Room.kept_from_arrivals says. With None, mode "auto" chooses;
-    the fixed modes then use one block, no arrivals, and leave room for the collectives that run beside the experts.
+    arrivals: whether a rank's own rows of a wave are computed while the others' come (see plan.arrivals); it has no
+    effect in mode "padded", nor where ranks share memory. num_sms: multiprocessors that the experts' persistent kernels
+    fill. With None, mode "auto" chooses; the fixed modes then use one block, no arrivals, and leave room for the
+    collectives that run beside the experts.
     """
 
     mode: str = "auto"
@@ -109,11 +109,6 @@ class PlanConfig:
         if self.combine_blocks is not None or self.mode != "auto" or self.combine == "gather":
             return (self.combine_blocks or 1,)
         return tuple(n for n in BLOCK_CHOICES if n == 1 or hidden >= n * MANY_COLUMNS)
-
-    @property
-    def may_arrive(self) -> bool:
-        """May a plan have arrivals, if the experts can take rows as they arrive?"""
-        return self.mode == "auto" if self.arrivals is None else self.arrivals
 
     @property
     def cuts_sequences(self) -> bool:

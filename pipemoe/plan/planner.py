@@ -57,7 +57,7 @@ def plan(
     table = np.array([(c, *m) for c, microbatches in enumerate(assignment) for m in microbatches], dtype=np.int64)
     starts, first = facts.flat_boundaries
     padded_rows = max(facts.tokens) if config.exchange == "padded" else 0
-    arrivals = arrivals and min(len(assignment), config.num_slots) == 1
+    arrivals = arrivals and config.exchange != "padded"
     limits = (
         config.max_wave_rows(facts.num_ranks),
         config.num_slots,
@@ -70,7 +70,7 @@ def plan(
     if len(assignment) == 1:
         segments, wave_rows, num_waves, order, sms_left = _tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
     else:
-        gather, gathered = config.combine == "gather", config.gathered_waves
+        gather, gathered = config.combine == "gather", 0 if arrivals else config.gathered_waves
         segments, wave_rows, num_waves, keys, sms_left, wrong = _tables(
             table, starts, first, rates_of(cost), shape.num_experts, shape.top_k, limits, gather, gathered
         )

@@ -190,10 +190,17 @@ class Plan:
     def exchange(self, wave: Wave) -> str:
         """ "padded" (all-gather and reduce-scatter) or "broadcast" (one broadcast and one reduce per segment).
 
-        Mode auto gathers a wave that needs no padding: one collective of equal parts is quicker than one per rank.
+        Mode auto gathers a wave that needs no padding: one collective of equal parts is quicker than one per rank. But
+        an all-gather leaves no choice of where rows lie, which arrivals need.
         """
-        even = self.config.mode == "auto" and self.facts.num_ranks > 1 and wave.is_even(self.facts.num_ranks)
+        may = self.config.mode == "auto" and self.facts.num_ranks > 1 and not self.arrivals
+        even = may and wave.is_even(self.facts.num_ranks)
         return "padded" if even else self.config.exchange
+
+    @property
+    def gathered_waves(self) -> int:
+        """Which waves are exchanged by all-gather and reduce-scatter, as config.gathered_waves; with arrivals none."""
+        return 0 if self.arrivals else self.config.gathered_waves
 
     @cached_property
     def num_slots_used(self) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 from pipemoe.errors import ConfigError, PlanError
-from pipemoe.plan.arrivals import MAX_PARTS, OWN, groups_of, parts_of
+from pipemoe.plan.arrivals import own_rows_first
 from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.projection import Issue, match, project
 from pipemoe.plan.reuse import prove_reuse
 from pipemoe.plan.room import Room
-from pipemoe.plan.schedule import MAX_GROUPS, OpKind, Plan, Wave
+from pipemoe.plan.schedule import OpKind, Plan
 
 
 def verify(
@@ -34,8 +33,7 @@ def verify(
     _workspace_is_bounded(plan)
     _chunks_in_causal_order(plan)
     prove_reuse(plan)
-    _arrivals_in_one_slot(plan)
-    _every_row_arrives_once(plan)
+    _rows_lie_apart(plan)
     _kernels_have_room(plan, room)
     projected = [project(plan, rank, row_bytes, sum_bytes) for rank in range(plan.facts.num_ranks)]
     match(projected)
@@ -45,8 +43,6 @@ def verify(
     if room is not None:
         try:
             room.check(plan.config.num_slots)
-            if plan.arrivals:
-                room.check_arrivals()
         except ConfigError as error:
             raise PlanError(str(error)) from None
 
@@ -220,50 +216,24 @@ def _chunks_in_causal_order(plan: Plan) -> None:
                     )
 
 
-def _arrivals_in_one_slot(plan: Plan) -> None:
-    """With arrivals, no cohort runs beside another: waiting experts could hold the SMs that the other cohort needs to
-    produce their rows. In one slot, every rank's attention and the dispatch of the rows come before the experts, as
-    "order respects dependencies" proves.
+def _rows_lie_apart(plan: Plan) -> None:
+    """With arrivals, where a wave's rows lie on a rank: the segments in the same order as everywhere, each row at its
+    own place, the rank's own ones first, which may be computed before any others have come.
     """
-    slots = {cohort.slot for cohort in plan.cohorts}
-    if plan.arrivals and slots - {0}:
-        _fail("arrivals in one slot", f"cohorts run in slots {sorted(slots)}; with arrivals all must run in slot 0")
-
-
-def _every_row_arrives_once(plan: Plan) -> None:
-    """The groups of a dispatch hold each segment once, in order. With arrivals, a rank's parts of a wave hold each row
-    once, in order, and only rows that their group brings.
-    """
-    name = "every row arrives once"
-    for c, cohort in enumerate(plan.cohorts):
+    name = "rows lie apart"
+    for c, cohort in enumerate(plan.cohorts if plan.arrivals else ()):
         for w, wave in enumerate(cohort.waves):
-            groups, of_wave = groups_of(plan, c, w), f"cohort {c}, wave {w}"
-            if not 1 <= len(groups) <= MAX_GROUPS or [s for group in groups for s in group.segments] != list(
-                wave.segments
-            ):
-                _fail(name, f"{of_wave}: {len(groups)} groups (at most {MAX_GROUPS}) must hold every segment once")
-            for rank in range(plan.facts.num_ranks) if plan.arrivals else ():
-                parts, at = parts_of(plan, c, w, rank), 0
-                if len(parts) > MAX_PARTS:
-                    _fail(name, f"{of_wave}: {len(parts)} parts on rank {rank}, more than {MAX_PARTS}")
-                for part in parts:
-                    if part.start != at or not part.num_rows:
-                        _fail(name, f"{of_wave}: {part} on rank {rank} must begin at row {at}, and hold some")
-                    brought = _rows_brought(plan, wave, groups, part.group, rank)
-                    if sum(max(0, min(part.stop, stop) - max(at, start)) for start, stop in brought) != part.num_rows:
-                        _fail(name, f"{of_wave}: {part} on rank {rank} holds rows that come otherwise")
-                    at = part.stop
-                if at != wave.num_rows:
-                    _fail(name, f"{of_wave}: the parts on rank {rank} end at row {at} of {wave.num_rows}")
-
-
-def _rows_brought(plan: Plan, wave: Wave, groups: Sequence[Wave], group: int, rank: int) -> list[tuple[int, int]]:
-    """The ranges of rows that a group brings to `rank`, or that are its own (OWN)."""
-    if plan.exchange(wave) == "padded":
-        size = wave.num_rows // plan.facts.num_ranks
-        return [(rank * size, (rank + 1) * size)] if group == OWN else [(0, wave.num_rows)]
-    segments = [s for s in wave.segments if s.rank == rank] if group == OWN else groups[group].segments
-    return [(s.row, s.row + s.num_rows) for s in segments]
+            for rank in range(plan.facts.num_ranks):
+                here, early = own_rows_first(plan, wave, rank)
+                if [s._replace(row=0) for s in here.segments] != [s._replace(row=0) for s in wave.segments]:
+                    _fail(name, f"cohort {c}, wave {w}: rank {rank} would exchange other segments than the plan has")
+                at = 0
+                for s in sorted(here.segments, key=lambda s: s.row):
+                    if s.row < at or s.row + s.num_rows > here.num_rows:
+                        _fail(name, f"cohort {c}, wave {w}, rank {rank}: {s} lies on others' rows or outside")
+                    if s.row < early and s.rank != rank:
+                        _fail(name, f"cohort {c}, wave {w}: rank {rank} would compute {s} before it has come")
+                    at = s.row + s.num_rows
 
 
 def _kernels_have_room(plan: Plan, room: Room | None) -> None:

@@ -5,12 +5,10 @@
     combine lane                                                  reduce w0           reduce w1
 
 With several blocks of columns, experts mark each block that is complete, and its reduce runs while the next block is
-computed. With arrivals, a dispatch is several groups. Behind each the experts are told that its rows have come: they
-wait for rows, not for dispatches:
+computed. With arrivals, experts compute a rank's own rows of a wave while the dispatch brings the others:
 
-    compute lane    attend  pack w0, own rows  pack w1, own rows  experts w0                        experts w1 ...
-    dispatch lane                            bcast, rows of w0 | bcast, rows of w0 | bcast, rows of w1 | bcast, rows of
-    w1
+    compute lane    attend  pack w0  experts w0, own rows   experts w0, the others   experts w1, own rows ...
+    dispatch lane                    bcast w0                bcast w1
 
 Operations are issued in the plan's order, with one exception: a cohort is passed over while it has `MAX_GROUPS` groups
 of dispatches under way, or while its next operation waits for the caller. That keeps the host queues short without
@@ -29,14 +27,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import Test, Transport, WaveSums
-from pipemoe.plan.arrivals import OWN, groups_of
-from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment, Wave
-from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
+from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment
+from pipemoe.runtime.lanes import Event, Lanes, Mark, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.wave_buffers import WaveBuffers
 from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
+    import torch
+
     from pipemoe.runtime.host_lanes import HostLanes
     from pipemoe.runtime.workspace import Workspace
 
@@ -96,20 +95,17 @@ class Run:
         experts: Any,
         source: Source,
         *,
-        arriving: Any = None,
         only: Only = Only(),
         timed: bool = False,
         on_progress: Callable[[object], None] = lambda op: None,
         on_progress_made: Callable[[], None] = lambda: None,
         on_done: Callable[[Op], None] = lambda op: None,
     ) -> None:
-        """arriving: the experts for waves as they arrive, if the plan has arrivals. on_progress: called before an
-        operation is issued, with what names it. on_progress_made: called when one has completed. on_done: the
-        caller's, called then too; an exception in it counts as one in model code.
+        """on_progress: called before an operation is issued, with what names it. on_progress_made: called when one has
+        completed. on_done: the caller's, called then too; an exception in it counts as one in model code.
         """
         self._plan, self._rank, self._lanes, self._transport = plan, rank, lanes, transport
         self._workspace, self._wire, self._experts, self._source = workspace, wire, experts, source
-        self._arriving = arriving if only.computation else None
         self._only, self._on_progress, self._on_progress_made, self._on_done = (
             only,
             on_progress,
@@ -134,9 +130,6 @@ class Run:
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
-        self._num_groups = [
-            max(len(groups_of(plan, c, w)) for w in range(len(cohort.waves))) for c, cohort in enumerate(plan.cohorts)
-        ]
         self._awaited = {other for cohorts in (*plan.causal_predecessors, *plan.pacemakers) for other in cohorts}
         lanes.clock.start(timed)
         self.of_caller(lambda: source.begin(plan, rank))
@@ -215,7 +208,7 @@ class Run:
                     if self._timed:
                         self.completed.append((op, event))
                     if op.kind is OpKind.DISPATCH:
-                        state.groups -= self._num_groups[op.cohort]
+                        state.groups -= 1
                     elif op.kind is OpKind.FINISH and state.has_tokens:
                         self._of_source(state, partial(self._tell_finished, op.cohort, event))
                         self.own_finished += 1
@@ -243,7 +236,7 @@ class Run:
     def _may_issue(self, c: int, op: Op) -> bool:
         state, plan = self._cohorts[c], self._plan
         if op.kind is OpKind.DISPATCH:
-            return state.groups + self._num_groups[c] <= MAX_GROUPS
+            return state.groups < MAX_GROUPS
         if op.kind is OpKind.FINISH:
             return all(e in self._finished for e in plan.causal_predecessors[c])
         if op.kind is not OpKind.ATTEND:
@@ -274,7 +267,7 @@ class Run:
         rows: tuple[WireRows, ...] = ()
         if self._writes_in_place(op.cohort, state):
             views, used = self._place(Op(OpKind.DISPATCH, op.cohort, op.layer, 0))
-            waits += self._before_writing(used)
+            waits.append(used.read)
             rows = (views.own[0][1],)
         attend = self._model_work(state, lambda: self._source.attend(op.cohort, op.layer, *rows))
         state.attended = event = lanes.compute.submit(attend, waits)
@@ -294,91 +287,59 @@ class Run:
             )
         return state.in_place
 
-    def _before_writing(self, used: _BufferState) -> list[Event | None]:
-        """What must be over before a receive buffer is filled again. Experts that had all rows themselves may have
-        finished before the dispatch has sent them.
-        """
-        return [used.read] if self._arriving is None else [used.read, used.dispatched]
-
     def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
-        free = self._before_writing(used)
-        if self._arriving is not None:
-            self._arriving.expect(views.arrivals, op.layer, views.rows, [part.num_rows for part in views.parts])
+        free: list[Event | None] = [used.read]
         if self._only.computation and views.is_sent_from_here:
             written = self._writes_in_place(op.cohort, state) and state.failure is None
-            if written and self._arriving is None:
-                free = [state.attended]
-            else:
-                free = [lanes.compute.submit(lambda: self._pack(op, state, views, written), free)]
-        state.groups += self._num_groups[op.cohort]
-        send = self._send_and_announce if self._plan.arrivals else self._send
-        used.dispatched = lanes.dispatch.submit(lambda: send(views, *views.groups), free)
+            free = [state.attended if written else lanes.compute.submit(lambda: self._pack(op, state, views), free)]
+        state.groups += 1
+        used.dispatched = lanes.dispatch.submit(lambda: self._send(views), free)
         if op.wave == 0 and state.has_tokens and self._source.has_side_work:
             lanes.compute.submit(self._model_work(state, lambda: self._source.side_work(op.cohort)))
         return used.dispatched
 
-    def _send(self, views: WaveBuffers, group: Wave) -> Test | None:
+    def _send(self, views: WaveBuffers) -> Test | None:
         if self._only.communication:
-            return self._transport.dispatch(views.slot, views.buffer, group, views.exchange, views.received)
+            return self._transport.dispatch(views.slot, views.buffer, views.wave, views.exchange, views.received)
         return None
 
-    def _send_and_announce(self, views: WaveBuffers, *groups: Wave) -> Test | None:
-        """Send one group after another. Behind each, tell the experts that its rows are there."""
-        under_way: deque[tuple[Test, int]] = deque()
-        for number, group in enumerate(groups):
-            test = self._send(views, group)
-            if test is None:  # enqueued
-                self._announce(views, number)
-            else:
-                under_way.append((test, number))
-
-        def done() -> bool:
-            while under_way and under_way[0][0]():
-                self._announce(views, under_way.popleft()[1])
-            return not under_way
-
-        return done if under_way else None
-
-    def _announce(self, views: WaveBuffers, group: int) -> None:
-        """Tell waiting experts that a group's rows are there (OWN: the rows packed here)."""
-        if self._arriving is not None:
-            for number, part in enumerate(views.parts):
-                if part.group == group:
-                    self._arriving.arrived(views.arrivals, number)
-
-    def _pack(self, op: Op, state: _CohortState, views: WaveBuffers, written: bool) -> None:
-        """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from, unless the
-        source has written them there.
-        """
+    def _pack(self, op: Op, state: _CohortState, views: WaveBuffers) -> None:
+        """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from."""
         if views.has_padding:
             views.own_block_ids.fill_(-1)
-        for segment, part in [] if written else views.own:
+        for segment, part in views.own:
             self._of_source(state, partial(self._write, op.cohort, segment, part))
             if state.failure is not None:  # the others still expect rows: send rows that no expert takes
                 part.ids.fill_(-1)
-        self._announce(views, OWN)
 
     def _write(self, cohort: int, segment: Segment, part: WireRows) -> None:
         part.write(*self._source.rows(cohort, segment.start, segment.stop))
 
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
-        marks = [self._lanes.new_mark() for _ in views.columns] if len(views.columns) > 1 else []
-
-        def work() -> None:
-            out = views.partial if marks else views.partial[0]
-            if self._arriving is not None:
-                self._arriving(views.arrivals, out, views.scratch, marks)
-            elif self._only.computation:
-                self._experts(op.layer, views.rows, out, views.scratch, marks)
-            else:
-                for mark in marks:
-                    mark.record()
-
-        used.read = lanes.compute.submit(work, [None if self._arriving is not None else used.dispatched, used.sent])
+        in_blocks = len(views.columns) > 1
+        *early, last = views.calls
+        for call in early:
+            marks = [self._lanes.new_mark() for _ in views.columns] if in_blocks else []
+            event = lanes.compute.submit(partial(self._call, op.layer, views, call, marks), [used.sent])
+            if self._timed:
+                self.completed.append((op, event))
+        marks = [self._lanes.new_mark() for _ in views.columns] if in_blocks else []
+        call_last = partial(self._call, op.layer, views, last, marks)
+        used.read = lanes.compute.submit(call_last, [used.dispatched, used.sent])
         used.summed = [*marks[:-1], used.read]  # the last one also says what went wrong
         return used.read
+
+    def _call(
+        self, layer: int, views: WaveBuffers, call: tuple[WireRows, list[torch.Tensor]], marks: Sequence[Mark]
+    ) -> None:
+        rows, blocks = call
+        if self._only.computation:
+            self._experts(layer, rows, blocks if marks else blocks[0], views.scratch, marks)
+        else:
+            for mark in marks:
+                mark.record()
 
     def _combine(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)

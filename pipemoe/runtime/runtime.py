@@ -43,7 +43,6 @@ from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
-from pipemoe.runtime.arriving import arrival_room, arrivals_permille
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.engine import settle
 from pipemoe.runtime.run import Only, Run
@@ -99,8 +98,6 @@ class Runtime:
         self._experts, is_gpu = experts, world.device.type == "cuda"
         _, found = look(world.rank, "looking at the configuration", self._settle, ConfigError)
         world.agree(error or found, {}, "looking at the configuration")  # from here on every rank has what it needs
-        speed, refused = arrivals_permille(world, experts, self.config)
-        has_arrivals = speed > 0 and self.config.may_arrive and (world.size > 1 or bool(self.config.arrivals))
         self.cost, self.cost_subject, error = runtime_cost(
             world,
             traits.dimensions or dimensions_of_shape(shape),
@@ -111,11 +108,8 @@ class Runtime:
             graph_rows=traits.graph_rows,
             graph_cuts=traits.graph_cuts,
             blockwise_permille=experts.blockwise_permille,
-            arrivals_permille=speed if has_arrivals else 0,
             num_sms=experts.num_sms,
         )
-        if self.config.arrivals and refused:
-            error = error or ConfigError(refused)
         self._number = world.number_runtime()
         compared, found = look(
             world.rank,
@@ -141,13 +135,12 @@ class Runtime:
             experts,
             traits,
             sms_left,
-            has_arrivals,
             torch.cuda.current_stream(world.device) if traits.hands_out_results and is_gpu else None,
             self._shared,
         )
         _, error = world.engine.call(lambda: look(world.rank, "setting up", set_up.run, ConfigError))
         world.agree(error, {}, "setting up the workspace")
-        self._workspace, self._arriving = set_up.workspace, set_up.arriving
+        self._workspace = set_up.workspace
         self.experts_with_free_sms, self._tapes = set_up.experts_with_free_sms, set_up.tapes
         self.plays_tapes = world.size == 1  # where there are tapes; else every operation is issued by Python
         self.issued = Issued()
@@ -157,7 +150,10 @@ class Runtime:
     def _settle(self) -> None:
         """Settle every value of the configuration, or raise ConfigError."""
         world, shape = self.world, self.shape
-        self.config = config = self.config.in_world(world.num_slots)
+        config = self.config.in_world(world.num_slots)
+        if world.shared is not None:
+            config = replace(config, arrivals=False)  # rows are not sent, so none come before others
+        self.config = config
         if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
             raise ConfigError(
                 f"combine_blocks is {config.combine_blocks}; {shape.hidden} columns make at most "
@@ -308,7 +304,6 @@ class Runtime:
             self.wire,
             self.experts_with_free_sms[plan.sms_left],
             source,
-            arriving=self._arriving if plan.arrivals else None,
             only=only,
             timed=timeline is not None,
             on_progress=partial(engine.note, seconds=seconds),
@@ -411,11 +406,7 @@ class Runtime:
     def _checked_plan(self, facts: Facts) -> Plan:
         plan = self.plan(facts)
         if self.config.debug:
-            verify(
-                plan,
-                row_bytes=self.wire.row_bytes,
-                room=arrival_room(self.world, self._experts) if plan.arrivals else self.world.block_room,
-            )
+            verify(plan, row_bytes=self.wire.row_bytes, room=self.world.block_room)
         return plan
 
     def _compare(self, told: list[bytes]) -> None:

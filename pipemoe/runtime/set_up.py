@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.config import Config
 from pipemoe.errors import ConfigError
 from pipemoe.plan.schedule import ModelShape
-from pipemoe.runtime.arriving import arriving_experts
 from pipemoe.runtime.lanes import Lane, SlotLanes
 from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
 from pipemoe.runtime.source import SourceTraits
@@ -42,14 +41,12 @@ class SetUp:
     experts: Any  # this rank's (see pipemoe.experts)
     traits: SourceTraits
     sms_left: Sequence[int]  # all numbers of SMs that plans may leave to collectives
-    has_arrivals: bool  # whether plans may take waves as they arrive
     callers_stream: Any  # on which results are handed out, or None
     shared: SharedWaves | None  # where rows and sums lie, if ranks share memory
 
     # What `run` makes:
     workspace: Workspace = field(init=False)
     experts_with_free_sms: dict[int, Any] = field(init=False)  # by the number of SMs left
-    arriving: Any = field(init=False)  # experts that take waves as they arrive, or None
     tapes: Tapes | None = field(init=False, default=None)  # what steps are played from, on a GPU
 
     def run(self) -> None:
@@ -62,16 +59,8 @@ class SetUp:
             self.experts_with_free_sms = {
                 num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in self.sms_left
             }
-            self.arriving = arriving_experts(world, self.experts) if self.has_arrivals else None
             self.workspace = Workspace(
-                self.config,
-                self.wire,
-                self.combine_dtype,
-                world.size,
-                self.experts,
-                world.device,
-                self.arriving,
-                self.shared,
+                self.config, self.wire, self.combine_dtype, world.size, self.experts, world.device, self.shared
             )
             lanes = world.lanes.slots[: len(self.workspace.slots)]
             if world.device.type == "cuda":
@@ -101,8 +90,6 @@ class SetUp:
     def _warm_up(self, slot: SlotBuffers) -> None:
         self.wire.warm_up(self.world.device, self.dtype)
         self.experts.warm_up(slot.scratch, self.config.block_choices(self.shape.hidden))
-        if slot.arrivals[0] is not None:
-            self.arriving.warm_up(slot.arrivals[0], slot.scratch, self.config.block_choices(self.shape.hidden))
 
     def _prepare_tapes(self, lanes: list[SlotLanes]) -> None:
         """Write what steps will play, as far as it is known."""

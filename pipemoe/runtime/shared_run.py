@@ -86,7 +86,7 @@ class SharedRun(Run):
 
         def work() -> None:
             if only.computation:
-                self._pack(op, state, views, written=False)
+                self._pack(op, state, views)
             if use is not None:
                 waves.tell_sent(*place, use)
                 sent.begin()
@@ -96,7 +96,7 @@ class SharedRun(Run):
             free = used.read if use is None else waves.rows_free(*place, use)
             used.written = lanes.compute.submit(work, [free])
             event = used.written if use is None else sent
-        state.groups += self._num_groups[op.cohort]
+        state.groups += 1
         used.dispatched = event
         if op.wave == 0 and state.has_tokens and self._source.has_side_work:
             lanes.compute.submit(self._model_work(state, lambda: self._source.side_work(op.cohort)))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipemoe.comm.transport import column_blocks
-from pipemoe.plan.arrivals import groups_of, parts_of
+from pipemoe.plan.arrivals import own_rows_first
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +26,12 @@ class WaveBuffers:
         self, plan: Plan, rank: int, cohort: int, wave: int, buffer: int, workspace: Workspace, wire: WireFormat
     ) -> None:
         self.slot, self.buffer = plan.cohorts[cohort].slot, buffer
-        self.wave = plan.cohorts[cohort].waves[wave]
-        self.exchange = plan.exchange(self.wave)
-        self.groups = groups_of(plan, cohort, wave)  # of the dispatch, one after another
-        self.parts = parts_of(plan, cohort, wave, rank) if plan.arrivals else ()  # in which its rows arrive here
+        planned = plan.cohorts[cohort].waves[wave]
+        self.exchange = plan.exchange(planned)
+        # Where its rows lie here; the first `early_rows` are computed before the others come.
+        self.wave, early_rows = own_rows_first(plan, planned, rank)
         slot, num_rows = workspace.slots[self.slot], self.wave.num_rows
-        self.scratch, self.arrivals = slot.scratch, slot.arrivals[buffer]
+        self.scratch = slot.scratch
         self.received = slot.receive[buffer][:num_rows]  # [n, row_bytes] uint8
         self.rows = wire.rows(self.received)
         own = [s for s in self.wave.segments if s.rank == rank]
@@ -43,6 +43,10 @@ class WaveBuffers:
         # Blocks of columns of the partial sums, [n, columns] each, and of the peers' for combine="gather".
         self.columns = [slice(c.start, c.stop) for c in plan.columns]
         self.partial = column_blocks(slot.partial[buffer], (num_rows,), plan.columns)
+        # Rows, and where each block of their sums goes, of each call of the experts.
+        bounds = [0, early_rows, num_rows] if early_rows else [0, num_rows]
+        calls = [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
+        self.calls = [(self.rows[rows], [block[rows] for block in self.partial]) for rows in calls]
         self.staging: Sequence[torch.Tensor | None] = [None] * len(self.columns)
         if (memory := slot.staging[buffer]) is not None:
             self.staging = column_blocks(memory, (len(memory), sum(s.num_rows for s in own)), plan.columns)

@@ -26,8 +26,6 @@ class SlotBuffers:
     partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave's blocks of columns lie one after another
     staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"; by blocks as well
     scratch: Any  # of the experts
-    # per receive buffer, the experts' record of the rows that have arrived; None where waves are only taken whole
-    arrivals: list[Any]
 
 
 class Workspace:
@@ -41,12 +39,9 @@ class Workspace:
         num_ranks: int,
         experts: Any,
         device: torch.device,
-        arriving: Any = None,
         shared: SharedWaves | None = None,
     ) -> None:
-        """arriving: experts that take waves as they arrive, in the first slot; or None. shared: where rows and sums
-        lie, if ranks share memory.
-        """
+        """shared: where rows and sums lie, if ranks share memory."""
         import torch
 
         self.shared = shared
@@ -64,7 +59,7 @@ class Workspace:
             # zeroed, so that no page is first touched inside a step
             return torch.empty(shape, dtype=dtype, device=device).zero_()
 
-        def slot(number: int) -> SlotBuffers:
+        def slot() -> SlotBuffers:
             buffers = range(0 if shared else config.num_buffers)
             return SlotBuffers(
                 receive=[filled((rows, wire.row_bytes), torch.uint8) for _ in buffers],
@@ -73,13 +68,9 @@ class Workspace:
                     filled((num_ranks - 1, own_rows, wire.hidden), combine_dtype) if gathers else None for _ in buffers
                 ],
                 scratch=experts.new_scratch(rows),
-                arrivals=[
-                    arriving.new_arrivals(rows) if arriving is not None and number == 0 else None
-                    for _ in range(config.num_buffers)
-                ],
             )
 
-        self.slots = [slot(number) for number in range(config.max_slots)]
+        self.slots = [slot() for _ in range(config.max_slots)]
 
     def new_results(self, num_rows: int) -> torch.Tensor:
         """Memory for the sums of `num_rows` rows: [num_rows, H]."""
@@ -90,12 +81,10 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         tensors = [t for s in self.slots for t in (*s.receive, *s.partial, *s.staging) if t is not None]
-        arrivals = [a for s in self.slots for a in s.arrivals if a is not None]
         return (
             (self.shared.num_bytes if self.shared else 0)
             + sum(t.numel() * t.element_size() for t in tensors)
             + sum(s.scratch.num_bytes for s in self.slots)
-            + sum(a.num_bytes for a in arrivals)
         )
 
 

@@ -316,7 +316,7 @@ class World:
         os.environ.setdefault("NCCL_MAX_CTAS", str(default))
         # Clusters of blocks would have to find neighbouring SMs that are free; kernels that leave some leave any.
         os.environ.setdefault("NCCL_CGA_CLUSTER_SIZE", "0")
-        return Room(num_sms, nccl.max_ctas(), ranks_on_device=sharing[place], cluster_blocks=nccl.cluster_blocks())
+        return Room(num_sms, nccl.max_ctas(), ranks_on_device=sharing[place])
 
     def _warm_up(self) -> None:
         import torch

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipemoe.errors import ConfigError, PlanError
-from pipemoe.plan.arrivals import OWN, groups_of, parts_of
+from pipemoe.plan.arrivals import own_rows_first
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
@@ -285,75 +285,38 @@ def test_room_for_thread_blocks(sound):
 
 @pytest.fixture
 def arriving() -> Plan:
-    """One cohort of five ranks, whose dispatches are two groups."""
+    """One cohort of five ranks in several waves."""
     p = plan(
         Facts(((51, 9), (5,), (), (7, 8), (20,))),
         SHAPE,
         PlanConfig(mode="chunked", moe_max_num_tokens=60, arrivals=True),
     )
     verify(p)
-    assert p.arrivals and [len(groups_of(p, 0, w)) for w in (0, 1)] == [2, 1]
+    assert p.arrivals and len(p.cohorts[0].waves) == 2
     return p
 
 
-def test_arrivals_beside_another_cohort(sound):
-    with pytest.raises(PlanError, match=r"arrivals in one slot: cohorts run in slots \[0, 1\]"):
-        verify(replace(sound, arrivals=True))
-
-
-def test_arrivals_without_room(arriving):
-    def check(**changes):
-        verify(arriving, room=Room(**{"num_sms": 132, "ctas": 8, "arrival_blocks": 115, **changes}))
-
-    check()
-    with pytest.raises(
-        PlanError,
-        match="116 blocks that wait for rows, 2 x NCCL_MAX_CTAS=8 of collectives and 1 for the index need 133 SMs",
-    ):
-        check(arrival_blocks=116)
-    with pytest.raises(PlanError, match="no arrivals: 2 ranks share this GPU"):
-        check(ranks_on_device=2, ctas=1)
-    with pytest.raises(PlanError, match="no arrivals: NCCL_CGA_CLUSTER_SIZE is 4"):
-        check(cluster_blocks=4)
-
-
-def test_more_parts_than_experts_tell_apart():
-    """Two ranks' rows by turns: planners keep a rank's rows together."""
-    p = plan(Facts(((5,), (5,))), SHAPE, PlanConfig(mode="broadcast", max_tokens_per_rank=100, arrivals=True))
-    by_turns = Wave(tuple(Segment(i % 2, i // 2, i // 2 + 1, i) for i in range(10)), 10)
-    verify(with_wave(replace(p, arrivals=False), 0, 0, by_turns))
-    with pytest.raises(PlanError, match="every row arrives once: cohort 0, wave 0: 10 parts on rank 0, more than 8"):
-        verify(with_wave(p, 0, 0, by_turns))
-
-
-def test_groups_that_are_not_the_wave(arriving, monkeypatch):
-    first, second = groups_of(arriving, 0, 0)
-    for wrong in ((first,), (second, first), (first, first, second), ()):
-        monkeypatch.setattr(
-            "pipemoe.plan.verify.groups_of", lambda p, c, w, wrong=wrong: wrong if w == 0 else groups_of(p, c, w)
-        )
-        with pytest.raises(PlanError, match=r"every row arrives once: cohort 0, wave 0: \d groups"):
-            verify(arriving)
-
-
-@pytest.mark.parametrize("fault", ["early", "missing", "twice", "not own"])
-def test_rows_announced_before_they_are_there(arriving, monkeypatch, fault):
-    def faulty(p, c, w, rank):
-        parts = list(parts_of(p, c, w, rank))
-        if rank == 2 and w == 0:  # it has no tokens: a part for each group
-            first, last = parts
-            if fault == "early":
-                parts[1] = last._replace(group=0)
-            elif fault == "missing":
-                parts[1] = last._replace(stop=last.stop - 1)
-            elif fault == "twice":
-                parts[1] = last._replace(start=first.stop - 1)
+@pytest.mark.parametrize("fault", ["on others", "outside", "not own", "another order", "missing"])
+def test_rows_that_lie_where_they_must_not(arriving, monkeypatch, fault):
+    def faulty(p, wave, rank):
+        here, early = own_rows_first(p, wave, rank)
+        segments = list(here.segments)
+        if rank == 1 and len(segments) > 2:
+            first = segments[0]
+            if fault == "on others":
+                segments[0] = first._replace(row=segments[1].row)
+            elif fault == "outside":
+                segments[0] = first._replace(row=here.num_rows)
+            elif fault == "not own":
+                early += 1
+            elif fault == "another order":
+                segments.reverse()
             else:
-                parts[0] = first._replace(group=OWN)
-        return tuple(parts)
+                segments.pop()
+        return Wave(tuple(segments), here.num_rows), early
 
-    monkeypatch.setattr("pipemoe.plan.verify.parts_of", faulty)
-    with pytest.raises(PlanError, match="every row arrives once: cohort 0, wave 0: .* on rank 2"):
+    monkeypatch.setattr("pipemoe.plan.verify.own_rows_first", faulty)
+    with pytest.raises(PlanError, match="rows lie apart: cohort 0, wave 0.* rank 1"):
         verify(arriving)
 
 

@@ -57,23 +57,6 @@ class Mark:
         return "compute" not in self._hold
 
 
-class Arriving:
-    def __init__(self, log):
-        self._log = log
-
-    def new_arrivals(self, max_rows):
-        return SimpleNamespace(num_bytes=0)
-
-    def expect(self, arrivals, layer, rows, part_rows):
-        self._log.append(("expect", list(part_rows)))
-
-    def arrived(self, arrivals, part):
-        self._log.append(f"arrived {part}")
-
-    def __call__(self, arrivals, out, scratch, events):
-        self._log.append("experts")
-
-
 class Source:
     has_side_work = keeps_tensors = writes_rows = False
 
@@ -121,6 +104,7 @@ class NotedRun:
     workspace: Workspace
     wire: WireFormat
     source: Source
+    calls: list[int]  # rows of each call of the experts
 
     def to_the_end(self) -> None:
         """Advance until the whole plan is done."""
@@ -148,7 +132,6 @@ def noted_run(
     wire, device = WireFormat(HIDDEN, TOP_K, torch.float32), torch.device("cpu")
     weights = make_layers(num_layers, device, torch.float32).local(facts.num_ranks, rank)
     experts = make_experts(weights, top_k=TOP_K, hidden=HIDDEN, device="cpu", dtype=torch.float32)
-    arriving = Arriving(log)
     transport = SimpleNamespace(
         dispatch=lambda slot, buffer, group, exchange, rows: log.append(f"send {[s.rank for s in group.segments]}"),
         combine=lambda *arguments: log.append("combine"),
@@ -163,17 +146,20 @@ def noted_run(
         poll=lambda: None,
         new_mark=lambda: Mark(log, hold),
     )
-    workspace = Workspace(config, wire, torch.float32, facts.num_ranks, experts, device, arriving)
+    workspace = Workspace(config, wire, torch.float32, facts.num_ranks, experts, device)
     source = Source(log)
     source.writes_rows = writes_rows
 
+    calls = []
+
     def call(layer, rows, out, scratch, marks):
         log.append("experts")
+        calls.append(len(rows))
         for mark in marks:
             mark.record()
 
     run = Run(
         p, rank, lanes, transport, workspace, wire, call, source,
-        arriving=arriving if p.arrivals else None, on_progress=lambda op: on_progress(log, op),
+        on_progress=lambda op: on_progress(log, op),
     )  # fmt: skip
-    return NotedRun(run, p, log, workspace, wire, source)
+    return NotedRun(run, p, log, workspace, wire, source, calls)

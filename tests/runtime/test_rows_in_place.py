@@ -57,10 +57,13 @@ def test_rows_of_a_failed_attend_go_to_no_expert():
     assert bool((given[0, 2].ids == -1).all()) and (0, 3) not in given
 
 
-def test_with_arrivals_own_rows_are_still_announced():
+def test_with_arrivals_own_rows_are_written_in_front():
     made, found = issued(RANK, **ONE_WAVE, arrivals=True)
     assert made.plan.arrivals
-    dispatches = [entries for op, entries in found if op.kind is OpKind.DISPATCH]
-    for entries in dispatches:
-        work = [step for entry in entries for step in (entry[1] if entry[0].startswith("compute") else [])]
-        assert work and all(step.startswith("arrived") for step in work)
+    for op, entries in found:
+        if op.kind is OpKind.ATTEND:
+            rows, slot = made.source.given[0, op.layer], made.workspace.slots[made.plan.cohorts[0].slot]
+            assert rows.buffer.data_ptr() == slot.receive[made.plan.buffer(*op[1:])].data_ptr()
+        elif op.kind is OpKind.EXPERTS:
+            assert [work for _, work, _ in entries] == [["experts"], ["experts"]]
+    assert made.calls == 4 * [len(rows), 105 - len(rows)]

@@ -15,17 +15,14 @@ WIRE = WireFormat(HIDDEN, TOP_K, torch.bfloat16)
 
 
 class Experts:
-    """Scratch and arrivals that say for how many rows they are: 1,000 and 10 bytes a row."""
+    """Scratch that says for how many rows it is: 1,000 bytes a row."""
 
     def new_scratch(self, max_rows):
         return SimpleNamespace(num_bytes=1000 * max_rows)
 
-    def new_arrivals(self, max_rows):
-        return SimpleNamespace(num_bytes=10 * max_rows)
 
-
-def workspace(num_ranks, arriving=None, combine_dtype=torch.bfloat16, **options):
-    return Workspace(Config(**options), WIRE, combine_dtype, num_ranks, Experts(), CPU, arriving)
+def workspace(num_ranks, combine_dtype=torch.bfloat16, **options):
+    return Workspace(Config(**options), WIRE, combine_dtype, num_ranks, Experts(), CPU)
 
 
 # Options: rows of a wave, slots, double buffers, and own rows that a rank may have in a wave.
@@ -69,7 +66,7 @@ def test_every_buffer_is_of_the_size_that_the_configuration_says(name, combine):
         assert all(t.dtype is torch.bfloat16 and not t.any() for t in slot.partial)
         staged = [None if t is None else t.shape for t in slot.staging]
         assert staged == [(3, own_rows, HIDDEN) if combine == "gather" else None] * num_buffers
-        assert slot.scratch.num_bytes == 1000 * rows and slot.arrivals == [None] * num_buffers
+        assert slot.scratch.num_bytes == 1000 * rows
     tensors = [t for s in made.slots for t in (*s.receive, *s.partial, *s.staging) if t is not None]
     assert len({t.data_ptr() for t in tensors}) == len(tensors)
     of_staging = 3 * own_rows * HIDDEN * 2 if combine == "gather" else 0
@@ -89,14 +86,6 @@ def test_sums_in_float64_take_more():
 def test_one_rank_stages_nothing():
     made = workspace(1, combine="gather", mode="chunked", moe_max_num_tokens=30, max_tokens_per_rank=40)
     assert made.slots[0].staging == [None, None] and made.sum_bytes == 0
-
-
-def test_arrivals_are_of_the_first_slot():
-    options = {"mode": "per_rank", "moe_max_num_tokens": 30, "max_tokens_per_rank": 40, "num_slots": 3}
-    made, without = workspace(4, Experts(), **options), workspace(4, **options)
-    assert [[a is not None for a in s.arrivals] for s in made.slots] == [[True, True], [False, False], [False, False]]
-    assert len({id(a) for a in made.slots[0].arrivals}) == 2  # one for each buffer
-    assert made.num_bytes - without.num_bytes == 2 * 10 * 30
 
 
 @pytest.mark.parametrize(("combine", "combine_dtype", "dtype"), [

@@ -41,13 +41,12 @@ def x_step_bytes(stage_bytes, w_bytes, together):
     return UINT32((UINT32(stage_bytes) >> together) - w_bytes)
 
 
-def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128, listed: bool = False):
-    """x: 128 threads copy rows of the wire buffer. w: boxes of gate rows and of up rows, or of both halves of its rows.
-
-    listed: `tokens` is in shared memory.
+def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128):
+    """x: 128 threads copy rows of the wire buffer. w: boxes of gate rows and of up rows, or of both halves of its
+    rows.
     """
     stage_bytes, is_pair = shape.stage_bytes, shape.blocks == 2
-    rows_of_thread = ptx.rows_of_thread(shape.block_rows // 16, listed=listed)
+    rows_of_thread = ptx.rows_of_thread(shape.block_rows // 16)
 
     @cuda.jit(device=True, inline="always")
     def produce(

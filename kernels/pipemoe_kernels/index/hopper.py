@@ -100,9 +100,7 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
     pairs = (INT32_POINTER, *[INT32] * 4, INT32_POINTER)
 
     def placing(is_alone: bool) -> Kernel:
-        def place_pairs(
-            ids, row_stride, first_expert, num_local, num_pairs, block_counts, offsets, positions, tokens, first_place
-        ):
+        def place_pairs(ids, row_stride, first_expert, num_local, num_pairs, block_counts, offsets, positions, tokens):
             counts = cuda.shared.array(0, types.int32)  # [E_loc, PITCH]
             starts = counts[PITCH * num_local :]  # [E_loc]: of this block's pairs
             totals = counts[(PITCH + 1) * num_local :]  # [E_loc]
@@ -183,11 +181,11 @@ def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
                         counts[cell] += cuda.popc(UINT32(same))
                     cuda.syncwarp()
                     if batch + i < last and pair < num_pairs:
-                        positions[pair] = position + first_place if position >= 0 else position
+                        positions[pair] = position
 
         return Kernel(
             place_pairs,
-            (*pairs, *[INT32_POINTER] * 3, INT32),
+            (*pairs, *[INT32_POINTER] * 3),
             THREADS,
             shared_bytes=4 * (PITCH + 2) * MAX_EXPERTS,
             hopper_only=on_hopper,
@@ -214,7 +212,6 @@ class PackedIndex:
         tokens: torch.Tensor,
         *,
         on_hopper: bool = True,
-        first_place: int = 0,
     ):
         max_rows, top_k = positions.shape
         assert 1 <= num_local <= MAX_EXPERTS and 1 <= max_rows * top_k < 2**31 - 32, (num_local, positions.shape)
@@ -226,10 +223,10 @@ class PackedIndex:
         assert block_counts.is_contiguous() and block_counts.numel() >= MAX_BLOCKS * num_local
         kernels = index_kernels(top_k, on_hopper)
         pairs = (ids, ids.stride(0), first_expert, num_local, 0, block_counts)
-        self._alone = kernels.alone.pack(device_index, *pairs, offsets, positions, tokens, first_place)
+        self._alone = kernels.alone.pack(device_index, *pairs, offsets, positions, tokens)
         self._several = [
             kernels.count.pack(device_index, *pairs),
-            kernels.place.pack(device_index, *pairs, offsets, positions, tokens, first_place),
+            kernels.place.pack(device_index, *pairs, offsets, positions, tokens),
         ]
         self._ids, self._num_pairs = kernels.alone.index_of("ids"), kernels.alone.index_of("num_pairs")
         self._max_rows, self._top_k = max_rows, top_k
@@ -256,13 +253,11 @@ def index_local_pairs(
     tokens: torch.Tensor,
     *,
     on_hopper: bool = True,
-    first_place: int = 0,
 ) -> None:
     """ids [n, K] int32, rows strided, n >= 1 -> offsets [E_loc], positions [n, K] (-1: not local), tokens [>= pairs],
     all int32.
 
     block_counts: int32 workspace of MAX_BLOCKS * E_loc. tokens stays as it is behind the last pair's place.
-    first_place: positions count from it, for rows that are a part of more; offsets and tokens still count from 0.
     """
     assert positions.shape == ids.shape and offsets.numel() == num_local, (positions.shape, ids.shape, offsets.shape)
     index = PackedIndex(
@@ -275,6 +270,5 @@ def index_local_pairs(
         positions,
         tokens,
         on_hopper=on_hopper,
-        first_place=first_place,
     )
     index(stream.handle, ids.data_ptr(), len(ids))

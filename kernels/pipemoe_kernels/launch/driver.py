@@ -13,7 +13,6 @@ _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WITHOUT_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 NOT_READY = 600  # CUDA_ERROR_NOT_READY
-_WITH_BARRIER = 0  # CU_STREAM_WRITE_VALUE_DEFAULT
 _TENSOR_MAP_TYPES = {"uint8": 0, "float16": 6, "float32": 7, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _NO_INTERLEAVE, _NO_SWIZZLE, _SWIZZLE_128_BYTES, _PROMOTE_256_BYTES, _ZEROS_OUTSIDE = 0, 0, 3, 3, 0
 
@@ -167,15 +166,6 @@ def milliseconds_between(event: int, later: int) -> float:
     result = _library().cuEventElapsedTime(ctypes.byref(found), ctypes.c_void_p(event), ctypes.c_void_p(later))
     check(result, "cuEventElapsedTime")
     return found.value
-
-
-def write_word(stream: int, address: int, value: int) -> None:
-    """Enqueue the write of a 32-bit word of device memory. Who sees it sees all that the stream did before it."""
-    # The name without _v2 is an older call, which needs a setting of the driver.
-    result = _library().cuStreamWriteValue32_v2(
-        ctypes.c_void_p(stream), ctypes.c_uint64(address), ctypes.c_uint32(value), _WITH_BARRIER
-    )
-    check(result, "cuStreamWriteValue32_v2")
 
 
 def encode_tensor_map(

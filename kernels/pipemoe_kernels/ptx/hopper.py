@@ -13,8 +13,7 @@ cores.
     element_address(pointer, index)           the global address of pointer[index]
     load_u32(global), load_shared_u32(shared), store_shared_u32(shared, value), add_shared_u32(shared, value)
     tile_rows(tokens, first, end, stride), copy_rows(rows, base, shared, part, size)   see RowOffsets
-    rows_of_thread(count, listed)             makes a tile_rows for `count` rows of a thread instead of ROWS_EACH; if
-                                              `listed`, from a list of tokens in shared memory
+    rows_of_thread(count)                     makes a tile_rows for `count` rows of a thread instead of ROWS_EACH
     of_first_lane(value)                      lane 0's value, which the compiler then knows to be the same in all lanes
     lanes_with(flag)                          the lanes of the warp whose flag is not 0, as bits
     lanes_before()                            the lanes below this one, as bits
@@ -191,12 +190,12 @@ class _RowOffsetsModel(core_models.PrimitiveModel):
         super().__init__(manager, kind, kind.llvm)
 
 
-_ROW_OFFSET = """{{
+_ROW_OFFSET = f"""{{
 .reg .pred in_tile;
 .reg .b32 token;
-mov.b32 $0, {no_row};
+mov.b32 $0, {NO_ROW};
 setp.lt.u32 in_tile, $2, $3;
-@in_tile {load} token, [$1];
+@in_tile ld.relaxed.gpu.global.b32 token, [$1];
 @in_tile mul.lo.u32 $0, token, $4;
 }}"""
 _COPY_ROW = f"""{{
@@ -206,29 +205,24 @@ setp.ne.b32 exists, $3, {NO_ROW};
 }}"""
 
 
-def rows_of_thread(count: int, *, listed: bool = False):
+def rows_of_thread(count: int):
     """An intrinsic: RowOffsets of `count` rows (first, first + 16, ... below `end`); row r is row tokens[r] of the
     matrix.
-
-    listed: `tokens` is a shared-memory address.
     """
     kind = RowOffsets(count)
-    address_kind, load = (U32, "ld.shared.b32") if listed else (U64, "ld.relaxed.gpu.global.b32")
-    text = _ROW_OFFSET.format(load=load, no_row=NO_ROW)
 
     @intrinsic
     def tile_rows(typingctx, tokens, first, end, stride):
         def codegen(context, builder, signature, args):
-            kinds = (address_kind, U32, U32, U32)
+            kinds = (U64, U32, U32, U32)
             tokens, first, end, stride = (
                 context.cast(builder, *v) for v in zip(args, signature.args, kinds, strict=True)
             )
             rows = ir.Constant(kind.llvm, ir.Undefined)
             for i in range(count):
                 row = builder.add(first, ir.Constant(I32, 16 * i))
-                index = row if listed else builder.zext(row, I64)
-                address = builder.add(tokens, builder.shl(index, ir.Constant(index.type, 2)))
-                offset = asm(builder, text, I32, [address, row, end, stride], f"=&r,{_CONSTRAINT[address_kind]},r,r,r")
+                address = builder.add(tokens, builder.shl(builder.zext(row, I64), ir.Constant(I64, 2)))
+                offset = asm(builder, _ROW_OFFSET, I32, [address, row, end, stride], "=&r,l,r,r,r")
                 rows = builder.insert_value(rows, offset, i)
             return rows
 

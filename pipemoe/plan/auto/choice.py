@@ -17,7 +17,7 @@ from pipemoe.plan.auto.candidates import (
 )
 from pipemoe.plan.auto.forms import try_forms
 from pipemoe.plan.auto.problem import Problem
-from pipemoe.plan.auto.search import in_one_slot, microbatches_of, search
+from pipemoe.plan.auto.search import microbatches_of, search
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import forced_sms_left
 from pipemoe.plan.config import OBJECTIVES, PlanConfig
@@ -82,14 +82,20 @@ def evaluate(
         mean, slowest, p50 = (figures[index, form, left] + cost.start_ns).tolist()
         chosen = (index, form, left) == best
         assignment = assignment_of(microbatches_of(CANDIDATES[index], *problem[:3], problem.ratio, config.num_slots))
-        num_blocks, arrivals = forms[form]
-        arrivals, sms_left = (
-            bool(arrivals) and in_one_slot(len(assignment), config.num_slots),
-            int(lefts[index, form, left]),
-        )
+        num_blocks, arrivals = forms[form][0], bool(forms[form][1])
+        sms_left = int(lefts[index, form, left])
         candidates.append(
             Candidate(
-                index, candidate_name(index), assignment, num_blocks, arrivals, sms_left, mean, slowest, p50, chosen
+                index,
+                candidate_name(index),
+                assignment,
+                num_blocks,
+                arrivals,
+                sms_left,
+                mean,
+                slowest,
+                p50,
+                chosen,
             )
         )
     return candidates, events
@@ -117,12 +123,10 @@ def _problem(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMode
 
 
 def _forms(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[tuple[int, int]]:
-    """The forms to try, the usual one first: blocks of columns, and 1 if waves are computed as they arrive, else 0.
-    With cohorts in several slots arrivals have no effect.
-    """
+    """The forms to try, the usual one first: blocks of columns, and 1 if waves are computed as they arrive, else 0."""
     if facts.num_ranks == 1:
         return [(config.combine_blocks or 1, int(config.arrivals or False))]
-    may = config.arrivals is None and cost.experts.arrivals_permille > 0
+    may = config.arrivals is None
     return [
         (n, arrivals)
         for arrivals in ((0, 1) if may else (int(config.arrivals or False),))

@@ -41,9 +41,7 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
         for r in range(num_ranks):
             last = -1
             computed[r] += compute[c, r, 0, BUSY]
-            issued[r] += issue[c, r] + num_waves[c] * (
-                rates.host_dispatch_ns * costs.groups[c] + host_experts_ns + host_combine_ns
-            )
+            issued[r] += issue[c, r] + num_waves[c] * (rates.host_dispatch_ns + host_experts_ns + host_combine_ns)
             for w in range(num_waves[c]):
                 for work in range(1 + w * works, 1 + (w + 1) * works):
                     computed[r] += compute[c, r, work, BUSY]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pipemoe.plan.auto.figures import layers_and_events, predict
 from pipemoe.plan.auto.problem import AS_USUAL, NONE, best_place, margin_of, objective_ns, place_of, price_of
-from pipemoe.plan.auto.search import costs_of, in_one_slot, microbatches_of
+from pipemoe.plan.auto.search import costs_of, microbatches_of
 from pipemoe.plan.clock.columns import cut_columns, gained_ns
 from pipemoe.plan.clock.layer import ALONE, COMBINE, DISPATCH, leaving_sms
 from pipemoe.plan.clock.rules import NEVER
@@ -57,25 +57,22 @@ def _most_promising(kind, forms, problem, lefts, at, of_sms):
     num_slots, rates = problem.num_slots, problem.rates
     microbatches = microbatches_of(kind, problem.tokens, problem.starts, problem.first, problem.ratio, num_slots)
     whole, weight, wave_rows, _ = costs_of(microbatches, forms[0], problem)
-    one_slot = in_one_slot(len(whole.num_waves), num_slots)
     before = cut_columns(whole, rates, forms[0, 0])
     if at[1]:
-        before = _in_form(whole, whole, wave_rows, forms[at[1]], lefts[at], False, problem)
+        before = _in_form(whole, whole, wave_rows, forms[at[1]], lefts[at], problem)
     most, other, cut, uncut, arrivals = 0, at, before, whole, forms[0, 1]
-    if of_sms and one_slot and forms[at[1], 1]:
-        return other, most, cut, weight  # what arrivals leave is not for choosing
+    if of_sms and forms[at[1], 1]:
+        return other, most, cut, weight  # with arrivals only the usual number
     for m in range(1, 3 if of_sms else len(forms)):
         trial = place_of(at[0], at[1] if of_sms else m, m if of_sms else AS_USUAL)
         form = forms[trial[1]]
         if form[1] != arrivals:
-            if not one_slot:
-                break
             arrivals = form[1]
             uncut, _, _, _ = costs_of(microbatches, form, problem)
         usual = usual_sms_left(rates, whole.num_waves, form[0], num_slots, form[1])
         left = usual if not of_sms else 0 if m == NONE else 2 * usual
         lefts[trial] = problem.forced_sms_left if problem.forced_sms_left >= 0 else left
-        costs = _in_form(whole, uncut, wave_rows, form, lefts[trial], one_slot, problem)
+        costs = _in_form(whole, uncut, wave_rows, form, lefts[trial], problem)
         if of_sms:
             used = min(len(whole.num_waves), num_slots)
             speeds_before = speeds_where_left(rates, problem.speeds, lefts[at], used)
@@ -89,9 +86,9 @@ def _most_promising(kind, forms, problem, lefts, at, of_sms):
 
 
 @compiled_part
-def _in_form(whole, uncut, wave_rows, form, left, one_slot, problem):
+def _in_form(whole, uncut, wave_rows, form, left, problem):
     """A layer in a form. whole: in the usual one; uncut: with the form's arrivals; neither in blocks of columns."""
-    if form[1] and one_slot:
+    if form[1]:
         return cut_columns(uncut, problem.rates, form[0])
     num_experts, top_k, num_ranks = problem.num_experts, problem.top_k, len(problem.tokens)
     leaving = leaving_sms(whole, wave_rows, problem.rates, num_experts, top_k, num_ranks, left)

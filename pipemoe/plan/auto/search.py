@@ -11,7 +11,7 @@ import numpy as np
 from pipemoe.plan.auto.candidates import candidate_microbatches, units_of
 from pipemoe.plan.auto.figures import layers_and_events, predict, set_bounds
 from pipemoe.plan.auto.problem import AS_USUAL, LONGEST, allowed_ns, best_place, objective_ns, place_of, price_of
-from pipemoe.plan.clock.arrivals import take_as_they_arrive
+from pipemoe.plan.clock.arrivals import take_own_rows_first
 from pipemoe.plan.clock.columns import cut_columns
 from pipemoe.plan.clock.layer import cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.clock.rules import NEVER
@@ -21,11 +21,6 @@ from pipemoe.plan.cost.model import USUAL
 from pipemoe.plan.cost.tuned import CANDIDATE_EVENTS, COHORT_MARGIN, DOUBTFUL_EVENTS, MOST_EVENTS
 from pipemoe.plan.products import scaled
 from pipemoe.plan.waits import attention_waits
-
-
-@compiled_part
-def in_one_slot(num_cohorts, num_slots):
-    return num_cohorts == 1 or num_slots == 1
 
 
 @compiled
@@ -147,19 +142,18 @@ def costs_of(microbatches, form, problem):
     """
     num_cohorts, num_slots, rates = microbatches[-1, 0] + 1, problem.num_slots, problem.rates
     num_experts, top_k = problem.num_experts, problem.top_k
-    arrive = form[1] != 0 and in_one_slot(num_cohorts, num_slots)
+    arrive = form[1] != 0
     segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, problem.most_rows)
     starts, first = problem.starts, problem.first
     waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
     left = problem.forced_sms_left
     if left < 0:
         left = usual_sms_left(rates, num_waves, form[0], num_slots, arrive)
-    sms_left = 0 if arrive else left  # what arrivals leave is in their own price
-    gather, gathered = problem.gather, np.int64(2)
+    gather, gathered = problem.gather, np.int64(0 if arrive else 2)
     costs = layer_costs(
-        segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
+        segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, left
     )
     if arrive:
-        costs = take_as_they_arrive(costs, segments, wave_rows, rates, num_experts, top_k)
+        costs = take_own_rows_first(costs, segments, wave_rows, rates, num_experts, top_k, left)
     whole, weight = merge_alike_ranks(costs, rates.cores_permille > 0)
     return whole, weight, wave_rows, left

@@ -136,7 +136,7 @@ def _new_clock(costs, keys, slots, num_layers, num_buffers):
     templates = np.zeros((num_cohorts, 1 + 3 * most_waves, 2), np.int64)
     for c in range(num_cohorts):
         waves = costs.num_waves[c]
-        cohorts[c].waves, cohorts[c].before, cohorts[c].slot, cohorts[c].groups = waves, -1, slots[c], costs.groups[c]
+        cohorts[c].waves, cohorts[c].before, cohorts[c].slot = waves, -1, slots[c]
         cohorts[c].blocks, cohorts[c].works = waves * num_blocks, waves * (costs.num_early + num_blocks)
         for e in range(c):
             if slots[e] == slots[c]:

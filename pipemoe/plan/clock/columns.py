@@ -38,13 +38,12 @@ def cut_columns(costs, rates, num_blocks):
                 alone, busy = costs.compute[c, r, 1 + w, ALONE], costs.compute[c, r, 1 + w, BUSY]
                 blockwise = scaled(busy, rates.experts_blockwise_permille, 1000)
                 again = (alone - busy) // 3 if blockwise else 0
-                early = costs.early_ns[c, r, w]
-                if num_early:
-                    compute[c, r, 1 + w * works, ALONE] = compute[c, r, 1 + w * works, BUSY] = early
+                for kind in range(2 if num_early else 0):
+                    compute[c, r, 1 + w * works, kind] = costs.early[c, r, w, kind]
                 for b in range(num_blocks):
                     part = _part(blockwise, b, num_blocks)
                     at = 1 + w * works + num_early + b
-                    compute[c, r, at, BUSY] = part if b else busy - blockwise - early + part
+                    compute[c, r, at, BUSY] = part if b else busy - blockwise + part
                     compute[c, r, at, ALONE] = compute[c, r, at, BUSY] + (again if b else alone - busy)
         for w in range(costs.num_waves[c]):
             for kind in range(2):
@@ -54,7 +53,7 @@ def cut_columns(costs, rates, num_blocks):
                 part = _part(busy, b, num_blocks)
                 exchange[c, COMBINE, w * num_blocks + b, BUSY] = part
                 exchange[c, COMBINE, w * num_blocks + b, ALONE] = alone - busy + part
-    return with_costs(costs, compute, exchange, num_blocks, costs.groups, costs.early_ns, num_early)
+    return with_costs(costs, compute, exchange, num_blocks, costs.early, num_early)
 
 
 @compiled_part

@@ -37,19 +37,16 @@ class LayerCosts(NamedTuple):
     issue: Any  # [C, R]: ns to issue an attend
     num_blocks: Any  # of columns
     gathered: Any  # bool [C, W]: is the wave dispatched by one all-gather?
-    groups: Any  # [C]: of a dispatch, at most
-    early_ns: Any  # [C, R, W]: of the experts' time, what they can compute before the last group arrives
-    num_early: Any  # 1 if there are such early parts; 0, and early_ns too, if there are none
+    early: Any  # [C, R, W, 2]: what experts compute of a wave before its dispatch has arrived; ns ALONE and BUSY
+    num_early: Any  # 1 if there are such early parts; 0, and early too, if there are none
 
 
 @compiled_part
-def with_costs(costs, compute, exchange, num_blocks, groups, early_ns, num_early):
+def with_costs(costs, compute, exchange, num_blocks, early, num_early):
     """The same layer with other times of its operations."""
     own, ends, waits, issue = costs.own, costs.ends, costs.waits, costs.issue
     gathered, num_waves = costs.gathered, costs.num_waves
-    return LayerCosts(
-        num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, groups, early_ns, num_early
-    )
+    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, early, num_early)
 
 
 @compiled_part
@@ -175,8 +172,8 @@ def layer_costs(
                     first_busy_ns,
                 )
                 compute[c, r, FINISH, ALONE] = compute[c, r, FINISH, BUSY] = rates.finish_ns
-    groups, early_ns = np.ones(num_cohorts, np.int64), np.zeros((num_cohorts, num_ranks, most_waves), np.int64)
-    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, groups, early_ns, 0)
+    early = np.zeros((num_cohorts, num_ranks, most_waves, 2), np.int64)
+    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, early, 0)
 
 
 @compiled_part
@@ -190,7 +187,7 @@ def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left
             busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
             for r in range(compute.shape[1]):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
-    return with_costs(costs, compute, costs.exchange, 1, costs.groups, costs.early_ns, 0)
+    return with_costs(costs, compute, costs.exchange, 1, costs.early, 0)
 
 
 @compiled_look
@@ -224,7 +221,7 @@ def merge_alike_ranks(costs, on_cores):
     ALIKE_PARTS. If that leaves more than MOST_RANKS, the difference does not count: the longest holds up the others. On
     cores that all ranks share, every rank counts.
     """
-    of_ranks, own_of, issue_of, ends_of, early_of = costs.compute, costs.own, costs.issue, costs.ends, costs.early_ns
+    of_ranks, own_of, issue_of, ends_of, early_of = costs.compute, costs.own, costs.issue, costs.ends, costs.early
     num_cohorts, num_ranks, num_works = of_ranks.shape[0], of_ranks.shape[1], of_ranks.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
@@ -244,10 +241,8 @@ def merge_alike_ranks(costs, on_cores):
             break
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
     own = np.empty((num_cohorts, count, own_of.shape[2]), np.bool_)
-    issue, early_ns = (
-        np.empty((num_cohorts, count), np.int64),
-        np.empty((num_cohorts, count, own_of.shape[2]), np.int64),
-    )
+    issue = np.empty((num_cohorts, count), np.int64)
+    early = np.zeros((num_cohorts, count, own_of.shape[2], 2), np.int64)
     ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
     for c in range(num_cohorts):
         for k in range(count):
@@ -255,16 +250,18 @@ def merge_alike_ranks(costs, on_cores):
             for w in range(num_works):
                 compute[c, k, w, 0], compute[c, k, w, 1] = of_ranks[c, chosen[k], w, 0], of_ranks[c, chosen[k], w, 1]
             for w in range(own_of.shape[2]):
-                own[c, k, w], early_ns[c, k, w] = own_of[c, chosen[k], w], early_of[c, chosen[k], w]
+                own[c, k, w] = own_of[c, chosen[k], w]
         for r in range(num_ranks):
             ends[c, class_of[r]] += ends_of[c, r]
-            for w in range(own_of.shape[2]):  # all wait for the rank with the most left to compute
-                early_ns[c, class_of[r], w] = min(early_ns[c, class_of[r], w], early_of[c, r, w])
+            for w in range(own_of.shape[2] if costs.num_early else 0):  # all wait for the rank with the most to compute
+                for kind in range(2):
+                    early[c, class_of[r], w, kind] = max(early[c, class_of[r], w, kind], early_of[c, r, w, kind])
+                    compute[c, class_of[r], 1 + w, kind] = max(
+                        compute[c, class_of[r], 1 + w, kind], of_ranks[c, r, 1 + w, kind]
+                    )
     for r in range(num_ranks):
         weight[class_of[r]] += 1
     num_waves, exchange, waits, gathered = costs.num_waves, costs.exchange, costs.waits, costs.gathered
-    num_blocks, groups, num_early = costs.num_blocks, costs.groups, costs.num_early
-    merged = LayerCosts(
-        num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, groups, early_ns, num_early
-    )
+    num_blocks, num_early = costs.num_blocks, costs.num_early
+    merged = LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, early, num_early)
     return merged, weight

@@ -31,7 +31,7 @@ def order_keys(costs, rates, num_slots, num_layers):
                     nanoseconds[c, j] = max(nanoseconds[c, j], compute[c, r, 0, ALONE], issue[c, r])
                     first[c] = max(first[c], compute[c, r, FIRST_ATTEND, ALONE], issue[c, r])
             elif kind == DISPATCH_OP:
-                nanoseconds[c, j] = max(exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns * costs.groups[c])
+                nanoseconds[c, j] = max(exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
             elif kind == COMBINE_OP:  # its last block of columns; the others run beside the experts
                 nanoseconds[c, j] = max(exchange[c, COMBINE, (wave + 1) * num_blocks - 1, ALONE], host_combine_ns)
             else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.clock.arrivals import take_as_they_arrive
+from pipemoe.plan.clock.arrivals import take_own_rows_first
 from pipemoe.plan.clock.clock import run_clock
 from pipemoe.plan.clock.columns import cut_columns
 from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LayerCosts, layer_costs
@@ -94,14 +94,13 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     starts, first = plan.facts.flat_boundaries
     num_experts, top_k = plan.shape.num_experts, plan.shape.top_k
     table = np.array(segments, dtype=np.int64)
-    gather, gathered = plan.config.combine == "gather", plan.config.gathered_waves
+    gather, gathered, left = plan.config.combine == "gather", plan.gathered_waves, plan.sms_left
     rates = rates_of(cost)
-    sms_left = 0 if plan.arrivals else plan.sms_left  # what arrivals leave is in their own price
     costs = layer_costs(
-        table, rows, num_waves, plan.waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
+        table, rows, num_waves, plan.waits, starts, first, rates, num_experts, top_k, gather, gathered, left
     )
     if plan.arrivals:
-        costs = take_as_they_arrive(costs, table, rows, rates, num_experts, top_k)
+        costs = take_own_rows_first(costs, table, rows, rates, num_experts, top_k, left)
     return cut_columns(costs, rates, plan.num_column_blocks)
 
 

@@ -27,7 +27,6 @@ COHORT = np.dtype(  # [C]
         ("slot", "i8"),
         ("blocks", "i8"),  # of columns, in all waves
         ("works", "i8"),  # computations of experts: early parts and blocks, in all waves
-        ("groups", "i8"),  # of a dispatch
     ]
 )
 STATE = np.dtype(  # [R, C]: a cohort on a rank
@@ -117,7 +116,7 @@ def issue_next(clock, costs, rates, r, now):
         kind = FINISH_OP if layer == num_layers else templates[c, place, 0]
         may = True
         if kind == DISPATCH_OP:
-            may = state[r, c].posted[DISPATCH] - transfers[DISPATCH, c].arrived < MAX_GROUPS // cohorts[c].groups
+            may = state[r, c].posted[DISPATCH] - transfers[DISPATCH, c].arrived < MAX_GROUPS
         elif kind == ATTEND_OP:
             before = cohorts[c].before
             if layer == 0 and before >= 0:
@@ -134,7 +133,7 @@ def issue_next(clock, costs, rates, r, now):
     if kind == ATTEND_OP:
         takes = costs.issue[c, r]
     elif kind == DISPATCH_OP:
-        takes = rates.host_dispatch_ns * cohorts[c].groups + (rates.host_pack_ns if costs.own[c, r, wave] else 0)
+        takes = rates.host_dispatch_ns + (rates.host_pack_ns if costs.own[c, r, wave] else 0)
     elif kind == EXPERTS_OP:
         takes = issuing_ns(rates, costs.num_blocks)[0]
     elif kind == COMBINE_OP:

@@ -29,12 +29,6 @@ GPUS: dict[str, Device] = {
     "b200": Device("b200", 2250 * 10**12, 8000 * 10**9, 900 * 10**9, 148),
 }
 UNKNOWN_GPU = GPUS["a100"]
-_HOPPER = ("h100", "h200", "h800", "h20")  # parts of names: gh200 is one too
-
-
-def is_hopper(name: str) -> bool:
-    """Does a GPU have the architecture that "hopper" experts need? name: of a preset, or as the driver gives it."""
-    return any(key in name.lower() for key in _HOPPER)
 
 
 def cpu(cores: int) -> Device:

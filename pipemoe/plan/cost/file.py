@@ -1,6 +1,6 @@
 """The JSON file of a measured cost model: what `pipemoe tune` writes, and `Config.cost` names.
 
-    {"schema": "pipemoe.cost/6", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
+    {"schema": "pipemoe.cost/7", "subject": {"device": ..., "num_ranks": ..., "model": ..., ...}, "cost": {...}}
 
 The subject says what was measured. A file is used for exactly that and refused for anything else.
 """
@@ -18,7 +18,7 @@ from pipemoe.errors import ConfigError
 from pipemoe.output_path import write_whole
 from pipemoe.plan.cost.model import CostModel, cost_from_dict
 
-SCHEMA = "pipemoe.cost/6"
+SCHEMA = "pipemoe.cost/7"
 _BLOCKWISE_IN_FILES = "sliced_permille"  # what files of this version call it
 
 

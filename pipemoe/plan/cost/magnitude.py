@@ -60,7 +60,7 @@ def longest_ns(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMo
     of_experts = (
         waves * (MOST_BLOCKS * experts.fixed_ns + local * experts.expert_ns) + (pair_ps + rows * experts.row_ps) // 1000
     )
-    of_experts = of_experts * 1000 // (experts.arrivals_permille or 1000)
+    of_experts *= 1 + (config.arrivals is not False)  # own rows and the others' in calls of their own
 
     of_transfers = 0
     for exchange in (cost.dispatch, cost.combine):

@@ -148,14 +148,6 @@ def test_draws_and_budgets(world, arguments, capsys):
 
 
 @pytest.mark.mpi
-def test_experts_of_the_host_take_no_waves_as_they_arrive(world, arguments):
-    if world.device.type != "cpu":
-        pytest.skip("experts of a GPU may take them")
-    with pytest.raises(ConfigError, match="host experts take whole waves only"):
-        ttft.run(world, arguments("--modes", "chunked", "--arrivals", "on"))
-
-
-@pytest.mark.mpi
 def test_requests_by_the_traces_clock(world, arguments, capsys):
     options = arguments("--requests", "trace", "--time-scale", "100", "--modes", "pipelined,broadcast", "--rounds", "1")
     assert ttft.run(world, options) == 0

@@ -15,7 +15,7 @@ from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import COMBINES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, cpu
-from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, ExpertsCost, HostCost, SmsCost
+from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
 from pipemoe.plan.verify import verify
@@ -24,7 +24,7 @@ SHAPE = ModelShape(1024, 32, 8, 2, 2)
 DEEP = ModelShape(2048, 768, 128, 8, 24)
 QUICK_HOST = CostModel(host=HostCost(50_000, 10_000, 10_000, 10_000, 10_000, 10_000, 1_000))  # launches do not bind
 
-ARRIVING = replace(QUICK_HOST, experts=ExpertsCost(arrivals_permille=900))
+SLOW_LINKS = replace(QUICK_HOST, dispatch=ExchangeCost(20_000, 5_000, 100_000))  # arrivals may pay
 
 
 @st.composite
@@ -62,7 +62,7 @@ def plan_of(candidate, facts, shape, config, cost):
 
 
 costs = st.sampled_from(
-    [CostModel(), CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1)), ARRIVING]
+    [CostModel(), CostModel(host=HostCost(1, 1, 1, 1, 1, 1, 1)), SLOW_LINKS]
     + [
         default_cost(device, dimensions_of(MODEL_CONFIGS["small"]), 4, value_bytes=2, sum_bytes=4, ctas=1)
         for device in (*GPUS.values(), cpu(2))

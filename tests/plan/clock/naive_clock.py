@@ -2,7 +2,6 @@
 speed.
 """
 
-from pipemoe.plan.arrivals import groups_of
 from pipemoe.plan.clock.layer import FINISH, FIRST_ATTEND
 from pipemoe.plan.clock.prediction import costs_of
 from pipemoe.plan.cost.model import rates_of
@@ -18,7 +17,7 @@ class NaiveSimulator:
         self.ranks, self.num_cohorts = range(plan.facts.num_ranks), len(plan.cohorts)
         self.ops_of = [[op for op in plan.ops if op.cohort == c] for c in range(self.num_cohorts)]
         self.position = {op: i for i, op in enumerate(plan.ops)}
-        # an early part: what experts do before a wave's last group arrives
+        # an early part: what experts do before a wave's dispatch arrives
         self.num_blocks, self.num_early = plan.num_column_blocks, int(plan.arrivals)
         self.done = [set() for _ in self.ranks]
         self.parts = [dict.fromkeys(plan.ops, 0) for _ in self.ranks]  # of an operation that are done
@@ -101,10 +100,6 @@ class NaiveSimulator:
                     self.begun.update({(r, op): now for r in self.ranks})
                     self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), item, 0])
 
-    def num_groups(self, cohort):
-        """Of a dispatch, at most."""
-        return max(len(groups_of(self.plan, cohort, w)) for w in range(len(self.plan.cohorts[cohort].waves)))
-
     def may_transfer(self, r, op):
         """A block of sums may as soon as it is computed."""
         if op.kind is OpKind.COMBINE:
@@ -118,7 +113,7 @@ class NaiveSimulator:
                 for o in self.posted[r]
                 if o.kind is OpKind.DISPATCH and o.cohort == op.cohort and o not in self.done[r]
             ]
-            return (len(under_way) + 1) * self.num_groups(op.cohort) <= MAX_GROUPS
+            return len(under_way) < MAX_GROUPS
         if op.kind is not OpKind.ATTEND:
             return True
         if op.layer == 0 and any(o not in self.issued[r] for e in self.before(op) for o in self.ops_of[e]):
@@ -174,9 +169,7 @@ class NaiveSimulator:
     def host_ns(self, r, op):
         rates, owner = self.rates, bool(self.costs.own[op.cohort, r].any())
         if op.kind is OpKind.DISPATCH:
-            return rates.host_dispatch_ns * self.num_groups(op.cohort) + (
-                rates.host_pack_ns if self.costs.own[op.cohort, r, op.wave] else 0
-            )
+            return rates.host_dispatch_ns + (rates.host_pack_ns if self.costs.own[op.cohort, r, op.wave] else 0)
         if op.kind is OpKind.ATTEND:
             return int(self.costs.issue[op.cohort, r])
         if op.kind is OpKind.FINISH:

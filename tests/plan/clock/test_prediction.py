@@ -42,7 +42,7 @@ def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
     attend = ns()
     return CostModel(
         attend=AttendCost(ns(), ns(), ns(2000), ns(2000), ns(500, 0), ns(60, 0), ns(4000, 0), ns(4000, 0)),
-        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0), ns(1000, 0)),
+        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0)),
         dispatch=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         combine=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         host=HostCost(attend, ns(100, 0), ns(attend), *(ns() for _ in range(6))),
@@ -75,7 +75,7 @@ def test_same_as_the_naive_simulator(data):
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_same_as_the_naive_simulator_with_arrivals(data):
-    """Ranks enough for several groups; waves, cohorts one after another in a slot, blocks of columns."""
+    """Waves, cohorts one after another in a slot, blocks of columns."""
     facts = Facts(tuple((n,) if n else () for n in data.draw(st.lists(st.integers(0, 30), min_size=4, max_size=9))))
     blocks, one_cohort = data.draw(st.sampled_from((None, 3))), data.draw(st.booleans())
     config = PlanConfig(

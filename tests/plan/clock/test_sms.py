@@ -109,13 +109,6 @@ def test_auto_leaves_what_is_predicted_to_be_best():
     )
 
 
-def test_demanding_arrivals_changes_nothing_where_cohorts_run_side_by_side():
-    facts, cost = Facts(((3000,), (16,), (16,), (16,))), replace(COMPUTING, sms=SmsCost(132, 8, 1000))
-    plans = [plan(facts, DEEP, PlanConfig(combine_blocks=1, arrivals=arrivals), cost) for arrivals in (False, True)]
-    for p in plans:
-        assert p.num_slots_used > 1 and not p.arrivals and p.sms_left == 0  # nothing to be had for leaving any
-
-
 def test_crowding_and_fewer_multiprocessors_slow():
     facts = Facts(((3000,),) * 4)
 

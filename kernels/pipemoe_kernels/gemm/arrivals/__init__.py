@@ -1,1 +1,0 @@
-"""Grouped GEMMs that take rows as they arrive."""
