@@ -11,8 +11,8 @@ The boundary is the same: token ids on the host to the first token's id on the h
 `prefill`; for vLLM its engine's time from scheduling to the token, so without its message queues, which
 `client_ttft_ms` includes.
 
-Where memory does not hold all models at once, there are several phases: pipemoe beside vLLM, then pipemoe beside the
-older one, or one after the other. Each row says its phase and its order; compare rows of one phase.
+Where memory does not hold all models at once, there are several phases: pipemoe beside the older one, then pipemoe
+beside vLLM, or one after the other. Each row says its phase and its order; compare rows of one phase.
 
 Routing (`active_experts`, `expert_load_max_over_mean`) is counted in a step outside the timing. vLLM's is that of
 pipemoe's step if it has pipemoe's weights; `same_first_tokens` is the share of rounds in which it found pipemoe's first

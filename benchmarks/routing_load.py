@@ -83,6 +83,7 @@ def counted(model: Model) -> Iterator[ExpertLoads]:
     """
     shape, runtime = model.decoder.shape, model.runtime
     loads = ExpertLoads(shape.num_layers, shape.num_experts, model.world.device)
+    loads.counts()  # zeroed on another stream than the lanes'
     place = next(name for name in _PLACES if hasattr(runtime, name))
     experts = getattr(runtime, place)
     setattr(runtime, place, {num_sms: _Counting(e, loads) for num_sms, e in experts.items()})

@@ -35,7 +35,7 @@ def phases_of(impls: Sequence[str], room_for: int) -> list[list[str]]:
         return [list(impls)]
     if room_for < 2:
         return [[impl] for impl in impls]
-    return [[impls[0], other] for other in reversed(impls[1:])]
+    return [[impls[0], other] for other in impls[1:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,16 @@ class Forward:
 
     def run(self) -> None:
         options = self._options
-        wanted = [PIPEMOE] + [BEFORE] * (options.before is not None) + [VLLM] * options.vllm
+        impls = [PIPEMOE] + [BEFORE] * (options.before is not None) + [VLLM] * options.vllm
         self._room = self._room_for()
-        phases = phases_of(wanted, min(self._room, 2) if options.in_turn else self._room)
+        phases = phases_of(impls, min(self._room, 2) if options.in_turn else self._room)
         try:
             for number, phase in enumerate(phases, 1):
                 for impl in [impl for impl in self._servers if impl not in phase]:
                     self._servers.pop(impl).close()
-                # vLLM measures the free memory while it starts, so it comes first.
-                for impl in sorted(phase, key=lambda impl: impl != VLLM):
-                    if impl not in self._servers and impl not in self.left_out:
-                        self._start(impl)
+                wanted = [impl for impl in phase if impl not in self._servers and impl not in self.left_out]
+                self._start([impl for impl in wanted if impl != VLLM])
+                self._start([VLLM] * (VLLM in wanted))  # alone, as it measures the free memory meanwhile
                 for tokens in options.tokens:
                     self._case(number, [impl for impl in phase if impl in self._servers], tokens)
         finally:
@@ -131,22 +130,24 @@ class Forward:
         self._weight_bytes, self._gpu_bytes = prepared.num_bytes, gpus[0].memory_mib << 20
         return self._gpu_bytes // (self._weight_bytes + ROOM)
 
-    def _start(self, impl: str) -> None:
-        self._progress.say(f"starting {impl}")
-        server = Server(impl, *self._command(impl))
-        self._servers[impl] = server
-        try:
-            hello = server.read(self._options.start_seconds)
-        except ServerError as error:
-            self._drop(impl, error)
-            return
-        if "absent" in hello:
-            self._servers.pop(impl).close()
-            self.left_out[impl] = hello["absent"]
-            self._progress.say(f"{impl} is left out: {hello['absent']}")
-            return
-        self._hello[impl] = hello
-        self._progress.say(f"{impl} is ready: {hello}")
+    def _start(self, impls: Sequence[str]) -> None:
+        """Start them side by side, and wait until they are ready."""
+        for impl in impls:
+            self._progress.say(f"starting {impl}")
+            self._servers[impl] = Server(impl, *self._command(impl))
+        for impl in impls:
+            try:
+                hello = self._servers[impl].read(self._options.start_seconds)
+            except ServerError as error:
+                self._drop(impl, error)
+                continue
+            if "absent" in hello:
+                self._servers.pop(impl).close()
+                self.left_out[impl] = hello["absent"]
+                self._progress.say(f"{impl} is left out: {hello['absent']}")
+                continue
+            self._hello[impl] = hello
+            self._progress.say(f"{impl} is ready: {hello}")
 
     def _drop(self, impl: str, error: ServerError) -> None:
         self._servers.pop(impl).close()

@@ -137,7 +137,7 @@ def test_bad_options_are_named(bad, capsys):
 def test_phases_hold_what_fits_and_compare_the_first_with_each():
     impls = ["pipemoe", "pipemoe_before", "vllm"]
     assert phases_of(impls, 5) == phases_of(impls, 3) == [impls]
-    assert phases_of(impls, 2) == [["pipemoe", "vllm"], ["pipemoe", "pipemoe_before"]]
+    assert phases_of(impls, 2) == [["pipemoe", "pipemoe_before"], ["pipemoe", "vllm"]]
     assert phases_of(impls, 1) == phases_of(impls, 0) == [[impl] for impl in impls]
     assert phases_of(impls[:1], 0) == [["pipemoe"]]
 
