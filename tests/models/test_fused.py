@@ -12,10 +12,10 @@ import torch
 
 from pipemoe import Config
 from pipemoe.errors import ConfigError
-from pipemoe.models import fused_decoder
+from pipemoe.models import attention_choice, fused_decoder
 from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
-from pipemoe.models.fused_decoder import lack
+from pipemoe.models.fused_decoder import FusedDecoder, lack
 from pipemoe.models.loading import load_decoder
 from tests.models.tiny import FAMILIES, tiny_config
 
@@ -49,6 +49,23 @@ def test_what_is_asked_for_by_name_is_refused_with_the_reason():
         choice.of(Config(attention="fused"), "rank 3: ")
     decoder, graphs = choice.of(Config(attention="transformers"), "")
     assert choice.of(Config(attention="transformers", mode="chunked"), "") == (decoder, graphs)
+
+
+def test_weights_are_in_their_last_place_before_the_first_graph(monkeypatch):
+    """Graphs know weights by their addresses, whichever form they are of."""
+    plain = decoder_of("mixtral")
+    for module in (attention_choice, fused_decoder):
+        monkeypatch.setattr(module, "lack", lambda decoder: None)
+    choice = AttentionChoice(plain)
+    assert choice.of(Config(attention="transformers"), "")[0] is plain
+    places = {name: parameter.data_ptr() for name, parameter in plain._model.named_parameters()}
+    fused, graphs = choice.of(Config(attention="fused"), "")
+    assert isinstance(fused, FusedDecoder) and choice.of(Config(), "") == (fused, graphs)
+    assert places == {name: parameter.data_ptr() for name, parameter in plain._model.named_parameters()}
+    attention = plain._blocks[0].self_attn
+    together = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    assert torch.equal(fused._layers[0].attention._weight, together)
+    assert fused._layers[0].attention._weight.data_ptr() == attention.q_proj.weight.data_ptr()
 
 
 @pytest.mark.parametrize("bad", ["", "Fused", None, 3])
