@@ -141,7 +141,8 @@ class FusedDecoder(Decoder):
         room for them. PlacedRows: where these say when the kernels run; then only x is given back, and a copy.
         """
         self._check_order(state, layer, y)
-        self.run_shared(state)
+        if y is not None:
+            self.run_shared(state)
         state.layer = layer
         hidden = state.hidden[0]
         if rows is None:
