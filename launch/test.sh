@@ -51,7 +51,7 @@ one_process() {
 on_ranks() {
     local num_ranks=$1 rank_logs=$logs/ranks$1
     shift
-    mkdir "$rank_logs"
+    mkdir -p "$rank_logs"
     PIPEMOE_RANK_LOGS=$rank_logs timeout --foreground --kill-after=20 600 launch/mpirun.sh -n "$num_ranks" \
         -m pytest -q -m "mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "$@" && return
     tail -n 60 "$rank_logs"/rank*.log 2>/dev/null
@@ -76,6 +76,7 @@ rows+=($!)
     part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
     # over MPI; the others share memory
     PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 "${by_ranks[@]}" tests/benchmarks
+    PIPEMOE_HOST_TRANSPORT=mpi part "4 ranks over MPI" on_ranks 4 tests/comm/test_transport.py tests/runtime/test_arrivals.py
 } </dev/null &
 rows+=($!)
 for row in "${rows[@]}"; do
