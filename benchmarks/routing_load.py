@@ -72,14 +72,15 @@ class _Counting:
         return getattr(self._experts, name)
 
     def __call__(self, layer: int, rows: Any, *arguments: Any) -> None:
-        self._loads.add(layer, rows.ids)
+        for _, piece in getattr(rows, "pieces", [(0, rows)]):  # ranks that share memory have them scattered
+            self._loads.add(layer, piece.ids)
         self._experts(layer, rows, *arguments)
 
 
 @contextmanager
 def counted(model: Model) -> Iterator[ExpertLoads]:
     """Count the tokens of all ranks' rows in the steps of this context, which must be given a `timeline`: only then is
-    every call made anew. Waves that arrive in parts are not counted. Every rank may count, and finds the same.
+    every call made anew. Every rank may count, and finds the same.
     """
     shape, runtime = model.decoder.shape, model.runtime
     loads = ExpertLoads(shape.num_layers, shape.num_experts, model.world.device)
