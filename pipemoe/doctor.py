@@ -293,7 +293,10 @@ def check_host_transport() -> list[Finding]:
     if refused:
         verdict = "WARN" if wanted == "auto" else "FAIL"
         return [Finding(subject, verdict, f"MPI: {refused}", "ranks on the CPU are slower over MPI")]
-    return [Finding(subject, "OK", "shared memory (ranks of one host)")]
+    seen = "shared memory (ranks of one host)"
+    if _read(Path("/proc/sys/kernel/sched_autogroup_enabled")).strip() == "1":
+        seen += "; sessions share the cores (autogroup), so niceness counts within a rank only"
+    return [Finding(subject, "OK", seen)]
 
 
 def check_shared_memory() -> list[Finding]:

@@ -8,7 +8,9 @@ for have rung (pipemoe.comm.shared.bells).
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,6 +23,14 @@ from pipemoe.torch_state import no_grad_on_this_thread
 _Work = tuple[Callable[[], Any], list[Any], HostEvent]
 # With so few pieces of work left in a slot's queues, the engine is told that it may issue more.
 _FEW_LEFT = 6
+_NICENESS, _MOST_NICE = 5, 15  # of each slot more than of the one before; of the last at most
+_NUM_CORES = len(os.sched_getaffinity(0))
+_WAY_SECONDS, _LONGEST_WAY = 300e-6, 0.01
+
+
+def _niceness(slot: int) -> int:
+    """Of a slot's thread: shorter cohorts, in earlier slots, go before longer ones."""
+    return min(_NICENESS * slot, _MOST_NICE)
 
 
 class QueueLane:
@@ -113,18 +123,37 @@ class HostSlot:
                         sleeper.stay_awake()
         sleeper.want_every(self.number, every)
 
+    def _give_way(self) -> None:
+        """Before a piece of work, wait for a while if shorter cohorts keep all cores busy, on whatever ranks.
+
+        Niceness alone does not do that: Linux shares cores among sessions first (autogroup), and a launcher may start
+        each rank in a session of its own.
+        """
+        if not self.number:
+            return
+        end = time.monotonic() + _LONGEST_WAY
+        while self._bells.num_at_work_before(self.number) >= _NUM_CORES and time.monotonic() < end:
+            time.sleep(_WAY_SECONDS)
+
     def _run(self) -> None:
+        # For good: an unprivileged thread cannot come back. So each slot has a thread of its own.
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _niceness(self.number))
         no_grad_on_this_thread()
         sleeper = self._bells.sleeper([self.number])
         while not self._closed:
             self._filled.wait()
             sleeper.look()
             if self.is_inline or not self.num_left:
+                self._bells.say_at_work(self.number, False)
                 self._filled.clear()
                 if (self.num_left and not self.is_inline) or self._closed:
                     self._filled.set()
                 continue
+            self._give_way()
+            self._bells.say_at_work(self.number, True)
             if not self.run_one():
+                self._bells.say_at_work(self.number, False)
                 self.say_what_lacks(sleeper)
                 sleeper.rest(LONGEST_SLEEP)
 

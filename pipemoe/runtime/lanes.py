@@ -53,13 +53,17 @@ class Lane(Protocol):
     def close(self) -> None: ...
 
 
-class HostEvent:
-    """An event of the host lanes."""
+_waiting = threading.Lock()  # for who makes an event's flag
 
-    __slots__ = ("_begin", "_end", "_flag", "error")
+
+class HostEvent:
+    """An event of the host lanes. Most are only polled, so the flag to wait by is made for who waits."""
+
+    __slots__ = ("_begin", "_end", "_flag", "_is_set", "error")
 
     def __init__(self) -> None:
-        self._flag = threading.Event()
+        self._flag: threading.Event | None = None
+        self._is_set = False
         self.error: BaseException | None = None  # what the work raised
         self._begin = self._end = 0.0
 
@@ -69,13 +73,20 @@ class HostEvent:
     def set(self, error: BaseException | None = None) -> None:
         self._end = time.perf_counter()
         self.error = error
-        self._flag.set()
+        self._is_set = True  # before the flag is looked at: who makes one looks at this afterwards
+        if self._flag is not None:
+            self._flag.set()
 
     def wait(self, seconds: float | None = None) -> bool:
-        return self._flag.wait(seconds)
+        if not self._is_set:
+            with _waiting:
+                self._flag = flag = self._flag or threading.Event()
+            if not self._is_set:
+                flag.wait(seconds)
+        return self._is_set
 
     def done(self) -> bool:
-        if not self._flag.is_set():
+        if not self._is_set:
             return False
         if self.error is not None:
             raise self.error
@@ -83,7 +94,7 @@ class HostEvent:
 
     def is_over(self) -> bool:
         """Has the lane passed it, whatever the work before it raised?"""
-        return self._flag.is_set()
+        return self._is_set
 
     def span(self) -> tuple[float, float]:
         return self._begin, self._end

@@ -2,7 +2,7 @@
 
 A rank's bell has a word that changes with every ring, on which its threads sleep, and a channel for each of them:
 
-    word | channel 0: rings, target, sleeps | channel 1: ... |      a channel for each slot, the last for the engine
+    word | channel 0: rings, target, sleeps, ... | channel 1: ... |     a channel for each slot, the last for the engine
 
 Of a peer's rings a thread usually needs several: one from each rank that it waits for. So before it sleeps it says at
 which number of rings it wants to be woken; a ring that is not the last one costs no system call, and no change of
@@ -22,7 +22,7 @@ from pipemoe.comm.shared.words import _add, _load, _store, compiled, compiled_pa
 
 LONGEST_SLEEP = 0.05  # seconds
 _LINE = 64  # bytes; each channel has one, as threads write it
-_RINGS, _TARGET, _SLEEPS, _EVERY = 0, 4, 8, 12  # bytes
+_RINGS, _TARGET, _SLEEPS, _EVERY, _WORKS = 0, 4, 8, 12, 16  # bytes
 _MASKS = 31  # bits that tell channels apart; more channels share them, and wake up for one another
 
 
@@ -78,6 +78,16 @@ def _rest(bell, channels, seen, wanted, spin_ns, rest_ns):
         _store(bell + _LINE * (1 + channels[i]) + _SLEEPS, np.int32(0))
 
 
+@compiled(lambda: types.int64(types.int64[::1], types.int64))
+def _num_at_work(bells, channel):
+    """Threads of lower channels that are at work, on all ranks."""
+    found = 0
+    for bell in bells:
+        for other in range(channel):
+            found += _load(bell + _LINE * (1 + other) + _WORKS)
+    return found
+
+
 @compiled_part
 def _has_rung(bell, channels, seen, wanted):
     for i in range(len(channels)):
@@ -114,6 +124,14 @@ class Bells:
             _ring(expecting, channel, 1)
         if len(not_expecting):
             _ring(not_expecting, channel, 0)
+
+    def say_at_work(self, channel: int, works: bool) -> None:
+        """Tell all ranks whether this rank's thread of the channel is at work, or waits."""
+        words.store(self._own + _LINE * (1 + channel) + _WORKS, int(works))
+
+    def num_at_work_before(self, channel: int) -> int:
+        """How many threads of lower channels are at work, on all ranks."""
+        return _num_at_work(self._bells, channel)
 
     def ring_here(self, channel: int) -> None:
         """Wake up this rank's thread of the channel."""

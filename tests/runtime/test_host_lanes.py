@@ -1,0 +1,133 @@
+"""The lanes of ranks that share memory: one thread for all of a slot's work, the engine's own or the slot's."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from pipemoe.comm.shared import words
+from pipemoe.comm.shared.bells import Bells
+from pipemoe.comm.shared.flags import FlagEvent
+from pipemoe.runtime.host_lanes import HostLanes, _niceness
+from pipemoe.runtime.lanes import HostEvent
+
+PATIENCE = 60  # seconds for a thread that is to do something: only a fault takes so long
+NUM_SLOTS = 3
+
+
+@pytest.fixture
+def lanes():
+    memory = np.zeros(Bells.num_bytes(NUM_SLOTS) + 64, np.uint8)
+    address = memory.ctypes.data + -memory.ctypes.data % 64
+    made = HostLanes(NUM_SLOTS, Bells(0, [address], NUM_SLOTS, 0.0))
+    made.memory = memory  # kept alive
+    yield made
+    made.close()
+
+
+class Flag:
+    def __init__(self):
+        self._memory = np.zeros(1, np.int32)
+        self.event = FlagEvent(np.array([self._memory.ctypes.data], np.int64), 7)
+
+    def up(self):
+        words.store(self._memory.ctypes.data, 7)
+
+
+def note(order, name):
+    return lambda: order.append((name, threading.current_thread().name))
+
+
+def test_one_cohorts_work_is_done_by_whoever_polls(lanes):
+    lanes.begin({1})
+    order, flag = [], Flag()
+    slot, here = lanes.slots[1], threading.current_thread().name
+    attended = slot.compute.submit(note(order, "attend"))
+    computed = slot.compute.submit(note(order, "experts"), [attended, flag.event])
+    summed = slot.combine.submit(note(order, "sum"), [computed])
+    behind = slot.compute.submit(note(order, "next attend"), [summed])
+    assert not order
+    lanes.poll()
+    assert order == [("attend", here)] and attended.done() and not computed.done()
+    flag.up()
+    lanes.poll()
+    assert order == [(name, here) for name in ("attend", "experts", "sum", "next attend")] and behind.done()
+
+
+def test_each_of_several_cohorts_has_a_thread_and_none_waits_for_another(lanes):
+    lanes.begin({0, 2})
+    order, gate, flag = [], threading.Event(), Flag()
+    held = lanes.slots[0].compute.submit(lambda: gate.wait(PATIENCE))
+    waits = lanes.slots[2].compute.submit(note(order, "waits"), [flag.event])
+    sums = lanes.slots[2].combine.submit(note(order, "sums"))
+    assert sums.wait(PATIENCE) and order == [("sums", "pipemoe slot 2")] and not waits.done() and not held.done()
+    flag.up()
+    assert waits.wait(PATIENCE) and not held.done()
+    gate.set()
+    assert held.wait(PATIENCE)
+
+
+def test_a_slot_waits_for_an_event_of_another(lanes):
+    lanes.begin({0, 1})
+    order, gate = [], threading.Event()
+    first = lanes.slots[0].compute.submit(lambda: gate.wait(PATIENCE) and order.append("first"))
+    second = lanes.slots[1].compute.submit(lambda: order.append("second"), [first])
+    gate.set()
+    assert second.wait(PATIENCE) and order == ["first", "second"]
+
+
+def test_what_work_raised_comes_out_of_its_event_and_of_those_that_wait_for_it(lanes):
+    lanes.begin({0})
+
+    def broken():
+        raise ValueError("planted")
+
+    events = [lanes.slots[0].compute.submit(broken)]
+    events.append(lanes.slots[0].combine.submit(lambda: None, [events[0]]))
+    fine = lanes.slots[0].compute.submit(lambda: None)
+    lanes.poll()
+    for event in events:
+        with pytest.raises(ValueError, match="planted"):
+            event.done()
+    assert fine.done()
+
+
+def test_the_engine_sleeps_until_a_slots_thread_has_news(lanes):
+    lanes.begin({0, 1})
+    for _ in range(50):
+        lanes.wake.look()
+        event = lanes.slots[1].compute.submit(lambda: None)
+        while not event.done():
+            lanes.wake.rest(PATIENCE)
+            lanes.wake.look()
+
+
+def test_a_step_of_one_cohort_after_one_of_several(lanes):
+    for slots in ({0, 1}, {1}, {0, 1}, {0}):
+        lanes.begin(slots)
+        events = [lanes.slots[slot].compute.submit(lambda: None) for slot in slots]
+        lanes.poll()
+        assert all(event.wait(PATIENCE) for event in events)
+
+
+def test_longer_cohorts_have_nicer_threads(lanes):
+    lanes.begin({0, 1, 2})
+    found = {}
+
+    def look(slot):
+        return lambda: found.update({slot: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())})
+
+    events = [lanes.slots[slot].compute.submit(look(slot)) for slot in range(3)]
+    assert all(event.wait(PATIENCE) for event in events)
+    here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert [found[slot] for slot in range(3)] == [min(19, here + _niceness(slot)) for slot in range(3)]
+    assert _niceness(0) == 0 < _niceness(1) < _niceness(2) <= 15 == _niceness(30)
+
+
+def test_a_mark_wakes_the_engine(lanes):
+    lanes.wake.look()
+    mark = lanes.new_mark()
+    mark.record()
+    lanes.wake.rest(PATIENCE)
+    assert isinstance(mark, HostEvent) and mark.done()
