@@ -82,12 +82,16 @@ class HostSlot:
             self._filled.set()
             self._bells.ring_here(self.number)
 
-    def run_one(self) -> bool:
-        """Do the first piece of work that may go on; False if there is none."""
+    def run_one(self, looks_at_flags: bool = True) -> bool:
+        """Do the first piece of work that may go on; False if there is none. looks_at_flags: else only what waits for
+        no other rank.
+        """
         for queue in self._queues:
             if not queue:
                 continue
             work, waits, event = queue[0]
+            if not looks_at_flags and waits and isinstance(waits[-1], FlagEvent):
+                continue
             try:
                 while waits and waits[-1].done():
                     waits.pop()
@@ -189,10 +193,11 @@ class HostLanes:
         if not slot.is_inline and slot.num_left <= _FEW_LEFT:
             self.wake.set()
 
-    def poll(self) -> None:
+    def poll(self, between_issues: bool = False) -> None:
+        """Do what may be done. between_issues: only what waits for no other rank; the engine will call again."""
         for slot in self._host_slots:
             if slot.is_inline:
-                while slot.run_one():
+                while slot.num_left and slot.run_one(looks_at_flags=not between_issues):
                     self.wake.stay_awake()
 
     def close(self) -> None:

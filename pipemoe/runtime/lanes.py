@@ -362,7 +362,8 @@ class Lanes:
     clock: StreamClock | HostClock
     new_mark: Callable[[], Mark]  # for work of compute lanes
 
-    def poll(self) -> None:
+    def poll(self, between_issues: bool = False) -> None:
+        """Advance all work that needs polling. between_issues: the engine is about to issue more, and to call again."""
         for slot in self.slots:
             slot.dispatch.poll()
             slot.combine.poll()

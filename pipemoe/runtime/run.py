@@ -171,7 +171,7 @@ class Run:
                 self._under_way.setdefault((self._plan.cohorts[op.cohort].slot, LANE_OF[op.kind]), deque()).append(
                     (op, event)
                 )
-                self._lanes.poll()
+                self._lanes.poll(between_issues=True)
         except BaseException as error:
             self.failed_op = self._op_of(error) or self.failed_op or op or self.oldest()
             raise

@@ -40,7 +40,6 @@ class SharedWaveBuffers:
             starts[s.rank] += s.num_rows
         self.own = [(s, rows) for s, rows in pieces if s.rank == rank]
         self.has_padding = False  # no rank reads padding
-        self.own_block_ids = wire.rows(memories[rank][:0]).ids
         self.rows = ScatteredRows([(s.row, rows) for s, rows in pieces], self.wave.num_rows)
         # If nothing is exchanged, nobody says when others' rows may be read: this rank's memory stands in for theirs.
         stand_ins = [(s.row, wire.rows(memories[rank][: s.num_rows])) for s, _ in pieces]

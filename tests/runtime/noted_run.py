@@ -143,7 +143,7 @@ def noted_run(
     lanes = SimpleNamespace(
         slots=[SlotLanes(*(Lane(name, log, hold) for name in of_slot)) for of_slot in names],
         clock=SimpleNamespace(start=lambda timed: None),
-        poll=lambda: None,
+        poll=lambda between_issues=False: None,
         new_mark=lambda: Mark(log, hold),
     )
     workspace = Workspace(config, wire, torch.float32, facts.num_ranks, experts, device)
