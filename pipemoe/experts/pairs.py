@@ -126,6 +126,24 @@ def gather_narrow_rows(sources, start, stop, out):
                 out[i, h] = 0
 
 
+@part
+def _silu_rows(h, bias, out):
+    """activate_rows of plain silu, the form of nearly all models: alone in its loop it takes a third less time."""
+    intermediate, one = out.shape[1], np.float32(1.0)
+    for i in range(out.shape[0]):
+        for j in range(intermediate):
+            gate = h[i, j]
+            if bias.shape[0] > 0:
+                gate += bias[j]
+            value = gate / (one + math.exp(-gate))
+            if h.shape[1] > intermediate:
+                up = h[i, intermediate + j]
+                if bias.shape[0] > 0:
+                    up += bias[intermediate + j]
+                value *= up
+            out[i, j] = value
+
+
 @compiled(
     lambda t: [t.void(t.float32[:, ::1], t.float32[::1], t.int64, t.float64, t.float64, t.float64, t.float32[:, ::1])]
 )
@@ -135,6 +153,9 @@ def activate_rows(h, bias, activation, limit, alpha, up_offset, out):
     activation: its index in gating.ACTIVATIONS; limit (infinity: none), alpha: as in Gating. If h is [tile, I] there is
     no second factor, and bias is [I] or [0].
     """
+    if activation == 0 and limit == np.inf and alpha == 1 and up_offset == 0:
+        _silu_rows(h, bias, out)
+        return
     intermediate = out.shape[1]
     zero, half, one, root_of_half = np.float32(0.0), np.float32(0.5), np.float32(1.0), np.float32(0.5**0.5)
     linear, cubic = np.float32(2 * (2 / math.pi) ** 0.5), np.float32(0.044715)

@@ -41,3 +41,22 @@ def test_ranks_may_be_similar_by_any_factor(mode):
         verify(plan(facts, SHAPE, PlanConfig(mode=mode, pipelined_ratio=2**31 - 1)))
         assert len(fixed_assignment(facts, PlanConfig(mode="pipelined", pipelined_ratio=2**31 - 1))) == 1
         assert len(fixed_assignment(facts, PlanConfig(mode="pipelined", pipelined_ratio=7999))) == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whole_sequences_are_never_cut(mode):
+    """Microbatches begin and end where sequences do, and every token is in one."""
+    config = PlanConfig(mode=mode, whole_sequences=True, moe_max_num_tokens=4096)
+    for lengths in (((9000, 40), (30,)), ((7000,), ()), ((500, 500, 20), (4000,)), ((1,), (1,)), ((5000,) * 3, (5000,))):
+        facts = Facts(lengths)
+        found = plan(facts, SHAPE, config)
+        verify(found)
+        for cohort in found.cohorts:
+            for m in cohort.microbatches:
+                assert {m.start, m.stop} <= set(facts.boundaries[m.rank])
+
+
+def test_two_batch_of_whole_sequences_has_two_cohorts():
+    found = fixed_assignment(Facts(((9, 5), (7,))), PlanConfig(mode="two_batch", whole_sequences=True))
+    assert found == [[Microbatch(0, 9, 14)], [Microbatch(1, 0, 7), Microbatch(0, 0, 9)]]
+    assert len(fixed_assignment(Facts(((9,), ())), PlanConfig(mode="two_batch", whole_sequences=True))) == 1
