@@ -58,5 +58,5 @@ def test_whole_sequences_are_never_cut(mode):
 
 def test_two_batch_of_whole_sequences_has_two_cohorts():
     found = fixed_assignment(Facts(((9, 5), (7,))), PlanConfig(mode="two_batch", whole_sequences=True))
-    assert found == [[Microbatch(0, 9, 14)], [Microbatch(1, 0, 7), Microbatch(0, 0, 9)]]
+    assert found == [[Microbatch(1, 0, 7), Microbatch(0, 9, 14)], [Microbatch(0, 0, 9)]]
     assert len(fixed_assignment(Facts(((9,), ())), PlanConfig(mode="two_batch", whole_sequences=True))) == 1
