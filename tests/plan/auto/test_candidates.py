@@ -47,7 +47,13 @@ def test_ranks_may_be_similar_by_any_factor(mode):
 def test_whole_sequences_are_never_cut(mode):
     """Microbatches begin and end where sequences do, and every token is in one."""
     config = PlanConfig(mode=mode, whole_sequences=True, moe_max_num_tokens=4096)
-    for lengths in (((9000, 40), (30,)), ((7000,), ()), ((500, 500, 20), (4000,)), ((1,), (1,)), ((5000,) * 3, (5000,))):
+    for lengths in (
+        ((9000, 40), (30,)),
+        ((7000,), ()),
+        ((500, 500, 20), (4000,)),
+        ((1,), (1,)),
+        ((5000,) * 3, (5000,)),
+    ):
         facts = Facts(lengths)
         found = plan(facts, SHAPE, config)
         verify(found)
