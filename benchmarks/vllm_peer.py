@@ -50,7 +50,7 @@ class PipemoeWeights:
 
         model = self.model_runner.model  # type: ignore[attr-defined]
         weights = RandomTensors(raw, seed, router_skew, next(model.parameters()).device)
-        with torch.no_grad():
+        with torch.inference_mode():  # whether or not vLLM made them in it
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights.of(name, parameter))
         torch.cuda.synchronize()
