@@ -105,6 +105,17 @@ ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "excess_ms": _NUMBER,  # of a call with a new length over those of similar length; only in the stall test's rows
     },
 }
+ROW_FIELDS["host"] = {
+    "build": (str,),  # "before" or "now"
+    "mode": (str,),
+    "model": (str,),
+    "num_ranks": (int,),
+    "rank_tokens": (list, str),
+    "mean_ttft_ms": _NUMBER,  # median over rounds
+    "ttft_ms": (list,),  # per prompt, by step and rank
+    "workspace_bytes": _NUMBER,
+    "init_bytes": _NUMBER,  # of resident memory, that pipemoe.init took
+}
 _DOCUMENT_FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (str,),
     "benchmark": (str,),

@@ -1,0 +1,32 @@
+"""The host path in turns with an older build: what becomes of the times."""
+
+from types import SimpleNamespace
+
+from benchmarks import results_schema
+from benchmarks.host import __main__ as host
+
+
+def test_times_of_repeats_become_medians_per_prompt():
+    repeats = [[[1.0], [], [4.0, 7.0]], [[3.0], [], [5.0, 9.0]], [[2.0], [], [6.0, 8.0]]]  # [repeat][rank][prompt]
+    assert host._medians(repeats) == [2.0, 5.0, 8.0]
+
+
+def test_rows_have_medians_over_rounds_and_what_the_ranks_say(capsys):
+    options = host.parse(["--ranks", "2", "--rank-tokens", "3,5", "--num-requests", "0", "--rounds", "3"])
+    (workload,) = host.workloads_of(options)
+    asked = []
+
+    def run(mode, steps):
+        asked.append((mode, steps))
+        seconds = 0.001 * len(asked)
+        return [[[seconds], [3 * seconds]] for _ in steps]
+
+    facts = [{mode: {"workspace_bytes": 10 + rank} for mode in options.modes} | {"init_bytes": 7} for rank in range(2)]
+    build = SimpleNamespace(name="now", facts=facts, run=run)
+    options.modes = ["auto"]
+    (row,) = host.measure([build], [workload], options)
+    assert [mode for mode, _ in asked] == ["auto"] * 3 and all(len(steps) == 4 for _, steps in asked)
+    assert row["ttft_ms"] == [2.0, 6.0] and row["mean_ttft_ms"] == 4.0 and row["input_lens"] == [3, 5]
+    assert row["workspace_bytes"] == 11 and row["init_bytes"] == 7
+    results_schema.validate(results_schema.results_document("host", [row]))
+    assert "auto" in capsys.readouterr().out
