@@ -104,6 +104,11 @@ class PipelinedMoE:
         Every rank enters one; `num_tokens` may be 0. lengths: this rank's sequences in tokens (default: one sequence).
         Wrong arguments on one rank raise the same InputError on all of them, when the step is entered.
         One step at a time: entering raises InputError while this thread is inside another step of the same world.
+
+        On a GPU, do not copy into pageable host memory inside the step (`y.cpu()`, `y.tolist()`) before the stream has
+        come so far (`torch.cuda.current_stream().synchronize()`). Such a copy holds the CUDA driver while it waits for
+        rows that come from other ranks. If all ranks do so, no engine can send what they wait for, until the watchdog
+        ends the job.
         """
         rank, most = self.runtime.world.rank, self.runtime.config.max_tokens_per_rank
 

@@ -63,5 +63,7 @@ def make_rows(
 
 def norm_ratio(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """|found - wanted| / |wanted|, in float64 on the host."""
+    if found.is_cuda:  # see PipelinedMoE.step: inside an open step, wait first and then copy
+        torch.cuda.current_stream(found.device).synchronize()
     found, wanted = found.cpu().double(), wanted.cpu().double()
     return float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
