@@ -68,15 +68,15 @@ echo "== running; the first part is done in a minute or two"
     part "4 ranks" on_ranks 4 "${by_ranks[@]}"
     part "1 rank" on_ranks 1 tests
     part "3 ranks" on_ranks 3 --ignore=tests/benchmarks tests
+    # over MPI; the others share memory
+    PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 "${by_ranks[@]}" tests/benchmarks
+    PIPEMOE_HOST_TRANSPORT=mpi part "4 ranks over MPI" on_ranks 4 tests/comm/test_transport.py tests/runtime/test_arrivals.py
 } </dev/null &
 rows+=($!)
 {
     part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
     part "faults" one_process tests/faults
     part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
-    # over MPI; the others share memory
-    PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 "${by_ranks[@]}" tests/benchmarks
-    PIPEMOE_HOST_TRANSPORT=mpi part "4 ranks over MPI" on_ranks 4 tests/comm/test_transport.py tests/runtime/test_arrivals.py
 } </dev/null &
 rows+=($!)
 for row in "${rows[@]}"; do

@@ -12,6 +12,17 @@ from tests.comm.shared.shared_ranks import PATIENCE, memories, on_ranks
 NUM_SLOTS = 2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    """What is timed below: the first calls also compile, or read compiled code from the disk."""
+    bell = bells_of(2)[0]
+    sleeper = bell.sleeper([1])
+    sleeper.look()
+    bell.ring(1, [1])
+    bell.ring_here(1)
+    sleeper.rest(0.0)
+
+
 @pytest.fixture
 def bells():
     """Of three ranks."""
