@@ -48,13 +48,9 @@ def packed_attention(
             query[0].transpose(0, 1),  # [T, Hq, D]
             key[0].transpose(0, 1),
             value[0].transpose(0, 1),
-            packing.query_offsets,
-            packing.key_offsets,
-            max_query=packing.max_query,
-            max_key=packing.max_key,
             scale=scaling,
-            key_lengths=packing.key_lengths,
             window=sliding_window,
+            **packing.bounds(),
         )
         return out.unsqueeze(0), None
     if value_dim < head_dim:  # the fused kernels want one head size (MLA: 192 and 128)

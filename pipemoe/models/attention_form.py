@@ -27,8 +27,8 @@ class AttentionForm:
 
     rotary: how many values of a head (or of its part with a position) are rotated, the first ones: pairs half of that
     apart or, interleaved, neighbours. head_norms: RMSNorm over each head of queries and of keys, as q_norm and k_norm.
-    biased: the projections of the row, output_biased: that of the output has a bias. window: how many tokens a query
-    sees, itself included; None: all so far.
+    biased: the projections of the row have a bias. window: how many tokens a query sees, itself included; None: all so
+    far.
     """
 
     num_query: int
@@ -38,6 +38,5 @@ class AttentionForm:
     interleaved: bool = False
     head_norms: bool = False
     biased: bool = False
-    output_biased: bool = False
     window: int | None = None
     latent: LatentForm | None = None

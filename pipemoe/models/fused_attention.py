@@ -105,18 +105,7 @@ class HeadAttention:
         stream, cos, sin = Stream.current(x.device), rope[0][0], rope[1][0]
         place_heads(stream, qkv, form.num_query, cos, sin, self._norms, keys.rows, key, value, self._heads)
         query = qkv[:, : form.num_query * form.head_dim].unflatten(1, (form.num_query, form.head_dim))
-        out = attend_pieces(
-            query,
-            key,
-            value,
-            packing.query_offsets,
-            packing.key_offsets,
-            max_query=packing.max_query,
-            max_key=packing.max_key,
-            scale=self._scaling,
-            key_lengths=packing.key_lengths,
-            window=form.window,
-        )
+        out = attend_pieces(query, key, value, scale=self._scaling, window=form.window, **packing.bounds())
         add_product(hidden, out, self._out, self._out_bias)
 
 

@@ -10,7 +10,7 @@ many.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -87,6 +87,11 @@ class Packing:
             )
             self.key_lengths, self.key_rows = split[5], split[6].long()
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+
+    def bounds(self) -> dict[str, Any]:
+        """Where the pieces' queries and keys lie, as attend_pieces takes it."""
+        names = ("query_offsets", "key_offsets", "key_lengths", "max_query", "max_key")
+        return {name: getattr(self, name) for name in names}
 
     def mask(self, index: int, window: int | None) -> torch.Tensor:
         """Boolean mask [queries, keys] of piece `index`: True where the query may look; made once, then kept."""

@@ -19,7 +19,7 @@ import torch
 
 from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, tile_of
-from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx import hopper as ptx
 from pipemoe_kernels.ptx import mma as mma
@@ -377,7 +377,14 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
 
 
 class PackedMma:
-    """grouped_mma, ready for x of one layout and any number of pairs for which `out` has room."""
+    """out[p] = activation(gate r) * (up r), or activation(w r), r = x[tokens[p]]; w x[p] if tokens and activation are
+    None. Ready for x of one layout and any number of pairs for which `out` has room.
+
+    For every place p < offsets[-1] of the sorted order; later rows are neither read nor written. x [n, Kd]
+    bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; w [E_loc, N, Kd], experts strided; offsets
+    [E_loc] int32 ends; bias [E_loc, N] or None; out [pairs, N], or [pairs, N / 2] if gated, rows strided on 16-byte
+    boundaries.
+    """
 
     def __init__(
         self,
@@ -435,30 +442,3 @@ class PackedMma:
         row_tiles = num_pairs // TILE_ROWS + min(self._num_local, num_pairs)
         self._launch.values[self._x] = x
         self._launch(stream, min(self._num_sms, row_tiles * self._slices))
-
-
-def grouped_mma(
-    stream: Stream,
-    x: torch.Tensor,
-    tokens: torch.Tensor | None,
-    w: torch.Tensor,
-    offsets: torch.Tensor,
-    bias: torch.Tensor | None,
-    out: torch.Tensor,
-    num_sms: int,
-    *,
-    gated: bool = False,
-    activation: str | Gating | None = None,
-) -> None:
-    """out[p] = activation(gate r) * (up r), or activation(w r), r = x[tokens[p]]; w x[p] if tokens and activation are
-    None.
-
-    For every place p < offsets[-1] of the sorted order; later rows are neither read nor written. x [n, Kd]
-    bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; w [E_loc, N, Kd], experts strided; offsets
-    [E_loc] int32 ends; bias [E_loc, N] or None; out [pairs, N], or [pairs, N / 2] if gated, rows strided on 16-byte
-    boundaries.
-    """
-    form = {"gated": gated, "activation": activation}
-    PackedMma(stream.device_index, x, tokens, w, offsets, bias, out, num_sms, **form)(
-        stream.handle, x.data_ptr(), len(out)
-    )

@@ -29,7 +29,6 @@ class DeepseekV3(Family):
             rotary=config.qk_rope_head_dim,
             interleaved=config.rope_interleave,
             biased=config.attention_bias,
-            output_biased=config.attention_bias,
             latent=LatentForm(
                 query_rank=config.q_lora_rank,
                 rank=config.kv_lora_rank,

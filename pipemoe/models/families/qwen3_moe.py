@@ -24,7 +24,6 @@ class Qwen3Moe(Family):
             rotary=head_dim,
             head_norms=True,
             biased=config.attention_bias,
-            output_biased=config.attention_bias,
             window=config.sliding_window,
         )
 
