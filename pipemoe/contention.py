@@ -128,7 +128,7 @@ class Operations:
             out = torch.zeros((rows, shape.hidden), dtype=sums_dtype, device=world.device)
             sums = WaveSums(out, [torch.zeros((num_tokens, shape.hidden), dtype=sums_dtype, device=world.device)], None)
             warm_up = Side(lanes.compute, partial(experts.warm_up, scratch))
-            world.engine.call(partial(run_all, world, [(warm_up, 1)]))
+            world.conductor.call(partial(run_all, world, [(warm_up, 1)]))
             self._sides["attend", slot] = Side(lanes.compute, self._attend(world, lanes.compute))
             self._sides["experts", slot] = Side(lanes.compute, partial(experts, 0, wire.rows(buffer), out, scratch))
             if shared is not None:
@@ -174,7 +174,7 @@ class Operations:
                 graph.capture_end()
 
         torch.cuda.synchronize(world.device)  # the lane's stream does not wait for what `start` enqueued on another
-        world.engine.call(lambda: run_all(world, [(Side(lane, capture), 1)]))
+        world.conductor.call(lambda: run_all(world, [(Side(lane, capture), 1)]))
         return graph.replay
 
     def pair(self, a: str, b: str) -> tuple[Side | SharedSide, Side | SharedSide]:
@@ -184,7 +184,7 @@ class Operations:
 
 
 def run_all(world: World, sides: Sequence[tuple[Side | SharedSide, int]]) -> list[tuple[float, float]]:
-    """Run each side so many times, all at once; begin and end of each in seconds. Engine's thread."""
+    """Run each side so many times, all at once; begin and end of each in seconds. Conductor's thread."""
     world.lanes.clock.start(True)
     events: list[list[Any]] = [[] for _ in sides]
     for repeat in range(max(count for _, count in sides)):
@@ -196,7 +196,7 @@ def run_all(world: World, sides: Sequence[tuple[Side | SharedSide, int]]) -> lis
         world.lanes.poll()
         return all(of_side[-1].done() for of_side in events)
 
-    world.engine.wait(done, "operations side by side")
+    world.conductor.wait(done, "operations side by side")
     return [(of_side[0].span()[0], of_side[-1].span()[1]) for of_side in events]
 
 
@@ -209,7 +209,7 @@ class Timer:
     def seconds(self, sides: Sequence[tuple[Side | SharedSide, int]]) -> list[float]:
         """Each side's seconds, then the seconds of all together."""
         self._world.all_gather(b"", "start of a measurement")
-        spans = self._world.engine.call(lambda: run_all(self._world, sides))
+        spans = self._world.conductor.call(lambda: run_all(self._world, sides))
         own = [end - begin for begin, end in spans] + [max(e for _, e in spans) - min(b for b, _ in spans)]
         return np.mean(
             [json.loads(p) for p in self._world.all_gather(json.dumps(own).encode(), "times")], axis=0

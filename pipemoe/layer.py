@@ -107,7 +107,7 @@ class PipelinedMoE:
 
         On a GPU, do not copy into pageable host memory inside the step (`y.cpu()`, `y.tolist()`) before the stream has
         come so far (`torch.cuda.current_stream().synchronize()`). Such a copy holds the CUDA driver while it waits for
-        rows that come from other ranks. If all ranks do so, no engine can send what they wait for, until the watchdog
+        rows that come from other ranks. If all ranks do so, no conductor can send what they wait for until the watchdog
         ends the job.
         """
         rank, most = self.runtime.world.rank, self.runtime.config.max_tokens_per_rank
@@ -229,7 +229,7 @@ class Step:
             raise InputError(
                 f"rank {runtime.world.rank}: this step has been entered before; make another one with step()"
             )
-        source = CallerSource(runtime.shape.num_layers, runtime.world.engine.wake.set, runtime.world.lanes.new_mark)
+        source = CallerSource(runtime.shape.num_layers, runtime.world.conductor.wake.set, runtime.world.lanes.new_mark)
         self._future = runtime.submit_step(self._lengths, source, error=self._error)
         self._source, self._thread = source, runtime.world.enter_step()
         try:
@@ -260,7 +260,7 @@ class Step:
             if not self._num_tokens:
                 self._done += 1
                 return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            # Allocate everything before the engine gets the call. If this fails, the layer can be called again.
+            # Allocate everything before the conductor gets the call. If this fails, the layer can be called again.
             sums = torch.empty(x.shape, dtype=runtime.results_dtype, device=x.device)
             y = sums if sums.dtype == x.dtype else torch.empty(x.shape, dtype=x.dtype, device=x.device)
             # Kernels read the last dimension as it lies in memory.
@@ -316,7 +316,7 @@ class Step:
         source.forget_all()
         if error is None and seen is not None:
             raise seen
-        if error is not None and seen is None:  # the engine has not met it: tell the others at the next step
+        if error is not None and seen is None:  # the conductor has not met it: tell the others at the next step
             runtime.announce(error)
         if left_early is not None:
             raise left_early
@@ -329,7 +329,7 @@ class Step:
             return None, error
 
     def _wait(self, flag: threading.Event) -> None:
-        """Wait for the engine; raise what ended the step if it did."""
+        """Wait for the conductor; raise what ended the step if it did."""
         while not flag.wait(_CHECK_SECONDS):
             self._check_that_it_goes_on(flag.is_set)
 
@@ -345,9 +345,9 @@ class Step:
             self._check_that_it_goes_on(event.done)
 
     def _check_that_it_goes_on(self, come: Callable[[], bool]) -> None:
-        """Watch the engine, and raise if the step has ended, so that the wait would never end."""
+        """Watch the conductor, and raise if the step has ended, so that the wait would never end."""
         world = self._moe.runtime.world
-        world.engine.watch()
+        world.conductor.watch()
         if self._future.done() and not come():
             self._future.result()
             raise InputError(

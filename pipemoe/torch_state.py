@@ -1,7 +1,7 @@
 """Keeps the caller's settings of torch and numpy away from the library's work.
 
-Some belong to a thread: grad and inference mode, autocast, the default device, numpy's error state. The engine and the
-lanes have threads of their own, where only grad mode must be set (`no_grad_on_this_thread`). Set-up work on the
+Some belong to a thread: grad and inference mode, autocast, the default device, numpy's error state. The conductor and
+the lanes have threads of their own, where only grad mode must be set (`no_grad_on_this_thread`). Set-up work on the
 caller's thread runs in `undisturbed`. A layer's call has no time for all of that, and runs in `plain_tensors`.
 
 Others belong to the process: the default dtype, deterministic algorithms, the number of threads. The library must not

@@ -25,7 +25,7 @@ class Timeline:
 
     def __init__(self, spans: Iterable[Span] = ()) -> None:
         self.spans = list(spans)
-        self.issue_seconds: list[tuple[Op, float]] = []  # the engine's thread spent issuing each operation
+        self.issue_seconds: list[tuple[Op, float]] = []  # the conductor's thread spent issuing each operation
 
     def take(self, spans: Iterable[Span], issue_seconds: Iterable[tuple[Op, float]] = ()) -> None:
         """Add the operations of a timed run."""

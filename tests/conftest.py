@@ -43,8 +43,8 @@ def world():
     world = pipemoe.init(watchdog_seconds=30, grace_seconds=2)
 
     def say_why() -> None:
-        test, error = os.environ.get("PYTEST_CURRENT_TEST"), world.engine.failure
+        test, error = os.environ.get("PYTEST_CURRENT_TEST"), world.conductor.failure
         os.write(_stderr, f"\n{test}: {type(error).__name__}: {error}\n".encode())
 
-    world.engine.on_failure.append(say_why)
+    world.conductor.on_failure.append(say_why)
     return world

@@ -304,7 +304,7 @@ def test_a_step_that_has_been_left_is_not_waited_for(world, layers, moe):
     run_step(world, layers, moe)
 
 
-def test_who_waits_for_a_step_looks_after_the_engine():
+def test_who_waits_for_a_step_looks_after_the_conductor():
     """In a world of one rank nobody else would see that it is stuck."""
     future, seen = Future(), []
 
@@ -313,7 +313,7 @@ def test_who_waits_for_a_step_looks_after_the_engine():
         if len(seen) == 2:
             future.set_exception(PeerLost("stuck"))
 
-    runtime = SimpleNamespace(world=SimpleNamespace(engine=SimpleNamespace(watch=watch)))
+    runtime = SimpleNamespace(world=SimpleNamespace(conductor=SimpleNamespace(watch=watch)))
     with pytest.raises(PeerLost, match="stuck"):
         Runtime.result_of(runtime, future)
     assert len(seen) == 2
@@ -348,8 +348,8 @@ def when_gone(tensor):
 @pytest.mark.mpi
 @pytest.mark.parametrize("mode", ["per_rank", "two_batch", "padded"])
 def test_a_layers_tensors_are_let_go_when_it_is_done(world, mode):
-    """While the step is open, without the cycle collector: all that was given to the engine, once the caller has let go
-    too.
+    """While the step is open, without the cycle collector: all that was given to the conductor, once the caller has let
+    go too.
     """
     num_layers = 4
     layers = make_layers(num_layers, world.device, torch.float32)
@@ -374,7 +374,7 @@ def test_a_layers_tensors_are_let_go_when_it_is_done(world, mode):
                 tensors += [when_gone(t) for t in (x, ids, weights, y)]
                 assert not tensors[-1].is_set()  # y is the caller's
                 del x, ids, weights, y
-                assert all(gone.wait(20) for gone in tensors), layer  # the engine may be about to let go
+                assert all(gone.wait(20) for gone in tensors), layer  # the conductor may be about to let go
             assert len(tensors) == 8 * num_layers
             del step._source.give
     finally:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "pipemoe"
-OWNERS = {"world", "engine", "transport", "runtime", "lanes", "workspace", "channel", "side_channel", "departure"}
+OWNERS = {"world", "conductor", "transport", "runtime", "lanes", "workspace", "channel", "side_channel", "departure"}
 
 
 def foreign_writes(text: str) -> list[str]:
@@ -33,12 +33,12 @@ def test_nobody_writes_into_the_fields_of_another_object():
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("self.world.engine.step += 1", True),
-        ("engine.doing = 'x'", True),
+        ("self.world.conductor.step += 1", True),
+        ("conductor.doing = 'x'", True),
         ("log, world.transport.log = world.transport.log, None", True),
         ("self._world.reserved['a'] = 1", True),
-        ("self.engine = Engine(0)", False),
-        ("engine.count_op()", False),
+        ("self.conductor = Conductor(0)", False),
+        ("conductor.count_op()", False),
     ],
 )
 def test_a_foreign_write_is_found(text, wrong):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = {"cpu": ("4M", 10, 2), "cuda": ("256M", 20, 5)}  # largest size, iterations, warm-up
 L2_FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
-# Poll for so long between two looks of the engine at its peers; it would rest meanwhile, which suits only long steps.
+# Poll for so long between two looks of the conductor at its peers; it would rest, which suits only long steps.
 BURST_S = 1e-3
 COUNTS = ("equal", "skewed")
 _COLUMNS = ("exchange", "counts", "size", "count", "type", "time", "algbw", "busbw", "#wrong")
@@ -169,7 +169,7 @@ def measure(
 
 
 class LaneTimer:
-    """Times one exchange on the dispatch lane of slot 0, from the engine's thread."""
+    """Times one exchange on the dispatch lane of slot 0, from the conductor's thread."""
 
     def __init__(self, world: World) -> None:
         import torch
@@ -188,10 +188,10 @@ class LaneTimer:
                 self._flush.zero_()
             torch.cuda.synchronize(self.world.device)
         self.world.all_gather(b"", "start of an exchange")
-        return self.world.engine.call(lambda: self._time(case))
+        return self.world.conductor.call(lambda: self._time(case))
 
     def _time(self, case: Case) -> float:
-        lanes, engine = self.world.lanes, self.world.engine
+        lanes, conductor = self.world.lanes, self.world.conductor
         lanes.clock.start(True)
         event = lanes.slots[0].dispatch.submit(case.call(), timed=True)
 
@@ -202,7 +202,7 @@ class LaneTimer:
                 time.sleep(0)  # ranks may share a core
             return event.done()
 
-        engine.wait(done, "a timed exchange")
+        conductor.wait(done, "a timed exchange")
         begin, end = event.span()
         return end - begin
 

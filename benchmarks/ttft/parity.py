@@ -71,7 +71,7 @@ def check_parity(
     found = {}
     for config in configs:
         model = base if config is configs[0] else base.with_config(config)
-        logits = [row for step in steps for row in _engine_logits(world, model, step, seed)]
+        logits = [row for step in steps for row in _pipemoe_logits(world, model, step, seed)]
         found[config.mode] = asdict(compare(logits, reference, dtype_name(dtype), layers)) if world.rank == 0 else None
         progress.count(len(found), len(configs), "parity: modes")
         del model
@@ -108,7 +108,7 @@ def free_memory(world: World) -> None:
     """Give back memory that nothing refers to any longer; every rank calls."""
     import torch
 
-    world.all_gather(b"", "freeing memory")  # the engine lets go of its last step
+    world.all_gather(b"", "freeing memory")  # the conductor lets go of its last step
     gc.collect()
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -133,7 +133,7 @@ def _reference_logits(
     return logits
 
 
-def _engine_logits(world: World, model: pipemoe.Model, step: Step, seed: int) -> list[tuple[int, np.ndarray]]:
+def _pipemoe_logits(world: World, model: pipemoe.Model, step: Step, seed: int) -> list[tuple[int, np.ndarray]]:
     """First token and logits [V] of every prompt of the step, on rank 0; nothing elsewhere."""
     vocab_size = model.decoder.vocab_size
     own = step[world.rank]

@@ -31,7 +31,7 @@ class Communicators:
 
 
 class MpiTransport(CallLog):
-    """Posts in plan order; the engine tests (MPI calls here never block)."""
+    """Posts in plan order; the conductor tests (MPI calls here never block)."""
 
     def __init__(self, communicators: Communicators, num_slots: int) -> None:
         from mpi4py import MPI

@@ -65,11 +65,11 @@ class SideChannel:
     ) -> None:
         """one_host: all ranks are on this host, so listen on loopback; else on the one address that the others are
         told. progress: what to tell the peers. tick: called about every quarter of a second on the channel's own
-        thread, so that an engine thread stuck in a library call is noticed too. Raises ConfigError if PIPEMOE_INTERFACE
+        thread, so that a conductor stuck in a library call is noticed too. Raises ConfigError if PIPEMOE_INTERFACE
         names no interface."""
         self.rank, self.size = rank, size
         self.peers = {r: Peer() for r in range(size) if r != rank}
-        # What broke the channel's own thread, and perhaps with it the watch over the engine.
+        # What broke the channel's own thread, and perhaps with it the watch over the conductor.
         self.error: BaseException | None = None
         self._progress, self._tick = progress, tick
         self._links: dict[int, _Link] = {}
@@ -224,7 +224,7 @@ class SideChannel:
     def _run(self) -> None:
         try:
             self._serve()
-        except BaseException as error:  # noqa: BLE001  (the engine says so: a rank that hears nothing is broken)
+        except BaseException as error:  # noqa: BLE001  (the conductor says so: a rank that hears nothing is broken)
             self.error = error
 
     def _serve(self) -> None:

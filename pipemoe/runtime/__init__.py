@@ -1,1 +1,1 @@
-"""Engine, lanes, workspace and the run of a plan."""
+"""Conductor, lanes, workspace and the run of a plan."""

@@ -30,7 +30,7 @@ class CallerSource:
     has_side_work = keeps_tensors = writes_rows = False
 
     def __init__(self, num_layers: int, wake: Callable[[], None], new_mark: Callable[[], Any]) -> None:
-        """wake: wakes the engine, which then asks again. new_mark: see Lanes."""
+        """wake: wakes the conductor, which then asks again. new_mark: see Lanes."""
         self._wake, self._new_mark = wake, new_mark
         self.begun = threading.Event()
         self.is_empty = False  # has no rank any token in this step? Known once it has begun

@@ -1,7 +1,7 @@
 """The lanes of a host whose ranks share memory. A slot's work is one queue for its computations and one for its sums,
 both served by the same thread, which takes whatever may go on: a cohort's work needs no change of threads.
 
-If a step has one cohort, that thread is the engine's own: it works in `poll`. If it has several, each slot has a
+If a step has one cohort, that thread is the conductor's own: it works in `poll`. If it has several, each slot has a
 thread, so that none holds up another. A thread without work sleeps on its rank's bell, until the ranks that it waits
 for have rung (pipemoe.comm.shared.bells).
 """
@@ -21,7 +21,7 @@ from pipemoe.runtime.lanes import HostClock, HostEvent, HostMark, SlotLanes
 from pipemoe.torch_state import no_grad_on_this_thread
 
 _Work = tuple[Callable[[], Any], list[Any], HostEvent]
-# With so few pieces of work left in a slot's queues, the engine is told that it may issue more.
+# With so few pieces of work left in a slot's queues, the conductor is told that it may issue more.
 _FEW_LEFT = 6
 _NICENESS, _MOST_NICE = 5, 15  # of each slot more than of the one before; of the last at most
 _NUM_CORES = len(os.sched_getaffinity(0))
@@ -71,7 +71,7 @@ class HostSlot:
         return len(self.compute.work) + len(self.combine.work)
 
     def serve(self, is_inline: bool) -> None:
-        """From now on the engine's thread serves this slot, or a thread of its own. Only while there is no work."""
+        """From now on the conductor's thread serves this slot, or a thread of its own. Only while there is no work."""
         self.is_inline = is_inline
         if not is_inline and self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"pipemoe slot {self.number}", daemon=True)
@@ -194,7 +194,7 @@ class HostLanes:
             self.wake.set()
 
     def poll(self, between_issues: bool = False) -> None:
-        """Do what may be done. between_issues: only what waits for no other rank; the engine will call again."""
+        """Do what may be done. between_issues: only what waits for no other rank; the conductor will call again."""
         for slot in self._host_slots:
             if slot.is_inline:
                 while slot.num_left and slot.run_one(looks_at_flags=not between_issues):
@@ -206,31 +206,31 @@ class HostLanes:
 
 
 class Wake:
-    """What wakes up the engine's thread: other threads by `set`, and its peers' news."""
+    """What wakes up the conductor's thread: other threads by `set`, and its peers' news."""
 
     longest_rest = LONGEST_SLEEP
 
     def __init__(self, bells: Bells) -> None:
         self._bells = bells
-        self._slot: HostSlot | None = None  # that the engine's thread serves
+        self._slot: HostSlot | None = None  # that the conductor's thread serves
         self._sleepers: dict[int | None, Sleeper] = {}
         self._sleeper = self._for(None)
 
     def _for(self, slot: HostSlot | None) -> Sleeper:
         number = None if slot is None else slot.number
         if number not in self._sleepers:
-            channels = [self._bells.engine_channel] + ([] if number is None else [number])
+            channels = [self._bells.conductor_channel] + ([] if number is None else [number])
             self._sleepers[number] = self._bells.sleeper(channels)
         return self._sleepers[number]
 
     def listens_to(self, slot: HostSlot | None) -> None:
-        """The engine's thread does the work of this slot."""
+        """The conductor's thread does the work of this slot."""
         self._slot = slot
         self._sleeper = self._for(slot)
         self._sleeper.look()
 
     def set(self) -> None:
-        self._bells.ring_here(self._bells.engine_channel)
+        self._bells.ring_here(self._bells.conductor_channel)
 
     def look(self) -> None:
         self._sleeper.look()
@@ -239,8 +239,8 @@ class Wake:
         self._sleeper.stay_awake()
 
     def wants(self, num_rings: int) -> None:
-        """The engine waits for so many ranks."""
-        self._sleeper.want(self._bells.engine_channel, num_rings)
+        """The conductor waits for so many ranks."""
+        self._sleeper.want(self._bells.conductor_channel, num_rings)
 
     def rest(self, seconds: float) -> None:
         if self._slot is not None:

@@ -2,7 +2,7 @@
 
 The executor is written once against these two protocols. On a GPU a lane is a CUDA stream, and an event a CUDA event.
 On the host a compute lane is a worker thread; a communication lane is a queue of non-blocking operations that the
-engine polls.
+conductor polls.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class WorkerLane:
 
 
 class PolledLane:
-    """A queue of non-blocking host operations, posted and tested by the engine's thread.
+    """A queue of non-blocking host operations, posted and tested by the conductor's thread.
 
     Work posts its operation and returns a `test` function (True once complete), or None if it is already complete.
     Operations are posted in order; several may be under way together, as MPI allows on one communicator.
@@ -363,7 +363,7 @@ class Lanes:
     new_mark: Callable[[], Mark]  # for work of compute lanes
 
     def poll(self, between_issues: bool = False) -> None:
-        """Advance all work that needs polling. between_issues: the engine is about to issue more, and to call again."""
+        """Advance all work that needs polling. between_issues: the conductor will issue more, and call again."""
         for slot in self.slots:
             slot.dispatch.poll()
             slot.combine.poll()

@@ -82,7 +82,7 @@ class _BufferState:
 
 
 class Run:
-    """One plan under way on this rank; the engine calls `advance` until it returns True."""
+    """One plan under way on this rank; the conductor calls `advance` until it returns True."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Run:
         self._under_way: dict[tuple[int, str], deque[tuple[Op, Event]]] = {}
         self.failed_op: Op | None = None  # of which `advance` has raised
         self.completed: list[tuple[Op, Event]] = []
-        self.issue_seconds: list[tuple[Op, float]] = []  # what the engine's thread took, if timed
+        self.issue_seconds: list[tuple[Op, float]] = []  # what the conductor's thread took, if timed
         self.issued_seconds = 0.0  # the sum over operations of layers, timed or not
         self.own_finished = 0  # cohorts with tokens of this rank that have finished
         self.num_own = sum(c.has_tokens for c in self._cohorts)

@@ -43,8 +43,8 @@ from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
 from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
+from pipemoe.runtime.conductor import settle
 from pipemoe.runtime.costs import runtime_cost
-from pipemoe.runtime.engine import settle
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.set_up import SetUp
 from pipemoe.runtime.source import Source, SourceTraits
@@ -60,11 +60,11 @@ if TYPE_CHECKING:
     from pipemoe.world.world import World
 
 _CACHED_PLANS = 64
-_WATCH_SECONDS = 0.25  # how often a waiting caller checks the engine
+_WATCH_SECONDS = 0.25  # how often a waiting caller checks the conductor
 
 
 class Issued(NamedTuple):
-    """What issuing the layers' operations has cost so far: the sum over steps of `seconds` of the engine's thread, and
+    """What issuing the layers' operations has cost so far: sums over steps of `seconds` of the conductor's thread, and
     of `layers`, counted once for each cohort.
     """
 
@@ -138,7 +138,7 @@ class Runtime:
             torch.cuda.current_stream(world.device) if traits.hands_out_results and is_gpu else None,
             self._shared,
         )
-        _, error = world.engine.call(lambda: look(world.rank, "setting up", set_up.run, ConfigError))
+        _, error = world.conductor.call(lambda: look(world.rank, "setting up", set_up.run, ConfigError))
         world.agree(error, {}, "setting up the workspace")
         self._workspace = set_up.workspace
         self.experts_with_free_sms, self._tapes = set_up.experts_with_free_sms, set_up.tapes
@@ -234,8 +234,8 @@ class Runtime:
         """Run one step: exchange, plan, all operations. Every rank calls.
 
         lengths: this rank's sequences, in tokens. error: why this rank cannot take part; raised on every rank before
-        any row moves. The future is resolved as soon as this rank's own cohorts have finished, while the engine goes on
-        with the rest; with `timeline` or debug, when the whole plan has finished. Raises InputError on a thread that is
+        any row moves. The future is resolved as soon as this rank's own cohorts have finished, while the conductor does
+        the rest; with `timeline` or debug, when the whole plan has finished. Raises InputError on a thread that is
         inside a PipelinedMoE's step: the new step would wait for the open one, and that for the thread.
         """
         self.world.check_no_step_is_open()
@@ -245,12 +245,12 @@ class Runtime:
         )
         if looked is None:
             looked, error = ((), Only(), None, on_done), error or wrong
-        return self.world.engine.submit(lambda: self._step(*looked, source, error, future), future)
+        return self.world.conductor.submit(lambda: self._step(*looked, source, error, future), future)
 
     def result_of(self, future: Future) -> Any:
-        """Wait for a step's result, and watch the engine meanwhile. In a world of one rank nobody else does."""
+        """Wait for a step's result, and watch the conductor meanwhile. In a world of one rank nobody else does."""
         while not wait_for([future], _WATCH_SECONDS).done:
-            self.world.engine.watch()
+            self.world.conductor.watch()
         return future.result()
 
     def _look_at(
@@ -282,15 +282,15 @@ class Runtime:
         error: PipemoeError | None,
         future: Future,
     ) -> None:
-        engine = self.world.engine
-        seconds = max(engine.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
+        conductor = self.world.conductor
+        seconds = max(conductor.watchdog_seconds, self.world.setup_seconds if self._is_first_step else 0.0)
         facts = self._exchange(lengths, only, error, seconds)
         self._is_first_step = False
-        engine.begin_step()  # only now: if a rank called something else, no rank counts this step
+        conductor.begin_step()  # only now: if a rank called something else, no rank counts this step
         plan, error = look(self.world.rank, "planning", lambda: self._checked_plan(facts), PlanError)
         digests = self.world.start_gathering(pack_shared(plan.digest if plan else b"", error), "comparison of plans")
         if plan is None:  # the others may have a plan, and be at work
-            engine.wait(digests.done, "comparison of plans", seconds=seconds, needs_all=True)
+            conductor.wait(digests.done, "comparison of plans", seconds=seconds, needs_all=True)
             self._compare(digests.payloads)
         assert plan is not None  # _compare raises for a rank without one
         if self.config.debug:
@@ -306,8 +306,8 @@ class Runtime:
             source,
             only=only,
             timed=timeline is not None,
-            on_progress=partial(engine.note, seconds=seconds),
-            on_progress_made=engine.count_op,
+            on_progress=partial(conductor.note, seconds=seconds),
+            on_progress_made=conductor.count_op,
             on_done=on_done,
         )
         compared, told = False, None
@@ -321,25 +321,25 @@ class Runtime:
                 done = run.advance()
             finally:
                 # Errors and peers will name this.
-                engine.now_doing(run.failed_op or run.oldest() or run.not_begun() or engine.doing)
+                conductor.now_doing(run.failed_op or run.oldest() or run.not_begun() or conductor.doing)
             if run.own_finished == run.num_own and not future.done() and not self.config.debug and timeline is None:
                 told = self._resolve(run, future)
             return done and compared
 
         try:
-            engine.ask_patience(seconds)
-            engine.wait(ready, f"step {engine.step}", seconds=seconds)
+            conductor.ask_patience(seconds)
+            conductor.wait(ready, f"step {conductor.step}", seconds=seconds)
         except FatalError:
             raise
         except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
-            raise FatalError(f"rank {self.world.rank}: {e} (in {engine.doing})") from e
+            raise FatalError(f"rank {self.world.rank}: {e} (in {conductor.doing})") from e
         self.issued = self.issued.plus(run.issued_seconds, len(plan.cohorts) * self.shape.num_layers)
         if timeline is not None:
             spans = [Span(op, *event.span()) for op, event in run.completed]
             run.of_caller(lambda: timeline.take(spans, run.issue_seconds))
         if self.config.debug:
             self._check_issued(plan, only, seconds)
-        engine.ask_patience(0.0)
+        conductor.ask_patience(0.0)
         if not future.done():
             self._resolve(run, future)
         elif (
@@ -382,13 +382,13 @@ class Runtime:
         # If every rank's caller has already seen its own misuse, none needs to hear of it again: the step goes on.
         is_known = error is None and announced is not None and isinstance(announced.__cause__, InputError)
         error = announced or error
-        doing = f"exchange of step {world.engine.step + 1}"
+        doing = f"exchange of step {world.conductor.step + 1}"
         left_out = (not only.computation) + 2 * (not only.communication)
         message = encode_step(
             self.fingerprint, lengths if error is None or is_known else (), error, is_known=is_known, left_out=left_out
         )
         gathering = world.start_gathering(message, doing)
-        world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
+        world.conductor.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         return decode_step(gathering.payloads)
 
     def plan(self, facts: Facts) -> Plan:
@@ -432,7 +432,7 @@ class Runtime:
         log = self.transport.take_log()
         doing = "comparison of the ranks' logs"
         gathering = self.world.start_gathering(json.dumps(log).encode(), doing)
-        self.world.engine.wait(gathering.done, doing, seconds=seconds, needs_all=True)
+        self.world.conductor.wait(gathering.done, doing, seconds=seconds, needs_all=True)
         if only.communication and self.world.size > 1:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
             try:

@@ -50,7 +50,7 @@ class SetUp:
     tapes: Tapes | None = field(init=False, default=None)  # what steps are played from, on a GPU
 
     def run(self) -> None:
-        """Runs on the engine's thread. Raises ConfigError if memory does not suffice."""
+        """Runs on the conductor's thread. Raises ConfigError if memory does not suffice."""
         import torch
 
         world, experts = self.world, self.experts
@@ -142,14 +142,14 @@ class SetUp:
         reserve_pinned(len(lanes) + 1)
 
     def _in_lanes(self, work: Sequence[tuple[Lane, Callable[[], object]]], doing: str) -> None:
-        """Run set-up work in lanes and wait for it. Only on the engine's thread."""
+        """Run set-up work in lanes and wait for it. Only on the conductor's thread."""
         events = [lane.submit(task) for lane, task in work]
 
         def done() -> bool:
             self.world.lanes.poll()
             return all(event.done() for event in events)
 
-        self.world.engine.wait(done, doing, seconds=self.world.setup_seconds)
+        self.world.conductor.wait(done, doing, seconds=self.world.setup_seconds)
 
 
 def results_bytes(config: Config, shape: ModelShape, dtype: torch.dtype, results_dtype: torch.dtype) -> int:

@@ -52,7 +52,7 @@ class Source(Protocol):
         """Called once, before the first operation."""
 
     def ready(self, cohort: int, layer: int) -> bool:
-        """May `attend(cohort, layer)` be issued now? After False the engine asks again later."""
+        """May `attend(cohort, layer)` be issued now? After False the conductor asks again later."""
 
     def attend(self, cohort: int, layer: int, rows: WireRows | None = None) -> None:
         """Take in the results of layer - 1 and produce this layer's rows.

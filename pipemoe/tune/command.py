@@ -3,7 +3,7 @@
     launch/mpirun.sh -n 4 -m pipemoe.cli tune --model qwen3-30b-a3b --out cost.json
 
 1. Single operations at a handful of sizes, timed in steps of one cohort: attention on one rank and on all, experts on
-   all, dispatch and combine, and how long the engine's thread takes to issue each.
+   all, dispatch and combine, and how long the conductor's thread takes to issue each.
 2. On GPUs: pairs of operations side by side (pipemoe.contention). Pairs of experts and transfers are also measured with
    experts that leave them no multiprocessors, and with experts that leave twice as many as usual.
 3. Whole steps in several modes, to which everything is scaled (pipemoe.tune.fit).

@@ -43,7 +43,7 @@ class Samples:
 
 def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: int) -> CostModel:
     """`start`, with all that the samples show replaced. Raises ValueError if a kind of operation was never measured."""
-    # Other threads and full queues sometimes hold up an engine, so the quick samples show what issuing takes.
+    # Other threads and full queues sometimes hold up a conductor, so the quick samples show what issuing takes.
     host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
     attend = _fit_attend(samples, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns)

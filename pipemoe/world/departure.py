@@ -22,7 +22,7 @@ from pipemoe.world.meeting import ranks_text
 
 if TYPE_CHECKING:
     from pipemoe.comm.side_channel import Peer, SideChannel
-    from pipemoe.runtime.engine import Engine
+    from pipemoe.runtime.conductor import Conductor
 
 _POLL_SECONDS = 0.005
 _SHARED_END_SECONDS = 5.0  # for ranks that end by the same error to arrive, so that none aborts the others
@@ -38,7 +38,7 @@ class Departure:
         self._mpi: Any = None
         self._places: list[tuple[str, int]] = []  # by rank: host, process
         self._rank, self._watchdog_seconds = 0, 600.0
-        self._leaving: Engine | None = None
+        self._leaving: Conductor | None = None
         self._left_channel: SideChannel | None = None
         self._abort_status = 0
         self._is_lost = False
@@ -79,9 +79,9 @@ class Departure:
             self._left_channel.close()
             self._left_channel = None
 
-    def leaves(self, engine: Engine) -> None:
-        """A world leaves; its engine says good-bye in its own time."""
-        self._leaving, self._left_channel = engine, engine.side_channel
+    def leaves(self, conductor: Conductor) -> None:
+        """A world leaves; its conductor says good-bye in its own time."""
+        self._leaving, self._left_channel = conductor, conductor.side_channel
 
     def is_lost(self, error: FatalError, grace_seconds: float) -> None:
         """The ranks have not even met, so MPI would wait for them: end the process."""
@@ -90,10 +90,10 @@ class Departure:
         exit_after(grace_seconds)
 
     def join(self) -> None:
-        """Wait for the last world's good-bye: two engines must not use MPI at once."""
-        engine, self._leaving = self._leaving, None
-        if engine is not None:
-            engine.join()
+        """Wait for the last world's good-bye: two conductors must not use MPI at once."""
+        conductor, self._leaving = self._leaving, None
+        if conductor is not None:
+            conductor.join()
 
     def check_process(self) -> None:
         """Raises ConfigError in a process forked from one that runs MPI."""

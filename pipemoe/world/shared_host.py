@@ -44,10 +44,10 @@ class SharedHost:
         bells = [m.ctypes.data + start_of_bell for m in self._memories]
         self.bells = Bells(rank, bells, num_slots, _SPIN_SECONDS if spins else 0.0)
         self.lanes = HostLanes(num_slots, self.bells)
-        self._mail = Mail(rank, self._memories, self._ring_engines, self.lanes.wake.wants)
+        self._mail = Mail(rank, self._memories, self._ring_conductors, self.lanes.wake.wants)
 
-    def _ring_engines(self) -> None:
-        self.bells.ring(self.bells.engine_channel, range(self.size))
+    def _ring_conductors(self) -> None:
+        self.bells.ring(self.bells.conductor_channel, range(self.size))
 
     def start_gathering(self, payload: bytes, doing: str) -> SharedGathering:
         return self._mail.start(payload, doing)

@@ -97,7 +97,7 @@ def say_once(error: BaseException, text: str) -> None:
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     global _reason
     _reason = reason(error)
-    # The engine has said it, with all that it knows.
+    # The conductor has said it, with all that it knows.
     has_been_said = isinstance(error, FatalError) and error.__cause__ is None
     if not (is_shared(error) or has_been_said) or os.environ.get("PIPEMOE_DEBUG", "0") not in ("", "0"):
         (_previous or sys.__excepthook__)(kind, error, trace)

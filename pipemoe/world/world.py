@@ -1,4 +1,4 @@
-"""The world: this process's place among the ranks, its engine, its lanes and its transport.
+"""The world: this process's place among the ranks, its conductor, its lanes and its transport.
 
 `init()` starts it: MPI where a launcher started several ranks, nothing but this process otherwise.
 """
@@ -22,7 +22,7 @@ from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport
 from pipemoe.errors import ConfigError, InputError, ModelError, PipemoeError
 from pipemoe.plan.room import Room
-from pipemoe.runtime.engine import Engine
+from pipemoe.runtime.conductor import Conductor
 from pipemoe.runtime.lanes import Lanes, host_lanes
 from pipemoe.runtime.last_words import say
 from pipemoe.runtime.reserve import Reserved
@@ -111,8 +111,8 @@ def world_of(world: Any) -> tuple[World, PipemoeError | None]:
 
 
 class World:
-    """Rank `rank` of `size`, on `device`; made by `init`. A process has one open at most: two engines must not use MPI
-    at once.
+    """Rank `rank` of `size`, on `device`; made by `init`. A process has one open at most: two conductors must not use
+    MPI at once.
     """
 
     def __init__(self, met: Met | None, arguments: InitArguments, on_gpu: bool, error: PipemoeError | None) -> None:
@@ -137,7 +137,7 @@ class World:
         self._threads_in_step: set[int] = set()
         self._warned: set[str] = set()
         self._closed = False
-        self.engine = Engine(
+        self.conductor = Conductor(
             self.rank,
             watchdog_seconds=arguments.watchdog_seconds,
             grace_seconds=arguments.grace_seconds,
@@ -146,9 +146,9 @@ class World:
         )
         try:
             if met is not None:
-                self.engine.call(lambda: self._meet(error))
+                self.conductor.call(lambda: self._meet(error))
             if met is not None:
-                self.engine.call(self._connect)
+                self.conductor.call(self._connect)
             else:
                 self.lanes = self._own_lanes()
         except BaseException as error:
@@ -164,7 +164,7 @@ class World:
             torch.cuda.set_device(self.device)
 
     def _meet(self, error: PipemoeError | None) -> None:
-        """Runs on the engine's thread, as do the methods below. The side channel comes first, to watch the rest."""
+        """Runs on the conductor's thread, as do the methods below. The side channel comes first, to watch the rest."""
         self._open_side_channel()
         self._raise_on_all(error, "looking at the arguments of init")
         settings = {"num_slots": str(self.num_slots), "device": self.device.type}
@@ -175,14 +175,14 @@ class World:
     def _own_lanes(self) -> Lanes:
         if self._on_gpu:
             return lanes_of(self.device, self.num_slots, alone=self.size == 1)
-        return host_lanes(self.num_slots, self.engine.wake.set)
+        return host_lanes(self.num_slots, self.conductor.wake.set)
 
     def _connect(self) -> None:
         if not self._on_gpu and self._shares_memory():
             return
         self.lanes = self._own_lanes()
         self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
-        self.engine.watch_transport(self.transport)
+        self.conductor.watch_transport(self.transport)
         self._warm_up()
 
     def _shares_memory(self) -> bool:
@@ -216,7 +216,7 @@ class World:
                 say(f"pipemoe: no shared memory between the ranks, so MPI moves their rows: {e}")
             return False
         self.lanes = self.shared.lanes
-        self.engine.listen_by(self.lanes.wake)
+        self.conductor.listen_by(self.lanes.wake)
         return True
 
     def _exchange_texts(self, text: str) -> list[str]:
@@ -229,7 +229,7 @@ class World:
         from pipemoe.comm.shared.memory import shared_by_all
 
         assert self.shared is not None
-        memories, refused = self.engine.call(lambda: shared_by_all(layout.num_bytes, self._exchange_texts))
+        memories, refused = self.conductor.call(lambda: shared_by_all(layout.num_bytes, self._exchange_texts))
         if refused:
             raise shared(ConfigError(f"{refused}; lower moe_max_num_tokens, max_tokens_per_rank or num_slots"))
         return self.shared.waves(layout, memories)
@@ -238,11 +238,11 @@ class World:
         from mpi4py import MPI
 
         assert self._met is not None
-        engine = self.engine
+        conductor = self.conductor
         error: ConfigError | None = None
-        engine.blame_peers_for(MPI.Exception)
+        conductor.blame_peers_for(MPI.Exception)
         try:
-            channel = SideChannel(self.rank, self.size, self._met.num_hosts == 1, engine.progress, engine.watch)
+            channel = SideChannel(self.rank, self.size, self._met.num_hosts == 1, conductor.progress, conductor.watch)
         except (OSError, ConfigError) as e:
             error = e if isinstance(e, ConfigError) else ConfigError(f"no socket to hear the other ranks at: {e}")
         self._raise_on_all(error, "opening the side channel")
@@ -252,13 +252,13 @@ class World:
             for p in self._exchange(f"{host} {port} {secrets.token_hex(16)}".encode(), "exchange of addresses")
         ]
         channel.connect([(h, int(p)) for h, p, _ in met], met[0][2], self.setup_seconds)
-        engine.hear_peers_by(channel)
+        conductor.hear_peers_by(channel)
         departure.keep(channel)
 
     def _mpi_transport(self) -> Transport:
         from pipemoe.comm.mpi import MpiTransport
 
-        self.engine.note("making MPI communicators", self.setup_seconds)
+        self.conductor.note("making MPI communicators", self.setup_seconds)
         assert self._met is not None
         return MpiTransport(self._met.communicators, self.num_slots)
 
@@ -277,14 +277,14 @@ class World:
         try:
             room.check(self.num_slots)
             library = nccl.library()
-            self.engine.blame_peers_for(library.NcclError, nccl.NcclFailed)
+            self.conductor.blame_peers_for(library.NcclError, nccl.NcclFailed)
             if self.rank == 0:
                 ids = nccl.unique_ids(2 * self.num_slots)
         except PipemoeError as e:
             error = e
         self._raise_on_all(error, "checking room for thread blocks")
         texts = self._exchange(json.dumps([i.hex() for i in ids]).encode(), "exchange of NCCL ids")
-        self.engine.note("making NCCL communicators", self.setup_seconds)
+        self.conductor.note("making NCCL communicators", self.setup_seconds)
         return nccl.NcclTransport(self.rank, self.size, [bytes.fromhex(i) for i in json.loads(texts[0])])
 
     def _check_nccl_settings(self) -> None:
@@ -336,11 +336,11 @@ class World:
         self._raise_on_all(error, "making room for the first use of the communicators")
         assert warm_up is not None  # or the error has been raised
         done = warm_up.start(self.transport, self.lanes)
-        self.engine.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
+        self.conductor.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
 
     def start_gathering(self, payload: bytes, doing: str) -> Gathering:
-        """Begin a small all-gather. Only on the engine's thread. `doing` must be the same on every rank, or all raise
-        MismatchError.
+        """Begin a small all-gather. On the conductor's thread alone. `doing` must be the same on every rank, or all
+        raise MismatchError.
         """
         if self._met is None:
             return LocalGathering(payload)
@@ -349,9 +349,9 @@ class World:
         return MpiGathering(self._met.communicators.world, payload, doing)
 
     def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
-        """A small all-gather on the engine's thread. It waits up to setup_seconds."""
+        """A small all-gather on the conductor's thread. It waits up to setup_seconds."""
         gathering = self.start_gathering(payload, doing)
-        self.engine.wait(gathering.done, doing, seconds=self.setup_seconds, needs_all=True)
+        self.conductor.wait(gathering.done, doing, seconds=self.setup_seconds, needs_all=True)
         return gathering.payloads
 
     def _raise_on_all(self, error: PipemoeError | None, doing: str) -> None:
@@ -365,7 +365,7 @@ class World:
         self.check_no_step_is_open()
         looked, error = look(self.rank, "payload of all_gather", lambda: (bytes(memoryview(payload)), str(doing)))
         content, doing = looked or (b"", doing if isinstance(doing, str) else "all_gather")
-        texts = self.engine.call(lambda: self._exchange(pack_shared(content, error), doing))
+        texts = self.conductor.call(lambda: self._exchange(pack_shared(content, error), doing))
         return unpack_shared(texts)
 
     def agree(self, error: PipemoeError | None, facts: dict[str, str], doing: str) -> None:
@@ -376,7 +376,7 @@ class World:
             check_equal([json.loads(p) for p in self._exchange(json.dumps(facts).encode(), doing)])
 
         self.check_no_step_is_open()
-        self.engine.call(task)
+        self.conductor.call(task)
 
     def number_runtime(self) -> int:
         """The number of a new runtime, from 1. The ranks make the same ones in the same order."""
@@ -409,7 +409,7 @@ class World:
         self._threads_in_step.discard(thread)
 
     def check_no_step_is_open(self) -> None:
-        """Raise InputError on a thread inside a PipelinedMoE's step: the engine does nothing else until that ends."""
+        """Raise InputError on a thread inside a PipelinedMoE's step: the conductor does nothing else till that ends."""
         if threading.get_ident() in self._threads_in_step:
             raise InputError(
                 f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, "
@@ -428,7 +428,7 @@ class World:
 
     def _close(self) -> None:
         """As `close`, but also inside a step: at the end of the process nobody goes on with it."""
-        if self._closed or self.engine.failure is not None:
+        if self._closed or self.conductor.failure is not None:
             return
         why = uncaught.reason_to_leave()
         if why and sys.exception() is not None:  # otherwise it has been printed
@@ -444,10 +444,10 @@ class World:
         if _open_world is self:
             _open_world = None
         atexit.unregister(self._close)
-        if self.engine.failure is not None:
+        if self.conductor.failure is not None:
             return
-        departure.leaves(self.engine)
-        self.engine.close(self._close_lanes, because=why)
+        departure.leaves(self.conductor)
+        self.conductor.close(self._close_lanes, because=why)
 
     def _close_lanes(self) -> None:
         self.transport.close()
@@ -459,7 +459,7 @@ class World:
         global _open_world
         _open_world, self._closed = None, True
         atexit.unregister(self._close)
-        self.engine.disown(
+        self.conductor.disown(
             InputError(
                 f"rank {self.rank}: this process was forked from process {parent}, whose world it is; only that can "
                 "use it."

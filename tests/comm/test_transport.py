@@ -25,7 +25,7 @@ COUNTS = ((3, 0, 17, 1), (1, 1, 1, 1), (0, 0, 0, 9), (5, 1000, 2, 0))
 
 
 def on_lane(world, lane, work):
-    """Run `work` in a lane from the engine's thread, as a run does, and wait for it."""
+    """Run `work` in a lane from the conductor's thread, as a run does, and wait for it."""
 
     def task():
         if world.device.type == "cuda":
@@ -36,9 +36,9 @@ def on_lane(world, lane, work):
             lane.poll()
             return event.done()
 
-        world.engine.wait(done, "transport test", needs_all=True)
+        world.conductor.wait(done, "transport test", needs_all=True)
 
-    world.engine.call(task)
+    world.conductor.call(task)
 
 
 def wave_of(world, counts, exchange):

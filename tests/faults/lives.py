@@ -68,7 +68,7 @@ def absent_without_mpi() -> None:
 def stopped_in_good_bye() -> None:
     world = start()
     if world.rank == CULPRIT:
-        world.engine.side_channel.say_good_bye = lambda *reason: stop()
+        world.conductor.side_channel.say_good_bye = lambda *reason: stop()
     world.close()
 
 

@@ -102,14 +102,14 @@ def main(fault: str, folder: str) -> None:
 
     def broken_note(doing, seconds=None) -> None:
         if getattr(doing, "layer", 0) == 2:
-            raise ValueError("planted in the engine")
+            raise ValueError("planted in the conductor")
 
     posts = {"dispatch": "tell_sent", "combine": "tell_summed"} if world.shared is not None else {}
     run()
     if fault == "transport" and culprit:
         setattr(runtime.transport, posts.get("dispatch", "dispatch"), broken)
-    elif fault == "engine" and culprit:
-        world.engine.note = broken_note
+    elif fault == "conductor" and culprit:
+        world.conductor.note = broken_note
     elif fault == "plan" and culprit:
         # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run
         # ahead.

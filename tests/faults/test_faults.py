@@ -18,7 +18,7 @@ FAULTS = {
     "stop": r"no progress for \d+\.\d s in .*rank 1: step \d+, .* heard [1-9]",
     "barrier": r"no progress for \d+\.\d s in .*",
     "transport": r"rank 1: OSError in .*planted in the transport",
-    "engine": r"rank 1: ValueError in .*planted in the engine",
+    "conductor": r"rank 1: ValueError in .*planted in the conductor",
     "planning": r"rank 0: .*rank 1.* no plan for this step: PlanError: .*OSError: planted in the planning",
     "plan": r"rank 1 follows another plan than rank 0",
     "absent": r"no progress for \d+\.\d s in exchange of step 2; peers: .*rank 1: step 1, .*idle",

@@ -1,4 +1,4 @@
-"""Tiny configs of every family, and a naive expert layer that completes a forward without the engine."""
+"""Tiny configs of every family, and a naive expert layer that completes a forward without the conductor."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def naive_experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, lay
 
 
 def run_microbatches(decoder, experts, microbatches) -> dict[int, torch.Tensor]:
-    """Prefill without the engine, layer by layer; returns last-token logits [V] by sequence.
+    """Prefill without the conductor, layer by layer; returns last-token logits [V] by sequence.
 
     experts: per rank, the list of ExpertWeights. microbatches: (token ids, pieces) pairs, earlier pieces first.
     """

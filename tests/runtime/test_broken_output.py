@@ -11,13 +11,13 @@ from pipemoe.runtime.last_words import EXIT_CODE
 PROGRAM = """
 import os, sys, time
 from pipemoe.errors import FatalError
-from pipemoe.runtime.engine import Engine
-engine = Engine(0, watchdog_seconds=5.0, grace_seconds=3.0)  # longer than it may try to say why
+from pipemoe.runtime.conductor import Conductor
+conductor = Conductor(0, watchdog_seconds=5.0, grace_seconds=3.0)  # longer than it may try to say why
 said = os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY)
 def fail():
     raise FatalError("planted")
 try:
-    engine.call(fail)
+    conductor.call(fail)
 except FatalError as error:
     os.write(said, str(error).encode())
 time.sleep(60)

@@ -1,4 +1,4 @@
-"""The caller's source, without a step: what a layer's call gives is there for the engine, until it is forgotten."""
+"""The caller's source, without a step: what a layer's call gives is there for the conductor, until it is forgotten."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ RANK = 1
 
 @pytest.fixture
 def source():
-    """Of two layers; rank 1 has a segment in two of three waves. Counts what wakes the engine."""
+    """Of two layers; rank 1 has a segment in two of three waves. Counts what wakes the conductor."""
     wakes = []
     made = CallerSource(2, lambda: wakes.append(None), lambda: None)
     made.wakes = wakes

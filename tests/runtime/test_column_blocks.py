@@ -66,7 +66,7 @@ def test_a_block_is_combined_before_the_next_one_is_computed(world, mode, monkey
     num_tokens = 0 if world.rank == 1 else 20 + world.rank
     source = RowsSource(num_tokens, runtime)
     runtime.submit_step([num_tokens] if num_tokens else [], source).result()
-    world.all_gather(b"")  # the engine is done with the whole plan
+    world.all_gather(b"")  # the conductor is done with the whole plan
     assert len(combined) == 9 and combined[:3] == [False] * 3
     for layer, (inputs, sums) in enumerate(zip(source.inputs, source.sums)):
         assert norm_ratio(sums, layers.oracle(layer, *inputs)) < 1e-5

@@ -1,4 +1,4 @@
-"""The lanes of ranks that share memory: one thread for all of a slot's work, the engine's own or the slot's."""
+"""The lanes of ranks that share memory: one thread for all of a slot's work, the conductor's own or the slot's."""
 
 import os
 import threading
@@ -93,7 +93,7 @@ def test_what_work_raised_comes_out_of_its_event_and_of_those_that_wait_for_it(l
     assert fine.done()
 
 
-def test_the_engine_sleeps_until_a_slots_thread_has_news(lanes):
+def test_the_conductor_sleeps_until_a_slots_thread_has_news(lanes):
     lanes.begin({0, 1})
     for _ in range(50):
         lanes.wake.look()
@@ -125,7 +125,7 @@ def test_longer_cohorts_have_nicer_threads(lanes):
     assert _niceness(0) == 0 < _niceness(1) < _niceness(2) <= 15 == _niceness(30)
 
 
-def test_a_mark_wakes_the_engine(lanes):
+def test_a_mark_wakes_the_conductor(lanes):
     lanes.wake.look()
     mark = lanes.new_mark()
     mark.record()

@@ -41,7 +41,7 @@ def test_a_cohort_finishes_all_layers_while_another_has_not_begun(world, mode):
 
     source = RowsSource(tokens, runtime, before_attend)
     runtime.submit_step([tokens], source, on_done=on_done).result()
-    world.all_gather(b"")  # the engine is done with the whole plan
+    world.all_gather(b"")  # the conductor is done with the whole plan
     if world.rank == 0:
         assert hold.released
     for layer, (inputs, sums) in enumerate(zip(source.inputs, source.sums)):

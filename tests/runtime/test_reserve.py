@@ -32,7 +32,7 @@ def test_the_trial_attends_to_the_longest_sequence_in_the_first_two_layers(world
         return found
 
     monkeypatch.setattr(model.decoder, "attend", noted)
-    world.engine.call(model._trial)
+    world.conductor.call(model._trial)
     assert attended == [(0, None, most, most, most), (1, (most, shape.hidden), most, most, most)]
     assert model.prefill([[1, 2, 3]]).first_tokens  # and steps begin anew
 

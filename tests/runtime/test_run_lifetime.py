@@ -19,7 +19,7 @@ def test_a_steps_source_is_freed_without_the_cycle_collector(world):
         alive = weakref.ref(source)
         runtime.submit_step([5], source).result()
         del source
-        world.all_gather(b"")  # the engine has gone on to another task, and so let go of the step
+        world.all_gather(b"")  # the conductor has gone on to another task, and so let go of the step
         world.all_gather(b"")
         assert alive() is None
     finally:

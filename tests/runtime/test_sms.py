@@ -47,7 +47,7 @@ def step(world, runtime):
     num_tokens = 20 + world.rank
     source = RowsSource(num_tokens, runtime)
     runtime.submit_step([num_tokens], source).result()
-    world.all_gather(b"")  # the engine is done with the whole plan
+    world.all_gather(b"")  # the conductor is done with the whole plan
     return source
 
 

@@ -2,7 +2,7 @@
 
 A rank's bell has a word that changes with every ring, on which its threads sleep, and a channel for each of them:
 
-    word | channel 0: rings, target, sleeps, ... | channel 1: ... |     a channel for each slot, the last for the engine
+    word | channel 0: rings, target, sleeps, ... | channel 1: ... |  a channel for each slot, the last for the conductor
 
 Of a peer's rings a thread usually needs several: one from each rank that it waits for. So before it sleeps it says at
 which number of rings it wants to be woken; a ring that is not the last one costs no system call, and no change of
@@ -102,7 +102,7 @@ class Bells:
 
     def __init__(self, rank: int, bells: Sequence[int], num_slots: int, spin_seconds: float) -> None:
         """bells: their addresses. spin_seconds: how long a thread looks before it sleeps."""
-        self.engine_channel, self._own, self._rank = num_slots, bells[rank], rank
+        self.conductor_channel, self._own, self._rank = num_slots, bells[rank], rank
         self._bells = np.array(bells, np.int64)
         self._others = np.array([other for other in range(len(bells)) if other != rank], np.int64)
         self._spin_ns = int(spin_seconds * 1e9)

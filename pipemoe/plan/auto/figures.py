@@ -22,7 +22,7 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
     """Set bound and guess, each mean, slowest and p50.
 
     bound: no plan of these cohorts can do better. A cohort takes as long as it would alone, behind the cohort that had
-    its slot. Nothing ends before each engine thread has issued everything, nor before each rank (or the cores of all)
+    its slot. Nothing ends before each conductor has issued everything, nor before each rank (or the cores of all)
     has computed everything at full speed. guess: what the figures may be like, if earlier cohorts go first.
     """
     num_cohorts, num_ranks = costs.ends.shape

@@ -1,6 +1,6 @@
 """The discrete-event clock that a plan runs on. Compiled, whole nanoseconds, deterministic.
 
-Each rank has one engine thread, which issues operations as pipemoe.runtime.run does: in the plan's order, passing over
+Each rank has one conductor, which issues operations as pipemoe.runtime.run does: in the plan's order, passing over
 cohorts that may not go on yet. Each rank has a compute lane per cohort slot. Each slot has one queue for dispatches and
 one for combines; a transfer begins when every rank is ready, and ends everywhere at once. Operations side by side slow
 one another by the table of contention, or share cores. A device may begin an operation that is still being issued, but

@@ -63,7 +63,7 @@ def _part(whole, part, num_parts):
 
 @compiled_part
 def issuing_ns(rates, num_blocks):
-    """ns that a rank's engine takes to issue the experts of a wave, and its combine."""
+    """ns that a rank's conductor takes to issue the experts of a wave, and its combine."""
     return rates.host_experts_ns * (2 + num_blocks) // 3, rates.host_combine_ns * num_blocks
 
 

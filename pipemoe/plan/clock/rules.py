@@ -49,7 +49,7 @@ STATE = np.dtype(  # [R, C]: a cohort on a rank
         ("end", "i8"),  # when it will end at that speed, or NEVER
     ]
 )
-HOST = np.dtype([("end", "i8"), ("kind", "i8"), ("cohort", "i8")])  # [R]: what the rank's engine is issuing
+HOST = np.dtype([("end", "i8"), ("kind", "i8"), ("cohort", "i8")])  # [R]: what the rank's conductor is issuing
 TRANSFER = np.dtype(  # [2, C]: dispatches and combines
     [
         ("arrived", "i8"),  # complete
@@ -105,7 +105,7 @@ def _attended(at_layer, at_place, layer, wait):
 
 @compiled_rule
 def issue_next(clock, costs, rates, r, now):
-    """Let rank r's engine take the first operation in the plan's order that may be issued now, if there is one."""
+    """Let rank r's conductor take the first operation in the plan's order that may be issued now, if there is one."""
     state, host, transfers, cohorts = clock.state, clock.host, clock.transfers, clock.cohorts
     keys, templates, num_layers, waits = clock.keys, clock.templates, clock.num_layers, costs.waits
     best, best_key, best_kind = -1, NEVER, 0

@@ -58,7 +58,7 @@ def default_cost(
     def read_ns(num_values: int) -> int:
         return num_values * value_bytes * 10**12 // (bandwidth * reached["memory"])
 
-    # If ranks outnumber the cores, every latency includes waiting for a core. The engines that poll take turns as well.
+    # If ranks outnumber the cores, every latency includes waiting for a core. Conductors that poll take turns as well.
     waiting = max(1, 2 * num_ranks // device.cores) if on_cpu else 1
 
     def exchange(bytes_of_row: int) -> ExchangeCost:

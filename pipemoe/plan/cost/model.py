@@ -99,7 +99,7 @@ class ExchangeCost(_Whole):
 
 @dataclass(frozen=True, slots=True)
 class HostCost(_Whole):
-    """How long a rank's one engine thread takes to issue an operation; `idle_ns` if the rank has no part in it.
+    """How long a rank's one conductor thread takes to issue an operation; `idle_ns` if the rank has no part in it.
 
     On a GPU a model's attention is many small launches (`attend_ns`). Up to `graph_rows` tokens it is one launch of a
     graph (`graph_ns`), which computes a whole number of GRAPH_ROWS. graph_cuts: 1 if graphs also serve sequences that

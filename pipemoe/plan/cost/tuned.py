@@ -14,7 +14,7 @@ from __future__ import annotations
 REACHED_ON_GPU = {"dense": 550, "grouped": 800, "attention": 400, "memory": 900, "passes": 60}
 REACHED_ON_CPU = {"dense": 150, "grouped": 700, "attention": 100, "memory": 800, "passes": 40}
 
-# The same fits: ns of the engine's thread for each operation, see HostCost.
+# The same fits: ns of the conductor's thread for each operation, see HostCost.
 HOST_ON_GPU = {
     "attend_ns": 1_000_000,
     "graph_ns": 27_000,

@@ -1,4 +1,4 @@
-"""The engine: one thread per rank that owns all issuing and all MPI. Callers hold futures.
+"""The conductor: one thread per rank that owns all issuing and all MPI. Callers hold futures.
 
 Every wait has a deadline: it ends if there is no progress for `watchdog_seconds`, or if a peer dies. The error names
 rank, operation and time, and is final. The futures get it, the peers are told, the communicators are aborted (in a
@@ -36,7 +36,7 @@ _LONGEST_PAUSE_OF_MPI, _OFTEN_SECONDS = 50e-6, 0.05
 
 
 class PolledWake:
-    """Wakes up the engine's thread while it rests between polls."""
+    """Wakes up the conductor's thread while it rests between polls."""
 
     longest_rest = 0.0  # as long as the poller likes
 
@@ -54,7 +54,7 @@ class PolledWake:
             self._event.clear()
 
 
-class Engine:
+class Conductor:
     """Runs the tasks handed to it one after another on its own thread."""
 
     def __init__(
@@ -67,12 +67,12 @@ class Engine:
         set_up_thread: Callable[[], None] = lambda: None,
     ) -> None:
         """moves_transfers: polling moves the steps' collectives along, as MPI needs. set_up_thread: runs first on the
-        engine's thread.
+        conductor's thread.
         """
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
         self.side_channel: SideChannel | None = None
-        self.wake: Any = PolledWake()  # other threads set it when they have news for the engine's
+        self.wake: Any = PolledWake()  # other threads set it when they have news for the conductor's
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
         self._library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL
@@ -90,7 +90,7 @@ class Engine:
         self._open: set[Future] = set()
         self._told = threading.Event()  # the peers have been told why this rank ends
         self._lock = threading.Lock()
-        self._thread = threading.Thread(target=self._run, args=(set_up_thread,), name="pipemoe engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(set_up_thread,), name="pipemoe conductor", daemon=True)
         self._thread.start()
         atexit.register(self._at_exit)
 
@@ -112,7 +112,7 @@ class Engine:
         self._library_errors += errors
 
     def submit(self, task: Callable[[], Any], future: Future | None = None) -> Future:
-        """Run `task` on the engine's thread. The future gets its result, unless the task resolves it earlier."""
+        """Run `task` on the conductor's thread. The future gets its result, unless the task resolves it earlier."""
         future = future or Future()
         with self._lock:
             if self.failure is not None or self._closed:
@@ -123,7 +123,7 @@ class Engine:
         return future
 
     def call(self, task: Callable[[], Any]) -> Any:
-        """Run `task` on the engine's thread and wait for what it returns."""
+        """Run `task` on the conductor's thread and wait for what it returns."""
         return self.submit(task).result()
 
     def progress(self) -> dict:
@@ -131,7 +131,7 @@ class Engine:
         return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
 
     def note(self, doing: object, seconds: float | None = None) -> None:
-        """Record what the engine is about to do, for errors, and as a sign of life. It may take `seconds` (default:
+        """Record what the conductor is about to do, for errors, and as a sign of life. It may take `seconds` (default:
         watchdog_seconds).
         """
         self.doing, self._patience = doing, seconds or self.watchdog_seconds
@@ -265,7 +265,7 @@ class Engine:
         return fatal
 
     def watch(self) -> None:
-        """Notice that the engine's thread is stuck in a call, perhaps for a lost peer. Other threads call this now and
+        """Notice that its thread is stuck in a call, perhaps for a lost peer. Other threads call this now and
         then.
         """
         alive = self._alive
@@ -341,7 +341,7 @@ class Engine:
             atexit.unregister(self._at_exit)
 
     def disown(self, error: PipemoeError) -> None:
-        """In a forked process, which has no engine thread: every call raises `error`, and nothing waits."""
+        """In a forked process, which has no conductor thread: every call raises `error`, and nothing waits."""
         self._lock = threading.Lock()  # somebody may have held it
         self._closed, self._unusable = True, error
         atexit.unregister(self._at_exit)

@@ -1,4 +1,4 @@
-"""An engine whose thread cannot be set up: whoever waits for it is told at once."""
+"""A conductor whose thread cannot be set up: whoever waits for it is told at once."""
 
 import subprocess
 import sys
@@ -6,20 +6,20 @@ import sys
 import pytest
 
 from pipemoe.errors import ConfigError
-from pipemoe.runtime.engine import Engine
+from pipemoe.runtime.conductor import Conductor
 from pipemoe.runtime.last_words import EXIT_CODE
 
 PROGRAM = """
 from pipemoe.errors import FatalError
-from pipemoe.runtime.engine import Engine
+from pipemoe.runtime.conductor import Conductor
 def broken():
     raise OSError("planted in the set-up")
-engine = Engine(0, watchdog_seconds=60.0, grace_seconds=0.5, set_up_thread=broken)
+conductor = Conductor(0, watchdog_seconds=60.0, grace_seconds=0.5, set_up_thread=broken)
 try:
-    engine.submit(lambda: None).result(timeout=30)
+    conductor.submit(lambda: None).result(timeout=30)
 except FatalError as error:
     print(error, type(error.__cause__).__name__, flush=True)
-engine.close()
+conductor.close()
 """
 
 
@@ -33,9 +33,9 @@ def test_an_error_of_pipemoe_is_the_callers():
     def broken() -> None:
         raise ConfigError("planted in the set-up")
 
-    engine = Engine(0, watchdog_seconds=60.0, grace_seconds=60.0, set_up_thread=broken)
+    conductor = Conductor(0, watchdog_seconds=60.0, grace_seconds=60.0, set_up_thread=broken)
     for _ in range(2):
         with pytest.raises(ConfigError, match="planted"):
-            engine.submit(lambda: None).result(timeout=30)
-    assert engine.failure is None
-    engine.close()
+            conductor.submit(lambda: None).result(timeout=30)
+    assert conductor.failure is None
+    conductor.close()
