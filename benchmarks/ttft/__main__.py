@@ -13,8 +13,8 @@
 
 --rank-tokens and --trace may be given several times and together: each is a workload of its own, on the same loaded
 models. --draws adds workloads of one step, with counts drawn from each trace; they are only timed. --budgets adds mode
-auto under other makespan budgets: the front of mean against slowest TTFT. `python benchmarks/ttft/judge.py
-results.json` says who is ahead of whom.
+auto under other makespan budgets: the front of mean against slowest TTFT. --variant adds a mode with other settings,
+timed beside the others. `python benchmarks/ttft/judge.py results.json` says who is ahead of whom.
 """
 
 from __future__ import annotations
@@ -72,11 +72,14 @@ def run(world: World, options: argparse.Namespace) -> int:
                 check_output_file("--json", options.json, may_make_folder=True)
         model = BenchModel(options.model, options.layers)
         workloads = workloads_of(options, world.size, model.positions)
-        inputs = model, workloads, configs_of(options, workloads)
+        configs = configs_of(options, workloads)
+        of_mode = {config.mode: config for config in configs}
+        variants = [replace(of_mode[mode], **settings) for mode, settings in options.variants]
+        inputs = model, workloads, configs, variants
     except PipemoeError as found:
         error = found
     world.agree(error, {}, "reading the inputs")
-    model, workloads, configs = inputs
+    model, workloads, configs, variants = inputs
     dtype = getattr(torch, options.dtype)
     with ExitStack() as sources:
         # At least one layer with experts, or there is nothing to compare.
@@ -113,6 +116,8 @@ def run(world: World, options: argparse.Namespace) -> int:
     models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
     for percent in options.budgets:  # of the same model, at the same parity
         models[f"auto {percent} %"] = base.with_config(replace(models["auto"].config, makespan_budget=percent / 100))
+    for text, config in zip(options.variant, variants, strict=True):
+        models[text.replace(":", " ", 1)] = base.with_config(config)
     peak_bytes = _max_over_ranks(world, {mode: m.runtime.workspace_bytes for mode, m in models.items()})
     rows, measured = [], []
     for workload in workloads:

@@ -13,7 +13,7 @@ from benchmarks.request_trace import TOO_LONG, UNITS
 from benchmarks.ttft.inputs import Workload, drawn_workloads, rank_tokens_workload, trace_workload
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
-from pipemoe.plan.config import COMBINES, MODES
+from pipemoe.plan.config import COMBINES, MODES, PlanConfig
 
 if TYPE_CHECKING:
     from pipemoe import Config
@@ -126,6 +126,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--budgets", default="", metavar="P,P,...", help="also mode auto with these makespan budgets, in percent"
     )
     run.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="MODE:NAME=VALUE,...",
+        help="also this mode with other settings of pipemoe.Config, as in chunked:moe_max_num_tokens=2048",
+    )
+    run.add_argument(
         "--draw-rounds", type=positive(int), default=4, help="timed passes over each of --draws (default %(default)s)"
     )
     run.add_argument("--rounds", type=positive(int), help="timed passes per mode (default: 3 on a CPU, else 5)")
@@ -189,7 +196,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--budgets {options.budgets}: whole numbers of percent are wanted, as in 0,5,10")
     if options.budgets and "auto" not in options.modes:
         parser.error("--budgets are of mode auto, which is not among --modes")
+    try:
+        options.variants = [variant_of(text, options.modes) for text in options.variant]
+    except ValueError as error:
+        parser.error(f"--variant: {error}")
     return options
+
+
+def variant_of(text: str, modes: Sequence[str]) -> tuple[str, dict[str, int | bool | str]]:
+    """The mode of a variant, and its settings. Raises ValueError for what is no variant of one of `modes`."""
+    mode, _, settings = text.partition(":")
+    if mode not in modes:
+        raise ValueError(f"{text}: {mode!r} is not among --modes")
+    found: dict[str, int | bool | str] = {}
+    for setting in settings.split(","):
+        name, _, value = setting.partition("=")
+        if name not in PlanConfig.__slots__ or name == "mode":
+            raise ValueError(f"{text}: there is no setting {name!r}")
+        found[name] = value == "True" if value in ("True", "False") else int(value) if value.isdigit() else value
+    return mode, found
 
 
 def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:

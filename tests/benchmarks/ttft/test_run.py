@@ -127,6 +127,8 @@ def test_draws_and_budgets(world, arguments, capsys):
         "2",
         "--budgets",
         "0,20",
+        "--variant",
+        "broadcast:max_tokens_per_rank=40,arrivals=True",
         "--scale",
         "0.005",
     )
@@ -134,10 +136,13 @@ def test_draws_and_budgets(world, arguments, capsys):
     if world.rank:
         return
     rows = last_line(capsys)["rows"]
-    assert [row["mode"] for row in rows] == ["broadcast", "auto", "auto 0 %", "auto 20 %"] * 3
+    names = ["broadcast", "auto", "auto 0 %", "auto 20 %", "broadcast max_tokens_per_rank=40,arrivals=True"]
+    assert [row["mode"] for row in rows] == names * 3
     assert [row["makespan_budget"] for row in rows[:4]] == [0.1, 0.1, 0.0, 0.2]
-    assert [row["trace"] for row in rows] == [None] * 4 + ["azure2023_conv"] * 8
-    drawn = rows[4::4]
+    # more tokens may come to an uncapped wave, so its buffers are larger
+    assert rows[4]["peak_workspace_bytes"] > rows[0]["peak_workspace_bytes"]
+    assert [row["trace"] for row in rows] == [None] * 5 + ["azure2023_conv"] * 10
+    drawn = rows[5::5]
     assert all(
         len(row["rank_tokens"]) == world.size and max(row["rank_tokens"]) <= 16 and row["exposed_comm_ms"] is None
         for row in drawn
@@ -205,6 +210,9 @@ def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments, tmp_path)
         (["--requests", "trace", "--rank-tokens", "1,2"], "have no times"),
         (["--budgets", "5,x"], "whole numbers of percent"),
         (["--budgets", "5", "--modes", "padded"], "not among --modes"),
+        (["--modes", "padded", "--variant", "chunked:num_slots=1"], "'chunked' is not among --modes"),
+        (["--variant", "chunked:slots=1"], "no setting 'slots'"),
+        (["--variant", "chunked"], "no setting ''"),
     ],
 )
 def test_bad_options_are_refused_by_rank_0_alone(options, message, capsys, monkeypatch):
