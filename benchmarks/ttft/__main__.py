@@ -118,6 +118,7 @@ def run(world: World, options: argparse.Namespace) -> int:
         models[f"auto {percent} %"] = base.with_config(replace(models["auto"].config, makespan_budget=percent / 100))
     for text, config in zip(options.variant, variants, strict=True):
         models[text.replace(":", " ", 1)] = base.with_config(config)
+    experts = next(iter(base.runtime.experts_with_free_sms.values())).implementation
     peak_bytes = _max_over_ranks(world, {mode: m.runtime.workspace_bytes for mode, m in models.items()})
     rows, measured = [], []
     for workload in workloads:
@@ -150,6 +151,7 @@ def run(world: World, options: argparse.Namespace) -> int:
                 "moe_max_num_tokens": options.moe_max_num_tokens,
                 "requests": options.requests,
                 "router_skew": options.router_skew,
+                "experts": experts,
                 **load,
             }
             facts |= {

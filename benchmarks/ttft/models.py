@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from pipemoe.errors import CheckpointError, ConfigError
-from pipemoe.model_facts.facts import cut_config, read_facts
+from pipemoe.model_facts.facts import MODEL_TYPES, cut_config, read_facts
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.output_path import write_whole
+
+_MOST_POSITIONS = 1 << 20  # of a model whose config says nothing of them
 
 
 class BenchModel:
@@ -31,10 +34,10 @@ class BenchModel:
             raw = self._read(path if self._directory is None else path / "config.json")
             if self._directory is not None:
                 self._check(path)
-        self._config, facts = dict(raw), read_facts(raw)
-        self.num_layers, self.first_moe_layer = facts.num_layers, facts.num_dense_layers_first
+        self._config = dict(raw)
+        # positions: tokens that a sequence may have
+        self.num_layers, self.first_moe_layer, self.positions = _facts_of(raw)
         self._stored_layers = self.num_layers
-        self.positions = facts.positions  # tokens that a sequence may have
         if layers is not None:
             if not 1 <= layers <= self.num_layers:
                 raise ConfigError(f"--layers is {layers}; {self.name} has {self.num_layers}")
@@ -83,3 +86,19 @@ class BenchModel:
                         (Path(folder) / file.name).symlink_to(file.resolve())
                 write_whole(Path(folder) / "config.json", json.dumps(config))
                 yield Path(folder)
+
+
+def _facts_of(raw: dict[str, Any]) -> tuple[int, int, int]:
+    """Decoder layers, those before the first one with routed experts, and positions."""
+    from pipemoe.models.families.whole import is_whole
+
+    if raw.get("model_type") in MODEL_TYPES or not is_whole(raw.get("model_type")):
+        facts = read_facts(raw)
+        return facts.num_layers, facts.num_dense_layers_first, facts.positions
+    from pipemoe.models.config import num_positions, read_config
+    from pipemoe.models.whole_loading import find_sites, whole_skeleton
+
+    config, _ = read_config(raw, random_weights=True)
+    site = find_sites(whole_skeleton(config))[0]
+    layer = re.search(r"\.(\d+)\.", site.name)
+    return config.num_hidden_layers, int(layer[1]) if layer else 0, num_positions(config) or _MOST_POSITIONS

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from pipemoe.e4m3 import num_blocks
 from pipemoe.errors import CheckpointError
 from pipemoe.models.checkpoint import Checkpoint
+from pipemoe.models.config import read_config
 from pipemoe.models.decoder import Piece
 from pipemoe.models.loading import load_decoder, prepare_decoder
 from pipemoe.models.random_weights import reference_model
@@ -225,6 +226,7 @@ EXPERT = "model.layers.1.mlp.experts.5.up_proj.weight"
         ),
         ("olmoe", _set(scoring_func="sigmoid"), "scoring_func is 'sigmoid', which transformers does not read in olmoe"),
         ("glm4_moe", _set(scoring_func="softmax"), "scoring_func is 'softmax'.*as if it were 'sigmoid'"),
+        ("gpt_oss", _set(swiglu_limit=5.0), "swiglu_limit is 5.0.*as if it were 7.0"),
         ("olmoe", _set(moe_layer_freq=2), "moe_layer_freq is 2, which transformers does not read"),
         (
             "olmoe",
@@ -244,6 +246,18 @@ def test_what_cannot_be_is_refused_by_name(family, change, message, tmp_path):
     write(tmp_path, tensors, config)
     with pytest.raises(CheckpointError, match=rf"^rank 1: (.|\n)*{message}"):
         load(tmp_path, 1, 2)
+
+
+def test_a_config_of_gpt_oss_as_it_is_published():
+    """Older names beside newer ones, and the limit that transformers has as a constant."""
+    raw = tiny_family_config("gpt_oss").to_dict()
+    del raw["rope_parameters"]
+    raw |= {"experts_per_token": 3, "initial_context_length": 4096, "swiglu_limit": 7.0, "rope_theta": 150000}
+    raw["rope_scaling"] = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn", "truncate": False}
+    raw["rope_scaling"]["original_max_position_embeddings"] = 4096
+    raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    config, _ = read_config(raw, random_weights=True)
+    assert config.rope_parameters == raw["rope_scaling"] | {"rope_theta": 150000}
 
 
 def test_parts_of_sequences_are_refused(tmp_path):

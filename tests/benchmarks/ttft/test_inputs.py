@@ -121,6 +121,19 @@ def test_presets_are_configs_that_can_be_cut(name):
     assert MODEL_CONFIGS[name]["num_hidden_layers"] == model.num_layers  # cutting left the preset as it was
 
 
+@pytest.mark.parametrize("name, layers, first", [("gpt-oss-20b", 24, 0), ("glm-4.5-air", 46, 1)])
+def test_configs_of_families_that_no_file_states(name, layers, first):
+    from pipemoe.models.config import read_config
+
+    model = BenchModel(f"benchmarks/models/{name}.json", first + 2)
+    assert (model.name, model.first_moe_layer, model.num_layers) == (name, first, first + 2)
+    assert model.positions == 131072
+    with model.source(first + 2) as source:
+        assert read_config(source, random_weights=True)[0].num_hidden_layers == first + 2
+    with pytest.raises(ConfigError, match=f"has {layers}"):
+        BenchModel(f"benchmarks/models/{name}.json", layers + 1)
+
+
 def test_a_checkpoint_is_cut_by_links(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**MODEL_CONFIGS["small"], "layer_types": ["full_attention"] * 8}))
     save_file({"weights": torch.ones(3)}, tmp_path / "model.safetensors")
