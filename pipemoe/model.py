@@ -228,12 +228,7 @@ class Model:
 
     def _check(self, sequences: Any) -> list[torch.Tensor]:
         """Each sequence's ids: [T] int64 on the host. Raises InputError for what is no list of token ids."""
-        import torch
-
-        from pipemoe.models.config import num_positions
-
         rank, most_tokens = f"rank {self.world.rank}: ", self.config.max_tokens_per_rank
-        vocabulary, most = self.decoder.vocab_size, num_positions(self.decoder.config)
         tensors = []
         if not isinstance(sequences, Iterable):
             raise InputError(f"{rank}sequences is a {type(sequences).__name__}; it must be a list of token-id lists")
@@ -242,25 +237,31 @@ class Model:
                 raise InputError(
                     f"{rank}more than {most_tokens} sequences, so more than max_tokens_per_rank={most_tokens} tokens"
                 )
-            where = f"{rank}sequence {i}"
-            tokens, error = look(
-                self.world.rank, f"sequence {i} is not a list of token ids", partial(token_ids, where, sequence)
-            )
-            if error is not None:
-                raise error
-            assert tokens is not None
-            low, high = (int(v) for v in torch.aminmax(tokens))
-            if low < 0 or high >= vocabulary:
-                raise InputError(
-                    f"{where} holds token id {low if low < 0 else high}; ids go from 0 to {vocabulary - 1}"
-                )
-            if most is not None and len(tokens) > most:
-                raise InputError(
-                    f"{where} has {len(tokens)} tokens, but the model has positions for {most} "
-                    "(max_position_embeddings)"
-                )
-            tensors.append(tokens)
+            tensors.append(self.token_ids(f"sequence {i}", sequence))
         return tensors
+
+    def token_ids(self, name: str, sequence: Any) -> torch.Tensor:
+        """A sequence's ids: [T] int64 on the host. Raises InputError, with `name` in its words, for what is no list of
+        token ids of this model, or longer than it has positions for.
+        """
+        import torch
+
+        from pipemoe.models.config import num_positions
+
+        where, vocabulary = f"rank {self.world.rank}: {name}", self.decoder.vocab_size
+        tokens, error = look(self.world.rank, f"{name} is not a list of token ids", partial(token_ids, where, sequence))
+        if error is not None:
+            raise error
+        assert tokens is not None
+        low, high = (int(v) for v in torch.aminmax(tokens))
+        if low < 0 or high >= vocabulary:
+            raise InputError(f"{where} holds token id {low if low < 0 else high}; ids go from 0 to {vocabulary - 1}")
+        most = num_positions(self.decoder.config)
+        if most is not None and len(tokens) > most:
+            raise InputError(
+                f"{where} has {len(tokens)} tokens, but the model has positions for {most} (max_position_embeddings)"
+            )
+        return tokens
 
 
 def token_ids(where: str, sequence: Any) -> torch.Tensor:

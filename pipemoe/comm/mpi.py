@@ -22,12 +22,19 @@ class Communicators:
     def __init__(self, world: Any) -> None:
         self.world = world  # for exchanges
         self._pairs: list[tuple[Any, Any]] = []
+        self._of_rounds: list[Any] = []
 
     def pairs(self, num_slots: int) -> list[tuple[Any, Any]]:
         """For dispatch and combine of each slot. Every rank calls, with the same number."""
         while len(self._pairs) < num_slots:
             self._pairs.append((self.world.Dup(), self.world.Dup()))
         return self._pairs[:num_slots]
+
+    def for_rounds(self, num_slots: int) -> list[Any]:
+        """For the exchanges of each slot's rounds. Every rank calls, with the same number."""
+        while len(self._of_rounds) < num_slots:
+            self._of_rounds.append(self.world.Dup())
+        return self._of_rounds[:num_slots]
 
 
 class MpiTransport(CallLog):

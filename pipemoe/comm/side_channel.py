@@ -23,7 +23,13 @@ HEARTBEAT_SECONDS = 0.25
 FLUSH_SECONDS = 1.0  # for last words to leave this host
 SILENT_SECONDS = 2.0  # a rank that was not heard for so long has stopped, or its host has gone
 # what a heartbeat says
-_PROGRESS: dict[str, type | tuple[type, ...]] = {"step": int, "ops": int, "doing": str, "patience": (int, float)}
+_PROGRESS: dict[str, type | tuple[type, ...]] = {
+    "step": int,
+    "ops": int,
+    "doing": str,
+    "patience": (int, float),
+    "rounds": list,
+}
 _FLUSH_POLL_SECONDS = 0.005
 _SHOWN_PEERS = 8  # in an error
 _BACKLOG = 128  # connections that the kernel keeps until the ranks meet
@@ -61,19 +67,26 @@ class SideChannel:
     """Full mesh of TCP connections, served by one daemon thread per rank."""
 
     def __init__(
-        self, rank: int, size: int, one_host: bool, progress: Callable[[], dict], tick: Callable[[], None]
+        self,
+        rank: int,
+        size: int,
+        one_host: bool,
+        progress: Callable[[], dict],
+        tick: Callable[[], None],
+        on_rounds: Callable[[], None] = lambda: None,
     ) -> None:
         """one_host: all ranks are on this host, so listen on loopback; else on the one address that the others are
         told. progress: what to tell the peers. tick: called about every quarter of a second on the channel's own
-        thread, so that a conductor stuck in a library call is noticed too. Raises ConfigError if PIPEMOE_INTERFACE
-        names no interface."""
+        thread, so that a conductor stuck in a library call is noticed too. on_rounds: called there when a peer
+        has told other rounds than before. Raises ConfigError if PIPEMOE_INTERFACE names no interface."""
         self.rank, self.size = rank, size
         self.peers = {r: Peer() for r in range(size) if r != rank}
         # What broke the channel's own thread, and perhaps with it the watch over the conductor.
         self.error: BaseException | None = None
-        self._progress, self._tick = progress, tick
+        self._progress, self._tick, self._on_rounds = progress, tick, on_rounds
         self._links: dict[int, _Link] = {}
         self._lock = threading.Lock()  # of what is sent: failures come from any thread
+        self._telling = threading.Lock()  # so that older progress is not told after newer
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="pipemoe side channel", daemon=True)
         self._listener = socket.create_server(("127.0.0.1" if one_host else own_address(), 0), backlog=_BACKLOG + size)
@@ -117,6 +130,17 @@ class SideChannel:
             ),
             keep=True,
         )
+
+    def tell_progress(self) -> None:
+        """Tell every peer at once what the next heartbeat would say."""
+        with self._telling:
+            self._send(encode_line(self._progress()))
+
+    def highest_round(self, engine: int, slot: int) -> int:
+        """The highest round of an engine's slot to which a peer has posted, as far as this rank has heard."""
+        told = [peer.progress.get("rounds", ()) for peer in self.peers.values()]
+        levels = (of[slot + 1] for of in told if len(of) > slot + 1 and of[0] == engine)
+        return max((level for level in levels if type(level) is int), default=0)
 
     def all_have_left(self) -> bool:
         """Has every peer said good-bye, or ended?"""
@@ -242,10 +266,9 @@ class SideChannel:
 
     def _beat(self) -> None:
         try:
-            line = encode_line(self._progress())
+            self.tell_progress()
         except Exception as error:  # noqa: BLE001  (what cannot be told must not end the telling)
-            line = encode_line({"doing": f"unknown ({type(error).__name__})"})
-        self._send(line)
+            self._send(encode_line({"doing": f"unknown ({type(error).__name__})"}))
         try:
             self._tick()
         except Exception as error:  # noqa: BLE001  (the peers go on hearing from this rank)
@@ -281,4 +304,7 @@ class SideChannel:
         elif isinstance(news, dict):
             peer.news |= {name: value for name, value in news.items() if isinstance(value, (str, int, float))}
         elif message:
+            before = peer.progress.get("rounds")
             peer.progress = {key: message[key] for key, kind in _PROGRESS.items() if isinstance(message.get(key), kind)}
+            if peer.progress.get("rounds") != before:
+                self._on_rounds()

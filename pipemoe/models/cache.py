@@ -45,6 +45,12 @@ class StepCache:
         """Keep the next rows of a sequence."""
         self._rows.setdefault((layer, sequence), []).append((key, value))
 
+    def drop(self, sequence: int) -> None:
+        """Forget a sequence. Only once no microbatch needs it any more."""
+        for layer, kept in list(self._rows):
+            if kept == sequence:
+                del self._rows[layer, kept]
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all kept rows."""

@@ -9,7 +9,7 @@ many.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ class Packing:
         pieces: Sequence[Piece],
         vocab_size: int,
         device: torch.device,
-        begins: Sequence[int] | None = None,
+        begins: Sequence[int] | Mapping[int, int] | None = None,
     ) -> None:
         """begins: for each sequence of the step the row of its first key, if keys have rows of their own."""
         self.pieces = [Piece(*piece) for piece in pieces]
@@ -105,7 +105,10 @@ class Packing:
 
 
 def _key_parts(
-    pieces: Sequence[Piece], spans: Sequence[Span], positions: Sequence[np.ndarray], begins: Sequence[int] | None
+    pieces: Sequence[Piece],
+    spans: Sequence[Span],
+    positions: Sequence[np.ndarray],
+    begins: Sequence[int] | Mapping[int, int] | None,
 ) -> list[np.ndarray]:
     """Offsets of the pieces' keys. If keys have rows of their own: how many each piece reads, and where its own go."""
     if begins is None:

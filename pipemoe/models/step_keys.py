@@ -1,7 +1,7 @@
 """Keys and values of a step at fixed addresses, so that CUDA graphs can hold the attention of sequences that are cut.
 
     keys of one decoder layer   | sequence 0 | sequence 1 ........ | sequence 2 |  not used  | padding |
-    rows                        in the order of this rank's tokens, whichever microbatch computed them    max_tokens
+    rows                        each sequence's one behind another, whichever microbatch computed them    max_tokens
 
 A microbatch writes its rows and reads those of its sequences so far. Microbatches of a sequence may run on different
 streams; the caller orders them by events, layer by layer, and runs one step after the other. This serves attention for
@@ -11,7 +11,7 @@ themselves (not multi-head latent attention).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,8 +41,8 @@ class StepKeys:
     def __len__(self) -> int:
         return self.padding_row + 1
 
-    def step(self, begins: Sequence[int]) -> StepOfKeys:
-        """For a step whose sequence i begins at this rank's token begins[i]."""
+    def step(self, begins: Sequence[int] | Mapping[int, int]) -> StepOfKeys:
+        """For a step whose sequence i begins in row begins[i]."""
         return StepOfKeys(self, begins)
 
     def of_layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +64,7 @@ class StepKeys:
 class StepOfKeys:
     """One step's use of StepKeys; stands in for a StepCache."""
 
-    def __init__(self, keys: StepKeys, begins: Sequence[int]) -> None:
+    def __init__(self, keys: StepKeys, begins: Sequence[int] | Mapping[int, int]) -> None:
         self.keys, self.begins = keys, begins
 
     def of(self, packing: Packing) -> KeysOfMicrobatch:

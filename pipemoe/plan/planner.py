@@ -26,14 +26,17 @@ def plan(
     config: PlanConfig,
     cost: CostModel = CostModel(),
     assignment: Assignment | None = None,
+    *,
+    first_slot: int = 0,
 ) -> Plan:
     """Plan one forward pass.
 
     facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by
-    default what `config.mode` prescribes. Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, or
-    the step is too long for the planner's arithmetic (see magnitude), ConfigError if the assignment puts a later chunk
-    of a sequence before an earlier one, or there are fewer columns than `combine_blocks` needs, or fewer
-    multiprocessors than `num_sms`.
+    default what `config.mode` prescribes. first_slot: of the first cohort; the others follow.
+
+    Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, or the step is too long for the planner's
+    arithmetic (see magnitude), ConfigError if the assignment puts a later chunk of a sequence before an earlier one, or
+    there are fewer columns than `combine_blocks` needs, or fewer multiprocessors than `num_sms`.
     """
     num_blocks, most = config.combine_blocks or 1, most_blocks(shape.hidden)
     if num_blocks > most:
@@ -77,7 +80,7 @@ def plan(
         if wrong[0] >= 0:
             raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
         order = merge_orders(keys, num_waves, shape.num_layers)
-    cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows)
+    cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows, first_slot)
     return Plan(facts, shape, config, cohorts, order, num_blocks, arrivals, sms_left)
 
 
@@ -139,7 +142,9 @@ def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gath
     return segments, wave_rows, num_waves, order_keys(costs, rates, num_slots, num_layers), sms_left, wrong
 
 
-def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_rows: int) -> tuple[Cohort, ...]:
+def _cohorts(
+    assignment, segments, wave_rows, num_waves, num_slots: int, padded_rows: int, first_slot: int
+) -> tuple[Cohort, ...]:
     waves: list[list[list[Segment]]] = [[[] for _ in range(count)] for count in num_waves.tolist()]
     for cohort, wave, rank, start, stop in segments.tolist():
         of_wave = waves[cohort][wave]
@@ -148,7 +153,7 @@ def _cohorts(assignment, segments, wave_rows, num_waves, num_slots: int, padded_
     rows = wave_rows.tolist()
     return tuple(
         Cohort(
-            c % num_slots,
+            (first_slot + c) % num_slots,
             tuple(microbatches),
             tuple(Wave(tuple(of_wave), rows[c][w]) for w, of_wave in enumerate(waves[c])),
         )

@@ -83,6 +83,7 @@ class Conductor:
         self.step = 0
         self.step_seconds = 0.0  # see ask_patience
         self.ops_done = 0
+        self.rounds: list[int] = []  # of an engine: its number, and for each slot the highest round posted to
         self.doing: object = "idle"  # anything whose str() names it
         self._alive: float | None = None  # when the thread last looked around; None while idle
         self._patience = watchdog_seconds  # how long it may be in one call
@@ -122,13 +123,36 @@ class Conductor:
         self._tasks.put((task, future))
         return future
 
+    def answer_for(self, future: Future) -> None:
+        """When this rank fails, fail this future too, until `is_answered`. Raises what keeps it from working."""
+        with self._lock:
+            if self.failure is not None or self._closed:
+                raise self.failure or self._unusable
+            self._open.add(future)
+
+    def is_answered(self, future: Future) -> None:
+        """The future has its result."""
+        with self._lock:
+            self._open.discard(future)
+
     def call(self, task: Callable[[], Any]) -> Any:
         """Run `task` on the conductor's thread and wait for what it returns."""
         return self.submit(task).result()
 
     def progress(self) -> dict:
         """What the peers are told about this rank."""
-        return {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
+        told = {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
+        return told | {"rounds": self.rounds} if self.rounds else told
+
+    def tell_rounds(self, rounds: list[int]) -> None:
+        """Tell the peers to which rounds this rank has posted, at once and with every heartbeat; [] for no more."""
+        self.rounds = rounds
+        if self.side_channel is not None:
+            self.side_channel.tell_progress()
+
+    def highest_round(self, engine: int, slot: int) -> int:
+        """The highest round of a slot to which a peer has posted."""
+        return 0 if self.side_channel is None else self.side_channel.highest_round(engine, slot)
 
     def note(self, doing: object, seconds: float | None = None) -> None:
         """Record what the conductor is about to do, for errors, and as a sign of life. It may take `seconds` (default:
@@ -181,6 +205,36 @@ class Conductor:
                 raise self._timeout(f"no progress for {now - since:.1f} s")
             self.wake.rest(self.wake.longest_rest or pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_OF_MPI if now - since < often else _LONGEST_PAUSE)
+
+    def roll(self, advance: Callable[[], float | None], late: Callable[[], tuple[str, float] | None]) -> None:
+        """Call `advance` for as long as it likes. It never waits, and returns how many seconds this thread may rest
+        before it calls again, unless it is woken up: 0 if there may be more to do, None at the end.
+
+        late: what has made no progress for longest, and for how many seconds; None if nothing is under way, which may
+        last for ever.
+        """
+        self.note(self.doing)
+        checked, left, pause = 0.0, math.inf, _SHORTEST_PAUSE
+        while True:
+            self.wake.look()
+            most = advance()
+            now = self._alive = time.monotonic()
+            if most is None:
+                return
+            if now - checked > _PEER_CHECK_SECONDS:
+                if left == math.inf and self.side_channel and any(p.left for p in self.side_channel.peers.values()):
+                    left = now
+                self._check_peers(0.0, needs_all=now - left > _LEFT_SECONDS)
+                stands = late()
+                if stands is not None and stands[1] > max(self.watchdog_seconds, self._patience_of_peers()):
+                    self.doing = stands[0]
+                    raise self._timeout(f"no progress for {stands[1]:.1f} s")
+                checked = now
+            if most:
+                self.wake.rest(self.wake.longest_rest or min(pause, most))
+                pause = min(1.5 * pause, most)
+            else:
+                pause = _SHORTEST_PAUSE
 
     def _check_peers(self, waited: float, needs_all: bool) -> None:
         """Raise if a peer is lost, or, with `needs_all`, has closed its world. waited: seconds without progress so

@@ -176,12 +176,23 @@ class HostLanes:
         # Nothing is handed to the dispatch lane: rows are sent by whoever has written them.
         self.slots = [SlotLanes(slot.compute, slot.compute, slot.combine) for slot in self._host_slots]
         self.clock = HostClock()
+        self._holds_slots = False
+
+    def hold_slots(self, slots: set[int]) -> None:
+        """Runs of these slots may come and go side by side, until `let_go_of_slots`. Only while there is no work."""
+        self.begin(slots)
+        self._holds_slots = True
+
+    def let_go_of_slots(self) -> None:
+        self._holds_slots = False
 
     def new_mark(self) -> HostMark:
         return HostMark(self.wake.set)
 
     def begin(self, slots: set[int]) -> None:
         """A step uses these slots. Of several, each gets a thread."""
+        if self._holds_slots:
+            return
         for slot in self._host_slots:
             slot.serve(is_inline=len(slots) < 2 or slot.number not in slots)
         self.wake.listens_to(self._host_slots[next(iter(slots))] if len(slots) == 1 else None)

@@ -362,6 +362,12 @@ class Lanes:
     clock: StreamClock | HostClock
     new_mark: Callable[[], Mark]  # for work of compute lanes
 
+    def hold_slots(self, slots: set[int]) -> None:
+        """Runs of these slots may come and go side by side: here they always may."""
+
+    def let_go_of_slots(self) -> None:
+        pass
+
     def poll(self, between_issues: bool = False) -> None:
         """Advance all work that needs polling. between_issues: the conductor will issue more, and call again."""
         for slot in self.slots:

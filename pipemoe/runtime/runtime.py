@@ -41,7 +41,7 @@ from pipemoe.plan.cost.dimensions import dimensions_of_shape
 from pipemoe.plan.planner import compile_planner, planner_is_kept
 from pipemoe.plan.planner import plan as make_plan
 from pipemoe.plan.projection import Issue
-from pipemoe.plan.schedule import Facts, ModelShape, Op, Plan
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, Op, Plan
 from pipemoe.plan.verify import verify
 from pipemoe.runtime.conductor import settle
 from pipemoe.runtime.costs import runtime_cost
@@ -295,14 +295,9 @@ class Runtime:
         assert plan is not None  # _compare raises for a rank without one
         if self.config.debug:
             self.transport.start_log()
-        run = self._run_type(plan, only, timeline, source)(
+        run = self._new_run(
+            self._run_type(plan, only, timeline, source),
             plan,
-            self.world.rank,
-            self.world.lanes,
-            self.transport,
-            self._workspace,
-            self.wire,
-            self.experts_with_free_sms[plan.sms_left],
             source,
             only=only,
             timed=timeline is not None,
@@ -346,6 +341,36 @@ class Runtime:
             run.failure is not None and run.failure is not told
         ):  # a caller's function raised after this rank's part was done
             self.announce(run.failure)
+
+    def _new_run(self, run_type: Callable[..., Run], plan: Plan, source: Source, **options: Any) -> Run:
+        return run_type(
+            plan,
+            self.world.rank,
+            self.world.lanes,
+            self.transport,
+            self._workspace,
+            self.wire,
+            self.experts_with_free_sms[plan.sms_left],
+            source,
+            **options,
+        )
+
+    def plan_round(self, slot: int, lengths: tuple[tuple[int, ...], ...]) -> Plan:
+        """The plan of a round: one cohort, in this slot. lengths: of every rank's chunks, in tokens."""
+        facts = Facts(lengths)
+        cohort = [Microbatch(rank, 0, tokens) for rank, tokens in enumerate(facts.tokens) if tokens]
+        found = make_plan(facts, self.shape, self.config, self.cost, [cohort], first_slot=slot)
+        if self.config.debug:
+            verify(found, row_bytes=self.wire.row_bytes, room=self.world.block_room)
+        return found
+
+    def new_round(self, plan: Plan, source: Source, **options: Any) -> Run:
+        """A run of `plan_round`'s plan. Runs of several slots may be under way at once, one in each."""
+        if self._shared is not None:
+            from pipemoe.runtime.shared_run import SharedRun
+
+            return self._new_run(SharedRun, plan, source, **options)
+        return self._new_run(Run, plan, source, **options)
 
     def _resolve(self, run: Run, future: Future) -> BaseException | None:
         """Resolve the caller's future; returns the step's failure, if any."""

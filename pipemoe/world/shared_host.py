@@ -36,7 +36,7 @@ class SharedHost:
 
     def __init__(self, rank: int, size: int, num_slots: int, exchange: memory.Exchange) -> None:
         self.rank, self.size, self.num_slots = rank, size, num_slots
-        start_of_bell = memory.lines(Mail.num_bytes())
+        start_of_bell = memory.lines((1 + num_slots) * Mail.num_bytes())
         self._memories, refused = memory.shared_by_all(start_of_bell + Bells.num_bytes(num_slots), exchange)
         if refused:
             raise ConfigError(refused)
@@ -44,13 +44,20 @@ class SharedHost:
         bells = [m.ctypes.data + start_of_bell for m in self._memories]
         self.bells = Bells(rank, bells, num_slots, _SPIN_SECONDS if spins else 0.0)
         self.lanes = HostLanes(num_slots, self.bells)
-        self._mail = Mail(rank, self._memories, self._ring_conductors, self.lanes.wake.wants)
+        # One for exchanges between all work, and one for the rounds of each slot.
+        self._mails = [self._new_mail(number) for number in range(1 + num_slots)]
+
+    def _new_mail(self, number: int) -> Mail:
+        start = number * Mail.num_bytes()
+        parts = [m[start : start + Mail.num_bytes()] for m in self._memories]
+        return Mail(self.rank, parts, self._ring_conductors, self.lanes.wake.wants)
 
     def _ring_conductors(self) -> None:
         self.bells.ring(self.bells.conductor_channel, range(self.size))
 
-    def start_gathering(self, payload: bytes, doing: str) -> SharedGathering:
-        return self._mail.start(payload, doing)
+    def start_gathering(self, payload: bytes, doing: str, slot: int | None = None) -> SharedGathering:
+        """slot: whose round it is for; None: see World.start_gathering."""
+        return self._mails[0 if slot is None else 1 + slot].start(payload, doing)
 
     def waves(self, layout: WaveMemory, memories: Sequence[np.ndarray]) -> SharedWaves:
         return SharedWaves(self.rank, layout, memories, self.bells)

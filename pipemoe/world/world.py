@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipemoe.arguments import look
 from pipemoe.comm.exchange import check_equal, encode_error, pack_shared, raise_first, shared, unpack_shared
@@ -40,6 +40,15 @@ if TYPE_CHECKING:
     from pipemoe.world.shared_host import SharedHost
 
 _open_world: World | None = None  # of this process
+
+
+class Rolling(Protocol):
+    """What has the conductor for as long as it is open."""
+
+    def leave(self, because: str) -> None:
+        """The world is to be closed. because: what went wrong, in which case this must not wait for the others."""
+
+
 _forks_are_watched = False
 
 
@@ -135,6 +144,7 @@ class World:
         self._num_runtimes = 0
         self._announced: ModelError | None = None
         self._threads_in_step: set[int] = set()
+        self._rolling: Rolling | None = None  # whoever has the conductor for as long as it likes
         self._warned: set[str] = set()
         self._closed = False
         self.conductor = Conductor(
@@ -242,7 +252,8 @@ class World:
         error: ConfigError | None = None
         conductor.blame_peers_for(MPI.Exception)
         try:
-            channel = SideChannel(self.rank, self.size, self._met.num_hosts == 1, conductor.progress, conductor.watch)
+            one_host, news = self._met.num_hosts == 1, lambda: conductor.wake.set()
+            channel = SideChannel(self.rank, self.size, one_host, conductor.progress, conductor.watch, news)
         except (OSError, ConfigError) as e:
             error = e if isinstance(e, ConfigError) else ConfigError(f"no socket to hear the other ranks at: {e}")
         self._raise_on_all(error, "opening the side channel")
@@ -338,15 +349,24 @@ class World:
         done = warm_up.start(self.transport, self.lanes)
         self.conductor.wait(done, "first use of the communicators", seconds=self.setup_seconds, needs_all=True)
 
-    def start_gathering(self, payload: bytes, doing: str) -> Gathering:
+    def start_gathering(self, payload: bytes, doing: str, slot: int | None = None) -> Gathering:
         """Begin a small all-gather. On the conductor's thread alone. `doing` must be the same on every rank, or all
-        raise MismatchError.
+        raise MismatchError. slot: whose round it is for, once `prepare_rounds` has been called; each slot's gatherings
+        have an order of their own.
         """
         if self._met is None:
             return LocalGathering(payload)
         if self.shared is not None:
-            return self.shared.start_gathering(payload, doing)
-        return MpiGathering(self._met.communicators.world, payload, doing)
+            return self.shared.start_gathering(payload, doing, slot)
+        known = self._met.communicators
+        comm = known.world if slot is None else known.for_rounds(self.num_slots)[slot]
+        return MpiGathering(comm, payload, doing)
+
+    def prepare_rounds(self) -> None:
+        """Let `start_gathering` take a slot. Every rank calls, on the conductor's thread."""
+        if self._met is not None and self.shared is None:
+            self.conductor.note("making MPI communicators", self.setup_seconds)
+            self._met.communicators.for_rounds(self.num_slots)
 
     def _exchange(self, payload: bytes, doing: str) -> list[bytes]:
         """A small all-gather on the conductor's thread. It waits up to setup_seconds."""
@@ -408,8 +428,23 @@ class World:
         """The step that this thread has entered is over."""
         self._threads_in_step.discard(thread)
 
+    def begin_rolling(self, rolling: Rolling) -> None:
+        """From now on the conductor is busy with this, until `end_rolling`."""
+        self._rolling = rolling
+
+    def end_rolling(self) -> None:
+        """The conductor is free again."""
+        self._rolling = None
+
     def check_no_step_is_open(self) -> None:
-        """Raise InputError on a thread inside a PipelinedMoE's step: the conductor does nothing else till that ends."""
+        """Raise InputError while an Engine is open, and on a thread inside a PipelinedMoE's step: the conductor does
+        nothing else till that ends.
+        """
+        if self._rolling is not None:
+            raise InputError(
+                f"rank {self.rank}: an Engine is open; close() it before a prefill, a layer's step, an exchange or a "
+                "new model"
+            )
         if threading.get_ident() in self._threads_in_step:
             raise InputError(
                 f"rank {self.rank}: a step is open; leave its `with` block before the next step, call, prefill, "
@@ -422,7 +457,7 @@ class World:
         While an exception is being raised here, this tells the peers of it and returns at once, so that the exception
         is seen first. Raises InputError on a thread that is inside a PipelinedMoE's step: it would wait for that step.
         """
-        if not self._closed:
+        if not self._closed and self._rolling is None:
             self.check_no_step_is_open()
         self._close()
 
@@ -433,6 +468,8 @@ class World:
         why = uncaught.reason_to_leave()
         if why and sys.exception() is not None:  # otherwise it has been printed
             say(f"pipemoe: rank {self.rank} closes its world because of {why}")
+        if self._rolling is not None:
+            self._rolling.leave(why)
         self._dismantle(why)
         if sys.exception() is None:
             uncaught.remove()
