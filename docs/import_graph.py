@@ -50,6 +50,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pipemoe.world": ("pipemoe.world",),
     "layer, model, plug_in": ("pipemoe.layer", "pipemoe.model", "pipemoe.plug_in"),
     "pipemoe": ("pipemoe",),
+    "pipemoe.traffic": ("pipemoe.traffic",),
     "commands": (
         "pipemoe.__main__",
         "pipemoe.cli",

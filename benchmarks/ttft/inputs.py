@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.request_trace import (
+from pipemoe.errors import InputError
+from pipemoe.traffic.request_trace import (
     Request,
     cut,
     fit_lengths,
@@ -22,7 +23,6 @@ from benchmarks.request_trace import (
     round_robin,
     scale_lengths,
 )
-from pipemoe.errors import InputError
 
 if TYPE_CHECKING:
     import torch

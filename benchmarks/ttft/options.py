@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.bench_main import RankParser, positive
-from benchmarks.request_trace import TOO_LONG, UNITS
 from benchmarks.ttft.inputs import Workload, drawn_workloads, rank_tokens_workload, trace_workload
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.config import COMBINES, MODES, PlanConfig
+from pipemoe.traffic.request_trace import TOO_LONG, UNITS
 
 if TYPE_CHECKING:
     from pipemoe import Config

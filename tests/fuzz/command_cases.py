@@ -184,7 +184,7 @@ _PIECES = (
 
 def trace(draw: Draw, stage: Stage) -> Case:
     """read_trace of a file with a piece put in, taken out, or said twice."""
-    from benchmarks.request_trace import Request, read_trace
+    from pipemoe.traffic.request_trace import Request, read_trace
 
     random = draw.random
     text, what = random.choice((_TRACE, _JSON_TRACE)), []

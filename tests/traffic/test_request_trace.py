@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.request_trace import (
+from pipemoe.errors import InputError
+from pipemoe.traffic.request_trace import (
     Request,
     cut,
     parse_rank_tokens,
@@ -14,7 +15,6 @@ from benchmarks.request_trace import (
     round_robin,
     scale_lengths,
 )
-from pipemoe.errors import InputError
 
 TRACES = Path(__file__).resolve().parents[2] / "benchmarks" / "traces"
 HEADER = "timestamp_ms,input_tokens,output_tokens\n"

@@ -1,0 +1,101 @@
+"""A campaign on a server whose answers are known."""
+
+import random
+
+import pytest
+
+from pipemoe.errors import InputError
+from pipemoe.traffic.campaign import Campaign, Settings, leaders, spread_lengths
+from pipemoe.traffic.policy import Policy
+from pipemoe.traffic.request_trace import Request
+from pipemoe.traffic.served import LengthClasses, length_classes
+from tests.traffic.single_server import SingleServer
+
+ROLLING, SMALL, LARGE = Policy("rolling"), Policy("lockstep", 64), Policy("lockstep", 128)
+
+
+def requests_of(seed):
+    draw = random.Random(seed)
+    lengths = [draw.choice([10, 11, 12, 13, 14]) for _ in range(198)] + [15, 16]
+    return [Request(100.0 * n, tokens, 1) for n, tokens in enumerate(lengths)]
+
+
+def slowness(policy):
+    return {ROLLING: 0.8, SMALL: 2.0, LARGE: 1.0}[policy]
+
+
+@pytest.fixture(scope="module")
+def campaign():
+    settings = Settings(processes=("poisson",), loads=(0.5, 0.8), seeds=(3, 4), rate_step=1.1)
+    found = Campaign(SingleServer(1e-3, slowness), [ROLLING, SMALL, LARGE], requests_of, settings)
+    found.run()
+    return found
+
+
+def test_limits_are_five_times_the_best_unloaded_time(campaign):
+    assert {name: s for name, s in campaign.limits.seconds.items()} == pytest.approx(
+        {name: 0.8 * 5e-3 * tokens for name, tokens in {"short": 11, "medium": 13.5, "long": 15.5}.items()}, rel=0.05
+    )
+    alone = [row for row in campaign.rows if row["what"] == "alone"]
+    assert [row["label"] for row in alone] == ["rolling", "lockstep 64"]
+
+
+def test_loads_are_shares_of_the_best_lockstep_policys_throughput(campaign):
+    tokens = sum(r.input_tokens for r in requests_of(3))
+    assert campaign.full_rate == pytest.approx(200 / (tokens * 1e-3))
+    saturation = {row["label"]: row["load"] for row in campaign.rows if row["what"] == "saturation"}
+    assert saturation == pytest.approx({"rolling": 1.25, "lockstep 64": 0.5, "lockstep 128": 1.0})
+    for row in campaign.rows:
+        if row["what"] == "load":
+            assert row["rate_rps"] == pytest.approx(row["load"] * campaign.full_rate) and row["completed"] == 200
+
+
+def test_every_policy_gets_the_same_arrivals_and_lockstep_that_never_leads_goes_no_further(campaign):
+    of_load = [(row["label"], row["seed"], row["load"]) for row in campaign.rows if row["what"] == "load"]
+    assert of_load == [
+        *((label, 3, load) for load in (0.5, 0.8) for label in ("rolling", "lockstep 64", "lockstep 128")),
+        *((label, 4, load) for load in (0.5, 0.8) for label in ("rolling", "lockstep 128")),
+    ]
+    streams = {}
+    for policy, arrivals, _ in campaign._player.plays:
+        streams.setdefault(policy, set()).add(arrivals)
+    assert len(streams[ROLLING] & streams[LARGE]) >= 5  # all at once, and two loads of two seeds
+
+
+def test_capacity_is_the_largest_rate_that_meets_the_limits(campaign):
+    found = {}
+    for row in campaign.rows:
+        if row["what"] == "load" and row["label"] != "lockstep 64":
+            tried = dict(map(tuple, row["capacity_tried"]))
+            assert row["capacity_rps"] == max((rate for rate, met in tried.items() if met), default=None)
+            assert row["load"] == 0.5 or row["rate_rps"] in tried  # where the search began
+            found[row["label"], row["seed"]] = row["capacity_rps"] or 0
+    assert found["rolling", 3] > found["lockstep 128", 3] and found["rolling", 4] > found["lockstep 128", 4]
+    assert all(row["capacity_rps"] is None for row in campaign.rows if row["label"] == "lockstep 64")
+
+
+def test_what_is_measured_is_not_measured_again(campaign):
+    plays = [play[:2] for play in campaign._player.plays]
+    assert len(set(plays)) == len(plays)
+
+
+def test_a_class_without_requests_is_an_error():
+    with pytest.raises(InputError, match="no request of length class medium, long"):
+        Campaign(SingleServer(1.0), [ROLLING], lambda seed: [Request(0.0, 9, 1)] * 4, Settings()).run()
+
+
+def test_lengths_spread_over_each_class():
+    lengths = [*range(1, 11), *range(100, 110)]
+    requests = [Request(0.0, n, 1) for n in reversed(lengths)]
+    assert spread_lengths(requests, LengthClasses(50, 105), 2) == [3, 8, 101, 104, 107, 109]
+    assert len(spread_lengths(requests, length_classes(lengths), 99)) == 20
+
+
+def test_leaders_are_best_in_something():
+    def row(label, p50, p95, short, load=0.7):
+        figures = {"ttft_ms_p50": p50, "ttft_ms_p95": p95, "ttft_ms_p95_short": short}
+        return {"what": "load", "policy": label.split()[0], "label": label, "load": load} | figures
+
+    rows = [row("rolling", 1, 1, 1), row("lockstep 1", 5, 9, None), row("lockstep 2", 6, 8, 7)]
+    rows += [row("lockstep 3", 9, 9, 9), row("lockstep 3", 1, 1, 1, load=0.3)]
+    assert leaders(rows) == {"lockstep 1", "lockstep 2"} and leaders([]) == set()
