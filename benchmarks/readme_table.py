@@ -5,7 +5,8 @@ The page marks where a table goes, and its results; everything between the marks
     <!-- results: benchmarks/results/h200_one_gpu/ttft.json -->
     <!-- end of results -->
 
-With `verdicts:` in place of `results:`, for results of ttft: who is ahead of whom, as ttft/judge.py says.
+With `verdicts:` in place of `results:`, for results of ttft: who is ahead of whom, as ttft/judge.py says. With `front:`
+and the folder of all results: the README's small table, as front_table.py says.
 
 python benchmarks/readme_table.py README.md            # rewrite the page
 python benchmarks/readme_table.py --check README.md    # exit status 1 when the page is not what its results say
@@ -24,6 +25,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.forward import forward_cells, forward_context
+from benchmarks.front_table import front_cells
 from benchmarks.kernels.table import kernels_cells, kernels_context
 from benchmarks.overlap import overlap_cells
 from benchmarks.results_schema import read_results
@@ -34,7 +36,7 @@ from pipemoe.output_path import write_whole
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _MARKED = re.compile(
-    r"(<!-- (?P<kind>results|verdicts): (?P<results>\S+) -->\n)(?P<table>.*?)(?P<end><!-- end of results -->)",
+    r"(<!-- (?P<kind>results|verdicts|front): (?P<results>\S+) -->\n)(?P<table>.*?)(?P<end><!-- end of results -->)",
     re.DOTALL,
 )
 
@@ -88,14 +90,7 @@ def markdown_table(document: Mapping[str, Any], kind: str = "results") -> str:
     if not rows:
         raise InputError("the results have no rows")
     cells = verdict_cells if kind == "verdicts" else _CELLS.get(document["benchmark"], _plain_cells)
-    heading, *lines = cells(rows)
-    numeric = [
-        all(re.fullmatch(r"|-|[-+]?[\d.]+( %)?", line[column]) for line in lines) for column in range(len(heading))
-    ]
-    separator = ["---:" if is_numeric else "---" for is_numeric in numeric]
-    table = [
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (heading, separator, *lines)
-    ]
+    table = _lines(cells(rows))
     context = _CONTEXT[document["benchmark"]](rows) if document["benchmark"] in _CONTEXT else ""
     machine = document["machine"]
     gpus = [gpu["name"] for gpu in machine.get("gpus", ())]
@@ -104,12 +99,27 @@ def markdown_table(document: Mapping[str, Any], kind: str = "results") -> str:
     return "\n".join([*table, "", f"{facts}; `{document['command']}`", ""])
 
 
+def _lines(cells: Sequence[Sequence[str]]) -> list[str]:
+    """A heading and rows as lines of Markdown; columns of figures to the right."""
+    heading, *lines = cells
+    numeric = [
+        all(re.fullmatch(r"|-|\**[-+]?[\d.]+( %)?\**", line[column]) for line in lines)
+        for column in range(len(heading))
+    ]
+    separator = ["---:" if is_numeric else "---" for is_numeric in numeric]
+    return [
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (heading, separator, *lines)
+    ]
+
+
 def fill_page(page: str) -> str:
     """`page` with every marked table rendered anew. Raises InputError if it marks none."""
     if not _MARKED.search(page):
         raise InputError("the page has no line <!-- results: path.json --> that <!-- end of results --> follows")
 
     def fill(match: re.Match[str]) -> str:
+        if match["kind"] == "front":
+            return match[1] + "\n".join([*_lines(front_cells(_CHECKOUT / match["results"])), match["end"]])
         document = read_results(_CHECKOUT / match["results"])
         return match[1] + markdown_table(document, match["kind"]) + match["end"]
 

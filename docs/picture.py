@@ -1,6 +1,8 @@
-"""The README's picture: one step in lockstep and in cohorts, drawn from timelines that benchmarks/ttft has measured.
+"""Pictures of the docs: one step in several modes, drawn from timelines that benchmarks/ttft has measured, or that `pipemoe
+plan --trace` has predicted.
 
-    python docs/picture.py out/ttft --tokens 4096,16,16,16 --out docs/step.svg
+    python docs/picture.py --tokens 4096,16,16,16 --out docs/step.svg \\
+        "Lockstep=out/ttft/timeline_4096_16_16_16_padded.json" "pipemoe=out/ttft/timeline_4096_16_16_16_auto.json"
 
 Ranks are rows, time runs to the right. A bar is computation, in the colour of its cohort; the thin line below it is
 communication. A diamond is the first token of a rank's prompt.
@@ -35,18 +37,18 @@ def picture(panels: Sequence[tuple[str, Mapping[str, Any]]], tokens: Sequence[in
     spans = [[e for e in trace["traceEvents"] if e["ph"] == "X"] for _, trace in panels]
     end = max(e["ts"] + e["dur"] for of_panel in spans for e in of_panel)
     scale = _WIDTH / end
-    height = _GAP * len(panels) + _ROW * len(tokens) * len(panels) + 46
+    height = _GAP * len(panels) + _ROW * len(tokens) * len(panels) + 58
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_LEFT + _WIDTH + _RIGHT} {height}" role="img">',
         f"<style>{_STYLE}\n</style>",
     ]
     top = 0
     for (title, _), of_panel in zip(panels, spans):
-        lines.append(f'<text class="title" x="0" y="{top + 20}">{escape(title)}</text>')
+        lines.append(f'<text class="title" x="2" y="{top + 20}">{escape(title)}</text>')
         top += _GAP
         several = len({e["args"]["cohort"] for e in of_panel}) > 1
         for rank, count in enumerate(tokens):
-            lines.append(f'<text class="dim" x="0" y="{top + 13}">rank {rank}, {count} tokens</text>')
+            lines.append(f'<text class="dim" x="2" y="{top + 13}">rank {rank}, {count} tokens</text>')
             lines += _of_rank([e for e in of_panel if e["pid"] == rank], scale, top, several, count > 0)
             top += _ROW
     lines += _axis(end, scale, top + 4)
@@ -106,24 +108,22 @@ def _axis(end: float, scale: float, top: float) -> list[str]:
         lines.append(
             f'<text class="dim" text-anchor="middle" x="{x:.1f}" y="{top + 20}">{tick * step / 1e3:g} ms</text>'
         )
-    lines.append(f'<text class="dim" x="0" y="{top + 20}">◆ first token</text>')
+    legend = "bars: computing, in the colour of the cohort; thin lines below: exchanging; ◆ first token"
+    lines.append(f'<text class="dim" x="{_LEFT}" y="{top + 44}">{legend}</text>')
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="what benchmarks/ttft has written")
-    parser.add_argument("--tokens", required=True, metavar="T,T,...", help="the workload: tokens per rank")
-    parser.add_argument("--lockstep", default="padded", help="the mode above (default %(default)s)")
-    parser.add_argument("--cohorts", default="auto", help="the mode below (default %(default)s)")
+    parser.add_argument("panels", nargs="+", metavar="TITLE=FILE", help="Chrome traces, one below the other")
+    parser.add_argument("--tokens", required=True, metavar="T,T,...", help="of the step, per rank")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     options = parser.parse_args()
     tokens = [int(word) for word in options.tokens.split(",")]
     panels = []
-    titles = {options.lockstep: "Lockstep: every layer waits for the longest prompt", options.cohorts: "pipemoe"}
-    for mode, title in titles.items():
-        path = options.folder / f"timeline_{'_'.join(map(str, tokens))}_{mode}.json"
-        panels.append((f"{title} (mode {mode})", json.loads(path.read_text())))
+    for panel in options.panels:
+        title, _, file = panel.partition("=")
+        panels.append((title, json.loads(Path(file).read_text())))
     options.out.write_text(picture(panels, tokens))
     return 0
 

@@ -29,7 +29,7 @@ cuda_extra() {
 }
 
 cuda=$(cuda_extra)
-extras="models,bench,test,${cuda:-compiler}"
+extras="models,bench,test,docs,${cuda:-compiler}"
 
 # An installed MPI is used by mpi4py (it knows the cluster's network); the wheel is for machines without one.
 if command -v mpirun >/dev/null && [ "$(command -v mpirun)" != "$PWD/.venv/bin/mpirun" ]; then

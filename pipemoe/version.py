@@ -1,3 +1,3 @@
 """This version of pipemoe."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

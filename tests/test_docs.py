@@ -1,16 +1,24 @@
-"""Pages lead somewhere: each test that docs/robustness.md names exists, and so does each file that a page links to."""
+"""Pages lead somewhere: each test that docs/robustness.md names exists, and so does each file that a page links to. The
+README is short, tables are those of their results, and the site builds without a warning.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+import pipemoe
+from benchmarks import readme_table
+from tests.code_blocks import PAGES
+
 _ROOT = Path(__file__).resolve().parents[1]
-_PAGES = ("README.md", *(f"docs/{path.name}" for path in sorted((_ROOT / "docs").glob("*.md"))))
 _LEAST_ROWS = 50  # a page that lost its tables must not pass
 
 
@@ -21,7 +29,7 @@ def test_the_tests_in_the_table_of_faults_exist():
     assert not missing
 
 
-@pytest.mark.parametrize("page", _PAGES)
+@pytest.mark.parametrize("page", PAGES)
 def test_relative_links_lead_to_files(page):
     text = (_ROOT / page).read_text()
     links = {target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target}
@@ -30,9 +38,39 @@ def test_relative_links_lead_to_files(page):
     assert not missing
 
 
+def test_the_readme_is_short():
+    lines = (_ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) < 160
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_tables_are_those_of_their_results(page):
+    """Where this fails, run the command that it prints."""
+    assert readme_table.main(["--check", str(_ROOT / page)]) == 0
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    # The variable silences the theme's news.
+    run = subprocess.run(
+        build, cwd=_ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and not run.stderr.strip(), run.stderr
+    assert 'id="pipemoe.PipelinedMoE"' in (tmp_path / "api" / "index.html").read_text()
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    shown = set(re.findall(r"^::: pipemoe\.(\w+)$", (_ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    assert set(pipemoe.__all__) - {"PipemoeError", "__version__"} <= shown
+
+
 def _leads_somewhere(page: Path, link: str) -> bool:
     path, _, heading = link.partition("#")
     target = (page.parent / path).resolve() if path else page
+    if target.name == "api.md":
+        return not heading or f"::: {heading}\n" in target.read_text()
     return target.exists() and (not heading or heading in _headings(target))
 
 

@@ -1,4 +1,4 @@
-"""`pipemoe models` says what is true, and the README says the same."""
+"""`pipemoe models` says what is true, and docs/models.md says the same."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from pipemoe.models.families.whole import ALIASES
 from pipemoe.models_command import table_by_kind
 from tests.models.tiny_families import FAMILIES, tiny_family_config
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
 
-def test_the_readme_has_its_table():
+def test_the_page_has_its_table():
     shown = re.search(
-        r"<!-- families: pipemoe models --by-kind -->\n(.*?)\n<!-- end of families -->", README.read_text(), re.S
+        r"<!-- families: pipemoe models --by-kind -->\n(.*?)\n<!-- end of families -->", PAGE.read_text(), re.S
     )
     assert shown and shown[1] == table_by_kind(list_families())
 

@@ -16,7 +16,7 @@ from pipemoe.plan.schedule import Facts, Microbatch
 ONE, GAPS, EVEN, SIMILAR, CHUNKS, LONG_IN_CHUNKS = 0, 1, 2, 3, 4, 5
 EACH = 0  # parts: as many as there are units
 RANK, SEQUENCE = 0, 1  # the unit; with one sequence per rank they are the same
-# Mode auto's: kind, parts, unit. Others were tried and gained too little: see benchmarks/RESULTS.md.
+# Mode auto's: kind, parts, unit. Others were tried and gained too little: see docs/results.md.
 CANDIDATES = np.array(
     [
         (ONE, 1, RANK),
