@@ -1,5 +1,5 @@
-"""Pictures of the docs: one step in several modes, drawn from timelines that benchmarks/ttft has measured, or that `pipemoe
-plan --trace` has predicted.
+"""Pictures of the docs: one step in several modes, drawn from timelines that benchmarks/ttft has measured, or that
+`pipemoe plan --trace` has predicted.
 
     python docs/picture.py --tokens 4096,16,16,16 --out docs/step.svg \\
         "Lockstep=out/ttft/timeline_4096_16_16_16_padded.json" "pipemoe=out/ttft/timeline_4096_16_16_16_auto.json"

@@ -1,5 +1,5 @@
-"""Every code block of README.md and docs/ works. Python runs, on any number of ranks. Commands are such as their programs
-take, and those that are quick run.
+"""Every code block of README.md and docs/ works. Python runs, on any number of ranks. Commands are such as their
+programs take, and those that are quick run.
 """
 
 from __future__ import annotations
