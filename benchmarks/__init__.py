@@ -1,1 +1,1 @@
-"""Benchmarks; see README.md. Each runs as a script and by `python -m`."""
+"""Benchmarks; see docs/benchmarks.md. Each runs as a script and by `python -m`."""
