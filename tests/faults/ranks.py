@@ -6,6 +6,7 @@ and for the time of a signal.
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 
 import pipemoe
 from pipemoe.plan.cost.model import AttendCost, CostModel, HostCost
-from pipemoe.plan.schedule import OpKind
+from pipemoe.plan.schedule import Facts, OpKind
 from tests.moe_cases import make_layers
 from tests.runtime.hold import Hold
 from tests.runtime.sources import RowsSource, make_runtime
@@ -28,6 +29,9 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 # Where else a rank is killed: inside a call of the experts, behind its part of a collective that it has posted, or
 # between steps.
 KILLED_IN = ("experts", "dispatch", "combine", "exchange", "idle")
+# Of waves that are computed as they arrive: rows that are never sent, more rows than the others expect, and
+# communicators that are aborted while the others wait for rows.
+OF_ARRIVALS = ("missing part", "other count", "abort")
 
 
 class DyingExperts:
@@ -64,8 +68,10 @@ def main(fault: str, folder: str) -> None:
     os.dup2(log, sys.stderr.fileno())
     (Path(folder) / f"pid{world.rank}").write_text(str(os.getpid()))
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    mode = "broadcast" if fault == "barrier" else "per_rank"
-    runtime = make_runtime(world, make_layers(NUM_LAYERS, world.device, dtype), mode=mode)
+    arrivals = fault in OF_ARRIVALS
+    mode = "broadcast" if fault == "barrier" or arrivals else "per_rank"
+    layers = make_layers(NUM_LAYERS, world.device, dtype)
+    runtime = make_runtime(world, layers, mode=mode, arrivals=arrivals or None)
     culprit = world.rank == (0 if fault == "barrier" else CULPRIT)
     hold = Hold(world.device)
 
@@ -100,6 +106,17 @@ def main(fault: str, folder: str) -> None:
     def broken(*args) -> None:
         raise OSError(f"planted in the {fault}")
 
+    def in_layer_2(planted):
+        """The transport's dispatch; `planted` in place of the third one."""
+        calls, dispatch = itertools.count(), runtime.transport.dispatch
+        return lambda *arguments: (planted if next(calls) == 2 else dispatch)(*arguments)
+
+    def never(*arguments):
+        return None if world.device.type == "cuda" else lambda: False
+
+    def abort(*arguments):
+        runtime.transport.abort()
+
     def broken_note(doing, seconds=None) -> None:
         if getattr(doing, "layer", 0) == 2:
             raise ValueError("planted in the conductor")
@@ -115,6 +132,11 @@ def main(fault: str, folder: str) -> None:
         # ahead.
         runtime.cost = CostModel(attend=AttendCost(row_ps=10**11), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
         runtime._plans.clear()
+    elif fault in ("missing part", "abort") and culprit:
+        runtime.transport.dispatch = in_layer_2(never if fault == "missing part" else abort)
+    elif fault == "other count" and culprit:
+        plan = runtime.plan
+        runtime.plan = lambda facts: plan(Facts(tuple((*of_rank, 1) for of_rank in facts.lengths)))
     elif fault == "planning" and culprit:
         runtime.plan = broken
     elif fault == "absent" and culprit:
