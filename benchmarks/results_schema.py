@@ -116,6 +116,17 @@ ROW_FIELDS["host"] = {
     "workspace_bytes": _NUMBER,
     "init_bytes": _NUMBER,  # of resident memory, that pipemoe.init took
 }
+ROW_FIELDS["loading"] = {
+    "family": (str,),
+    "device": (str,),
+    "gigabytes": _NUMBER,
+    "page_cache": (str,),  # "dropped" before each time, or "full"
+    "read_gbps": _NUMBER,  # all bytes into memory
+    "load_gbps": _NUMBER,
+    "ratio": _NUMBER,  # load_gbps / read_gbps
+    "read_s": (list,),
+    "load_s": (list,),
+}
 _DOCUMENT_FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (str,),
     "benchmark": (str,),
