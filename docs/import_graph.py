@@ -45,6 +45,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "config, trace, wire": ("pipemoe.config", "pipemoe.trace", "pipemoe.wire", "pipemoe.e4m3", "pipemoe.mxfp4"),
     "pipemoe.experts": ("pipemoe.experts",),
     "pipemoe.comm": ("pipemoe.comm",),
+    "pipemoe.rolling": ("pipemoe.rolling",),
     "pipemoe.models": ("pipemoe.models",),
     "pipemoe.runtime": ("pipemoe.runtime",),
     "pipemoe.world": ("pipemoe.world",),

@@ -1,0 +1,75 @@
+"""How long a round takes, by the cost model: for lags, the choice of slots and chunks, and simulation.
+
+A round is one cohort, so a formula does: layer by layer, the longest attention, then waves whose dispatches, experts
+and combines overlap. The clock (plan.clock) is exact, but knows no chunks with earlier keys, and takes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipemoe.plan.cost.model import CostModel, attend_busy, experts_busy, first_busy, graph_rows, rates_of
+from pipemoe.plan.schedule import ModelShape
+from pipemoe.rolling.offer import Chunk
+
+
+class RoundTime:
+    """Predicts rounds of one model on one set of ranks. Whole nanoseconds, the same on every rank."""
+
+    def __init__(self, shape: ModelShape, cost: CostModel, num_ranks: int, moe_max_num_tokens: int) -> None:
+        self._shape, self._num_ranks = shape, num_ranks
+        self._rates: Any = rates_of(cost)
+        self._wave_rows = moe_max_num_tokens
+        self._cores = cost.cores.permille
+
+    def of(self, admitted: Sequence[Sequence[Chunk]]) -> int:
+        """ns that a round takes, alone, from its first operation to its end. admitted: the chunks of each rank; 0 if
+        there are none.
+        """
+        spans = [[(chunk.start, chunk.stop) for chunk in chunks] for chunks in admitted]
+        return self._of_spans(spans)
+
+    def of_tokens(self, tokens: int, start: int = 0) -> int:
+        """ns of a round in which one rank has this many tokens of one sequence, which follow `start` others."""
+        return self._of_spans([[(start, start + tokens)]])
+
+    def _of_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> int:
+        rates, num_layers = self._rates, self._shape.num_layers
+        rows = [sum(stop - start for start, stop in of_rank) for of_rank in spans]
+        total, owners = sum(rows), sum(n > 0 for n in rows)
+        if total == 0:
+            return 0
+        pairs = [sum(stop * (stop + 1) - start * (start + 1) for start, stop in of_rank) // 2 for of_rank in spans]
+        padded = [max(n, graph_rows(rates, n)) for n in rows]
+        attends = [attend_busy(rates, n, p) if n else 0 for n, p in zip(padded, pairs)]
+        firsts = [first_busy(rates, n, p) if n else 0 for n, p in zip(padded, pairs)]
+        num_waves = -(-total // self._wave_rows)
+        wave = -(-total // num_waves)
+        calls = -(-owners // num_waves)
+        experts = rates.experts_fixed_ns + self._on_cores(
+            experts_busy(rates, wave, self._shape.num_experts, self._shape.top_k, self._num_ranks), self._num_ranks
+        )
+        dispatch = rates.dispatch_fixed_ns + calls * rates.dispatch_segment_ns + wave * rates.dispatch_row_ps // 1000
+        combine = rates.combine_fixed_ns + calls * rates.combine_segment_ns + wave * rates.combine_row_ps // 1000
+        attend = rates.attend_fixed_ns + self._shared(attends)
+        layer = attend + dispatch + experts + combine + (num_waves - 1) * max(dispatch, experts, combine)
+        issue = rates.host_graph_ns if max(rows) <= rates.host_graph_rows else rates.host_attend_ns
+        issue += rates.host_pack_ns + num_waves * (
+            rates.host_dispatch_ns + rates.host_experts_ns + rates.host_combine_ns
+        )
+        return num_layers * max(layer, issue) + self._shared(firsts) + rates.finish_ns
+
+    def _shared(self, works: Sequence[int]) -> int:
+        """ns until all of these are done, each by its own rank."""
+        longest, total = max(works), sum(works)
+        if self._cores:
+            return max(longest, total * 1000 // self._cores)
+        if self._num_ranks == 1:
+            return longest
+        others = min(longest, (total - longest) // (self._num_ranks - 1))
+        return longest + others * self._rates.attend_crowd_permille // 1000
+
+    def _on_cores(self, work: int, num_ranks: int) -> int:
+        """ns that work takes which so many ranks do at once."""
+        return max(work, work * num_ranks * 1000 // self._cores) if self._cores else work

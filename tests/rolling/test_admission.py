@@ -1,0 +1,155 @@
+"""Admission: the order in which chunks go, budgets, lags, patience, and what no round could take."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipemoe.errors import ConfigError, PlanError
+from pipemoe.rolling.admission import Admission, RollingSettings
+from pipemoe.rolling.offer import MAX_CHUNKS, Chunk, Offer
+
+SETTINGS = RollingSettings(max_tokens_per_round=100, max_round_rows=150, chunk_tokens=50, most_rounds_waited=4)
+
+
+def whole(sequence: int, length: int, age: int = 0, priority: int = 0) -> Chunk:
+    return Chunk(sequence, 0, length, length, age, priority)
+
+
+def admitted(*ranks: list[Chunk], slot: int = 0, num_slots: int = 2, chosen=SETTINGS, lags=(), **more) -> list:
+    """Per rank, the sequences that go."""
+    admission = Admission(slot, num_slots, len(ranks), chosen)
+    offers = [Offer(tuple(chunks), lags, **more) for chunks in ranks]
+    return [[(c.sequence, c.tokens) for c in of_rank] for of_rank in admission.admit(offers)]
+
+
+def test_all_that_fits_goes():
+    assert admitted([whole(0, 40), whole(1, 60)], [whole(0, 50)], []) == [[(0, 40), (1, 60)], [(0, 50)], []]
+
+
+def test_what_does_not_fit_is_passed_over():
+    assert admitted([whole(0, 70), whole(1, 40), whole(2, 30)]) == [[(0, 70), (2, 30)]]
+
+
+def test_all_ranks_share_the_rows_of_a_round():
+    assert admitted([whole(0, 80)], [whole(0, 80)], [whole(0, 60)]) == [[(0, 80)], [], [(0, 60)]]
+
+
+def test_ranks_take_turns_in_going_first():
+    admission = Admission(0, 2, 2, SETTINGS)
+    offers = [Offer((whole(0, 100),)), Offer((whole(0, 100),))]
+    goes = [[bool(chunks) for chunks in admission.admit(offers)] for _ in range(4)]
+    assert sorted(goes[:2]) == sorted(goes[2:]) == [[False, True], [True, False]]
+
+
+def test_priority_then_what_has_begun_then_age():
+    begun = Chunk(7, 50, 90, 90)
+    chunks = [whole(0, 50), whole(1, 50, age=3), begun, whole(2, 50, priority=1)]
+    order = [sequence for sequence, _ in admitted(chunks, slot=1)[0]]
+    assert order == [2, 7, 1]  # and of the oldest what still fits
+    assert admitted(chunks, slot=1)[0][-1] == (1, 10)
+
+
+def test_who_waited_too_long_goes_before_priority():
+    assert admitted([whole(0, 80, priority=9), whole(1, 80, age=4, priority=-9)]) == [[(1, 80)]]
+    assert admitted([whole(0, 80, age=4), whole(1, 80, age=5)]) == [[(1, 80)]]
+
+
+def test_only_the_last_slot_cuts():
+    assert admitted([Chunk(0, 10, 50, 90), whole(1, 50), whole(2, 40)], slot=1) == [[(0, 40), (1, 50), (2, 10)]]
+    with pytest.raises(PlanError, match="slot 0, which takes whole sequences only"):
+        admitted([Chunk(0, 10, 50, 90)])
+
+
+@pytest.mark.parametrize(
+    ("lag", "goes"),
+    [(0, [0, 1, 2]), (2000, [0, 1, 2]), (2500, [0, 1]), (2900, [0]), (3000, []), (60000, [])],
+)
+def test_a_short_slot_takes_less_while_a_long_round_is_late(lag, goes):
+    chunks = [whole(n, 30) for n in range(3)]
+    chosen = SETTINGS._replace(short_round_rows=120)
+    assert [s for s, _ in admitted(chunks, lags=(0, lag), chosen=chosen)[0]] == goes
+
+
+def test_the_long_slot_waits_for_no_short_one():
+    assert admitted([whole(0, 50)], slot=1, lags=(60000, 60000)) == [[(0, 50)]]
+
+
+def test_who_waited_too_long_goes_beside_a_long_round_that_stands_still():
+    assert admitted([whole(0, 30), whole(1, 30, age=4)], lags=(0, 60000)) == [[(1, 30)]]
+
+
+def test_short_rounds_stay_short_unless_a_single_chunk_is_longer():
+    chosen = SETTINGS._replace(short_round_rows=60)
+    assert admitted([whole(0, 40)], [whole(0, 40)], [whole(0, 20)], chosen=chosen) == [[(0, 40)], [], [(0, 20)]]
+    assert admitted([whole(0, 90)], [whole(0, 10)], chosen=chosen) == [[(0, 90)], []]
+
+
+def test_patient_ranks_wait_for_those_without_work():
+    chosen = SETTINGS._replace(policy="lockstep_delayed")
+    chunks = [whole(0, 30)]
+    assert admitted(chunks, [], num_slots=1, chosen=chosen, patient=True) == [[], []]
+    assert admitted(chunks, chunks, num_slots=1, chosen=chosen, patient=True) == [[(0, 30)], [(0, 30)]]
+    assert admitted(chunks, [], num_slots=1, chosen=chosen, patient=False) == [[(0, 30)], []]
+    assert admitted([whole(0, 30, age=4)], [], num_slots=1, chosen=chosen, patient=True) == [[(0, 30)], []]
+    assert admitted(chunks, [], num_slots=1, patient=True) == [[(0, 30)], []]
+
+
+def test_nobody_waits_for_a_rank_that_leaves():
+    admission = Admission(0, 1, 2, SETTINGS._replace(policy="lockstep_delayed"))
+    assert admission.admit([Offer((whole(0, 5),), patient=True), Offer(leaving=True)]) == ((whole(0, 5),), ())
+
+
+@pytest.mark.parametrize(
+    ("offer", "words"),
+    [
+        (Offer((whole(0, 101),)), "rank 0 offers .*length=101.* at most 100 tokens"),
+        (Offer((Chunk(0, 5, 5, 9),)), "rank 0 offers"),
+        (Offer((Chunk(0, 0, 9, 8),)), "rank 0 offers"),
+        (Offer(tuple(whole(n, 1) for n in range(MAX_CHUNKS + 1))), "21 chunks, more than 20"),
+        (Offer((whole(0, 1),), leaving=True), "says that it has none"),
+    ],
+)
+def test_an_offer_that_no_round_could_take_is_an_error(offer, words):
+    with pytest.raises(PlanError, match=words):
+        Admission(0, 2, 1, SETTINGS).admit([offer])
+
+
+def test_offers_of_all_ranks_are_needed():
+    with pytest.raises(PlanError, match="offers of 1 ranks; there are 2"):
+        Admission(0, 2, 2, SETTINGS).admit([Offer()])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"max_tokens_per_round": 0}, "max_tokens_per_round is 0"),
+        ({"chunk_tokens": 101}, "chunk_tokens is 101, more than max_tokens_per_round=100"),
+        ({"max_round_rows": 99}, "max_tokens_per_round is 100, more than max_round_rows=99"),
+        ({"policy": "eager"}, "policy is 'eager'"),
+        ({"short_round_rows": 0}, "short_round_rows is 0"),
+        ({"most_rounds_waited": 40000}, "at most 32767"),
+        ({"most_rounds_waited": 1.5}, "whole number"),
+    ],
+)
+def test_settings_that_cannot_work(changed, words):
+    with pytest.raises(ConfigError, match=words):
+        Admission(0, 2, 1, SETTINGS._replace(**changed))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**30))
+def test_the_bound_on_waiting_holds_when_all_ranks_offer_all_they_may(num_ranks, most, seed):
+    """Full offers for ever, of chunks that leave room for one only, always of a higher priority than the last."""
+    chosen = RollingSettings(10, 10, 10, most)
+    admission = Admission(0, 2, num_ranks, chosen)
+    ages = {(rank, n): 0 for rank in range(num_ranks) for n in range(MAX_CHUNKS)}
+    for _ in range(3 * chosen.longest_wait(num_ranks)):
+        offers = [
+            Offer(tuple(whole(n, 10, age, min(127, n // 20)) for (r, n), age in ages.items() if r == rank))
+            for rank in range(num_ranks)
+        ]
+        goes = {(rank, c.sequence) for rank, chunks in enumerate(admission.admit(offers)) for c in chunks}
+        ages = {who: age + 1 for who, age in ages.items() if who not in goes}
+        for rank, sequence in goes:
+            ages[rank, sequence + MAX_CHUNKS] = 0
+        assert len(goes) == 1 and max(ages.values()) <= chosen.longest_wait(num_ranks)
