@@ -127,6 +127,22 @@ ROW_FIELDS["loading"] = {
     "read_s": (list,),
     "load_s": (list,),
 }
+ROW_FIELDS["serve"] = {
+    "policy": (str,),
+    "trace": (str,),
+    "what": (str,),  # "alone" (one request at a time), "saturation" (all at once) or "load"
+    "seed": (int,),
+    "rate_rps": _NUMBER,
+    "load": _NUMBER,  # the rate, as a share of the best lockstep policy's throughput at saturation
+    "ttft_ms_p50": _NUMBER,
+    "ttft_ms_p95": _NUMBER,
+    "ttft_ms_p99": _NUMBER,
+    "ttft_ms_p50_short": _NUMBER,  # of the shorter half of the prompts
+    "ttft_ms_p95_short": _NUMBER,
+    "completed": (int,),
+    "capacity_rps": _NUMBER,  # of this policy with this seed
+    "step_tokens": _NUMBER,  # null for policies without
+}
 _DOCUMENT_FIELDS: dict[str, tuple[type, ...]] = {
     "schema": (str,),
     "benchmark": (str,),

@@ -75,8 +75,9 @@ class Campaign:
         """requests_of: a seed's requests. say: is told what has been measured."""
         self._player, self._policies, self._settings, self._say = player, list(policies), settings, say
         self._requests = {seed: list(requests_of(seed)) for seed in settings.seeds}
-        lengths = [r.input_tokens for requests in self._requests.values() for r in requests]
-        self.classes = length_classes(lengths)
+        every = [r for requests in self._requests.values() for r in requests]
+        self.classes = length_classes([r.input_tokens for r in every])
+        self.lengths_alone = spread_lengths(every, self.classes, settings.per_class)
         self._known: dict[tuple[Policy, str, int, float], list[Served]] = {}
         self.limits: Limits | None = None
         self.saturation: dict[Policy, float] = {}  # requests a second
@@ -107,20 +108,19 @@ class Campaign:
         """Unloaded times of every policy; the best make the limits. The number of tokens a step plays no part there, so
         one of a policy's is enough.
         """
-        lengths = spread_lengths(self._requests[self._settings.seeds[0]], self.classes, self._settings.per_class)
         best: dict[str, float] = {}
         done = set()
         for policy in self._policies:
             if (policy.name, policy.routing) in done:
                 continue
             done.add((policy.name, policy.routing))
-            served = self._player.alone(policy, lengths)
-            self._add(policy, served, {"what": "alone", "rate_rps": None, "load": None})
+            served = self._player.alone(policy, self.lengths_alone)
+            self.add_alone(policy, served)
             for name, ttfts in ttfts_by_class(served, self.classes).items():
                 best[name] = min(best.get(name, float("inf")), median(ttfts))
-        missing = [name for name in CLASS_SHARES if name not in best]
+        missing = {self.classes.of(tokens) for tokens in self.lengths_alone} - set(best)
         if missing:
-            raise InputError(f"no request of length class {', '.join(missing)} was served; give more requests")
+            raise InputError(f"no request of length class {', '.join(sorted(missing))} was served")
         self.limits = Limits(self.classes, {name: LIMIT_FACTOR * seconds for name, seconds in best.items()})
         self._say("limits " + ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.limits.seconds.items()))
 
@@ -176,6 +176,10 @@ class Campaign:
         for row in self.rows:
             if (row["label"], row["arrivals"], row["seed"]) == (policy.label, process, seed):
                 row |= about
+
+    def add_alone(self, policy: Policy, served: Sequence[Served]) -> None:
+        """A row of requests that were served one at a time; also by what is no policy of these, to compare with."""
+        self._add(policy, served, {"what": "alone", "rate_rps": None, "load": None})
 
     def _add(self, policy: Policy, served: Sequence[Served], about: Mapping[str, Any]) -> None:
         figures = figures_of(served, self.classes)

@@ -79,9 +79,18 @@ def test_what_is_measured_is_not_measured_again(campaign):
     assert len(set(plays)) == len(plays)
 
 
-def test_a_class_without_requests_is_an_error():
-    with pytest.raises(InputError, match="no request of length class medium, long"):
-        Campaign(SingleServer(1.0), [ROLLING], lambda seed: [Request(0.0, 9, 1)] * 4, Settings()).run()
+def test_nothing_served_alone_is_an_error_and_equal_lengths_are_one_class():
+    class Deaf(SingleServer):
+        def alone(self, policy, lengths):
+            return [s._replace(first_token=None) for s in super().alone(policy, lengths)]
+
+    def same(seed):
+        return [Request(0.0, 9, 1)] * 4
+
+    with pytest.raises(InputError, match="no request of length class short was served"):
+        Campaign(Deaf(1.0), [ROLLING], same, Settings()).run()
+    campaign = Campaign(SingleServer(1.0, slowness), [ROLLING], same, Settings(find_capacity=False))
+    assert campaign.run() and set(campaign.limits.seconds) == {"short"}
 
 
 def test_lengths_spread_over_each_class():
