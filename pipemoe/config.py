@@ -37,8 +37,9 @@ class Config(PlanConfig):
     experts: "auto", or the name of an implementation.
 
     attention: "fused" runs a model's attention by kernels of pipemoe and of libraries, one for each step of a layer;
-    "transformers" by the modules of the model in transformers. "auto" is fused where that serves: on a GPU, in a 16-bit
-    dtype, and for families that state what their attention is made of. Layers of callers (PipelinedMoE) have none.
+    "transformers" by the modules of the model in transformers. "auto" is fused where that serves: on a GPU in a 16-bit
+    dtype, on the host in float32, and for families that state what their attention is made of. Layers of callers
+    (PipelinedMoE) have none.
 
     graph_tokens: on a GPU, attention on up to about this many tokens of a cohort is launched as CUDA graphs, which are
     captured when the model is made. The number is rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, or down to

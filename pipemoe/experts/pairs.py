@@ -25,7 +25,8 @@ import numpy as np
 
 from pipemoe.compiled import Compiled
 from pipemoe.experts.addresses import floats_at, ints_at, shorts_at
-from pipemoe.experts.sgemm import call_sgemm
+from pipemoe.experts.exponential import exp
+from pipemoe.experts.sgemm import multiply, new_call
 
 # Adding and subtracting 1.5 * 2^52 * 2^-32 rounds a float64 of magnitude under 2^19 to the nearest multiple of 2^-32.
 # Larger values are rounded to coarser multiples, which lie on the same grid.
@@ -135,7 +136,7 @@ def _silu_rows(h, bias, out):
             gate = h[i, j]
             if bias.shape[0] > 0:
                 gate += bias[j]
-            value = gate / (one + math.exp(-gate))
+            value = gate / (one + exp(-gate))
             if h.shape[1] > intermediate:
                 up = h[i, intermediate + j]
                 if bias.shape[0] > 0:
@@ -167,13 +168,13 @@ def activate_rows(h, bias, activation, limit, alpha, up_offset, out):
                 gate += bias[j]
             gate = most if gate > most else gate
             if activation == 0:
-                value = gate / (one + math.exp(-sharpness * gate))
+                value = gate / (one + exp(-sharpness * gate))
             elif activation == 1:
                 value = half * gate * (one + math.erf(root_of_half * gate))
             elif activation == 2:
                 value = zero if gate < zero else gate
             elif activation == 3:
-                value = gate / (one + math.exp(-linear * (gate + cubic * gate * gate * gate)))
+                value = gate / (one + exp(-linear * (gate + cubic * gate * gate * gate)))
             else:
                 value = zero if gate < zero else gate * gate
             if h.shape[1] > intermediate:
@@ -184,17 +185,6 @@ def activate_rows(h, bias, activation, limit, alpha, up_offset, out):
                 up = -most if up < -most else up
                 value *= up + offset
             out[i, j] = value
-
-
-@part
-def _multiply(sgemm, x, num_rows, depth, weights, width, out, call, sizes):
-    """out [num_rows, width] = x [num_rows, depth] @ weights.T; x, weights [width, depth] and out are addresses.
-
-    call, sizes: as `compute_experts` has filled them. To BLAS, which counts by columns, this is out.T = weights @ x.T.
-    """
-    sizes[0], sizes[1], sizes[2] = width, num_rows, depth
-    call[6], call[8], call[11] = weights, x, out
-    call_sgemm(sgemm, call.ctypes.data)
 
 
 @compiled(
@@ -220,14 +210,7 @@ def compute_experts(
     num_experts, hidden = len(gate_up), y.shape[1]
     intermediate = len(a_tile) // max(1, x_tile.shape[0])
     width = len(h_tile) // max(1, x_tile.shape[0])
-    transposed, sizes, factors = np.empty(2, np.uint8), np.empty(3, np.int32), np.empty(2, np.float32)
-    transposed[0], transposed[1] = 84, 78  # "T" and "N"
-    factors[0], factors[1] = 1, 0
-    call = np.empty(13, np.int64)
-    call[0], call[1] = transposed.ctypes.data, transposed.ctypes.data + 1
-    at = sizes.ctypes.data
-    call[2], call[3], call[4], call[7], call[9], call[12] = at, at + 4, at + 8, at + 8, at + 8, at
-    call[5], call[10] = factors.ctypes.data, factors.ctypes.data + 4
+    call = new_call()
     for expert in range(num_experts):
         for start in range(offsets[expert], offsets[expert + 1], tile_rows):
             num_pairs = min(tile_rows, offsets[expert + 1] - start)
@@ -235,10 +218,12 @@ def compute_experts(
             gather_rows(sources, start, start + num_pairs, x_tile[:num_rows])
             h = h_tile[: num_rows * width].reshape(num_rows, width)
             a = a_tile[: num_rows * intermediate].reshape(num_rows, intermediate)
-            _multiply(sgemm, x_tile.ctypes.data, num_rows, hidden, gate_up[expert], width, h.ctypes.data, call, sizes)
+            x, weights = (x_tile.ctypes.data, hidden), (gate_up[expert], hidden)
+            multiply(sgemm, call, x, num_rows, hidden, weights, True, width, (h.ctypes.data, width), 1, False)
             activate_rows(h, gate_up_bias[expert], activation, limit, alpha, up_offset, a)
             out = y_tile if whole_tiles else y[start : start + num_pairs]
-            _multiply(sgemm, a.ctypes.data, num_rows, intermediate, down[expert], hidden, out.ctypes.data, call, sizes)
+            x, weights = (a.ctypes.data, intermediate), (down[expert], intermediate)
+            multiply(sgemm, call, x, num_rows, intermediate, weights, True, hidden, (out.ctypes.data, hidden), 1, False)
             if whole_tiles:
                 y[start : start + num_pairs] = y_tile[:num_pairs]
             for i in range(start, start + num_pairs):

@@ -8,11 +8,15 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from pipemoe.compiled import Compiled
+
 _NUM_ARGUMENTS = 13  # of BLAS's sgemm, all of them pointers
+_TRANSPOSED, _AS_IT_IS = 84, 78  # "T" and "N"
 
 
 @cache
@@ -29,7 +33,7 @@ def sgemm_address() -> int:
 
 
 @intrinsic
-def call_sgemm(typing_context, address, arguments):
+def _call_sgemm(typing_context, address, arguments):
     """Call sgemm with the 13 pointers that lie at `arguments` (int64)."""
 
     def generate(context, builder, signature, values):
@@ -44,3 +48,37 @@ def call_sgemm(typing_context, address, arguments):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
+
+
+def _new_call():
+    """Room for the arguments of a call, which `multiply` fills in: pointers, what whole numbers they point to, factors
+    and letters.
+    """
+    pointers, numbers = np.empty(_NUM_ARGUMENTS, np.int64), np.empty(6, np.int32)
+    factors, letters = np.empty(2, np.float32), np.empty(2, np.uint8)
+    letters[1] = _AS_IT_IS
+    at = numbers.ctypes.data
+    pointers[0], pointers[1] = letters.ctypes.data, letters.ctypes.data + 1
+    pointers[2], pointers[3], pointers[4] = at, at + 4, at + 8
+    pointers[5], pointers[10] = factors.ctypes.data, factors.ctypes.data + 4
+    pointers[7], pointers[9], pointers[12] = at + 12, at + 16, at + 20
+    return pointers, numbers, factors, letters
+
+
+def _multiply(sgemm, call, x, num_rows, depth, other, transposes, width, out, factor, keeps):
+    """out [num_rows, width] = factor x @ other, plus what it held if `keeps`. If `transposes`, x @ other.T.
+
+    call: of new_call. x [num_rows, depth], other [depth, width] (or [width, depth]) and out are addresses, each with
+    the values from row to row. To BLAS, which counts by columns, this is out.T = other.T @ x.T.
+    """
+    pointers, numbers, factors, letters = call
+    letters[0] = _TRANSPOSED if transposes else _AS_IT_IS
+    numbers[0], numbers[1], numbers[2] = width, num_rows, depth
+    numbers[3], numbers[4], numbers[5] = other[1], x[1], out[1]
+    factors[0], factors[1] = factor, 1 if keeps else 0
+    pointers[6], pointers[8], pointers[11] = other[0], x[0], out[0]
+    _call_sgemm(sgemm, pointers.ctypes.data)
+
+
+new_call = Compiled(_new_call, inside=True, nogil=True, error_model="numpy")
+multiply = Compiled(_multiply, inside=True, nogil=True, error_model="numpy")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pipemoe.errors import ConfigError
 from pipemoe.models.fused_decoder import FusedDecoder, lack
 from pipemoe.models.graph_store import GraphStore
+from pipemoe.models.host_decoder import HostDecoder, lack_on_host
 
 if TYPE_CHECKING:
     from pipemoe.config import Config
@@ -23,7 +24,7 @@ class AttentionChoice:
         """decoder: by transformers' modules."""
         self._plain = decoder
         self._reason: str | None = None  # why there is no fused one
-        self._fused: FusedDecoder | None = None
+        self._fused: FusedDecoder | HostDecoder | None = None
         self._graphs: dict[bool, GraphStore] = {}  # by whether it is fused
         self._has_said = False
 
@@ -31,8 +32,10 @@ class AttentionChoice:
         """What `config.attention` asks for. rank: "rank 0: ", for messages. Raises ConfigError if it cannot be."""
         if self._fused is None and self._reason is None:
             # Also if nobody asks for it: it puts weights together, and graphs know weights by their addresses.
-            self._reason = lack(self._plain)
-            self._fused = None if self._reason else FusedDecoder(self._plain)
+            on_host = self._plain.device.type == "cpu"
+            self._reason = (lack_on_host if on_host else lack)(self._plain)
+            if not self._reason:
+                self._fused = (HostDecoder if on_host else FusedDecoder)(self._plain)
         if self._reason and config.attention == "fused":
             raise ConfigError(
                 f"{rank}attention='fused' is not to be had: {self._reason}; use attention='transformers', or 'auto'"

@@ -44,10 +44,10 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 
 def norm_of(module: Any) -> Norm:
     """A module's RMSNorm as one kernel, see pipemoe_kernels.attention.norm."""
-    return partial(_norm, module.weight, _eps(module))
+    return partial(_norm, module.weight, eps_of(module))
 
 
-def _eps(module: Any) -> float:
+def eps_of(module: Any) -> float:
     """Of an RMSNorm of torch, or of transformers."""
     eps = module.eps if isinstance(module, torch.nn.RMSNorm) else module.variance_epsilon
     assert isinstance(eps, float)
@@ -80,7 +80,7 @@ class HeadAttention:
         self._out, self._out_bias = module.o_proj.weight, module.o_proj.bias
         self._norms, eps = None, None
         if form.head_norms:
-            self._norms, eps = (module.q_norm.weight, module.k_norm.weight), _eps(module.q_norm)
+            self._norms, eps = (module.q_norm.weight, module.k_norm.weight), eps_of(module.q_norm)
         self._heads = HeadForm(form.head_dim, form.rotary, form.interleaved, eps)
 
     def key_sizes(self) -> list[tuple[int, int]]:
@@ -120,7 +120,7 @@ class LatentAttention:
         self._weight, self._bias = fuse([module.q_a_proj if has_norm else module.q_proj, module.kv_a_proj_with_mqa])
         self._of_query = module.q_b_proj.weight if has_norm else None
         self._query_norm = module.q_a_layernorm.weight if has_norm else None
-        self._norm, self._eps = module.kv_a_layernorm.weight, _eps(module.kv_a_layernorm)
+        self._norm, self._eps = module.kv_a_layernorm.weight, eps_of(module.kv_a_layernorm)
         self._of_latent = module.kv_b_proj.weight  # [Hq (nope + value), rank]
         self._out, self._out_bias = module.o_proj.weight, module.o_proj.bias
 

@@ -16,6 +16,7 @@ from pipemoe.models import attention_choice, fused_decoder
 from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
 from pipemoe.models.fused_decoder import FusedDecoder, lack
+from pipemoe.models.host_decoder import HostDecoder
 from pipemoe.models.loading import load_decoder
 from tests.models.tiny import FAMILIES, tiny_config
 
@@ -34,18 +35,32 @@ def decoder_of(family, **changes):
     return load_decoder(tiny_config(family, **changes), rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0]
 
 
-def test_without_a_gpu_attention_is_transformers_and_that_is_said_once(caplog):
+def test_where_the_fused_one_lacks_something_attention_is_transformers_and_that_is_said_once(caplog):
     plain = decoder_of("qwen3_moe")
     choice = AttentionChoice(plain)
     with caplog.at_level(logging.INFO, "pipemoe"):
         assert choice.of(Config(), "rank 3: ")[0] is plain
         assert choice.of(Config(mode="chunked"), "rank 3: ")[0] is plain
-    assert caplog.messages == ["rank 3: attention runs by transformers' modules, not fused: it needs a GPU"]
+    assert caplog.messages == [
+        "rank 3: attention runs by transformers' modules, not fused: on the host it computes in float32, not in "
+        "torch.bfloat16"
+    ]
+
+
+def test_on_the_host_in_float32_it_is_compiled_code():
+    plain = load_decoder(tiny_config("mixtral"), rank=0, num_ranks=1, device="cpu", dtype=torch.float32)[0]
+    choice = AttentionChoice(plain)
+    assert choice.of(Config(attention="transformers"), "")[0] is plain
+    for word in ("auto", "fused"):
+        decoder, graphs = choice.of(Config(attention=word), "")
+        assert isinstance(decoder, HostDecoder) and not graphs.has_places(Config())
 
 
 def test_what_is_asked_for_by_name_is_refused_with_the_reason():
     choice = AttentionChoice(decoder_of("mixtral"))
-    with pytest.raises(ConfigError, match="rank 3: attention='fused' is not to be had: it needs a GPU; use attention="):
+    with pytest.raises(
+        ConfigError, match="rank 3: attention='fused' is not to be had: on the host it .*; use attention="
+    ):
         choice.of(Config(attention="fused"), "rank 3: ")
     decoder, graphs = choice.of(Config(attention="transformers"), "")
     assert choice.of(Config(attention="transformers", mode="chunked"), "") == (decoder, graphs)
@@ -54,8 +69,9 @@ def test_what_is_asked_for_by_name_is_refused_with_the_reason():
 def test_weights_are_in_their_last_place_before_the_first_graph(monkeypatch):
     """Graphs know weights by their addresses, whichever form they are of."""
     plain = decoder_of("mixtral")
-    for module in (attention_choice, fused_decoder):
-        monkeypatch.setattr(module, "lack", lambda decoder: None)
+    for module, name in ((attention_choice, "lack"), (fused_decoder, "lack"), (attention_choice, "lack_on_host")):
+        monkeypatch.setattr(module, name, lambda decoder: None)
+    monkeypatch.setattr(attention_choice, "HostDecoder", FusedDecoder)
     choice = AttentionChoice(plain)
     assert choice.of(Config(attention="transformers"), "")[0] is plain
     places = {name: parameter.data_ptr() for name, parameter in plain._model.named_parameters()}
