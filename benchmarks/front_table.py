@@ -37,21 +37,21 @@ class _Alone(NamedTuple):
     run: str
 
 
-_TWO = "[two H100s, a rank each](docs/results.md#qwen3-30b-a3b)"
-_ONE = "[one H200, one rank](docs/results.md#one-h200-one-rank-beside-vllm)"
+_TWO = "[two H100s](docs/results.md#qwen3-30b-a3b)"
+_ONE = "[one H200](docs/results.md#one-h200-one-rank-beside-vllm)"
 _ROWS: tuple[_Step | _Alone, ...] = (
-    _Step("h100_x2/ttft_qwen3-30b-a3b.json", (4096, 16), 16, "16 tokens, beside 4096 on the other rank", _TWO),
+    _Step("h100_x2/ttft_qwen3-30b-a3b.json", (4096, 16), 16, "16 tokens, beside 4096 on the other GPU", _TWO),
     _Step("h100_x2/ttft_qwen3-30b-a3b.json", (4096, 16), 4096, "those 4096 tokens", _TWO),
-    _Step("h100_x2/ttft_qwen3-30b-a3b.json", (2048, 2048), 2048, "2048 tokens on each rank", _TWO),
-    _Alone("h200/forward.json", 4096, "4096 tokens, no other rank", _ONE),
-    _Alone("h200/forward.json", 64, "64 tokens, no other rank", _ONE),
-    _Alone("h200/forward.json", 1, "1 token, no other rank", _ONE),
+    _Step("h100_x2/ttft_qwen3-30b-a3b.json", (2048, 2048), 2048, "2048 tokens on each GPU", _TWO),
+    _Alone("h200/forward.json", 4096, "4096 tokens, no other GPU", _ONE),
+    _Alone("h200/forward.json", 64, "64 tokens, no other GPU", _ONE),
+    _Alone("h200/forward.json", 1, "1 token, no other GPU", _ONE),
 )
 
 
 def front_cells(results: Path) -> list[list[str]]:
     """Heading and rows. results: the folder benchmarks/results. Raises InputError if a run lacks what a row names."""
-    heading = ["time to first token, ms", "vLLM 0.26", "lockstep", "pipemoe", "machine and command"]
+    heading = ["prompt", "vLLM 0.26", "lockstep", "pipemoe", "machine and command"]
     return [heading, *(_cells(row, read_results(results / row.file)["rows"]) for row in _ROWS)]
 
 
