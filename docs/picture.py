@@ -108,7 +108,9 @@ def _axis(end: float, scale: float, top: float) -> list[str]:
         lines.append(
             f'<text class="dim" text-anchor="middle" x="{x:.1f}" y="{top + 20}">{tick * step / 1e3:g} ms</text>'
         )
-    legend = "bars: computing, in the colour of the cohort; thin lines below: exchanging, or waiting for it; ◆ first token"
+    legend = (
+        "bars: computing, in the colour of the cohort; thin lines below: exchanging, or waiting for it; ◆ first token"
+    )
     lines.append(f'<text class="dim" x="{_LEFT}" y="{top + 44}">{legend}</text>')
     return lines
 
