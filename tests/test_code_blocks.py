@@ -4,6 +4,7 @@ programs take, and those that are quick run.
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import subprocess
@@ -138,10 +139,9 @@ def _check_program(arguments: list[str], where: str) -> None:
             assert module in ("pytest", "mkdocs", "package.module", "ruff", "mypy"), where
         return
     assert arguments[0] in _PLACEHOLDERS or (ROOT / arguments[0]).exists(), where
-    if arguments[0] == "benchmarks/ttft":
-        from benchmarks.ttft.options import parse
-
+    if arguments[0] in ("benchmarks/ttft", "benchmarks/serve"):
+        options = importlib.import_module(f"{arguments[0].replace('/', '.')}.options")
         try:
-            parse(arguments[1:])
+            options.parse(arguments[1:])
         except SystemExit as error:
             pytest.fail(f"{where}: {error}")

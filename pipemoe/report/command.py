@@ -1,4 +1,4 @@
-"""`pipemoe report FOLDER`: tables, distributions of TTFT and timelines of a benchmark's results, to look at.
+"""`pipemoe report FOLDER`: tables, distributions of TTFT, timelines and capacities of a benchmark, to look at.
 
 The file holds everything, also the timelines, so it can be sent to somebody and opened without a network.
 """
@@ -14,8 +14,10 @@ from typing import Any
 
 from pipemoe.errors import InputError
 from pipemoe.output_path import check_output_file, write_whole
+from pipemoe.report.traffic import campaigns
 
 _SCHEMA = "pipemoe.bench/1"
+_BENCHMARKS = ("ttft", "serve")
 _KINDS = ("attend", "dispatch", "experts", "combine", "finish")  # as numbers in the page
 _LANES = ("compute", "dispatch", "combine")
 # Of a row of results, what the page shows.
@@ -39,10 +41,10 @@ def add_report_parser(subcommands: argparse._SubParsersAction) -> None:
         "report",
         help="a benchmark's results as one HTML file",
         description="Writes one HTML file with tables, distributions of TTFT, and the timelines of two modes one above "
-        "the other. It needs no network.",
+        "the other, or TTFT against the rate of requests. It needs no network.",
     )
     parser.set_defaults(run=run)
-    parser.add_argument("folder", type=Path, help="what benchmarks/ttft has written (its --out)")
+    parser.add_argument("folder", type=Path, help="what benchmarks/ttft or benchmarks/serve has written (its --out)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in that folder")
 
 
@@ -57,45 +59,49 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report_page(folder: Path) -> str:
-    """The HTML page of the results in `folder`: ttft.json, and timeline_WORKLOAD_MODE.json beside it."""
-    data = _data(_read(folder / "ttft.json"), folder)
+    """The HTML page of the results in `folder`: ttft.json with timeline_WORKLOAD_MODE.json beside it, and serve.json."""
+    files = [folder / f"{benchmark}.json" for benchmark in _BENCHMARKS]
+    found = [file for file in files if file.is_file()] or files[:1]
+    data: dict[str, Any] = {"about": [], "workloads": [], "campaigns": []}
+    for file in found:
+        _add(data, _read(file, file.stem), file)
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # "</" would end the script that holds the data, whatever quotes it stands in.
     return template.replace("PIPEMOE_DATA", json.dumps(data, allow_nan=False).replace("</", "<\\/"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, benchmark: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(
-            f"{path}: {error.strerror}; a report is of a folder that benchmarks/ttft has written"
+            f"{path}: {error.strerror}; a report is of a folder that benchmarks/ttft or benchmarks/serve has written"
         ) from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("schema") != _SCHEMA or document.get("benchmark") != "ttft":
-        raise InputError(f"{path}: not the results of benchmarks/ttft (schema {_SCHEMA})")
+    if not isinstance(document, dict) or document.get("schema") != _SCHEMA or document.get("benchmark") != benchmark:
+        raise InputError(f"{path}: not the results of benchmarks/{benchmark} (schema {_SCHEMA})")
     return document
 
 
-def _data(document: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What the page's script reads."""
+def _add(data: dict[str, Any], document: Mapping[str, Any], file: Path) -> None:
+    """Add a benchmark's results to what the page's script reads."""
     try:
         machine = document["machine"]
         rows = document["rows"]
         gpus = [gpu["name"] for gpu in machine["gpus"]]
         device = f"{len(gpus)} x {gpus[0]}" if gpus else f"{machine['num_cores']} cores of {machine['cpu']}"
-        about = [f"{device}; commit {document['commit'] or 'unknown'}"]
+        about = f"{device}; commit {document['commit'] or 'unknown'}"
+        data["about"].append({"facts": about, "command": document["command"]})
+        if document["benchmark"] == "serve":
+            data["campaigns"] += campaigns(rows)
+            return
         workloads: dict[str, list[Mapping[str, Any]]] = {}
         for row in rows:
             workloads.setdefault(json.dumps(row["rank_tokens"]), []).append(row)
-        return {
-            "about": about,
-            "command": document["command"],
-            "workloads": [_workload(of_workload, folder) for of_workload in workloads.values()],
-        }
+        data["workloads"] += [_workload(of_workload, file.parent) for of_workload in workloads.values()]
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / 'ttft.json'}: a row lacks what every row has ({error!r})") from None
+        raise InputError(f"{file}: a row lacks what every row has ({error!r})") from None
 
 
 def _workload(rows: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pipemoe.cli import main
 from pipemoe.plan.schedule import Op, OpKind
 from pipemoe.report.command import report_page, timeline_lanes
 from pipemoe.trace import Span, Timeline, chrome_trace
+from tests.report.test_traffic import ROWS
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -76,6 +77,31 @@ def test_a_page_holds_all_figures_and_needs_nothing_else(folder, capsys):
     assert [w["name"] for w in found["workloads"]] == ["tokens per rank: 40, 7", "a_</script>_trace"]
     assert [r["mean_ttft_ms"] for w in found["workloads"] for r in w["rows"]] == [91.25, 47.5, 1234.5]
     assert sorted(found["workloads"][0]["timelines"]) == ["auto", "padded"] and not found["workloads"][1]["timelines"]
+
+
+@pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium with its driver")
+def test_a_browser_draws_the_policies_of_a_service(tmp_path):
+    document = {"schema": "pipemoe.bench/1", "benchmark": "serve", "command": "benchmarks/serve", "commit": None}
+    machine = {"gpus": [], "cpu": "a processor", "num_cores": 2}
+    (tmp_path / "serve.json").write_text(json.dumps(document | {"machine": machine, "rows": ROWS}))
+    (tmp_path / "report.html").write_text(report_page(tmp_path))
+    with browser() as call:
+        call("POST", "/url", {"url": (tmp_path / "report.html").as_uri()})
+
+        def run(script):
+            return call("POST", "/execute/sync", {"script": script, "args": []})
+
+        cells = run(
+            "return [...document.querySelectorAll('table')[0].rows].map(r => [...r.cells].map(c => c.textContent))"
+        )
+        assert cells[1][:4] == ["rolling", "0.50", "5.0", "10.5"] and cells[3][-1] == "6.0"
+        dots = (
+            "return [...document.querySelectorAll('svg')[1].querySelectorAll('circle')].map(c => +c.getAttribute('cx'))"
+        )
+        left, middle, right = run(dots)  # rolling at 5 and 9 requests a second, lockstep at 9; the axis ends at 13
+        assert middle == right and (middle - 70) / (left - 70) == pytest.approx(9 / 5)
+        marks = "return document.querySelectorAll('svg')[1].querySelectorAll('[stroke-dasharray]').length"
+        assert run(marks) == 2 and run("return document.querySelectorAll('svg').length") == 6
 
 
 def test_lanes_and_spans_of_a_timeline():
