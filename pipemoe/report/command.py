@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def report_page(folder: Path) -> str:
-    """The HTML page of the results in `folder`: ttft.json with timeline_WORKLOAD_MODE.json beside it, and serve.json."""
+    """The HTML page of a folder of results: ttft.json with timeline_WORKLOAD_MODE.json beside it, and serve.json."""
     files = [folder / f"{benchmark}.json" for benchmark in _BENCHMARKS]
     found = [file for file in files if file.is_file()] or files[:1]
     data: dict[str, Any] = {"about": [], "workloads": [], "campaigns": []}
