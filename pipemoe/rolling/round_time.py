@@ -27,19 +27,23 @@ class RoundTime:
         """ns that a round takes, alone, from its first operation to its end. admitted: the chunks of each rank; 0 if
         there are none.
         """
-        spans = [[(chunk.start, chunk.stop) for chunk in chunks] for chunks in admitted]
-        return self._of_spans(spans)
+        return self._of_spans(_spans(admitted))[0]
+
+    def busy(self, admitted: Sequence[Sequence[Chunk]]) -> int:
+        """ns of those in which the round computes: on the rank with the most attention, or on the cores of all."""
+        return self._of_spans(_spans(admitted))[1]
 
     def of_tokens(self, tokens: int, start: int = 0) -> int:
         """ns of a round in which one rank has this many tokens of one sequence, which follow `start` others."""
-        return self._of_spans([[(start, start + tokens)]])
+        return self._of_spans([[(start, start + tokens)]])[0]
 
-    def _of_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> int:
+    def _of_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, int]:
+        """Whole and busy."""
         rates, num_layers = self._rates, self._shape.num_layers
         rows = [sum(stop - start for start, stop in of_rank) for of_rank in spans]
         total, owners = sum(rows), sum(n > 0 for n in rows)
         if total == 0:
-            return 0
+            return 0, 0
         pairs = [sum(stop * (stop + 1) - start * (start + 1) for start, stop in of_rank) // 2 for of_rank in spans]
         padded = [max(n, graph_rows(rates, n)) for n in rows]
         attends = [attend_busy(rates, n, p) if n else 0 for n, p in zip(padded, pairs)]
@@ -58,7 +62,10 @@ class RoundTime:
         issue += rates.host_pack_ns + num_waves * (
             rates.host_dispatch_ns + rates.host_experts_ns + rates.host_combine_ns
         )
-        return num_layers * max(layer, issue) + self._shared(firsts) + rates.finish_ns
+        whole = num_layers * max(layer, issue) + self._shared(firsts) + rates.finish_ns
+        attending = sum(attends) * 1000 // self._cores if self._cores else max(attends)
+        computing = experts - rates.experts_fixed_ns
+        return whole, min(whole, num_layers * (attending + num_waves * computing) + self._shared(firsts))
 
     def _shared(self, works: Sequence[int]) -> int:
         """ns until all of these are done, each by its own rank."""
@@ -73,3 +80,7 @@ class RoundTime:
     def _on_cores(self, work: int, num_ranks: int) -> int:
         """ns that work takes which so many ranks do at once."""
         return max(work, work * num_ranks * 1000 // self._cores) if self._cores else work
+
+
+def _spans(admitted: Sequence[Sequence[Chunk]]) -> list[list[tuple[int, int]]]:
+    return [[(chunk.start, chunk.stop) for chunk in chunks] for chunks in admitted]

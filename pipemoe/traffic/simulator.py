@@ -1,0 +1,191 @@
+"""Plays requests on a simulated engine: the real admission and choice of slots, with the cost model's times for rounds.
+
+Time passes from event to event: a request arrives, a round ends, a pause is over. Rounds of several slots share what
+computes, so together they cannot keep it busier than all the time. On a GPU the shorter slots come first (their streams
+have priority); cores are shared evenly. Memory for keys and values is taken to suffice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipemoe.plan.cost.model import CostModel
+from pipemoe.plan.schedule import ModelShape
+from pipemoe.rolling.admission import Admission, RollingSettings
+from pipemoe.rolling.offer import Chunk, Offer
+from pipemoe.rolling.round_time import RoundTime
+from pipemoe.rolling.slot_choice import choose_slot
+from pipemoe.rolling.waiting import Waiting
+from pipemoe.traffic.arrival_times import Arrival
+from pipemoe.traffic.campaign import Limits
+from pipemoe.traffic.policy import Policy, rank_for
+from pipemoe.traffic.served import Served
+
+_PAUSE_S = 1e-3  # before what a round did not take is offered again, as pipemoe.runtime.rolling has it
+_LEAST_SPEED = 0.05  # of a long round beside short ones that compute all the time
+
+
+class Machine(NamedTuple):
+    """What requests are simulated on."""
+
+    shape: ModelShape
+    cost: CostModel
+    num_ranks: int
+    num_slots: int
+    moe_max_num_tokens: int
+    delay_seconds: float = 0.0  # see pipemoe.Engine
+
+
+class SimulatedPlayer:
+    """A campaign's Player without ranks."""
+
+    def __init__(self, machine: Machine, settings_of: Callable[[Policy], RollingSettings]) -> None:
+        self._machine, self._settings_of = machine, settings_of
+
+    def alone(self, policy: Policy, lengths: Sequence[int]) -> list[Served]:
+        """One request after another, in turn on all ranks, each on an idle system."""
+        found = []
+        for number, tokens in enumerate(lengths):
+            (served,) = self.play(policy, [Arrival(0, 0.0, tokens)])
+            found.append(served._replace(number=number, rank=number % self._machine.num_ranks))
+        return found
+
+    def play(self, policy: Policy, arrivals: Sequence[Arrival], stop_at: Limits | None = None) -> list[Served]:
+        """All requests, in order of arrival, to the end."""
+        return _Play(self._machine, self._settings_of(policy), policy.routing).run(arrivals)
+
+
+@dataclass(slots=True)
+class _Round:
+    chunks: tuple[tuple[Chunk, ...], ...]  # per rank
+    seconds: float  # that it takes alone
+    busy: float  # the share of those in which it computes
+    begun: float
+    left: float  # of `seconds`
+
+
+@dataclass(slots=True)
+class _Slot:
+    admission: Admission
+    waiting: list[Waiting]  # per rank
+    patient_until: list[float]  # per rank: its offers may wait for other ranks' (policy lockstep_delayed)
+    round: _Round | None = None
+    retry_at: float = math.inf  # when what was not taken is offered again
+    is_asleep: bool = field(default=True)
+
+
+class _Play:
+    def __init__(self, machine: Machine, settings: RollingSettings, routing: str) -> None:
+        self._machine, self._settings, self._routing = machine, settings, routing
+        self._times = RoundTime(machine.shape, machine.cost, machine.num_ranks, machine.moe_max_num_tokens)
+        self._now = 0.0
+        self._tokens = [0] * machine.num_ranks  # of each rank's requests that have no first token yet
+        self._admitted: dict[int, float] = {}
+        self._first_token: dict[int, float] = {}
+        count, num_ranks = settings.num_slots(machine.num_slots), machine.num_ranks
+        self._slots = [
+            _Slot(
+                Admission(number, count, num_ranks, settings),
+                [Waiting(number, count, settings) for _ in range(num_ranks)],
+                [0.0] * num_ranks,
+            )
+            for number in range(count)
+        ]
+
+    def run(self, arrivals: Sequence[Arrival]) -> list[Served]:
+        todo, ranks = list(reversed(arrivals)), {}
+        while todo or any(slot.round or slot.retry_at < math.inf for slot in self._slots):
+            self._pass_time(todo[-1].seconds if todo else math.inf)
+            while todo and todo[-1].seconds <= self._now:
+                arrival = todo.pop()
+                ranks[arrival.number] = self._arrive(arrival)
+            for slot in self._slots:
+                if slot.round and slot.round.left <= 0:
+                    self._end(slot)
+                if not slot.round and (not slot.retry_at > self._now or slot.retry_at == math.inf):
+                    self._begin(slot)
+        return [
+            Served(
+                a.number,
+                ranks[a.number],
+                a.num_tokens,
+                a.seconds,
+                self._admitted[a.number],
+                self._first_token[a.number],
+            )
+            for a in arrivals
+        ]
+
+    def _pass_time(self, latest: float) -> None:
+        """Until something happens, but no longer than until `latest`."""
+        speeds = self._speeds()
+        ends = [
+            self._now + slot.round.left / v if slot.round else slot.retry_at for slot, v in zip(self._slots, speeds)
+        ]
+        then = max(self._now, min([*ends, latest]))
+        for slot, speed, end in zip(self._slots, speeds, ends):
+            if slot.round:
+                slot.round.left = 0.0 if end <= then else slot.round.left - (then - self._now) * speed
+        self._now = then
+
+    def _speeds(self) -> list[float]:
+        """Of the slots' rounds, as shares of their speed alone."""
+        busy = [slot.round.busy if slot.round else 0.0 for slot in self._slots]
+        if self._machine.cost.cores.permille:
+            return [min(1.0, 1 / sum(busy)) if sum(busy) else 1.0] * len(busy)
+        speeds, left = [], 1.0
+        for share in busy:
+            speeds.append(min(1.0, max(left / share, _LEAST_SPEED)) if share else 1.0)
+            left = max(0.0, left - share * speeds[-1])
+        return speeds
+
+    def _arrive(self, arrival: Arrival) -> int:
+        """Returns the rank that gets it."""
+        rank, tokens = rank_for(self._routing, arrival.number, self._tokens), arrival.num_tokens
+        self._tokens[rank] += tokens
+        waiting = [slot.waiting[rank].waiting_tokens for slot in self._slots]
+        slot = self._slots[choose_slot(tokens, waiting, self._settings, self._times)]
+        if not len(slot.waiting[rank]):
+            slot.patient_until[rank] = self._now + self._machine.delay_seconds
+        slot.waiting[rank].add(arrival.number, tokens)
+        slot.retry_at = math.inf  # it is looked at now
+        return rank
+
+    def _begin(self, slot: _Slot) -> None:
+        """The next round, if anybody has anything to offer."""
+        if not any(map(len, slot.waiting)):
+            slot.is_asleep = True
+            return
+        lags = tuple(int(1000 * (self._now - s.round.begun) / s.round.seconds) if s.round else 0 for s in self._slots)
+        offers = [
+            Offer(waiting.offer(), lags, waiting.waiting_tokens, False, self._now < until)
+            for waiting, until in zip(slot.waiting, slot.patient_until)
+        ]
+        admitted = slot.admission.admit(offers)
+        for rank, (waiting, chunks) in enumerate(zip(slot.waiting, admitted)):
+            waiting.settle(chunks)
+            if chunks:
+                slot.patient_until[rank] = self._now + self._machine.delay_seconds
+            for chunk in chunks:
+                self._admitted.setdefault(chunk.sequence, self._now)
+        was_asleep, slot.is_asleep = slot.is_asleep, False
+        slot.retry_at = math.inf if any(admitted) else self._now + _PAUSE_S
+        if any(admitted):
+            self._start(slot, admitted, self._machine.cost.start_ns if was_asleep else 0)
+
+    def _start(self, slot: _Slot, admitted: tuple[tuple[Chunk, ...], ...], start_ns: int) -> None:
+        alone_ns, busy_ns = self._times.of(admitted), self._times.busy(admitted)
+        seconds = (alone_ns + start_ns) * 1e-9
+        slot.round = _Round(admitted, seconds, busy_ns * 1e-9 / seconds, self._now, seconds)
+
+    def _end(self, slot: _Slot) -> None:
+        assert slot.round is not None
+        for rank, chunks in enumerate(slot.round.chunks):
+            for chunk in chunks:
+                if chunk.is_last:
+                    self._first_token[chunk.sequence] = self._now
+                    self._tokens[rank] -= chunk.length
+        slot.round = None

@@ -1,0 +1,116 @@
+"""The simulated engine: every request is served once, in time, and as the policy has it."""
+
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipemoe.plan.cost.model import CoresCost, CostModel
+from pipemoe.plan.schedule import ModelShape
+from pipemoe.rolling.engine_settings import engine_settings
+from pipemoe.rolling.offer import Chunk
+from pipemoe.rolling.round_time import RoundTime
+from pipemoe.traffic.arrival_times import Arrival
+from pipemoe.traffic.campaign import Campaign, Settings
+from pipemoe.traffic.policy import POLICIES, Policy
+from pipemoe.traffic.request_trace import Request
+from pipemoe.traffic.simulator import Machine, SimulatedPlayer
+
+SHAPE = ModelShape(2048, 768, 128, 8, 48)
+ON_CORES = CostModel(cores=CoresCost(permille=2000))
+
+
+def player(num_ranks=4, num_slots=2, cost=CostModel(), delay_seconds=0.0, cuts=True):
+    def settings_of(policy):
+        make = partial(engine_settings, max_tokens_per_rank=16384, num_ranks=num_ranks, cuts=cuts)
+        return make(policy.name, policy.step_tokens)
+
+    return SimulatedPlayer(Machine(SHAPE, cost, num_ranks, num_slots, 4096, delay_seconds), settings_of)
+
+
+def policies():
+    return st.sampled_from(
+        [Policy(n, None if n == "rolling" else 512, r) for n in POLICIES for r in ("round_robin", "least_tokens")]
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    policy=policies(),
+    gaps=st.lists(st.tuples(st.sampled_from([0.0, 1e-4, 0.05, 2.0]), st.integers(1, 9000)), max_size=25),
+    num_ranks=st.sampled_from([1, 2, 5]),
+    num_slots=st.sampled_from([1, 2, 4]),
+    cost=st.sampled_from([CostModel(), ON_CORES]),
+    cuts=st.booleans(),
+    delay=st.sampled_from([0.0, 0.02]),
+)
+def test_every_request_is_served_once_and_after_it_came(policy, gaps, num_ranks, num_slots, cost, cuts, delay):
+    seconds, arrivals = 0.0, []
+    for number, (gap, tokens) in enumerate(gaps):
+        seconds += gap
+        arrivals.append(Arrival(number, seconds, tokens))
+    served = player(num_ranks, num_slots, cost, delay, cuts).play(policy, arrivals)
+    assert [(s.number, s.num_tokens, s.arrival) for s in served] == [
+        (a.number, a.num_tokens, a.seconds) for a in arrivals
+    ]
+    for s in served:
+        assert s.arrival <= s.admitted < s.first_token and 0 <= s.rank < num_ranks
+        if policy.routing == "round_robin":
+            assert s.rank == s.number % num_ranks
+
+
+def test_alone_a_request_takes_its_rounds_and_the_start():
+    lengths = [1, 100, 2048, 5000]
+    times = RoundTime(SHAPE, CostModel(), 4, 4096)
+    for served, tokens in zip(player().alone(Policy("rolling"), lengths), lengths):
+        chunks = [(start, min(start + 2048, tokens)) for start in range(0, tokens, 2048)]
+        alone = sum(times.of([[Chunk(0, start, stop, tokens)], [], [], []]) for start, stop in chunks)
+        assert served.ttft == pytest.approx(1e-9 * (alone + CostModel().start_ns)) and served.queueing == 0
+        assert served.rank == served.number
+
+
+@given(tokens=st.lists(st.integers(0, 5000), min_size=4, max_size=4), cost=st.sampled_from([CostModel(), ON_CORES]))
+def test_a_round_computes_for_a_part_of_its_time(tokens, cost):
+    times, admitted = RoundTime(SHAPE, cost, 4, 4096), [[Chunk(0, 0, n, n)] if n else [] for n in tokens]
+    assert (0 < times.busy(admitted) <= times.of(admitted)) if any(tokens) else times.busy(admitted) == 0
+
+
+@pytest.mark.parametrize("cost", [CostModel(), ON_CORES])
+def test_short_prompts_pass_a_long_one_when_rolling_and_wait_for_it_in_lockstep(cost):
+    arrivals = [Arrival(0, 0.0, 8000), *(Arrival(n, 0.02, 50) for n in range(1, 4))]
+    ttft = {
+        policy.name: [s.ttft for s in player(cost=cost).play(policy, arrivals)]
+        for policy in (Policy("rolling"), Policy("lockstep", 8192))
+    }
+    assert max(ttft["rolling"][1:]) < 0.5 * min(ttft["lockstep"][1:])
+
+
+def test_delayed_ranks_wait_for_the_others_but_not_for_ever():
+    arrivals = [Arrival(0, 0.0, 300), Arrival(1, 0.01, 300), Arrival(2, 1.0, 300)]
+    delayed = player(num_ranks=2, delay_seconds=0.03).play(Policy("lockstep_delayed", 1024), arrivals)
+    assert delayed[0].admitted == pytest.approx(0.01, abs=0.002) == delayed[1].admitted
+    assert delayed[2].queueing == pytest.approx(0.03, abs=0.002)
+
+
+def test_rounds_beside_one_another_share_the_cores():
+    """Two full slots take longer than one of them, and not twice as long as both in turn."""
+    long, short = Arrival(0, 0.0, 6000), [Arrival(n, 0.0, 400) for n in range(1, 9)]
+    on_cores = player(cost=ON_CORES)
+    (only,) = on_cores.play(Policy("rolling"), [long])
+    both = on_cores.play(Policy("rolling"), [long, *short])
+    shorts = max(s.first_token for s in on_cores.play(Policy("rolling"), short))
+    assert only.first_token < both[0].first_token <= only.first_token + shorts * 1.001
+
+
+def test_a_campaign_runs_on_it():
+    lengths = [30 * (n % 40) + 20 for n in range(120)]
+    campaign = Campaign(
+        player(),
+        [Policy("rolling"), Policy("lockstep", 2048)],
+        lambda seed: [Request(40.0 * n, tokens, 1) for n, tokens in enumerate(lengths)],
+        Settings(processes=("poisson",), seeds=(0,), rate_step=1.2),
+    )
+    rows = campaign.run()
+    assert all(row["completed"] == 120 for row in rows if row["what"] != "alone")
+    assert all(row["capacity_rps"] for row in rows if row["what"] == "load")
