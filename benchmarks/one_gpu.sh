@@ -4,7 +4,7 @@
 #   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
 #
 #   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): tune ttft lockstep front memory overlap comm forward
-#                         attention
+#                         attention families
 #   PIPEMOE_BENCH_ROUNDS  timed passes per mode of ttft (default: 9)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -27,7 +27,7 @@ ttft() {
     run benchmarks/ttft --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 
-for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm forward attention}; do
+for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm forward attention families}; do
     case $part in
     tune) run -m pipemoe.cli tune --model $model --layers 16 --max-tokens 8192 --out "$results/cost.json" ;;
     ttft)
@@ -44,6 +44,13 @@ for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm 
     comm) run benchmarks/comm --json "$results/comm.json" ;;
     attention) "$python" benchmarks/attention.py --json "$results/attention.json" || status=1 ;; # one kernel alone
     forward) "$python" benchmarks/forward.py --device cuda --model $model --layers $layers --vllm --json "$results/forward.json" || status=1 ;; # one rank, vLLM if it is there
+    families)
+        # Of which no file states what they are made of; as many layers as fit beside the workspaces of all modes.
+        for family in gpt-oss-20b glm-4.5-air qwen3-next-80b-a3b; do
+            run benchmarks/ttft --model benchmarks/models/$family.json --layers 8 --moe-max-num-tokens 4096 --json "$results/ttft_$family.json" \
+                --rank-tokens 512,512,512,512 --rank-tokens 2048,16,16,16 --rounds 5 --parity-layers 4
+        done
+        ;;
     *)
         echo "one_gpu.sh: no part $part" >&2
         status=2
