@@ -33,6 +33,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "pipemoe.torch_state",
         "pipemoe.kept_code",
         "pipemoe.compiled",
+        "pipemoe.addresses",
         "pipemoe.output_path",
     ),
     "pipemoe_kernels": ("pipemoe_kernels",),

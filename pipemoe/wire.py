@@ -133,8 +133,11 @@ class WireRows:
         return [(0, self)]
 
     @property
-    def ranges(self) -> list[tuple[int, int]]:
-        return [(0, len(self))]
+    def ranges(self) -> np.ndarray:
+        """[1, 2] int64: the first row, and behind the last."""
+        import numpy as np
+
+        return np.array([[0, len(self)]], np.int64)
 
     @property
     def stride(self) -> int:
@@ -197,7 +200,9 @@ class ScatteredRows:
         # Per piece: addresses of its hidden values, ids and weights; how many rows it has; where they begin.
         self.places = np.concatenate([np.empty((0, 5), np.int64)] + [rows.places for _, rows in self.pieces])
         self.places[:, 4] = [first for first, _ in self.pieces]
-        self.ranges = [(first, first + len(rows)) for first, rows in self.pieces]
+        # Per piece: its first row, and behind its last.
+        self.ranges = np.array([(first, first + len(rows)) for first, rows in self.pieces], np.int64).reshape(-1, 2)
+        self.checked_by: object = None  # the experts that have found the pieces to be as they want them
 
     def __len__(self) -> int:
         return self._num_rows

@@ -247,14 +247,14 @@ class HostExperts(ExpertsShape):
         y, out = s.y.numpy(), blocks[0]
         combine = pairs.combine_rows_on_grid if self.deterministic else pairs.combine_rows
         if len(blocks) == 1 and out.dtype == s.out_tile.dtype and out.is_contiguous():
-            for first, stop in rows.ranges:
-                combine(y, s.positions, s.rows, first, out[first:stop].numpy())
+            combine(y, s.positions, s.rows, rows.ranges, 0, out.numpy())
             return
         ranges = column_ranges(self.hidden, len(blocks))
-        for first, stop in rows.ranges:
+        for first, stop in rows.ranges.tolist():
             for start in range(first, stop, COMBINE_ROWS):
                 tile = s.out_tile[: stop - start]
-                combine(y, s.positions, s.rows, start, tile.numpy())
+                of_tile = np.array([[start, start + len(tile)]], np.int64)
+                combine(y, s.positions, s.rows, of_tile, start, tile.numpy())
                 for block, columns in zip(blocks, ranges, strict=True):
                     block[start : start + len(tile)].copy_(tile[:, columns.start : columns.stop])
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from pipemoe.addresses import floats_at, ints_at, shorts_at
 from pipemoe.compiled import Compiled
-from pipemoe.experts.addresses import floats_at, ints_at, shorts_at
 from pipemoe.experts.exponential import exp
-from pipemoe.experts.sgemm import multiply, new_call
+from pipemoe.experts.sgemm import multiply_by_weights, new_call
 
 # Adding and subtracting 1.5 * 2^52 * 2^-32 rounds a float64 of magnitude under 2^19 to the nearest multiple of 2^-32.
 # Larger values are rounded to coarser multiples, which lie on the same grid.
@@ -218,12 +218,12 @@ def compute_experts(
             gather_rows(sources, start, start + num_pairs, x_tile[:num_rows])
             h = h_tile[: num_rows * width].reshape(num_rows, width)
             a = a_tile[: num_rows * intermediate].reshape(num_rows, intermediate)
-            x, weights = (x_tile.ctypes.data, hidden), (gate_up[expert], hidden)
-            multiply(sgemm, call, x, num_rows, hidden, weights, True, width, (h.ctypes.data, width), 1, False)
+            x, to = (x_tile.ctypes.data, hidden), (h.ctypes.data, width)
+            multiply_by_weights(sgemm, call, x, num_rows, hidden, gate_up[expert], width, to, False)
             activate_rows(h, gate_up_bias[expert], activation, limit, alpha, up_offset, a)
             out = y_tile if whole_tiles else y[start : start + num_pairs]
-            x, weights = (a.ctypes.data, intermediate), (down[expert], intermediate)
-            multiply(sgemm, call, x, num_rows, intermediate, weights, True, hidden, (out.ctypes.data, hidden), 1, False)
+            x, to = (a.ctypes.data, intermediate), (out.ctypes.data, hidden)
+            multiply_by_weights(sgemm, call, x, num_rows, intermediate, down[expert], hidden, to, False)
             if whole_tiles:
                 y[start : start + num_pairs] = y_tile[:num_pairs]
             for i in range(start, start + num_pairs):
@@ -231,38 +231,45 @@ def compute_experts(
                     y[i, h_at] += down_bias[expert, h_at]
 
 
-@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.int64[:, ::1], t.int64, t.float32[:, ::1])])
-def combine_rows(y, positions, rows, start, out):
-    """out[i] = sum over ascending k of weights[start + i, k] * y[positions[start + i, k]]; float32, every row.
+@compiled(
+    lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.int64[:, ::1], t.int64[:, ::1], t.int64, t.float32[:, ::1])]
+)
+def combine_rows(y, positions, rows, ranges, first, out):
+    """out[row - first] = the sum over k of weights[row, k] * y[positions[row, k]], for rows in `ranges` [., 2];
+    float32.
 
     rows: see index_pairs; they say where the weights are.
     """
-    for i in range(out.shape[0]):
-        for h in range(out.shape[1]):
-            out[i, h] = 0
-        weights = floats_at(rows[start + i, 1])
-        for k in range(positions.shape[1]):
-            position = positions[start + i, k]
-            if position >= 0:
-                weight = weights[k]
-                for h in range(out.shape[1]):
-                    out[i, h] += weight * y[position, h]
+    for p in range(ranges.shape[0]):
+        for row in range(ranges[p, 0], ranges[p, 1]):
+            to, weights = out[row - first], floats_at(rows[row, 1])
+            for h in range(len(to)):
+                to[h] = 0
+            for k in range(positions.shape[1]):
+                position = positions[row, k]
+                if position >= 0:
+                    weight, values = weights[k], y[position]
+                    for h in range(len(to)):
+                        to[h] += weight * values[h]
 
 
-@compiled(lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.int64[:, ::1], t.int64, t.float64[:, ::1])])
-def combine_rows_on_grid(y, positions, rows, start, out):
+@compiled(
+    lambda t: [t.void(t.float32[:, ::1], t.int32[:, ::1], t.int64[:, ::1], t.int64[:, ::1], t.int64, t.float64[:, ::1])]
+)
+def combine_rows_on_grid(y, positions, rows, ranges, first, out):
     """combine_rows into float64: each float32 product is rounded to a multiple of 2^-32, so sums are exact."""
-    for i in range(out.shape[0]):
-        for h in range(out.shape[1]):
-            out[i, h] = 0
-        weights = floats_at(rows[start + i, 1])
-        for k in range(positions.shape[1]):
-            position = positions[start + i, k]
-            if position >= 0:
-                weight = weights[k]
-                for h in range(out.shape[1]):
-                    contribution = np.float64(np.float32(weight * y[position, h]))
-                    out[i, h] += (contribution + GRID_ROUNDING) - GRID_ROUNDING
+    for p in range(ranges.shape[0]):
+        for row in range(ranges[p, 0], ranges[p, 1]):
+            to, weights = out[row - first], floats_at(rows[row, 1])
+            for h in range(len(to)):
+                to[h] = 0
+            for k in range(positions.shape[1]):
+                position = positions[row, k]
+                if position >= 0:
+                    weight, values = weights[k], y[position]
+                    for h in range(len(to)):
+                        contribution = np.float64(np.float32(weight * values[h]))
+                        to[h] += (contribution + GRID_ROUNDING) - GRID_ROUNDING
 
 
 def compile_all(deterministic: bool) -> None:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Protocol, Self
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.plan.columns import column_ranges
+from pipemoe.wire import ScatteredRows
 
 if TYPE_CHECKING:
     import torch
 
-    from pipemoe.wire import ScatteredRows, WireRows
+    from pipemoe.wire import WireRows
 
 COMBINE_DTYPES = ("float32", "bfloat16", "float16")
 DETERMINISTIC_DTYPE = "float64"
@@ -161,8 +162,11 @@ class ExpertsShape:
             raise InputError(f"layer {layer} does not exist: there are {len(self.weights)} MoE layers")
         if num_rows > max_rows:
             raise InputError(f"layer {layer}: {num_rows} rows do not fit a scratch made for {max_rows}; make it larger")
-        for _, piece in rows.pieces:
+        checked = isinstance(rows, ScatteredRows) and rows.checked_by is self  # the same pieces come layer after layer
+        for _, piece in rows.pieces if not checked else ():
             self._check_rows(layer, piece)
+        if isinstance(rows, ScatteredRows):
+            rows.checked_by = self
         whole, ranges = isinstance(out, torch.Tensor), column_ranges(self.hidden, num_blocks)
         matrices = [out] if isinstance(out, torch.Tensor) else list(out)
         if not whole and len(matrices) != num_blocks:

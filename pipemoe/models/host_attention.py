@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 
 from pipemoe.compiled import Compiled
 from pipemoe.experts.exponential import exp
-from pipemoe.experts.sgemm import multiply, new_call
+from pipemoe.experts.sgemm import multiply, multiply_by_weights, new_call
 
 QUERY_ROWS = 64  # whose scores are computed at once: enough for the library's full rate
 _MATRIX, _VECTOR, _WHOLE = types.float32[:, ::1], types.float32[::1], types.int64
@@ -103,10 +103,8 @@ def project_rows(
     head_dim, half = width // (num_query + 2 * num_key), rotary // 2
     for t in range(len(hidden)):
         _norm(hidden[t], norm, eps, x[t])
-    at = heads.ctypes.data, width
-    multiply(
-        sgemm, new_call(), (x.ctypes.data, depth), len(x), depth, (weight.ctypes.data, depth), True, width, at, 1, False
-    )
+    rows, out = (x.ctypes.data, depth), (heads.ctypes.data, width)
+    multiply_by_weights(sgemm, new_call(), rows, len(x), depth, weight.ctypes.data, width, out, False)
     for t in range(len(heads)):
         for j in range(len(bias)):
             heads[t, j] += bias[j]
@@ -183,17 +181,13 @@ def attend_rows(
         piece = first, last, position, pieces[p, 3], pieces[p, 4], pieces[p, 5]
         _attend(sgemm, call, heads, piece, num_query, num_key, head_dim, scaling, window, room)
     out = hidden.ctypes.data, depth
-    multiply(
-        sgemm, call, (heads.ctypes.data, width), len(heads), inner, (weight.ctypes.data, inner), True, depth, out, 1,
-        True,
-    )  # fmt: skip
+    multiply_by_weights(
+        sgemm, call, (heads.ctypes.data, width), len(heads), inner, weight.ctypes.data, depth, out, True
+    )
     for t in range(len(hidden)):
         for h in range(len(bias)):
             hidden[t, h] += bias[h]
         _norm(hidden[t], norm, eps, x[t])
     if len(gate):
-        out = logits.ctypes.data, len(gate)
-        multiply(
-            sgemm, call, (x.ctypes.data, depth), len(x), depth, (gate.ctypes.data, depth), True, len(gate), out, 1,
-            False,
-        )  # fmt: skip
+        rows, out = (x.ctypes.data, depth), (logits.ctypes.data, len(gate))
+        multiply_by_weights(sgemm, call, rows, len(x), depth, gate.ctypes.data, len(gate), out, False)

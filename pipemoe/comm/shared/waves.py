@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numba import types
 
+from pipemoe.addresses import floats_at
 from pipemoe.comm.shared import words
 from pipemoe.comm.shared.bells import Bells
 from pipemoe.comm.shared.flags import FlagEvent
 from pipemoe.comm.shared.memory import offsets
+from pipemoe.comm.shared.words import compiled
 from pipemoe.comm.transport import CallLog, gather_calls
 from pipemoe.plan.reuse import BufferUses, Use
 from pipemoe.plan.schedule import Wave
@@ -79,6 +82,7 @@ class SharedWaves(CallLog):
         super().__init__()
         self.rank, self.size = rank, len(memories)
         self._bells, self.num_bytes = bells, layout.num_bytes
+        _add_rows.compile()  # now, not inside a step
         self._uses = BufferUses(layout.num_slots, layout.num_buffers)
         places = [(slot, buffer) for slot in range(layout.num_slots) for buffer in range(layout.num_buffers)]
         self._flags = {  # addresses [R] of each flag of a buffer
@@ -168,6 +172,17 @@ class SharedWaves(CallLog):
                     self._note("combine", slot, buffer, "reduce", s.rank, s.num_rows * row_bytes)
 
 
+@compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64))
+def _add_rows(addresses, strides, num_rows, width):
+    """The matrix at addresses[0] is the sum of the others, in their order; float32, strides in values."""
+    for row in range(num_rows):
+        out = floats_at(addresses[0] + 4 * row * strides[0])
+        for p in range(1, len(addresses)):
+            part = floats_at(addresses[p] + 4 * row * strides[p])
+            for h in range(width):
+                out[h] = part[h] if p == 1 else out[h] + part[h]
+
+
 def add_in_order(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
     """result = the sum of `parts` in their order, in float32, or float64 if they are, rounded once."""
     import torch
@@ -176,10 +191,10 @@ def add_in_order(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
     if len(parts) == 1:
         result.copy_(parts[0])
         return
-    if result.dtype == parts[0].dtype == wide:
-        torch.add(parts[0], parts[1], out=result) if result.is_contiguous() else result.copy_(parts[0] + parts[1])
-        for part in parts[2:]:
-            result.add_(part)
+    if result.dtype == parts[0].dtype == torch.float32 and all(t.stride(1) == 1 for t in (result, *parts)):
+        addresses = np.array([part.data_ptr() for part in (result, *parts)], np.int64)
+        strides = np.array([part.stride(0) for part in (result, *parts)], np.int64)
+        _add_rows(addresses, strides, *result.shape)
         return
     total = parts[0].to(wide, copy=True)
     for part in parts[1:]:
