@@ -60,6 +60,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "pipemoe.plan_command",
         "pipemoe.models_command",
         "pipemoe.plan_report",
+        "pipemoe.plan_traffic",
         "pipemoe.report",
         "pipemoe.tune",
         "pipemoe.doctor",

@@ -38,6 +38,7 @@ from pipemoe.plan_report import (
     timeline_ranks,
     timeline_text,
 )
+from pipemoe.plan_traffic import add_traffic_options, run_traffic
 from pipemoe.runtime.costs import model_key
 
 _DEFAULT_MODEL = "deepseek-v3"
@@ -61,11 +62,17 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
         "--cost", metavar="FILE", help="measured costs (pipemoe tune) of --model, in place of those derived from --gpu"
     )
     parser.add_argument("--ranks", type=positive, help="number of ranks (default: as many as --rank-tokens names)")
-    parser.add_argument(
+    inputs = parser.add_mutually_exclusive_group(required=True)
+    inputs.add_argument(
         "--rank-tokens",
-        required=True,
         metavar="T,T,...",
         help="tokens per rank; one number is every rank's; 512+16 are two sequences",
+    )
+    inputs.add_argument(
+        "--trace-arrivals",
+        type=Path,
+        metavar="FILE",
+        help="instead of one step: requests over time, as in this trace, served by pipemoe.Engine; needs --ranks",
     )
     parser.add_argument("--layers", type=positive, help="MoE layers (default: the model's)")
     parser.add_argument("--mode", choices=MODES, default="auto", help="default %(default)s")
@@ -104,6 +111,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--width", type=positive, default=100, help="columns of the timeline (default %(default)s)")
+    add_traffic_options(parser, positive)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -112,13 +120,19 @@ def run(options: argparse.Namespace) -> int:
         check_output_file("--trace", options.trace)
     if options.cost and not options.model:
         raise InputError(f"--cost {options.cost} is of one model: say which with --model")
-    facts = parse_facts(options.rank_tokens, options.ranks)
     model = options.model or _DEFAULT_MODEL
     model_facts = supported_facts(model_config(model))
     dimensions = dimensions_of_facts(model_facts)
-    _check_positions(facts, model_facts.positions, model)
     if options.layers:
         dimensions = replace(dimensions, shape=replace(dimensions.shape, num_layers=options.layers))
+    device = f"costs of {options.cost}" if options.cost else options.gpu
+    if options.trace_arrivals:
+        if not options.ranks:
+            raise InputError("--trace-arrivals needs --ranks")
+        cost = _cost(options, dimensions, options.ranks)
+        return run_traffic(options, model, device, dimensions.shape, cost, model_facts.positions)
+    facts = parse_facts(options.rank_tokens, options.ranks)
+    _check_positions(facts, model_facts.positions, model)
     shape, value_bytes = dimensions.shape, _BYTES[options.dtype]
     config = Config(
         mode=options.mode,
@@ -142,7 +156,6 @@ def run(options: argparse.Namespace) -> int:
     prediction = simulate(chosen, cost, spans=spans)
     front = _pareto(facts, dimensions, config, cost) if options.pareto else []
     num_bytes = exchange_bytes(config, dimensions, facts.num_ranks, value_bytes)
-    device = f"costs of {options.cost}" if options.cost else options.gpu
     if options.json:
         about = {"model": model, "device": device, "exchange_bytes": num_bytes}
         print(json.dumps(about | as_json(chosen, prediction, candidates, front)))
