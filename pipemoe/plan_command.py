@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipemoe.comm.nccl import default_max_ctas
 from pipemoe.config import DTYPES, Config
 from pipemoe.errors import ConfigError, InputError
@@ -20,7 +22,7 @@ from pipemoe.plan.auto.choice import Candidate, auto_candidates
 from pipemoe.plan.clock.prediction import Prediction, simulate
 from pipemoe.plan.config import COMBINES, MODES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
-from pipemoe.plan.cost.devices import GPUS
+from pipemoe.plan.cost.devices import GPUS, cpu
 from pipemoe.plan.cost.dimensions import Dimensions
 from pipemoe.plan.cost.file import read_cost_bytes, subject_and_cost
 from pipemoe.plan.cost.model import CostModel
@@ -59,6 +61,12 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     )
     parser.add_argument("--gpu", type=str.lower, choices=tuple(GPUS), default="h200", help="default %(default)s")
     parser.add_argument(
+        "--cores",
+        type=positive,
+        metavar="N",
+        help="ranks without GPUs, on N cores of one host, in place of --gpu (dtype: float32)",
+    )
+    parser.add_argument(
         "--cost", metavar="FILE", help="measured costs (pipemoe tune) of --model, in place of those derived from --gpu"
     )
     parser.add_argument("--ranks", type=positive, help="number of ranks (default: as many as --rank-tokens names)")
@@ -96,7 +104,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     parser.add_argument(
         "--num-sms", type=positive, metavar="N", help="that the experts' kernels fill in every plan (default: chosen)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="default %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, with --cores float32")
     parser.add_argument(
         "--ranks-per-gpu", type=positive, default=1, help="ranks that share a GPU (default %(default)s)"
     )
@@ -120,12 +128,14 @@ def run(options: argparse.Namespace) -> int:
         check_output_file("--trace", options.trace)
     if options.cost and not options.model:
         raise InputError(f"--cost {options.cost} is of one model: say which with --model")
+    if options.cost and options.cores:
+        raise InputError(f"--cost {options.cost} says what was measured, --cores {options.cores} is another machine")
     model = options.model or _DEFAULT_MODEL
     model_facts = supported_facts(model_config(model))
     dimensions = dimensions_of_facts(model_facts)
     if options.layers:
         dimensions = replace(dimensions, shape=replace(dimensions.shape, num_layers=options.layers))
-    device = f"costs of {options.cost}" if options.cost else options.gpu
+    device = f"costs of {options.cost}" if options.cost else f"{options.cores} cores" if options.cores else options.gpu
     if options.trace_arrivals:
         if not options.ranks:
             raise InputError("--trace-arrivals needs --ranks")
@@ -133,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         return run_traffic(options, model, device, dimensions.shape, cost, model_facts.positions)
     facts = parse_facts(options.rank_tokens, options.ranks)
     _check_positions(facts, model_facts.positions, model)
-    shape, value_bytes = dimensions.shape, _BYTES[options.dtype]
+    shape, value_bytes = dimensions.shape, _BYTES[_dtype(options)]
     config = Config(
         mode=options.mode,
         moe_max_num_tokens=options.moe_max_num_tokens,
@@ -147,6 +157,9 @@ def run(options: argparse.Namespace) -> int:
         makespan_budget=options.makespan_budget,
     )
     cost = _cost(options, dimensions, facts.num_ranks)
+    shares = cost.cores.permille > 0 and facts.num_ranks > 1
+    if shares:
+        config = replace(config, arrivals=False)  # as in a runtime: rows that nobody sends do not come one by one
     if not any(facts.tokens):
         print(json.dumps({}) if options.json else "nothing to plan: no rank has a token")
         return 0
@@ -156,8 +169,10 @@ def run(options: argparse.Namespace) -> int:
     prediction = simulate(chosen, cost, spans=spans)
     front = _pareto(facts, dimensions, config, cost) if options.pareto else []
     num_bytes = exchange_bytes(config, dimensions, facts.num_ranks, value_bytes)
+    shared_bytes = host_shared_bytes(config, dimensions, facts.num_ranks, value_bytes) if shares else 0
     if options.json:
-        about = {"model": model, "device": device, "exchange_bytes": num_bytes}
+        about = {"model": model, "device": device, "exchange_bytes": shared_bytes or num_bytes}
+        about["shared_bytes"] = shared_bytes
         print(json.dumps(about | as_json(chosen, prediction, candidates, front)))
     else:
         tokens = sum(facts.tokens)
@@ -171,7 +186,7 @@ def run(options: argparse.Namespace) -> int:
             f"mean TTFT {milliseconds(prediction.mean)} ms, slowest {milliseconds(prediction.makespan)} ms, over "
             f"{sum(map(len, facts.lengths))} sequences"
         )
-        print(f"exchange buffers {num_bytes / 2**20:.1f} MiB per rank (plus the experts' scratch)\n")
+        print(_memory(num_bytes, shared_bytes, facts.num_ranks) + "\n")
         if front:
             print(front_table(front))
             print(_rule(config, "the line's budget") + _differing(candidates, prediction) + "\n")
@@ -230,13 +245,38 @@ def exchange_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, v
     return config.max_slots * config.num_buffers * (rows * (of_row + hidden * value_bytes) + staging)
 
 
+def host_shared_bytes(config: PlanConfig, dimensions: Dimensions, num_ranks: int, value_bytes: int) -> int:
+    """What each rank of a host shares with the others, in place of exchange_bytes: see pipemoe.comm.shared."""
+    from pipemoe.comm.shared.waves import WaveMemory
+
+    hidden, rows = dimensions.shape.hidden, config.max_wave_rows(num_ranks)
+    own_rows, of_row = min(rows, config.max_tokens_per_rank), row_bytes(hidden, value_bytes, dimensions.shape.top_k)
+    sums = np.dtype(np.float32)  # on the host, whatever the model's dtype
+    return WaveMemory(config.max_slots, config.num_buffers, own_rows, of_row, rows, hidden, sums).num_bytes
+
+
+def _memory(num_bytes: int, shared_bytes: int, num_ranks: int) -> str:
+    """What exchange and experts take, in a line."""
+    if shared_bytes:
+        whole = f"{num_ranks * shared_bytes / 2**20:.1f} MiB in all"
+        return f"shared memory {shared_bytes / 2**20:.1f} MiB per rank, {whole} (plus the experts' scratch)"
+    return f"exchange buffers {num_bytes / 2**20:.1f} MiB per rank (plus the experts' scratch)"
+
+
+def _dtype(options: argparse.Namespace) -> str:
+    return options.dtype or ("float32" if options.cores else "bfloat16")
+
+
 def _cost(options: argparse.Namespace, dimensions: Dimensions, num_ranks: int) -> CostModel:
     """The file's costs, or those derived from the GPU. Raises ConfigError if the file is of something else."""
     if options.cost:
         subject, cost = subject_and_cost(read_cost_bytes(options.cost), options.cost)
         _check_subject(options, subject, dimensions, num_ranks)
+    elif options.cores:
+        value_bytes = _BYTES[_dtype(options)]
+        cost = default_cost(cpu(options.cores), dimensions, num_ranks, value_bytes=value_bytes, sum_bytes=4)
     else:
-        gpu, sharing, value_bytes = GPUS[options.gpu], options.ranks_per_gpu, _BYTES[options.dtype]
+        gpu, sharing, value_bytes = GPUS[options.gpu], options.ranks_per_gpu, _BYTES[_dtype(options)]
         ctas = default_max_ctas(gpu.num_sms // sharing, options.slots, sharing) if num_ranks > 1 else 0
         cost = default_cost(
             gpu,

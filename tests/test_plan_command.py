@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from pipemoe.cli import main
+from pipemoe.config import Config
 from pipemoe.errors import InputError
 from pipemoe.model_facts.dimensions import dimensions_of
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
@@ -15,7 +17,9 @@ from pipemoe.plan.cost.file import write_cost
 from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan_command import parse_facts
 from pipemoe.runtime.costs import model_key
+from pipemoe.runtime.workspace import shared_layout
 from pipemoe.version import __version__
+from pipemoe.wire import WireFormat
 
 SKEWED = ["--ranks", "8", "--rank-tokens", "4096,16,16,16,16,16,16,16", "--layers", "6"]
 
@@ -40,6 +44,22 @@ def test_report(capsys, tmp_path):
     assert {e["pid"] for e in events} == set(range(8)) and {"attend", "dispatch", "experts", "combine", "finish"} <= {
         e["name"] for e in events
     }
+
+
+def test_memory_that_ranks_of_one_host_share_is_what_a_runtime_allocates(capsys):
+    config = Config(moe_max_num_tokens=96, max_tokens_per_rank=300, num_slots=3)
+    host = ["plan", "--model", "small", "--cores", "2", "--rank-tokens", "300,16,16,16", "--slots", "3"]
+    host += ["--moe-max-num-tokens", "96", "--max-tokens-per-rank", "300"]
+    assert main([*host, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = shared_layout(config, WireFormat(128, 4, torch.float32), torch.float32, 4).num_bytes
+    assert found["shared_bytes"] == found["exchange_bytes"] == wanted
+    assert main(host) == 0
+    words = f"shared memory {wanted / 2**20:.1f} MiB per rank, {4 * wanted / 2**20:.1f} MiB in all"
+    assert words in capsys.readouterr().out
+    assert main([*host[:5], "--rank-tokens", "300", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["shared_bytes"] == 0
+    assert main([*host, "--cost", "some.json"]) != 0
 
 
 def test_waves_computed_as_they_arrive(capsys):
