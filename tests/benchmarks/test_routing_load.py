@@ -19,12 +19,12 @@ CPU = torch.device("cpu")
 def test_counts_are_those_of_all_ranks_routers(world, mode, monkeypatch):
     config = Config(mode=mode, moe_max_num_tokens=8, max_tokens_per_rank=32, graph_tokens=0)
     model = load_model(tiny_config("qwen3_moe", num_layers=2), world, seed=1, config=config)
-    routed: list[list] = []
+    routed: list[tuple[int, torch.Tensor]] = []
     attend = model.decoder.attend
 
-    def watched(state, layer, y):
-        found = attend(state, layer, y)
-        routed.append([layer, found[1].flatten().tolist()])
+    def watched(state, layer, *sums_and_rows):
+        found = attend(state, layer, *sums_and_rows)
+        routed.append((layer, found[1].clone()))  # read after the step: a copy to the host would wait inside it
         return found
 
     monkeypatch.setattr(model.decoder, "attend", watched)
@@ -32,7 +32,8 @@ def test_counts_are_those_of_all_ranks_routers(world, mode, monkeypatch):
     before = model.runtime.experts_with_free_sms
     with counted(model) as loads:
         model.prefill([tokens] if len(tokens) else [])
-        everywhere = [json.loads(payload) for payload in world.all_gather(json.dumps(routed).encode())]
+        mine = json.dumps([(layer, ids.flatten().tolist()) for layer, ids in routed])
+        everywhere = [json.loads(payload) for payload in world.all_gather(mine.encode())]
     assert model.runtime.experts_with_free_sms is before
     wanted = torch.zeros(2, 8, dtype=torch.long)
     for layer, ids in (pair for of_rank in everywhere for pair in of_rank):
