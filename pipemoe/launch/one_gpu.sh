@@ -92,6 +92,15 @@ stop_mps() {
     if [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then
         kill -KILL "$pid" 2>/dev/null || true
     fi
+    # Nor may the server, a child of the daemon's, stay behind with a client that hangs.
+    local entry name
+    for entry in /proc/[0-9]*; do
+        { read -r name <"$entry/comm"; } 2>/dev/null || continue
+        if [[ $name == nvidia-cuda-mps* ]] && # the name as far as it is kept
+            grep -qzxF "CUDA_MPS_PIPE_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY" "$entry/environ" 2>/dev/null; then
+            kill -KILL "${entry#/proc/}" 2>/dev/null || true
+        fi
+    done
     rm -rf "$mps"
 }
 

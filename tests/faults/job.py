@@ -43,19 +43,20 @@ class FaultJob:
             self.process.kill()
             raise
 
-    def left_behind(self) -> list[int]:
-        """Processes of the job that there still are after some grace."""
+    def left_behind(self) -> list[str]:
+        """Processes of the job that there still are after some grace: number and command."""
         deadline = time.monotonic() + 5 * WATCHDOG_SECONDS
         while (left := self._processes()) and time.monotonic() < deadline:
             time.sleep(5 * POLL_SECONDS)
         return left
 
-    def _processes(self) -> list[int]:
+    def _processes(self) -> list[str]:
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and self._token.encode() in (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                    found.append(f"{entry.name} {command}")
             except OSError:
                 continue
         return found

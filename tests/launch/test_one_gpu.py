@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -20,6 +21,7 @@ PROGRAMS = {
     "nvidia-cuda-mps-control": """
 if [ "${1:-}" = -d ]; then
     echo "$CUDA_MPS_PIPE_DIRECTORY" >"$STATE/mps"
+    [ -z "${SERVER:-}" ] || { nvidia-cuda-mps-server 60 </dev/null >/dev/null 2>&1 & echo $! >"$STATE/server"; }
 else
     read -r order && [ "${order%% *}" = quit ] && rm "$STATE/mps"
 fi""",
@@ -112,6 +114,29 @@ def test_new_nccl_shares_the_gpu(start, tmp_path):
     assert environment["PIPEMOE_COMMAND"] == "launch/one_gpu.sh 4 script.py"
     assert "NCCL_HOSTID" not in environment
     assert_mps_ended(tmp_path)
+
+
+def test_no_server_of_mps_is_left(start, tmp_path):
+    """The stand-in's server is told nothing, like one whose client hangs; a job beside this one keeps its own."""
+    (tmp_path / "nvidia-cuda-mps-server").symlink_to(shutil.which("sleep"))
+    other = subprocess.Popen([tmp_path / "nvidia-cuda-mps-server", "60"], env={"CUDA_MPS_PIPE_DIRECTORY": "/other"})
+    try:
+        process = start(2, "0", SERVER="yes")
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+        server = int((tmp_path / "server").read_text())
+        assert not is_running(server)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
 
 
 def test_older_nccl_goes_over_loopback(start, tmp_path):
