@@ -150,10 +150,7 @@ class NcclTransport(CallLog):
             comm.reduce(source, target, s.num_rows * width, kind, self._nccl.NCCL_SUM, s.rank, stream)
         self._nccl.groupEnd()
         for result, total in aside:
-            self._copy(total, result)
-
-    def _copy(self, source: Any, target: Any) -> None:
-        target.copy_(source)
+            result.copy_(total)
 
     def _reduce_scatter(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
         block = wave.num_rows // self.size
@@ -171,7 +168,7 @@ class NcclTransport(CallLog):
             _current_stream(),
         )
         for result in results:
-            self._copy(own[: len(result)], result)
+            result.copy_(own[: len(result)])
 
     def _gather(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
         comm, stream = self._combine[slot], _current_stream()
@@ -182,10 +179,6 @@ class NcclTransport(CallLog):
             call(rows.data_ptr(), rows.nbytes, self._nccl.NCCL_UINT8, peer, stream)
         self._nccl.groupEnd()
         sum_in_rank_order(self.rank, wave, sums)
-
-    def onto(self, tape: Any) -> NcclTransport:
-        """See TapeableTransport.onto."""
-        return _TapeTransport(self, tape)
 
     def check(self) -> None:
         """Raise what NCCL noticed by itself (network errors; not a peer killed on NVLink)."""
@@ -207,30 +200,6 @@ class NcclTransport(CallLog):
         still work.
         """
         self.abort()
-
-
-class _TapeTransport(NcclTransport):
-    """See TapeableTransport.onto."""
-
-    def __init__(self, of: NcclTransport, tape: Any) -> None:
-        from pipemoe.comm.nccl_tape import TapeLibrary
-
-        CallLog.__init__(self)
-        library = TapeLibrary(of._nccl, tape)
-        self._nccl, self._types, self.rank, self.size = library, of._types, of.rank, of.size
-        self._dispatch, self._combine = (
-            [library.communicator(c) for c in comms] for comms in (of._dispatch, of._combine)
-        )
-
-    def _copy(self, source: Any, target: Any) -> None:
-        from pipemoe_kernels.launch.tape import NotRecordable
-
-        raise NotRecordable("a copy of sums")
-
-    def _gather(self, slot: int, buffer: int, wave: Wave, sums: WaveSums) -> None:
-        from pipemoe_kernels.launch.tape import NotRecordable
-
-        raise NotRecordable("sums of gathered rows are torch's")
 
 
 def _current_stream() -> int:

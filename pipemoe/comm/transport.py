@@ -71,17 +71,6 @@ class Transport(Protocol):
         """Give everything back. Only when nothing is under way."""
 
 
-class TapeableTransport(Transport, Protocol):
-    """A transport over streams."""
-
-    log: list[Issue] | None  # since `start_log`
-
-    def onto(self, tape: Any) -> TapeableTransport:
-        """This transport with a dispatch and a combine that are written onto a tape (pipemoe_kernels.launch.tape), and
-        raise NotRecordable for what only torch can do. Its log holds what was written.
-        """
-
-
 class CallLog:
     """The part of a transport that remembers its calls for `verify` (debug)."""
 
@@ -116,6 +105,9 @@ class LocalTransport(CallLog):
         target.copy_(source)
 
     def onto(self, tape: Any) -> LocalTransport:
+        """This transport with a combine that is written onto a tape (pipemoe_kernels.launch.tape), and raises
+        NotRecordable for copies that only torch can make.
+        """
         return _LocalTapeTransport(tape)
 
     def check(self) -> None:
@@ -129,7 +121,7 @@ class LocalTransport(CallLog):
 
 
 class _LocalTapeTransport(LocalTransport):
-    """See TapeableTransport.onto."""
+    """See LocalTransport.onto."""
 
     def __init__(self, tape: Any) -> None:
         super().__init__()

@@ -77,7 +77,7 @@ class SetUp:
             self._in_lanes(
                 [(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts"
             )
-            if world.device.type == "cuda":
+            if world.device.type == "cuda" and world.size == 1:
                 self._prepare_tapes(lanes)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

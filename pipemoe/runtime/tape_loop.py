@@ -1,4 +1,5 @@
-"""The compiled loop that plays a step's tapes: what Run decides and enqueues, over arrays of numbers, without the GIL.
+"""The compiled loop that plays a step's tapes on a rank without peers, where each slot has one lane: what Run decides
+and enqueues, over arrays of numbers, without the GIL.
 
     lane    | ... done ... | head: oldest under way | ... | tail: next |      numbers of events, from 0 on
 
@@ -24,12 +25,8 @@ from pipemoe.runtime.native_calls import (
     call_1,
     call_2,
     call_3,
-    call_row_0,
     call_row_2,
     call_row_4,
-    call_row_6,
-    call_row_7,
-    call_row_8,
     store,
 )
 from pipemoe_kernels.launch.tape import NUMBER, WORD
@@ -44,16 +41,14 @@ BREATH_NS, SPIN_NS = 1_000_000, 200_000  # a thread that sleeps instead wakes so
 _CLOCK_MONOTONIC = 1
 
 # Columns of State.cohorts.
-AT, SLOT, NUM_WAVES, FIRST_WAVE, GROUPS, ATTENDED, NUM_RESULTS, IS_FINISHED = range(8)
-COHORT_COLUMNS = 8
-# Of State.buffers.
-READ, DISPATCHED, SENT = range(3)
+AT, SLOT, NUM_WAVES, FIRST_WAVE, GROUPS, ATTENDED, IS_FINISHED = range(7)
+COHORT_COLUMNS = 7
 # Of State.lanes.
 STREAM, HEAD, TAIL = range(3)
 # Of State.wave_pieces.
-PACK, DISPATCH, COMBINE = range(3)
+PACK, COMBINE = range(2)
 # Of State.out.
-CURRENT, STATUS, ROW_AT, NUM_DONE, NUM_ISSUED, OLDEST, ISSUE_NS, HAS_FINISHED = range(8)
+CURRENT, STATUS, ROW_AT, NUM_DONE, OLDEST, ISSUE_NS, HAS_FINISHED = range(7)
 # Of State.functions: addresses.
 QUERY, RECORD, WAIT, CLOCK = range(4)
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
@@ -78,34 +73,27 @@ class State(NamedTuple):
     begin: np.ndarray  # [C + 1] where each cohort's begin in `turn`
     waits: np.ndarray  # [C, C] see Plan.waits
     cohorts: np.ndarray  # [C, COHORT_COLUMNS]
-    results: np.ndarray  # [C, most waves] references: combines of this rank's rows in the layer
     attended: np.ndarray  # [C, L] references
     finished: np.ndarray  # [C] references
-    buffers: np.ndarray  # [slots, buffers, 3] references: the last users of each
-    lane_of: np.ndarray  # [slots, 3] of compute, dispatch, combine
     lanes: np.ndarray  # [lanes, 3]
     ring: np.ndarray  # [lanes, RING] events under way
     own: np.ndarray  # [lanes, RING] events to record
     ops: np.ndarray  # [lanes, RING] positions; -1: no operation of the plan
     attend_pieces: np.ndarray  # [C, L, 2]
     side_pieces: np.ndarray  # [C, L, 2]
-    wave_pieces: np.ndarray  # [W, buffers, 3, 2], W counts the waves of all cohorts
+    wave_pieces: np.ndarray  # [W, buffers, 2, 2], W counts the waves of all cohorts
     expert_pieces: np.ndarray  # [W, L, 3], and the kind of numbers
     numbers: np.ndarray  # [W, buffers, kinds, n] of the experts' pieces
     functions: np.ndarray  # [4]
     done: np.ndarray  # [ops] positions that have completed in this call
-    issued: np.ndarray  # [ops] positions that were issued in this call
-    own_waves: np.ndarray  # [W] does the wave hold rows of this rank?
     time: np.ndarray  # [2] seconds and nanoseconds of the clock
-    out: np.ndarray  # [8]
+    out: np.ndarray  # [7]
 
 
 def new_state(order: np.ndarray, waits: np.ndarray, **sizes: int) -> State:
-    """A state at the beginning, without pieces. sizes: layers, waves, most_waves, slots, buffers, lanes, kinds,
-    numbers.
-    """
+    """A state at the beginning, without pieces. sizes: layers, waves, buffers, lanes, kinds, numbers."""
     num_ops, num_cohorts = len(order), len(waits)
-    layers, waves, slots, buffers, lanes = (sizes[k] for k in ("layers", "waves", "slots", "buffers", "lanes"))
+    layers, waves, buffers, lanes = (sizes[k] for k in ("layers", "waves", "buffers", "lanes"))
 
     def filled(*shape: int, value: int = NOTHING) -> np.ndarray:
         return np.full(shape, value, np.int64)
@@ -118,26 +106,21 @@ def new_state(order: np.ndarray, waits: np.ndarray, **sizes: int) -> State:
         begin=begin,
         waits=np.ascontiguousarray(waits, np.int64),
         cohorts=filled(num_cohorts, COHORT_COLUMNS, value=0),
-        results=filled(num_cohorts, max(1, sizes["most_waves"])),
         attended=filled(num_cohorts, layers),
         finished=filled(num_cohorts),
-        buffers=filled(slots, buffers, 3),
-        lane_of=filled(slots, 3, value=0),
         lanes=filled(lanes, 3, value=0),
         ring=filled(lanes, RING, value=0),
         own=filled(lanes, RING, value=0),
         ops=filled(lanes, RING),
         attend_pieces=filled(num_cohorts, layers, 2),
         side_pieces=filled(num_cohorts, layers, 2, value=0),
-        wave_pieces=filled(waves, buffers, 3, 2),
+        wave_pieces=filled(waves, buffers, 2, 2),
         expert_pieces=filled(waves, layers, 3),
         numbers=filled(waves, buffers, sizes["kinds"], sizes["numbers"], value=0),
         functions=filled(4, value=0),
         done=filled(num_ops),
-        issued=filled(num_ops),
-        own_waves=filled(waves, value=0),
         time=filled(2, value=0),
-        out=filled(8, value=0),
+        out=filled(7, value=0),
     )
 
 
@@ -162,16 +145,8 @@ def play_rows(rows, start, stop, numbers):
             store(rows[at, 1], numbers[rows[at, 2]])
         elif kind == 4:
             status = call_row_4(rows[at, 1], rows, at)
-        elif kind == 2:
-            status = call_row_2(rows[at, 1], rows, at)
-        elif kind == 7:
-            status = call_row_7(rows[at, 1], rows, at)
-        elif kind == 8:
-            status = call_row_8(rows[at, 1], rows, at)
-        elif kind == 6:
-            status = call_row_6(rows[at, 1], rows, at)
         else:
-            status = call_row_0(rows[at, 1], rows, at)
+            status = call_row_2(rows[at, 1], rows, at)
         if status != 0:
             return at, status
     return -1, 0
@@ -228,13 +203,9 @@ def note_done(state, position):
 
 
 @loop_part
-def has_room(state, slot):
-    """May operations be added to each of a slot's lanes?"""
-    for kind in range(3):
-        lane = state.lane_of[slot, kind]
-        if state.lanes[lane, TAIL] - state.lanes[lane, HEAD] > RING - 4:
-            return False
-    return True
+def has_room(state, lane):
+    """May an operation be added?"""
+    return state.lanes[lane, TAIL] - state.lanes[lane, HEAD] <= RING - 4
 
 
 @loop_part
@@ -289,93 +260,42 @@ def piece_of(state, position):
     if kind == _EXPERTS:
         return state.expert_pieces[w, layer, 0], state.expert_pieces[w, layer, 1], state.expert_pieces[w, layer, 2]
     b = buffer_of(state, c, layer, wave)
-    of_op = state.wave_pieces[w, b, DISPATCH if kind == _DISPATCH else COMBINE]
+    of_op = state.wave_pieces[w, b, PACK if kind == _DISPATCH else COMBINE]
     return of_op[0], of_op[1], 0
 
 
 @loop_part
 def buffer_of(state, c, layer, wave):
-    return (layer * state.cohorts[c, NUM_WAVES] + wave) % state.buffers.shape[1]
+    return (layer * state.cohorts[c, NUM_WAVES] + wave) % state.numbers.shape[1]
 
 
 @loop_part
 def issue(state, rows, position, start, stop, numbers_kind):
     """Enqueue an operation that has a tape; the row at which a call failed, and its status."""
     kind, c, layer, wave = state.order[position]
-    slot = state.cohorts[c, SLOT]
-    compute, dispatch, combine = state.lane_of[slot]
+    lane = state.cohorts[c, SLOT]
     w, b = state.cohorts[c, FIRST_WAVE] + wave, buffer_of(state, c, layer, wave)
-    used, numbers = state.buffers[slot, b], state.numbers[w, b, numbers_kind]
+    numbers = state.numbers[w, b, numbers_kind]
     if kind == _ATTEND:
-        for i in range(state.cohorts[c, NUM_RESULTS]):
-            status = wait_for(state, state.results[c, i], compute)
-            if status != 0:
-                return -1, status
-        state.cohorts[c, NUM_RESULTS] = 0
         for e in range(len(state.waits)):
             status = 0
             if state.waits[c, e] == LAYER_OF:
-                status = wait_for(state, state.attended[e, layer], compute)
+                status = wait_for(state, state.attended[e, layer], lane)
             elif state.waits[c, e] == LAYER_BEFORE and layer > 0:
-                status = wait_for(state, state.attended[e, layer - 1], compute)
+                status = wait_for(state, state.attended[e, layer - 1], lane)
             if status != 0:
                 return -1, status
-        at, status = play_rows(rows, start, stop, numbers)
-        if status != 0:
-            return at, status
-        state.attended[c, layer], status = record(state, compute, position)
-        state.cohorts[c, ATTENDED] = layer + 1
-        return -1, status
-    if kind == _DISPATCH:
-        pack = state.wave_pieces[w, b, PACK]
-        free = used[READ]
-        if pack[0] >= 0:
-            at, status = play_rows(rows, pack[0], pack[1], numbers)
-            if status != 0:
-                return at, status
-            if dispatch != compute:
-                free, status = record(state, compute, -1)
-                if status != 0:
-                    return -1, status
-        status = wait_for(state, free, dispatch)
-        if status != 0:
-            return -1, status
-        at, status = play_rows(rows, start, stop, numbers)
-        if status != 0:
-            return at, status
-        used[DISPATCHED], status = record(state, dispatch, position)
-        state.cohorts[c, GROUPS] += 1
-        if status == 0 and wave == 0:
-            return play_rows(rows, state.side_pieces[c, layer, 0], state.side_pieces[c, layer, 1], numbers)
-        return -1, status
-    if kind == _EXPERTS:
-        status = wait_for(state, used[DISPATCHED], compute)
-        if status == 0:
-            status = wait_for(state, used[SENT], compute)
-        if status != 0:
-            return -1, status
-        at, status = play_rows(rows, start, stop, numbers)
-        if status != 0:
-            return at, status
-        used[READ], status = record(state, compute, position)
-        return -1, status
-    status = wait_for(state, used[READ], combine)
-    if status != 0:
-        return -1, status
     at, status = play_rows(rows, start, stop, numbers)
     if status != 0:
         return at, status
-    used[SENT], status = record(state, combine, position)
-    note_result(state, c, w, used[SENT])
+    ref, status = record(state, lane, position)
+    if kind == _ATTEND:
+        state.attended[c, layer], state.cohorts[c, ATTENDED] = ref, layer + 1
+    elif kind == _DISPATCH:
+        state.cohorts[c, GROUPS] += 1
+        if status == 0 and wave == 0:
+            return play_rows(rows, state.side_pieces[c, layer, 0], state.side_pieces[c, layer, 1], numbers)
     return -1, status
-
-
-@loop_part
-def note_result(state, c, w, ref):
-    """A combine brings rows of this rank: the next attention waits for it."""
-    if state.own_waves[w]:
-        state.results[c, state.cohorts[c, NUM_RESULTS]] = ref
-        state.cohorts[c, NUM_RESULTS] += 1
 
 
 @loop_part
@@ -406,12 +326,12 @@ def nanoseconds(state):
 
 @loop
 def play(state, rows, budget_ns, spin_ns):
-    """Issue what may be issued and has a tape. Why it has stopped; see `out`, `done` and `issued`.
+    """Issue what may be issued and has a tape. Why it has stopped; see `out` and `done`.
 
     out[ISSUE_NS]: what issuing has taken, without waiting.
     """
     out = state.out
-    out[NUM_DONE] = out[NUM_ISSUED] = out[ISSUE_NS] = out[HAS_FINISHED] = 0
+    out[NUM_DONE] = out[ISSUE_NS] = out[HAS_FINISHED] = 0
     out[ROW_AT], out[STATUS] = -1, 0
     reason, now = WAITS, nanoseconds(state)
     begun = moved = now  # since nothing has
@@ -439,8 +359,6 @@ def play(state, rows, budget_ns, spin_ns):
                 reason = FAILED
                 break
             state.cohorts[state.order[position, 1], AT] += 1
-            state.issued[out[NUM_ISSUED]] = position
-            out[NUM_ISSUED] += 1
             before_ns, now = now, nanoseconds(state)
             out[ISSUE_NS] += now - before_ns
             moved = now

@@ -1,4 +1,5 @@
-"""A run whose operations are played from a tape where that is possible, and issued by Python where it is not.
+"""A run on a rank without peers, whose operations are played from a tape where that is possible, and issued by Python
+where it is not.
 
     attend(0)                           by Python: it starts the microbatch. Then the cohort's other operations are
                                         written down, for all layers at once
@@ -18,19 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from pipemoe.comm.nccl import NcclFailed
-from pipemoe.comm.transport import LocalTransport, WaveSums
-from pipemoe.plan.projection import Issue
+from pipemoe.comm.transport import WaveSums
 from pipemoe.plan.schedule import Op, OpKind
 from pipemoe.runtime import tape_loop as loop
-from pipemoe.runtime.run import LANE_OF, Run
+from pipemoe.runtime.run import Run
 from pipemoe.runtime.tapes import NUM_NUMBERS, Tapes, write_launches
 from pipemoe.runtime.wave_buffers import WaveBuffers
 from pipemoe_kernels.launch import driver
 from pipemoe_kernels.launch.packed_launch import recorded
 from pipemoe_kernels.launch.tape import NotRecordable
-
-_LANE_KINDS = ("compute", "dispatch", "combine")
 
 
 class _RingEvent:
@@ -55,9 +52,8 @@ class TapedRun(Run):
         """arguments, options: Run's."""
         super().__init__(*arguments, **options)
         self._tapes = tapes
-        self._log_of: Any = self._transport
         tapes.tape.begin_run()
-        plan, rank, cohorts = self._plan, self._rank, self._plan.cohorts
+        plan, cohorts = self._plan, self._plan.cohorts
         num_waves = [len(cohort.waves) for cohort in cohorts]
         first_wave = [0, *np.cumsum(num_waves).tolist()]
         self._arrays = a = loop.new_state(
@@ -65,8 +61,6 @@ class TapedRun(Run):
             plan.waits,
             layers=plan.shape.num_layers,
             waves=first_wave[-1],
-            most_waves=max(num_waves, default=1),
-            slots=len(tapes.lane_of),
             buffers=plan.config.num_buffers,
             lanes=len(tapes.lanes),
             kinds=max(1, len(tapes.layer_of_kind)),
@@ -76,13 +70,9 @@ class TapedRun(Run):
         a.cohorts[:, loop.SLOT] = [cohort.slot for cohort in cohorts]
         a.cohorts[:, loop.NUM_WAVES] = num_waves
         a.cohorts[:, loop.FIRST_WAVE] = first_wave[:-1]
-        a.own_waves[:] = [any(s.rank == rank for s in wave.segments) for cohort in cohorts for wave in cohort.waves]
-        a.lane_of[:], a.own[:], a.functions[:] = tapes.lane_of, tapes.rings, tapes.functions
+        a.own[:], a.functions[:] = tapes.rings, tapes.functions
         a.lanes[:, loop.STREAM] = [lane.handle for lane in tapes.lanes]
         self._python_events: dict[int, Any] = {}  # of operations that Python has issued and that are under way
-        self._issues: dict[
-            tuple[OpKind, int, int], list[Issue]
-        ] = {}  # what is logged of a wave's operation in a buffer
         self._is_whole = self._only.computation and self._only.communication
 
     def advance(self) -> bool:
@@ -92,7 +82,7 @@ class TapedRun(Run):
             while True:
                 self._on_progress(_Current(self))
                 reason = loop.play(self._arrays, self._tapes.tape.rows, loop.BREATH_NS, loop.SPIN_NS)
-                self._note_issued()
+                self.issued_seconds += 1e-9 * int(self._arrays.out[loop.ISSUE_NS])
                 self._note_done()
                 if reason == loop.FAILED:
                     op = self._current()
@@ -119,15 +109,6 @@ class TapedRun(Run):
     def _current(self) -> Op:
         return self._ops[int(self._arrays.out[loop.CURRENT])]
 
-    def _note_issued(self) -> None:
-        self.issued_seconds += 1e-9 * int(self._arrays.out[loop.ISSUE_NS])
-        log = self._log_of.log
-        if log is not None:
-            for position in self._arrays.issued[: self._arrays.out[loop.NUM_ISSUED]].tolist():
-                op = self._ops[position]
-                w = int(self._arrays.cohorts[op.cohort, loop.FIRST_WAVE]) + op.wave
-                log.extend(self._issues.get((op.kind, w, self._plan.buffer(*op[1:])), ()))
-
     def _note_done(self) -> None:
         for position in self._arrays.done[: self._arrays.out[loop.NUM_DONE]].tolist():
             op, event = self._ops[position], self._python_events.pop(position, None)
@@ -143,10 +124,7 @@ class TapedRun(Run):
         out, tape = self._arrays.out, self._tapes.tape
         status, at = int(out[loop.STATUS]), int(out[loop.ROW_AT])
         name = tape.names[int(tape.rows[at, 1])] if at >= 0 else "an event's call"
-        where = f"{name} in {self._current()} of rank {self._rank}"
-        if name.startswith("nccl"):
-            return NcclFailed(f"NCCL: result {status} of {where}")
-        return RuntimeError(f"{where} failed: {driver.words(status)}")
+        return RuntimeError(f"{name} in {self._current()} of rank {self._rank} failed: {driver.words(status)}")
 
     # Between the loop's arrays and Run's objects.
 
@@ -160,10 +138,9 @@ class TapedRun(Run):
         event = self._python_events.get(int(a.ops[lane, place]))
         return event or _RingEvent(int(a.ring[lane, place]), self._tapes.lanes[lane])
 
-    def _push(self, slot: int, kind: OpKind, position: int, event: Any) -> int:
+    def _push(self, lane: int, position: int, event: Any) -> int:
         """Put an operation that Python has issued into its lane; the reference."""
         a = self._arrays
-        lane = int(a.lane_of[slot, _LANE_KINDS.index(LANE_OF[kind])])
         number = int(a.lanes[lane, loop.TAIL])
         place = number % loop.RING
         a.ring[lane, place], a.ops[lane, place] = event.handle, position
@@ -174,15 +151,11 @@ class TapedRun(Run):
     def _issue_by_python(self, op: Op) -> None:
         a, state, position = self._arrays, self._cohorts[op.cohort], int(self._arrays.out[loop.CURRENT])
         of_cohort = a.cohorts[op.cohort]
-        slot, buffer = self._plan.cohorts[op.cohort].slot, self._plan.buffer(*op[1:])
-        refs, used = a.buffers[slot, buffer], self._buffer_states[slot][buffer]
-        wave = int(of_cohort[loop.FIRST_WAVE]) + op.wave
-        used.read, used.dispatched, used.sent = map(self._event, refs)
-        if op.kind is OpKind.COMBINE and a.expert_pieces[wave, op.layer, 0] >= 0:
-            used.summed = [used.read]
-        if op.kind in (OpKind.ATTEND, OpKind.FINISH):
-            state.results = [self._event(ref) for ref in a.results[op.cohort, : of_cohort[loop.NUM_RESULTS]]]
-            of_cohort[loop.NUM_RESULTS] = 0
+        slot = self._plan.cohorts[op.cohort].slot
+        # Work of the same lane comes before anyway.
+        nothing: Any = [None] * len(self._plan.columns)
+        self._buffer_states[slot][self._plan.buffer(*op[1:])].summed = nothing
+        state.results = []
         if op.kind is OpKind.ATTEND:
             for e, layer in self._attends_before(op):
                 self._attended[e, layer] = self._event(a.attended[e, layer])
@@ -194,7 +167,7 @@ class TapedRun(Run):
         event = self._issue(op)
         if op.kind is not OpKind.FINISH:
             self.issued_seconds += time.perf_counter() - begin
-        ref = self._push(slot, op.kind, position, event)
+        ref = self._push(slot, position, event)
         of_cohort[loop.AT] += 1
         if op.kind is OpKind.ATTEND:
             a.attended[op.cohort, op.layer] = ref
@@ -204,16 +177,8 @@ class TapedRun(Run):
             if state.failure is not None:
                 self._leave_to_python(op.cohort)
         elif op.kind is OpKind.DISPATCH:
-            refs[loop.DISPATCHED] = ref
             of_cohort[loop.GROUPS] += 1
-        elif op.kind is OpKind.EXPERTS:
-            refs[loop.READ] = ref
-        elif op.kind is OpKind.COMBINE:
-            refs[loop.SENT] = ref
-            if a.own_waves[wave]:
-                a.results[op.cohort, of_cohort[loop.NUM_RESULTS]] = ref
-                of_cohort[loop.NUM_RESULTS] += 1
-        else:
+        elif op.kind is OpKind.FINISH:
             a.finished[op.cohort] = ref
             of_cohort[loop.IS_FINISHED] = 1
 
@@ -242,7 +207,7 @@ class TapedRun(Run):
                 plan.buffer(c, layer, wave): self._place(Op(OpKind.EXPERTS, c, layer, wave))[0] for layer in layers
             }
             self._write_wave(c, wave, views_of)
-        if state.has_tokens and (self._source.has_side_work or self._writes_in_place(c, state)):
+        if self._source.has_side_work or self._writes_in_place(c, state):
             self._keep_with_attention(c)
         if state.failure is not None:
             self._leave_to_python(c)
@@ -254,25 +219,21 @@ class TapedRun(Run):
         """
         a, w = self._arrays, self._waves_of(c).start
         buffers = {self._plan.buffer(c, layer, 0) for layer in range(self._plan.shape.num_layers)}
-        is_attended, dispatches = a.attend_pieces[c, -1, 0] >= 0, a.wave_pieces[w, sorted(buffers), loop.DISPATCH, 0]
+        is_attended, dispatches = a.attend_pieces[c, -1, 0] >= 0, a.wave_pieces[w, sorted(buffers), loop.PACK, 0]
         if (dispatches < 0).any() or (self._source.has_side_work and not is_attended):
-            a.attend_pieces[c] = a.wave_pieces[w, :, loop.DISPATCH] = loop.NOTHING
+            a.attend_pieces[c] = a.wave_pieces[w, :, loop.PACK] = loop.NOTHING
 
     def _write_attention(self, c: int, state: Any) -> None:
         a, slot = self._arrays, self._plan.cohorts[c].slot
-        if not state.has_tokens:
-            a.attend_pieces[c] = 0
-            return
         rows_of = []
         if self._writes_in_place(c, state):
             buffers = range(self._plan.config.num_buffers)
             rows_of = [self._place(Op(OpKind.DISPATCH, c, layer, 0))[0].own[0][1] for layer in buffers]
-        with _on(self._tapes.lanes[a.lane_of[slot, 0]]):
+        lane = self._tapes.lanes[slot]
+        with _on(lane):
             graphs = self._of_source(state, partial(self._source.graphs, c, rows_of))
         if graphs is not None:
-            a.attend_pieces[c], a.side_pieces[c] = self._tapes.of_graphs(
-                slot, self._tapes.lanes[a.lane_of[slot, 0]].handle, graphs
-            )
+            a.attend_pieces[c], a.side_pieces[c] = self._tapes.of_graphs(slot, lane.handle, graphs)
 
     def _write_wave(self, c: int, wave: int, views_of: dict[int, WaveBuffers]) -> None:
         """views_of: the wave in each of the buffers that it uses."""
@@ -284,7 +245,7 @@ class TapedRun(Run):
         for buffer, views in views_of.items():
             out = self._whole(c, views) if in_place else views.partial[0]
             try:
-                with _on(self._lanes.slots[views.slot].compute):
+                with _on(self._tapes.lanes[views.slot]):
                     of_buffer, a.numbers[w, buffer] = self._tapes.of_experts(
                         self._experts, views.slot, views.rows, out, views.scratch
                     )
@@ -297,33 +258,25 @@ class TapedRun(Run):
             a.wave_pieces[w, :, loop.COMBINE] = loop.NOTHING
 
     def _write_dispatch(self, c: int, w: int, buffer: int, views: WaveBuffers) -> None:
-        a, lanes = self._arrays, self._lanes.slots[views.slot]
-        pieces = a.wave_pieces[w, buffer]
-        if views.is_sent_from_here:
-            if self._writes_in_place(c, self._cohorts[c]):
-                pieces[loop.PACK] = 0
-            elif a.attend_pieces[c, -1, 0] < 0:
-                return  # rows are other tensors in every layer
-            else:
-                with self._piece(lanes.compute, pieces[loop.PACK]):
-                    self._write_pack(c, views)
-            if pieces[loop.PACK, 0] < 0:
-                return
-        with self._piece(lanes.dispatch, pieces[loop.DISPATCH]), self._logged(OpKind.DISPATCH, w, buffer):
-            self._tapes.transport.dispatch(views.slot, buffer, views.wave, views.exchange, views.received)
+        """Rows do not travel, but they must lie where the experts read them."""
+        piece = self._arrays.wave_pieces[w, buffer, loop.PACK]
+        if self._writes_in_place(c, self._cohorts[c]):
+            piece[:] = 0
+        elif self._arrays.attend_pieces[c, -1, 0] >= 0:  # else rows are other tensors in every layer
+            with self._piece(views.slot, piece):
+                self._write_pack(c, views)
 
     def _write_combine(self, c: int, w: int, buffer: int, views: WaveBuffers) -> bool:
         """Are there no sums to copy or send, because experts can write the results?"""
-        pieces, state = self._arrays.wave_pieces[w, buffer], self._cohorts[c]
+        piece, state = self._arrays.wave_pieces[w, buffer, loop.COMBINE], self._cohorts[c]
         in_place = self._whole(c, views) is not None
-        with self._piece(self._lanes.slots[views.slot].combine, pieces[loop.COMBINE]):
+        with self._piece(views.slot, piece):
             if not in_place:
                 results = [self._results(c, state, segment) for segment, _ in views.own]
                 sums = WaveSums(views.partial[0], results, views.staging[0])
-                with self._logged(OpKind.COMBINE, w, buffer):
-                    self._tapes.transport.combine(
-                        views.slot, buffer, views.wave, views.exchange, self._plan.config.combine, sums
-                    )
+                self._tapes.transport.combine(
+                    views.slot, buffer, views.wave, views.exchange, self._plan.config.combine, sums
+                )
         return in_place
 
     def _write_pack(self, c: int, views: WaveBuffers) -> None:
@@ -345,11 +298,7 @@ class TapedRun(Run):
         return answer
 
     def _whole(self, c: int, views: WaveBuffers) -> Any:
-        """All the wave's results as one tensor, where experts can write them at once: on a rank without peers. Else
-        None.
-        """
-        if not isinstance(self._transport, LocalTransport):
-            return None
+        """All the wave's results as one tensor, where experts can write them at once. Else None."""
         first, last = views.own[0][0], views.own[-1][0]
         state, results = self._cohorts[c], []
         for start, stop in [(first.start, last.stop), *((s.start, s.stop) for s, _ in views.own)]:
@@ -363,26 +312,19 @@ class TapedRun(Run):
         return whole if is_one and is_like and whole.is_contiguous() else None
 
     @contextmanager
-    def _piece(self, lane: Any, piece: np.ndarray) -> Iterator[None]:
+    def _piece(self, slot: int, piece: np.ndarray) -> Iterator[None]:
         """What is written inside becomes the piece; what cannot be written leaves it as it is."""
         tape = self._tapes.tape
         tape.for_this_run = True
         begin = tape.here()
         try:
-            with _on(lane):
+            with _on(self._tapes.lanes[slot]):
                 yield
             piece[:] = begin, tape.here()
         except NotRecordable:
             pass
         finally:
             tape.for_this_run = False
-
-    @contextmanager
-    def _logged(self, kind: OpKind, w: int, buffer: int) -> Iterator[None]:
-        """Keep what the transport logs of this, for when it is issued."""
-        self._tapes.transport.start_log()
-        yield
-        self._issues[kind, w, buffer] = self._tapes.transport.take_log()
 
 
 class _Current:

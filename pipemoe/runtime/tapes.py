@@ -34,16 +34,13 @@ _rings: dict[int, np.ndarray] = {}  # a lane's events, by its stream; streams la
 
 
 class Tapes:
-    """Of one runtime on a GPU. Made at set-up: makes events, and compiles the loop."""
+    """Of one runtime on a GPU, on a rank without peers. Made at set-up: makes events, and compiles the loop."""
 
     def __init__(self, lanes: Lanes, transport: Any, experts: Any) -> None:
         self.tape = Tape()
         self.transport = transport.onto(self.tape)
-        self.lanes: list[Any] = []  # StreamLanes
-        of_slots = [[slot.compute, slot.dispatch, slot.combine] for slot in lanes.slots]
-        for of_slot in of_slots:
-            self.lanes += [lane for lane in of_slot if lane not in self.lanes]
-        self.lane_of = np.array([[self.lanes.index(lane) for lane in of_slot] for of_slot in of_slots], np.int64)
+        assert all(slot.compute is slot.dispatch is slot.combine for slot in lanes.slots)
+        self.lanes: list[Any] = [slot.compute for slot in lanes.slots]  # StreamLanes
         for lane in self.lanes:
             if lane.handle not in _rings:
                 _rings[lane.handle] = np.array([driver.new_event() for _ in range(RING)], np.int64)
@@ -67,7 +64,7 @@ class Tapes:
         self._compile()
 
     def _compile(self) -> None:
-        sizes = {"layers": 1, "waves": 1, "most_waves": 1, "slots": 1, "buffers": 1, "lanes": 1, "kinds": 1}
+        sizes = {"layers": 1, "waves": 1, "buffers": 1, "lanes": 1, "kinds": 1}
         state = new_state(np.zeros((0, 4), np.int32), np.zeros((0, 0), np.int64), numbers=NUM_NUMBERS, **sizes)
         state.functions[:] = self.functions
         play(state, self.tape.rows, BREATH_NS, 0)

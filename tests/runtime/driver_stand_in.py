@@ -1,5 +1,5 @@
-"""A stand-in for the CUDA driver and NCCL whose functions Python and compiled code can call: it notes what is enqueued
-on which stream, and what that comes after.
+"""A stand-in for the CUDA driver whose functions Python and compiled code can call: it notes what is enqueued on which
+stream, and what that comes after.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from pipemoe.comm import nccl_tape
-from pipemoe.comm.transport import CallLog
 from pipemoe.runtime import tapes
 from pipemoe.runtime.lanes import EventPool, Lanes, SlotLanes, StreamClock, StreamLane, StreamMark
 from pipemoe.wire import WireRows
@@ -53,7 +51,6 @@ class Device:
         self.current = 0  # the stream that torch takes
         self.calls: list[str] = []
         self.fails_at: int | None = None  # the number of the call that fails
-        self.in_group = False
         self._functions = []  # ctypes wants them kept
 
     def _call(self, name: str) -> int:
@@ -103,7 +100,7 @@ class Device:
             chance.choice(ready).done += 1
         return bool(ready)
 
-    # What the driver and NCCL are called by.
+    # What the driver is called by.
 
     def launch(self, config: int, function: int, parameters: int, extra: int) -> int:
         of = driver.LaunchConfig.from_address(config)
@@ -118,30 +115,6 @@ class Device:
 
     def copy(self, target: int, source: int, num_bytes: int, stream: int) -> int:
         return self.enqueue(stream, "copy", target, source, num_bytes)
-
-    def group_start(self) -> int:
-        assert not self.in_group
-        self.in_group = True
-        return self._call("ncclGroupStart")
-
-    def group_end(self) -> int:
-        assert self.in_group
-        self.in_group = False
-        return self._call("ncclGroupEnd")
-
-    def broadcast(self, send: int, receive: int, count: int, kind: int, root: int, comm: int, stream: int) -> int:
-        assert self.in_group and send == receive
-        return self.enqueue(stream, "broadcast", send, count, kind, root, comm)
-
-    def reduce(self, send: int, receive: int, count: int, kind: int, op: int, root: int, comm: int, stream: int) -> int:
-        assert self.in_group
-        return self.enqueue(stream, "reduce", send, receive, count, kind, op, root, comm)
-
-    def all_gather(self, send: int, receive: int, count: int, kind: int, comm: int, stream: int) -> int:
-        return self.enqueue(stream, "all_gather", send, receive, count, kind, comm)
-
-    def reduce_scatter(self, send: int, receive: int, count: int, kind: int, op: int, comm: int, stream: int) -> int:
-        return self.enqueue(stream, "reduce_scatter", send, receive, count, kind, op, comm)
 
     def address(self, name: str, work: Any, num_arguments: int) -> tuple[str, int]:
         function = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * num_arguments)(work)
@@ -176,14 +149,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
         "cuEventRecord": device.address("cuEventRecord", device.record, 2),
         "cuStreamWaitEvent": device.address("cuStreamWaitEvent", device.wait, 3),
     }
-    of_nccl = [
-        device.address("ncclGroupStart", device.group_start, 0),
-        device.address("ncclGroupEnd", device.group_end, 0),
-        device.address("ncclBroadcast", device.broadcast, 7),
-        device.address("ncclReduce", device.reduce, 8),
-        device.address("ncclAllGather", device.all_gather, 6),
-        device.address("ncclReduceScatter", device.reduce_scatter, 7),
-    ]
     monkeypatch.setattr(Kernel, "load", load)
     monkeypatch.setattr(driver, "launch_call", lambda: launch)
     monkeypatch.setattr(driver, "function", functions.__getitem__)
@@ -194,7 +159,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(driver, "wait_event", lambda stream, event: check(device.wait(stream, event), "wait"))
     monkeypatch.setattr(driver, "has_passed", lambda event: device.query(event) == 0)
     monkeypatch.setattr(driver, "milliseconds_between", lambda event, later: 0.0)
-    monkeypatch.setattr(nccl_tape, "functions", lambda version: dict(zip((name for name, _ in of_nccl), of_nccl)))
     monkeypatch.setattr(tapes, "_rings", {})
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(device, "current", stream.cuda_stream))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: SimpleNamespace(cuda_stream=0))
@@ -204,8 +168,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
     return device
 
 
-def lanes_of(num_slots: int, *, alone: bool) -> Lanes:
-    """As stream_lanes makes them; streams are numbers from 1 on."""
+def lanes_of(num_slots: int) -> Lanes:
+    """As stream_lanes makes them for a rank without peers; streams are numbers from 1 on."""
 
     def stream(handle: int) -> Any:
         return SimpleNamespace(cuda_stream=handle, device="cpu", synchronize=lambda: None)
@@ -213,30 +177,5 @@ def lanes_of(num_slots: int, *, alone: bool) -> Lanes:
     clock, events = StreamClock(stream(99)), EventPool(64)
     slots = []
     for slot in range(num_slots):
-        lanes = [StreamLane(stream(3 * slot + kind + 1), clock, events) for kind in range(1 if alone else 3)]
-        slots.append(SlotLanes(*(lanes * 3 if alone else lanes)))
+        slots.append(SlotLanes(*[StreamLane(stream(slot + 1), clock, events)] * 3))
     return Lanes(slots, clock, lambda: StreamMark(events))
-
-
-class NcclLibrary(CallLog):
-    """cupy's NCCL module over the device."""
-
-    NCCL_UINT8, NCCL_FLOAT32, NCCL_FLOAT64, NCCL_FLOAT16, NCCL_BFLOAT16, NCCL_SUM = 1, 7, 8, 6, 9, 0
-
-    def __init__(self, device: Device) -> None:
-        self._device, self._made = device, 0
-        self.get_version = lambda: 23007
-        self.groupStart, self.groupEnd = device.group_start, device.group_end
-
-    def NcclCommunicator(self, size: int, unique_id: bytes, rank: int) -> Any:  # noqa: N802  (cupy's name)
-        self._made += 1
-        handle, device = 1000 + self._made, self._device
-        return SimpleNamespace(
-            comm=handle,
-            bcast=lambda at, count, kind, root, stream: device.broadcast(at, at, count, kind, root, handle, stream),
-            reduce=lambda *a: device.reduce(*a[:-1], handle, a[-1]),
-            allGather=lambda *a: device.all_gather(*a[:-1], handle, a[-1]),
-            reduceScatter=lambda *a: device.reduce_scatter(*a[:-1], handle, a[-1]),
-            send=lambda *a: device.enqueue(a[-1], "send", handle, *a[:-1]),
-            recv=lambda *a: device.enqueue(a[-1], "recv", handle, *a[:-1]),
-        )
