@@ -5,6 +5,7 @@ README is short, tables are those of their results, and the site builds without 
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -64,6 +65,17 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_every_public_name_is_on_the_page_of_the_api():
     shown = set(re.findall(r"^::: pipemoe\.(\w+)$", (_ROOT / "docs/api.md").read_text(), re.MULTILINE))
     assert set(pipemoe.__all__) - {"PipemoeError", "__version__"} <= shown
+
+
+def test_every_setting_is_on_its_page_with_its_default():
+    text = (_ROOT / "docs/settings.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", text, re.MULTILINE))
+    fields = {field.name: field.default for field in dataclasses.fields(pipemoe.Config)}
+    assert set(rows) == set(fields)
+    said = {name: default for name, default in rows.items() if re.fullmatch(r"`.+`|[\d.]+", default)}
+    assert {name: ast.literal_eval(default.strip("`")) for name, default in said.items()} == {
+        n: fields[n] for n in said
+    }
 
 
 def _leads_somewhere(page: Path, link: str) -> bool:
