@@ -78,13 +78,13 @@ class _Tokenizer:
 
 @pytest.mark.parametrize("page", _SHELL)
 def test_commands(page, tmp_path, monkeypatch, capsys):
-    from pipemoe import cli, launch
+    from pipemoe import cli, launch, plan_command
     from pipemoe.report import command as report
     from pipemoe.tune import command as tune
 
     for module, name in ((cli, "_doctor"), (report, "run"), (tune, "run"), (launch, "run")):
         monkeypatch.setattr(module, name, lambda options: 0)
-    printed = ""
+    printed, run_plan = "", plan_command.run
     for block in code_blocks(page, "bash", "text"):
         if block.language == "text":
             missing = [line for line in block.code.splitlines() if _shape(line) not in printed]
@@ -92,6 +92,7 @@ def test_commands(page, tmp_path, monkeypatch, capsys):
             printed = ""
             continue
         capsys.readouterr()
+        monkeypatch.setattr(plan_command, "run", (lambda options: 0) if block.needs else run_plan)
         parsed = subprocess.run(["bash", "-n", "-c", block.code], capture_output=True, text=True)
         assert not parsed.returncode, f"{page}:{block.line}: {parsed.stderr}"
         for line in block.code.replace("\\\n", "").splitlines():
@@ -110,7 +111,9 @@ def _shape(text: str) -> str:
 
 
 def _check(words: list[str], where: str) -> None:
-    """Fails unless the command exists and takes these arguments. `pipemoe plan` and `models` run."""
+    """Fails unless the command exists and takes these arguments. `pipemoe plan` and `models` run, where
+    the block needs nothing that a test lacks.
+    """
     program, arguments = words[0], words[1:]
     if program in ("pipemoe", ".venv/bin/pipemoe"):
         _check_pipemoe(arguments, where)
