@@ -121,11 +121,11 @@ def run(options: argparse.Namespace) -> int:
                     ),
                 )
         steps = tuner.measure_steps(base)
-        before = tuner.log_error(cost, steps)
-        cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
-        after = tuner.log_error(cost, steps)
         error = None
-        if world.rank == 0:
+        if world.rank == 0:  # alone: ranks of one host would take the cores from one another, all to find the same
+            before = tuner.log_error(cost, steps)
+            cost = calibrate(cost, lambda trial: tuner.log_error(trial, steps))
+            after = tuner.log_error(cost, steps)
             subject = {**model.runtime.cost_subject, "model": model_key(dimensions)}
             _, error = look(world.rank, f"--out {options.out}", lambda: write_cost(options.out, subject, cost))
         world.agree(error, {}, "writing the costs")

@@ -7,6 +7,7 @@ import errno
 import math
 import re
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from pipemoe import Config, load_model
 from pipemoe.cli import main
 from pipemoe.contention import BESIDE_TRANSFERS
 from pipemoe.errors import InputError
+from pipemoe.model_facts.facts import cut_config, read_facts
+from pipemoe.model_facts.known_models import model_config
 from pipemoe.plan.cost.model import ContentionCost, CostModel, SmsCost
 from pipemoe.tune import command
 from pipemoe.tune.command import accuracy
@@ -110,6 +113,23 @@ def test_the_file_is_written_by_rank_0(world, quick_tune, tmp_path_factory):
     path = tmp_path_factory.mktemp(f"costs{world.rank}") / "cost.json"
     assert quick_tune(path) == 0
     assert path.exists() == (world.rank == 0)
+
+
+@pytest.mark.mpi
+def test_a_model_plans_by_the_file(world, quick_tune, tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp(f"costs{world.rank}"))
+    path = Path(world.all_gather(folder.encode(), "where the file is")[0].decode(), "cost.json")
+    assert quick_tune(path) == 0  # writes CostModel()
+    small = model_config("small")
+    cut = cut_config(small, read_facts(small).layers_for(3))  # another number of layers: their costs are the same
+    settings = {"moe_max_num_tokens": 64, "max_tokens_per_rank": 32}
+    costs = {
+        cost: load_model(
+            cut, world, random_weights=True, config=Config(cost=cost, **settings), dtype=torch.float32
+        ).runtime.cost
+        for cost in (path, None)
+    }
+    assert costs[path].attend == CostModel().attend != costs[None].attend
 
 
 @pytest.mark.mpi
