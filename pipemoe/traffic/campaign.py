@@ -179,7 +179,8 @@ class Campaign:
 
     def add_alone(self, policy: Policy, served: Sequence[Served]) -> None:
         """A row of requests that were served one at a time; also by what is no policy of these, to compare with."""
-        self._add(policy, served, {"what": "alone", "rate_rps": None, "load": None})
+        unknown = {"requests_per_s": None, "tokens_per_s": None, "duration_s": None}
+        self._add(policy, served, {"what": "alone", "rate_rps": None, "load": None} | unknown)
 
     def _add(self, policy: Policy, served: Sequence[Served], about: Mapping[str, Any]) -> None:
         figures = figures_of(served, self.classes)

@@ -2,7 +2,7 @@
 
 Time passes from event to event: a request arrives, a round ends, a pause is over. Rounds of several slots share what
 computes, so together they cannot keep it busier than all the time. On a GPU the shorter slots come first (their streams
-have priority); cores are shared evenly. Memory for keys and values is taken to suffice.
+have priority); cores are shared evenly, and each round slows the others (CoresCost). Memory for keys and values is taken to suffice.
 """
 
 from __future__ import annotations
@@ -134,8 +134,10 @@ class _Play:
     def _speeds(self) -> list[float]:
         """Of the slots' rounds, as shares of their speed alone."""
         busy = [slot.round.busy if slot.round else 0.0 for slot in self._slots]
-        if self._machine.cost.cores.permille:
-            return [min(1.0, 1 / sum(busy)) if sum(busy) else 1.0] * len(busy)
+        cores, total = self._machine.cost.cores, sum(busy)
+        if cores.permille:
+            share = min(1.0, 1 / total) if total else 1.0
+            return [share / (1 + cores.slowdown_permille / 1000 * (total - own)) for own in busy]
         speeds, left = [], 1.0
         for share in busy:
             speeds.append(min(1.0, max(left / share, _LEAST_SPEED)) if share else 1.0)

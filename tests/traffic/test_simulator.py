@@ -93,14 +93,19 @@ def test_delayed_ranks_wait_for_the_others_but_not_for_ever():
     assert delayed[2].queueing == pytest.approx(0.03, abs=0.002)
 
 
-def test_rounds_beside_one_another_share_the_cores():
-    """Two full slots take longer than one of them, and not twice as long as both in turn."""
+@pytest.mark.parametrize("slowdown", [0, 800])
+def test_rounds_beside_one_another_share_the_cores_and_slow_one_another(slowdown):
+    """With both slots full all the time, the work of both takes as long as that of one after the other; and longer by
+    what each slows the other.
+    """
+    on_cores = player(cost=CostModel(cores=CoresCost(2000, slowdown)))
     long, short = Arrival(0, 0.0, 6000), [Arrival(n, 0.0, 400) for n in range(1, 9)]
-    on_cores = player(cost=ON_CORES)
     (only,) = on_cores.play(Policy("rolling"), [long])
-    both = on_cores.play(Policy("rolling"), [long, *short])
     shorts = max(s.first_token for s in on_cores.play(Policy("rolling"), short))
-    assert only.first_token < both[0].first_token <= only.first_token + shorts * 1.001
+    both = [s.first_token for s in on_cores.play(Policy("rolling"), [long, *short])]
+    in_turn = only.first_token + shorts
+    assert only.first_token < both[0] and max(both) > max(only.first_token, shorts)
+    assert (max(both) <= in_turn) if slowdown == 0 else (max(both) <= in_turn * (1 + slowdown / 1000))
 
 
 def test_a_campaign_runs_on_it():
