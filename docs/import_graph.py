@@ -51,6 +51,7 @@ PARTS: dict[str, tuple[str, ...]] = {
     "pipemoe.runtime": ("pipemoe.runtime",),
     "pipemoe.world": ("pipemoe.world",),
     "layer, model, plug_in": ("pipemoe.layer", "pipemoe.model", "pipemoe.plug_in"),
+    "pipemoe.serving": ("pipemoe.serving",),
     "pipemoe": ("pipemoe",),
     "pipemoe.traffic": ("pipemoe.traffic",),
     "commands": (

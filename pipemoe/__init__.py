@@ -7,12 +7,16 @@ from pipemoe.layer import PipelinedMoE
 from pipemoe.model import Model, load_model
 from pipemoe.models.source import Prefilled
 from pipemoe.plug_in import from_transformers
+from pipemoe.serving.engine import Engine
+from pipemoe.serving.requests import FirstToken
 from pipemoe.version import __version__
 from pipemoe.world import World, init
 
 __all__ = [
     "Config",
+    "Engine",
     "ExpertWeights",
+    "FirstToken",
     "Model",
     "PipelinedMoE",
     "PipemoeError",

@@ -17,6 +17,10 @@ class InputError(PipemoeError, ValueError):
     """A tensor or count given by the caller is wrong: shape, dtype, device or value."""
 
 
+class QueueFull(PipemoeError):
+    """An engine's queue on this rank holds as many requests as it may; submit again later."""
+
+
 class CheckpointError(PipemoeError):
     """A checkpoint is missing, truncated, or not of a known family."""
 

@@ -13,6 +13,7 @@ from pipemoe.config import Config, check_config
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.experts import make_experts
 from pipemoe.model_facts.dimensions import dimensions_of_decoder
+from pipemoe.models.rounds import DecoderRounds
 from pipemoe.models.source import ModelSource, Prefilled
 from pipemoe.plan.schedule import Op
 from pipemoe.runtime.run import Only
@@ -224,6 +225,32 @@ class Model:
                 "hold NaN or infinity, so that its first token says nothing"
             )
             warn_once(self.world, f"{words}; perhaps {self.decoder.dtype} is too narrow for this model", about="logits")
+        return found
+
+    @property
+    def takes_chunks(self) -> bool:
+        """Can rounds take a sequence chunk by chunk?"""
+        in_places = self._graphs.has_places(self.config)
+        return (
+            not self.config.whole_sequences
+            and (self.decoder.caches_keys or not self.decoder.keys_in_places)
+            and (in_places or self.world.device.type == "cpu")
+        )
+
+    def rounds(self, rows_of_slots: Sequence[int], keep_logits: bool) -> DecoderRounds:
+        """The decoder in rounds; see there. For set-up: reserves memory, and captures graphs anew if it must."""
+        dtype = self.runtime.results_dtype
+        found = DecoderRounds(
+            self.decoder,
+            self._graphs,
+            self.config,
+            dtype,
+            rows_of_slots,
+            writes_rows=self.decoder.writes_rows and self.runtime.wire.dtype == self.decoder.dtype,
+            keep_logits=keep_logits,
+        )
+        if self.world.device.type == "cuda":
+            self.runtime.in_compute_lanes(partial(self._capture, results_dtype=dtype), "capturing the model")
         return found
 
     def _check(self, sequences: Any) -> list[torch.Tensor]:

@@ -144,10 +144,12 @@ class Conductor:
         told = {"step": self.step, "ops": self.ops_done, "doing": str(self.doing), "patience": self.step_seconds}
         return told | {"rounds": self.rounds} if self.rounds else told
 
-    def tell_rounds(self, rounds: list[int]) -> None:
-        """Tell the peers to which rounds this rank has posted, at once and with every heartbeat; [] for no more."""
+    def tell_rounds(self, rounds: list[int], at_once: bool = False) -> None:
+        """Tell the peers to which rounds this rank has posted, with every heartbeat, perhaps also at once; [] for no
+        more.
+        """
         self.rounds = rounds
-        if self.side_channel is not None:
+        if self.side_channel is not None and at_once:
             self.side_channel.tell_progress()
 
     def highest_round(self, engine: int, slot: int) -> int:
@@ -231,7 +233,7 @@ class Conductor:
                     raise self._timeout(f"no progress for {stands[1]:.1f} s")
                 checked = now
             if most:
-                self.wake.rest(self.wake.longest_rest or min(pause, most))
+                self.wake.rest(min(most, self.wake.longest_rest or pause))
                 pause = min(1.5 * pause, most)
             else:
                 pause = _SHORTEST_PAUSE

@@ -364,6 +364,16 @@ class Runtime:
             verify(found, row_bytes=self.wire.row_bytes, room=self.world.block_room)
         return found
 
+    def in_compute_lanes(self, work: Callable[[int], None], doing: str) -> None:
+        """Run set-up work of each slot (its number) in the slot's compute lane, and wait for it."""
+        conductor, lanes = self.world.conductor, self.world.lanes
+
+        def task() -> None:
+            events = [lanes.slots[slot].compute.submit(partial(work, slot)) for slot in range(self.config.max_slots)]
+            conductor.wait(lambda: all(event.done() for event in events), doing, seconds=self.world.setup_seconds)
+
+        conductor.call(task)
+
     def new_round(self, plan: Plan, source: Source, **options: Any) -> Run:
         """A run of `plan_round`'s plan. Runs of several slots may be under way at once, one in each."""
         if self._shared is not None:

@@ -50,9 +50,10 @@ def test_short_rounds_take_no_sequence_that_is_longer_than_they_are(choose):
     assert choose(1000, 0, 0, short_round_rows=999) == 1
 
 
-def test_a_short_sequence_takes_the_long_slot_if_it_is_done_there_sooner(choose):
-    assert choose(20, 50_000, 0) == 1
-    assert choose(20, 50_000, 90_000) == 0
+def test_a_short_sequence_never_waits_behind_long_ones(choose):
+    """Also where it would be done sooner: what holds up a long sequence must hold up no short one."""
+    assert choose(20, 50_000, 0) == 0
+    assert choose(20, 50_000, 40_000, 0) == 1
 
 
 def test_one_slot_takes_everything(choose):
