@@ -2,8 +2,8 @@
 
 Time passes from event to event: a request arrives, a round ends, a pause is over. Rounds of several slots share what
 computes, so together they cannot keep it busier than all the time. On a GPU the shorter slots come first (their streams
-have priority); cores are shared evenly, and each round slows the others (CoresCost). Memory for keys and values is taken to
-suffice.
+have priority); cores are shared evenly, and each round slows the others (CoresCost). Memory for keys and values
+is taken to suffice.
 """
 
 from __future__ import annotations
