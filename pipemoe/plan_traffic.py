@@ -17,6 +17,7 @@ from pipemoe.plan.schedule import ModelShape
 from pipemoe.plan_report import table
 from pipemoe.rolling.admission import RollingSettings
 from pipemoe.rolling.engine_settings import engine_settings
+from pipemoe.rolling.round_time import RoundTime
 from pipemoe.traffic.arrival_times import PROCESSES
 from pipemoe.traffic.campaign import Campaign, Settings
 from pipemoe.traffic.policy import POLICIES, ROUTINGS, Policy, policies_of
@@ -81,8 +82,10 @@ def run_traffic(
 
     def settings_of(policy: Policy) -> RollingSettings:
         return engine_settings(
-            policy.name, policy.step_tokens, max_tokens_per_rank=most, num_ranks=options.ranks, cuts=True
+            policy.name, policy.step_tokens, max_tokens_per_rank=most, num_ranks=options.ranks, cuts=True, times=times
         )
+
+    times = RoundTime(shape, cost, options.ranks, options.moe_max_num_tokens)
 
     machine = Machine(shape, cost, options.ranks, options.slots, options.moe_max_num_tokens, options.delay_ms / 1e3)
     policies = policies_of(options.policies.split(","), step_tokens, options.routing)

@@ -2,18 +2,27 @@
 
 No clock, no load of other slots, nothing of the rank itself: only offers, settings and the number of the round.
 
-- Chunks go in order: those that waited too long, by age; then by priority; sequences that have begun before new ones;
-  older before younger; then as each rank wished, the ranks in turn. What does not fit is passed over.
+- Chunks go in order: those that waited too long, by age; then by priority; then by work per round waited (policy
+  "rolling"), or as they came, what has begun before what is new (lockstep); then as each rank wished, the ranks in
+  turn. What does not fit is passed over.
+- Rolling rounds are as long as serves the mean best. If a rank with work W takes n of it in each round, and a round
+  costs a fixed time as long as the work F, then n = sqrt(W F) makes the mean time until its sequences are done the
+  lowest: fewer, longer rounds save fixed times, but everybody in a round waits until it ends. All ranks may take what
+  is best for the one with the most work, since they work at the same time.
 - A short slot takes less while the round of a longer slot is over twice its predicted time, nothing from three times
   on: the streams of short slots go first on a GPU, and would starve the long one. Chunks that waited too long go all
   the same, so a long round that stands still holds up nobody for ever.
 - The chunk that waited longest of those that waited too long always goes. So nobody waits for more than
   `longest_wait` rounds.
+
+By work per round waited the shortest goes first, until longer ones have waited in proportion: highest response ratio
+next (Brinch Hansen, 1971).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isqrt
 from typing import NamedTuple
 
 from pipemoe.arguments import shown
@@ -22,16 +31,18 @@ from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, Chunk, Offer
 
 POLICIES = ("rolling", "lockstep", "lockstep_delayed", "lockstep_balanced")
 _LATE, _TOO_LATE = 2000, 3000  # thousandths of its predicted time, for a longer slot's round
+_FINE = 1 << 20  # so that a division by rounds waited tells works apart
 
 
 class RollingSettings(NamedTuple):
     """How rounds are made up; the same on all ranks.
 
-    max_tokens_per_round: of one rank, in one round of any slot. max_round_rows: of all ranks together.
-    short_round_rows: the same for all slots but the last, unless a single chunk is longer. chunk_tokens: the longest
-    chunk. most_rounds_waited: a sequence offered so often in vain goes before all others. cuts: may a sequence be cut
-    into chunks? Else it goes whole. policy: "rolling"; or one slot for everything: "lockstep" and "lockstep_balanced",
-    which differ in who is given a request, and "lockstep_delayed", where patient ranks wait for those without work.
+    max_tokens_per_round: of one rank, in one round of any slot. max_round_rows: of all ranks together. chunk_tokens:
+    the longest chunk. most_rounds_waited: a sequence offered so often in vain goes before all others. policy:
+    "rolling"; or one slot for everything: "lockstep" and "lockstep_balanced", which differ in who is given a request,
+    and "lockstep_delayed", where patient ranks wait for those without work. cuts: may a sequence be cut into chunks?
+    Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
+    pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
     """
 
     max_tokens_per_round: int
@@ -39,18 +50,17 @@ class RollingSettings(NamedTuple):
     chunk_tokens: int
     most_rounds_waited: int = 32
     policy: str = "rolling"
-    short_round_rows: int | None = None
     cuts: bool = True
+    fixed_rows: int = 0
+    pairs_per_row: int = 0
 
     def checked(self) -> RollingSettings:
         """These settings. Raises ConfigError for what cannot work."""
         least = {"max_tokens_per_round": 1, "max_round_rows": 1, "chunk_tokens": 1, "most_rounds_waited": 1}
-        if self.short_round_rows is not None:
-            least["short_round_rows"] = 1
-        for name in least:
+        for name, lowest in (least | {"fixed_rows": 0, "pairs_per_row": 0}).items():
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least 1")
+            if type(value) is not int or value < lowest:
+                raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {lowest}")
         if self.policy not in POLICIES:
             raise ConfigError(f"policy is {shown(self.policy)}; it must be one of {', '.join(POLICIES)}")
         if self.chunk_tokens > self.max_tokens_per_round:
@@ -76,6 +86,22 @@ class RollingSettings(NamedTuple):
     def longest_chunk(self, slot: int, num_slots: int) -> int:
         """Tokens of the longest chunk that may be offered to this slot."""
         return self.chunk_tokens if self.cuts_in(slot, num_slots) else self.max_tokens_per_round
+
+    def work(self, start: int, stop: int) -> int:
+        """What tokens [start, stop) of a sequence cost, in rows."""
+        pairs = (stop * (stop + 1) - start * (start + 1)) // 2
+        return stop - start + (pairs // self.pairs_per_row if self.pairs_per_row else 0)
+
+    def most_tokens(self, start: int, work: int) -> int:
+        """How many tokens from `start` on are at most so much work."""
+        if not self.pairs_per_row:
+            return work
+        of_first = 2 * (self.pairs_per_row + start) + 1
+        return (isqrt(of_first**2 + 8 * self.pairs_per_row * work) - of_first) // 2
+
+    def best_work(self, waiting: int) -> int:
+        """What a rank's part of a round should be if so much work waits on it, in rows."""
+        return isqrt(waiting * self.fixed_rows) if self.fixed_rows else self.max_round_rows + waiting
 
     def longest_wait(self, num_ranks: int) -> int:
         """No sequence is offered more often than this in vain: behind it then stand younger ones only."""
@@ -104,17 +130,17 @@ class Admission:
         if self._waits_for_others(offers):
             return tuple(map(tuple, taken))
         settings = self._settings
-        left = [settings.max_tokens_per_round] * self._num_ranks
-        rows = usual = settings.max_round_rows
-        if self._slot < self._num_slots - 1:
-            usual = min(rows, settings.short_round_rows or rows)
-        usual = usual * self._share(offers) // 1000
+        left, rows = [settings.max_tokens_per_round] * self._num_ranks, settings.max_round_rows
+        budgets = [self._budget(offers)] * self._num_ranks
         for rank, chunk in self._in_order(offers, turn):
-            overdue = chunk.age >= settings.most_rounds_waited
-            if not overdue and usual <= 0:
-                continue
-            is_first = rows == settings.max_round_rows
-            room = min(left[rank], rows if overdue or is_first else min(rows, usual))
+            room = min(left[rank], rows)
+            if chunk.age < settings.most_rounds_waited:
+                if budgets[rank] <= 0:
+                    continue
+                if self._cuts:
+                    room = min(room, max(1, settings.most_tokens(chunk.start, budgets[rank])))
+                elif taken[rank] and settings.work(chunk.start, chunk.stop) > budgets[rank]:
+                    continue
             if chunk.tokens > room:
                 if room == 0 or not self._cuts:
                     continue
@@ -122,7 +148,7 @@ class Admission:
             taken[rank].append(chunk)
             left[rank] -= chunk.tokens
             rows -= chunk.tokens
-            usual -= chunk.tokens
+            budgets[rank] -= settings.work(chunk.start, chunk.stop)
         return tuple(map(tuple, taken))
 
     def _check(self, offers: Sequence[Offer]) -> None:
@@ -153,19 +179,36 @@ class Admission:
             and all(offer.patient and all(chunk.age < most for chunk in offer.chunks) for offer in with_work)
         )
 
+    def _budget(self, offers: Sequence[Offer]) -> int:
+        """Work that every rank may put into the round, in rows, beside what has waited too long. A sequence that goes
+        whole, and is longer, goes as its rank's first.
+        """
+        settings = self._settings
+        if settings.policy != "rolling":
+            return settings.best_work(0)
+
+        def waiting(offer: Offer) -> int:
+            behind = offer.waiting_tokens - sum(chunk.length - chunk.stop for chunk in offer.chunks)
+            return max(0, behind) + sum(settings.work(chunk.start, chunk.length) for chunk in offer.chunks)
+
+        return settings.best_work(max(map(waiting, offers))) * self._share(offers) // 1000
+
     def _share(self, offers: Sequence[Offer]) -> int:
         """Thousandths of its usual rows that this slot may take beside longer slots that may be late."""
         lag = max((lag for offer in offers for lag in offer.lags[self._slot + 1 : self._num_slots]), default=0)
         return max(0, min(1000, 1000 * (_TOO_LATE - lag) // (_TOO_LATE - _LATE)))
 
     def _in_order(self, offers: Sequence[Offer], turn: int) -> list[tuple[int, Chunk]]:
-        most, num_ranks = self._settings.most_rounds_waited, self._num_ranks
+        settings, num_ranks = self._settings, self._num_ranks
 
         def key(item: tuple[int, int, Chunk]) -> tuple[int, ...]:
             position, rank, chunk = item
             after = (position, (rank + turn) % num_ranks)
-            if chunk.age >= most:
+            if chunk.age >= settings.most_rounds_waited:
                 return 0, -chunk.age, *after
+            if settings.policy == "rolling":
+                work = settings.work(chunk.start, chunk.length)
+                return 1, -chunk.priority, _FINE * work // (1 + chunk.age), *after
             return 1, -chunk.priority, chunk.start == 0, -chunk.age, *after
 
         items = [(p, rank, chunk) for rank, offer in enumerate(offers) for p, chunk in enumerate(offer.chunks)]

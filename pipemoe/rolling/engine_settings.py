@@ -5,20 +5,29 @@ from __future__ import annotations
 from pipemoe.arguments import shown, whole_number
 from pipemoe.errors import ConfigError
 from pipemoe.rolling.admission import POLICIES, RollingSettings
+from pipemoe.rolling.round_time import RoundTime
 
-_STEP_TOKENS = 2048
+_STEP_TOKENS = 2048  # of a lockstep policy
 
 
 def engine_settings(
-    policy: str, step_tokens: int | None, *, max_tokens_per_rank: int, num_ranks: int, cuts: bool
+    policy: str,
+    step_tokens: int | None,
+    *,
+    max_tokens_per_rank: int,
+    num_ranks: int,
+    cuts: bool,
+    times: RoundTime | None = None,
 ) -> RollingSettings:
-    """The settings of an engine. step_tokens: see pipemoe.Engine. cuts: may sequences be cut into chunks?
+    """The settings of an engine. step_tokens: see pipemoe.Engine. cuts: may sequences be cut into chunks? times: sizes
+    rolling rounds and chunks by the cost model, unless step_tokens is given.
 
     Raises ConfigError.
     """
     if policy not in POLICIES:
         raise ConfigError(f"policy is {shown(policy)}; it must be one of {', '.join(POLICIES)}")
-    chunk = min(_STEP_TOKENS, max_tokens_per_rank)
+    by_cost = times if policy == "rolling" and step_tokens is None else None
+    chunk = max_tokens_per_rank if by_cost else min(_STEP_TOKENS, max_tokens_per_rank)
     if step_tokens is not None:
         chunk = whole_number("step_tokens", step_tokens, 1, ConfigError)
     if chunk > max_tokens_per_rank:
@@ -29,6 +38,7 @@ def engine_settings(
         max_round_rows=num_ranks * of_rank,
         chunk_tokens=chunk,
         policy=policy,
-        short_round_rows=chunk if policy == "rolling" else None,
         cuts=cuts,
+        fixed_rows=by_cost.fixed_rows() if by_cost else 0,
+        pairs_per_row=by_cost.pairs_per_row() if by_cost else 0,
     ).checked()

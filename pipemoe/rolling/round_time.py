@@ -13,6 +13,8 @@ from pipemoe.plan.cost.model import CostModel, attend_busy, experts_busy, first_
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.offer import Chunk
 
+_MANY, _SHORT = 8192, 128  # tokens of a rank in a long round, and of a sequence without much attention
+
 
 class RoundTime:
     """Predicts rounds of one model on one set of ranks. Whole nanoseconds, the same on every rank."""
@@ -36,6 +38,27 @@ class RoundTime:
     def of_tokens(self, tokens: int, start: int = 0) -> int:
         """ns of a round in which one rank has this many tokens of one sequence, which follow `start` others."""
         return self._of_spans([[(start, start + tokens)]])[0]
+
+    def fixed_rows(self) -> int:
+        """How many rows on each rank take as long as what a round costs by itself, at least 1."""
+        row, fixed = self._line()
+        return max(1, fixed // row)
+
+    def pairs_per_row(self) -> int:
+        """How many pairs of a query and a key it may see take as long as one row on each rank, at least 1."""
+        pairs = 2 * _MANY * (_MANY + 1) // 2 - 4 * (_MANY // 2) * (_MANY // 2 + 1) // 2
+        longer = self._of_all((_MANY, _MANY)) - self._of_all((_MANY // 2,) * 4)
+        return max(1, self._line()[0] * pairs // max(1, longer))
+
+    def _line(self) -> tuple[int, int]:
+        """ns of a row on each rank, in long rounds of short sequences, and what such rounds take beside."""
+        many, more = (self._of_all((_SHORT,) * (n // _SHORT)) for n in (_MANY, 2 * _MANY))
+        row = max(1, (more - many) // _MANY)
+        return row, max(0, many - _MANY * row)
+
+    def _of_all(self, lengths: Sequence[int]) -> int:
+        """ns of a round in which every rank has sequences of these lengths."""
+        return self._of_spans([[(0, length) for length in lengths]] * self._num_ranks)[0]
 
     def _of_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, int]:
         """Whole and busy."""

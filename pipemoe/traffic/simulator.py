@@ -150,7 +150,7 @@ class _Play:
         rank, tokens = rank_for(self._routing, arrival.number, self._tokens), arrival.num_tokens
         self._tokens[rank] += tokens
         waiting = [slot.waiting[rank].waiting_tokens for slot in self._slots]
-        slot = self._slots[choose_slot(tokens, waiting, self._settings, self._times)]
+        slot = self._slots[choose_slot(tokens, waiting, self._settings)]
         if not len(slot.waiting[rank]):
             slot.patient_until[rank] = self._now + self._machine.delay_seconds
         slot.waiting[rank].add(arrival.number, tokens)
@@ -163,10 +163,11 @@ class _Play:
             slot.is_asleep = True
             return
         lags = tuple(int(1000 * (self._now - s.round.begun) / s.round.seconds) if s.round else 0 for s in self._slots)
-        offers = [
-            Offer(waiting.offer(), lags, waiting.waiting_tokens, False, self._now < until)
-            for waiting, until in zip(slot.waiting, slot.patient_until)
-        ]
+        offers = []
+        for waiting, until in zip(slot.waiting, slot.patient_until):
+            chunks = waiting.offer()
+            behind = waiting.waiting_tokens - sum(chunk.tokens for chunk in chunks)
+            offers.append(Offer(chunks, lags, behind, False, self._now < until))
         admitted = slot.admission.admit(offers)
         for rank, (waiting, chunks) in enumerate(zip(slot.waiting, admitted)):
             waiting.settle(chunks)

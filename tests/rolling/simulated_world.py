@@ -97,7 +97,7 @@ class SimulatedWorld:
 
         self._at(at, close)
 
-    def run(self, most_events: int = 200_000) -> None:
+    def run(self, most_events: int = 1_000_000) -> None:
         """Until all slots have ended on all ranks. Raises Standstill if they do not."""
         for rank in range(self.num_ranks):
             self._beat(rank)

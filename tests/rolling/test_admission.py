@@ -27,7 +27,8 @@ def test_all_that_fits_goes():
 
 
 def test_what_does_not_fit_is_passed_over():
-    assert admitted([whole(0, 70), whole(1, 40), whole(2, 30)]) == [[(0, 70), (2, 30)]]
+    chunks = [whole(0, 70, priority=1), whole(1, 40), whole(2, 30, priority=-1)]
+    assert admitted(chunks) == [[(0, 70), (2, 30)]]
 
 
 def test_all_ranks_share_the_rows_of_a_round():
@@ -41,12 +42,24 @@ def test_ranks_take_turns_in_going_first():
     assert sorted(goes[:2]) == sorted(goes[2:]) == [[False, True], [True, False]]
 
 
-def test_priority_then_what_has_begun_then_age():
-    begun = Chunk(7, 50, 90, 90)
-    chunks = [whole(0, 50), whole(1, 50, age=3), begun, whole(2, 50, priority=1)]
-    order = [sequence for sequence, _ in admitted(chunks, slot=1)[0]]
-    assert order == [2, 7, 1]  # and of the oldest what still fits
-    assert admitted(chunks, slot=1)[0][-1] == (1, 10)
+def order(chunks: list[Chunk], **changed) -> list[int]:
+    return [s for s, _ in admitted(chunks, slot=1, chosen=SETTINGS._replace(max_tokens_per_round=150, **changed))[0]]
+
+
+def test_in_lockstep_priority_goes_first_then_what_has_begun_then_age():
+    chunks = [whole(0, 30), whole(1, 30, age=3), Chunk(7, 50, 90, 90), whole(2, 50, priority=1)]
+    assert order(chunks, policy="lockstep") == [2, 7, 1, 0]
+
+
+def test_rolling_priority_goes_first_then_the_least_work_per_round_waited():
+    chunks = [whole(0, 40), whole(1, 50, age=3), whole(3, 10), Chunk(7, 50, 65, 65), whole(2, 20, priority=1)]
+    assert order(chunks) == [2, 3, 1, 7, 0]
+
+
+def test_attention_counts_as_work():
+    late, early = Chunk(0, 90, 110, 110), whole(1, 30)
+    assert order([late, early]) == [0, 1]
+    assert order([late, early], pairs_per_row=20) == [1, 0]
 
 
 def test_who_waited_too_long_goes_before_priority():
@@ -55,19 +68,22 @@ def test_who_waited_too_long_goes_before_priority():
 
 
 def test_only_the_last_slot_cuts():
-    assert admitted([Chunk(0, 10, 50, 90), whole(1, 50), whole(2, 40)], slot=1) == [[(0, 40), (1, 50), (2, 10)]]
+    chunks = [Chunk(0, 10, 50, 90, priority=1), whole(1, 50), whole(2, 40, priority=-1)]
+    assert admitted(chunks, slot=1) == [[(0, 40), (1, 50), (2, 10)]]
     with pytest.raises(PlanError, match="slot 0, which takes whole sequences only"):
         admitted([Chunk(0, 10, 50, 90)])
 
 
 @pytest.mark.parametrize(
     ("lag", "goes"),
-    [(0, [0, 1, 2]), (2000, [0, 1, 2]), (2500, [0, 1]), (2900, [0]), (3000, []), (60000, [])],
+    [(0, [0, 1, 2]), (2000, [0, 1, 2]), (2300, [0, 1]), (2900, [0]), (3000, []), (60000, [])],
 )
 def test_a_short_slot_takes_less_while_a_long_round_is_late(lag, goes):
     chunks = [whole(n, 30) for n in range(3)]
-    chosen = SETTINGS._replace(short_round_rows=120)
+    chosen = SETTINGS._replace(fixed_rows=100)  # the best round of 90 tokens has 94
     assert [s for s, _ in admitted(chunks, lags=(0, lag), chosen=chosen)[0]] == goes
+    stopped = admitted(chunks, lags=(0, lag))[0]  # without a best round, only a standstill counts
+    assert bool(stopped) == bool(goes)
 
 
 def test_the_long_slot_waits_for_no_short_one():
@@ -78,10 +94,36 @@ def test_who_waited_too_long_goes_beside_a_long_round_that_stands_still():
     assert admitted([whole(0, 30), whole(1, 30, age=4)], lags=(0, 60000)) == [[(1, 30)]]
 
 
-def test_short_rounds_stay_short_unless_a_single_chunk_is_longer():
-    chosen = SETTINGS._replace(short_round_rows=60)
-    assert admitted([whole(0, 40)], [whole(0, 40)], [whole(0, 20)], chosen=chosen) == [[(0, 40)], [], [(0, 20)]]
-    assert admitted([whole(0, 90)], [whole(0, 10)], chosen=chosen) == [[(0, 90)], []]
+def test_a_round_is_as_long_as_is_best_for_the_rank_with_the_most_work():
+    chosen = SETTINGS._replace(fixed_rows=9, max_round_rows=200)
+    assert admitted([whole(n, 10) for n in range(4)], [whole(0, 18)], chosen=chosen) == [
+        [(0, 10)],
+        [(0, 18)],
+    ]
+    many = [whole(n, 10) for n in range(10)]  # a hundred: the best is 30
+    assert [len(of) for of in admitted(many, many[:3], many[:4], chosen=chosen)] == [3, 3, 3]
+    offers = [Offer(tuple(many[:4]), waiting_tokens=60)]
+    assert len(Admission(0, 2, 1, chosen).admit(offers)[0]) == 3
+
+
+def test_what_goes_whole_goes_first_of_its_rank_even_if_it_is_longer_than_a_best_round():
+    chosen = SETTINGS._replace(fixed_rows=1)
+    assert admitted([whole(0, 90), whole(1, 90)], [whole(0, 10)], chosen=chosen) == [[(0, 90)], [(0, 10)]]
+
+
+def test_a_chunk_is_cut_to_the_best_round():
+    chosen = SETTINGS._replace(fixed_rows=10, pairs_per_row=10)
+    settings_work = chosen.work(20, 60)
+    (((_, tokens),),) = admitted([Chunk(0, 20, 60, 60)], slot=1, chosen=chosen)
+    best = chosen.best_work(settings_work)
+    assert chosen.work(20, 20 + tokens) <= best + 1 and chosen.work(20, 21 + tokens) >= best
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6), st.integers(0, 10**4))
+def test_most_tokens_is_the_inverse_of_work(start, work, pairs_per_row):
+    chosen = SETTINGS._replace(pairs_per_row=pairs_per_row)
+    tokens = chosen.most_tokens(start, work)
+    assert chosen.work(start, start + tokens) <= work and chosen.work(start, start + tokens + 1) >= work
 
 
 def test_patient_ranks_wait_for_those_without_work():
@@ -126,7 +168,8 @@ def test_offers_of_all_ranks_are_needed():
         ({"chunk_tokens": 101}, "chunk_tokens is 101, more than max_tokens_per_round=100"),
         ({"max_round_rows": 99}, "max_tokens_per_round is 100, more than max_round_rows=99"),
         ({"policy": "eager"}, "policy is 'eager'"),
-        ({"short_round_rows": 0}, "short_round_rows is 0"),
+        ({"fixed_rows": -1}, "fixed_rows is -1"),
+        ({"pairs_per_row": 0.5}, "pairs_per_row is 0.5"),
         ({"most_rounds_waited": 40000}, "at most 32767"),
         ({"most_rounds_waited": 1.5}, "whole number"),
     ],

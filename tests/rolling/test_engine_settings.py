@@ -3,19 +3,30 @@
 import pytest
 
 from pipemoe.errors import ConfigError
+from pipemoe.plan.cost.model import CostModel
+from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.admission import POLICIES
 from pipemoe.rolling.engine_settings import engine_settings
+from pipemoe.rolling.round_time import RoundTime
 
 OF_FOUR = {"max_tokens_per_rank": 4096, "num_ranks": 4, "cuts": True}
 
 
-def test_rounds_take_a_step_of_each_rank_and_short_slots_a_step_of_all():
-    rolling = engine_settings("rolling", None, **OF_FOUR)
-    assert (rolling.max_tokens_per_round, rolling.max_round_rows, rolling.short_round_rows) == (2048, 8192, 2048)
-    for policy in POLICIES[1:]:
+def test_rounds_take_a_step_of_each_rank():
+    for policy in POLICIES:
         found = engine_settings(policy, 512, **OF_FOUR)
-        assert (found.max_tokens_per_round, found.max_round_rows, found.short_round_rows) == (512, 2048, None)
-        assert found.num_slots(4) == 1
+        assert (found.max_tokens_per_round, found.max_round_rows, found.fixed_rows) == (512, 2048, 0)
+        assert found.num_slots(4) == (4 if policy == "rolling" else 1)
+    assert engine_settings("lockstep", None, **OF_FOUR).chunk_tokens == 2048
+
+
+def test_the_cost_model_sizes_rolling_rounds_unless_a_step_is_given():
+    times = RoundTime(ModelShape(2048, 768, 128, 8, 48), CostModel(), 4, 8192)
+    found = engine_settings("rolling", None, times=times, **OF_FOUR)
+    assert (found.max_tokens_per_round, found.chunk_tokens) == (4096, 4096)
+    assert (found.fixed_rows, found.pairs_per_row) == (times.fixed_rows(), times.pairs_per_row())
+    for policy, tokens in (("rolling", 512), ("lockstep", None), ("lockstep", 512)):
+        assert engine_settings(policy, tokens, times=times, **OF_FOUR) == engine_settings(policy, tokens, **OF_FOUR)
 
 
 def test_what_cannot_be_cut_goes_whole():

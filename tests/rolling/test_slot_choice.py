@@ -36,25 +36,43 @@ def test_later_chunks_take_longer_and_no_chunks_take_nothing():
     assert of_chunk[3] == times.of_tokens(4096, 3 * 4096)
 
 
-@pytest.fixture
-def choose():
+def test_what_a_round_costs_by_itself_and_what_attention_costs_in_rows():
     times = RoundTime(SHAPE, CostModel(), 4, 8192)
-    return lambda length, *waiting, **changed: choose_slot(length, waiting, SETTINGS._replace(**changed), times)
+    fixed, pairs = times.fixed_rows(), times.pairs_per_row()
+
+    def line(tokens: int) -> int:
+        return times.of([[Chunk(n, 0, 128, 128) for n in range(tokens // 128)]] * 4)
+
+    assert line(16384) == pytest.approx(line(8192) * (16384 + fixed) / (8192 + fixed), rel=0.01)
+    more = times.of([[Chunk(0, 8192, 16384, 16384)]] * 4) - times.of([[Chunk(0, 0, 8192, 8192)]] * 4)
+    assert more == pytest.approx(8192 * 8192 / pairs * (line(16384) - line(8192)) / 8192, rel=0.05)
 
 
-def test_long_sequences_take_the_long_slot_and_short_ones_do_not(choose):
-    assert [choose(length, 0, 0) for length in (1, 20, 1000, 4096, 4500, 8192, 20000)] == [0, 0, 0, 0, 1, 1, 1]
+def choose(length: int, *waiting: int, **changed) -> int:
+    return choose_slot(length, waiting, SETTINGS._replace(**changed))
 
 
-def test_short_rounds_take_no_sequence_that_is_longer_than_they_are(choose):
-    assert choose(1000, 0, 0, short_round_rows=999) == 1
+def test_what_one_round_of_the_long_slot_holds_is_short():
+    assert [choose(length, 0, 0, fixed_rows=2000) for length in (1, 2000, 2001, 20000)] == [0, 0, 1, 1]
+    assert [choose(length, 0, 0) for length in (1, 4096, 4097)] == [0, 0, 1]  # without a cost model: a chunk
 
 
-def test_a_short_sequence_never_waits_behind_long_ones(choose):
-    """Also where it would be done sooner: what holds up a long sequence must hold up no short one."""
+def test_attention_makes_a_sequence_longer():
+    assert [choose(length, 0, 0, fixed_rows=2000, pairs_per_row=1000) for length in (1000, 1300)] == [0, 1]
+
+
+def test_the_longer_the_queue_of_long_sequences_the_more_is_short():
+    assert [choose(4000, 0, waiting, fixed_rows=2000) for waiting in (0, 4000, 5000)] == [1, 0, 0]
+    assert choose(8193, 0, 10**6, fixed_rows=2000) == 1  # no round holds it
+
+
+def test_of_several_short_slots_the_emptiest():
+    assert choose(20, 50, 40, 40, 0) == 1
+
+
+def test_a_short_sequence_never_waits_for_a_long_round():
     assert choose(20, 50_000, 0) == 0
-    assert choose(20, 50_000, 40_000, 0) == 1
 
 
-def test_one_slot_takes_everything(choose):
+def test_one_slot_takes_everything():
     assert choose(20, 0) == choose(20_000, 7) == 0
