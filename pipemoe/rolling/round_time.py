@@ -14,6 +14,7 @@ from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.offer import Chunk
 
 _MANY, _SHORT = 8192, 128  # tokens of a rank in a long round, and of a sequence without much attention
+_PACE_ROUNDS = 8  # that a slot's pace is a mean of, recent ones more than others
 
 
 class RoundTime:
@@ -103,6 +104,26 @@ class RoundTime:
     def _on_cores(self, work: int, num_ranks: int) -> int:
         """ns that work takes which so many ranks do at once."""
         return max(work, work * num_ranks * 1000 // self._cores) if self._cores else work
+
+
+class Pace:
+    """How long one slot's rounds take on this rank, in times of their predictions. These may all be off by the same
+    factor; a round is late beside the rounds before it.
+    """
+
+    def __init__(self) -> None:
+        self._usual = 0.0  # seconds of a predicted second; 0: nothing is known yet
+
+    def note(self, seconds: float, predicted: float) -> None:
+        """A round has taken so long."""
+        if predicted > 0:
+            ratio = seconds / predicted
+            self._usual += (ratio - self._usual) / (_PACE_ROUNDS if self._usual else 1)
+
+    def lag(self, seconds: float, predicted: float) -> int:
+        """How long a round under way has taken, in thousandths of what is expected of it; 0 while nothing is known."""
+        expected = self._usual * predicted
+        return int(1000 * seconds / expected) if expected > 0 else 0
 
 
 def _spans(admitted: Sequence[Sequence[Chunk]]) -> list[list[tuple[int, int]]]:

@@ -20,7 +20,7 @@ from pipemoe.errors import FatalError, PipemoeError
 from pipemoe.plan.schedule import Op, OpKind, Plan
 from pipemoe.rolling.admission import Admission, RollingSettings
 from pipemoe.rolling.offer import Chunk, Offer, decode_offers, encode_offer
-from pipemoe.rolling.round_time import RoundTime
+from pipemoe.rolling.round_time import Pace, RoundTime
 from pipemoe.rolling.rounds import SlotRounds, When
 from pipemoe.rolling.waiting import Waiting
 
@@ -115,7 +115,8 @@ class RollingSlot:
         self.number, self._runtime, self._world = number, runtime, runtime.world
         self.rounds, self.waiting = SlotRounds(), Waiting(number, num_slots, settings)
         self._admission = Admission(number, num_slots, self._world.size, settings)
-        self._times = RoundTime(runtime.shape, runtime.cost, self._world.size, settings.max_round_rows)
+        self._times = RoundTime(runtime.shape, runtime.cost, self._world.size, runtime.config.moe_max_num_tokens)
+        self._pace = Pace()
         self._sequences, self._fingerprint, self._lags, self._tell = sequences, fingerprint, lags, tell
         self._patience = _Patience(delay_seconds)
         self._gathering: Gathering | None = None
@@ -146,14 +147,9 @@ class RollingSlot:
     @property
     def lag(self) -> int:
         """See Offer.lags."""
-        if not self._queue or self._queue[0].run is None or not self._queue[0].predicted:
+        if not self._queue or self._queue[0].run is None:
             return 0
-        return int(1000 * (time.perf_counter() - self._queue[0].begun) / self._queue[0].predicted)
-
-    @property
-    def tokens_left(self) -> int:
-        """Of this rank: waiting, or in rounds that are not over."""
-        return self.waiting.waiting_tokens + sum(chunk.tokens for r in self._queue for chunk in r.chunks)
+        return self._pace.lag(time.perf_counter() - self._queue[0].begun, self._queue[0].predicted)
 
     def add(self, sequence: int, length: int, priority: int) -> None:
         """See Waiting.add."""
@@ -252,7 +248,9 @@ class RollingSlot:
             return self._num_moved != before
         self._queue.popleft()
         self.rounds.finish()
-        self.counts.seconds += time.perf_counter() - round_.begun
+        seconds = time.perf_counter() - round_.begun
+        self._pace.note(seconds, round_.predicted)
+        self.counts.seconds += seconds
         self._sequences.passed(self.number, round_.chunks, round_.run.failure)
         return True
 

@@ -58,9 +58,10 @@ class Engine:
         to `delay_seconds` for other ranks to have some). max_queue: requests of this rank that may wait to be admitted.
         when_full: "error" (submit raises QueueFull) or "wait" (submit waits). max_kept_tokens: tokens of unfinished
         sequences in the last slot whose keys and values this rank keeps between rounds, and so the longest prompt
-        (default: twice max_tokens_per_rank). step_tokens: of one rank in a round, at most (default: 2048, or what
-        max_tokens_per_rank allows). Models that take whole sequences only put up to max_tokens_per_rank in a round.
-        keep_logits: futures get logits too.
+        (default: twice max_tokens_per_rank). step_tokens: of one rank in a round, at most; policy "rolling" then also
+        takes prompts up to this length for short ones. Default: rolling rounds and chunks are sized by the cost model,
+        in lockstep it is 2048, or what max_tokens_per_rank allows. Models that take whole sequences only put up to
+        max_tokens_per_rank in a round. keep_logits: futures get logits too.
 
         Raises, on every rank, ConfigError for arguments that cannot work, or if memory does not suffice; MismatchError
         if the ranks' arguments differ; InputError while another Engine is open.
@@ -75,6 +76,7 @@ class Engine:
                 max_tokens_per_rank=runtime.config.max_tokens_per_rank,
                 num_ranks=world.size,
                 cuts=model.takes_chunks,
+                times=RoundTime(runtime.shape, runtime.cost, world.size, runtime.config.moe_max_num_tokens),
             )
             rows = self._rows_of_slots(settings, max_kept_tokens)
             if when_full not in WHEN_FULL:
@@ -104,7 +106,6 @@ class Engine:
             world.conductor,
             rounds,
             settings,
-            RoundTime(runtime.shape, runtime.cost, world.size, runtime.config.moe_max_num_tokens),
             max_queue=max_queue,
             waits_when_full=when_full == "wait",
         )

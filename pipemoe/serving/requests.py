@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from pipemoe.models.round_source import First, RoundSource
     from pipemoe.rolling.admission import RollingSettings
-    from pipemoe.rolling.round_time import RoundTime
     from pipemoe.runtime.conductor import Conductor
     from pipemoe.runtime.rolling import RollingLoop
 
@@ -82,13 +81,12 @@ class Requests:
         conductor: Conductor,
         rounds: DecoderRounds,
         settings: RollingSettings,
-        times: RoundTime,
         *,
         max_queue: int,
         waits_when_full: bool,
     ) -> None:
         self.rank, self._conductor, self._rounds = rank, conductor, rounds
-        self._settings, self._times = settings, times
+        self._settings = settings
         self._max_queue, self._waits_when_full = max_queue, waits_when_full
         self.totals = Totals()
         self.num_queued = 0  # submitted, and not admitted, answered or cancelled
@@ -164,7 +162,9 @@ class Requests:
 
     def end(self, error: BaseException | None = None) -> None:
         """There are no more rounds. error: for futures that have no result."""
-        for request in [request for _, request in self._news] + list(self._known.values()):
+        with self._changed:
+            unread = [request for _, request in self._news]
+        for request in unread + list(self._known.values()):
             self._settle(request, error=error or InputError(f"rank {self.rank}: the engine is closed"))
         self._answers.put(None)
 
@@ -202,8 +202,8 @@ class Requests:
             kind, request = self._news.popleft()
             if kind == "new" and not request.future.cancelled():
                 self._known[request.number] = request
-                left = [slot.tokens_left for slot in loop.slots]
-                request.slot = choose_slot(len(request.tokens), left, self._settings, self._times)
+                waiting = [slot.waiting.waiting_tokens for slot in loop.slots]
+                request.slot = choose_slot(len(request.tokens), waiting, self._settings)
                 loop.slots[request.slot].add(request.number, len(request.tokens), request.priority)
             elif kind == "cancel" and request.slot >= 0 and not request.is_ended:
                 self._cancel(loop, request)

@@ -50,7 +50,7 @@ _OF_SLOT = {
     "seconds": (True, "Seconds that rounds took"),
     "waiting": (False, "Sequences with tokens that are not admitted"),
     "waiting_tokens": (False, "Tokens that are not admitted"),
-    "lag": (False, "Time of the round under way, as a multiple of its predicted time"),
+    "lag": (False, "Time of the round under way, as a multiple of what is expected"),
     "kept_tokens": (False, "Tokens that have memory for keys and values"),
 }
 

@@ -9,7 +9,7 @@ from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
 from pipemoe.rolling.admission import RollingSettings
 from pipemoe.rolling.offer import Chunk
-from pipemoe.rolling.round_time import RoundTime
+from pipemoe.rolling.round_time import Pace, RoundTime
 from pipemoe.rolling.slot_choice import choose_slot
 
 SHAPE = ModelShape(hidden=2048, intermediate=768, num_experts=128, top_k=8, num_layers=48)
@@ -46,6 +46,18 @@ def test_what_a_round_costs_by_itself_and_what_attention_costs_in_rows():
     assert line(16384) == pytest.approx(line(8192) * (16384 + fixed) / (8192 + fixed), rel=0.01)
     more = times.of([[Chunk(0, 8192, 16384, 16384)]] * 4) - times.of([[Chunk(0, 0, 8192, 8192)]] * 4)
     assert more == pytest.approx(8192 * 8192 / pairs * (line(16384) - line(8192)) / 8192, rel=0.05)
+
+
+def test_a_round_is_late_beside_the_rounds_before_it():
+    pace = Pace()
+    assert pace.lag(99.0, 1.0) == 0  # nothing is known
+    pace.note(10.0, 2.0)
+    assert pace.lag(10.0, 2.0) == 1000 and pace.lag(10.0, 1.0) == 2000
+    for _ in range(100):
+        pace.note(3.0, 1.0)
+    assert pace.lag(6.0, 1.0) == pytest.approx(2000, abs=2)
+    pace.note(5.0, 0.0)
+    assert pace.lag(5.0, 0.0) == 0
 
 
 def choose(length: int, *waiting: int, **changed) -> int:
