@@ -196,12 +196,10 @@ class Campaign:
             "most_tokens": self.classes._asdict(),
         }
         self.rows.append({**row, **figures, **about})
-        shown = ", ".join(
-            f"{name} {row_value:.1f}"
-            for name in ("ttft_ms_p50", "ttft_ms_p95", "ttft_ms_p95_short", "requests_per_s")
-            if (row_value := figures[name]) is not None
-        )
-        self._say(f"{policy.label}, {about['what']} {about['load'] or ''}: {shown}")
+        named = ("ttft_ms_p50", "ttft_ms_p95", "ttft_ms_p95_short", "requests_per_s")
+        shown = ", ".join(f"{name} {self.rows[-1][name]:.1f}" for name in named if self.rows[-1][name] is not None)
+        load = "" if about["load"] is None else f" {about['load']:.2f}"
+        self._say(f"{policy.label}, {about['what']}{load}: {shown}")
 
 
 def spread_lengths(requests: Sequence[Request], classes: LengthClasses, per_class: int) -> list[int]:

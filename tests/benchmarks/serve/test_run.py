@@ -56,7 +56,7 @@ def arguments(tmp_path):
 
     def arguments(*more: str):
         (tmp_path / "tiny.json").write_text(json.dumps({**MODEL_CONFIGS["small"], **TINY}))
-        small = ["--model", str(tmp_path / "tiny.json"), "--num-requests", "12", "--scale", "0.02", "--seeds", "0,1"]
+        small = ["--model", str(tmp_path / "tiny.json"), "--num-requests", "12", "--scale", "0.02", "--seeds", "0"]
         small += ["--step-tokens", "16,64", "--moe-max-num-tokens", "16", "--alone", "1", "--rate-step", "2"]
         return parse([*small, "--device", "cpu", "--out", str(tmp_path / "out"), *more])
 
@@ -90,12 +90,28 @@ def test_all_policies_are_measured_and_reported(world, arguments, tmp_path, caps
     loads = [r for r in rows if r["what"] == "load"]
     assert {r["label"] for r in loads if r["seed"] == 0} >= {"rolling", "lockstep 16", "lockstep_balanced 64"}
     assert all(r["completed"] == 12 and r["num_ranks"] == world.size and r["trace"] == "azure2023_conv" for r in loads)
-    assert all(r["capacity_rps"] > 0 for r in loads if r["label"] == "rolling")  # nobody waits in this engine
+    assert all(r["capacity_tried"][0][0] == r["rate_rps"] for r in loads if r["label"] == "rolling")
     assert "half of all first tokens: rolling" in text
     for name in ("serve_azure2023_conv_rates.png", "serve_azure2023_conv_ttft.png"):
         assert (options.out / name).read_bytes().startswith(b"\x89PNG")
     spans = json.loads((options.out / "timeline_azure2023_conv_rolling.json").read_text())["traceEvents"]
     assert {e["pid"] for e in spans} == set(range(world.size))
+
+
+@pytest.mark.mpi
+def test_the_engine_itself_serves_every_request(world, arguments, capsys):
+    few = ("--policies", "rolling,lockstep_balanced", "--step-tokens", "64", "--num-requests", "6")
+    options = arguments(*few, "--no-capacity", "--arrivals", "on_off")
+    assert serve.run(world, options) == 0
+    if world.rank == 0:
+        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        assert [(row["what"], row["completed"]) for row in rows] == [
+            *(("alone", 3) for _ in range(3)),
+            *(("saturation", 6) for _ in range(2)),
+            *(("load", 6) for _ in range(2)),
+        ]
+        for row in rows[3:]:
+            assert 0 <= row["queueing_ms_p50"] < row["ttft_ms_p50"] <= row["ttft_ms_p99"]
 
 
 @pytest.mark.mpi
@@ -121,7 +137,7 @@ def test_bad_options(arguments, capsys, wrong, message):
 
 
 def test_each_seed_has_requests_of_its_own(arguments):
-    options = resolve(arguments("--num-requests", "5"), "cpu")
+    options = resolve(arguments("--num-requests", "5", "--seeds", "0,1"), "cpu")
     found = requests_of(options, options.trace[0], 1000)
     assert [len(found[s]) for s in (0, 1)] == [5, 5]
     assert found[0][-1].timestamp_ms <= found[1][0].timestamp_ms and found[0] != found[1]
