@@ -7,10 +7,12 @@ import threading
 from concurrent.futures import CancelledError, wait
 
 import pytest
+import torch
 
 import pipemoe
 from pipemoe import load_model
 from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError, QueueFull
+from pipemoe.models.round_source import RoundSource
 from tests.models.tiny import VOCAB, tiny_config
 from tests.serving.prompts import KEPT_TOKENS, STEP_TOKENS, WAIT, prompt
 
@@ -108,18 +110,18 @@ def test_model_code_that_raises_fails_its_rounds_requests_alone(world, model, op
     """The request whose second chunk meets the error fails as a whole; its keys are broken, and no later chunk reads
     them. Later requests of this rank, and all of the others, are right.
     """
-    marked, attend, met = prompt(5 * STEP_TOKENS + 3, 99), model.decoder.attend, []
+    marked, attend, met = prompt(5 * STEP_TOKENS + 3, 99), RoundSource.attend, []
 
-    def broken(state, layer, *others):
-        if any(piece.length == len(marked) and piece.start for piece in state.packing.pieces) and not met:
+    def broken(source, cohort, layer, rows=None):
+        if any(piece.length == len(marked) and piece.start for piece in source._pieces) and layer == 1 and not met:
             met.append(layer)
             raise ValueError("planted")
-        return attend(state, layer, *others)
+        return attend(source, cohort, layer, rows)
 
     fails = world.rank == 0 and model.takes_chunks
     with open_engine() as engine:
         if fails:
-            monkeypatch.setattr(model.decoder, "attend", broken)
+            monkeypatch.setattr(RoundSource, "attend", broken)
             with pytest.raises(ModelError, match="ValueError: planted"):
                 engine.submit(marked).result(WAIT)
         for length in (3, 40, 4 * STEP_TOKENS):
@@ -211,6 +213,20 @@ def test_higher_priority_goes_first(world, model, open_engine, monkeypatch):
             wait([*first, low, high, *later], WAIT)
             assert high.result().admitted <= min(f.result().admitted for f in later)
             assert low.result().admitted >= max(f.result().admitted for f in later)
+
+
+@pytest.mark.gpu
+def test_rounds_make_cuda_allocate_nothing(world, open_engine):
+    """An allocation waits for what runs in other slots."""
+    draw = random.Random(world.rank)
+    with open_engine() as engine:
+
+        def serve() -> int:
+            asked = [engine.submit(prompt(draw.choice(LENGTHS), i)) for i in range(30)]
+            assert all(future.result(WAIT) for future in asked)
+            return torch.cuda.memory_stats()["num_device_alloc"]
+
+        assert serve() == serve()
 
 
 @pytest.mark.parametrize(
