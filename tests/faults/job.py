@@ -21,8 +21,10 @@ POLL_SECONDS = 0.02
 class FaultJob:
     """`num_ranks` ranks of which rank CULPRIT meets `fault`, in a folder that takes what each rank says."""
 
-    def __init__(self, fault: str, num_ranks: int, folder: Path, transport: str = "auto") -> None:
-        """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it."""
+    def __init__(
+        self, fault: str, num_ranks: int, folder: Path, transport: str = "auto", program: str = "ranks"
+    ) -> None:
+        """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it. program: of this folder."""
         self.folder, self._num_ranks = folder, num_ranks
         self._token = f"fault-{uuid.uuid4().hex}"
         environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
@@ -31,7 +33,7 @@ class FaultJob:
             [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
         )
         launcher = ["launch/gpu_ranks.sh"] if torch.cuda.is_available() else ["launch/mpirun.sh", "-n"]
-        command = [*launcher, str(num_ranks), "-m", "tests.faults.ranks", fault, str(folder)]
+        command = [*launcher, str(num_ranks), "-m", f"tests.faults.{program}", fault, str(folder)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
