@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
+import os
 import runpy
+import signal
+import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,6 +82,50 @@ def test_generate(world, run, checkpoint):
     assert lines == [
         f"rank {world.rank}: {expected(checkpoint, prompt, 16)!r}" for prompt in PROMPTS[world.rank :: world.size]
     ]
+
+
+@pytest.mark.mpi
+def test_service(world, run, checkpoint):
+    """Every rank is asked over HTTP, and stops by a signal once its own answers are there."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    found: dict[str, tuple[int, dict]] = {}
+
+    def ask(path: str, data: bytes | None = None) -> tuple[int, dict]:
+        connection = http.client.HTTPConnection("localhost", port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("GET" if data is None else "POST", path, data)
+            answer = connection.getresponse()
+            return answer.status, json.loads(answer.read())
+
+    def client() -> None:
+        try:
+            while "first" not in found:  # it listens soon
+                with contextlib.suppress(ConnectionRefusedError):
+                    found["first"] = ask("/first_token", b'{"tokens": [3, 1, 4]}')
+            found["bad id"] = ask("/first_token", b'{"tokens": [-1]}')
+            found["no json"] = ask("/first_token", b"hello")
+            found["nowhere"] = ask("/")
+            found["statistics"] = ask("/statistics")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    thread = threading.Thread(target=client)
+    thread.start()
+    try:
+        lines = run("service.py", str(checkpoint), str(port - world.rank), world=world)
+    finally:
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), before):
+            signal.signal(number, handler)
+    thread.join()
+    assert lines == [f"rank {world.rank}: http://localhost:{port}"]
+    assert found["first"][0] == 200 and found["first"][1]["ms"] > 0
+    model = pipemoe.load_model(str(checkpoint), world)
+    assert model.prefill([[3, 1, 4]]).first_tokens == [found["first"][1]["token"]]
+    assert [found[name][0] for name in ("bad id", "no json", "nowhere", "statistics")] == [400, 400, 404, 200]
+    assert found["statistics"][1]["answered"] == 1
 
 
 def expected(checkpoint: Path, prompt: str, count: int) -> str:
