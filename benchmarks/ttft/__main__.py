@@ -6,7 +6,8 @@
 1. Parity of every mode with the plain Hugging Face forward (parity.py). If a mode fails, that is reported, and the exit
    status is 1.
 2. Timing (measure.py). The requests of a step arrive together when it starts, so this is prefill under skew, not
-   queueing; `--requests trace` replays the trace's own clock with queueing instead (serve.py).
+   queueing; `--requests trace` replays the trace's own clock with queueing instead (serve.py). Without any input
+   named, both: one long prompt beside short ones, and a trace by its clock, sped up.
 3. A table on standard output. Its last line is the results as one JSON document (results_schema.py). --out gets the
    same as ttft.json, a picture of the TTFT distribution, and for each mode a timeline of the step with most tokens, for
    Perfetto (https://ui.perfetto.dev).
@@ -88,7 +89,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             f"{model.name}, {options.dtype}, {world.size} ranks on {world.device.type}: parity of {len(configs)} "
             f"modes on {layers} layers"
         )
-        parity = check_parity(
+        parity, models = check_parity(
             world,
             sources.enter_context(model.source(layers)),
             layers,
@@ -98,22 +99,22 @@ def run(world: World, options: argparse.Namespace) -> int:
             seed=options.seed,
             router_skew=options.router_skew,
             progress=progress,
+            keep=layers == model.num_layers,
         )
-        progress.say(
-            "parity "
-            + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items())
-            + f"; loading {model.num_layers} layers"
-        )
-        base = pipemoe.load_model(
-            sources.enter_context(model.source(model.num_layers)),
-            world,
-            random_weights=model.random_weights,
-            config=configs[0],
-            dtype=dtype,
-            seed=options.seed,
-            router_skew=options.router_skew,
-        )
-    models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
+        progress.say("parity " + ", ".join(f"{mode} {'yes' if p.ok else 'NO'}" for mode, p in parity.items()))
+        if not models:
+            progress.say(f"loading {model.num_layers} layers")
+            base = pipemoe.load_model(
+                sources.enter_context(model.source(model.num_layers)),
+                world,
+                random_weights=model.random_weights,
+                config=configs[0],
+                dtype=dtype,
+                seed=options.seed,
+                router_skew=options.router_skew,
+            )
+            models = {c.mode: base if c is configs[0] else base.with_config(c) for c in configs}
+    base = models[configs[0].mode]
     for percent in options.budgets:  # of the same model, at the same parity
         models[f"auto {percent} %"] = base.with_config(replace(models["auto"].config, makespan_budget=percent / 100))
     for text, config in zip(options.variant, variants, strict=True):
@@ -124,13 +125,12 @@ def run(world: World, options: argparse.Namespace) -> int:
     for workload in workloads:
         progress.say(f"{workload.name}: {sum(map(len, workload.prompts))} requests in {len(workload.steps)} steps")
         load: dict[str, float | None] = {"active_experts": None, "expert_load_max_over_mean": None}
-        if options.requests == "trace":
+        if workload.time_scale is not None:
             found = serve(
                 world,
                 models,
                 workload,
                 rounds=options.rounds,
-                time_scale=options.time_scale,
                 seed=options.seed,
                 progress=progress,
             )
@@ -149,7 +149,8 @@ def run(world: World, options: argparse.Namespace) -> int:
             facts |= {
                 "dtype": dtype_name(dtype),
                 "moe_max_num_tokens": options.moe_max_num_tokens,
-                "requests": options.requests,
+                "requests": "together" if workload.time_scale is None else "trace",
+                "time_scale": workload.time_scale,
                 "router_skew": options.router_skew,
                 "experts": experts,
                 **load,
@@ -162,7 +163,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             }
             for mode, model_of_mode in models.items():
                 more = {"makespan_budget": model_of_mode.config.makespan_budget}
-                if options.requests == "together":
+                if workload.time_scale is None:
                     more |= predicted_ms(model_of_mode, workload) | {
                         "steps_with_arrivals": steps_with_arrivals(model_of_mode, workload)
                     }

@@ -58,6 +58,8 @@ class Workload:
     trace: str | None = None  # where the lengths were drawn from
     clipped: int = 0  # requests of the trace that were too long for the model, and were cut
     dropped: int = 0  # or left out
+    # Requests come by the trace's clock, so many times as fast; None: those of a step come together.
+    time_scale: float | None = None
 
     @property
     def name(self) -> str:

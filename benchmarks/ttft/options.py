@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,11 +32,14 @@ class DeviceDefaults:
     num_requests: int
     rounds: int
     moe_max_num_tokens: int
+    long_prompt: int  # beside prompts of _SHORT_PROMPT tokens, if no inputs are asked for
+    time_scale: float  # and the trace, so much faster
 
 
+_SHORT_PROMPT = 16
 DEFAULTS = {
-    "cpu": DeviceDefaults("small", None, "float32", 0.1, 16, 3, 256),
-    "cuda": DeviceDefaults("qwen3-30b-a3b", 8, "bfloat16", 1.0, 32, 5, 8192),
+    "cpu": DeviceDefaults("small", None, "float32", 0.1, 16, 3, 256, 512, 16.0),
+    "cuda": DeviceDefaults("qwen3-30b-a3b", 8, "bfloat16", 1.0, 32, 5, 8192, 4096, 20.0),
 }
 
 
@@ -64,7 +67,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="S",
         help="random routers give experts of popularity rank r about r ** -S of the tokens (default: 0, all the same)",
     )
-    inputs = parser.add_argument_group("inputs")
+    inputs = parser.add_argument_group(
+        "inputs", "By default two workloads: one long prompt beside short ones, and a trace by its own clock."
+    )
     inputs.add_argument(
         "--trace",
         action="append",
@@ -110,14 +115,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     inputs.add_argument(
         "--requests",
         choices=("together", "trace"),
-        default="together",
-        help="when those of a step come; trace: by the trace's clock",
+        help="when those of a step come; trace: by the trace's clock (default: together)",
     )
     inputs.add_argument(
         "--time-scale",
         type=positive(float),
-        default=1.0,
-        help="with --requests trace: how much faster than the trace's clock",
+        help="how much faster than the trace's clock (default: 1 with --requests trace)",
     )
     run = parser.add_argument_group("run")
     parser.add_device()
@@ -190,6 +193,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--trace-unit is of the times in --trace, which is not given")
     if options.requests == "trace" and (options.rank_tokens or options.draws):
         parser.error("--requests trace needs a trace; --rank-tokens and --draws have no times")
+    options.by_default = not (options.trace or options.rank_tokens or options.draws or options.requests)
+    if options.time_scale and not (options.by_default or options.requests == "trace"):
+        parser.error("--time-scale is of --requests trace")
     try:
         options.budgets = [int(percent) for percent in options.budgets.split(",") if percent]
     except ValueError:
@@ -223,8 +229,11 @@ def resolve(options: argparse.Namespace, device: str) -> argparse.Namespace:
     resolved = argparse.Namespace(**vars(options))
     if options.model is None and options.layers is None:
         resolved.layers = defaults.layers
-    for name in ("model", "dtype", "scale", "num_requests", "rounds", "moe_max_num_tokens"):
-        if getattr(options, name) is None:
+    if options.requests == "trace" and options.time_scale is None:
+        resolved.time_scale = 1.0
+    resolved.long_prompt = defaults.long_prompt
+    for name in ("model", "dtype", "scale", "num_requests", "rounds", "moe_max_num_tokens", "time_scale"):
+        if getattr(resolved, name) is None:
             setattr(resolved, name, getattr(defaults, name))
     if options.parity_layers is None:
         resolved.parity_layers = None if (device, resolved.dtype) == ("cpu", "float32") else 4
@@ -245,9 +254,14 @@ def workloads_of(options: argparse.Namespace, num_ranks: int, positions: int) ->
         most=positions,
         too_long=options.too_long,
     )
+    rank_tokens, time_scale = options.rank_tokens, None
+    if options.by_default:
+        rank_tokens = [",".join(map(str, [options.long_prompt] + [_SHORT_PROMPT] * (num_ranks - 1)))]
+    if options.by_default or options.requests == "trace":
+        time_scale = options.time_scale
     traces = options.trace or ([] if options.rank_tokens else [str(TRACE)])
-    found = [rank_tokens_workload(text, num_ranks) for text in options.rank_tokens] + [
-        trace_workload(p, num_ranks, **shape) for p in traces
+    found = [rank_tokens_workload(text, num_ranks) for text in rank_tokens] + [
+        replace(trace_workload(p, num_ranks, **shape), time_scale=time_scale) for p in traces
     ]
     for path in options.trace or ([str(TRACE)] if options.draws else []):
         found += drawn_workloads(
@@ -270,14 +284,14 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
     """One configuration per mode, alike in all else."""
     from pipemoe import Config
 
-    needed = max(w.max_tokens_per_rank for w in workloads)
-    if options.requests == "trace":  # a rank takes more than one request when several wait
-        needed = max(w.longest for w in workloads)
+    # By a trace's clock a rank takes more than one request when several wait.
+    by_clock = any(w.time_scale for w in workloads)
+    needed = max(w.longest if w.time_scale else w.max_tokens_per_rank for w in workloads)
     if options.max_tokens_per_rank is not None and options.max_tokens_per_rank < needed:
         raise ConfigError(
             f"--max-tokens-per-rank is {options.max_tokens_per_rank}, but a step gives one rank {needed} tokens"
         )
-    if options.requests == "trace":
+    if by_clock:
         needed = max(options.moe_max_num_tokens, needed)
     return [
         Config(

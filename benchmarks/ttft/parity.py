@@ -51,8 +51,10 @@ def check_parity(
     seed: int,
     router_skew: float,
     progress: Progress,
-) -> dict[str, Parity]:
-    """Parity of each config's mode on `steps`; every rank calls and gets the same. Leaves no weights behind.
+    keep: bool = False,
+) -> tuple[dict[str, Parity], dict[str, pipemoe.Model]]:
+    """Parity of each config's mode on `steps`; every rank calls and gets the same. And the models by mode if `keep`,
+    else no weights are left behind.
 
     source: what load_model takes, already cut to `layers`.
     """
@@ -68,17 +70,19 @@ def check_parity(
         seed=seed,
         router_skew=router_skew,
     )
-    found = {}
+    found, models = {}, {}
     for config in configs:
         model = base if config is configs[0] else base.with_config(config)
         logits = [row for step in steps for row in _pipemoe_logits(world, model, step, seed)]
         found[config.mode] = asdict(compare(logits, reference, dtype_name(dtype), layers)) if world.rank == 0 else None
         progress.count(len(found), len(configs), "parity: modes")
+        if keep:
+            models[config.mode] = model
         del model
     del base
     verdicts = json.loads(world.all_gather(json.dumps(found).encode(), "results of the parity check")[0])
     free_memory(world)
-    return {mode: Parity(**verdict) for mode, verdict in verdicts.items()}
+    return {mode: Parity(**verdict) for mode, verdict in verdicts.items()}, models
 
 
 def compare(

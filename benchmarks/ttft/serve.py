@@ -28,11 +28,10 @@ def serve(
     workload: Workload,
     *,
     rounds: int,
-    time_scale: float,
     seed: int,
     progress: Progress,
 ) -> dict[str, Measured]:
-    """Figures of all modes: medians over `rounds` interleaved replays; times are divided by `time_scale`."""
+    """Figures of all modes: medians over `rounds` interleaved replays."""
     modes = list(models)
     replays: dict[str, list[list[dict]]] = {mode: [] for mode in modes}
     for round_number in range(rounds):
@@ -42,14 +41,20 @@ def serve(
                 models[mode].prefill(
                     [p.token_ids(models[mode].decoder.vocab_size, seed) for p in workload.steps[0][world.rank]]
                 )
-            replays[mode].append(_replay(world, models[mode], workload, time_scale, seed))
-            progress.say(f"{workload.name}: replay {round_number + 1} of {rounds}, {mode} ({done + 1} of {len(modes)})")
+            replays[mode].append(_replay(world, models[mode], workload, seed))
+            progress.count(
+                round_number * len(modes) + done + 1,
+                rounds * len(modes),
+                f"{workload.name}: replay {round_number + 1}, {mode}",
+            )
     return {mode: _measured(replays[mode]) for mode in modes}
 
 
-def _replay(world: World, model: Model, workload: Workload, time_scale: float, seed: int) -> list[dict]:
+def _replay(world: World, model: Model, workload: Workload, seed: int) -> list[dict]:
     """All ranks' served requests of one replay, in order of rank and service."""
     vocab_size, room = model.decoder.vocab_size, model.config.max_tokens_per_rank
+    assert workload.time_scale is not None  # or requests have no times
+    time_scale = workload.time_scale
     waiting = deque((p.arrival_s / time_scale, p, p.token_ids(vocab_size, seed)) for p in workload.prompts[world.rank])
     served: list[dict] = []
     world.all_gather(b"", "start of a replay")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from benchmarks import results_schema
 from benchmarks.ttft import __main__ as ttft
 from benchmarks.ttft import judge as ttft_judge
-from benchmarks.ttft.options import TRACE, configs_of, parse, resolve, workloads_of
+from benchmarks.ttft.options import DEFAULTS, TRACE, configs_of, parse, resolve, workloads_of
 from pipemoe.errors import CheckpointError, ConfigError, InputError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.plan.config import MODES
@@ -163,6 +164,21 @@ def test_requests_by_the_traces_clock(world, arguments, capsys):
 
 
 @pytest.mark.mpi
+def test_by_default_one_long_prompt_and_a_trace_by_its_clock(world, arguments, monkeypatch, capsys):
+    monkeypatch.setitem(DEFAULTS, "cpu", replace(DEFAULTS["cpu"], long_prompt=40, time_scale=200.0))
+    assert ttft.run(world, arguments("--modes", "broadcast,auto", "--rounds", "1")) == 0
+    if world.rank == 0:
+        out = capsys.readouterr().out
+        rows = json.loads(out.splitlines()[-1])["rows"]
+        skewed = [40] + [16] * (world.size - 1)
+        assert [row["rank_tokens"] for row in rows] == [skewed] * 2 + ["azure2023_conv"] * 2
+        assert [row["requests"] for row in rows] == ["together"] * 2 + ["trace"] * 2
+        assert [row["time_scale"] for row in rows] == [None] * 2 + [200.0] * 2
+        assert all(row["parity"] for row in rows)
+        assert "azure2023_conv by its own clock, 200 times as fast, waiting included: first tokens after" in out
+
+
+@pytest.mark.mpi
 def test_a_mode_that_is_wrong_is_reported_and_fails_the_job(world, arguments, monkeypatch, capsys):
     from benchmarks.ttft import parity as ttft_parity
 
@@ -208,6 +224,7 @@ def test_bad_inputs_are_the_same_error_on_every_rank(world, arguments, tmp_path)
         (["--scale", "nan"], "invalid positive float value: 'nan'"),
         (["--device", "cpu", "--backend", "nccl"], "--backend nccl is the transport of cuda"),
         (["--requests", "trace", "--rank-tokens", "1,2"], "have no times"),
+        (["--time-scale", "5", "--rank-tokens", "1,2"], "--time-scale is of --requests trace"),
         (["--budgets", "5,x"], "whole numbers of percent"),
         (["--budgets", "5", "--modes", "padded"], "not among --modes"),
         (["--modes", "padded", "--variant", "chunked:num_slots=1"], "'chunked' is not among --modes"),

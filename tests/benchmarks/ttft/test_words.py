@@ -43,6 +43,13 @@ def test_a_trace_is_told_by_its_mean():
     )
 
 
+def test_a_trace_by_its_clock_is_told_so():
+    rows = [row("chunked", "a_trace", [9, 3], [30, 30]), row("auto", "a_trace", [9, 3], [30, 30])]
+    assert in_words([r | {"time_scale": 12.0} for r in rows]).startswith(
+        "a_trace by its own clock, 12 times as fast, waiting included: first tokens after 30 ms on average, as soon"
+    )
+
+
 def test_nothing_to_compare_gives_no_words():
     assert in_words([]) == in_words([skewed("auto", 1, 1, 1)]) == in_words([skewed("padded", 1, 1, 1)]) == ""
     both = [skewed("auto", 1, 1, 1), row("auto", [8], [8], [9]), row("padded", [8], [8], [9])]
