@@ -191,7 +191,10 @@ class Admission:
             behind = offer.waiting_tokens - sum(chunk.length - chunk.stop for chunk in offer.chunks)
             return max(0, behind) + sum(settings.work(chunk.start, chunk.length) for chunk in offer.chunks)
 
-        return settings.best_work(max(map(waiting, offers))) * self._share(offers) // 1000
+        most = max(map(waiting, offers))
+        # Cutting a lone sequence would delay it, and help nobody.
+        is_lone = sum(len(offer.chunks) for offer in offers) == 1 and not any(o.waiting_tokens for o in offers)
+        return (2 * most if is_lone else settings.best_work(most)) * self._share(offers) // 1000
 
     def _share(self, offers: Sequence[Offer]) -> int:
         """Thousandths of its usual rows that this slot may take beside longer slots that may be late."""

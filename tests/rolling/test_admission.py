@@ -106,6 +106,16 @@ def test_a_round_is_as_long_as_is_best_for_the_rank_with_the_most_work():
     assert len(Admission(0, 2, 1, chosen).admit(offers)[0]) == 3
 
 
+def test_a_sequence_is_cut_only_if_another_one_waits():
+    chosen = SETTINGS._replace(fixed_rows=1, pairs_per_row=7)
+    assert admitted([whole(0, 50)], [], slot=1, chosen=chosen) == [[(0, 50)], []]
+    for offers in ([Offer((whole(0, 50), whole(1, 50)))], [Offer((whole(0, 50),), waiting_tokens=200)]):
+        (found,) = Admission(1, 2, 1, chosen).admit(offers)
+        assert sum(chunk.tokens for chunk in found) < 50
+    late = Offer((whole(0, 50),), lags=(0, 0, 60000))
+    assert Admission(1, 3, 1, chosen).admit([late]) == ((),)
+
+
 def test_what_goes_whole_goes_first_of_its_rank_even_if_it_is_longer_than_a_best_round():
     chosen = SETTINGS._replace(fixed_rows=1)
     assert admitted([whole(0, 90), whole(1, 90)], [whole(0, 10)], chosen=chosen) == [[(0, 90)], [(0, 10)]]
@@ -113,9 +123,9 @@ def test_what_goes_whole_goes_first_of_its_rank_even_if_it_is_longer_than_a_best
 
 def test_a_chunk_is_cut_to_the_best_round():
     chosen = SETTINGS._replace(fixed_rows=10, pairs_per_row=10)
-    settings_work = chosen.work(20, 60)
-    (((_, tokens),),) = admitted([Chunk(0, 20, 60, 60)], slot=1, chosen=chosen)
-    best = chosen.best_work(settings_work)
+    waiting = chosen.work(20, 60)
+    ((_, tokens), *_), _ = admitted([Chunk(0, 20, 60, 60)], [whole(0, 1)], slot=1, chosen=chosen)
+    best = chosen.best_work(waiting)
     assert chosen.work(20, 20 + tokens) <= best + 1 and chosen.work(20, 21 + tokens) >= best
 
 
