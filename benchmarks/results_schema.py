@@ -116,6 +116,14 @@ ROW_FIELDS["host"] = {
     "workspace_bytes": _NUMBER,
     "init_bytes": _NUMBER,  # of resident memory, that pipemoe.init took
 }
+ROW_FIELDS["host_experts"] = {
+    "size": (str,),  # of an expert, by a model's name
+    "dtype": (str,),
+    "rows_per_expert": (int,),
+    "us": _NUMBER,  # of CPU time of a call: one layer's local experts
+    "read_floor_us": _NUMBER,  # to read their weights at the rate of a long vector
+    "compute_floor_us": _NUMBER,
+}
 ROW_FIELDS["loading"] = {
     "family": (str,),
     "device": (str,),

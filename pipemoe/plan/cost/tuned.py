@@ -8,11 +8,12 @@ from __future__ import annotations
 # --- What whole steps reach of the peak rates (cost/default.py) ---
 # GPUs: fitted on 2026-11-26 to the steps in benchmarks/results: Qwen3-30B-A3B and DeepSeek-V3 on two H100s, and
 # Qwen3-30B-A3B on quarters of one. Predictions were 5 % off, mean.
-# CPUs: fitted on 2026-11-26 to benchmarks/ttft's small model on 2 and 4 ranks of two cores; 12 % off.
+# CPUs: fitted on 2026-12-01 to 77 steps (11 sets of prompts in 7 modes) of the small model on 4 ranks that share two
+# cores and memory; 9 % off, one cohort 3 %, two chunks of all ranks 17 %.
 # dense, grouped GEMMs, attention and memory in permille of the peak; passes: how often a model's own modules pass over
 # each row in elementwise kernels.
 REACHED_ON_GPU = {"dense": 550, "grouped": 800, "attention": 400, "memory": 900, "passes": 60}
-REACHED_ON_CPU = {"dense": 150, "grouped": 700, "attention": 100, "memory": 800, "passes": 40}
+REACHED_ON_CPU = {"dense": 265, "grouped": 440, "attention": 250, "memory": 500, "passes": 8}
 
 # The same fits: ns of the conductor's thread for each operation, see HostCost.
 HOST_ON_GPU = {
@@ -25,9 +26,8 @@ HOST_ON_GPU = {
     "finish_ns": 450_000,
     "idle_ns": 16_000,
 }
-# CPUs: of ranks that share memory, 2026-12-01, the small model on 4 ranks of two cores, in part by `pipemoe tune`.
 HOST_ON_CPU = {
-    "attend_ns": 20_000,
+    "attend_ns": 54_000,
     "graph_rows": 0,
     "pack_ns": 15_000,
     "dispatch_ns": 40_000,
@@ -50,19 +50,19 @@ FIXED_ON_GPU = {
     "gap_permille": 500,
 }
 FIXED_ON_CPU = {
-    "attend_ns": 300_000,
+    "attend_ns": 100_000,
     "experts_ns": 60_000,
-    "group_ns": 30_000,
-    "segment_ns": 5_000,
-    "start_ns": 700_000,
-    "finish_ns": 200_000,
-    "tile_rows": 4,
+    "group_ns": 16_000,
+    "segment_ns": 13_000,
+    "start_ns": 940_000,
+    "finish_ns": 770_000,
+    "tile_rows": 6,
     "blockwise_permille": 0,
     "gap_permille": 1000,
 }
 LONE_GROUP_NS = 5_000  # of a group on a GPU without peers
-# See CoresCost. Several cohorts of a rank are threads that take turns. 2026-12-01, as HOST_ON_CPU.
-CORES_SLOWDOWN_PERMILLE = 800
+# See CoresCost. Several cohorts of a rank are threads that take turns. The same fit.
+CORES_SLOWDOWN_PERMILLE = 400
 
 # NCCL's rings between GPUs: about 330 of 450 GB/s, as published for H200s. 2026-11-23.
 LINK_PERMILLE = 700
