@@ -27,6 +27,18 @@ class When(Enum):
     AFTER_PAUSE = "after a pause"  # a short one: the last round took nothing of what was offered
 
 
+_SHORTEST_PAUSE, _PAUSES = 1e-3, 8  # seconds; of a usual round
+
+
+def pause_seconds(usual: float, patience: float) -> float:
+    """How long a pause is. Ages count in rounds, also in those that take nothing, so these must not pass in no time.
+
+    usual: seconds of a round of this slot that took something, as far as is known. patience: seconds for which offers
+    are patient.
+    """
+    return max(_SHORTEST_PAUSE, usual / _PAUSES, patience / _PAUSES)
+
+
 class SlotRounds:
     """The rounds of one slot as one rank sees them."""
 

@@ -43,7 +43,9 @@ class Waiting:
         self._most = settings.most_rounds_waited
         self._round = 0
         self._queued: dict[int, _Sequence] = {}  # in the order in which they came
-        self._by_priority: list[tuple[int, int]] = []  # heap of (-priority, sequence), some no longer queued
+        self._shortest_first = settings.policy == "rolling"
+        # heap of (-priority, tokens if they count, sequence), some no longer queued
+        self._by_priority: list[tuple[int, int, int]] = []
         self._offered: dict[int, _Sequence] = {}
         self._under_way = False  # has a round been offered to, and not settled?
         self.waiting_tokens = 0  # all that is not admitted yet
@@ -57,7 +59,7 @@ class Waiting:
         sequences go whole.
         """
         self._queued[sequence] = _Sequence(length, priority, self._round)
-        heapq.heappush(self._by_priority, (-priority, sequence))
+        heapq.heappush(self._by_priority, (-priority, length if self._shortest_first else 0, sequence))
         self.waiting_tokens += length
 
     def cancel(self, sequence: int) -> bool:
@@ -96,13 +98,13 @@ class Waiting:
         )
 
     def _next_queued(self) -> int:
-        """The sequence that has waited for too many rounds; else the first of the highest priority."""
+        """The sequence that has waited for too many rounds; else the first of the highest priority, or its shortest."""
         oldest = next(iter(self._queued))
         if self._round - self._queued[oldest].round >= self._most:
             return oldest
-        while self._by_priority[0][1] not in self._queued:
+        while self._by_priority[0][-1] not in self._queued:
             heapq.heappop(self._by_priority)
-        return self._by_priority[0][1]
+        return self._by_priority[0][-1]
 
     def settle(self, admitted: tuple[Chunk, ...]) -> Settled:
         """A round has been agreed on; `admitted` are its chunks of this rank."""

@@ -21,7 +21,7 @@ from pipemoe.plan.schedule import Op, OpKind, Plan
 from pipemoe.rolling.admission import Admission, RollingSettings
 from pipemoe.rolling.offer import Chunk, Offer, decode_offers, encode_offer
 from pipemoe.rolling.round_time import Pace, RoundTime
-from pipemoe.rolling.rounds import SlotRounds, When
+from pipemoe.rolling.rounds import SlotRounds, When, pause_seconds
 from pipemoe.rolling.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pipemoe.runtime.runtime import Runtime
     from pipemoe.runtime.source import Source
 
-_PAUSE_SECONDS = 1e-3  # before what the last round did not take is offered again
 # How long the thread may rest while a slot waits for this. Transfers and exchanges of MPI move only when polled.
 _EXCHANGE_SECONDS, _RUN_SECONDS, _ASLEEP_SECONDS = 50e-6, 200e-6, 0.05
 
@@ -192,7 +191,8 @@ class RollingSlot:
             self.pause_until = 0.0
             return when is When.NOW or (when is When.LATE and self._queue[0].is_near_end)
         if not self.pause_until:
-            self.pause_until = time.monotonic() + _PAUSE_SECONDS
+            usual = self.counts.seconds / max(1, self.counts.rounds_with_work)
+            self.pause_until = time.monotonic() + pause_seconds(usual, self._patience.seconds)
         return time.monotonic() >= self.pause_until
 
     def _post(self) -> None:

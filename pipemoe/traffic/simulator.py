@@ -18,6 +18,7 @@ from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.admission import Admission, RollingSettings
 from pipemoe.rolling.offer import Chunk, Offer
 from pipemoe.rolling.round_time import RoundTime
+from pipemoe.rolling.rounds import pause_seconds
 from pipemoe.rolling.slot_choice import choose_slot
 from pipemoe.rolling.waiting import Waiting
 from pipemoe.traffic.arrival_times import Arrival
@@ -25,7 +26,6 @@ from pipemoe.traffic.campaign import Limits
 from pipemoe.traffic.policy import Policy, rank_for
 from pipemoe.traffic.served import Served
 
-_PAUSE_S = 1e-3  # before what a round did not take is offered again, as pipemoe.runtime.rolling has it
 _LEAST_SPEED = 0.05  # of a long round beside short ones that compute all the time
 
 
@@ -76,6 +76,7 @@ class _Slot:
     round: _Round | None = None
     retry_at: float = math.inf  # when what was not taken is offered again
     is_asleep: bool = field(default=True)
+    usual: float = 0.0  # seconds that the last round took alone
 
 
 class _Play:
@@ -176,13 +177,15 @@ class _Play:
             for chunk in chunks:
                 self._admitted.setdefault(chunk.sequence, self._now)
         was_asleep, slot.is_asleep = slot.is_asleep, False
-        slot.retry_at = math.inf if any(admitted) else self._now + _PAUSE_S
+        slot.retry_at = (
+            math.inf if any(admitted) else self._now + pause_seconds(slot.usual, self._machine.delay_seconds)
+        )
         if any(admitted):
             self._start(slot, admitted, self._machine.cost.start_ns if was_asleep else 0)
 
     def _start(self, slot: _Slot, admitted: tuple[tuple[Chunk, ...], ...], start_ns: int) -> None:
         alone_ns, busy_ns = self._times.of(admitted), self._times.busy(admitted)
-        seconds = (alone_ns + start_ns) * 1e-9
+        slot.usual = seconds = (alone_ns + start_ns) * 1e-9
         slot.round = _Round(admitted, seconds, busy_ns * 1e-9 / seconds, self._now, seconds)
 
     def _end(self, slot: _Slot) -> None:

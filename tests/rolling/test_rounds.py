@@ -3,8 +3,9 @@
 import pytest
 
 from pipemoe.errors import PlanError
+from pipemoe.rolling.admission import RollingSettings
 from pipemoe.rolling.offer import Chunk, Offer
-from pipemoe.rolling.rounds import SlotRounds, When
+from pipemoe.rolling.rounds import SlotRounds, When, pause_seconds
 
 CHUNK = Chunk(0, 0, 5, 5)
 EMPTY, WORK, LEAVING = Offer(), Offer((CHUNK,)), Offer(leaving=True)
@@ -79,6 +80,12 @@ def test_a_round_that_takes_nothing_is_followed_by_a_pause_unless_a_peer_has_pos
     assert not slot.is_asleep and slot.when(True, False) is When.AFTER_PAUSE
     slot.hear(2)
     assert slot.when(True, False) is When.NOW
+
+
+def test_patience_ends_before_ages_do_however_long_it_is():
+    assert pause_seconds(0.0, 0.0) == 1e-3
+    assert 5.0 / pause_seconds(0.0, 5.0) < RollingSettings(1, 1, 1).most_rounds_waited
+    assert 2.0 / pause_seconds(2.0, 0.0) < RollingSettings(1, 1, 1).most_rounds_waited
 
 
 def test_leaving_is_said_once_and_ends_when_all_say_it():

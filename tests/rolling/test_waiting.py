@@ -37,8 +37,8 @@ def test_a_chunk_may_be_admitted_in_part():
 
 
 def test_what_is_not_admitted_grows_older():
-    queue = waiting(slot=0, s0=60, s1=50)
-    first, second = queue.offer()
+    queue = waiting(slot=0, s0=60, s1=70)
+    _, second = queue.offer()
     queue.settle((second,))
     queue.add(2, 10)
     assert queue.offer() == (Chunk(0, 0, 60, 60, 1), Chunk(2, 0, 10, 10, 0))
@@ -60,6 +60,15 @@ def test_higher_priorities_are_offered_first_but_nobody_is_passed_over_for_ever(
         offered.append([c.sequence for c in chunks])
         queue.settle(chunks[:1])
     assert offered == [[1, 2], [2, 3], [3, 4], [4, 0]]
+
+
+def test_rolling_offers_the_shortest_first_and_lockstep_what_came_first():
+    for policy, first in (("rolling", [1, 2]), ("lockstep", [0, 1])):
+        queue = Waiting(0, 2, SETTINGS._replace(policy=policy))
+        for sequence, length in enumerate((100, 98, 99)):
+            queue.add(sequence, length)
+        queue.add(3, 100)
+        assert [c.sequence for c in queue.offer()][:2] == first
 
 
 def test_memory_is_reserved_once_in_order_and_who_gets_none_holds_up_those_behind():

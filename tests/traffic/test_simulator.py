@@ -90,7 +90,7 @@ def test_delayed_ranks_wait_for_the_others_but_not_for_ever():
     arrivals = [Arrival(0, 0.0, 300), Arrival(1, 0.01, 300), Arrival(2, 1.0, 300)]
     delayed = player(num_ranks=2, delay_seconds=0.03).play(Policy("lockstep_delayed", 1024), arrivals)
     assert delayed[0].admitted == pytest.approx(0.01, abs=0.002) == delayed[1].admitted
-    assert delayed[2].queueing == pytest.approx(0.03, abs=0.002)
+    assert delayed[2].queueing == pytest.approx(0.03, abs=0.005)
 
 
 @pytest.mark.parametrize("slowdown", [0, 800])
