@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import InputError
-from pipemoe.experts import column_ranges, make_experts, pairs
+from pipemoe.experts import column_ranges, host, make_experts, pairs
 from pipemoe_kernels.gating import ACTIVATIONS
 from tests.experts.oracle import (
     GATINGS,
@@ -69,6 +69,17 @@ def test_awkward_sizes(num_rows, bias, dtype):
     wanted = expected(rows, weights)
     assert relative_error(run(rows, weights), wanted) < TOLERANCE[dtype]
     assert relative_error(run(rows, weights, deterministic=True), wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("does", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 17, 700])
+def test_whether_or_not_the_cpu_multiplies_bfloat16(monkeypatch, does, num_rows):
+    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: does)
+    weights = random_weights(5, 72, 40, dtype=torch.bfloat16, bias=True)
+    rows = random_rows(num_rows, 72, 5, 3, dtype=torch.bfloat16)
+    assert relative_error(run(rows, weights), expected(rows, weights)) < TOLERANCE[torch.bfloat16]
+    experts = make_experts([weights], top_k=3, hidden=72, device="cpu", dtype=torch.bfloat16)
+    assert (len(experts.new_scratch(4).gate_up) == 0) == does  # nothing is widened
 
 
 @pytest.mark.parametrize("bias", [False, True])
