@@ -142,7 +142,7 @@ class Runtime:
         world.agree(error, {}, "setting up the workspace")
         self._workspace = set_up.workspace
         self.experts_with_free_sms, self._tapes = set_up.experts_with_free_sms, set_up.tapes
-        self.plays_tapes = True  # where there are tapes; else every operation is issued by Python
+        self.plays_tapes = self._tapes is not None  # else every operation is issued by Python
         self.issued = Issued()
         self._plans: OrderedDict[Facts, Plan] = OrderedDict()
         self._is_first_step = True  # the caller's code may compile in it, so it may take longer

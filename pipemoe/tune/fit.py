@@ -36,6 +36,7 @@ class Samples:
     dispatch: list[tuple[int, int, float]] = field(default_factory=list)  # segments, rows that the busiest link carries
     combine: list[tuple[int, int, float]] = field(default_factory=list)
     host: dict[str, list[float]] = field(default_factory=dict)
+    taped: list[float] = field(default_factory=list)  # issuing a layer from a tape: all its operations
     # tokens and pairs: to the first MoE layer's attention
     start: list[tuple[int, int, float]] = field(default_factory=list)
     finish: list[float] = field(default_factory=list)
@@ -64,7 +65,7 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
         experts=_fit_experts(samples.experts, start, shape, num_ranks, host_cost),
         dispatch=_fit_exchange(samples.dispatch),
         combine=_fit_exchange(samples.combine),
-        host=host_cost,
+        host=_of_tape(host_cost, samples.taped),
         start_ns=start_ns,
         finish_ns=round(float(np.median(samples.finish))) if samples.finish else start.finish_ns,
     )
@@ -124,6 +125,16 @@ def least_squares(features: Sequence[Sequence[float]], values: Sequence[float] |
                 best, least = np.zeros(matrix.shape[1]), error
                 best[list(columns)] = found
     return best
+
+
+def _of_tape(host: HostCost, taped: Sequence[float]) -> HostCost:
+    """Operations that were issued one by one take their shares of what issuing a layer from a tape takes."""
+    names = ("graph_ns", "pack_ns", "dispatch_ns", "experts_ns", "combine_ns")
+    total = sum(getattr(host, name) for name in names)
+    if not taped or not total:
+        return host
+    layer_ns = round(float(np.median(taped)))
+    return replace(host, **{name: getattr(host, name) * layer_ns // total for name in names})
 
 
 def _fit_attend(samples: Samples, start: AttendCost, host_ns: int) -> AttendCost:

@@ -78,7 +78,21 @@ class Tuner:
                 if repeat:  # the first is the warm-up
                     self._take(samples, lengths, timelines)
         self._take_eager(samples, ((max(2, self._most // 8),),) * size)
+        if self._model.runtime.plays_tapes:
+            self._take_taped(samples, [n for n in counts if n <= 64])
         return samples
+
+    def _take_taped(self, samples: Samples, counts: Sequence[int]) -> None:
+        """What issuing takes in steps whose operations are not timed one by one, and so played from tapes."""
+        runtime = self._model.runtime
+        for n in counts:
+            for repeat in range(self._repeats + 1):
+                before = runtime.issued
+                self._prefill(self._model, ((n,),))
+                self._world.all_gather(b"", "end of a step")  # it has been counted
+                if repeat:
+                    seconds, layers = (after - b for after, b in zip(runtime.issued, before))
+                    samples.taped.append(seconds * 1e9 / layers)
 
     def _take_eager(self, samples: Samples, lengths: _Lengths) -> None:
         """How long it takes to issue attention that has no graph."""

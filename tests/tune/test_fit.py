@@ -160,3 +160,14 @@ def test_what_transfers_lose_is_calibrated_apart_from_what_computations_lose():
 
     found = calibrate(base, log_error).contention
     assert (found.experts_beside_dispatch, found.combine_beside_attend, found.attend_beside_experts) == (800, 600, 600)
+
+
+def test_issuing_from_a_tape_is_shared_out():
+    samples = samples_of(CostModel())
+    samples.host = {"graph": [30.0], "dispatch": [10.0], "experts": [50.0], "combine": [10.0], "finish": [400.0]}
+    start = CostModel(host=replace(CostModel().host, pack_ns=0))
+    assert fit_cost(samples, start, SHAPE, 1).host.experts_ns == 50
+    samples.taped = [19.0, 20.0, 90.0]
+    host = fit_cost(samples, start, SHAPE, 1).host
+    assert (host.graph_ns, host.pack_ns, host.dispatch_ns, host.experts_ns, host.combine_ns) == (6, 0, 2, 10, 2)
+    assert host.finish_ns == 400

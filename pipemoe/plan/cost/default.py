@@ -48,7 +48,10 @@ def default_cost(
     """
     shape, on_cpu = dimensions.shape, device.cores > 0
     reached = tuned.REACHED_ON_CPU if on_cpu else tuned.REACHED_ON_GPU
-    fixed = tuned.FIXED_ON_CPU if on_cpu else tuned.FIXED_ON_GPU
+    of_gpu = (
+        (tuned.FIXED_ON_GPU, tuned.HOST_ON_GPU) if num_ranks > 1 else (tuned.FIXED_ON_LONE_GPU, tuned.HOST_ON_LONE_GPU)
+    )
+    fixed, host = (tuned.FIXED_ON_CPU, tuned.HOST_ON_CPU) if on_cpu else of_gpu
     flops, bandwidth = device.flops // ranks_per_device, device.memory_bandwidth // ranks_per_device
     link = tuned.ONE_GPU_LINK if ranks_per_device > 1 else device.link_bandwidth * tuned.LINK_PERMILLE // 1000
 
@@ -66,9 +69,7 @@ def default_cost(
         group_ns, segment_ns = fixed["group_ns"], fixed["segment_ns"]
         if on_cpu:  # every peer copies every row, and MPI goes on only when polled
             return ExchangeCost(group_ns * waiting, segment_ns * waiting, max(num_ranks - 1, 0) * volume_ps)
-        return ExchangeCost(
-            group_ns * ranks_per_device if num_ranks > 1 else tuned.LONE_GROUP_NS, segment_ns, volume_ps
-        )
+        return ExchangeCost(group_ns * ranks_per_device, segment_ns, volume_ps)
 
     # The experts also read and write each local row a few times: gathered rows, activations, sums.
     glue_ps = (4 * shape.hidden + 3 * shape.intermediate) * value_bytes * 10**15 // (bandwidth * reached["memory"])
@@ -77,7 +78,7 @@ def default_cost(
     return CostModel(
         attend=AttendCost(
             fixed_ns=fixed["attend_ns"] * waiting,
-            weights_ns=read_ns(dimensions.dense_weights),
+            weights_ns=max(read_ns(dimensions.dense_weights), fixed["attend_least_ns"]),
             row_ps=compute_ps(2 * dimensions.dense_weights, reached["dense"]) + passes_ps,
             pair_fs=pair_fs,
             crowd_permille=tuned.CROWD_PERMILLE if ranks_per_device > 1 else 0,
@@ -96,7 +97,7 @@ def default_cost(
         ),
         dispatch=exchange(row_bytes or row_bytes_of(shape.hidden, value_bytes, shape.top_k)),
         combine=exchange(shape.hidden * sum_bytes),
-        host=HostCost(**(tuned.HOST_ON_CPU if on_cpu else tuned.HOST_ON_GPU)),
+        host=HostCost(**host),
         cores=CoresCost(1000 * device.cores, tuned.CORES_SLOWDOWN_PERMILLE) if on_cpu else CoresCost(),
         contention=_contention(
             *(tuned.ON_CORES if on_cpu else tuned.ON_ONE_GPU if ranks_per_device > 1 else tuned.BETWEEN_GPUS)

@@ -6,18 +6,19 @@
 from __future__ import annotations
 
 # --- What whole steps reach of the peak rates (cost/default.py) ---
-# GPUs: fitted on 2026-11-26 to the steps in benchmarks/results: Qwen3-30B-A3B and DeepSeek-V3 on two H100s, and
-# Qwen3-30B-A3B on quarters of one. Predictions were 5 % off, mean.
+# GPUs: fitted on 2026-12-01 to benchmarks/results/h200/forward.json, Qwen3-30B-A3B on one H200, 1 to 8192 tokens.
+# Predictions are 6 % off at most, of these steps.
 # CPUs: fitted on 2026-12-01 to 77 steps (11 sets of prompts in 7 modes) of the small model on 4 ranks that share two
 # cores and memory; 9 % off, one cohort 3 %, two chunks of all ranks 17 %.
 # dense, grouped GEMMs, attention and memory in permille of the peak; passes: how often a model's own modules pass over
 # each row in elementwise kernels.
-REACHED_ON_GPU = {"dense": 550, "grouped": 800, "attention": 400, "memory": 900, "passes": 60}
+REACHED_ON_GPU = {"dense": 750, "grouped": 900, "attention": 690, "memory": 940, "passes": 10}
 REACHED_ON_CPU = {"dense": 265, "grouped": 440, "attention": 250, "memory": 500, "passes": 8}
 
-# The same fits: ns of the conductor's thread for each operation, see HostCost.
+# ns of the conductor's thread for each operation, see HostCost. Of several ranks, fitted on 2026-11-26 to steps on two
+# H100s and on quarters of one; but attention without graphs, of which a sixth of the launches is left.
 HOST_ON_GPU = {
-    "attend_ns": 1_000_000,
+    "attend_ns": 170_000,
     "graph_ns": 27_000,
     "pack_ns": 110_000,
     "dispatch_ns": 45_000,
@@ -26,6 +27,18 @@ HOST_ON_GPU = {
     "finish_ns": 450_000,
     "idle_ns": 16_000,
 }
+# Of a rank without peers, whose steps are played from tapes; the first fit above. Nothing is packed.
+HOST_ON_LONE_GPU = {
+    "attend_ns": 150_000,
+    "graph_ns": 8_000,
+    "pack_ns": 0,
+    "dispatch_ns": 6_000,
+    "experts_ns": 20_000,
+    "combine_ns": 6_000,
+    "finish_ns": 300_000,
+    "idle_ns": 6_000,
+}
+# CPUs: the fit above.
 HOST_ON_CPU = {
     "attend_ns": 54_000,
     "graph_rows": 0,
@@ -36,11 +49,14 @@ HOST_ON_CPU = {
     "finish_ns": 20_000,
     "idle_ns": 10_000,
 }
-# The same fits: latencies in ns (attention, experts, a group of collectives and each of its segments, before and after
-# a step), rows that a tile of the experts' GEMMs is rounded up to, and the permille of CostModel and ExpertsCost.
+# Latencies in ns (attention, experts, a group of collectives and each of its segments, before and after a step), the
+# least that a layer's attention is busy, as its kernels take no less for few rows, rows that a tile of the experts'
+# GEMMs is rounded up to, and the permille of CostModel and ExpertsCost. GPUs: groups and steps' ends of several ranks
+# by the fit of HOST_ON_GPU, all else by the first.
 FIXED_ON_GPU = {
-    "attend_ns": 50_000,
-    "experts_ns": 30_000,
+    "attend_ns": 5_000,
+    "attend_least_ns": 110_000,
+    "experts_ns": 20_000,
     "group_ns": 15_000,
     "segment_ns": 4_000,
     "start_ns": 2_000_000,
@@ -49,8 +65,11 @@ FIXED_ON_GPU = {
     "blockwise_permille": 350,
     "gap_permille": 500,
 }
+# Without peers nothing travels, and there is no exchange before a step.
+FIXED_ON_LONE_GPU = FIXED_ON_GPU | {"group_ns": 0, "segment_ns": 0, "start_ns": 1_500_000, "finish_ns": 300_000}
 FIXED_ON_CPU = {
     "attend_ns": 100_000,
+    "attend_least_ns": 0,
     "experts_ns": 60_000,
     "group_ns": 16_000,
     "segment_ns": 13_000,
@@ -60,8 +79,7 @@ FIXED_ON_CPU = {
     "blockwise_permille": 0,
     "gap_permille": 1000,
 }
-LONE_GROUP_NS = 5_000  # of a group on a GPU without peers
-# See CoresCost. Several cohorts of a rank are threads that take turns. The same fit.
+# See CoresCost. Several cohorts of a rank are threads that take turns. The fit of CPUs.
 CORES_SLOWDOWN_PERMILLE = 400
 
 # NCCL's rings between GPUs: about 330 of 450 GB/s, as published for H200s. 2026-11-23.
