@@ -50,7 +50,7 @@ for num_ranks in "$@"; do
     echo "== MPI on $num_ranks ranks"
     rm -f "$logs"/*
     if ! PIPEMOE_RANK_LOGS=$logs timeout --kill-after=60 540 launch/gpu_ranks.sh "$num_ranks" \
-        -m pytest -q -m mpi -p no:cacheprovider --hypothesis-seed=0 tests; then
+        -m pytest -q -m "mpi and not slow" -p no:cacheprovider --hypothesis-seed=0 tests; then
         failed+=("MPI on $num_ranks ranks")
         tail -n 60 "$logs"/rank*.log 2>/dev/null || true
     fi
