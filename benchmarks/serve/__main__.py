@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if not __package__:  # run as a script
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, run_on_ranks
 from benchmarks.serve.options import parse, requests_of, resolve, settings_of
+from benchmarks.serve.player import IDLE_S, RankPlayer
 from benchmarks.ttft.models import BenchModel
 from pipemoe.errors import ConfigError, PipemoeError
 from pipemoe.output_path import check_output_file, check_output_folder
@@ -44,7 +47,6 @@ def run(world: World, options: argparse.Namespace) -> int:
 
     import pipemoe
     from benchmarks.serve.board import shared_board
-    from benchmarks.serve.player import RankPlayer
 
     progress = Progress(world.rank)
     options = resolve(options, world.device.type)
@@ -99,17 +101,27 @@ def run(world: World, options: argparse.Namespace) -> int:
             "num_requests": options.num_requests,
             "scale": options.scale,
         }
-        campaigns[name] = campaign = Campaign(player, policies, seeds.__getitem__, settings_of(options), progress.say)
+        keep = partial(write_on_rank_0, world, options, about, tuple(rows))  # should a later part fail
+        campaigns[name] = campaign = Campaign(
+            player, policies, seeds.__getitem__, settings_of(options), progress.say, keep
+        )
         campaign.add_alone(Policy("closed_step"), closed_steps(world, loaded, ids, campaign.lengths_alone))
-        try:
-            campaign.run()
-        finally:  # keep what was measured, should a later part fail
-            rows += [about | row for row in campaign.rows]
-            if world.rank == 0:
-                write(options, rows)
+        rows += [{**about, **row} for row in campaign.run()]
     if world.rank == 0:
         report(options, rows, campaigns)
     return 0
+
+
+def write_on_rank_0(
+    world: World,
+    options: argparse.Namespace,
+    about: Mapping[str, Any],
+    before: Sequence[Mapping[str, Any]],
+    found: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the rows of earlier traces, and those found so far."""
+    if world.rank == 0:
+        write(options, [*before, *({**about, **row} for row in found)])
 
 
 def config_of(options: argparse.Namespace, requests: dict[str, dict[int, list]]) -> Any:
@@ -129,10 +141,13 @@ def config_of(options: argparse.Namespace, requests: dict[str, dict[int, list]])
 
 
 def closed_steps(world: World, model: Model, ids: np.ndarray, lengths: Sequence[int]) -> list[Served]:
-    """The same requests one at a time, each by a closed step of its own (Model.prefill), after one to warm up."""
+    """The same requests one at a time on an idle system, each by a closed step of its own (Model.prefill), after one to
+    warm up.
+    """
     own = []
     for number, tokens in enumerate([lengths[-1], *lengths]):
         is_mine = number % world.size == world.rank
+        time.sleep(IDLE_S)
         world.all_gather(b"", "start of a step")
         found = model.prefill([ids[:tokens]] if is_mine else [])
         own.append(found.ttft_seconds[0] if is_mine else 0.0)
@@ -144,7 +159,7 @@ def closed_steps(world: World, model: Model, ids: np.ndarray, lengths: Sequence[
     ]
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def write(options: argparse.Namespace, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Write the results' files. Returns the document."""
     document = results_schema.results_document("serve", rows)
     for path in (options.out / "serve.json", *([options.json] if options.json else [])):

@@ -24,7 +24,7 @@ from pipemoe.traffic.served import WITHIN_LIMIT, Served
 _LEAD_S = 0.02  # from when all ranks are ready to the first request
 _POLL_S = 2e-4  # how often a rank looks whether a request is its own
 _LOOK_S = 0.05  # and whether a hopeless play may end
-_IDLE_S = 0.05  # of silence before a request that comes alone
+IDLE_S = 0.05  # of silence before a request that comes alone
 _WARM_UP = 2  # requests per rank, the first time that a policy is opened
 
 OpenEngine = Callable[[Policy, int], AbstractContextManager[Any]]  # of a policy, and a queue for so many requests
@@ -60,7 +60,7 @@ class RankPlayer:
                 while board.done.sum() < arrival.number:
                     self._sleep(_POLL_S)
                 if arrival.number % board.num_ranks == board.rank:
-                    self._sleep(_IDLE_S)
+                    self._sleep(IDLE_S)
                     future = self._submit(engine, arrival, self._clock())
                     wait([future])
             board.meet(self._sleep)

@@ -71,9 +71,13 @@ class Campaign:
         requests_of: Callable[[int], Sequence[Request]],
         settings: Settings,
         say: Callable[[str], None] = lambda text: None,
+        keep: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
     ) -> None:
-        """requests_of: a seed's requests. say: is told what has been measured."""
+        """requests_of: a seed's requests. say: is told what has been measured. keep: gets all rows now and then, as
+        they grow.
+        """
         self._player, self._policies, self._settings, self._say = player, list(policies), settings, say
+        self._keep = keep
         self._requests = {seed: list(requests_of(seed)) for seed in settings.seeds}
         every = [r for requests in self._requests.values() for r in requests]
         self.classes = length_classes([r.input_tokens for r in every])
@@ -95,6 +99,7 @@ class Campaign:
                 for load in settings.loads:
                     for policy in further:
                         self._at_load(policy, process, seed, load)
+                self._keep(self.rows)
                 if seed == settings.seeds[0]:
                     lead = leaders([row for row in self.rows if row["arrivals"] == process])
                     further = [p for p in self._policies if not p.is_lockstep or p.label in lead]
@@ -102,6 +107,7 @@ class Campaign:
                 for seed in settings.seeds:
                     for policy in further:
                         self._capacity(policy, process, seed)
+                    self._keep(self.rows)
         return self.rows
 
     def _alone(self) -> None:
