@@ -75,6 +75,7 @@ def test_awkward_sizes(num_rows, bias, dtype):
 @pytest.mark.parametrize("num_rows", [1, 17, 700])
 def test_whether_or_not_the_cpu_multiplies_bfloat16(monkeypatch, does, num_rows):
     monkeypatch.setattr(host, "multiplies_bfloat16", lambda: does)
+    monkeypatch.setattr(host, "LARGE_WEIGHTS", 1)
     weights = random_weights(5, 72, 40, dtype=torch.bfloat16, bias=True)
     rows = random_rows(num_rows, 72, 5, 3, dtype=torch.bfloat16)
     assert relative_error(run(rows, weights), expected(rows, weights)) < TOLERANCE[torch.bfloat16]
