@@ -4,8 +4,8 @@
          --mm--> y [pairs, H] --combine_rows--> out [n, H]
 
 All arithmetic is float32. 16-bit weights are widened one expert at a time, but where the CPU multiplies bfloat16
-itself: there GEMMs of large experts take them as they are, and h and y are rounded to bfloat16. Only y and the index grow with max_rows;
-all of it is allocated in the scratch.
+itself: there GEMMs of large experts take them as they are, and h and y are rounded to bfloat16. Only y and the index
+grow with max_rows; all of it is allocated in the scratch.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 TILE_ROWS = 256  # of one GEMM: large enough for the library's full rate, small enough for the cache
 DETERMINISTIC_TILE_ROWS = 16  # every GEMM of the deterministic mode has exactly this many rows
 COMBINE_ROWS = 64  # rows of the staging tile for results that are 16-bit, not contiguous, or in blocks of columns
-# Values of a matrix from which its bfloat16 product is faster than widening it. 128 x 256: a call of the library's takes
-# 60 us, widening and a float32 product 35.
+# Values of a matrix from which its bfloat16 product is faster than widening it. 128 x 256: a call takes 60 us, widening
+# and a float32 product 35.
 LARGE_WEIGHTS = 1 << 18
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
