@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipemoe.models.kept_places import KeptPlaces
-from pipemoe.models.packing import Piece
 from pipemoe.models.round_source import First, RoundSource
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from pipemoe.config import Config
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.graph_store import GraphStore
+    from pipemoe.models.packing import Piece
 
 
 class Part(NamedTuple):
@@ -89,6 +89,8 @@ class DecoderRounds:
 
 def _piece(part: Part) -> Piece:
     """A void part reads no earlier keys, and ends no sequence."""
+    from pipemoe.models.packing import Piece
+
     count = part.stop - part.start
     if part.is_void:
         return Piece(part.sequence, 0, count, count + 1)
