@@ -160,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                         "load_s": seconds["load"],
                     }
                 )
+        document = results_schema.results_document("loading", rows)
+        results_schema.write_results(document, options.json)  # keep what was measured, should a later family fail
     heading = ("family", "GB", "page cache", "reading GB/s", "loading GB/s", "ratio")
     lines = [
         [row["family"], f"{row['gigabytes']:.2f}", row["page_cache"]]
@@ -167,8 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows
     ]
     print(aligned([list(heading), *lines], 3))
-    document = results_schema.results_document("loading", rows)
-    results_schema.write_results(document, options.json)
     results_schema.print_results(document)
     return 0
 
