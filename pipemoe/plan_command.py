@@ -93,15 +93,6 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     parser.add_argument("--slots", type=positive, default=4, help="cohorts under way at once (default %(default)s)")
     parser.add_argument("--combine", choices=COMBINES, default="reduce", help="default %(default)s")
     parser.add_argument(
-        "--combine-blocks",
-        type=positive,
-        metavar="N",
-        help="blocks of columns of the sums (default: chosen in mode auto, else 1)",
-    )
-    parser.add_argument(
-        "--arrivals", choices=("on", "off"), help="whether waves are computed as they arrive (default: off)"
-    )
-    parser.add_argument(
         "--num-sms", type=positive, metavar="N", help="that the experts' kernels fill in every plan (default: chosen)"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16, with --cores float32")
@@ -150,16 +141,12 @@ def run(options: argparse.Namespace) -> int:
         max_tokens_per_rank=options.max_tokens_per_rank or max(16384, *facts.tokens),
         num_slots=options.slots,
         combine=options.combine,
-        combine_blocks=options.combine_blocks,
-        arrivals=None if options.arrivals is None else options.arrivals == "on",
         num_sms=options.num_sms,
         objective=options.objective,
         makespan_budget=options.makespan_budget,
     )
     cost = _cost(options, dimensions, facts.num_ranks)
     shares = cost.cores.permille > 0 and facts.num_ranks > 1
-    if shares:
-        config = replace(config, arrivals=False)  # as in a runtime: rows that nobody sends do not come one by one
     if not any(facts.tokens):
         print(json.dumps({}) if options.json else "nothing to plan: no rank has a token")
         return 0

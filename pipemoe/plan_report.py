@@ -31,11 +31,10 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def candidates_table(candidates: Sequence[Candidate]) -> str:
-    lines = [["candidate", "cohorts", "blocks", "arrivals", "SMs left", "mean ms", "p50 ms", "slowest ms", ""]]
+    lines = [["candidate", "cohorts", "SMs left", "mean ms", "p50 ms", "slowest ms", ""]]
     for c in candidates:
-        counts, times = (len(c.assignment), c.num_column_blocks), (c.mean, c.p50, c.slowest)
-        form = ["yes" if c.arrivals else "no", str(c.sms_left)]
-        lines.append([c.name, *map(str, counts), *form, *map(milliseconds, times), "<- chosen" if c.chosen else ""])
+        counts, times = (len(c.assignment), c.sms_left), (c.mean, c.p50, c.slowest)
+        lines.append([c.name, *map(str, counts), *map(milliseconds, times), "<- chosen" if c.chosen else ""])
     return table(lines)
 
 
@@ -58,8 +57,8 @@ def as_json(
         return {"name": c.name, "mean_ttft_ms": ms(c.mean), "slowest_ttft_ms": ms(c.slowest)}
 
     def form(c: Candidate) -> dict[str, Any]:
-        counts = {"cohorts": len(c.assignment), "column_blocks": c.num_column_blocks, "sms_left": c.sms_left}
-        return figures(c) | {"p50_ttft_ms": ms(c.p50), "arrivals": c.arrivals, "chosen": c.chosen} | counts
+        counts = {"cohorts": len(c.assignment), "sms_left": c.sms_left}
+        return figures(c) | {"p50_ttft_ms": ms(c.p50), "chosen": c.chosen} | counts
 
     return {
         "num_ranks": plan.facts.num_ranks,
@@ -93,7 +92,7 @@ def ranks_table(plan: Plan, prediction: Prediction) -> str:
 
 
 def cohorts_lines(plan: Plan) -> str:
-    """One line per cohort, then what holds for the plan: blocks of columns, arrivals, multiprocessors left."""
+    """One line per cohort, then what holds for the plan: multiprocessors left."""
     lines = []
     for c, cohort in enumerate(plan.cohorts):
         parts = [f"{m.rank}[{m.start}:{m.stop}]" for m in cohort.microbatches]
@@ -102,10 +101,6 @@ def cohorts_lines(plan: Plan) -> str:
         lines.append(
             f"cohort {c}: {rows} rows in {count} wave{'s' if count > 1 else ''}, rank[tokens] {' '.join(parts)}"
         )
-    if plan.num_column_blocks > 1:
-        lines.append(f"sums in {plan.num_column_blocks} blocks of columns, each combined while the next is computed")
-    if plan.arrivals:
-        lines.append("waves computed as they arrive: own rows while the others' come")
     if plan.sms_left:
         lines.append(f"experts leave {plan.sms_left} multiprocessors to collectives")
     return "\n".join(lines)

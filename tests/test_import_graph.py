@@ -34,7 +34,7 @@ def test_comm_and_trace_name_nothing_of_the_runtime_not_even_as_a_type():
         ("pipemoe.comm.mpi", "def f():\n    import pipemoe.runtime.run", True),
         ("pipemoe.comm.mpi", "if TYPE_CHECKING:\n    import pipemoe.runtime.run", False),
         ("pipemoe.plan.planner", "from pipemoe.plan.auto.choice import auto_assignment", False),
-        ("pipemoe.plan.columns", "from pipemoe.plan.schedule import Wave", True),  # a circle: schedule imports columns
+        ("pipemoe.plan.config", "from pipemoe.plan.schedule import Wave", True),  # a circle: schedule imports config
     ],
 )
 def test_an_upward_import_or_a_circle_is_found(module, text, wrong, tmp_path, monkeypatch):

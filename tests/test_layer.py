@@ -60,22 +60,6 @@ def test_sums_are_the_oracles(world, cases, mode, combine, dtype):
         assert norm_ratio(y, wanted) < DTYPES[dtype]
 
 
-@pytest.mark.parametrize("combine", ["reduce", "gather"])
-@pytest.mark.parametrize(
-    ("mode", "blocks", "hidden"),
-    [("broadcast", 2, HIDDEN), ("padded", 3, 97), ("two_batch", 12, 97), ("per_rank", 5, 100), ("auto", 4, HIDDEN)],
-)
-def test_sums_in_blocks_of_columns_are_the_oracles(world, mode, blocks, hidden, combine):
-    """Blocks of unequal sizes, down to 8 columns; waves of fewer rows than there are blocks."""
-    layers = make_layers(1, world.device, torch.float32, hidden=hidden)
-    moe = make_moe(world, layers, mode=mode, combine=combine, combine_blocks=blocks)
-    for case, counts in enumerate(TOKEN_COUNTS):
-        x, ids, weights = make_rows(
-            counts[world.rank % len(counts)], 10 * case + world.rank, world.device, torch.float32, hidden=hidden
-        )
-        assert norm_ratio(moe(x, ids, weights), layers.oracle(0, x, ids, weights)) < 1e-5
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_deterministic_rows_are_the_same_bits_everywhere(world, dtype):
     """Across modes, wave sizes and slots, and equal to one process that holds all experts: so across rank counts
@@ -86,17 +70,16 @@ def test_deterministic_rows_are_the_same_bits_everywhere(world, dtype):
     x, ids, weights = make_rows(counts[world.rank % len(counts)], world.rank, world.device, dtype)
     wanted = alone(layers, x, ids, weights)
     for mode in MODES:
-        for cap, slots, blocks in ((7, world.num_slots, None), (24, 1, 3), (1000, min(2, world.num_slots), None)):
+        for cap, slots in ((7, world.num_slots), (24, 1), (1000, min(2, world.num_slots))):
             moe = make_moe(
                 world,
                 layers,
                 mode=mode,
                 moe_max_num_tokens=cap,
                 num_slots=slots,
-                combine_blocks=blocks,
                 deterministic=True,
             )
-            assert torch.equal(moe(x, ids, weights), wanted), (mode, cap, slots, blocks)
+            assert torch.equal(moe(x, ids, weights), wanted), (mode, cap, slots)
     # Equal rows in, other neighbours: every row twice, in reverse.
     flip = torch.arange(len(x) - 1, -1, -1, device=x.device).repeat(2)
     moe = make_moe(world, layers, mode="pipelined", max_tokens_per_rank=400, deterministic=True)
@@ -183,14 +166,6 @@ def test_a_wrong_argument_on_one_rank_is_the_same_error_on_all(world):
         with pytest.raises(InputError, match=f"rank {culprit}: {message}"):
             moe(*(wrong if world.rank == culprit else right))
         assert norm_ratio(moe(*right), layers.oracle(0, *right)) < 1e-5  # and the next step works
-
-
-def test_more_blocks_than_there_are_columns_for_on_one_rank_is_the_same_error_on_all(world):
-    culprit = world.size - 1
-    with pytest.raises(ConfigError, match=f"combine_blocks is 13; {HIDDEN} columns make at most 12"):
-        make_moe(
-            world, make_layers(1, world.device, torch.float32), combine_blocks=13 if world.rank == culprit else None
-        )
 
 
 def test_too_many_tokens_on_one_rank_is_the_same_error_on_all(world):

@@ -62,13 +62,6 @@ def test_memory_that_ranks_of_one_host_share_is_what_a_runtime_allocates(capsys)
     assert main([*host, "--cost", "some.json"]) != 0
 
 
-def test_waves_computed_as_they_arrive(capsys):
-    shape = ["--rank-tokens", "100,300,200,50,0,700,60,80", "--layers", "3", "--mode", "chunked"]
-    for setting, wanted in (("on", True), ("off", False)):
-        assert main(["plan", *shape, "--arrivals", setting]) == 0
-        assert ("waves computed as they arrive" in capsys.readouterr().out) == wanted
-
-
 @pytest.mark.parametrize("model", MODEL_CONFIGS)
 @pytest.mark.parametrize("mode", ["auto", "padded", "per_rank"])
 def test_all_models_and_modes(capsys, model, mode):

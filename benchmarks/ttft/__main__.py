@@ -164,9 +164,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             for mode, model_of_mode in models.items():
                 more = {"makespan_budget": model_of_mode.config.makespan_budget}
                 if workload.time_scale is None:
-                    more |= predicted_ms(model_of_mode, workload) | {
-                        "steps_with_arrivals": steps_with_arrivals(model_of_mode, workload)
-                    }
+                    more |= predicted_ms(model_of_mode, workload)
                 rows.append(_row(mode, facts | more, found[mode], peak_bytes[mode], parity[mode.split()[0]]))
             measured.append((workload, found))
             write(options, rows)  # keep what was measured, should a later workload fail
@@ -196,14 +194,6 @@ def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
     ttfts = [simulate(runtime.plan(Facts(step_lengths(step))), runtime.cost).ttft for step in workload.steps]
     of_steps = [[t / 1e6 for t in ttft if t is not None] for ttft in ttfts]
     return {"predicted_ttft_ms": fmean(map(max, of_steps)), "predicted_median_rank_ms": fmean(map(median, of_steps))}
-
-
-def steps_with_arrivals(model: Model, workload: Workload) -> int:
-    """How many steps have plans that compute waves as they arrive."""
-    from benchmarks.ttft.measure import step_lengths
-    from pipemoe.plan.schedule import Facts
-
-    return sum(model.runtime.plan(Facts(step_lengths(step))).arrivals for step in workload.steps)
 
 
 def _max_over_ranks(world: World, values: dict[str, int]) -> dict[str, int]:

@@ -103,18 +103,18 @@ class Bench:
 
     def expert_load(self) -> dict[str, float | None]:
         """How the steps' tokens spread over the experts, mean over steps: the same in every mode, so in one more pass
-        of one. None where every mode computes waves as they arrive. Every rank calls.
+        of one. Every rank calls.
         """
         steps = range(len(self._workload.steps))
-        counts = [m for m in self._models if not any(self._plan(m, step).arrivals for step in steps)]
+        mode = next(iter(self._models))
         found: dict[str, list[float]] = {"active_experts": [], "expert_load_max_over_mean": []}
-        for step in steps if counts else ():
-            with counted(self._models[counts[0]]) as loads:
-                self._run(counts[0], step, timeline=Timeline())  # issued call by call
+        for step in steps:
+            with counted(self._models[mode]) as loads:
+                self._run(mode, step, timeline=Timeline())  # issued call by call
                 self._world.all_gather(b"", "end of the counted step")  # its last rows have been counted
             for name, value in loads.figures().items():
                 found[name].append(value or 0.0)
-        return {name: float(np.mean(values)) if values else None for name, values in found.items()}
+        return {name: float(np.mean(values)) for name, values in found.items()}
 
     def _plan_all(self, mode: str) -> float:
         """Seconds to plan a step; fills the mode's cache of plans."""

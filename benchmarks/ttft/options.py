@@ -154,17 +154,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--max-tokens-per-rank", type=positive(int), help="default: what the inputs need")
     run.add_argument("--combine", choices=COMBINES, default="reduce")
     run.add_argument(
-        "--combine-blocks",
-        type=positive(int),
-        metavar="N",
-        help="blocks of columns of the sums (default: chosen in mode auto, else 1)",
-    )
-    run.add_argument(
-        "--arrivals",
-        choices=("on", "off"),
-        help="whether waves are computed as they arrive (default: chosen in mode auto, else off)",
-    )
-    run.add_argument(
         "--num-sms",
         type=positive(int),
         metavar="N",
@@ -300,8 +289,6 @@ def configs_of(options: argparse.Namespace, workloads: Sequence[Workload]) -> li
             max_tokens_per_rank=options.max_tokens_per_rank or needed,
             num_slots=options.num_slots,
             combine=options.combine,
-            combine_blocks=options.combine_blocks,
-            arrivals=None if options.arrivals is None else options.arrivals == "on",
             num_sms=options.num_sms,
             combine_dtype=options.combine_dtype,
             deterministic=options.deterministic,

@@ -9,7 +9,6 @@ Importing this package imports neither Numba nor torch; each module with a kerne
     attention/                       a decoder layer around its products: norms, rotary embedding, latents
     placed_rows                      rows whose place is read from memory when a kernel runs
     gemm/                            grouped GEMMs: simt.py (any GPU), mma.py (sm_80 on), wgmma.py and fp8.py (Hopper)
-    gemm/arrivals/                   grouped GEMMs over rows that arrive while the kernel runs
     quantise, pack                   rows to e4m3 and back; rows to the wire format
     element                          number formats of matrices in memory
     ptx/                             every PTX string
@@ -17,6 +16,6 @@ Importing this package imports neither Numba nor torch; each module with a kerne
     launch/                          compile, keep on disk, load, pack arguments, launch, write onto a tape
     numba_cuda                       the only place that imports numba.cuda
 
-In these files a *block* is a thread block; a *block of columns* and a scale's *block of values* are always called so. A
+In these files a *block* is a thread block; a scale's *block of values* is always called so. A
 *pair* is a (token, k) pair, a *place* its row in the sorted order of the experts.
 """

@@ -7,7 +7,6 @@ completion.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,23 +22,12 @@ Test = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class WaveSums:
-    """The buffers of one combine on this rank, of all columns or of a block of them. n rows of the wave, m of them this
-    rank's own.
-    """
+    """The buffers of one combine on this rank. n rows of the wave, m of them this rank's own."""
 
-    partial: torch.Tensor  # [n, columns] this rank's partial sums, contiguous; a reduce may leave sums there
-    # per own segment, in the wave's order: [segment rows, columns], written by the combine
+    partial: torch.Tensor  # [n, H] this rank's partial sums, contiguous; a reduce may leave sums there
+    # per own segment, in the wave's order: [segment rows, H], written by the combine
     results: Sequence[torch.Tensor]
-    staging: torch.Tensor | None  # [R - 1, >= m, columns] peers' partial sums, contiguous, for combine="gather"
-
-
-def column_blocks(memory: torch.Tensor, rows: tuple[int, ...], columns: Sequence[range]) -> list[torch.Tensor]:
-    """The beginning of `memory` (contiguous) as matrices [*rows, len(c)], one for each range c of columns.
-
-    They lie one after another, since collectives take contiguous memory.
-    """
-    flat, num_rows = memory.view(-1), math.prod(rows)
-    return [flat[num_rows * c.start : num_rows * c.stop].view(*rows, len(c)) for c in columns]
+    staging: torch.Tensor | None  # [R - 1, >= m, H] peers' partial sums, contiguous, for combine="gather"
 
 
 class Transport(Protocol):
@@ -51,9 +39,7 @@ class Transport(Protocol):
         """
 
     def combine(self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, sums: WaveSums) -> Test | None:
-        """Sum the ranks' partial sums of every segment into its owner's results. A wave's blocks of columns come one
-        after another.
-        """
+        """Sum the ranks' partial sums of every segment into its owner's results."""
 
     def start_log(self) -> None:
         """Remember every call that is really issued from now on."""

@@ -1,7 +1,7 @@
 """This rank's expert weights and the fused experts call, per device kind."""
 
 from pipemoe.experts.factory import make_experts
-from pipemoe.experts.protocol import Experts, Scratch, column_ranges
+from pipemoe.experts.protocol import Experts, Scratch
 from pipemoe.experts.quantised import dequantise_experts, quantise_experts
 from pipemoe.experts.weights import ExpertWeights, check_finite, local_range
 
@@ -10,7 +10,6 @@ __all__ = [
     "ExpertWeights",
     "Scratch",
     "check_finite",
-    "column_ranges",
     "dequantise_experts",
     "local_range",
     "make_experts",

@@ -54,9 +54,7 @@ class AmpereExperts(HopperExperts):
         scratch: HopperScratch,
         a: torch.Tensor,
         offsets: torch.Tensor,
-        y: torch.Tensor,
-        first_column: int,
     ) -> PackedDown:
-        down = self.weights[layer].down.detach()[:, first_column : first_column + y.shape[1]]
+        y, down = scratch.y, self.weights[layer].down.detach()
         packed, address = PackedMma(y.get_device(), a, None, down, offsets, None, y, self.num_sms), a.data_ptr()
         return lambda stream, num_pairs: packed(stream, address, num_pairs)

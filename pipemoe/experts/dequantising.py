@@ -8,14 +8,13 @@ Half the bytes on the wire, with any experts; only "hopper_fp8" ones multiply e4
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipemoe.e4m3 import dequantise_rows
 from pipemoe.errors import InputError
-from pipemoe.experts.protocol import Experts, Recordable, Scratch
+from pipemoe.experts.protocol import Experts, Scratch
 from pipemoe.wire import ScatteredRows, WireFormat
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ class DequantisingExperts:
         self._narrow = WireFormat(hidden, top_k, self.wire_dtype)
         self.implementation = inner.implementation
         self.deterministic = inner.deterministic
-        self.blockwise_permille = inner.blockwise_permille
         self.num_sms = inner.num_sms
 
     def with_free_sms(self, num_sms: int) -> DequantisingExperts:
@@ -59,22 +57,17 @@ class DequantisingExperts:
     def new_scratch(self, max_rows: int) -> DequantisingScratch:
         return DequantisingScratch(self._inner.new_scratch(max_rows), self._wire, self._device)
 
-    def warm_up(self, scratch: DequantisingScratch, column_blocks: Sequence[int] = (1,)) -> None:
+    def warm_up(self, scratch: DequantisingScratch) -> None:
         num_rows = min(1, scratch.max_rows)
         rows = self._narrow.rows(
             torch.zeros((num_rows, self._narrow.row_bytes), dtype=torch.uint8, device=self._device)
         )
         self._dequantise(rows, scratch.rows[:num_rows])
-        self._inner.warm_up(scratch.inner, column_blocks)
+        self._inner.warm_up(scratch.inner)
 
     @torch.no_grad()
     def __call__(
-        self,
-        layer: int,
-        rows: WireRows | ScatteredRows,
-        out: torch.Tensor | Sequence[torch.Tensor],
-        scratch: DequantisingScratch,
-        events: Sequence[Recordable] = (),
+        self, layer: int, rows: WireRows | ScatteredRows, out: torch.Tensor, scratch: DequantisingScratch
     ) -> None:
         if len(rows) > scratch.max_rows or any(p.hidden.dtype != self.wire_dtype for _, p in rows.pieces):
             found = {str(piece.hidden.dtype) for _, piece in rows.pieces}
@@ -86,10 +79,10 @@ class DequantisingExperts:
             wide = [(first, scratch.rows[first : first + len(piece)]) for first, piece in rows.pieces]
             for (_, piece), (_, into) in zip(rows.pieces, wide, strict=True):
                 self._dequantise(piece, into)
-            self._inner(layer, ScatteredRows(wide, len(rows)), out, scratch.inner, events)
+            self._inner(layer, ScatteredRows(wide, len(rows)), out, scratch.inner)
         else:
             self._dequantise(rows, scratch.rows[: len(rows)])
-            self._inner(layer, scratch.rows[: len(rows)], out, scratch.inner, events)
+            self._inner(layer, scratch.rows[: len(rows)], out, scratch.inner)
 
     def _dequantise(self, rows: WireRows, wide: WireRows) -> None:
         assert rows.scales is not None  # e4m3 rows have them

@@ -1,7 +1,7 @@
 """Experts on a Hopper GPU: tensor-core kernels that gather rows straight from the wire buffer.
 
     rows [n] --index--> tokens [pairs] --gate_up_rows (gather, GEMM, activation)--> a [pairs, I]
-      for each block of columns:  --down_rows--> y [pairs, block] --combine--> out [n, block]
+      --down_rows--> y [pairs, H] --combine--> out [n, H]
 
 Nothing is allocated and nothing synchronises the host. Launches are packed at a layer's first call with a scratch and a
 layout of rows and out (prepared_call.py). The GEMMs run in persistent thread blocks, one on each of num_sms
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipemoe.errors import ConfigError
-from pipemoe.experts.prepared_call import ColumnBlock, PackedDown, PackedGateUp, PreparedCall
-from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
+from pipemoe.experts.prepared_call import PackedDown, PackedGateUp, PreparedCall
+from pipemoe.experts.protocol import ExpertsShape
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
 from pipemoe_kernels.gemm import wgmma as grouped_wgmma
@@ -107,7 +107,6 @@ class HopperExperts(ExpertsShape):
     """
 
     implementation = "hopper"
-    blockwise_permille = 350  # the down projection, a third of the arithmetic, and the sums
     only_launches = True
     on_hopper = True  # may kernels use instructions that only Hopper has?
 
@@ -178,7 +177,7 @@ class HopperExperts(ExpertsShape):
         self.check_max_rows(max_rows)
         return HopperScratch(self, max_rows)
 
-    def warm_up(self, scratch: HopperScratch, column_blocks: Sequence[int] = (1,)) -> None:
+    def warm_up(self, scratch: HopperScratch) -> None:
         """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
         index = index_kernels(self.top_k, self.on_hopper)
         kernels = [index.alone, index.count, index.place, *self._gemms_of_several_shapes()]
@@ -195,9 +194,7 @@ class HopperExperts(ExpertsShape):
             for dtype in self.out_dtypes:
                 for padding in (0, 1):  # rows of out on 16-byte boundaries, and not
                     out = torch.empty((num_rows + 1, self.hidden + padding), dtype=dtype, device=self.device)
-                    for count in column_blocks:
-                        events = [torch.cuda.Event() for _ in range(count)]
-                        self(layer, rows, out[padding : padding + num_rows, : self.hidden], scratch, events)
+                    self(layer, rows, out[padding : padding + num_rows, : self.hidden], scratch)
         torch.cuda.synchronize(self.device)
 
     def _gemms_of_several_shapes(self) -> list[Kernel]:
@@ -209,35 +206,28 @@ class HopperExperts(ExpertsShape):
         ]
         return [*gate_ups, *(self._down_kernel(shape).kernel for shape in self.shapes)]
 
-    def __call__(
-        self,
-        layer: int,
-        rows: WireRows,
-        out: torch.Tensor | Sequence[torch.Tensor],
-        scratch: HopperScratch,
-        events: Sequence[Recordable] = (),
-    ) -> None:
-        num_rows, out_layout = _layout_of_out(out)
+    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch) -> None:
+        num_rows = len(out)
+        out_layout = out.get_device(), out.dtype, out.shape[1:], out.stride(), out.data_ptr() & 15
         # Everything that prepared launches and their checks depend on; the number of rows and their address are not.
         shape = self._shape(layer, num_rows)
-        layout = self, layer, shape.rows, len(events), rows.layout, out_layout
+        layout = self, layer, shape.rows, rows.layout, out_layout
         call = scratch.calls.get(layout)
         if call is None or not (0 < num_rows == len(rows) <= scratch.max_rows):
-            parts = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
+            self.check_call(layer, rows, out, scratch.max_rows)
             if num_rows == 0 or self.weights[layer].num_local_experts == 0:
-                self.nothing_local(parts, events)
+                out.detach().zero_()
                 return
-            call = self._prepared_call(layer, shape, rows, parts, scratch)
+            call = self._prepared_call(layer, shape, rows, out, scratch)
             if len(scratch.calls) >= MAX_LAYOUTS * len(self.weights):
                 scratch.calls.clear()
             scratch.calls[layout] = call
-        call(rows, out, num_rows, events)
+        call(rows, out, num_rows)
 
     @torch.no_grad()
     def _prepared_call(
-        self, layer: int, shape: TileShape, rows: WireRows, parts: Sequence[torch.Tensor], scratch: HopperScratch
+        self, layer: int, shape: TileShape, rows: WireRows, out: torch.Tensor, scratch: HopperScratch
     ) -> PreparedCall:
-        """parts: out's blocks of columns."""
         weights = self.weights[layer]
         num_local, first_expert = weights.num_local_experts, weights.first_expert
         offsets, positions, tokens = scratch.offsets[:num_local], scratch.positions, scratch.tokens
@@ -254,14 +244,9 @@ class HopperExperts(ExpertsShape):
         )
         a = scratch.a[: len(tokens) * weights.intermediate].view(len(tokens), weights.intermediate)
         gate_up = self._pack_gate_up(layer, shape, scratch, rows.hidden, offsets, a)
-        blocks = []
-        for columns in column_ranges(self.hidden, len(parts)):
-            part = slice(columns.start, columns.stop)
-            bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            down = self._pack_down(layer, shape, scratch, a, offsets, scratch.y[:, part], columns.start)
-            blocks.append(ColumnBlock(columns, down, scratch.y[:, part], bias))
+        down = self._pack_down(layer, shape, scratch, a, offsets)
         how = {"on_hopper": self.on_hopper, "may_start_early": not self._leaves_sms}
-        return PreparedCall(weights, index, gate_up, blocks, positions, rows, parts, **how)
+        return PreparedCall(weights, index, gate_up, down, scratch.y, positions, rows, out, **how)
 
     def _pack_gate_up(
         self,
@@ -289,33 +274,18 @@ class HopperExperts(ExpertsShape):
         scratch: HopperScratch,
         a: torch.Tensor,
         offsets: torch.Tensor,
-        y: torch.Tensor,
-        first_column: int,
-    ) -> PackedDown | None:
-        """Columns of a times down, from `first_column` on: y [pairs, columns]. None if an earlier block's launch
-        computes them too.
-        """
+    ) -> PackedDown:
+        """a times down: scratch.y [pairs, H]."""
         kernel, maps = self._down_kernel(shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][1]
         a_maps, intermediate = scratch.a_maps[a.shape[1], shape], a.shape[1]
         return grouped_wgmma.PackedDown(
-            y.get_device(),
+            a.get_device(),
             kernel,
             a_maps,
             maps,
             offsets,
             intermediate,
-            y,
+            scratch.y,
             self.num_sms,
-            first_column,
             may_start_early=not self._leaves_sms,
         )
-
-
-def _layout_of_out(out: torch.Tensor | Sequence[torch.Tensor]) -> tuple[int, tuple[object, ...]]:
-    """Number of rows (-1: blocks differ), and what else a prepared call depends on."""
-    if isinstance(out, torch.Tensor):
-        shape = out.shape
-        return shape[0], (out.get_device(), out.dtype, shape[1:], out.stride(), out.data_ptr() & 15)
-    layouts = [_layout_of_out(block) for block in out]
-    counts = {num_rows for num_rows, _ in layouts}
-    return counts.pop() if len(counts) == 1 else -1, tuple(layout for _, layout in layouts)

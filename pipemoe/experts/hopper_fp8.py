@@ -77,12 +77,10 @@ class HopperFp8Scratch:
 class HopperFp8Experts(HopperExperts):
     """The experts call on CUDA tensors with e4m3 rows. Implementation name "hopper_fp8".
 
-    weights: quantised, or bfloat16; of the latter a quantised copy is made here, so the caller may free them. With
-    events, out comes in blocks of columns, but all of y is computed before the first of them.
+    weights: quantised, or bfloat16; of the latter a quantised copy is made here, so the caller may free them.
     """
 
     implementation = "hopper_fp8"
-    blockwise_permille = 80  # the sums alone
 
     def _prepare(self) -> None:
         if reason := unsupported_format(self.weights, self.hidden):
@@ -125,16 +123,12 @@ class HopperFp8Experts(HopperExperts):
         scratch: HopperFp8Scratch,
         a: torch.Tensor,
         offsets: torch.Tensor,
-        y: torch.Tensor,
-        first_column: int,
-    ) -> PackedDown | None:
-        if first_column:
-            return None
+    ) -> PackedDown:
         weight_map = self._maps.data_ptr() + MAP_BYTES * (self._layers[layer] + 1)
         scales = self.weights[layer].down_scales
         assert scales is not None  # `_prepare` has quantised all weights
         return PackedDownFp8(
-            y.get_device(),
+            a.get_device(),
             scratch.a_maps[a.shape[1]],
             weight_map,
             scales,

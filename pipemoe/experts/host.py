@@ -18,7 +18,7 @@ import torch
 
 from pipemoe.errors import ConfigError
 from pipemoe.experts import pairs
-from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
+from pipemoe.experts.protocol import ExpertsShape
 from pipemoe.experts.sgemm import sgemm_address
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 TILE_ROWS = 256  # of one GEMM: large enough for the library's full rate, small enough for the cache
 DETERMINISTIC_TILE_ROWS = 16  # every GEMM of the deterministic mode has exactly this many rows
-COMBINE_ROWS = 64  # rows of the staging tile for results that are 16-bit, not contiguous, or in blocks of columns
+COMBINE_ROWS = 64  # rows of the staging tile for results that are 16-bit or not contiguous
 # Values of a matrix from which its bfloat16 product is faster than widening it. 128 x 256: a call takes 60 us, widening
 # and a float32 product 35.
 LARGE_WEIGHTS = 1 << 18
@@ -144,7 +144,7 @@ class HostExperts(ExpertsShape):
         self.check_max_rows(max_rows)
         return HostScratch(self, max_rows, self.tile_rows, self._narrow_products)
 
-    def warm_up(self, scratch: HostScratch, column_blocks: Sequence[int] = (1,)) -> None:
+    def warm_up(self, scratch: HostScratch) -> None:
         pairs.compile_all(self.deterministic)  # also where the first layer has no expert here
         num_rows = min(2, scratch.max_rows)
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
@@ -155,26 +155,12 @@ class HostExperts(ExpertsShape):
                 self(layer, rows, torch.empty((num_rows, self.hidden), dtype=dtype, device="cpu"), scratch)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        layer: int,
-        rows: WireRows | ScatteredRows,
-        out: torch.Tensor | Sequence[torch.Tensor],
-        scratch: HostScratch,
-        events: Sequence[Recordable] = (),
-    ) -> None:
-        """All blocks of columns are complete at once. Only rows that lie in a piece are written."""
-        self._compute(layer, rows, self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events))), scratch)
-        for event in events:
-            event.record()
-
-    def _compute(
-        self, layer: int, rows: WireRows | ScatteredRows, blocks: list[torch.Tensor], scratch: HostScratch
-    ) -> None:
+    def __call__(self, layer: int, rows: WireRows | ScatteredRows, out: torch.Tensor, scratch: HostScratch) -> None:
+        """Only rows that lie in a piece are written."""
+        self.check_call(layer, rows, out, scratch.max_rows)
         weights = self.weights[layer]
         if weights.num_local_experts == 0:
-            for block in blocks:
-                block.zero_()
+            out.zero_()
             return
         if len(rows) == 0:
             return
@@ -186,7 +172,7 @@ class HostExperts(ExpertsShape):
             self._compute_compiled(layer, offsets, scratch)
         else:
             self._compute_by_torch(layer, offsets, scratch)
-        self._combine(rows, blocks, scratch)
+        self._combine(rows, out, scratch)
 
     def _compute_compiled(self, layer: int, offsets: np.ndarray, s: HostScratch) -> None:
         """The experts' results for all sorted pairs, in one call."""
@@ -272,20 +258,18 @@ class HostExperts(ExpertsShape):
         pairs.activate_rows(h.numpy(), bias, *self._forms[layer], a.numpy())
         return a
 
-    def _combine(self, rows: WireRows | ScatteredRows, blocks: list[torch.Tensor], s: HostScratch) -> None:
-        y, out = s.y.numpy(), blocks[0]
+    def _combine(self, rows: WireRows | ScatteredRows, out: torch.Tensor, s: HostScratch) -> None:
+        y = s.y.numpy()
         combine = pairs.combine_rows_on_grid if self.deterministic else pairs.combine_rows
-        if len(blocks) == 1 and out.dtype == s.out_tile.dtype and out.is_contiguous():
+        if out.dtype == s.out_tile.dtype and out.is_contiguous():
             combine(y, s.positions, s.rows, rows.ranges, 0, out.numpy())
             return
-        ranges = column_ranges(self.hidden, len(blocks))
         for first, stop in rows.ranges.tolist():
             for start in range(first, stop, COMBINE_ROWS):
                 tile = s.out_tile[: stop - start]
                 of_tile = np.array([[start, start + len(tile)]], np.int64)
                 combine(y, s.positions, s.rows, of_tile, start, tile.numpy())
-                for block, columns in zip(blocks, ranges, strict=True):
-                    block[start : start + len(tile)].copy_(tile[:, columns.start : columns.stop])
+                out[start : start + len(tile)].copy_(tile)
 
     @torch.no_grad()
     def _library_treats_rows_alike(self) -> bool:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.experts.weights import ExpertWeights
-from pipemoe.plan.columns import column_ranges
 from pipemoe.wire import ScatteredRows
 
 if TYPE_CHECKING:
@@ -17,13 +16,6 @@ if TYPE_CHECKING:
 
 COMBINE_DTYPES = ("float32", "bfloat16", "float16")
 DETERMINISTIC_DTYPE = "float64"
-
-
-class Recordable(Protocol):
-    """A point in the work of a lane, such as torch.cuda.Event."""
-
-    def record(self) -> object:
-        """Mark the point after all that was enqueued on the current stream; on the host: now."""
 
 
 class Scratch(Protocol):
@@ -40,9 +32,8 @@ class Experts(Protocol):
     implementation: str
     deterministic: bool
     wire_dtype: torch.dtype  # of the rows' hidden values: float8_e4m3fn with scales, or the format of the computation
-    blockwise_permille: int  # of a call spent in the column-blocked part (down, combine), about
     num_sms: int  # multiprocessors that persistent kernels fill; 0: there are no such kernels
-    only_launches: bool  # is a call nothing but launches of pipemoe_kernels, without column blocks?
+    only_launches: bool  # is a call nothing but launches of pipemoe_kernels?
 
     def with_free_sms(self, num_sms: int) -> Experts:
         """These experts with kernels that leave `num_sms` multiprocessors to collectives. Scratches serve both."""
@@ -50,35 +41,20 @@ class Experts(Protocol):
     def new_scratch(self, max_rows: int) -> Scratch:
         """Allocate what calls with up to `max_rows` rows need."""
 
-    def warm_up(self, scratch: Scratch, column_blocks: Sequence[int] = (1,)) -> None:
-        """Compile, load and run everything once, so that no later call with this scratch compiles or loads a module.
+    def warm_up(self, scratch: Scratch) -> None:
+        """Compile, load and run everything once, so that no later call with this scratch compiles or loads a module."""
 
-        column_blocks: numbers of blocks of columns that calls will ask for.
-        """
-
-    def __call__(
-        self,
-        layer: int,
-        rows: WireRows,
-        out: torch.Tensor | Sequence[torch.Tensor],
-        scratch: Scratch,
-        events: Sequence[Recordable] = (),
-    ) -> None:
+    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Scratch) -> None:
         """out[i] = sum of weights[i, k] * (expert ids[i, k] of x_i), over k with a local expert, ascending.
 
         rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
         float16, or float64 (on the grid of 2^-32) when deterministic. Raises InputError for other shapes or dtypes.
-
-        events: if given, out comes in as many blocks of columns, column_ranges(H, number of events), one after the
-        other; each event is recorded when its block is complete. Every weight is still read once, and the bits are the
-        same. out may then be these blocks, each a matrix of its own, as collectives want them.
         """
 
 
 class ExpertsShape:
     """What every implementation checks: the layers' shapes at construction, rows and out at each call."""
 
-    blockwise_permille = 0
     num_sms = 0
     only_launches = False
 
@@ -132,31 +108,12 @@ class ExpertsShape:
         """Most local pairs of `max_rows` rows. A row may name one expert several times, so only K bounds them."""
         return max_rows * self.top_k if self.max_local_experts else 0
 
-    def nothing_local(self, blocks: Sequence[torch.Tensor], events: Sequence[Recordable]) -> None:
-        """The call's result if no row has an expert here: zeros, complete at once."""
-        import torch
-
-        with torch.no_grad():
-            for block in blocks:
-                block.zero_()
-        for event in events:
-            event.record()
-
     def check_max_rows(self, max_rows: int) -> None:
         if max_rows < 0:
             raise ConfigError(f"max_rows is {max_rows}; it must be 0 or more")
 
-    def check_call(
-        self,
-        layer: int,
-        rows: WireRows | ScatteredRows,
-        out: torch.Tensor | Sequence[torch.Tensor],
-        max_rows: int,
-        num_blocks: int = 1,
-    ) -> list[torch.Tensor]:
-        """The blocks of out. Raises InputError unless the call fits the layer, the scratch and this object's dtypes."""
-        import torch
-
+    def check_call(self, layer: int, rows: WireRows | ScatteredRows, out: torch.Tensor, max_rows: int) -> None:
+        """Raise InputError unless the call fits the layer, the scratch and this object's dtypes."""
         num_rows = len(rows)
         if not 0 <= layer < len(self.weights):
             raise InputError(f"layer {layer} does not exist: there are {len(self.weights)} MoE layers")
@@ -167,26 +124,14 @@ class ExpertsShape:
             self._check_rows(layer, piece)
         if isinstance(rows, ScatteredRows):
             rows.checked_by = self
-        whole, ranges = isinstance(out, torch.Tensor), column_ranges(self.hidden, num_blocks)
-        matrices = [out] if isinstance(out, torch.Tensor) else list(out)
-        if not whole and len(matrices) != num_blocks:
+        wanted = (num_rows, self.hidden)
+        if out.shape != wanted or out.dtype not in self.out_dtypes or (num_rows and out.stride(1) != 1):
             raise InputError(
-                f"layer {layer}: out is {len(matrices)} blocks of columns; {num_blocks} are wanted, one per event"
+                f"layer {layer}: out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}; {wanted} with "
+                f"adjacent columns is wanted, in one of {self.out_dtypes} (deterministic={self.deterministic})"
             )
-        for matrix, columns in zip(matrices, [range(self.hidden)] if whole else ranges, strict=True):
-            wanted = (num_rows, len(columns))
-            if matrix.shape != wanted or matrix.dtype not in self.out_dtypes or (num_rows and matrix.stride(1) != 1):
-                raise InputError(
-                    f"layer {layer}: out is {matrix.dtype} {tuple(matrix.shape)} with strides {matrix.stride()}; "
-                    f"{wanted} with adjacent columns is wanted, in one of {self.out_dtypes} "
-                    f"(deterministic={self.deterministic})"
-                )
-        for tensor in matrices:
-            if tensor.device.type != self.device.type:
-                raise InputError(f"layer {layer}: a tensor is on {tensor.device}; the experts are on {self.device}")
-        if num_blocks == 1 or not whole:
-            return matrices
-        return [matrices[0][:, columns.start : columns.stop] for columns in ranges]
+        if out.device.type != self.device.type:
+            raise InputError(f"layer {layer}: a tensor is on {out.device}; the experts are on {self.device}")
 
     def _check_rows(self, layer: int, rows: WireRows) -> None:
         num_rows = len(rows)

@@ -19,7 +19,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from pipemoe.errors import ConfigError
-from pipemoe.experts.protocol import ExpertsShape, Recordable, column_ranges
+from pipemoe.experts.protocol import ExpertsShape
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
 from pipemoe_kernels.activation import activate_rows
@@ -77,7 +77,6 @@ class TorchExperts(ExpertsShape):
     """
 
     implementation = "torch"
-    blockwise_permille = 80  # the sums alone
 
     def __init__(
         self,
@@ -109,7 +108,7 @@ class TorchExperts(ExpertsShape):
         self.check_max_rows(max_rows)
         return TorchScratch(self, max_rows)
 
-    def warm_up(self, scratch: TorchScratch, column_blocks: Sequence[int] = (1,)) -> None:
+    def warm_up(self, scratch: TorchScratch) -> None:
         """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
         wire = WireFormat(self.hidden, self.top_k, self.dtype)
         rows = wire.rows(torch.zeros((scratch.max_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
@@ -126,19 +125,12 @@ class TorchExperts(ExpertsShape):
         torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
-    def __call__(
-        self,
-        layer: int,
-        rows: WireRows,
-        out: torch.Tensor | Sequence[torch.Tensor],
-        scratch: TorchScratch,
-        events: Sequence[Recordable] = (),
-    ) -> None:
-        blocks = self.check_call(layer, rows, out, scratch.max_rows, max(1, len(events)))
+    def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: TorchScratch) -> None:
+        self.check_call(layer, rows, out, scratch.max_rows)
         weights = self.weights[layer]
         num_rows, num_local = len(rows), weights.num_local_experts
         if num_rows == 0 or num_local == 0:
-            self.nothing_local(blocks, events)
+            out.zero_()
             return
         stream = Stream.current(rows.buffer.device)
         offsets, positions = scratch.offsets[:num_local], scratch.positions[:num_rows]
@@ -158,14 +150,7 @@ class TorchExperts(ExpertsShape):
             grouped_gemm(stream, scratch.x[:height, : self.hidden], weights.gate_up, offsets, h)
             activate_rows(stream, h, weights.gate_up_bias, offsets, a, weights.gating)
             grouped_gemm(stream, a, weights.down, offsets, y)
-        for block, columns in enumerate(column_ranges(self.hidden, len(blocks))):
-            part = slice(columns.start, columns.stop)
-            bias = None if weights.down_bias is None else weights.down_bias[:, part]
-            combine_rows(
-                stream, y[:, part], positions, rows.ids, weights.first_expert, rows.weights, bias, blocks[block]
-            )
-            if events:
-                events[block].record()
+        combine_rows(stream, y, positions, rows.ids, weights.first_expert, rows.weights, weights.down_bias, out)
 
     def _gemm_height(self, num_rows: int, num_local: int, scratch: TorchScratch) -> int:
         """Rows of the matrices that the GEMMs get: at least all pairs of the call."""

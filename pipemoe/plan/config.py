@@ -6,13 +6,10 @@ from dataclasses import dataclass
 
 from pipemoe.arguments import shown
 from pipemoe.errors import ConfigError
-from pipemoe.plan.columns import MANY_COLUMNS
 
 MODES = ("padded", "chunked", "broadcast", "two_batch", "per_rank", "pipelined", "auto")
 UNCAPPED_MODES = ("padded", "broadcast")  # the baselines: one wave however many tokens there are
 COMBINES = ("reduce", "gather")
-BLOCK_CHOICES = (1, 2, 4)  # of columns, that mode auto chooses from
-MOST_BLOCKS = 16  # groups of collectives of one combine: a lane's queue is finite
 _LARGEST = 2**31 - 1  # rows are counted in 32 bits here and there
 OBJECTIVES = ("mean", "slowest", "p50")  # of the sequences' times to first token
 
@@ -32,11 +29,8 @@ class PlanConfig:
     which it is predicted to be lowest, as long as the slowest sequence comes at most `makespan_budget` (a fraction)
     later than it could.
 
-    combine_blocks: blocks of columns in which a wave's sums are computed; each is combined while the next is computed.
-    arrivals: whether a rank's own rows of a wave are computed while the others' come (see plan.arrivals); it has no
-    effect in mode "padded", nor where ranks share memory. num_sms: multiprocessors that the experts' persistent kernels
-    fill. With None, mode "auto" chooses; the fixed modes then use one block, no arrivals, and leave room for the
-    collectives that run beside the experts.
+    num_sms: multiprocessors that the experts' persistent kernels fill. With None, they leave room for the collectives
+    that run beside the experts.
     """
 
     mode: str = "auto"
@@ -48,8 +42,6 @@ class PlanConfig:
     whole_sequences: bool = False
     objective: str = "mean"
     makespan_budget: float = 0.10
-    combine_blocks: int | None = None
-    arrivals: bool | None = None
     num_sms: int | None = None
 
     def __post_init__(self) -> None:
@@ -65,16 +57,8 @@ class PlanConfig:
             )
         for name in ("moe_max_num_tokens", "max_tokens_per_rank", "num_slots", "pipelined_ratio"):
             check_count(name, getattr(self, name), 1)
-        if self.combine_blocks is not None and (
-            type(self.combine_blocks) is not int or not 1 <= self.combine_blocks <= MOST_BLOCKS
-        ):
-            raise ConfigError(
-                f"combine_blocks is {self.combine_blocks!r}; it must be a whole number from 1 to {MOST_BLOCKS}, or None"
-            )
         if type(self.whole_sequences) is not bool:
             raise ConfigError(f"whole_sequences is {self.whole_sequences!r}; it must be True or False")
-        if self.arrivals is not None and type(self.arrivals) is not bool:
-            raise ConfigError(f"arrivals is {self.arrivals!r}; it must be True, False, or None")
         if self.num_sms is not None:
             check_count("num_sms", self.num_sms, 1, ", or None")
 
@@ -103,12 +87,6 @@ class PlanConfig:
             if self.mode == "two_batch"
             else self.num_slots
         )
-
-    def block_choices(self, hidden: int) -> tuple[int, ...]:
-        """Numbers of blocks of columns that a plan may have, the usual one first."""
-        if self.combine_blocks is not None or self.mode != "auto" or self.combine == "gather":
-            return (self.combine_blocks or 1,)
-        return tuple(n for n in BLOCK_CHOICES if n == 1 or hidden >= n * MANY_COLUMNS)
 
     @property
     def cuts_sequences(self) -> bool:

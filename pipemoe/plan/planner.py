@@ -7,11 +7,9 @@ import numpy as np
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.auto.candidates import Assignment, fixed_assignment
 from pipemoe.plan.auto.choice import auto_assignment
-from pipemoe.plan.clock.columns import cut_columns
 from pipemoe.plan.clock.layer import cut_waves, layer_costs
 from pipemoe.plan.clock.order import cohort_order, merge_orders, order_keys
 from pipemoe.plan.clock.sms import forced_sms_left, usual_sms_left
-from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.magnitude import check_magnitude
@@ -36,11 +34,8 @@ def plan(
 
     Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, or the step is too long for the planner's
     arithmetic (see magnitude), ConfigError if the assignment puts a later chunk of a sequence before an earlier one, or
-    there are fewer columns than `combine_blocks` needs, or fewer multiprocessors than `num_sms`.
+    there are fewer multiprocessors than `num_sms`.
     """
-    num_blocks, most = config.combine_blocks or 1, most_blocks(shape.hidden)
-    if num_blocks > most:
-        raise ConfigError(f"combine_blocks is {num_blocks}, but {shape.hidden} columns can be cut into at most {most}")
     sms_left = forced_sms_left(config, cost.sms)
     for rank, tokens in enumerate(facts.tokens):
         if tokens > config.max_tokens_per_rank:
@@ -48,32 +43,28 @@ def plan(
                 f"rank {rank}: {tokens} tokens in one step, more than max_tokens_per_rank={config.max_tokens_per_rank}"
             )
     check_magnitude(facts, shape, config, cost)
-    arrivals = bool(config.arrivals)
     if assignment is None and config.mode == "auto":
-        assignment, num_blocks, arrivals, sms_left = auto_assignment(facts, shape, config, cost)
+        assignment, sms_left = auto_assignment(facts, shape, config, cost)
     elif assignment is None:
         assignment = fixed_assignment(facts, config)
     if not assignment:
-        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), num_blocks, False, sms_left or 0)
+        return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), sms_left or 0)
     # The wave split fills waves in this order: a rank's chunks from front to back, short ranks first.
     assignment = [sorted(microbatches, key=lambda m: (facts.tokens[m.rank], m)) for microbatches in assignment]
     table = np.array([(c, *m) for c, microbatches in enumerate(assignment) for m in microbatches], dtype=np.int64)
     starts, first = facts.flat_boundaries
     padded_rows = max(facts.tokens) if config.exchange == "padded" else 0
-    arrivals = arrivals and config.exchange != "padded"
     limits = (
         config.max_wave_rows(facts.num_ranks),
         config.num_slots,
         shape.num_layers,
-        num_blocks,
         padded_rows,
         -1 if sms_left is None else sms_left,
-        arrivals,
     )
     if len(assignment) == 1:
         segments, wave_rows, num_waves, order, sms_left = _tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
     else:
-        gather, gathered = config.combine == "gather", 0 if arrivals else config.gathered_waves
+        gather, gathered = config.combine == "gather", config.gathered_waves
         segments, wave_rows, num_waves, keys, sms_left, wrong = _tables(
             table, starts, first, rates_of(cost), shape.num_experts, shape.top_k, limits, gather, gathered
         )
@@ -81,7 +72,7 @@ def plan(
             raise ConfigError(f"cohort {wrong[0]} continues a sequence of cohort {wrong[1]}, which must come before it")
         order = merge_orders(keys, num_waves, shape.num_layers)
     cohorts = _cohorts(assignment, segments, wave_rows, num_waves, config.num_slots, padded_rows, first_slot)
-    return Plan(facts, shape, config, cohorts, order, num_blocks, arrivals, sms_left)
+    return Plan(facts, shape, config, cohorts, order, sms_left)
 
 
 def planner_is_kept() -> bool:
@@ -106,12 +97,12 @@ def compile_planner(num_ranks: int, shape: ModelShape, config: PlanConfig, cost:
 
 def _tables_of_one(microbatches, num_ranks, rates, limits):
     """What _tables returns, for one cohort. Its order needs no costs, so modes of one cohort need no compiled code."""
-    most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
+    most_rows, num_slots, num_layers, padded_rows, sms_left = limits
     segments, wave_rows, num_waves = cut_waves(microbatches, 1, most_rows)
     if padded_rows:
         wave_rows = np.full((1, 1), num_ranks * padded_rows)
     if sms_left < 0:
-        sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
+        sms_left = usual_sms_left(rates, num_waves, num_slots)
     order = cohort_order(0, num_waves[0], num_layers)
     return segments, wave_rows, num_waves, order, sms_left
 
@@ -122,7 +113,7 @@ def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gath
     usual). Also a cohort, and a later one whose sequences it continues, which is wrong (-1: there is none). All in one
     compiled call: passing arrays between several would take longer than computing them.
     """
-    most_rows, num_slots, num_layers, num_blocks, padded_rows, sms_left, arrivals = limits
+    most_rows, num_slots, num_layers, padded_rows, sms_left = limits
     num_cohorts = microbatches[-1, 0] + 1
     waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
     wrong = (-1, -1)
@@ -134,11 +125,10 @@ def _tables(microbatches, starts, first, rates, num_experts, top_k, limits, gath
     if padded_rows:
         wave_rows = np.full((1, 1), (len(first) - 1) * padded_rows)
     if sms_left < 0:
-        sms_left = usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals)
+        sms_left = usual_sms_left(rates, num_waves, num_slots)
     costs = layer_costs(
         segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, sms_left
     )
-    costs = cut_columns(costs, rates, num_blocks)
     return segments, wave_rows, num_waves, order_keys(costs, rates, num_slots, num_layers), sms_left, wrong
 
 

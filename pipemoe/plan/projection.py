@@ -32,15 +32,14 @@ def project(plan: Plan, rank: int, row_bytes: int, sum_bytes: int) -> list[Issue
             continue
         cohort, buffer = plan.cohorts[op.cohort], plan.buffer(op.cohort, op.layer, op.wave)
         communicator = op.kind.name.lower()
-        sizes = [row_bytes] if op.kind is OpKind.DISPATCH else [sum_bytes * len(columns) for columns in plan.columns]
-        for size in sizes:
-            for primitive, peer, rows in _calls(plan, rank, op.kind, cohort.waves[op.wave]):
-                issues.append(Issue(communicator, cohort.slot, buffer, primitive, peer, rows * size))
+        size = row_bytes if op.kind is OpKind.DISPATCH else sum_bytes * plan.shape.hidden
+        for primitive, peer, rows in _calls(plan, rank, op.kind, cohort.waves[op.wave]):
+            issues.append(Issue(communicator, cohort.slot, buffer, primitive, peer, rows * size))
     return issues
 
 
 def _calls(plan: Plan, rank: int, kind: OpKind, wave: Wave) -> Iterator[tuple[str, int, int]]:
-    """Primitive, peer and rows of each call of a dispatch, or of a combine of one block of columns."""
+    """Primitive, peer and rows of each call of a dispatch, or of a combine."""
     padded = plan.exchange(wave) == "padded"
     if kind is OpKind.DISPATCH and padded:
         yield "all_gather", -1, wave.num_rows

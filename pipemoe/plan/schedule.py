@@ -21,7 +21,6 @@ import numpy as np
 
 from pipemoe.arguments import shown
 from pipemoe.errors import ConfigError, InputError
-from pipemoe.plan.columns import column_ranges
 from pipemoe.plan.compiled import compiled_part
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.waits import LAYER_BEFORE, LAYER_OF, attention_waits
@@ -174,8 +173,6 @@ class Plan:
     config: PlanConfig
     cohorts: tuple[Cohort, ...]
     order: np.ndarray  # int32 [num_ops, 4]: kind, cohort, layer, wave
-    num_column_blocks: int = 1  # in which a wave's sums are computed and combined
-    arrivals: bool = False  # whether experts take a wave's rows as they arrive
     sms_left: int = 0  # multiprocessors that the experts' persistent kernels leave to collectives
 
     def __len__(self) -> int:
@@ -190,26 +187,15 @@ class Plan:
     def exchange(self, wave: Wave) -> str:
         """ "padded" (all-gather and reduce-scatter) or "broadcast" (one broadcast and one reduce per segment).
 
-        Mode auto gathers a wave that needs no padding: one collective of equal parts is quicker than one per rank. But
-        an all-gather leaves no choice of where rows lie, which arrivals need.
+        Mode auto gathers a wave that needs no padding: one collective of equal parts is quicker than one per rank.
         """
-        may = self.config.mode == "auto" and self.facts.num_ranks > 1 and not self.arrivals
+        may = self.config.mode == "auto" and self.facts.num_ranks > 1
         even = may and wave.is_even(self.facts.num_ranks)
         return "padded" if even else self.config.exchange
-
-    @property
-    def gathered_waves(self) -> int:
-        """Which waves are exchanged by all-gather and reduce-scatter, as config.gathered_waves; with arrivals none."""
-        return 0 if self.arrivals else self.config.gathered_waves
 
     @cached_property
     def num_slots_used(self) -> int:
         return len({cohort.slot for cohort in self.cohorts})
-
-    @cached_property
-    def columns(self) -> tuple[range, ...]:
-        """The columns of each block, in the order in which they are computed and combined."""
-        return tuple(column_ranges(self.shape.hidden, self.num_column_blocks))
 
     def buffer(self, cohort: int, layer: int, wave: int) -> int:
         """Which of the slot's double buffers a wave uses."""
@@ -238,11 +224,7 @@ class Plan:
     def digest(self) -> bytes:
         """16 bytes that are equal on two ranks exactly when their plans are."""
         h = hashlib.blake2b(digest_size=16)
-        h.update(
-            repr(
-                (self.facts.lengths, self.shape, self.config, self.num_column_blocks, self.arrivals, self.sms_left)
-            ).encode()
-        )
+        h.update(repr((self.facts.lengths, self.shape, self.config, self.sms_left)).encode())
         for cohort in self.cohorts:
             flat = [cohort.slot, *(v for m in cohort.microbatches for v in m)]
             flat += [v for w in cohort.waves for v in (w.num_rows, *(x for s in w.segments for x in s))]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import Counter
 
 from pipemoe.errors import ConfigError, PlanError
-from pipemoe.plan.arrivals import own_rows_first
-from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.projection import Issue, match, project
 from pipemoe.plan.reuse import prove_reuse
 from pipemoe.plan.room import Room
@@ -26,14 +24,12 @@ def verify(
     issues: what each rank really issued, from the logs of a debug run; it is compared with what the plan says.
     """
     _every_token_once(plan)
-    _every_column_once(plan)
     _every_op_once(plan)
     _order_respects_dependencies(plan)
     _buffers_have_one_user(plan)
     _workspace_is_bounded(plan)
     _chunks_in_causal_order(plan)
     prove_reuse(plan)
-    _rows_lie_apart(plan)
     _kernels_have_room(plan, room)
     projected = [project(plan, rank, row_bytes, sum_bytes) for rank in range(plan.facts.num_ranks)]
     match(projected)
@@ -79,19 +75,6 @@ def _every_token_once(plan: Plan) -> None:
             at = stop
         if at != tokens:
             _fail(name, f"rank {rank}: segments end at token {at} of {tokens}")
-
-
-def _every_column_once(plan: Plan) -> None:
-    """The blocks of columns hold every column exactly once, in order."""
-    name, at = "every column once", 0
-    if not 1 <= plan.num_column_blocks <= most_blocks(plan.shape.hidden):
-        _fail(name, f"{plan.num_column_blocks} blocks of {plan.shape.hidden} columns")
-    for columns in plan.columns:
-        if columns.start != at or columns.step != 1 or not columns:
-            _fail(name, f"a block holds {columns}; it must begin at column {at}")
-        at = columns.stop
-    if at != plan.shape.hidden:
-        _fail(name, f"the blocks end at column {at} of {plan.shape.hidden}")
 
 
 def _every_op_once(plan: Plan) -> None:
@@ -214,26 +197,6 @@ def _chunks_in_causal_order(plan: Plan) -> None:
                         "chunks in causal order",
                         f"cohort {cohort} is to wait in layer {layer} for cohort {other}, which comes later",
                     )
-
-
-def _rows_lie_apart(plan: Plan) -> None:
-    """With arrivals, where a wave's rows lie on a rank: the segments in the same order as everywhere, each row at its
-    own place, the rank's own ones first, which may be computed before any others have come.
-    """
-    name = "rows lie apart"
-    for c, cohort in enumerate(plan.cohorts if plan.arrivals else ()):
-        for w, wave in enumerate(cohort.waves):
-            for rank in range(plan.facts.num_ranks):
-                here, early = own_rows_first(plan, wave, rank)
-                if [s._replace(row=0) for s in here.segments] != [s._replace(row=0) for s in wave.segments]:
-                    _fail(name, f"cohort {c}, wave {w}: rank {rank} would exchange other segments than the plan has")
-                at = 0
-                for s in sorted(here.segments, key=lambda s: s.row):
-                    if s.row < at or s.row + s.num_rows > here.num_rows:
-                        _fail(name, f"cohort {c}, wave {w}, rank {rank}: {s} lies on others' rows or outside")
-                    if s.row < early and s.rank != rank:
-                        _fail(name, f"cohort {c}, wave {w}: rank {rank} would compute {s} before it has come")
-                    at = s.row + s.num_rows
 
 
 def _kernels_have_room(plan: Plan, room: Room | None) -> None:

@@ -40,14 +40,12 @@ def runtime_cost(
     *,
     graph_rows: int = 0,
     graph_cuts: bool = False,
-    blockwise_permille: int = 0,
     num_sms: int | None = 0,
 ) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
     """The cost model, the subject of a file that would hold it, and this rank's own error; every rank calls.
 
     graph_rows: most tokens whose attention is launched as a graph. graph_cuts: also where sequences are cut.
-    sliced_permille, num_sms: of this rank's experts. num_sms is None if there are no experts, which
-    is an error later.
+    num_sms: of this rank's experts; None if there are no experts, which is an error later.
 
     If some rank cannot read its file, all raise ConfigError. A file of another subject or version is refused with a
     warning, by rank 0 and by every rank whose file differs from rank 0's. Costs are compared like everything else that
@@ -73,7 +71,6 @@ def runtime_cost(
     as_here: dict[str, Any] = {
         "graph_rows": graph_rows,
         "graph_cuts": graph_cuts,
-        "blockwise_permille": blockwise_permille,
         "num_sms": min((count for *_, count in gathered if count is not None), default=0),
         "ctas": world.ctas,
     }
@@ -121,13 +118,11 @@ def _as_here(
     cost: CostModel,
     graph_rows: int,
     graph_cuts: bool,
-    blockwise_permille: int,
     num_sms: int,
     ctas: int,
 ) -> CostModel:
     host = replace(cost.host, graph_rows=graph_rows, graph_cuts=int(graph_cuts))
-    experts = replace(cost.experts, blockwise_permille=blockwise_permille)
-    return replace(cost, host=host, experts=experts, sms=replace(cost.sms, num_sms=num_sms, ctas=ctas))
+    return replace(cost, host=host, sms=replace(cost.sms, num_sms=num_sms, ctas=ctas))
 
 
 def model_key(dimensions: Dimensions) -> list[int]:

@@ -4,12 +4,6 @@
     dispatch lane                 bcast w0  bcast w1                             bcast w2
     combine lane                                                  reduce w0           reduce w1
 
-With several blocks of columns, experts mark each block that is complete, and its reduce runs while the next block is
-computed. With arrivals, experts compute a rank's own rows of a wave while the dispatch brings the others:
-
-    compute lane    attend  pack w0  experts w0, own rows   experts w0, the others   experts w1, own rows ...
-    dispatch lane                    bcast w0                bcast w1
-
 Operations are issued in the plan's order, with one exception: a cohort is passed over while it has `MAX_GROUPS` groups
 of dispatches under way, or while its next operation waits for the caller. That keeps the host queues short without
 tying a short cohort to a long one. Every communicator sees the plan's order, but ranks may interleave communicators
@@ -21,21 +15,19 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import Test, Transport, WaveSums
 from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment
-from pipemoe.runtime.lanes import Event, Lanes, Mark, SlotLanes
+from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.wave_buffers import WaveBuffers
 from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
-    import torch
-
     from pipemoe.runtime.host_lanes import HostLanes
     from pipemoe.runtime.workspace import Workspace
 
@@ -74,7 +66,6 @@ class _BufferState:
 
     dispatched: Event | None = None  # the receive buffer holds a wave
     read: Event | None = None  # experts have read the receive buffer and written the partial sums
-    summed: Sequence[Event] = ()  # of these, each block of columns
     sent: Event | None = None  # the combine is done with the partial sums
     # of shared memory: its use by the last wave (pipemoe.plan.reuse), and this rank's rows of it have been written
     use: Any = None
@@ -318,47 +309,25 @@ class Run:
 
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
-        in_blocks = len(views.columns) > 1
-        *early, last = views.calls
-        for call in early:
-            marks = [self._lanes.new_mark() for _ in views.columns] if in_blocks else []
-            event = lanes.compute.submit(partial(self._call, op.layer, views, call, marks), [used.sent])
-            if self._timed:
-                self.completed.append((op, event))
-        marks = [self._lanes.new_mark() for _ in views.columns] if in_blocks else []
-        call_last = partial(self._call, op.layer, views, last, marks)
-        used.read = lanes.compute.submit(call_last, [used.dispatched, used.sent])
-        used.summed = [*marks[:-1], used.read]  # the last one also says what went wrong
-        return used.read
 
-    def _call(
-        self, layer: int, views: WaveBuffers, call: tuple[WireRows, list[torch.Tensor]], marks: Sequence[Mark]
-    ) -> None:
-        rows, blocks = call
-        if self._only.computation:
-            self._experts(layer, rows, blocks if marks else blocks[0], views.scratch, marks)
-        else:
-            for mark in marks:
-                mark.record()
+        def work() -> None:
+            if self._only.computation:
+                self._experts(op.layer, views.rows, views.partial, views.scratch)
+
+        used.read = lanes.compute.submit(work, [used.dispatched, used.sent])
+        return used.read
 
     def _combine(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
-        results: list[Any] = []  # asked for when the first block is posted
 
-        def work(block: int) -> Any:
-            if block == 0:
-                results.extend(self._results(op.cohort, state, segment) for segment, _ in views.own)
-            parts = [result[:, views.columns[block]] for result in results] if len(views.columns) > 1 else results
-            sums = WaveSums(views.partial[block], parts, views.staging[block])
+        def work() -> Any:
+            results = [self._results(op.cohort, state, segment) for segment, _ in views.own]
+            sums = WaveSums(views.partial, results, views.staging)
             return self._transport.combine(
                 views.slot, views.buffer, views.wave, views.exchange, self._plan.config.combine, sums
             )
 
-        pieces = [self._transport_work(partial(work, block)) for block in range(len(views.columns))]
-        events = [lanes.combine.submit(piece, [summed]) for piece, summed in zip(pieces, used.summed, strict=True)]
-        used.sent = sent = events[-1]
-        if self._timed:
-            self.completed += [(op, event) for event in events[:-1]]
+        used.sent = sent = lanes.combine.submit(self._transport_work(work), [used.read])
         if views.own:
             state.results.append(sent)
             self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, sent), always=True)

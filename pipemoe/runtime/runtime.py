@@ -36,7 +36,6 @@ from pipemoe.errors import (
     describe,
 )
 from pipemoe.plan.clock.sms import possible_sms_left
-from pipemoe.plan.columns import most_blocks
 from pipemoe.plan.cost.dimensions import dimensions_of_shape
 from pipemoe.plan.planner import compile_planner, planner_is_kept
 from pipemoe.plan.planner import plan as make_plan
@@ -107,7 +106,6 @@ class Runtime:
             self.wire,
             graph_rows=traits.graph_rows,
             graph_cuts=traits.graph_cuts,
-            blockwise_permille=experts.blockwise_permille,
             num_sms=experts.num_sms,
         )
         self._number = world.number_runtime()
@@ -150,15 +148,7 @@ class Runtime:
     def _settle(self) -> None:
         """Settle every value of the configuration, or raise ConfigError."""
         world, shape = self.world, self.shape
-        config = self.config.in_world(world.num_slots)
-        if world.shared is not None:
-            config = replace(config, arrivals=False)  # rows are not sent, so none come before others
-        self.config = config
-        if config.combine_blocks is not None and config.combine_blocks > most_blocks(shape.hidden):
-            raise ConfigError(
-                f"combine_blocks is {config.combine_blocks}; {shape.hidden} columns make at most "
-                f"{most_blocks(shape.hidden)}"
-            )
+        self.config = config = self.config.in_world(world.num_slots)
         self.wire = WireFormat(shape.hidden, shape.top_k, self._experts.wire_dtype)
         self.combine_dtype = self._combine_dtype(self.dtype)
         if world.device.type == "cpu" and config.combine == "reduce" and self.combine_dtype.itemsize < 4:
@@ -172,7 +162,7 @@ class Runtime:
 
         Where nothing can be kept on disk, all ranks compile at once.
         """
-        world, config = self.world, replace(self.config, combine_blocks=None, num_sms=None)
+        world, config = self.world, replace(self.config, num_sms=None)
         hosts = world.all_gather(socket.gethostname().encode(), "compiling the planner")
         waits = hosts.index(hosts[world.rank]) != world.rank and planner_is_kept()
         for turn in (not waits, waits):
@@ -405,7 +395,7 @@ class Runtime:
 
             return SharedRun
         tapes = self._tapes if self.plays_tapes else None
-        if tapes is None or plan.arrivals or not plan.cohorts or timeline is not None or only != Only():
+        if tapes is None or not plan.cohorts or timeline is not None or only != Only():
             return Run
         from pipemoe.runtime.taped_run import TapedRun
 

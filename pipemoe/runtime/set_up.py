@@ -89,7 +89,7 @@ class SetUp:
 
     def _warm_up(self, slot: SlotBuffers) -> None:
         self.wire.warm_up(self.world.device, self.dtype)
-        self.experts.warm_up(slot.scratch, self.config.block_choices(self.shape.hidden))
+        self.experts.warm_up(slot.scratch)
 
     def _prepare_tapes(self, lanes: list[SlotLanes]) -> None:
         """Write what steps will play, as far as it is known."""

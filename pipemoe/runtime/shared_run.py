@@ -15,8 +15,6 @@ from pipemoe.runtime.run import Run, _CohortState
 from pipemoe.wire import ScatteredRows, WireFormat
 
 if TYPE_CHECKING:
-    import torch
-
     from pipemoe.plan.schedule import Op, Plan
     from pipemoe.runtime.workspace import Workspace
 
@@ -44,16 +42,9 @@ class SharedWaveBuffers:
         # If nothing is exchanged, nobody says when others' rows may be read: this rank's memory stands in for theirs.
         stand_ins = [(s.row, wire.rows(memories[rank][: s.num_rows])) for s, _ in pieces]
         self.stand_in_rows = ScatteredRows(stand_ins, self.wave.num_rows)
-        self.columns = [slice(c.start, c.stop) for c in plan.columns]
-        # Of each block of columns, every rank's partial sums [n, columns], in rank order.
-        sums = shared.sums[self.slot, buffer]
-        self.partials = [[_block(memory, self.wave.num_rows, c) for memory in sums] for c in plan.columns]
-        self.partial = [of_block[rank] for of_block in self.partials]
-
-
-def _block(memory: torch.Tensor, num_rows: int, columns: range) -> torch.Tensor:
-    """Columns of the first rows: [num_rows, len(columns)]. Unlike collectives, readers need no contiguous memory."""
-    return memory[:num_rows, columns.start : columns.stop]
+        # Every rank's partial sums [n, H], in rank order.
+        self.partials = [memory[: self.wave.num_rows] for memory in shared.sums[self.slot, buffer]]
+        self.partial = self.partials[rank]
 
 
 class SharedRun(Run):
@@ -104,12 +95,11 @@ class SharedRun(Run):
     def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
         waves, only, use = self._transport, self._only, used.use
-        marks = [_NoMark() for _ in views.columns] if len(views.columns) > 1 else []
 
         def work() -> None:
             if only.computation:
                 rows = views.rows if use is not None else views.stand_in_rows
-                self._experts(op.layer, rows, views.partial if marks else views.partial[0], views.scratch, marks)
+                self._experts(op.layer, rows, views.partial, views.scratch)
             if use is not None:
                 waves.tell_summed(views.slot, views.buffer, use)
 
@@ -127,9 +117,7 @@ class SharedRun(Run):
 
         def work() -> None:
             results = [self._results(op.cohort, state, segment) for segment, _ in views.own]
-            for partials, columns in zip(views.partials, views.columns, strict=True):
-                parts = [result[:, columns] for result in results] if len(views.columns) > 1 else results
-                waves.add_up(views.wave, partials, parts)
+            waves.add_up(views.wave, views.partials, results)
             waves.tell_combined(views.slot, views.buffer, use)
 
         if use is not None and views.own:
@@ -139,10 +127,3 @@ class SharedRun(Run):
             state.results.append(event)
             self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, event), always=True)
         return event
-
-
-class _NoMark:
-    """Blocks of columns are complete together."""
-
-    def record(self) -> None:
-        pass

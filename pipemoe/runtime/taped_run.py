@@ -46,7 +46,7 @@ class _RingEvent:
 
 
 class TapedRun(Run):
-    """See Run; not for plans with arrivals, and not for timed runs."""
+    """See Run; not for timed runs."""
 
     def __init__(self, *arguments: Any, tapes: Tapes, **options: Any) -> None:
         """arguments, options: Run's."""
@@ -152,10 +152,7 @@ class TapedRun(Run):
         a, state, position = self._arrays, self._cohorts[op.cohort], int(self._arrays.out[loop.CURRENT])
         of_cohort = a.cohorts[op.cohort]
         slot = self._plan.cohorts[op.cohort].slot
-        # Work of the same lane comes before anyway.
-        nothing: Any = [None] * len(self._plan.columns)
-        self._buffer_states[slot][self._plan.buffer(*op[1:])].summed = nothing
-        state.results = []
+        state.results = []  # work of the same lane comes before anyway
         if op.kind is OpKind.ATTEND:
             for e, layer in self._attends_before(op):
                 self._attended[e, layer] = self._event(a.attended[e, layer])
@@ -197,7 +194,7 @@ class TapedRun(Run):
     def _write_down(self, c: int) -> None:
         """Write the operations of a cohort whose layer 0 has been attended; what cannot be written stays as it is."""
         state, plan = self._cohorts[c], self._plan
-        if not self._is_whole or state.failure is not None or len(plan.columns) > 1:
+        if not self._is_whole or state.failure is not None:
             return
         begin = time.perf_counter()
         self._write_attention(c, state)
@@ -243,7 +240,7 @@ class TapedRun(Run):
         in_place = all([self._write_combine(c, w, buffer, views) for buffer, views in views_of.items()])
         found = []
         for buffer, views in views_of.items():
-            out = self._whole(c, views) if in_place else views.partial[0]
+            out = self._whole(c, views) if in_place else views.partial
             try:
                 with _on(self._tapes.lanes[views.slot]):
                     of_buffer, a.numbers[w, buffer] = self._tapes.of_experts(
@@ -273,7 +270,7 @@ class TapedRun(Run):
         with self._piece(views.slot, piece):
             if not in_place:
                 results = [self._results(c, state, segment) for segment, _ in views.own]
-                sums = WaveSums(views.partial[0], results, views.staging[0])
+                sums = WaveSums(views.partial, results, views.staging)
                 self._tapes.transport.combine(
                     views.slot, buffer, views.wave, views.exchange, self._plan.config.combine, sums
                 )
@@ -308,7 +305,7 @@ class TapedRun(Run):
         whole, *parts = results
         begins = [whole.data_ptr(), *(part.data_ptr() + part.nbytes for part in parts)]
         is_one = [part.data_ptr() for part in parts] == begins[:-1]
-        is_like = whole.dtype == views.partial[0].dtype and whole.shape == views.partial[0].shape
+        is_like = whole.dtype == views.partial.dtype and whole.shape == views.partial.shape
         return whole if is_one and is_like and whole.is_contiguous() else None
 
     @contextmanager

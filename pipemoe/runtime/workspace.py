@@ -23,8 +23,8 @@ class SlotBuffers:
 
     # If ranks share memory, rows and partial sums lie in Workspace.shared, and these lists are empty.
     receive: list[torch.Tensor]  # [rows, row_bytes] uint8
-    partial: list[torch.Tensor]  # [rows, H] combine dtype; a wave's blocks of columns lie one after another
-    staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"; by blocks as well
+    partial: list[torch.Tensor]  # [rows, H] combine dtype
+    staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"
     scratch: Any  # of the experts
 
 

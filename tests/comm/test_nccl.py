@@ -5,8 +5,7 @@ import torch
 
 from pipemoe.comm import nccl
 from pipemoe.comm.nccl import NcclTransport
-from pipemoe.comm.transport import WaveSums, column_blocks
-from pipemoe.plan.columns import column_ranges
+from pipemoe.comm.transport import WaveSums
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
@@ -63,50 +62,37 @@ def test_dispatch_brings_every_row_to_every_rank(stand_in, transports, exchange,
     assert calls_of(stand_in) == [[call] * (1 if exchange == "padded" else len(wave.segments))]  # one group
 
 
-@pytest.mark.parametrize("num_blocks", [1, 3], ids=["whole", "blocks of columns"])
 @pytest.mark.parametrize("combine", ["reduce", "gather"])
 @pytest.mark.parametrize(("exchange", "name"), WAVES, ids=str)
-def test_combine_sums_every_ranks_part_at_the_owner(stand_in, transports, exchange, name, combine, num_blocks):
+def test_combine_sums_every_ranks_part_at_the_owner(stand_in, transports, exchange, name, combine):
     wave, slot = WAVES[exchange, name], 1
-    columns = column_ranges(WIDTH, num_blocks)
     own = [[s for s in wave.segments if s.rank == rank] for rank in range(NUM_RANKS)]
     values = (torch.arange(wave.num_rows).unsqueeze(1) * 5 + torch.arange(WIDTH)).remainder(31).float() + 1
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        memory = [torch.empty((wave.num_rows, WIDTH), dtype=dtype) for _ in own]
-        partial = [column_blocks(m, (wave.num_rows,), columns) for m in memory]
-        for rank, blocks in enumerate(partial):
-            for block, part in zip(blocks, columns):
-                block.copy_(values[:, part.start : part.stop] * (rank + 1))
+        memory = [(values * (rank + 1)).to(dtype) for rank in range(NUM_RANKS)]
         before = [m.clone() for m in memory]
         staged = [torch.full((NUM_RANKS - 1, wave.num_rows, WIDTH), torch.nan, dtype=dtype) for _ in own]
-        staging = [column_blocks(m, (NUM_RANKS - 1, sum(s.num_rows for s in o)), columns) for m, o in zip(staged, own)]
         kind = torch.float32 if combine == "gather" else dtype
         results = [[torch.full((s.num_rows, WIDTH), torch.nan, dtype=kind) for s in o] for o in own]
         stand_in.memory = [[m, g, *r] for m, g, r in zip(memory, staged, results)]
 
         def work(rank):
-            for block, part in enumerate(columns):
-                into = [r[:, part.start : part.stop] for r in results[rank]] if num_blocks > 1 else results[rank]
-                sums = WaveSums(partial[rank][block], into, staging[rank][block])
-                transports[rank].combine(slot, 0, wave, exchange, combine, sums)
+            sums = WaveSums(memory[rank], results[rank], staged[rank])
+            transports[rank].combine(slot, 0, wave, exchange, combine, sums)
 
         stand_in.on_every_rank(work)
         for segments, of_rank in zip(own, results):
             for s, result in zip(segments, of_rank, strict=True):
                 assert torch.equal(result.float(), values[s.row : s.row + s.num_rows] * 10), (s, dtype)  # 1 + 2 + 3 + 4
         for rank, (now, then) in enumerate(zip(memory, before)):  # sums may be left in the place of own rows alone
-            for block, old in zip(
-                column_blocks(now, (wave.num_rows,), columns), column_blocks(then, (wave.num_rows,), columns)
-            ):
-                others = torch.ones(wave.num_rows, dtype=torch.bool)
-                blocks_of = (
-                    [(rank * wave.num_rows // NUM_RANKS, wave.num_rows // NUM_RANKS)] if exchange == "padded" else []
-                )
-                for row, num_rows in [(s.row, s.num_rows) for s in own[rank]] + blocks_of:
-                    others[row : row + num_rows] = False
-                assert torch.equal(block[others], old[others])
+            others = torch.ones(wave.num_rows, dtype=torch.bool)
+            size = wave.num_rows // NUM_RANKS
+            block = [(rank * size, size)] if exchange == "padded" else []
+            for row, num_rows in [(s.row, s.num_rows) for s in own[rank]] + block:
+                others[row : row + num_rows] = False
+            assert torch.equal(now[others], then[others])
     groups = calls_of(stand_in)
-    assert len(groups) == 4 * num_blocks and {c for group in groups for _, c in group} == {b"combine 1"}
+    assert len(groups) == 4 and {c for group in groups for _, c in group} == {b"combine 1"}
     if combine == "reduce":
         names = ["reduceScatter"] if exchange == "padded" else ["reduce"] * len(wave.segments)
         assert [[name for name, _ in group] for group in groups] == [names] * len(groups)

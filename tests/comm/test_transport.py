@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from pipemoe.comm.transport import WaveSums, column_blocks
-from pipemoe.plan.columns import column_ranges
+from pipemoe.comm.transport import WaveSums
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
@@ -121,36 +120,6 @@ def test_combine_sums_every_ranks_part_at_the_owner(world, exchange, combine, dt
 
 
 @pytest.mark.parametrize(
-    ("exchange", "combine"), [("broadcast", "reduce"), ("padded", "reduce"), ("broadcast", "gather")]
-)
-@pytest.mark.parametrize("counts", COUNTS[:3], ids=str)
-def test_blocks_of_columns_come_to_where_they_belong(world, exchange, combine, counts):
-    """One after another on one lane, into parts of the results' rows."""
-    made = wave_of(world, counts, exchange)
-    if made is None:
-        pytest.skip("no rows on these ranks")
-    _, wave = made
-    columns = column_ranges(WIDTH, 3)
-    own = [s for s in wave.segments if s.rank == world.rank]
-    at = torch.arange(wave.num_rows, device=world.device).unsqueeze(1) * 5 + torch.arange(WIDTH, device=world.device)
-    values = (at % 31).float()
-    memory = torch.empty((wave.num_rows, WIDTH), device=world.device)
-    partial = column_blocks(memory, (wave.num_rows,), columns)
-    for block, part in zip(partial, columns):
-        block.copy_(values[:, part.start : part.stop] * (world.rank + 1))
-    staged = torch.zeros((world.size - 1, wave.num_rows, WIDTH), device=world.device)
-    staging = column_blocks(staged, (world.size - 1, sum(s.num_rows for s in own)), columns)
-    results = [torch.full((s.num_rows, WIDTH), torch.nan, device=world.device) for s in own]
-    for block, into, part in zip(partial, staging, columns):
-        sums = WaveSums(block, [result[:, part.start : part.stop] for result in results], into)
-        on_lane(
-            world, world.lanes.slots[0].combine, lambda: world.transport.combine(0, 0, wave, exchange, combine, sums)
-        )
-    for s, result in zip(own, results):
-        assert torch.equal(result, values[s.row : s.row + s.num_rows] * sum(range(1, world.size + 1)))
-
-
-@pytest.mark.parametrize(
     ("exchange", "combine"), [("broadcast", "reduce"), ("broadcast", "gather"), ("padded", "reduce")]
 )
 def test_the_log_is_what_the_plan_projects(world, exchange, combine):
@@ -175,9 +144,9 @@ def test_the_log_is_what_the_plan_projects(world, exchange, combine):
 
 @pytest.mark.parametrize("exchange", ["broadcast", "padded"])
 def test_every_rank_is_root_in_any_order_and_several_times(world, exchange):
-    """Waves as no planner makes them: dispatched, then combined in blocks of columns, on every slot."""
+    """Waves as no planner makes them: dispatched, then combined, on every slot."""
     waves = broadcast_waves(world.size) if exchange == "broadcast" else {"a block each": padded_wave(world.size)}
-    columns, total = column_ranges(WIDTH, 2), sum(range(1, world.size + 1))
+    total = sum(range(1, world.size + 1))
     for name, wave in waves.items():
         wanted = torch.full((wave.num_rows, WIDTH), 255, dtype=torch.uint8, device=world.device)
         own = [s for s in wave.segments if s.rank == world.rank]
@@ -191,16 +160,11 @@ def test_every_rank_is_root_in_any_order_and_several_times(world, exchange):
             on_lane(world, lanes.dispatch, lambda: world.transport.dispatch(slot, 0, wave, exchange, buffer))
             assert torch.equal(buffer, wanted), name
             for combine in ("reduce", "gather"):
-                memory = torch.empty((wave.num_rows, WIDTH), device=world.device)
-                partial = column_blocks(memory, (wave.num_rows,), columns)
-                staged = torch.full((world.size - 1, wave.num_rows, WIDTH), torch.nan, device=world.device)
-                staging = column_blocks(staged, (world.size - 1, sum(s.num_rows for s in own)), columns)
+                staging = torch.full((world.size - 1, wave.num_rows, WIDTH), torch.nan, device=world.device)
                 results = [torch.full((s.num_rows, WIDTH), torch.nan, device=world.device) for s in own]
-                for block, into, part in zip(partial, staging, columns):
-                    block.copy_(values[:, part.start : part.stop] * (world.rank + 1))
-                    sums = WaveSums(block, [r[:, part.start : part.stop] for r in results], into)
-                    work = lambda: world.transport.combine(slot, 0, wave, exchange, combine, sums)  # noqa: B023, E731
-                    on_lane(world, lanes.combine, work)
+                sums = WaveSums(values * (world.rank + 1), results, staging)
+                work = lambda: world.transport.combine(slot, 0, wave, exchange, combine, sums)  # noqa: B023, E731
+                on_lane(world, lanes.combine, work)
                 for s, result in zip(own, results):
                     assert torch.equal(result, values[s.row : s.row + s.num_rows] * total), (name, combine)
 

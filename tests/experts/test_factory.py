@@ -30,7 +30,7 @@ def built(monkeypatch):
     made = []
 
     class StandIn:
-        deterministic, blockwise_permille, num_sms = False, 0, 0
+        deterministic, num_sms = False, 0
 
         def __init__(self, weights, **settings):
             made.append((self.implementation, weights, settings))

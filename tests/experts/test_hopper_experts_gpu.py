@@ -17,9 +17,8 @@ pytestmark = [
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
-from pipemoe.comm.transport import column_blocks
 from pipemoe.errors import ConfigError
-from pipemoe.experts import column_ranges, local_range, make_experts
+from pipemoe.experts import local_range, make_experts
 from pipemoe.experts.hopper import HopperExperts
 from pipemoe_kernels.gating import ACTIVATIONS
 from tests.experts.oracle import (
@@ -242,46 +241,6 @@ def test_calls_one_after_the_other_with_one_scratch():
         assert all(torch.equal(out, wanted) for out, wanted in zip(outs, alone, strict=True))
 
 
-@pytest.mark.parametrize("hidden, num_blocks", [(2048, 2), (2048, 3), (96, 5), (720, 1)])
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_columns_in_blocks(hidden, num_blocks, deterministic, bias):
-    """The same bits as in one piece; a block is complete at its event, while later ones are poison."""
-    weights = random_weights(6, hidden, 144, dtype=BF16, bias=bias)
-    rows = random_rows(300, hidden, 6, 3, dtype=BF16, device="cuda")
-    wanted = run(rows, weights, deterministic=deterministic)
-    experts, scratch = build(weights, 3, 300, deterministic=deterministic)
-    experts.warm_up(scratch, (num_blocks,))
-    poison(scratch)
-    out = torch.full_like(wanted, torch.nan)
-    seen = []
-
-    class Snapshot:
-        def record(self):
-            seen.append(out.clone())  # on the current stream, as an event would be
-
-    experts(0, rows, out, scratch, [Snapshot() for _ in range(num_blocks)])
-    assert torch.equal(out, wanted)
-    for columns, snapshot in zip(column_ranges(hidden, num_blocks), seen, strict=True):
-        assert torch.equal(snapshot[:, : columns.stop], wanted[:, : columns.stop])
-        assert bool(snapshot[:, columns.stop :].isnan().all())
-    memory = torch.full_like(wanted, torch.nan)  # again, each block as a matrix of its own
-    blocks = column_blocks(memory, (300,), column_ranges(hidden, num_blocks))
-    experts(0, rows, blocks, scratch, [torch.cuda.Event() for _ in blocks])
-    assert torch.equal(torch.cat(blocks, 1), wanted)
-
-
-def test_the_weights_of_a_rank_that_has_one_expert_in_blocks():
-    weights = slice_experts(random_weights(4, 512, 64, dtype=BF16, bias=True), range(2, 3))
-    rows = random_rows(40, 512, 4, 2, dtype=BF16, device="cuda")
-    experts, scratch = build(weights, 2, 40)
-    out = torch.full((40, 512), torch.nan, dtype=BF16, device="cuda")
-    events = [torch.cuda.Event() for _ in range(2)]
-    experts(0, rows, out, scratch, events)
-    events[-1].synchronize()
-    assert relative_error(out, expected(rows, weights)) < TOLERANCE[BF16]
-
-
 def test_what_it_cannot_run():
     odd = random_weights(3, 100, 36, dtype=BF16)
     assert build(odd, 2, 5, implementation="auto")[0].implementation == "torch"
@@ -319,14 +278,13 @@ def test_bits_do_not_depend_on_the_shape_of_tiles():
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_same_bits_whatever_multiprocessors_are_left(deterministic):
-    """With one scratch, in blocks of columns and whole."""
+    """With one scratch."""
     weights = random_weights(10, 2048, 768, dtype=BF16)
     rows = random_rows(1500, 2048, 10, 4, dtype=BF16, device="cuda")
     experts, scratch = build(weights, 4, 1500, deterministic=deterministic)
     wanted = run(rows, weights, deterministic=deterministic, out_dtype=experts.out_dtypes[0])
     assert relative_error(wanted[:20], expected(rows[:20], weights)) < TOLERANCE[BF16]
     for left in (0, 3, 13, 26, 131):
-        for count in (0, 1, 4):
-            out = torch.full_like(wanted, torch.nan)
-            experts.with_free_sms(left)(0, rows, out, scratch, [torch.cuda.Event() for _ in range(count)])
-            assert torch.equal(out, wanted), (left, count)
+        out = torch.full_like(wanted, torch.nan)
+        experts.with_free_sms(left)(0, rows, out, scratch)
+        assert torch.equal(out, wanted), left

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import InputError
-from pipemoe.experts import column_ranges, host, make_experts, pairs
+from pipemoe.experts import host, make_experts, pairs
 from pipemoe_kernels.gating import ACTIVATIONS
 from tests.experts.oracle import (
     GATINGS,
@@ -184,56 +184,6 @@ def test_no_call_compiles():
         experts(0, rows, torch.empty(num_rows, 32), scratch)
         experts(0, rows, torch.empty(num_rows, 40)[:, :32], scratch)
     assert [len(function.dispatcher.signatures) for function in functions] == compiled
-
-
-def test_every_block_of_columns_has_its_event():
-    weights, rows = random_weights(4, 32, 24), random_rows(40, 32, 4, 2)
-    experts = make_experts([weights], top_k=2, hidden=32, device="cpu", dtype=torch.float32)
-    out, recorded = torch.full((40, 32), torch.nan), []
-
-    class Block:
-        def record(self):
-            recorded.append(bool(out.isfinite().all()))
-
-    experts(0, rows, out, experts.new_scratch(40), [Block() for _ in range(3)])
-    assert recorded == [True] * 3 and torch.equal(out, run(rows, weights))
-
-
-@pytest.mark.parametrize(("num_rows", "hidden", "num_blocks"), [(1, 33, 4), (130, 97, 5), (0, 16, 2), (70, 32, 1)])
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_out_may_be_its_blocks_of_columns(num_rows, hidden, num_blocks, deterministic):
-    weights, rows = random_weights(4, hidden, 24), random_rows(num_rows, hidden, 4, 2)
-    dtype = torch.float64 if deterministic else torch.bfloat16
-    experts = make_experts(
-        [weights], top_k=2, hidden=hidden, device="cpu", dtype=torch.float32, deterministic=deterministic
-    )
-    blocks = [
-        torch.full((num_rows, len(columns)), torch.nan, dtype=dtype) for columns in column_ranges(hidden, num_blocks)
-    ]
-    recorded = []
-    mark = type("Mark", (), {"record": lambda self: recorded.append(self)})
-    marks = [mark() for _ in range(num_blocks)]
-    experts(0, rows, blocks, experts.new_scratch(num_rows), marks)
-    assert recorded == marks
-    assert torch.equal(torch.cat(blocks, 1), run(rows, weights, out_dtype=dtype, deterministic=deterministic))
-
-
-def test_blocks_that_do_not_fit_are_refused():
-    weights, rows = random_weights(4, 32, 24), random_rows(3, 32, 4, 2)
-    experts = make_experts([weights], top_k=2, hidden=32, device="cpu", dtype=torch.float32)
-    mark = type("Mark", (), {"record": lambda self: None})
-    for widths, num_events, message in (
-        ((16, 16), 3, "out is 2 blocks of columns; 3 are wanted"),
-        ((24, 8), 2, r"\(3, 16\) with adjacent"),
-    ):
-        with pytest.raises(InputError, match=message):
-            experts(
-                0,
-                rows,
-                [torch.empty(3, n) for n in widths],
-                experts.new_scratch(3),
-                [mark() for _ in range(num_events)],
-            )
 
 
 def test_threads_with_a_scratch_each():

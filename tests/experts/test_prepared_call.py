@@ -25,16 +25,6 @@ HIDDEN, TOP_K, MAX_ROWS = 512, 4, 3000
 IMPLEMENTATIONS = [HopperExperts, HopperFp8Experts, AmpereExperts]
 
 
-class Mark:
-    """An event that notes how many launches came before it."""
-
-    def __init__(self, launched):
-        self._launched, self.before = launched, []
-
-    def record(self):
-        self.before.append(len(self._launched))
-
-
 @pytest.fixture
 def launched(monkeypatch):
     return cuda_stand_in.install(monkeypatch)
@@ -55,16 +45,16 @@ def make_rows(experts, num_rows):
 
 
 def calls():
-    """Layer, rows, events, columns left of out, dtype of out: few pairs and many, out off 16-byte boundaries, layouts
+    """Layer, rows, columns left of out, dtype of out: few pairs and many, out off 16-byte boundaries, layouts
     that come again.
     """
     return [
-        (0, 3000, 1, 0, BF16),
-        (1, 5, 0, 0, BF16),
-        (0, 7, 2, 0, BF16),
-        (0, 1, 1, 1, torch.float32),
-        (0, 2999, 1, 0, BF16),
-        (1, 1500, 0, 0, BF16),
+        (0, 3000, 0, BF16),
+        (1, 5, 0, BF16),
+        (0, 7, 8, BF16),
+        (0, 1, 1, torch.float32),
+        (0, 2999, 0, BF16),
+        (1, 1500, 0, BF16),
     ]
 
 
@@ -73,23 +63,17 @@ def calls():
 def test_later_calls_launch_what_first_ones_would(implementation, bias, launched):
     experts = make(implementation, bias=bias)
     scratch = experts.new_scratch(MAX_ROWS)
-    for layer, num_rows, num_events, left, dtype in calls():
+    for layer, num_rows, left, dtype in calls():
         rows, out = make_rows(experts, num_rows), torch.empty((num_rows, HIDDEN + left), dtype=dtype)[:, left:]
-        marks = [Mark(launched) for _ in range(num_events)]
         launched.clear()
-        experts(layer, rows, out, scratch, marks)
-        found, found_marks = list(launched), [list(mark.before) for mark in marks]
+        experts(layer, rows, out, scratch)
+        found = list(launched)
         kept = dict(scratch.calls)
         scratch.calls.clear()
         launched.clear()
-        experts(layer, rows, out, scratch, marks)
-        of_second_block = 0 if num_events < 2 else 1 if implementation is HopperFp8Experts else 2
-        assert found == launched and len(found) == (4 if num_rows * TOP_K <= 4096 else 5) + of_second_block
+        experts(layer, rows, out, scratch)
+        assert found == launched and len(found) == (4 if num_rows * TOP_K <= 4096 else 5)
         assert all(launch.stream == 7 and launch.grid[0] >= 1 for launch in launched)
-        assert [mark.before for mark in marks] == [2 * before for before in found_marks] and found_marks == sorted(
-            found_marks
-        )
-        assert len(set(map(tuple, found_marks))) == num_events
         scratch.calls = kept
     assert len(scratch.calls) == 4
 
@@ -197,11 +181,11 @@ def test_calls_that_do_not_fit_are_refused_when_others_are_ready(launched):
 def test_no_rows_after_some(launched):
     experts = make(HopperExperts)
     scratch = experts.new_scratch(10)
-    rows, out, mark = make_rows(experts, 10), torch.ones((10, HIDDEN), dtype=BF16), Mark(launched)
-    experts(0, rows, out, scratch, [mark])
+    rows, out = make_rows(experts, 10), torch.ones((10, HIDDEN), dtype=BF16)
+    experts(0, rows, out, scratch)
     before = len(launched)
-    experts(0, rows[:0], out[:0], scratch, [mark])
-    assert len(launched) == before and mark.before == [before, before]
+    experts(0, rows[:0], out[:0], scratch)
+    assert len(launched) == before
 
 
 def test_layouts_that_never_come_again_are_forgotten(launched):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipemoe.errors import ConfigError, InputError
-from pipemoe.experts import check_finite, column_ranges, local_range, make_experts
+from pipemoe.experts import check_finite, local_range, make_experts
 from tests.experts.oracle import random_weights
 
 
@@ -94,20 +94,6 @@ def test_scratch_grows_with_max_rows_alone():
     experts = make(random_weights(3, 16, 8))
     sizes = [experts.new_scratch(n).num_bytes for n in (0, 100, 200)]
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
-
-
-@given(st.integers(1, 9000), st.integers(1, 40))
-def test_column_ranges_cover_all_columns_in_order(hidden, num_blocks):
-    if num_blocks > max(1, hidden // 8):
-        with pytest.raises(InputError, match=f"{hidden} columns in {num_blocks} blocks"):
-            column_ranges(hidden, num_blocks)
-        return
-    ranges = column_ranges(hidden, num_blocks)
-    assert [column for r in ranges for column in r] == list(range(hidden)) and len(ranges) == num_blocks
-    assert all(len(r) > 0 and r.start % 8 == 0 for r in ranges)
-    if hidden % 256 == 0 and hidden // 256 >= num_blocks:
-        assert all(r.start % 256 == 0 for r in ranges)
-        assert max(map(len, ranges)) - min(map(len, ranges)) <= 256
 
 
 def test_num_bytes_counts_every_tensor():

@@ -29,9 +29,8 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 # Where else a rank is killed: inside a call of the experts, behind its part of a collective that it has posted, or
 # between steps.
 KILLED_IN = ("experts", "dispatch", "combine", "exchange", "idle")
-# Of waves that are computed as they arrive: rows that are never sent, more rows than the others expect, and
-# communicators that are aborted while the others wait for rows.
-OF_ARRIVALS = ("missing part", "other count", "abort")
+# Of rows that do not come: they are never sent, are more than the others expect, or their communicators are aborted.
+OF_ROWS = ("missing rows", "other count", "abort")
 
 
 class DyingExperts:
@@ -68,10 +67,8 @@ def main(fault: str, folder: str) -> None:
     os.dup2(log, sys.stderr.fileno())
     (Path(folder) / f"pid{world.rank}").write_text(str(os.getpid()))
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
-    arrivals = fault in OF_ARRIVALS
-    mode = "broadcast" if fault == "barrier" or arrivals else "per_rank"
-    layers = make_layers(NUM_LAYERS, world.device, dtype)
-    runtime = make_runtime(world, layers, mode=mode, arrivals=arrivals or None)
+    mode = "broadcast" if fault in ("barrier", *OF_ROWS) else "per_rank"
+    runtime = make_runtime(world, make_layers(NUM_LAYERS, world.device, dtype), mode=mode)
     culprit = world.rank == (0 if fault == "barrier" else CULPRIT)
     hold = Hold(world.device)
 
@@ -132,8 +129,8 @@ def main(fault: str, folder: str) -> None:
         # ahead.
         runtime.cost = CostModel(attend=AttendCost(row_ps=10**11), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
         runtime._plans.clear()
-    elif fault in ("missing part", "abort") and culprit:
-        runtime.transport.dispatch = in_layer_2(never if fault == "missing part" else abort)
+    elif fault in ("missing rows", "abort") and culprit:
+        runtime.transport.dispatch = in_layer_2(never if fault == "missing rows" else abort)
     elif fault == "other count" and culprit:
         plan = runtime.plan
         runtime.plan = lambda facts: plan(Facts(tuple((*of_rank, 1) for of_rank in facts.lengths)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.faults.job import FaultJob
-from tests.faults.ranks import KILLED_IN, OF_ARRIVALS
+from tests.faults.ranks import KILLED_IN, OF_ROWS
 
 # fault: what survivors say (a launcher may end one before it has; not those of "kill", which are out of its reach)
 FAULTS = {
@@ -23,7 +23,7 @@ FAULTS = {
     "planning": r"rank 0: .*rank 1.* no plan for this step: PlanError: .*OSError: planted in the planning",
     "plan": r"rank 1 follows another plan than rank 0",
     "absent": r"no progress for \d+\.\d s in exchange of step 2; peers: .*rank 1: step 1, .*idle",
-    "missing part": r"rank 0: no progress for \d+\.\d s in dispatch\(cohort 0, layer 2, wave 0\)",
+    "missing rows": r"rank 0: no progress for \d+\.\d s in dispatch\(cohort 0, layer 2, wave 0\)",
     "other count": r"rank 1 follows another plan than rank 0|rank \d: \w+ in dispatch\(cohort 0, layer 0, wave 0\)",
     "abort": r"rank 1: \w+ in .*layer [23]|rank 1: \w+: .*layer [23]",
     "exit": r"rank 1 has closed its world, but exchange of step 2 needs every rank",
@@ -35,8 +35,8 @@ NUM_RANKS = dict.fromkeys(FAULTS, 2) | {"kill": 3, "kill experts": 4, "kill exch
 
 
 # Of ranks that share memory, and a few of those that MPI connects.
-JOBS = [(fault, "auto") for fault in FAULTS if fault not in OF_ARRIVALS]
-JOBS += [(fault, "mpi") for fault in ("stop", "transport", "kill combine", *OF_ARRIVALS)]
+JOBS = [(fault, "auto") for fault in FAULTS if fault not in OF_ROWS]
+JOBS += [(fault, "mpi") for fault in ("stop", "transport", "kill combine", *OF_ROWS)]
 
 
 @pytest.mark.parametrize(("fault", "transport"), JOBS, ids=str)

@@ -64,11 +64,10 @@ _VALUES = {
     "--objective": (*OBJECTIVES, "x"),
     "--combine": (*COMBINES, "x"),
     "--dtype": ("float32", "bfloat16", "float16", "float64", "int8"),
-    "--arrivals": ("on", "off", "maybe"),
 }
 _NUMBERED = (
     *("--ranks", "--layers", "--makespan-budget", "--moe-max-num-tokens", "--max-tokens-per-rank", "--slots"),
-    *("--combine-blocks", "--num-sms", "--ranks-per-gpu", "--width"),
+    *("--num-sms", "--ranks-per-gpu", "--width"),
 )
 
 

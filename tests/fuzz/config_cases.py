@@ -26,8 +26,6 @@ _VALUES: dict[str, tuple[Any, ...]] = {
     "pipelined_ratio": (1, 2, 100),
     "objective": OBJECTIVES,
     "makespan_budget": (0, 0.0, 1.5, 100),
-    "combine_blocks": (None, 1, 2),
-    "arrivals": (None, False, True),
     "num_sms": (None,),
     "dispatch_dtype": (None,),
     "combine_dtype": (None, "float32"),
@@ -42,7 +40,6 @@ _ODD_VALUES: dict[str, tuple[Any, ...]] = {
     "moe_max_num_tokens": (10**9, 2**31, 2**62),
     "max_tokens_per_rank": (1, 10**9, 2**31, 2**62),
     "num_slots": (5, 2000, 2**40),
-    "combine_blocks": (9, 64, 1000),
     "num_sms": (1, 10**6),
     "dispatch_dtype": ("float8_e4m3fn", "float32", torch.float8_e4m3fn),
     "combine_dtype": ("bfloat16", "float16", "float64", torch.float32),
@@ -64,7 +61,7 @@ def _settings(random: Random) -> Argument:
         return Argument(
             f"right values of {', '.join(chosen)}",
             chosen,
-            ODD if {*chosen} & {"combine_blocks", "num_slots"} else RIGHT,
+            ODD if "num_slots" in chosen else RIGHT,
             repr(Config(**chosen)),
         )
     if kind == 1 and name in _ODD_VALUES:

@@ -94,21 +94,6 @@ def test_gatings(form, monkeypatch):
         assert relative_error(run(rows, weights)[1], expected(rows, weights)) < TOLERANCE[dtype]
 
 
-def test_columns_in_blocks(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    weights, rows = random_weights(3, 24, 8, bias=True), random_rows(11, 24, 3, 2)
-    experts, wanted = run(rows, weights)
-    out, seen = torch.full((11, 24), torch.nan), []
-
-    class Snapshot:
-        def record(self):
-            seen.append(out.clone())
-
-    experts(0, rows, out, experts.new_scratch(11), [Snapshot() for _ in range(3)])
-    assert torch.equal(out, wanted)
-    assert [int(snapshot.isfinite().all(0).sum()) for snapshot in seen] == [8, 16, 24]
-
-
 def test_warm_up_runs_every_kind_of_layer_and_result(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     layers = [random_weights(2, 8, 8, bias=bias) for bias in (False, True, True)]

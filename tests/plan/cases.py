@@ -36,8 +36,6 @@ def configs(draw, facts: Facts, modes: tuple[str, ...] = MODES, most_waves: int 
         max_tokens_per_rank=MOST_TOKENS * 5,
         num_slots=draw(st.integers(1, 8)),
         combine=draw(st.sampled_from(COMBINES)),
-        combine_blocks=draw(st.sampled_from((None, 1, 2, 3, 8))),
-        arrivals=draw(st.sampled_from((None, False, True))),
         num_sms=draw(st.sampled_from((None, None, 1, 100, 132))),
     )
 

@@ -77,11 +77,6 @@ def test_slots_buffers_and_waves():
     assert [i[:2] for i in issues] == order
 
 
-def test_blocks_of_columns_one_after_another():
-    issues = [i for i in project(planned(combine_blocks=2), 0, ROW, VALUE) if i.communicator == "combine"]
-    assert [(i.peer, i.num_bytes) for i in issues] == [(0, 5 * 32 * VALUE), (2, 7 * 32 * VALUE)] * 2 * 2
-
-
 @pytest.fixture(params=["reduce", "gather"])
 def issues_of(request):
     p = planned(combine=request.param)

@@ -28,16 +28,13 @@ def found(case: dict) -> dict:
     shape, config = ModelShape(**case["shape"]), PlanConfig(**case["config"])
     cost = cost_of(case)
     made = plan(facts, shape, config, cost)
-    digest = hashlib.sha256(repr((made.cohorts, made.num_column_blocks, made.arrivals, made.sms_left)).encode())
+    digest = hashlib.sha256(repr((made.cohorts, made.sms_left)).encode())
     digest.update(np.ascontiguousarray(made.order, "<i4").tobytes())
     prediction = simulate(made, cost)
     result = {"plan": digest.hexdigest()[:32], "ttft": list(prediction.ttft), "exposed": list(prediction.exposed)}
     if config.mode == "auto":
         candidates = auto_candidates(facts, shape, config, cost)
-        result["candidates"] = [
-            [c.index, c.num_column_blocks, c.arrivals, c.sms_left, c.mean, c.slowest, c.p50, c.chosen]
-            for c in candidates
-        ]
+        result["candidates"] = [[c.index, c.sms_left, c.mean, c.slowest, c.p50, c.chosen] for c in candidates]
     return result
 
 
@@ -72,10 +69,8 @@ def test_one_cohort_is_planned_as_compiled_code_would():
                 rows,
                 config.num_slots,
                 shape.num_layers,
-                config.combine_blocks or 1,
                 padded_rows,
                 -1,
-                bool(config.arrivals),
             )
             one = planner._tables_of_one(table, facts.num_ranks, rates_of(cost), limits)
             *of_all, wrong = planner._tables(

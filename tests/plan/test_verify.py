@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from pipemoe.errors import ConfigError, PlanError
-from pipemoe.plan.arrivals import own_rows_first
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.projection import project
@@ -216,56 +215,6 @@ def test_a_plan_that_makes_ranks_issue_different_things(sound, monkeypatch):
         verify(sound)
 
 
-def test_a_block_of_columns_of_another_size():
-    """Bytes of what one rank, and of what all ranks, really issued; and blocks one after another, not by segment."""
-    p = plan(FACTS, SHAPE, PlanConfig(mode="per_rank", moe_max_num_tokens=20, combine_blocks=3))
-
-    def combines(rank):
-        return [i for i, x in enumerate(project(p, rank, 128, 4)) if x.communicator == "combine"]
-
-    issues = [project(p, rank, 128, 4) for rank in range(4)]
-    verify(p, issues=issues)
-    sizes = [issues[0][i].num_bytes for i in combines(0)[:3]]
-    assert sum(sizes) == 5 * 64 * 4 and len(set(sizes)) == 2  # the shortest rank's rows in 16, 24 and 24 columns
-    for faulty in ([2], range(4)):
-        issues = [project(p, rank, 128, 4) for rank in range(4)]
-        for rank in faulty:
-            first, second, *_ = combines(rank)
-            issues[rank][first], issues[rank][second] = issues[rank][second], issues[rank][first]
-        with pytest.raises(PlanError, match="rank 2" if len(faulty) == 1 else "issued as planned"):
-            verify(p, issues=issues)
-    whole = replace(p, num_column_blocks=1)
-    with pytest.raises(PlanError, match="issued as planned"):
-        verify(p, issues=[project(whole, rank, 128, 4) for rank in range(4)])
-    assert whole.digest != p.digest
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        (range(0, 32), range(40, 64)),
-        (range(0, 32), range(24, 64)),
-        (range(0, 32), range(32, 56)),
-        (range(32, 64), range(0, 32)),
-        (range(0), range(64)),
-    ],
-)
-def test_blocks_that_do_not_hold_every_column_once(columns):
-    p = plan(FACTS, SHAPE, PlanConfig(mode="broadcast", max_tokens_per_rank=100, combine_blocks=2))
-    verify(p)
-    p.__dict__["columns"] = columns
-    with pytest.raises(PlanError, match="every column once"):
-        verify(p)
-
-
-@pytest.mark.parametrize("count", [0, 9])
-def test_a_number_of_blocks_that_cannot_be(sound, count):
-    with pytest.raises(PlanError, match=f"every column once: {count} blocks of 64 columns"):
-        verify(replace(sound, num_column_blocks=count))
-    with pytest.raises(ConfigError, match="combine_blocks"):
-        plan(FACTS, SHAPE, PlanConfig(mode="pipelined", combine_blocks=count))
-
-
 def test_all_ranks_issue_the_same_wrong_thing(sound):
     issues = [project(sound, rank, 128, 4)[:-1] for rank in range(4)]
     with pytest.raises(PlanError, match="issued as planned|missing|communicator"):
@@ -281,47 +230,6 @@ def test_room_for_thread_blocks(sound):
     Room(num_sms=132, ctas=1).check(32)
     with pytest.raises(ConfigError, match="= 66 blocks, more than 65 of 132 SMs"):  # two neighbours stay free
         Room(num_sms=132, ctas=1).check(33)
-
-
-@pytest.fixture
-def arriving() -> Plan:
-    """One cohort of five ranks in several waves."""
-    p = plan(
-        Facts(((51, 9), (5,), (), (7, 8), (20,))),
-        SHAPE,
-        PlanConfig(mode="chunked", moe_max_num_tokens=60, arrivals=True),
-    )
-    verify(p)
-    assert p.arrivals and len(p.cohorts[0].waves) == 2
-    return p
-
-
-@pytest.mark.parametrize("fault", ["on others", "outside", "not own", "another order", "missing"])
-def test_rows_that_lie_where_they_must_not(arriving, monkeypatch, fault):
-    def faulty(p, wave, rank):
-        here, early = own_rows_first(p, wave, rank)
-        segments = list(here.segments)
-        if rank == 1 and len(segments) > 2:
-            first = segments[0]
-            if fault == "on others":
-                segments[0] = first._replace(row=segments[1].row)
-            elif fault == "outside":
-                segments[0] = first._replace(row=here.num_rows)
-            elif fault == "not own":
-                early += 1
-            elif fault == "another order":
-                segments.reverse()
-            else:
-                segments.pop()
-        return Wave(tuple(segments), here.num_rows), early
-
-    monkeypatch.setattr("pipemoe.plan.verify.own_rows_first", faulty)
-    with pytest.raises(PlanError, match="rows lie apart: cohort 0, wave 0.* rank 1"):
-        verify(arriving)
-
-
-def test_whether_rows_are_awaited_is_part_of_the_digest(arriving):
-    assert replace(arriving, arrivals=False).digest != arriving.digest
 
 
 def test_kernels_that_leave_no_multiprocessor_to_themselves_are_found(sound):

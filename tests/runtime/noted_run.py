@@ -44,19 +44,6 @@ class Lane:
         pass
 
 
-class Mark:
-    """Of a block of columns; recorded by the experts."""
-
-    def __init__(self, log, hold):
-        self._log, self._hold, self.name = log, hold, "mark"
-
-    def record(self):
-        self._log.append("mark")
-
-    def done(self):
-        return "compute" not in self._hold
-
-
 class Source:
     has_side_work = keeps_tensors = writes_rows = False
 
@@ -144,7 +131,6 @@ def noted_run(
         slots=[SlotLanes(*(Lane(name, log, hold) for name in of_slot)) for of_slot in names],
         clock=SimpleNamespace(start=lambda timed: None),
         poll=lambda between_issues=False: None,
-        new_mark=lambda: Mark(log, hold),
     )
     workspace = Workspace(config, wire, torch.float32, facts.num_ranks, experts, device)
     source = Source(log)
@@ -152,11 +138,9 @@ def noted_run(
 
     calls = []
 
-    def call(layer, rows, out, scratch, marks):
+    def call(layer, rows, out, scratch):
         log.append("experts")
         calls.append(len(rows))
-        for mark in marks:
-            mark.record()
 
     run = Run(
         p, rank, lanes, transport, workspace, wire, call, source,

@@ -1,4 +1,4 @@
-"""What one rank issues for a plan, with waves computed as they arrive and without: in which order and behind what."""
+"""What one rank issues for a plan: in which order and behind what."""
 
 import pytest
 
@@ -8,46 +8,34 @@ from tests.runtime.noted_run import noted_run
 
 def make_run(rank, hold=frozenset(), num_layers=1, **options):
     """The run, its plan, its log, and the rows of each call of the experts."""
-    made = noted_run(rank, hold, num_layers, **{"arrivals": True, **options})
+    made = noted_run(rank, hold, num_layers, **options)
     return made.run, made.plan, made.log, made.calls
 
 
-def test_own_rows_are_not_behind_the_dispatch():
+def test_experts_wait_for_the_dispatch():
     run, _, log, calls = make_run(1)
     run.advance()
     assert log == [
         ("compute 0", ["attend"], []),
         ("compute 1", ["pack 20"], []),
         ("dispatch 2", ["send [2, 0, 1, 3, 4]"], ["compute 1"]),
-        ("compute 3", ["experts"], []),
-        ("compute 4", ["experts"], ["dispatch 2"]),
-        ("combine 5", ["combine"], ["compute 4"]),
-        ("compute 6", ["finish"], ["combine 5"]),
+        ("compute 3", ["experts"], ["dispatch 2"]),
+        ("combine 4", ["combine"], ["compute 3"]),
+        ("compute 5", ["finish"], ["combine 4"]),
     ]
-    assert calls == [20, 85]
+    assert calls == [105]
 
 
 def test_a_buffer_is_filled_again_when_it_has_been_read_and_sent():
-    """Waves of 35 rows in two buffers, of which the second has this rank's: the third one's are packed behind all calls
-    on the first."""
-    run, p, log, _ = make_run(4, hold={"compute"}, moe_max_num_tokens=35, combine_blocks=2)
+    """Waves of 35 rows in two buffers, of which the second has this rank's: the third one's are packed behind the
+    experts of the first."""
+    run, p, log, _ = make_run(4, hold={"compute"}, moe_max_num_tokens=35)
     run.advance()
     assert len(p.cohorts[0].waves) == 3
     sends = [entry for entry in log if entry[0].startswith("dispatch")]
     experts = [entry for entry in log if "experts" in entry[1]]
     pack = next(entry for entry in log if entry[0] == sends[2][2][0])
     assert pack[2] == [experts[0][0]] and pack[1][0].startswith("pack")
-
-
-def test_without_arrivals_experts_wait_for_the_dispatch():
-    run, p, log, calls = make_run(1, hold={"compute"}, arrivals=None)
-    run.advance()
-    assert not p.arrivals and log[1:4] == [
-        ("compute 1", ["pack 20"], []),
-        ("dispatch 2", ["send [2, 0, 1, 3, 4]"], ["compute 1"]),
-        ("compute 3", ["experts"], ["dispatch 2"]),
-    ]
-    assert calls == [105]
 
 
 @pytest.mark.parametrize("rows", [200, 60, 30])

@@ -17,13 +17,13 @@ pytestmark = pytest.mark.mpi
 NUM_LAYERS = 12  # more than the groups that may be under way at once
 
 
-@pytest.mark.parametrize(("mode", "arrivals"), [("per_rank", False), ("pipelined", False), ("pipelined", True)])
-def test_a_cohort_finishes_all_layers_while_another_has_not_begun(world, mode, arrivals):
+@pytest.mark.parametrize("mode", ["per_rank", "pipelined"])
+def test_a_cohort_finishes_all_layers_while_another_has_not_begun(world, mode):
     if world.size < 2 or world.num_slots < 2:
         pytest.skip("needs two ranks, and two cohorts under way at once")
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     layers = make_layers(NUM_LAYERS, world.device, dtype)
-    runtime = make_runtime(world, layers, mode=mode, arrivals=arrivals)
+    runtime = make_runtime(world, layers, mode=mode)
     tokens = 100 if world.rank == 0 else 4 + world.rank
     hold = Hold(world.device)
     events = []
@@ -49,15 +49,14 @@ def test_a_cohort_finishes_all_layers_while_another_has_not_begun(world, mode, a
 
 
 def test_two_slots_come_in_opposite_order_on_two_ranks(world):
-    """In every layer a rank lets its second cohort attend first, or its first one, in turn with its neighbour, while
-    waves are computed as they arrive. If one slot's waves had to wait for the other's anywhere, two ranks would wait
-    for each other.
+    """In every layer a rank lets its second cohort attend first, or its first one, in turn with its neighbour. If one
+    slot's waves had to wait for the other's anywhere, two ranks would wait for each other.
     """
     if world.size < 2 or world.num_slots < 2:
         pytest.skip("needs two ranks, and two cohorts under way at once")
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     layers = make_layers(NUM_LAYERS, world.device, dtype)
-    runtime = make_runtime(world, layers, mode="two_batch", whole_sequences=True, arrivals=True)
+    runtime = make_runtime(world, layers, mode="two_batch", whole_sequences=True)
     first = world.rank % 2
     holds = [Hold(world.device) for _ in range(NUM_LAYERS)]
     begun = []

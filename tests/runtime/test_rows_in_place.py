@@ -55,15 +55,3 @@ def test_rows_of_a_failed_attend_go_to_no_expert():
     assert isinstance(made.run.failure, ValueError)
     given = made.source.given
     assert bool((given[0, 2].ids == -1).all()) and (0, 3) not in given
-
-
-def test_with_arrivals_own_rows_are_written_in_front():
-    made, found = issued(RANK, **ONE_WAVE, arrivals=True)
-    assert made.plan.arrivals
-    for op, entries in found:
-        if op.kind is OpKind.ATTEND:
-            rows, slot = made.source.given[0, op.layer], made.workspace.slots[made.plan.cohorts[0].slot]
-            assert rows.buffer.data_ptr() == slot.receive[made.plan.buffer(*op[1:])].data_ptr()
-        elif op.kind is OpKind.EXPERTS:
-            assert [work for _, work, _ in entries] == [["experts"], ["experts"]]
-    assert made.calls == 4 * [len(rows), 105 - len(rows)]

@@ -96,22 +96,6 @@ def test_everything_waits_for_what_it_needs_and_for_nothing_else(name, rank):
         ends[op], last[op.kind, *place] = name, op
 
 
-def test_blocks_of_columns_wait_for_their_marks():
-    _, found = issued(1, num_layers=2, combine_blocks=3)
-    experts = {op: entries for op, entries in found if op.kind is OpKind.EXPERTS}
-    for op, entries in found:
-        if op.kind is OpKind.EXPERTS:
-            (entry,) = entries
-            assert entry[1] == ["experts", "mark", "mark", "mark"]
-        elif op.kind is OpKind.COMBINE:  # the last one waits for the work itself, which says what went wrong
-            assert [waits for _, _, waits in entries] == [
-                ["mark"],
-                ["mark"],
-                [experts[op._replace(kind=OpKind.EXPERTS)][-1][0]],
-            ]
-            assert [work for _, work, _ in entries] == [["combine"]] * 3
-
-
 @pytest.mark.parametrize("mode", ["chunked", "padded"])
 def test_rows_of_failed_model_code_are_for_no_expert(mode):
     """The others still get the rows that they expect, and padding that no expert takes."""
@@ -171,7 +155,7 @@ def test_the_oldest_operation_is_the_first_that_is_not_done():
 def test_a_cohort_finishes_behind_those_whose_keys_it_reads():
     """Cohort 0 has the first half of each sequence. The bound on groups holds it up; cohort 1 could end."""
     hold = {"dispatch"}
-    made = noted_run(0, hold, facts=CHUNKS, mode="two_batch", num_slots=2, moe_max_num_tokens=6, combine_blocks=1)
+    made = noted_run(0, hold, facts=CHUNKS, mode="two_batch", num_slots=2, moe_max_num_tokens=6)
     assert made.plan.causal_predecessors == ((), (0,)) and len(made.plan.cohorts[0].waves) == 6
     for _ in range(10):
         assert not made.run.advance()

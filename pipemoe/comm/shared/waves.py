@@ -136,9 +136,9 @@ class SharedWaves(CallLog):
         self._bells.ring(slot, ())
 
     def add_up(self, wave: Wave, partials: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
-        """The ranks' partial sums of this rank's rows, added in rank order, of all columns or of a block of them.
+        """The ranks' partial sums of this rank's rows, added in rank order.
 
-        partials: of each rank, [n, columns]. results: per own segment [its rows, columns]; float64 is rounded once.
+        partials: of each rank, [n, H]. results: per own segment [its rows, H]; float64 is rounded once.
         """
         own = (s for s in wave.segments if s.rank == self.rank)
         for segment, result in zip(own, results, strict=True):
@@ -157,19 +157,20 @@ class SharedWaves(CallLog):
                 self._note("dispatch", slot, buffer, "broadcast", s.rank, s.num_rows * row_bytes)
 
     def note_combine(
-        self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, partials: Sequence[torch.Tensor]
+        self, slot: int, buffer: int, wave: Wave, exchange: str, combine: str, partial: torch.Tensor
     ) -> None:
-        """A wave's sums, block of columns by block, are combined. Called when that is issued."""
-        for partial in partials if self.log is not None else ():
-            row_bytes = partial.shape[1] * partial.dtype.itemsize
-            if combine == "gather":
-                for primitive, peer, s in gather_calls(wave, self.rank, self.size):
-                    self._note("combine", slot, buffer, primitive, peer, s.num_rows * row_bytes)
-            elif exchange == "padded":
-                self._note("combine", slot, buffer, "reduce_scatter", -1, wave.num_rows * row_bytes)
-            else:
-                for s in wave.segments:
-                    self._note("combine", slot, buffer, "reduce", s.rank, s.num_rows * row_bytes)
+        """A wave's sums are combined. Called when that is issued."""
+        if self.log is None:
+            return
+        row_bytes = partial.shape[1] * partial.dtype.itemsize
+        if combine == "gather":
+            for primitive, peer, s in gather_calls(wave, self.rank, self.size):
+                self._note("combine", slot, buffer, primitive, peer, s.num_rows * row_bytes)
+        elif exchange == "padded":
+            self._note("combine", slot, buffer, "reduce_scatter", -1, wave.num_rows * row_bytes)
+        else:
+            for s in wave.segments:
+                self._note("combine", slot, buffer, "reduce", s.rank, s.num_rows * row_bytes)
 
 
 @compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64))

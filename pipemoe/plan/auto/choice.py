@@ -15,7 +15,6 @@ from pipemoe.plan.auto.candidates import (
     assignment_of,
     candidate_name,
 )
-from pipemoe.plan.auto.forms import try_forms
 from pipemoe.plan.auto.problem import Problem
 from pipemoe.plan.auto.search import microbatches_of, search
 from pipemoe.plan.clock.rules import NEVER
@@ -33,8 +32,6 @@ class Candidate:
     index: int  # in CANDIDATES
     name: str
     assignment: Assignment
-    num_column_blocks: int
-    arrivals: bool
     sms_left: int
     mean: int
     slowest: int
@@ -42,22 +39,16 @@ class Candidate:
     chosen: bool
 
 
-def auto_assignment(
-    facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel
-) -> tuple[Assignment, int, bool, int]:
-    """What mode auto chooses: cohorts, the number of blocks of columns, whether waves are computed as they arrive, and
-    how many multiprocessors the experts leave.
-    """
+def auto_assignment(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> tuple[Assignment, int]:
+    """What mode auto chooses: cohorts, and how many multiprocessors the experts leave."""
     found = evaluate(facts, shape, config, cost, only_chosen=True)[0]
     if not found:
-        return [], config.combine_blocks or 1, False, forced_sms_left(config, cost.sms) or 0
-    return found[0].assignment, found[0].num_column_blocks, found[0].arrivals, found[0].sms_left
+        return [], forced_sms_left(config, cost.sms) or 0
+    return found[0].assignment, found[0].sms_left
 
 
 def auto_candidates(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[Candidate]:
-    """All candidates, each once; one is `chosen`. At equal figures the earlier is preferred. The best ones come again
-    in another form, and with other numbers of multiprocessors left.
-    """
+    """All candidates, each once; one is `chosen`. At equal figures the earlier is preferred."""
     check_magnitude(facts, shape, config, cost)
     return evaluate(facts, shape, config, cost, only_chosen=False)[0]
 
@@ -69,35 +60,17 @@ def evaluate(
     if not any(facts.tokens):
         return [], 0
     problem = _problem(facts, shape, config, cost)
-    forms = _forms(facts, shape, config, cost)
-    tables = WHOLE_CANDIDATES if config.whole_sequences else CANDIDATES, np.array(forms), problem
-    figures, lefts, margins, there, best, lowest, events, passed_over = search(*tables, only_chosen)
-    if best[0] < 0:
+    kinds = WHOLE_CANDIDATES if config.whole_sequences else CANDIDATES
+    figures, lefts, best, events, passed_over = search(kinds, problem, only_chosen)
+    if best < 0:
         raise PlanError("no candidate can be carried out")
-    if len(forms) > 1 or cost.sms.num_sms:  # where there is nothing to try, its code is not even compiled
-        best, events = try_forms(*tables, figures, lefts, margins, there, best, lowest, events)
     figures = np.minimum(figures, passed_over)
     candidates = []
-    for index, form, left in [best] if only_chosen else np.argwhere(figures[..., 1] < NEVER).tolist():
-        mean, slowest, p50 = (figures[index, form, left] + cost.start_ns).tolist()
-        chosen = (index, form, left) == best
-        assignment = assignment_of(microbatches_of(CANDIDATES[index], *problem[:3], problem.ratio, config.num_slots))
-        num_blocks, arrivals = forms[form][0], bool(forms[form][1])
-        sms_left = int(lefts[index, form, left])
-        candidates.append(
-            Candidate(
-                index,
-                candidate_name(index),
-                assignment,
-                num_blocks,
-                arrivals,
-                sms_left,
-                mean,
-                slowest,
-                p50,
-                chosen,
-            )
-        )
+    for k in [best] if only_chosen else np.flatnonzero(figures[:, 1] < NEVER).tolist():
+        mean, slowest, p50 = (figures[k] + cost.start_ns).tolist()
+        assignment = assignment_of(microbatches_of(CANDIDATES[k], *problem[:3], problem.ratio, config.num_slots))
+        name, sms_left = candidate_name(k), int(lefts[k])
+        candidates.append(Candidate(k, name, assignment, sms_left, mean, slowest, p50, chosen=k == best))
     return candidates, events
 
 
@@ -120,15 +93,3 @@ def _problem(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMode
         round(config.makespan_budget * 1000),
         min(config.pipelined_ratio, MOST_RATIO),
     )
-
-
-def _forms(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostModel) -> list[tuple[int, int]]:
-    """The forms to try, the usual one first: blocks of columns, and 1 if waves are computed as they arrive, else 0."""
-    if facts.num_ranks == 1:
-        return [(config.combine_blocks or 1, int(config.arrivals or False))]
-    may = config.arrivals is None
-    return [
-        (n, arrivals)
-        for arrivals in ((0, 1) if may else (int(config.arrivals or False),))
-        for n in config.block_choices(shape.hidden)
-    ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from pipemoe.plan.clock.clock import run_clock
-from pipemoe.plan.clock.columns import issuing_ns
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FIRST_ATTEND
 from pipemoe.plan.clock.order import order_keys
 from pipemoe.plan.clock.sms import speeds_where_left
@@ -26,10 +25,8 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
     has computed everything at full speed. guess: what the figures may be like, if earlier cohorts go first.
     """
     num_cohorts, num_ranks = costs.ends.shape
-    num_blocks, num_early, num_waves, ends = costs.num_blocks, costs.num_early, costs.num_waves, costs.ends
-    works = num_early + num_blocks
+    num_waves, ends = costs.num_waves, costs.ends
     compute, exchange, own, issue = costs.compute, costs.exchange, costs.own, costs.issue
-    host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     finish, likely = np.zeros((num_cohorts, num_ranks), np.int64), np.zeros((num_cohorts, num_ranks), np.int64)
     computed, issued = np.zeros(num_ranks, np.int64), np.zeros(num_ranks, np.int64)
     together = 1000  # what two computations side by side get done
@@ -41,21 +38,17 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
         for r in range(num_ranks):
             last = -1
             computed[r] += compute[c, r, 0, BUSY]
-            issued[r] += issue[c, r] + num_waves[c] * (rates.host_dispatch_ns + host_experts_ns + host_combine_ns)
+            issued[r] += issue[c, r] + num_waves[c] * (
+                rates.host_dispatch_ns + rates.host_experts_ns + rates.host_combine_ns
+            )
             for w in range(num_waves[c]):
-                for work in range(1 + w * works, 1 + (w + 1) * works):
-                    computed[r] += compute[c, r, work, BUSY]
+                computed[r] += compute[c, r, 1 + w, BUSY]
                 if own[c, r, w]:
                     last = w
                     issued[r] += rates.host_pack_ns
             if last >= 0:
-                dispatched = exchange[c, DISPATCH, last, ALONE]
-                if num_early:
-                    dispatched = max(dispatched, compute[c, r, 1 + last * works, ALONE])
-                alone = compute[c, r, 0, ALONE] + dispatched
-                for b in range(num_blocks):
-                    alone += compute[c, r, 1 + last * works + num_early + b, ALONE]
-                alone += exchange[c, COMBINE, (last + 1) * num_blocks - 1, ALONE]
+                alone = compute[c, r, 0, ALONE] + exchange[c, DISPATCH, last, ALONE]
+                alone += compute[c, r, 1 + last, ALONE] + exchange[c, COMBINE, last, ALONE]
                 chain = max(chain, alone * num_layers + compute[c, r, FIRST_ATTEND, ALONE] - compute[c, r, 0, ALONE])
             most, total = max(most, issued[r], computed[r] * 1000 // together), total + weight[r] * computed[r]
         if rates.cores_permille:
@@ -72,16 +65,14 @@ def set_bounds(costs, weight, rates, speeds, num_layers, num_slots, bound, guess
 def layers_and_events(costs, num_layers):
     """How many layers to run (and then half of them), and about how many events on the clock that takes."""
     num_cohorts, num_ranks = costs.ends.shape
-    in_layer = (
-        (num_cohorts + costs.num_waves.sum() * (1 + costs.num_early + costs.num_blocks) // 2) * (2 + num_ranks) * 7 // 4
-    )
+    in_layer = (num_cohorts + costs.num_waves.sum()) * (2 + num_ranks) * 7 // 4
     layers = min(num_layers, max(4, min(CANDIDATE_LAYERS, 2 * (CANDIDATE_EVENTS // (3 * in_layer)))))
     return layers, in_layer * (layers if layers == num_layers else layers + layers // 2)
 
 
 @compiled_part
-def predict(costs, weight, problem, lefts, at, figures):
-    """Set figures[at]: mean, slowest and p50 of the sequences' ns to the first token. Returns the events it took."""
+def predict(costs, weight, problem, sms_left, figures):
+    """Set figures [3]: mean, slowest and p50 of the sequences' ns to the first token. Returns the events it took."""
     num_layers, num_slots, num_buffers = problem.num_layers, problem.num_slots, problem.num_buffers
     rates, speeds = problem.rates, problem.speeds
     num_cohorts = len(costs.num_waves)
@@ -89,7 +80,7 @@ def predict(costs, weight, problem, lefts, at, figures):
     for c in range(num_cohorts):
         slots[c] = c % num_slots
     nothing = np.empty((1, 1, 1, 1), np.int64)
-    table = speeds_where_left(rates, speeds, lefts[at], min(num_cohorts, num_slots))
+    table = speeds_where_left(rates, speeds, sms_left, min(num_cohorts, num_slots))
     layers, _ = layers_and_events(costs, num_layers)
     keys = order_keys(costs, rates, num_slots, layers)
     finish, _, events = run_clock(
@@ -101,7 +92,7 @@ def predict(costs, weight, problem, lefts, at, figures):
         before, _, more = run_clock(costs, keys, slots, weight, few, num_buffers, rates, table, nothing, nothing, False)
         finish += (finish - before) * (num_layers - layers) // (layers - few)
         events += more
-    _summarise(finish, costs.ends, figures[at])
+    _summarise(finish, costs.ends, figures)
     return events
 
 

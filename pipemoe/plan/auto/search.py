@@ -1,7 +1,7 @@
 """Mode "auto": which candidate is best. Compiled.
 
 Candidates are priced, and bounded from below without a clock. They run on the clock in a good order; those that cannot
-win by their bounds do not run. What then leads is tried in other forms: see forms.py.
+win by their bounds do not run.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import numpy as np
 
 from pipemoe.plan.auto.candidates import candidate_microbatches, units_of
 from pipemoe.plan.auto.figures import layers_and_events, predict, set_bounds
-from pipemoe.plan.auto.problem import AS_USUAL, LONGEST, allowed_ns, best_place, objective_ns, place_of, price_of
-from pipemoe.plan.clock.arrivals import take_own_rows_first
-from pipemoe.plan.clock.columns import cut_columns
+from pipemoe.plan.auto.problem import LONGEST, allowed_ns, best_candidate, objective_ns, price_of
 from pipemoe.plan.clock.layer import cut_waves, layer_costs, merge_alike_ranks
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import usual_sms_left
@@ -30,53 +28,50 @@ def microbatches_of(kind, tokens, starts, first, ratio, num_slots):
 
 
 @compiled(seconds=20)
-def search(kinds, forms, problem, only_chosen):
-    """Looks for the best of the candidates `kinds` in forms[0], AS_USUAL.
+def search(kinds, problem, only_chosen):
+    """Looks for the best of the candidates `kinds`.
 
-    Returns figures and lefts (see problem.py); margins [N]; there [N], whether a candidate applies; the best place; the
-    lowest slowest time; the events that choosing took; and, unless only_chosen, figures of the candidates that were
-    passed over.
+    Returns figures (see problem.py); lefts [N], how many multiprocessors experts leave; the best candidate, or -1; the
+    events that choosing took; and, unless only_chosen, figures of the candidates that were passed over.
     """
-    figures = np.full((len(kinds), len(forms), 3, 3), NEVER, np.int64)
-    lefts = np.zeros((len(kinds), len(forms), 3), np.int64)
+    figures, lefts = np.full((len(kinds), 3), NEVER, np.int64), np.zeros(len(kinds), np.int64)
     margins = np.full(len(kinds), 1000, np.int64)
     bounds, price = np.empty((len(kinds), 3), np.int64), np.full(len(kinds), NEVER, np.int64)
-    index, priced = _price_all(kinds, forms[0], problem, lefts, margins, bounds, price)
+    index, priced = _price_all(kinds, problem, lefts, margins, bounds, price)
     there = index >= 0
-    best, lowest, events, looked_at = place_of(-1, 0, AS_USUAL), NEVER, 0, index < 0
+    best, lowest, events, looked_at = -1, NEVER, 0, index < 0
     # permille: the least by which a slowest time was above its bound, and a price above its guess
     late, dear = NEVER, NEVER
     for turn in range(len(kinds)):
         allowed, best_price = NEVER, NEVER
-        if best[0] >= 0:
+        if best >= 0:
             allowed, best_price = allowed_ns(lowest, problem), price_of(figures, margins, problem, best)
         k, doubtful = _next_to_run(turn, looked_at, bounds, price, late, dear, allowed, best_price)
         if looked_at[k]:
             break
         looked_at[k] = True
         least = scaled(objective_ns(bounds[k], problem), margins[k], 1000)
-        if bounds[k, 1] > allowed or (best[0] >= 0 and bounds[k, 1] >= lowest and least >= best_price):
+        if bounds[k, 1] > allowed or (best >= 0 and bounds[k, 1] >= lowest and least >= best_price):
             continue
         costs, weight = priced[index[k]]
         needed, most = layers_and_events(costs, problem.num_layers)[1], DOUBTFUL_EVENTS if doubtful else MOST_EVENTS
         if turn and (needed > CANDIDATE_EVENTS + 100 or events + needed > most):
             continue
-        usual = place_of(k, 0, AS_USUAL)
-        events += predict(costs, weight, problem, lefts, usual, figures)
-        late = min(late, min(figures[usual][1], LONGEST) * 1000 // bounds[k, 1])
-        dear = min(dear, min(price_of(figures, margins, problem, usual), LONGEST) * 1000 // price[k])
-        lowest = min(lowest, figures[usual][1])
-        best = best_place(figures, margins, lowest, problem)
+        events += predict(costs, weight, problem, lefts[k], figures[k])
+        late = min(late, min(figures[k, 1], LONGEST) * 1000 // bounds[k, 1])
+        dear = min(dear, min(price_of(figures, margins, problem, k), LONGEST) * 1000 // price[k])
+        lowest = min(lowest, figures[k, 1])
+        best = best_candidate(figures, margins, lowest, problem)
     passed_over = np.full(figures.shape, NEVER, np.int64)
     for k in range(0 if only_chosen else len(kinds)):
-        if there[k] and figures[k, 0, AS_USUAL, 1] == NEVER:
+        if there[k] and figures[k, 1] == NEVER:
             costs, weight = priced[index[k]]
-            predict(costs, weight, problem, lefts, place_of(k, 0, AS_USUAL), passed_over)
-    return figures, lefts, margins, there, best, lowest, events, passed_over
+            predict(costs, weight, problem, lefts[k], passed_over[k])
+    return figures, lefts, best, events, passed_over
 
 
 @compiled_part
-def _price_all(kinds, form, problem, lefts, margins, bounds, price):
+def _price_all(kinds, problem, lefts, margins, bounds, price):
     """Fill in lefts, margins, bounds and price of every candidate that applies and does not repeat an earlier one.
 
     Returns index [N] and a list of layer costs with ranks' weights. index: where a candidate's costs are in the list;
@@ -100,8 +95,7 @@ def _price_all(kinds, form, problem, lefts, margins, bounds, price):
         if again:
             continue
         margins[k] += COHORT_MARGIN * microbatches[-1, 0]
-        whole, weight, _, lefts[k, 0, AS_USUAL] = costs_of(microbatches, form, problem)
-        costs = cut_columns(whole, problem.rates, form[0])
+        costs, weight, lefts[k] = costs_of(microbatches, problem)
         set_bounds(costs, weight, problem.rates, problem.speeds[USUAL], problem.num_layers, num_slots, bounds[k], guess)
         price[k] = scaled(objective_ns(guess, problem), margins[k], 1000)
         index[k] = len(priced)
@@ -136,24 +130,21 @@ def _next_to_run(turn, looked_at, bounds, price, late, dear, allowed, best_price
 
 
 @compiled_part
-def costs_of(microbatches, form, problem):
-    """Costs of a layer of these cohorts in a form, not yet cut into blocks of columns. Also how many ranks each of its
-    columns stands for, the rows of the waves, and how many multiprocessors are left as usual.
+def costs_of(microbatches, problem):
+    """Costs of a layer of these cohorts. Also how many ranks each of its columns stands for, and how many
+    multiprocessors are left.
     """
     num_cohorts, num_slots, rates = microbatches[-1, 0] + 1, problem.num_slots, problem.rates
     num_experts, top_k = problem.num_experts, problem.top_k
-    arrive = form[1] != 0
     segments, wave_rows, num_waves = cut_waves(microbatches, num_cohorts, problem.most_rows)
     starts, first = problem.starts, problem.first
     waits = attention_waits(microbatches, num_cohorts, starts, first, num_slots)
     left = problem.forced_sms_left
     if left < 0:
-        left = usual_sms_left(rates, num_waves, form[0], num_slots, arrive)
-    gather, gathered = problem.gather, np.int64(0 if arrive else 2)
+        left = usual_sms_left(rates, num_waves, num_slots)
+    gathered = np.int64(2)  # waves of equal segments
     costs = layer_costs(
-        segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, gather, gathered, left
+        segments, wave_rows, num_waves, waits, starts, first, rates, num_experts, top_k, problem.gather, gathered, left
     )
-    if arrive:
-        costs = take_own_rows_first(costs, segments, wave_rows, rates, num_experts, top_k, left)
     whole, weight = merge_alike_ranks(costs, rates.cores_permille > 0)
-    return whole, weight, wave_rows, left
+    return whole, weight, left

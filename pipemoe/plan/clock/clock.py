@@ -128,7 +128,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
 @compiled_part
 def _new_clock(costs, keys, slots, num_layers, num_buffers):
     """At the beginning: nothing is issued."""
-    own, num_blocks = costs.own, costs.num_blocks
+    own = costs.own
     num_cohorts, num_ranks, most_waves = own.shape
     cohorts = np.empty(num_cohorts, COHORT)
     state, host = np.zeros((num_ranks, num_cohorts), STATE), np.zeros(num_ranks, HOST)
@@ -137,7 +137,6 @@ def _new_clock(costs, keys, slots, num_layers, num_buffers):
     for c in range(num_cohorts):
         waves = costs.num_waves[c]
         cohorts[c].waves, cohorts[c].before, cohorts[c].slot = waves, -1, slots[c]
-        cohorts[c].blocks, cohorts[c].works = waves * num_blocks, waves * (costs.num_early + num_blocks)
         for e in range(c):
             if slots[e] == slots[c]:
                 cohorts[c].before = e
@@ -149,7 +148,7 @@ def _new_clock(costs, keys, slots, num_layers, num_buffers):
             host[r].end, state[r, c].end, state[r, c].last_own = NEVER, NEVER, -1
             for w in range(waves):
                 if own[c, r, w]:
-                    state[r, c].last_own = (w + 1) * num_blocks - 1
+                    state[r, c].last_own = w
     return Clock(state, host, transfers, cohorts, templates, keys, num_layers, num_buffers)
 
 
@@ -184,7 +183,7 @@ def _end_on_rank(clock, costs, finish, computed, r, now, keep):
         if host.kind == DISPATCH_OP:
             clock.state[r, host.cohort].posted[DISPATCH] += 1
         elif host.kind == COMBINE_OP:
-            clock.state[r, host.cohort].posted[COMBINE] += costs.num_blocks
+            clock.state[r, host.cohort].posted[COMBINE] += 1
         host.end = NEVER
     for c in range(len(clock.cohorts)):
         state = clock.state[r, c]
@@ -196,7 +195,7 @@ def _end_on_rank(clock, costs, finish, computed, r, now, keep):
             state.work_place += 1
             if state.work_layer == clock.num_layers:
                 finish[c, r] = now
-            if state.work_layer == clock.num_layers or state.work_place > clock.cohorts[c].works:
+            if state.work_layer == clock.num_layers or state.work_place > clock.cohorts[c].waves:
                 state.work_layer += 1
                 state.work_place = 0
     return any_ended
@@ -210,7 +209,7 @@ def _end_transfer(clock, moved, side, c, now, keep):
         moved[c, side, transfer.arrived, 1] = now
     transfer.arrived += 1
     transfer.wave += 1
-    if transfer.wave == (cohort.waves if side == DISPATCH else cohort.blocks):
+    if transfer.wave == cohort.waves:
         transfer.layer += 1
         transfer.wave = 0
     transfer.sending, transfer.arrival, transfer.num_ready = False, NEVER, 0

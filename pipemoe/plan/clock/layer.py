@@ -24,9 +24,7 @@ DISPATCH, COMBINE = 0, 1
 
 
 class LayerCosts(NamedTuple):
-    """A layer of C cohorts on R ranks, in at most W waves. Cut into blocks of columns, see columns.py; with early
-    parts, see arrivals.py.
-    """
+    """A layer of C cohorts on R ranks, in at most W waves."""
 
     num_waves: Any  # [C]
     compute: Any  # [C, R, 3 + W, 2]: attend, experts of each wave, finish, the first layer's attend; ns ALONE and BUSY
@@ -35,18 +33,6 @@ class LayerCosts(NamedTuple):
     ends: Any  # [C, R]: sequences whose last token the cohort holds
     waits: Any  # [C, C]: see attention_waits
     issue: Any  # [C, R]: ns to issue an attend
-    num_blocks: Any  # of columns
-    gathered: Any  # bool [C, W]: is the wave dispatched by one all-gather?
-    early: Any  # [C, R, W, 2]: what experts compute of a wave before its dispatch has arrived; ns ALONE and BUSY
-    num_early: Any  # 1 if there are such early parts; 0, and early too, if there are none
-
-
-@compiled_part
-def with_costs(costs, compute, exchange, num_blocks, early, num_early):
-    """The same layer with other times of its operations."""
-    own, ends, waits, issue = costs.own, costs.ends, costs.waits, costs.issue
-    gathered, num_waves = costs.gathered, costs.num_waves
-    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, early, num_early)
 
 
 @compiled_part
@@ -107,7 +93,6 @@ def layer_costs(
     owned = np.zeros((num_cohorts, most_waves, num_ranks), np.int64)
     calls = np.zeros((num_cohorts, most_waves), np.int64)
     begin = np.zeros((num_cohorts, most_waves), np.int64)  # the wave's first segment
-    in_one_call = np.zeros((num_cohorts, most_waves), np.bool_)
     for i in range(len(segments)):
         c, w, r, start, stop = segments[i, 0], segments[i, 1], segments[i, 2], segments[i, 3], segments[i, 4]
         own[c, r, w] = True
@@ -136,7 +121,6 @@ def layer_costs(
             one_call = gathered == 1 or (
                 gathered == 2 and is_even(of_wave[:, 2], of_wave[:, 4] - of_wave[:, 3], num_ranks)
             )
-            in_one_call[c, w] = one_call
             least = wave_rows[c, w] // num_ranks if one_call else owned[c, w].min()
             num_calls = 1 if one_call else calls[c, w]
             busy = scaled(wave_rows[c, w] - least, rates.dispatch_row_ps, 1000)
@@ -172,22 +156,7 @@ def layer_costs(
                     first_busy_ns,
                 )
                 compute[c, r, FINISH, ALONE] = compute[c, r, FINISH, BUSY] = rates.finish_ns
-    early = np.zeros((num_cohorts, num_ranks, most_waves, 2), np.int64)
-    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, 1, in_one_call, early, 0)
-
-
-@compiled_part
-def leaving_sms(costs, wave_rows, rates, num_experts, top_k, num_ranks, sms_left):
-    """The same layer, not yet cut into blocks of columns, with experts that leave `sms_left` multiprocessors.
-    num_ranks: before alike ones were merged.
-    """
-    compute = costs.compute.copy()
-    for c in range(len(costs.num_waves)):
-        for w in range(costs.num_waves[c]):
-            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
-            for r in range(compute.shape[1]):
-                compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
-    return with_costs(costs, compute, costs.exchange, 1, costs.early, 0)
+    return LayerCosts(num_waves, compute, exchange, own, ends, waits, issue)
 
 
 @compiled_look
@@ -221,7 +190,7 @@ def merge_alike_ranks(costs, on_cores):
     ALIKE_PARTS. If that leaves more than MOST_RANKS, the difference does not count: the longest holds up the others. On
     cores that all ranks share, every rank counts.
     """
-    of_ranks, own_of, issue_of, ends_of, early_of = costs.compute, costs.own, costs.issue, costs.ends, costs.early
+    of_ranks, own_of, issue_of, ends_of = costs.compute, costs.own, costs.issue, costs.ends
     num_cohorts, num_ranks, num_works = of_ranks.shape[0], of_ranks.shape[1], of_ranks.shape[2]
     class_of, chosen = np.empty(num_ranks, np.int64), np.empty(num_ranks, np.int64)
     count = 0
@@ -242,7 +211,6 @@ def merge_alike_ranks(costs, on_cores):
     compute = np.empty((num_cohorts, count, num_works, 2), np.int64)
     own = np.empty((num_cohorts, count, own_of.shape[2]), np.bool_)
     issue = np.empty((num_cohorts, count), np.int64)
-    early = np.zeros((num_cohorts, count, own_of.shape[2], 2), np.int64)
     ends, weight = np.zeros((num_cohorts, count), np.int64), np.zeros(count, np.int64)
     for c in range(num_cohorts):
         for k in range(count):
@@ -253,15 +221,6 @@ def merge_alike_ranks(costs, on_cores):
                 own[c, k, w] = own_of[c, chosen[k], w]
         for r in range(num_ranks):
             ends[c, class_of[r]] += ends_of[c, r]
-            for w in range(own_of.shape[2] if costs.num_early else 0):  # all wait for the rank with the most to compute
-                for kind in range(2):
-                    early[c, class_of[r], w, kind] = max(early[c, class_of[r], w, kind], early_of[c, r, w, kind])
-                    compute[c, class_of[r], 1 + w, kind] = max(
-                        compute[c, class_of[r], 1 + w, kind], of_ranks[c, r, 1 + w, kind]
-                    )
     for r in range(num_ranks):
         weight[class_of[r]] += 1
-    num_waves, exchange, waits, gathered = costs.num_waves, costs.exchange, costs.waits, costs.gathered
-    num_blocks, num_early = costs.num_blocks, costs.num_early
-    merged = LayerCosts(num_waves, compute, exchange, own, ends, waits, issue, num_blocks, gathered, early, num_early)
-    return merged, weight
+    return LayerCosts(costs.num_waves, compute, costs.exchange, own, ends, costs.waits, issue), weight

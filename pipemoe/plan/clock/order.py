@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipemoe.plan.clock.columns import issuing_ns
 from pipemoe.plan.clock.layer import ALONE, COMBINE, DISPATCH, FIRST_ATTEND
 from pipemoe.plan.clock.rules import ATTEND_OP, COMBINE_OP, DISPATCH_OP, FINISH_OP, layer_template
 from pipemoe.plan.compiled import compiled_part
@@ -14,11 +13,10 @@ from pipemoe.plan.waits import LAYER_OF
 @compiled_part
 def order_keys(costs, rates, num_slots, num_layers):
     """[C, n] ns: when each cohort's operations would start, in the order in which it runs them."""
-    num_waves, num_blocks, works = costs.num_waves, costs.num_blocks, costs.num_early + costs.num_blocks
+    num_waves = costs.num_waves
     # taking an array out of the tuple counts references, so not inside loops
     compute, exchange, waits, issue = costs.compute, costs.exchange, costs.waits, costs.issue
     num_cohorts, most_waves = len(num_waves), costs.own.shape[2]
-    host_experts_ns, host_combine_ns = issuing_ns(rates, num_blocks)
     keys = np.zeros((num_cohorts, num_layers * (1 + 3 * most_waves) + 1), np.int64)
     attended = np.zeros((num_cohorts, num_layers), np.int64)
     nanoseconds, first = np.zeros((num_cohorts, 1 + 3 * most_waves), np.int64), np.zeros(num_cohorts, np.int64)
@@ -32,12 +30,10 @@ def order_keys(costs, rates, num_slots, num_layers):
                     first[c] = max(first[c], compute[c, r, FIRST_ATTEND, ALONE], issue[c, r])
             elif kind == DISPATCH_OP:
                 nanoseconds[c, j] = max(exchange[c, DISPATCH, wave, ALONE], rates.host_dispatch_ns)
-            elif kind == COMBINE_OP:  # its last block of columns; the others run beside the experts
-                nanoseconds[c, j] = max(exchange[c, COMBINE, (wave + 1) * num_blocks - 1, ALONE], host_combine_ns)
+            elif kind == COMBINE_OP:
+                nanoseconds[c, j] = max(exchange[c, COMBINE, wave, ALONE], rates.host_combine_ns)
             else:
-                for work in range(1 + wave * works, 1 + (wave + 1) * works):
-                    nanoseconds[c, j] += compute[c, 0, work, ALONE]
-                nanoseconds[c, j] = max(nanoseconds[c, j], host_experts_ns)
+                nanoseconds[c, j] = max(compute[c, 0, 1 + wave, ALONE], rates.host_experts_ns)
     now = np.zeros(num_cohorts, np.int64)
     for turn in range(0, num_cohorts, num_slots):
         in_turn = range(turn, min(turn + num_slots, num_cohorts))

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipemoe.errors import PlanError
-from pipemoe.plan.clock.arrivals import take_own_rows_first
 from pipemoe.plan.clock.clock import run_clock
-from pipemoe.plan.clock.columns import cut_columns
 from pipemoe.plan.clock.layer import COMBINE, DISPATCH, LayerCosts, layer_costs
 from pipemoe.plan.clock.rules import NEVER
 from pipemoe.plan.clock.sms import speeds_where_left
@@ -59,9 +57,8 @@ def simulate(plan: Plan, cost: CostModel, *, spans: bool | Collection[int] = Fal
         keys[cohort, : len(positions)] = positions
     slots = np.array([c.slot for c in plan.cohorts], dtype=np.int64)
     keep = bool(spans)
-    blocks, works = waves * costs.num_blocks, waves * (costs.num_early + costs.num_blocks)
-    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + works) + 1, 2) if keep else (1, 1, 1, 1), np.int64)
-    moved = np.zeros((num_cohorts, 2, num_layers * blocks, 2) if keep else (1, 1, 1, 1), np.int64)
+    computed = np.zeros((num_cohorts, num_ranks, num_layers * (1 + waves) + 1, 2) if keep else (1, 1, 1, 1), np.int64)
+    moved = np.zeros((num_cohorts, 2, num_layers * waves, 2) if keep else (1, 1, 1, 1), np.int64)
     weight = np.ones(num_ranks, np.int64)
     rates = rates_of(cost)
     speeds = speeds_where_left(rates, speeds_of(cost), plan.sms_left, plan.num_slots_used)
@@ -94,14 +91,11 @@ def costs_of(plan: Plan, cost: CostModel) -> LayerCosts:
     starts, first = plan.facts.flat_boundaries
     num_experts, top_k = plan.shape.num_experts, plan.shape.top_k
     table = np.array(segments, dtype=np.int64)
-    gather, gathered, left = plan.config.combine == "gather", plan.gathered_waves, plan.sms_left
+    gather, gathered, left = plan.config.combine == "gather", plan.config.gathered_waves, plan.sms_left
     rates = rates_of(cost)
-    costs = layer_costs(
+    return layer_costs(
         table, rows, num_waves, plan.waits, starts, first, rates, num_experts, top_k, gather, gathered, left
     )
-    if plan.arrivals:
-        costs = take_own_rows_first(costs, table, rows, rates, num_experts, top_k, left)
-    return cut_columns(costs, rates, plan.num_column_blocks)
 
 
 def _last_cohorts(plan: Plan) -> list[list[int]]:
@@ -121,17 +115,12 @@ def _spans(
 ) -> tuple[tuple[Op, Interval], ...]:
     spans = []
     for op in plan.ops:
-        waves, num_blocks = int(costs.num_waves[op.cohort]), costs.num_blocks
-        parts = costs.num_early + num_blocks
-        blocks, works = waves * num_blocks, waves * parts
-        if op.kind is OpKind.DISPATCH:
-            spans.append((op, tuple(moved[op.cohort, DISPATCH, op.layer * waves + op.wave].tolist())))
-        elif op.kind is OpKind.COMBINE:  # one for each block of columns
-            first = op.layer * blocks + op.wave * num_blocks
-            spans += [(op, tuple(span)) for span in moved[op.cohort, COMBINE, first : first + num_blocks].tolist()]
+        waves = int(costs.num_waves[op.cohort])
+        if op.kind in (OpKind.DISPATCH, OpKind.COMBINE):
+            side = DISPATCH if op.kind is OpKind.DISPATCH else COMBINE
+            span = moved[op.cohort, side, op.layer * waves + op.wave]
         else:
-            first = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave * parts, OpKind.FINISH: 1 + works}[op.kind]
-            last = first + (parts - 1 if op.kind is OpKind.EXPERTS else 0)
-            of_layer = computed[op.cohort, rank, op.layer * (1 + works) :]
-            spans.append((op, (int(of_layer[first, 0]), int(of_layer[last, 1]))))
+            place = {OpKind.ATTEND: 0, OpKind.EXPERTS: 1 + op.wave, OpKind.FINISH: 1 + waves}[op.kind]
+            span = computed[op.cohort, rank, op.layer * (1 + waves) + place]
+        spans.append((op, (int(span[0]), int(span[1]))))
     return tuple(sorted(spans, key=lambda span: (span[1], span[0])))

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipemoe.plan.clock.columns import issuing_ns
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND
 from pipemoe.plan.compiled import compiled_part, compiled_rule
 from pipemoe.plan.schedule import MAX_GROUPS
@@ -25,8 +24,6 @@ COHORT = np.dtype(  # [C]
         ("waves", "i8"),
         ("before", "i8"),  # the cohort that had the slot, or -1
         ("slot", "i8"),
-        ("blocks", "i8"),  # of columns, in all waves
-        ("works", "i8"),  # computations of experts: early parts and blocks, in all waves
     ]
 )
 STATE = np.dtype(  # [R, C]: a cohort on a rank
@@ -40,7 +37,7 @@ STATE = np.dtype(  # [R, C]: a cohort on a rank
         ("queued", "i8"),  # computations issued
         ("done", "i8"),  # computations
         ("work_layer", "i8"),  # of the next computation: its layer,
-        ("work_place", "i8"),  # and 0 attend or finish, then each wave's experts: early part, block by block
+        ("work_place", "i8"),  # and 0 attend or finish, then each wave's experts
         ("active", "i8"),  # is a computation under way?
         ("left", "i8"),  # ns at full speed that it had left
         ("since", "i8"),  # at this time
@@ -54,7 +51,7 @@ TRANSFER = np.dtype(  # [2, C]: dispatches and combines
     [
         ("arrived", "i8"),  # complete
         ("layer", "i8"),  # of the next one,
-        ("wave", "i8"),  # and its wave; of combines this counts blocks of columns, of all waves
+        ("wave", "i8"),  # and its wave
         ("num_ready", "i8"),  # ranks that are ready for it
         ("sending", "i8"),  # is it under way?
         ("rest", "i8"),  # ns at full speed that it had left
@@ -135,9 +132,9 @@ def issue_next(clock, costs, rates, r, now):
     elif kind == DISPATCH_OP:
         takes = rates.host_dispatch_ns + (rates.host_pack_ns if costs.own[c, r, wave] else 0)
     elif kind == EXPERTS_OP:
-        takes = issuing_ns(rates, costs.num_blocks)[0]
+        takes = rates.host_experts_ns
     elif kind == COMBINE_OP:
-        takes = issuing_ns(rates, costs.num_blocks)[1]
+        takes = rates.host_combine_ns
     else:
         takes = rates.host_finish_ns if mine.last_own >= 0 else rates.host_idle_ns
     mine.issued += 1
@@ -147,7 +144,7 @@ def issue_next(clock, costs, rates, r, now):
         mine.issue_place = 0
     host[r].end, host[r].kind, host[r].cohort = now + takes, kind, c
     if kind != DISPATCH_OP and kind != COMBINE_OP:
-        mine.queued += costs.num_early + costs.num_blocks if kind == EXPERTS_OP else 1
+        mine.queued += 1
 
 
 @compiled_rule
@@ -173,11 +170,9 @@ def demand_of(alone, busy, takes, rates):
 
 @compiled_rule
 def begin_computation(clock, costs, rates, c, r, now):
-    """Begin the next computation of cohort c on rank r, if it may; returns whether it did. An early part waits for no
-    dispatch; what follows it does.
-    """
+    """Begin the next computation of cohort c on rank r, if it may; returns whether it did."""
     state, host, transfers, cohorts = clock.state, clock.host, clock.transfers, clock.cohorts
-    compute, num_blocks, num_early, num_layers = costs.compute, costs.num_blocks, costs.num_early, clock.num_layers
+    compute, num_layers = costs.compute, clock.num_layers
     mine = state[r, c]
     op, before = mine.done, cohorts[c].before
     if mine.active or mine.queued <= op or (op == 0 and before >= 0 and state[r, before].work_layer <= num_layers):
@@ -196,20 +191,15 @@ def begin_computation(clock, costs, rates, c, r, now):
             if layer == 0:
                 work = compute.shape[2] + FIRST_ATTEND
     else:
-        works = num_early + num_blocks
-        wave, part = (work - 1, 0) if works == 1 else ((work - 1) // works, (work - 1) % works)
-        if part == num_early and not _has_arrived(transfers, DISPATCH, c, layer, wave):
+        wave = work - 1
+        if not _has_arrived(transfers, DISPATCH, c, layer, wave):
             return False
-        if part == 0:
-            before_layer, before_wave = _earlier(layer, wave, clock.num_buffers, cohorts[c].waves)
-            if before_layer >= 0 and not _has_arrived(
-                transfers, COMBINE, c, before_layer, (before_wave + 1) * num_blocks - 1
-            ):
-                return False
+        before_layer, before_wave = _earlier(layer, wave, clock.num_buffers, cohorts[c].waves)
+        if before_layer >= 0 and not _has_arrived(transfers, COMBINE, c, before_layer, before_wave):
+            return False
     takes = compute[c, r, work, ALONE]
-    being_issued = num_early + num_blocks if host[r].kind == EXPERTS_OP else 1  # the last of those queued
     issuing = host[r].end != NEVER and host[r].cohort == c and host[r].kind % 2 == 0
-    if issuing and mine.queued - op <= being_issued:
+    if issuing and mine.queued - op <= 1:
         takes = max(takes, host[r].end - now)
     mine.active, mine.left, mine.since = True, takes, now
     mine.demand = demand_of(compute[c, r, work, ALONE], compute[c, r, work, BUSY], takes, rates)
@@ -311,17 +301,13 @@ def share_links(transfers, beside, speeds, now):
 def is_ready(clock, costs, side, c, r):
     """Does rank r have all that its part of cohort c's next transfer needs?"""
     mine, transfer = clock.state[r, c], clock.transfers[side, c]
-    num_blocks, num_early = costs.num_blocks, costs.num_early
     if mine.posted[side] <= transfer.arrived:
         return False
     layer, wave = transfer.layer, transfer.wave
     work_layer, work_place = mine.work_layer, mine.work_place
     if side == COMBINE:
-        work = 1 + wave + (num_early * (1 + wave // num_blocks) if num_early else 0)
-        return work_layer > layer or (work_layer == layer and work_place > work)
+        return work_layer > layer or (work_layer == layer and work_place > 1 + wave)
     if costs.own[c, r, wave] and (work_layer < layer or (work_layer == layer and work_place == 0)):
         return False
     layer, wave = _earlier(layer, wave, clock.num_buffers, clock.cohorts[c].waves)  # of the buffer's reader before
-    return (
-        layer < 0 or work_layer > layer or (work_layer == layer and work_place > (1 + wave) * (num_early + num_blocks))
-    )
+    return layer < 0 or work_layer > layer or (work_layer == layer and work_place > 1 + wave)

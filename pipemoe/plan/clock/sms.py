@@ -1,8 +1,7 @@
 """How many multiprocessors the experts' persistent kernels leave to collectives beside them.
 
 If a kernel has a block for every multiprocessor and a collective holds one of them, one block waits for a place, and
-all others wait for that block. A plan chooses from a few numbers, so that experts can be prepared for each at set-up:
-none, room for the collectives of the slots that it uses, and twice as much.
+all others wait for that block. So plans leave room for the collectives of the slots that they use.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ def room_for_collectives(num_sms, ctas, num_slots):
 
 
 @compiled_part
-def usual_sms_left(rates, num_waves, num_blocks, num_slots, arrivals):
+def usual_sms_left(rates, num_waves, num_slots):
     """Room for the collectives of the slots that cohorts of `num_waves` [C] waves use. None if no collective can run
-    beside experts: with one wave in one block, taken whole, everything waits for everything.
+    beside experts: with one wave everything waits for everything.
     """
-    if num_blocks == 1 and num_waves.sum() <= 1 and not arrivals:
+    if num_waves.sum() <= 1:
         return 0
     return room_for_collectives(rates.sms_num_sms, rates.sms_ctas, min(len(num_waves), num_slots))
 
@@ -55,4 +54,4 @@ def possible_sms_left(config: PlanConfig, sms: SmsCost) -> tuple[int, ...]:
     if forced is not None:
         return (forced,)
     rooms = [room_for_collectives(sms.num_sms, sms.ctas, slots) for slots in range(1, config.max_slots + 1)]
-    return tuple(sorted({0, *rooms, *(2 * room for room in rooms if config.mode == "auto")}))
+    return tuple(sorted({0, *rooms}))

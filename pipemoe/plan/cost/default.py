@@ -93,7 +93,6 @@ def default_cost(
             pair_ps=compute_ps(2 * dimensions.expert_weights, reached["grouped"]) + glue_ps,
             row_ps=shape.top_k * 1000,
             tile_rows=fixed["tile_rows"],
-            blockwise_permille=fixed["blockwise_permille"],
         ),
         dispatch=exchange(row_bytes or row_bytes_of(shape.hidden, value_bytes, shape.top_k)),
         combine=exchange(shape.hidden * sum_bytes),

@@ -19,15 +19,11 @@ from pipemoe.output_path import write_whole
 from pipemoe.plan.cost.model import CostModel, cost_from_dict
 
 SCHEMA = "pipemoe.cost/7"
-_BLOCKWISE_IN_FILES = "sliced_permille"  # what files of this version call it
 
 
 def write_cost(path: str | os.PathLike[str], subject: Mapping[str, Any], cost: CostModel) -> None:
     """Readers see the old file or the whole new one. Raises InputError if it cannot be written."""
-    values = asdict(cost)
-    document = {"schema": SCHEMA, "subject": dict(subject), "cost": values}
-    experts = values["experts"]
-    experts[_BLOCKWISE_IN_FILES] = experts.pop("blockwise_permille")
+    document = {"schema": SCHEMA, "subject": dict(subject), "cost": asdict(cost)}
     write_whole(path, json.dumps(document, indent=1) + "\n")
 
 
@@ -63,8 +59,7 @@ def subject_and_cost(raw: bytes, path: str | os.PathLike[str]) -> tuple[dict[str
         schema, found = document["schema"], dict(document["subject"])
         if schema != SCHEMA:
             raise ConfigError(f"{path}: schema is {schema!r}, not {SCHEMA!r}; run pipemoe tune again")
-        experts = document["cost"]["experts"]
-        experts["blockwise_permille"] = experts.pop(_BLOCKWISE_IN_FILES)
+        document["cost"]["experts"].pop("sliced_permille", None)  # files have it from before blocks of columns went
         return found, cost_from_dict(document["cost"])
     except ConfigError as error:
         raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from None

@@ -7,7 +7,7 @@ an operation take up to a thousand times as long; with that, the clock's product
 from __future__ import annotations
 
 from pipemoe.errors import InputError
-from pipemoe.plan.config import MOST_BLOCKS, PlanConfig
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.model import GRAPH_ROWS, CostModel
 from pipemoe.plan.schedule import MAX_GROUPS, Facts, ModelShape
 
@@ -57,19 +57,14 @@ def longest_ns(facts: Facts, shape: ModelShape, config: PlanConfig, cost: CostMo
 
     pair_ps = (rows * shape.top_k + waves * local * (experts.tile_rows + 1)) * experts.pair_ps
     pair_ps = pair_ps * max(1, cost.sms.num_sms) // (config.num_sms or max(1, cost.sms.num_sms // 2))
-    of_experts = (
-        waves * (MOST_BLOCKS * experts.fixed_ns + local * experts.expert_ns) + (pair_ps + rows * experts.row_ps) // 1000
-    )
-    of_experts *= 1 + (config.arrivals is not False)  # own rows and the others' in calls of their own
+    of_experts = waves * (experts.fixed_ns + local * experts.expert_ns) + (pair_ps + rows * experts.row_ps) // 1000
 
     of_transfers = 0
     for exchange in (cost.dispatch, cost.combine):
-        calls = waves * MOST_BLOCKS * (exchange.fixed_ns + (microbatches + num_ranks) * exchange.segment_ns)
+        calls = waves * (exchange.fixed_ns + (microbatches + num_ranks) * exchange.segment_ns)
         of_transfers += calls + num_ranks * rows * exchange.row_ps // 1000
 
     issuing = microbatches * (host.attend_ns + host.graph_ns + host.finish_ns + host.idle_ns)
-    issuing += waves * (
-        MAX_GROUPS * host.dispatch_ns + host.pack_ns + MOST_BLOCKS * (host.experts_ns + host.combine_ns)
-    )
+    issuing += waves * (MAX_GROUPS * host.dispatch_ns + host.pack_ns + host.experts_ns + host.combine_ns)
     once = cost.start_ns + microbatches * cost.finish_ns
     return shape.num_layers * (of_attention + of_experts + of_transfers + issuing) + first + once

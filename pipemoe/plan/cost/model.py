@@ -66,8 +66,6 @@ class ExpertsCost(_Whole):
 
     They take `expert_ns` per distinct expert hit (reading its weights), `pair_ps` per row and local expert, with each
     expert's rows rounded up to whole tiles, and `row_ps` per row of the wave (sorting, gathering).
-    blockwise_permille: per mille of a call spent in the part that can run block by block of columns (down projection,
-    sums); 0: none can.
     """
 
     fixed_ns: int = 60_000
@@ -75,12 +73,9 @@ class ExpertsCost(_Whole):
     pair_ps: int = 14_000
     row_ps: int = 4_000
     tile_rows: int = 64
-    blockwise_permille: int = 350
 
     def __post_init__(self) -> None:
         _Whole.__post_init__(self)
-        if self.blockwise_permille > 1000:
-            raise ConfigError(f"ExpertsCost.blockwise_permille is {self.blockwise_permille}; it must be at most 1000")
         if self.tile_rows > _MOST_OF_A_KIND:
             raise ConfigError(f"ExpertsCost.tile_rows is {self.tile_rows}; it must be at most {_MOST_OF_A_KIND}")
 

@@ -51,8 +51,8 @@ HOST_ON_CPU = {
 }
 # Latencies in ns (attention, experts, a group of collectives and each of its segments, before and after a step), the
 # least that a layer's attention is busy, as its kernels take no less for few rows, rows that a tile of the experts'
-# GEMMs is rounded up to, and the permille of CostModel and ExpertsCost. GPUs: groups and steps' ends of several ranks
-# by the fit of HOST_ON_GPU, all else by the first.
+# GEMMs is rounded up to, and the permille of CostModel. GPUs: groups and steps' ends of several ranks by the fit of
+# HOST_ON_GPU, all else by the first.
 FIXED_ON_GPU = {
     "attend_ns": 5_000,
     "attend_least_ns": 110_000,
@@ -62,7 +62,6 @@ FIXED_ON_GPU = {
     "start_ns": 2_000_000,
     "finish_ns": 200_000,
     "tile_rows": 16,
-    "blockwise_permille": 350,
     "gap_permille": 500,
 }
 # Without peers nothing travels, and there is no exchange before a step.
@@ -76,7 +75,6 @@ FIXED_ON_CPU = {
     "start_ns": 940_000,
     "finish_ns": 770_000,
     "tile_rows": 6,
-    "blockwise_permille": 0,
     "gap_permille": 1000,
 }
 # See CoresCost. Several cohorts of a rank are threads that take turns. The fit of CPUs.
@@ -112,13 +110,12 @@ SMS_BETWEEN_GPUS, SMS_ON_ONE_GPU = (750, 580, 1000, 1070), (690, 1000, 1000, 111
 MOST_SMS_LEFT = 10  # one in so many
 
 # --- Mode auto's search (auto/) ---
-# Predictions are inexact, so each extra cohort must gain this many permille, and so must an unusual form or number of
-# multiprocessors. 2026-11-24 and 2026-11-25, before the fits above; no run is recorded.
-COHORT_MARGIN, FORM_MARGIN, SMS_MARGIN = 30, 10, 10
+# Predictions are inexact, so each extra cohort must gain this many permille. 2026-11-24, before the fits above; no run
+# is recorded.
+COHORT_MARGIN = 30
 # Events on the clock. A core runs some 4,000 in a millisecond, and planning should take no longer. 2026-11-25.
 MOST_EVENTS = 3_600  # in all; a candidate that would take more is not run
 DOUBTFUL_EVENTS = 2_600  # in all, for a candidate that wins only if its bound is tighter than the others' were
-LAST_EVENTS = 4_000  # with those for other forms and other numbers of multiprocessors left
 CANDIDATE_EVENTS = 550  # about as many as one candidate may take; fewer layers are simulated where one has more
 CANDIDATE_LAYERS = 16  # that are simulated at most, and half of them
 # Ranks whose attention differs by less than one part in ALIKE_PARTS are simulated as one. If more than MOST_RANKS

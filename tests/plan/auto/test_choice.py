@@ -1,6 +1,6 @@
 """Mode auto: sound plans for any counts, the same on every rank, the best of what was looked at."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,7 @@ from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import COMBINES, OBJECTIVES, PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS, cpu
-from pipemoe.plan.cost.model import ContentionCost, CostModel, ExchangeCost, HostCost, SmsCost
+from pipemoe.plan.cost.model import CostModel, ExchangeCost, HostCost, SmsCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
 from pipemoe.plan.verify import verify
@@ -24,7 +24,7 @@ SHAPE = ModelShape(1024, 32, 8, 2, 2)
 DEEP = ModelShape(2048, 768, 128, 8, 24)
 QUICK_HOST = CostModel(host=HostCost(50_000, 10_000, 10_000, 10_000, 10_000, 10_000, 1_000))  # launches do not bind
 
-SLOW_LINKS = replace(QUICK_HOST, dispatch=ExchangeCost(20_000, 5_000, 100_000))  # arrivals may pay
+SLOW_LINKS = replace(QUICK_HOST, dispatch=ExchangeCost(20_000, 5_000, 100_000))
 
 
 @st.composite
@@ -48,8 +48,6 @@ def wide_configs(draw):
         max_tokens_per_rank=10**5,
         num_slots=draw(st.integers(1, 8)),
         combine=draw(st.sampled_from(COMBINES)),
-        combine_blocks=draw(st.sampled_from((None, None, 1, 2, 5))),
-        arrivals=draw(st.sampled_from((None, None, False, True))),
         objective=draw(st.sampled_from(OBJECTIVES)),
         makespan_budget=draw(st.sampled_from((0, 0.1, 1.0))),
     )
@@ -57,8 +55,7 @@ def wide_configs(draw):
 
 def plan_of(candidate, facts, shape, config, cost):
     num_sms = cost.sms.num_sms - candidate.sms_left if cost.sms.num_sms else None
-    config = replace(config, combine_blocks=candidate.num_column_blocks, arrivals=candidate.arrivals, num_sms=num_sms)
-    return plan(facts, shape, config, cost, assignment=candidate.assignment)
+    return plan(facts, shape, replace(config, num_sms=num_sms), cost, assignment=candidate.assignment)
 
 
 costs = st.sampled_from(
@@ -86,8 +83,7 @@ def test_every_candidate_verifies_and_one_is_chosen(facts, config, cost):
         verify(plan_of(candidate, facts, SHAPE, config, cost))
     chosen = next((c for c in candidates if c.chosen), None)
     if chosen is not None:  # also by what skips all that cannot be chosen
-        form = chosen.num_column_blocks, chosen.arrivals, chosen.sms_left
-        assert (chosen.assignment, *form) == auto_assignment(facts, SHAPE, config, cost)
+        assert (chosen.assignment, chosen.sms_left) == auto_assignment(facts, SHAPE, config, cost)
 
 
 @settings(max_examples=100, deadline=None)
@@ -168,33 +164,6 @@ def test_small_steps_stay_together(tokens):
     assert len(plan(facts, DEEP, PlanConfig(), CostModel()).cohorts) == 1
 
 
-def test_sums_come_in_blocks_of_columns_where_that_hides_them():
-    """Long transfers that the experts do not slow; not where latencies, the host or the experts' own form speak against
-    it.
-    """
-    facts, config, free = (
-        Facts(((3000,),) * 4),
-        PlanConfig(moe_max_num_tokens=100_000),
-        {f.name: 1000 for f in fields(ContentionCost)},
-    )
-    cost = replace(QUICK_HOST, combine=ExchangeCost(10_000, 2_000, 60_000), contention=ContentionCost(**free))
-
-    def blocks_and_time(cost, **options):
-        p = plan(facts, DEEP, replace(config, **options), cost)
-        return p.num_column_blocks, simulate(p, cost).makespan
-
-    blocks, makespan = blocks_and_time(cost, num_slots=1)
-    assert blocks > 1 and makespan < 0.97 * blocks_and_time(cost, num_slots=1, combine_blocks=1)[1]
-    assert blocks_and_time(cost, num_slots=1, combine="gather")[0] == 1
-    for against in (
-        replace(cost, combine=ExchangeCost(2_000_000, 2_000, 60_000)),
-        replace(cost, host=replace(cost.host, combine_ns=5_000_000)),
-        replace(cost, experts=replace(cost.experts, blockwise_permille=0)),
-    ):
-        assert blocks_and_time(against, num_slots=1)[0] == 1
-    assert blocks_and_time(cost, combine_blocks=3)[0] == 3
-
-
 def test_short_sequences_leave_a_long_one_of_their_rank():
     facts = Facts(((16, 8000, 16), (16,), (16,), (16,)))
     p = plan(facts, DEEP, PlanConfig(makespan_budget=1.0), QUICK_HOST)
@@ -216,8 +185,6 @@ def test_objectives_and_budget_matter():
     ("field", "value"),
     [
         ("objective", "median"),
-        ("combine_blocks", 17),
-        ("combine_blocks", 2.0),
         ("num_sms", 0),
         ("num_sms", 2.0),
         ("makespan_budget", -0.1),

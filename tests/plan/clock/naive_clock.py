@@ -8,7 +8,6 @@ from pipemoe.plan.cost.model import rates_of
 from pipemoe.plan.schedule import MAX_GROUPS, OpKind
 
 COMPUTE = (OpKind.ATTEND, OpKind.EXPERTS, OpKind.FINISH)
-IN_BLOCKS = (OpKind.EXPERTS, OpKind.COMBINE)  # of columns; `parts` counts them
 
 
 class NaiveSimulator:
@@ -17,17 +16,14 @@ class NaiveSimulator:
         self.ranks, self.num_cohorts = range(plan.facts.num_ranks), len(plan.cohorts)
         self.ops_of = [[op for op in plan.ops if op.cohort == c] for c in range(self.num_cohorts)]
         self.position = {op: i for i, op in enumerate(plan.ops)}
-        # an early part: what experts do before a wave's dispatch arrives
-        self.num_blocks, self.num_early = plan.num_column_blocks, int(plan.arrivals)
         self.done = [set() for _ in self.ranks]
-        self.parts = [dict.fromkeys(plan.ops, 0) for _ in self.ranks]  # of an operation that are done
         self.issued = [set() for _ in self.ranks]  # issuing has begun
         self.posted = [set() for _ in self.ranks]  # collectives: issuing has ended
         self.host = [None for _ in self.ranks]  # (end, op)
         self.running = [{} for _ in self.ranks]  # computation -> end
         self.transfers = {}  # collective -> end
-        self.begun = {}  # (rank, operation) under way: when it, or the block of columns of a combine, began
-        self.spans = [[] for _ in self.ranks]  # (operation, (begin, end)); of a combine, each block of columns
+        self.begun = {}  # (rank, operation) under way: when it began
+        self.spans = [[] for _ in self.ranks]  # (operation, (begin, end))
 
     def run(self):
         """Finish [C][R] in ns; then `spans` are those of a Prediction."""
@@ -49,23 +45,17 @@ class NaiveSimulator:
                     self.host[r] = None
                 for op in [op for op, end in self.running[r].items() if end == now]:
                     del self.running[r][op]
-                    self.end_part(r, op, now)
+                    self.end(r, op, now)
                     if op.kind is OpKind.FINISH:
                         finish[op.cohort, r] = now
             for op in [op for op, end in self.transfers.items() if end == now]:
                 del self.transfers[op]
                 for r in self.ranks:
-                    self.end_part(r, op, now)
+                    self.end(r, op, now)
 
-    def end_part(self, r, op, now):
-        self.parts[r][op] += 1
-        if self.parts[r][op] == self.num_parts(op):
-            self.done[r].add(op)
-        if op in self.done[r] or op.kind is OpKind.COMBINE:
-            self.spans[r].append((op, (self.begun.pop((r, op)), now)))
-
-    def num_parts(self, op):
-        return self.num_blocks + (self.num_early if op.kind is OpKind.EXPERTS else 0) if op.kind in IN_BLOCKS else 1
+    def end(self, r, op, now):
+        self.done[r].add(op)
+        self.spans[r].append((op, (self.begun.pop((r, op)), now)))
 
     def start(self, now):
         for r in self.ranks:
@@ -87,24 +77,18 @@ class NaiveSimulator:
                 ):
                     issue_end = self.host[r][0] if self.host[r] and self.host[r][1] == op else now
                     self.running[r][op] = max(now + self.compute_ns(r, op), issue_end)
-                    self.begun.setdefault((r, op), now)
+                    self.begun[r, op] = now
         for c in range(self.num_cohorts):
             for kind in (OpKind.DISPATCH, OpKind.COMBINE):
                 op = next((op for op in self.ops_of[c] if op.kind is kind and op not in self.done[0]), None)
                 if op is None or op in self.transfers:
                     continue
                 if all(
-                    op in self.posted[r] and self.slot_is_free(r, op) and self.may_transfer(r, op) for r in self.ranks
+                    op in self.posted[r] and self.slot_is_free(r, op) and self.needs(r, op) <= self.done[r]
+                    for r in self.ranks
                 ):
-                    item = op.wave if kind is OpKind.DISPATCH else op.wave * self.num_blocks + self.parts[0][op]
                     self.begun.update({(r, op): now for r in self.ranks})
-                    self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), item, 0])
-
-    def may_transfer(self, r, op):
-        """A block of sums may as soon as it is computed."""
-        if op.kind is OpKind.COMBINE:
-            return self.parts[r][type(op)(OpKind.EXPERTS, *op[1:])] > self.num_early + self.parts[r][op]
-        return self.needs(r, op) <= self.done[r]
+                    self.transfers[op] = now + int(self.costs.exchange[c, int(kind is OpKind.COMBINE), op.wave, 0])
 
     def may_issue(self, r, op):
         if op.kind is OpKind.DISPATCH:
@@ -149,6 +133,8 @@ class NaiveSimulator:
             of_layer = layer - 1 if kind is OpKind.ATTEND else layer
             found = {make(OpKind.COMBINE, c, of_layer, w) for w in own} if of_layer >= 0 else set()
             return found | (self.attends_before(op) if kind is OpKind.ATTEND else set())
+        if kind is OpKind.COMBINE:
+            return {make(OpKind.EXPERTS, c, layer, wave)}
         earlier = layer * waves + wave - self.plan.config.num_buffers  # the wave that had the buffer
 
         def of_earlier(kind):
@@ -156,14 +142,11 @@ class NaiveSimulator:
 
         if kind is OpKind.DISPATCH:
             return ({make(OpKind.ATTEND, c, layer, 0)} if wave in own else set()) | of_earlier(OpKind.EXPERTS)
-        ahead = self.parts[r][op] < self.num_early
-        return (set() if ahead else {make(OpKind.DISPATCH, c, layer, wave)}) | of_earlier(OpKind.COMBINE)
+        return {make(OpKind.DISPATCH, c, layer, wave)} | of_earlier(OpKind.COMBINE)
 
     def compute_ns(self, r, op):
-        experts = 1 + op.wave * (self.num_early + self.num_blocks) + self.parts[r][op]
-        place = {OpKind.ATTEND: 0 if op.layer else FIRST_ATTEND, OpKind.EXPERTS: experts, OpKind.FINISH: FINISH}[
-            op.kind
-        ]
+        attend = 0 if op.layer else FIRST_ATTEND
+        place = {OpKind.ATTEND: attend, OpKind.EXPERTS: 1 + op.wave, OpKind.FINISH: FINISH}[op.kind]
         return int(self.costs.compute[op.cohort, r, place, 0])
 
     def host_ns(self, r, op):
@@ -174,6 +157,4 @@ class NaiveSimulator:
             return int(self.costs.issue[op.cohort, r])
         if op.kind is OpKind.FINISH:
             return rates.host_finish_ns if owner else rates.host_idle_ns
-        if op.kind is OpKind.EXPERTS:  # a block more: two of six launches
-            return rates.host_experts_ns * (2 + self.num_blocks) // 3
-        return rates.host_combine_ns * self.num_blocks
+        return rates.host_experts_ns if op.kind is OpKind.EXPERTS else rates.host_combine_ns

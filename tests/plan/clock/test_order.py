@@ -32,7 +32,7 @@ def cost_of(host_ns=0, **changes):
     """ns a row: attention 2, experts 12, dispatch 3, combine 5; finish 40, launches 0. host_ns: to issue anything."""
     every = {
         "attend": AttendCost(0, 0, 2_000, 0),
-        "experts": ExpertsCost(0, 0, 0, 12_000, 1, 0),
+        "experts": ExpertsCost(0, 0, 0, 12_000, 1),
         "dispatch": ExchangeCost(0, 0, 3_000),
         "combine": ExchangeCost(0, 0, 5_000),
         "host": replace(HostCost(*(host_ns,) * 9), graph_rows=0),

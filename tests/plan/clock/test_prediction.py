@@ -42,7 +42,7 @@ def small_costs(draw, contention=st.just(FREE), cores=st.just(CoresCost())):
     attend = ns()
     return CostModel(
         attend=AttendCost(ns(), ns(), ns(2000), ns(2000), ns(500, 0), ns(60, 0), ns(4000, 0), ns(4000, 0)),
-        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8), ns(1000, 0)),
+        experts=ExpertsCost(ns(), ns(5, 0), ns(2000), ns(500), ns(8)),
         dispatch=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         combine=ExchangeCost(ns(), ns(9, 0), ns(3000, 0)),
         host=HostCost(attend, ns(100, 0), ns(attend), *(ns() for _ in range(6))),
@@ -69,25 +69,6 @@ def test_same_as_the_naive_simulator(data):
     free = config.mode in ("pipelined", "per_rank")
     cost = data.draw(small_costs())
     p = plan(facts, SHAPE, config, cost, assignment=data.draw(assignments(facts)) if free else None)
-    check_against_the_naive_simulator(p, cost)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_same_as_the_naive_simulator_with_arrivals(data):
-    """Waves, cohorts one after another in a slot, blocks of columns."""
-    facts = Facts(tuple((n,) if n else () for n in data.draw(st.lists(st.integers(0, 30), min_size=4, max_size=9))))
-    blocks, one_cohort = data.draw(st.sampled_from((None, 3))), data.draw(st.booleans())
-    config = PlanConfig(
-        mode="chunked" if one_cohort else "per_rank",
-        moe_max_num_tokens=data.draw(st.integers(40, 200)),
-        num_slots=1,
-        combine_blocks=blocks,
-        arrivals=True,
-    )
-    cost = data.draw(small_costs())
-    p = plan(facts, SHAPE, config, cost, assignment=None if one_cohort else data.draw(assignments(facts)))
-    assert p.arrivals == bool(p.cohorts)
     check_against_the_naive_simulator(p, cost)
 
 
@@ -130,18 +111,16 @@ def test_lanes_run_one_thing_at_a_time_and_dependencies_hold(data):
         for of_lane in lanes.values():
             of_lane.sort()
             assert all(a[1] <= b[0] for a, b in zip(of_lane, of_lane[1:]))
-        at = dict(spans)  # of a combine in blocks of columns, its last one
+        at = dict(spans)
         for op, (begin, end) in spans:
             if op.kind is OpKind.EXPERTS:
                 dispatched = at[op._replace(kind=OpKind.DISPATCH)][1]
-                assert end >= dispatched and (begin >= dispatched or p.arrivals)
+                assert begin >= dispatched
                 assert at[op._replace(kind=OpKind.COMBINE)][0] >= at[op][1]
                 if (earlier := buffer_before(p, op)) is not None:
                     assert end >= at[earlier._replace(kind=OpKind.COMBINE)][1]
             elif op.kind is OpKind.DISPATCH and (earlier := buffer_before(p, op)) is not None:
                 assert begin >= at[earlier._replace(kind=OpKind.EXPERTS)][1]
-        combines = [op for op, _ in spans if op.kind is OpKind.COMBINE]
-        assert len(combines) == p.num_column_blocks * len(set(combines))
 
 
 @settings(max_examples=100, deadline=None)
@@ -234,44 +213,15 @@ def test_a_short_cohort_does_not_wait_for_a_long_one():
     assert two.ttft[1] < one.ttft[1] and two.mean < one.mean
 
 
-def test_blocks_of_columns_hide_the_combine_behind_the_experts():
-    """By hand, without launches to count: experts 900 of which 300 are the output, combine 300; one wave."""
-    nothing = ExchangeCost(0, 0, 0)
-    cost = CostModel(
-        AttendCost(0, 0, 0, 0),
-        ExpertsCost(0, 0, 0, 9_000, 1, 333),
-        nothing,
-        ExchangeCost(0, 0, 3_000),
-        HostCost(*(0,) * 9),
-        contention=FREE,
-        start_ns=0,
-        finish_ns=0,
-    )
-    facts, shape = Facts(((50,), (50,))), replace(SHAPE, num_layers=2)
-
-    def makespan(blocks, cost):
-        return simulate(plan(facts, shape, PlanConfig(mode="broadcast", combine_blocks=blocks), cost), cost).makespan
-
-    # First block: 601 + 149 computed, 150 combined beside the 150 of the second one, whose 150 come last.
-    assert makespan(1, cost) == 2 * 1200 and makespan(2, cost) == 2 * 1050
-    assert makespan(4, cost) < makespan(2, cost)
-    latency = replace(cost, combine=ExchangeCost(200, 0, 3_000))
-    assert makespan(8, latency) > makespan(2, latency)
-    gaps = replace(cost, experts=replace(cost.experts, fixed_ns=900))
-    # a third of the gaps again
-    assert makespan(1, gaps) == 2 * 2100 and makespan(2, gaps) == 2 * (1650 + 300 + 150 + 150)
-
-
-@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("slow", ["experts", "combine"])
-def test_a_buffer_is_used_again_when_its_last_user_is_done_with_it(slow, blocks):
+def test_a_buffer_is_used_again_when_its_last_user_is_done_with_it(slow):
     """Four waves in two buffers. What is slow holds up the wave after the next: the others are there long before."""
     nothing = replace(HostCost(*(0,) * 9), graph_rows=0)
     experts = ExpertsCost(0, 0, 0, 9_000 if slow == "experts" else 0, 1)
     combine = ExchangeCost(0, 0, 9_000 if slow == "combine" else 0)
     dispatch = ExchangeCost(0, 0, 100)
     cost = CostModel(AttendCost(0, 0, 0, 0), experts, dispatch, combine, nothing, contention=FREE, start_ns=0)
-    config = PlanConfig(mode="chunked", moe_max_num_tokens=10, combine_blocks=blocks)
+    config = PlanConfig(mode="chunked", moe_max_num_tokens=10)
     p = plan(Facts(((25,), (15,))), SHAPE, config, cost)
     check_against_the_naive_simulator(p, cost)
     begins, ends = {}, {}
