@@ -4,7 +4,7 @@
 #   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
 #
 #   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): tune ttft lockstep front memory overlap comm forward
-#                         attention families
+#                         attention families serve
 #   PIPEMOE_BENCH_ROUNDS  timed passes per mode of ttft (default: 9)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -27,7 +27,7 @@ ttft() {
     run benchmarks/ttft --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 
-for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm forward attention families}; do
+for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm forward attention families serve}; do
     case $part in
     tune) run -m pipemoe.cli tune --model $model --layers 16 --max-tokens 8192 --out "$results/cost.json" ;;
     ttft)
@@ -42,6 +42,10 @@ for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm 
     front) ttft ttft_front.json --rank-tokens 8192,1024,512,0 --modes broadcast,auto --budgets 0,5,20 --rounds 5 --parity-layers 1 ;;
     memory | overlap) run "benchmarks/$part.py" --json "$results/$part.json" ;;
     comm) run benchmarks/comm --json "$results/comm.json" ;;
+    serve) # policies over time; minutes for each seed
+        run benchmarks/serve --model $model --layers $layers --moe-max-num-tokens 8192 --most-tokens 16384 --too-long clip --num-requests 500 \
+            --cost "$results/cost.json" --json "$results/serve.json"
+        ;;
     attention) "$python" benchmarks/attention.py --json "$results/attention.json" || status=1 ;; # one kernel alone
     forward) "$python" benchmarks/forward.py --device cuda --model $model --layers $layers --vllm --json "$results/forward.json" || status=1 ;; # one rank, vLLM if it is there
     families)

@@ -29,7 +29,9 @@ from benchmarks.front_table import front_cells
 from benchmarks.kernels.table import kernels_cells, kernels_context
 from benchmarks.overlap import overlap_cells
 from benchmarks.results_schema import read_results
-from benchmarks.ttft.judge import verdict_cells
+from benchmarks.serve import judge as serve_judge
+from benchmarks.serve.table import serve_cells, serve_context
+from benchmarks.ttft import judge as ttft_judge
 from benchmarks.ttft.table import ttft_cells, ttft_context
 from pipemoe.errors import InputError
 from pipemoe.output_path import write_whole
@@ -75,12 +77,18 @@ _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] =
     "memory": _memory_cells,
     "overlap": overlap_cells,
     "kernels": kernels_cells,
+    "serve": serve_cells,
+}
+_VERDICTS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {
+    "ttft": ttft_judge.verdict_cells,
+    "serve": serve_judge.verdict_cells,
 }
 # What the rows have in common, for the line below the table.
 _CONTEXT: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], str]] = {
     "ttft": ttft_context,
     "forward": forward_context,
     "kernels": kernels_context,
+    "serve": serve_context,
 }
 
 
@@ -89,7 +97,8 @@ def markdown_table(document: Mapping[str, Any], kind: str = "results") -> str:
     rows = document["rows"]
     if not rows:
         raise InputError("the results have no rows")
-    cells = verdict_cells if kind == "verdicts" else _CELLS.get(document["benchmark"], _plain_cells)
+    made = _VERDICTS if kind == "verdicts" else _CELLS
+    cells = made.get(document["benchmark"], _plain_cells)
     table = _lines(cells(rows))
     context = _CONTEXT[document["benchmark"]](rows) if document["benchmark"] in _CONTEXT else ""
     machine = document["machine"]

@@ -80,6 +80,16 @@ def _compared(
     return Verdict(about, pick(rolling), others[best], best, unit, more_is_better)
 
 
+def verdict_cells(rows: Rows) -> list[list[str]]:
+    """Heading and a line of cells for each comparison, of one trace or of several."""
+    lines = [["trace", "figure", "rolling", "the best other", "which", "rolling is ahead"]]
+    for trace in sorted({row["trace"] for row in rows}):
+        for v in judge([row for row in rows if row["trace"] == trace]):
+            figures = [f"{value:.4g} {v.unit}" for value in (v.rolling, v.other)]
+            lines.append([trace, v.about, *figures, v.best, f"{v.ratio:.2f} x"])
+    return lines
+
+
 def verdicts(rows: Rows) -> list[str]:
     """A line for each comparison, by trace."""
     return [

@@ -109,8 +109,7 @@ class RankPlayer:
             futures.append(self._submit(engine, arrival, begin))
         while wait(futures, _LOOK_S if hopeless else None).not_done:
             if hopeless and hopeless.now(self._clock() - begin):
-                for future in futures:
-                    future.cancel()
+                futures = [future for future in futures if not future.cancel()]
                 hopeless = None
         board.meet(self._sleep)
 

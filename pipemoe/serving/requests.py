@@ -188,6 +188,7 @@ class Requests:
                 totals.first_token_seconds += first.first_token - first.queued
             self._changed.notify_all()
         if future.cancelled():
+            future.set_running_or_notify_cancel()  # or concurrent.futures.wait would wait for it for ever
             self._conductor.wake.set()
 
     def _leave_queue(self, request: _Request) -> None:

@@ -142,6 +142,7 @@ def test_cancelled_requests_hold_up_nobody(world, open_engine, is_right):
             if draw.random() < 0.5:
                 asked[draw.randrange(len(asked))][1].cancel()
         assert engine.drain(WAIT)
+        assert not wait([future for _, future in asked], WAIT).not_done
         cancelled = 0
         for tokens, future in asked:
             if future.cancelled():

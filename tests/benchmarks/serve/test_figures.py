@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.serve.judge import judge, verdicts
+from benchmarks.serve.judge import judge, verdict_cells, verdicts
 from benchmarks.serve.plot import labels_of, plot_distributions, plot_rates
 from benchmarks.serve.table import serve_cells, serve_table
 from benchmarks.serve.timeline import request_timeline, write_timeline
@@ -39,6 +39,10 @@ def test_rolling_is_judged_against_the_best_lockstep_in_each_figure():
     assert found["all at once: throughput"].ratio == pytest.approx(1.25)
     assert found["one at a time"].best == "closed_step" and found["one at a time"].ratio == pytest.approx(0.8)
     assert verdicts(ROWS)[0] == "azure, trace: capacity: rolling 9 requests/s, lockstep 64 6 requests/s: 1.50 x"
+    assert verdict_cells(ROWS)[1] == [
+        *("azure", "trace: capacity", "9 requests/s", "6 requests/s"),
+        *("lockstep 64", "1.50 x"),
+    ]
 
 
 def test_without_one_side_there_is_no_verdict():
