@@ -299,7 +299,9 @@ class RollingLoop:
 
     def _tell(self, at_once: bool) -> None:
         """Tell the peers the rounds to which this rank has posted. at_once: they may be asleep."""
-        self._world.conductor.tell_rounds([self._engine, *(slot.rounds.posted for slot in self.slots)], at_once)
+        levels = [self._engine, *(slot.rounds.posted for slot in self.slots)]
+        # Peers that share memory have seen it there.
+        self._world.conductor.tell_rounds(levels, at_once and self._world.shared is None)
 
     def abandon(self, error: PipemoeError) -> None:
         """End at the next look around, whatever the peers do; `run` raises `error`. On any thread."""
@@ -328,13 +330,22 @@ class RollingLoop:
         self._take_news(self)
         moved = False
         for slot in self.slots:
-            slot.rounds.hear(self._world.conductor.highest_round(self._engine, slot.number))
+            slot.rounds.hear(self._highest_round(slot))
             moved |= slot.advance()
         if moved:
             return 0.0
         if all(slot.is_over for slot in self.slots):
             return None
+        if self._world.shared is not None and any(slot.rounds.is_asleep for slot in self.slots):
+            self._world.lanes.wake.wants(1)  # the first peer that posts
         return min(slot.rest_seconds() for slot in self.slots)
+
+    def _highest_round(self, slot: RollingSlot) -> int:
+        """To which a peer has posted: the higher of what heartbeats and shared memory say."""
+        told = self._world.conductor.highest_round(self._engine, slot.number)
+        if self._world.shared is None:
+            return told
+        return max(told, slot.rounds.posted + self._world.shared.num_ahead(slot.number))
 
     def _late(self) -> tuple[str, float] | None:
         """See Conductor.roll."""

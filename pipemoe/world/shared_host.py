@@ -59,5 +59,9 @@ class SharedHost:
         """slot: whose round it is for; None: see World.start_gathering."""
         return self._mails[0 if slot is None else 1 + slot].start(payload, doing)
 
+    def num_ahead(self, slot: int) -> int:
+        """More than 0 if a peer has posted to a round of the slot to which this rank has not."""
+        return self._mails[1 + slot].num_ahead()
+
     def waves(self, layout: WaveMemory, memories: Sequence[np.ndarray]) -> SharedWaves:
         return SharedWaves(self.rank, layout, memories, self.bells)

@@ -52,6 +52,10 @@ class Mail:
             self._post(gathering.next_block())
         return gathering
 
+    def num_ahead(self) -> int:
+        """How many more blocks than this rank some peer has posted."""
+        return max(words.load(int(flag)) for flag in self._flags) - self._posted
+
     def move(self) -> None:
         """Go on with what is under way, as far as it goes."""
         while self._under_way:
