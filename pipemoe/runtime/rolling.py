@@ -251,7 +251,8 @@ class RollingSlot:
         seconds = time.perf_counter() - round_.begun
         self._pace.note(seconds, round_.predicted)
         self.counts.seconds += seconds
-        self._sequences.passed(self.number, round_.chunks, round_.run.failure)
+        failure, round_.run = round_.run.failure, None  # its callbacks know the round: end the circle
+        self._sequences.passed(self.number, round_.chunks, failure)
         return True
 
     def _count_move(self, _op: object) -> None:
