@@ -100,7 +100,7 @@ def test_the_log_is_what_the_plan_projects(mode, combine):
     for rank in ranks_of(3):
         rank.start_log()
         rank.note_dispatch(0, 0, wave, p.exchange(wave), WIDTH)
-        rank.note_combine(0, 0, wave, p.exchange(wave), combine, [torch.zeros((wave.num_rows, WIDTH))])
+        rank.note_combine(0, 0, wave, p.exchange(wave), combine, torch.zeros((wave.num_rows, WIDTH)))
         assert rank.take_log() == project(p, rank.rank, WIDTH, 4)
 
 
