@@ -5,11 +5,9 @@ One block per token. A thread has up to MAX_PARTS parts of the row, and their lo
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
-from pipemoe_kernels.launch.kernel import ADDRESS, INT32, Kernel, Stream
+from pipemoe_kernels.launch.kernel import ADDRESS, INT32, Kernel, Stream, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx.hopper import wait_for_earlier
 from pipemoe_kernels.ptx.lanes import PART_BYTES, WIDTH, row_sum
@@ -17,7 +15,7 @@ from pipemoe_kernels.ptx.lanes import PART_BYTES, WIDTH, row_sum
 MAX_PARTS = 4
 
 
-@cache
+@kernel_factory
 def combine_lanes_kernel(
     out_dtype: torch.dtype,
     has_bias: bool,

@@ -9,19 +9,17 @@ is.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 
 VECTOR_BYTES = 16
 WORDS = 2  # of 8 bytes, in a vector
 
 
-@cache
+@kernel_factory
 def pack_kernel(threads: int = 128) -> Kernel:
     def pack_rows(x, x_vectors, num_vectors, ids, ids_stride, weights, weights_stride, top_k, wire, row_vectors):
         token = cuda.blockIdx.x

@@ -19,14 +19,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 
 from pipemoe_kernels.element import ELEMENTS
 from pipemoe_kernels.largest_keys import NOT_TAKEN, key_of, largest_keys, words_of_groups
-from pipemoe_kernels.launch.kernel import FLOAT32_POINTER, INT32, INT32_POINTER, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import (
+    FLOAT32_POINTER,
+    INT32,
+    INT32_POINTER,
+    WORD_POINTER,
+    Kernel,
+    Stream,
+    kernel_factory,
+)
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 from pipemoe_kernels.placed_rows import PlacedRows
 
@@ -56,7 +63,7 @@ class Scoring:
     scale: float = 1.0
 
 
-@cache
+@kernel_factory
 def routing_kernel(
     dtype: torch.dtype,
     scoring: Scoring,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipemoe.experts.hopper import HopperExperts
-from pipemoe_kernels.gemm.mma import PackedMma
+from pipemoe_kernels.gemm.mma import PackedMma, grouped_mma_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pipemoe.experts.hopper import HopperScratch
     from pipemoe.experts.prepared_call import PackedDown, PackedGateUp
     from pipemoe_kernels.gemm.tile_shape import TileShape
+    from pipemoe_kernels.launch.kernel import Kernel
 
 
 class AmpereExperts(HopperExperts):
@@ -23,6 +24,13 @@ class AmpereExperts(HopperExperts):
 
     def _prepare(self) -> None:
         pass
+
+    def _gemm_kernels(self) -> list[Kernel]:
+        forms = {(w.gated, w.gate_up_bias is not None, w.gating) for w in self.weights} | {(False, False, None)}
+        return [
+            grouped_mma_kernel(gated=gated, has_bias=has_bias, activation=activation)
+            for gated, has_bias, activation in forms
+        ]
 
     def _pack_gate_up(
         self,

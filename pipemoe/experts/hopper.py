@@ -26,6 +26,7 @@ from pipemoe_kernels.gemm.roles import PART_COLUMNS
 from pipemoe_kernels.gemm.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
 from pipemoe_kernels.gemm.wgmma import GroupedKernel, grouped_kernel
 from pipemoe_kernels.index.hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
+from pipemoe_kernels.launch.build_ahead import load_all
 from pipemoe_kernels.launch.kernel import Kernel
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps, tensor_map
 
@@ -180,9 +181,10 @@ class HopperExperts(ExpertsShape):
     def warm_up(self, scratch: HopperScratch) -> None:
         """Run every kernel that this scratch may launch, on the current stream, and synchronise."""
         index = index_kernels(self.top_k, self.on_hopper)
-        kernels = [index.alone, index.count, index.place, *self._gemms_of_several_shapes()]
-        for kernel in kernels:
-            kernel.load(torch.cuda.current_device() if self.device.index is None else self.device.index)
+        load_all(
+            [index.alone, index.count, index.place, *self._gemm_kernels()],
+            torch.cuda.current_device() if self.device.index is None else self.device.index,
+        )
         wire = WireFormat(self.hidden, self.top_k, self.wire_dtype)
         num_rows = min(1, scratch.max_rows)
         rows = wire.rows(torch.zeros((num_rows, wire.row_bytes), dtype=torch.uint8, device=self.device))
@@ -197,14 +199,11 @@ class HopperExperts(ExpertsShape):
                     self(layer, rows, out[padding : padding + num_rows, : self.hidden], scratch)
         torch.cuda.synchronize(self.device)
 
-    def _gemms_of_several_shapes(self) -> list[Kernel]:
-        """Kernels of the shapes that a call on one row does not use."""
-        if len(self.shapes) == 1:
-            return []
-        gate_ups = [
-            self._gate_up_kernel(layer, shape).kernel for layer in range(len(self.weights)) for shape in self.shapes
-        ]
-        return [*gate_ups, *(self._down_kernel(shape).kernel for shape in self.shapes)]
+    def _gemm_kernels(self) -> list[Kernel]:
+        """All kernels of GEMMs that a call may launch."""
+        layers = {w.kind: layer for layer, w in enumerate(self.weights)}.values()
+        gate_ups = [self._gate_up_kernel(layer, shape) for layer in layers for shape in self.shapes]
+        return [grouped.kernel for grouped in (*gate_ups, *(self._down_kernel(shape) for shape in self.shapes))]
 
     def __call__(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch) -> None:
         num_rows = len(out)

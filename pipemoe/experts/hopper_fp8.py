@@ -18,13 +18,14 @@ from pipemoe.errors import ConfigError
 from pipemoe.experts.hopper import HopperExperts
 from pipemoe.experts.quantised import quantise_experts
 from pipemoe.experts.weights import ExpertWeights
-from pipemoe_kernels.gemm.fp8 import PackedDownFp8, PackedGateUpFp8, row_maps, weight_map
+from pipemoe_kernels.gemm.fp8 import PackedDownFp8, PackedGateUpFp8, grouped_fp8_kernel, row_maps, weight_map
 from pipemoe_kernels.index.hopper import MAX_BLOCKS
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps
 
 if TYPE_CHECKING:
     from pipemoe.experts.prepared_call import PackedDown, PackedGateUp, PreparedCall
     from pipemoe_kernels.gemm.tile_shape import TileShape
+    from pipemoe_kernels.launch.kernel import Kernel
 
 E4M3 = torch.float8_e4m3fn
 
@@ -94,6 +95,9 @@ class HopperFp8Experts(HopperExperts):
             if w.num_local_experts:
                 maps += [weight_map(w.gate_up.detach(), gated=True), weight_map(w.down.detach(), gated=False)]
         self._maps = device_maps(maps, self.device)
+
+    def _gemm_kernels(self) -> list[Kernel]:
+        return [grouped_fp8_kernel(gated=gated) for gated in (True, False)]
 
     # Scratches come from `new_scratch` of the same object, so the narrower types below are safe.
     def new_scratch(self, max_rows: int) -> HopperFp8Scratch:  # type: ignore[override]

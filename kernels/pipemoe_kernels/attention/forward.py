@@ -21,8 +21,6 @@ Ideas: FlashAttention 3 (warpgroups that take turns, exponentials beside product
 
 from __future__ import annotations
 
-from functools import cache
-
 from pipemoe_kernels.attention.consumer import consumer
 from pipemoe_kernels.attention.layout import (
     ALIGNMENT,
@@ -41,7 +39,7 @@ from pipemoe_kernels.attention.layout import (
     RingLayout,
 )
 from pipemoe_kernels.attention.producer import make_map, producer, publish_maps
-from pipemoe_kernels.launch.kernel import ADDRESS, INT32, UINT32, Kernel
+from pipemoe_kernels.launch.kernel import ADDRESS, INT32, UINT32, Kernel, kernel_factory
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx import hopper as ptx
@@ -49,7 +47,7 @@ from pipemoe_kernels.ptx import warp as ptx_warp
 from pipemoe_kernels.ptx.attention import attention_products, multiprocessor
 
 
-@cache
+@kernel_factory
 def attention_kernel(
     head_dim: int, value_dim: int, group: int, *, half: bool = False, windowed: bool = False
 ) -> Kernel:

@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 
 from pipemoe_kernels.attention.format import BLOCK, FORMATS, WIDTH, check_rows, eights
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 
 add, multiply, scale = eights.add, eights.multiply, eights.scale
@@ -59,7 +58,7 @@ class HeadForm:
         return max(1, 1 << (-(-self.head_dim // (2 * WIDTH)) - 1).bit_length())
 
 
-@cache
+@kernel_factory
 def heads_kernel(dtype: torch.dtype, form: HeadForm, threads: int = BLOCK) -> Kernel:
     eight_of, vector_of = FORMATS[dtype].eight_of, FORMATS[dtype].vector_of
     lanes, interleaved, has_norm = form.lanes, form.interleaved, form.eps is not None

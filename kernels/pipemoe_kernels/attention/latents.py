@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ import torch
 from pipemoe_kernels.attention.format import BLOCK, FORMATS, WIDTH, check_rows, eights
 from pipemoe_kernels.attention.heads import INT64_POINTER
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 
 add, multiply, scale = eights.add, eights.multiply, eights.scale
@@ -55,7 +54,7 @@ class LatentShape:
         return None
 
 
-@cache
+@kernel_factory
 def norm_latents_kernel(dtype: torch.dtype, shape: LatentShape, eps: float, threads: int = BLOCK) -> Kernel:
     eight_of, vector_of = FORMATS[dtype].eight_of, FORMATS[dtype].vector_of
     sum_over_warp = eights.sum_over(32)
@@ -195,7 +194,7 @@ def norm_latents(
     )
 
 
-@cache
+@kernel_factory
 def rotate_queries_kernel(dtype: torch.dtype, shape: LatentShape, threads: int = BLOCK) -> Kernel:
     eight_of, vector_of = FORMATS[dtype].eight_of, FORMATS[dtype].vector_of
     interleaved = shape.interleaved
@@ -255,7 +254,7 @@ def rotate_queries(
     )
 
 
-@cache
+@kernel_factory
 def join_keys_kernel(shape: LatentShape, threads: int = BLOCK) -> Kernel:
     nope_vectors, head_vectors = shape.nope // WIDTH, (shape.nope + shape.position) // WIDTH
     expanded_vectors = (shape.nope + shape.value) // WIDTH  # of a head

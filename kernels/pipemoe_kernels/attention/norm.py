@@ -12,14 +12,13 @@ RMSNorm: Zhang and Sennrich, arXiv:1910.07467.
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import numpy as np
 import torch
 
 from pipemoe_kernels.attention.format import BLOCK, FORMATS, WIDTH, check_rows, eights
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.placed_rows import PlacedRows
 
@@ -30,7 +29,7 @@ MAX_EACH = 8  # vectors of a thread, kept in registers
 MAX_HIDDEN = WIDTH * BLOCK * MAX_EACH
 
 
-@cache
+@kernel_factory
 def norm_kernel(
     dtype: torch.dtype,
     sums_dtype: torch.dtype | None,

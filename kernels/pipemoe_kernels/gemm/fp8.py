@@ -14,8 +14,6 @@ DeepGEMM.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from pipemoe_kernels.gemm.fp8_roles import (
@@ -39,7 +37,7 @@ from pipemoe_kernels.gemm.ring import (
     announce_rest,
     skip_tile,
 )
-from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream, kernel_factory
 from pipemoe_kernels.launch.tensor_map import line_map, tensor_map
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx import hopper as ptx
@@ -51,7 +49,7 @@ BLOCK = 128  # columns of x, and rows and columns of w, with one scale
 E4M3 = torch.float8_e4m3fn
 
 
-@cache
+@kernel_factory
 def grouped_fp8_kernel(*, gated: bool) -> Kernel:
     """gated: x is gathered from wire rows, and the result is SwiGLU of both halves of w's rows. Else x is sorted."""
     output_columns = TILE_COLUMNS // 2 if gated else TILE_COLUMNS

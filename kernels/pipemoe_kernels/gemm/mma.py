@@ -13,13 +13,11 @@ in the same order in every tile and slice. Idea: the multistage GEMM of CUTLASS.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 
 from pipemoe_kernels.gating import Gating
 from pipemoe_kernels.gemm.raster import MAX_EXPERTS, find_tile, load_ends, next_expert, plan_rounds, tile_of
-from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx import hopper as ptx
 from pipemoe_kernels.ptx import mma as mma
@@ -176,7 +174,7 @@ def consumer(cuts: int, gated: bool, has_bias: bool, activation: str | Gating | 
     return consume
 
 
-@cache
+@kernel_factory
 def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str | Gating | None = None) -> Kernel:
     """Like wgmma.grouped_kernel: with an activation x is gathered, else it is in sorted order already."""
     gathers = activation is not None

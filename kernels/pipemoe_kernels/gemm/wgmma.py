@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -40,7 +39,7 @@ from pipemoe_kernels.gemm.raster import (
 from pipemoe_kernels.gemm.ring import EMPTY_AT, GROUP_ROWS, NUM_STAGES, announce_rest, skip_tile
 from pipemoe_kernels.gemm.roles import PART_COLUMNS, consumer, gathering_producer, sorted_producer
 from pipemoe_kernels.gemm.tile_shape import ALIGNMENT, ENDS_AT, RING_AT, ROWS_128, TILE_COLUMNS, TileShape
-from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream
+from pipemoe_kernels.launch.kernel import ADDRESS, UINT32, Kernel, Stream, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx import cluster as ptx_cluster
 from pipemoe_kernels.ptx import hopper as ptx
@@ -71,7 +70,7 @@ class GroupedKernel:
         return lambda num_pairs: blocks * min(most, (num_pairs // tile_rows + min(num_local, num_pairs)) * slices)
 
 
-@cache
+@kernel_factory
 def grouped_kernel(
     *, gated: bool, has_bias: bool = False, activation: str | Gating | None = None, shape: TileShape = ROWS_128
 ) -> GroupedKernel:

@@ -16,11 +16,10 @@ ascending order of token, then of k. Lanes with the same expert find one another
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
-from pipemoe_kernels.launch.kernel import INT32, INT32_POINTER, UINT32, Kernel, Stream
+from pipemoe_kernels.launch.kernel import INT32, INT32_POINTER, UINT32, Kernel, Stream, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.ptx import hopper as ptx
 
@@ -62,7 +61,7 @@ def sum_over_lanes(value):
     return value
 
 
-@cache
+@kernel_factory
 def index_kernels(top_k: int, on_hopper: bool = True) -> IndexKernels:
     """on_hopper: kernels that start early, as only Hopper's can; else the same kernels for sm_80 and newer."""
 

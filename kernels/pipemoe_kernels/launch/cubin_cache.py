@@ -6,6 +6,8 @@ signature and launch bounds, the architecture, and the compilers' versions. As i
 aside under a name that no other process has, flushed to the disk and renamed: homes are shared between hosts, and hosts
 lose power. A file that fails its digest is compiled anew.
 
+`turn` lets one process build a kernel while the others that need it wait, or build another one (build_ahead.py).
+
 Folder: $PIPEMOE_CACHE, else pipemoe in $XDG_CACHE_HOME or ~/.cache, made for its user alone. What lies there runs on
 the GPU, so a folder or file that others own or may write to is not used; that is said once. Nothing is kept then, nor
 where the folder cannot be written.
@@ -13,12 +15,14 @@ where the folder cannot be written.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -62,6 +66,42 @@ def store(key: tuple[object, ...], entry: str, cubin: bytes) -> None:
         if aside:
             with suppress(OSError):
                 os.unlink(aside)
+
+
+def keeps() -> bool:
+    """Would the folder keep what is stored?"""
+    try:
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return not _refused(folder) and os.access(folder, os.W_OK)
+    except (OSError, RuntimeError):
+        return False
+
+
+@contextmanager
+def turn(key: tuple[object, ...], *, waits: bool) -> Iterator[bool]:
+    """Only one process at a time has the turn to build the kernel of `key`; the system ends it with the process. Gives
+    whether this one has it. waits: until it has. Where files cannot be locked, every process has it.
+    """
+    place, mine, locked = int(_name(key)[:12], 16), True, False
+    try:
+        fcntl.lockf(_turns(_folder()), fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB), 1, place)
+        locked = True
+    except BlockingIOError:
+        mine = False
+    except (OSError, RuntimeError):
+        pass
+    try:
+        yield mine
+    finally:
+        if locked:
+            fcntl.lockf(_turns(_folder()), fcntl.LOCK_UN, 1, place)
+
+
+@cache
+def _turns(folder: Path) -> int:
+    """The file with a byte for each kernel, which is locked. Never closed: that would end all turns of this process."""
+    return os.open(folder / "building", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
 
 
 def _digest(entry: bytes, cubin: bytes) -> bytes:

@@ -12,7 +12,9 @@ import logging
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache, wraps
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from pipemoe_kernels.launch.packed_launch import PackedLaunch
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
 
 _log = logging.getLogger("pipemoe")
+P, T = ParamSpec("P"), TypeVar("T")
 INT32 = types.int32
 UINT32 = types.uint32
 ADDRESS = types.uint64
@@ -52,6 +55,42 @@ def current_stream(device_index: int) -> int:
     driver.enter_context(device_index)
     # torch.cuda.current_stream would take microseconds to make an object.
     return torch._C._cuda_getCurrentRawStream(device_index)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The call that makes a kernel, such that another process can repeat it."""
+
+    module: str
+    name: str
+    arguments: tuple
+    options: tuple[tuple[str, object], ...]
+
+
+def kernel_factory(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a function that makes a Kernel, or something whose fields are kernels: it is cached, and its kernels
+    know their recipe.
+    """
+
+    @cache
+    @wraps(function)
+    def make(*arguments: P.args, **options: P.kwargs) -> T:
+        made = function(*arguments, **options)
+        for kernel in kernels_in(made):
+            kernel.recipe = Recipe(function.__module__, function.__name__, arguments, tuple(options.items()))
+        return made
+
+    return make
+
+
+def kernels_in(made: object) -> list[Kernel]:
+    """The kernels that a factory has made."""
+    if isinstance(made, Kernel):
+        return [made]
+    parts = made if isinstance(made, tuple) else ()
+    if is_dataclass(made):
+        parts = tuple(getattr(made, field.name) for field in fields(made))
+    return [part for part in parts if isinstance(part, Kernel)]
 
 
 class Kernel:
@@ -90,6 +129,7 @@ class Kernel:
         self.moves_registers = moves_registers
         self.cluster = cluster
         self.key = key
+        self.recipe: Recipe | None = None
         self._handles = {}
         self._simulated = cuda.jit(function) if SIMULATOR else None
 
@@ -109,15 +149,41 @@ class Kernel:
         if SIMULATOR or device_index in self._handles:
             return
         cc = torch.cuda.get_device_capability(device_index)
-        arch = "sm_90a" if self.hopper_only else f"sm_{cc[0]}{cc[1]}"
-        key = self.key and (self.name, *self.key, self.parameters, self.threads, self.blocks_per_sm, arch)
-        kept = cubin_cache.load(key) if key else None
+        key = self.kept_key(cc)
+        if key is None:
+            self._handles[device_index] = self._function(self.build(cc, self._arch(cc)), device_index)
+            return
+        kept = cubin_cache.load(key)
         if kept and self._load(kept, device_index):
             return
-        built = self.build(cc, arch)
-        if key:
-            cubin_cache.store(key, *built)
+        built = self._built_by_one(cc, key, kept)
         self._handles[device_index] = self._function(built, device_index)
+
+    def kept_key(self, cc: tuple[int, int]) -> tuple[object, ...] | None:
+        """The kernel's key in cubin_cache. None: it is not kept."""
+        return self.key and (self.name, *self.key, self.parameters, self.threads, self.blocks_per_sm, self._arch(cc))
+
+    def _arch(self, cc: tuple[int, int]) -> str:
+        return "sm_90a" if self.hopper_only else f"sm_{cc[0]}{cc[1]}"
+
+    def _built_by_one(
+        self, cc: tuple[int, int], key: tuple[object, ...], refused: tuple[str, bytes] | None
+    ) -> tuple[str, bytes]:
+        """Built here, or by a process that is at it. refused: what the driver did not load."""
+        with cubin_cache.turn(key, waits=True):
+            kept = cubin_cache.load(key)
+            if kept is None or kept == refused:
+                kept = self.build(cc, self._arch(cc))
+                cubin_cache.store(key, *kept)
+        return kept
+
+    def build_ahead(self, cc: tuple[int, int]) -> None:
+        """Build it for the disk, unless it is there or a process is at it; needs no GPU."""
+        key = self.kept_key(cc)
+        assert key is not None
+        with cubin_cache.turn(key, waits=False) as mine:
+            if mine and cubin_cache.load(key) is None:
+                cubin_cache.store(key, *self.build(cc, self._arch(cc)))
 
     def _load(self, kept: tuple[str, bytes], device_index: int) -> bool:
         """Load what was kept on disk; False if the driver refuses it, and it has to be built."""

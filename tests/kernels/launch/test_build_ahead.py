@@ -1,0 +1,123 @@
+"""Several processes that need the same kernels: each is built once, and helpers build what they are told."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("numba_cuda") is None or importlib.util.find_spec("nvidia") is None:
+    pytest.skip("no CUDA compiler: install pipemoe[compiler]", allow_module_level=True)
+
+import torch
+
+from pipemoe_kernels.attention.norm import norm_kernel
+from pipemoe_kernels.gemm.wgmma import grouped_kernel
+from pipemoe_kernels.index.hopper import index_kernels
+from pipemoe_kernels.launch import build_ahead, cubin_cache
+from pipemoe_kernels.launch.kernel import Kernel, kernels_in
+
+CC = (8, 0)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIPEMOE_CACHE", str(tmp_path / "cache"))
+    cubin_cache._turns.cache_clear()
+    return tmp_path / "cache"
+
+
+def small_kernels() -> list[Kernel]:
+    return [*kernels_in(index_kernels(2, False)), norm_kernel(torch.bfloat16, None, 64, 1e-6, False, True)]
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Names of the kernels that this process builds."""
+    names: list[str] = []
+    build = Kernel.build
+    monkeypatch.setattr(
+        Kernel, "build", lambda self, cc, arch: (names.append(self.name), build(self, cc, arch))[1], raising=True
+    )
+    return names
+
+
+def kept(kernels: list[Kernel]) -> list[bool]:
+    return [cubin_cache.load(kernel.kept_key(CC)) is not None for kernel in kernels]
+
+
+def test_all_are_on_disk_afterwards_and_none_is_built_again(monkeypatch, built):
+    monkeypatch.setattr(build_ahead, "_spare_cores", lambda: 0)
+    kernels = small_kernels()
+    build_ahead.build_all(kernels, CC)
+    assert all(kept(kernels)) and len(built) == len(kernels)
+    build_ahead.build_all(kernels, CC)
+    assert len(built) == len(kernels)
+
+
+def test_helpers_build_what_their_recipes_say(monkeypatch, built):
+    """Here this process builds nothing itself."""
+    monkeypatch.setattr(build_ahead, "_spare_cores", lambda: 1)
+    monkeypatch.setattr(Kernel, "build_ahead", lambda self, cc: None)
+    kernels = small_kernels()
+    build_ahead.build_all(kernels, CC)
+    assert all(kept(kernels)) and not built
+
+
+def test_a_helper_that_cannot_start_changes_nothing(monkeypatch, built):
+    monkeypatch.setattr(build_ahead, "_spare_cores", lambda: 2)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    kernels = small_kernels()
+    build_ahead.build_all(kernels, CC)
+    assert all(kept(kernels)) and len(built) == len(kernels)
+
+
+def test_nothing_is_built_ahead_where_nothing_is_kept(monkeypatch, built, folder):
+    folder.mkdir()
+    folder.chmod(0o770)  # others may write to it
+    build_ahead.build_all(small_kernels(), CC)
+    assert not built
+
+
+def test_one_process_has_the_turn_and_its_end_gives_it_back(folder):
+    key = ("a", 1)
+    assert cubin_cache.keeps()
+    code = f"""
+import sys
+from pipemoe_kernels.launch import cubin_cache
+with cubin_cache.turn({key!r}, waits=False) as mine:
+    print(mine, flush=True)
+    sys.stdin.readline()
+    import os
+    os._exit(1)
+"""
+    kernels = str(Path(build_ahead.__file__).parents[2])
+    environment = {**__import__("os").environ, "PYTHONPATH": kernels}
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert other.stdin and other.stdout and other.stdout.readline() == "True\n"
+    with cubin_cache.turn(key, waits=False) as mine:
+        assert not mine
+    with cubin_cache.turn(("another",), waits=False) as mine:
+        assert mine
+    other.stdin.close()
+    with cubin_cache.turn(key, waits=True) as mine:
+        assert mine
+    other.wait()
+
+
+def test_where_files_cannot_be_locked_everyone_has_the_turn(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIPEMOE_CACHE", str(tmp_path / "no such folder"))
+    with cubin_cache.turn(("a",), waits=True) as mine:
+        assert mine
+
+
+def test_a_recipe_makes_an_equal_kernel():
+    made = grouped_kernel(gated=True, activation="gelu")
+    recipe = made.kernel.recipe
+    assert recipe is not None and (recipe.module, recipe.name) == (grouped_kernel.__module__, "grouped_kernel")
+    grouped_kernel.cache_clear()
+    again = grouped_kernel(*recipe.arguments, **dict(recipe.options)).kernel
+    assert again is not made.kernel and again.kept_key((9, 0)) == made.kernel.kept_key((9, 0))
