@@ -7,9 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipemoe.errors import FatalError, PipemoeError
+from pipemoe.output_path import check_output_file, check_output_folder
 
 if TYPE_CHECKING:
     from pipemoe.world.world import World
@@ -52,6 +54,18 @@ class RankParser(argparse.ArgumentParser):
             "--num-slots", type=positive(int), help="cohorts under way at once (default: PIPEMOE_NUM_SLOTS, else 4)"
         )
 
+    def add_output(self, name: str) -> None:
+        """--out, a folder of this benchmark's name, and --json."""
+        output = self.add_argument_group("output")
+        output.add_argument(
+            "--out",
+            type=Path,
+            default=Path("out") / name,
+            metavar="DIR",
+            help="for results, pictures and timelines (default: %(default)s)",
+        )
+        output.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
+
     def device_of(self, options: argparse.Namespace) -> str:
         """The device for pipemoe.init."""
         named = {options.device, BACKENDS[options.backend]} - {"auto"}
@@ -61,6 +75,13 @@ class RankParser(argparse.ArgumentParser):
                 f"{options.device}"
             )
         return named.pop() if named else "auto"
+
+
+def check_output(options: argparse.Namespace) -> None:
+    """Can the results be written where `add_output`'s options say? For the rank that writes. Raises InputError."""
+    check_output_folder("--out", options.out)
+    if options.json:
+        check_output_file("--json", options.json, may_make_folder=True)
 
 
 def positive(kind: type) -> Callable[[str], Any]:

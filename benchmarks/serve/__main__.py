@@ -27,12 +27,11 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks import results_schema
-from benchmarks.bench_main import Progress, run_on_ranks
+from benchmarks.bench_main import Progress, check_output, run_on_ranks
 from benchmarks.serve.options import parse, requests_of, resolve, settings_of
 from benchmarks.serve.player import IDLE_S, RankPlayer
 from benchmarks.ttft.models import BenchModel
 from pipemoe.errors import ConfigError, PipemoeError
-from pipemoe.output_path import check_output_file, check_output_folder
 from pipemoe.traffic.campaign import Campaign
 from pipemoe.traffic.policy import Policy, policies_of
 from pipemoe.traffic.served import Served
@@ -53,9 +52,7 @@ def run(world: World, options: argparse.Namespace) -> int:
     error, inputs = None, None
     try:
         if world.rank == 0:  # who writes
-            check_output_folder("--out", options.out)
-            if options.json:
-                check_output_file("--json", options.json, may_make_folder=True)
+            check_output(options)
         model = BenchModel(options.model, options.layers)
         policies = policies_of(options.policies, options.step_tokens, options.routing)
         requests = {path: requests_of(options, path, model.positions) for path in options.trace}

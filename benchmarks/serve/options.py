@@ -130,15 +130,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="requests of each length class served one at a time (default: %(default)s)",
     )
     parser.add_device()
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/serve"),
-        metavar="DIR",
-        help="for results, pictures and timelines (default: %(default)s)",
-    )
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
+    parser.add_output("serve")
     options = parser.parse_args(arguments)
     options.device = parser.device_of(options)
     options.policies = options.policies.split(",")

@@ -34,7 +34,7 @@ if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks import results_schema
-from benchmarks.bench_main import Progress, run_on_ranks
+from benchmarks.bench_main import Progress, check_output, run_on_ranks
 from benchmarks.ttft.inputs import (
     Step,
     Workload,
@@ -46,7 +46,7 @@ from benchmarks.ttft.options import configs_of, parse, resolve, workloads_of
 from benchmarks.ttft.table import ttft_table
 from benchmarks.ttft.words import in_words
 from pipemoe.errors import PipemoeError
-from pipemoe.output_path import check_output_file, check_output_folder, write_whole
+from pipemoe.output_path import write_whole
 
 if TYPE_CHECKING:
     from benchmarks.ttft.measure import Measured
@@ -68,9 +68,7 @@ def run(world: World, options: argparse.Namespace) -> int:
     error, inputs = None, None
     try:
         if world.rank == 0:  # who writes
-            check_output_folder("--out", options.out)
-            if options.json:
-                check_output_file("--json", options.json, may_make_folder=True)
+            check_output(options)
         model = BenchModel(options.model, options.layers)
         workloads = workloads_of(options, world.size, model.positions)
         configs = configs_of(options, workloads)

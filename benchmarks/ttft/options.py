@@ -163,15 +163,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--deterministic", action="store_true")
     run.add_argument("--cost", metavar="FILE", help="measured costs for mode auto (pipemoe tune)")
     run.add_argument("--experts", default="auto", help="implementation of the experts")
-    output = parser.add_argument_group("output")
-    output.add_argument(
-        "--out",
-        type=Path,
-        default=Path("out/ttft"),
-        metavar="DIR",
-        help="for results, pictures and timelines (default: %(default)s)",
-    )
-    output.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
+    parser.add_output("ttft")
     options = parser.parse_args(arguments)
     options.device = parser.device_of(options)
     options.modes = options.modes.split(",")
