@@ -87,7 +87,7 @@ class DelayedWave:
         import torch
 
         from pipemoe.experts import make_experts
-        from pipemoe.runtime.lanes import stream_lanes
+        from pipemoe.runtime.stream_lanes import stream_lanes
         from pipemoe.wire import WireFormat
 
         self.layer, self.gbps = layer, gbps

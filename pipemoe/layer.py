@@ -14,9 +14,10 @@ from pipemoe.errors import ConfigError, InputError, PipemoeError
 from pipemoe.experts import check_finite, make_experts
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.runtime.caller_source import CallerSource
-from pipemoe.runtime.lanes import HostEvent, StreamEvent
+from pipemoe.runtime.lanes import HostEvent
 from pipemoe.runtime.runtime import Runtime
 from pipemoe.runtime.source import SourceTraits
+from pipemoe.runtime.stream_lanes import StreamEvent
 from pipemoe.torch_state import plain_tensors, undisturbed
 from pipemoe.world.world import world_of
 

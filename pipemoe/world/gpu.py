@@ -7,7 +7,8 @@ import warnings
 from typing import TYPE_CHECKING
 
 from pipemoe.errors import ConfigError
-from pipemoe.runtime.lanes import Lanes, stream_lanes
+from pipemoe.runtime.lanes import Lanes
+from pipemoe.runtime.stream_lanes import stream_lanes
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from pipemoe.runtime import tapes
-from pipemoe.runtime.lanes import EventPool, Lanes, SlotLanes, StreamClock, StreamLane, StreamMark
+from pipemoe.runtime.lanes import Lanes, SlotLanes
+from pipemoe.runtime.stream_lanes import EventPool, StreamClock, StreamLane, StreamMark
 from pipemoe.wire import WireRows
 from pipemoe_kernels.launch import driver
 from pipemoe_kernels.launch.kernel import Kernel
