@@ -16,8 +16,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.errors import FatalError, InputError, PeerLost, PipemoeError, WatchdogTimeout, words
+from pipemoe.errors import FatalError, InputError, PipemoeError
 from pipemoe.runtime.last_words import EXIT_CODE, OUTPUT_SECONDS, exit_now, say
+from pipemoe.runtime.peers import Peers
 
 if TYPE_CHECKING:
     from pipemoe.comm.side_channel import SideChannel
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 _PEER_CHECK_SECONDS = 0.01
 _WATCH_SECONDS = 0.25
-# MPI or NCCL may report a lost peer first; this long the side channel has to name it.
-_NAMED_SECONDS = 0.5
 _IN_CALL_SECONDS = 3.0  # after so long in a library's call, a lost peer ends it
 _LEFT_SECONDS = 2.0  # a peer that has closed its world may have done its part, which this rank has yet to see
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 20e-6, 500e-6  # seconds between polls
@@ -71,11 +70,10 @@ class Conductor:
         """
         self.rank = rank
         self.watchdog_seconds, self.grace_seconds = watchdog_seconds, grace_seconds
-        self.side_channel: SideChannel | None = None
+        self._peers = Peers(rank)
         self.wake: Any = PolledWake()  # other threads set it when they have news for the conductor's
         self.on_failure: list[Callable[[], None]] = []  # aborts of communicators
         self.health: list[Callable[[], None]] = []  # raise what libraries noticed by themselves
-        self._library_errors: tuple[type[BaseException], ...] = ()  # of MPI and NCCL
         self._moves_transfers = moves_transfers
         self.failure: FatalError | None = None
         self._closed = False
@@ -95,9 +93,14 @@ class Conductor:
         self._thread.start()
         atexit.register(self._at_exit)
 
-    def hear_peers_by(self, channel: SideChannel) -> None:
+    @property
+    def side_channel(self) -> SideChannel | None:
+        """The channel to the peers, once there is one."""
+        return self._peers.channel
+
+    def hear_peers_by(self, channel: SideChannel | None) -> None:
         """Watch the peers by this channel, and tell them by it when this rank fails."""
-        self.side_channel = channel
+        self._peers.hear_by(channel)
 
     def listen_by(self, wake: Any) -> None:
         """From now on rest by `wake`, which hears all that this thread may wait for: nothing needs polling any more."""
@@ -110,7 +113,7 @@ class Conductor:
 
     def blame_peers_for(self, *errors: type[BaseException]) -> None:
         """A lost peer may be behind an error of these classes, a library's own; then the peer is named."""
-        self._library_errors += errors
+        self._peers.blame_for(*errors)
 
     def submit(self, task: Callable[[], Any], future: Future | None = None) -> Future:
         """Run `task` on the conductor's thread. The future gets its result, unless the task resolves it earlier."""
@@ -203,8 +206,8 @@ class Conductor:
                 checked = now
             if self.ops_done != seen:
                 seen, since, pause = self.ops_done, now, _SHORTEST_PAUSE
-            elif now - since > limit and now - since > self._patience_of_peers():
-                raise self._timeout(f"no progress for {now - since:.1f} s")
+            elif now - since > limit and now - since > self._peers.patience():
+                raise self._peers.timeout(self.doing, f"no progress for {now - since:.1f} s")
             self.wake.rest(self.wake.longest_rest or pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_OF_MPI if now - since < often else _LONGEST_PAUSE)
 
@@ -224,13 +227,13 @@ class Conductor:
             if most is None:
                 return
             if now - checked > _PEER_CHECK_SECONDS:
-                if left == math.inf and self.side_channel and any(p.left for p in self.side_channel.peers.values()):
+                if left == math.inf and self._peers.some_left():
                     left = now
                 self._check_peers(0.0, needs_all=now - left > _LEFT_SECONDS)
                 stands = late()
-                if stands is not None and stands[1] > max(self.watchdog_seconds, self._patience_of_peers()):
+                if stands is not None and stands[1] > max(self.watchdog_seconds, self._peers.patience()):
                     self.doing = stands[0]
-                    raise self._timeout(f"no progress for {stands[1]:.1f} s")
+                    raise self._peers.timeout(self.doing, f"no progress for {stands[1]:.1f} s")
                 checked = now
             if most:
                 self.wake.rest(min(most, self.wake.longest_rest or pause))
@@ -246,79 +249,7 @@ class Conductor:
             raise self.failure
         for check in self.health:
             check()
-        if self.side_channel is None:
-            return
-        lost = self._lost_peer(f"after {waited:.1f} s of waiting")
-        if lost is not None:
-            raise lost
-        broken = self.side_channel.error
-        if broken is not None:
-            raise FatalError(
-                f"rank {self.rank}: {type(broken).__name__} on the side channel's thread: {broken}"
-            ) from broken
-        if needs_all:
-            left = self._left_peer(f"waited {waited:.1f} s")
-            if left is not None:
-                raise left
-
-    def _patience_of_peers(self) -> float:
-        return 0.0 if self.side_channel is None else self.side_channel.patience()
-
-    def _lost_peer(self, when: str) -> PeerLost | None:
-        """The error that names the lost peer, if a peer is lost."""
-        lost = self.side_channel.failed() if self.side_channel is not None else None
-        if lost is None:
-            return None
-        return PeerLost(
-            f"rank {self.rank}: lost rank {lost[0]} ({lost[1]}) during {self.doing}, {when}", culprit=lost[0]
-        )
-
-    def _left_peer(self, when: str) -> PeerLost | None:
-        """The error of a peer that has closed its world, if there is one."""
-        for rank, peer in self.side_channel.peers.items() if self.side_channel is not None else ():
-            if peer.left:
-                why = f" ({peer.reason})" if peer.reason else ""
-                text = (
-                    f"rank {self.rank}: rank {rank} has closed its world{why}, "
-                    f"but {self.doing} needs every rank; {when}"
-                )
-                return PeerLost(text, culprit=rank)
-        return None
-
-    def _timeout(self, what: str) -> WatchdogTimeout:
-        if not self.side_channel or not self.side_channel.peers:
-            return WatchdogTimeout(f"rank {self.rank}: {what} in {self.doing}")
-        text = f"rank {self.rank}: {what} in {self.doing}; peers: {self.side_channel.describe()}"
-        silent = self.side_channel.silent()
-        if silent is None:
-            return WatchdogTimeout(text)
-        text += (
-            f"; rank {silent[0]} says nothing, heard {silent[1]:.1f} s ago: "
-            "it has stopped, or its host cannot be reached"
-        )
-        return WatchdogTimeout(text, culprit=silent[0])
-
-    def _named(self, error: BaseException) -> FatalError:
-        """The error to report for any error that ends the ranks' work. MPI and NCCL may notice a lost peer first, but
-        cannot name it.
-        """
-        if isinstance(error, self._library_errors):
-            begin, when = time.monotonic(), f"where the library says: {words(error)}"
-            while (
-                (lost := self._lost_peer(when)) is None
-                and self.side_channel is not None
-                and time.monotonic() - begin < _NAMED_SECONDS
-            ):
-                time.sleep(_PEER_CHECK_SECONDS)
-            lost = lost or self._left_peer(when)
-            if lost is not None:
-                lost.__cause__ = error
-                return lost
-        elif isinstance(error, FatalError):
-            return error
-        fatal = FatalError(f"rank {self.rank}: {type(error).__name__} in {self.doing}: {words(error)}")
-        fatal.__cause__ = error
-        return fatal
+        self._peers.check(self.doing, waited, needs_all)
 
     def watch(self) -> None:
         """Notice that its thread is stuck in a call, perhaps for a lost peer. Other threads call this now and
@@ -330,9 +261,9 @@ class Conductor:
         seconds = time.monotonic() - alive
         error: FatalError | None = None
         if seconds > _IN_CALL_SECONDS:
-            error = self._lost_peer(f"in one call for {seconds:.1f} s")
+            error = self._peers.lost(self.doing, f"in one call for {seconds:.1f} s")
         if error is None and seconds > self._patience + 1.0:
-            error = self._timeout(f"stuck for {seconds:.1f} s")
+            error = self._peers.timeout(self.doing, f"stuck for {seconds:.1f} s")
         if error is not None:
             self.fail(error)
 
@@ -417,11 +348,11 @@ class Conductor:
                     raise broken
                 settle(future, task())
             except FatalError as error:
-                self.fail(self._named(error))
+                self.fail(self._peers.named(self.doing, error))
             except PipemoeError as error:
                 settle(future, error=error)
             except BaseException as error:  # noqa: BLE001  (anything else that gets this far is a broken rank)
-                self.fail(self._named(error))
+                self.fail(self._peers.named(self.doing, error))
             finally:
                 self._alive = None
                 self.doing = "idle"

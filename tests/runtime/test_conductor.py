@@ -55,7 +55,7 @@ def make_conductor(monkeypatch):
 
     def make(side_channel=None, **options):
         made.append(Conductor(3, watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1e6, **options))
-        made[-1].side_channel = side_channel
+        made[-1].hear_peers_by(side_channel)
         return made[-1]
 
     yield make

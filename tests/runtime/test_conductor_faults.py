@@ -65,7 +65,7 @@ class LivingConductor(Conductor):
 def conductor():
     made = LivingConductor(0, watchdog_seconds=WAIT_SECONDS, grace_seconds=0.0)
     made.blame_peers_for(LibraryError)
-    made.side_channel = Channel()
+    made.hear_peers_by(Channel())
     yield made
     made._tasks.put(None)
 
@@ -105,7 +105,7 @@ def test_a_library_that_fails_for_a_rank_that_left(conductor):
 @pytest.mark.parametrize("has_channel", [True, False])
 def test_a_library_that_fails_by_itself(conductor, has_channel):
     if not has_channel:
-        conductor.side_channel = None
+        conductor.hear_peers_by(None)
     error = error_of(conductor, fails(conductor, LibraryError("MPI_ERR_COUNT")))
     assert type(error) is FatalError and str(error) == "rank 0: LibraryError in dispatch 7: MPI_ERR_COUNT"
     assert error.culprit is None
