@@ -10,6 +10,7 @@ import torch
 import pipemoe
 from pipemoe.comm.shared import memory
 from pipemoe.errors import ConfigError, InputError, MismatchError
+from pipemoe.world import connection as connection_module
 from pipemoe.world import meet as meet_module
 from pipemoe.world import world as world_module
 from pipemoe.world.shared_host import VARIABLE
@@ -67,14 +68,14 @@ def test_an_init_that_fails_half_way_leaves_room_for_the_next(world, monkeypatch
         pass
     num_threads, num_files = threading.active_count(), num_open_files()
 
-    class NoRoom(world_module.WarmUp):
+    class NoRoom(WarmUp):
         def __init__(self, rank, size, device):
             if rank == size - 1:
                 raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
             super().__init__(rank, size, device)
 
     with monkeypatch.context() as patch:
-        patch.setattr(world_module, "WarmUp", NoRoom)
+        patch.setattr(connection_module, "WarmUp", NoRoom)
         for _ in range(2):
             with pytest.raises(ConfigError, match=rf"^rank {world.size - 1}: out of memory at set-up .*can't allocate"):
                 pipemoe.init("cpu", num_slots=1)
