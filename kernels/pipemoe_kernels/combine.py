@@ -41,7 +41,6 @@ def combine_kernel(dtype: torch.dtype, out_dtype: torch.dtype, has_bias: bool, t
         weights,
         weights_stride,
         bias,
-        bias_stride,
         top_k,
         hidden,
         out,
@@ -56,7 +55,7 @@ def combine_kernel(dtype: torch.dtype, out_dtype: torch.dtype, has_bias: bool, t
                     value = load(y, position * y_stride + column)
                     if has_bias:
                         expert = ids[token * ids_stride + k] - first_expert
-                        value += load(bias, expert * bias_stride + column)
+                        value += load(bias, expert * hidden + column)
                     contribution = weights[token * weights_stride + k] * value
                     if on_grid:
                         total += (np.float64(contribution) + GRID_ROUNDING) - GRID_ROUNDING
@@ -68,7 +67,7 @@ def combine_kernel(dtype: torch.dtype, out_dtype: torch.dtype, has_bias: bool, t
         combine_rows,
         (
             *(element.pointer, INT32, INT32_POINTER, INT32_POINTER, INT32, INT32, FLOAT32_POINTER, INT32),
-            *(element.pointer, INT32, INT32, INT32, out_element.pointer, INT32),
+            *(element.pointer, INT32, INT32, out_element.pointer, INT32),
         ),
         threads,
     )
@@ -88,7 +87,7 @@ def combine_rows(
     """out[i] = sum of weights[i, k] * (y[p] + bias[ids[i, k] - first_expert]), p = positions[i, k], over k with p >= 0.
 
     y [pairs, H] float32 or 16-bit; positions [n, K] int32; ids [n, K] int32 and weights [n, K] float32, rows strided;
-    bias [E_loc, H] like y, rows strided, or None; out [n, H], n >= 1, rows strided: float32, 16-bit, or float64 (on the
+    bias [E_loc, H] like y or None; out [n, H], n >= 1, rows strided: float32, 16-bit, or float64 (on the
     grid of 2^-32).
     """
     kernel = kernel or combine_kernel(y.dtype, out.dtype, bias is not None)
@@ -101,7 +100,7 @@ def combine_rows(
     assert top_k == 1 or ids.stride(1) == weights.stride(1) == 1
     assert out.stride(1) == 1 or hidden == 1
     if bias is not None:
-        assert bias.dtype == y.dtype and (bias.stride(1) == 1 or hidden == 1) and bias.shape[1] == hidden
+        assert bias.dtype == y.dtype and bias.is_contiguous() and bias.shape[1] == hidden
     kernel.launch(
         stream,
         (num_rows, 1),
@@ -114,7 +113,6 @@ def combine_rows(
         weights,
         weights.stride(0),
         y if bias is None else bias,
-        0 if bias is None else bias.stride(0),
         top_k,
         hidden,
         out,

@@ -20,15 +20,12 @@ def combine_lanes_kernel(
     out_dtype: torch.dtype,
     has_bias: bool,
     top_k: int,
-    columns: int,
-    row_columns: int | None = None,
+    hidden: int,
     on_hopper: bool = True,
 ) -> Kernel:
-    """For `columns` neighbouring columns of y and bias; their rows are `row_columns` apart (None: `columns`)."""
     size = out_dtype.itemsize
-    row_bytes = 2 * (row_columns or columns)
-    limit = 2 * columns
-    parts = columns // WIDTH
+    row_bytes = 2 * hidden
+    parts = hidden // WIDTH
     threads = min(1024, -(-parts // MAX_PARTS // 32) * 32)
     num_parts = min(MAX_PARTS, -(-parts // threads))
     stride = PART_BYTES * threads
@@ -44,9 +41,9 @@ def combine_lanes_kernel(
         weights += types.uint64(4 * token * weights_stride)
         rows = find(positions + of_token, weights, ids + types.uint64(4 * token * ids_stride))
         row = out + types.uint64(token * out_stride * size)
-        for column in range(PART_BYTES * cuda.threadIdx.x, limit, num_parts * stride):
-            sums = add_up(rows, y, row_bytes, bias, first_expert, column, limit)
-            store(row + types.uint64(column * size // 2), sums, column, limit)
+        for column in range(PART_BYTES * cuda.threadIdx.x, row_bytes, num_parts * stride):
+            sums = add_up(rows, y, row_bytes, bias, first_expert, column, row_bytes)
+            store(row + types.uint64(column * size // 2), sums, column, row_bytes)
 
     parameters = (ADDRESS, ADDRESS, ADDRESS, INT32, INT32, ADDRESS, INT32, ADDRESS, ADDRESS, INT32)
     return Kernel(
@@ -56,7 +53,7 @@ def combine_lanes_kernel(
         hopper_only=on_hopper,
         starts_early=on_hopper,
         blocks_per_sm=blocks,
-        key=(out_dtype, has_bias, top_k, columns, row_bytes, on_hopper),
+        key=(out_dtype, has_bias, top_k, hidden, on_hopper),
     )
 
 
@@ -85,14 +82,14 @@ class PackedCombine:
         may_start_early: bool = True,
     ):
         hidden, top_k = out.shape[1], positions.shape[1]
-        assert y.dtype == torch.bfloat16 and y.stride(1) == 1 and y.shape[1] == hidden, (y.dtype, y.shape)
-        assert fits(hidden, out) and out.stride(1) == 1 and y.data_ptr() % 16 == 0 and y.stride(0) % WIDTH == 0
+        assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.shape[1] == hidden, (y.dtype, y.shape)
+        assert fits(hidden, out) and out.stride(1) == 1 and y.data_ptr() % 16 == 0
         assert positions.dtype == ids.dtype == torch.int32 and positions.is_contiguous()
         assert ids.shape == weights.shape == (len(out), top_k) and len(out) <= len(positions)
         assert weights.dtype == torch.float32 and (top_k == 1 or ids.stride(1) == weights.stride(1) == 1)
-        assert bias is None or (bias.dtype == y.dtype and bias.shape[1] == hidden and bias.stride(1) == 1)
-        assert bias is None or (bias.data_ptr() % 16 == 0 and (len(bias) == 1 or bias.stride(0) == y.stride(0)))
-        kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden, y.stride(0), on_hopper)
+        assert bias is None or (bias.dtype == y.dtype and bias.shape[1] == hidden and bias.is_contiguous())
+        assert bias is None or bias.data_ptr() % 16 == 0
+        kernel = combine_lanes_kernel(out.dtype, bias is not None, top_k, hidden, on_hopper)
         rows = (y, positions, ids, ids.stride(0), first_expert, weights, weights.stride(0))
         self._launch = kernel.pack(
             device_index, *rows, y if bias is None else bias, out, out.stride(0), may_start_early=may_start_early
@@ -119,7 +116,7 @@ def combine_lanes(
     on_hopper: bool = True,
     may_start_early: bool = True,
 ) -> None:
-    """combine.combine_rows for a bfloat16 y with rows on 16-byte boundaries and an `out` that `fits`."""
+    """combine.combine_rows for a contiguous bfloat16 y and an `out` that `fits`."""
     how = {"on_hopper": on_hopper, "may_start_early": may_start_early}
     combine = PackedCombine(stream.device_index, y, positions, ids, first_expert, weights, bias, out, **how)
     combine(stream.handle, ids.data_ptr(), weights.data_ptr(), out.data_ptr(), len(out))

@@ -43,7 +43,7 @@ def test_index(name, tmp_path):
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_combine(out_dtype, has_bias, tmp_path):
     _, code = build(
-        combine_lanes_kernel(out_dtype, has_bias, 8, 2048, 7168, False), *AMPERE, tmp_path, every_call_inlined=False
+        combine_lanes_kernel(out_dtype, has_bias, 8, 2048, False), *AMPERE, tmp_path, every_call_inlined=False
     )
     if code is not None:
         assert "LDG.E.128" in code and "STG.E.128" in code

@@ -202,7 +202,7 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
             return UINT32(NO_ROW)
         return UINT32(UINT32(first_row + half * num_columns + column) * units)
 
-    def grouped_gemm(x, x_stride, tokens, w, w_rows, offsets, num_local, num_columns, depth, bias, out, out_row_bytes):
+    def grouped_gemm(x, x_stride, tokens, w, offsets, num_local, num_columns, depth, bias, out, out_row_bytes):
         ends = (ptx.shared_address(cuda.shared.array(0, types.uint8)) + UINT32(127)) & UINT32(0xFFFFFF80)
         ring = UINT32(ends + RING_AT)
         thread = UINT32(cuda.threadIdx.x)
@@ -238,7 +238,7 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
                 next_column = UINT32(column * output_columns + part * width)
                 next_x_0 = x_row(tokens, UINT32(next_row + line), next_end, x_stride)
                 next_x_1 = x_row(tokens, UINT32(next_row + line + LINES), next_end, x_stride)
-                first_row = UINT32(expert * w_rows)
+                first_row = UINT32(expert * (halves * num_columns))
                 next_w_0 = w_row(line, width, next_column, num_columns, first_row, units)
                 next_w_1 = w_row(UINT32(line + LINES), width, next_column, num_columns, first_row, units)
                 next_w_2 = w_row(UINT32(line + 2 * LINES), width, next_column, num_columns, first_row, units)
@@ -368,7 +368,7 @@ def grouped_mma_kernel(*, gated: bool, has_bias: bool = False, activation: str |
             row, end, first_column, cuts, tile_expert = next_row, next_end, next_column, next_cuts, expert
             turn = UINT32(turn + num_blocks)
 
-    parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, UINT32, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
+    parameters = (ADDRESS, UINT32, ADDRESS, ADDRESS, ADDRESS, UINT32, UINT32, UINT32, ADDRESS, ADDRESS, UINT32)
     return Kernel(
         grouped_gemm, parameters, THREADS, shared_bytes=SHARED_BYTES, key=("mma", gated, has_bias, activation)
     )
@@ -379,7 +379,7 @@ class PackedMma:
     None. Ready for x of one layout and any number of pairs for which `out` has room.
 
     For every place p < offsets[-1] of the sorted order; later rows are neither read nor written. x [n, Kd]
-    bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; w [E_loc, N, Kd], experts strided; offsets
+    bfloat16, rows strided on 16-byte boundaries; tokens [pairs] int32; w [E_loc, N, Kd]; offsets
     [E_loc] int32 ends; bias [E_loc, N] or None; out [pairs, N], or [pairs, N / 2] if gated, rows strided on 16-byte
     boundaries.
     """
@@ -404,10 +404,8 @@ class PackedMma:
         assert x.dtype == w.dtype == out.dtype == torch.bfloat16 and x.shape[1] == depth, (x.shape, w.shape)
         assert num_rows_of_w == num_columns * (2 if gated else 1), (w.shape, out.shape)
         assert depth % PART_COLUMNS == 0 and num_columns % PART_COLUMNS == 0, (w.shape, out.shape)
-        assert x.stride(1) == w.stride(2) == out.stride(1) == 1 and w.stride(1) == depth and w.stride(0) % depth == 0
-        assert (
-            all(t.stride(0) % PART_COLUMNS == 0 for t in (x, w, out)) and w.data_ptr() % 16 == out.data_ptr() % 16 == 0
-        )
+        assert x.stride(1) == out.stride(1) == 1 and w.is_contiguous()
+        assert all(t.stride(0) % PART_COLUMNS == 0 for t in (x, out)) and w.data_ptr() % 16 == out.data_ptr() % 16 == 0
         assert offsets.dtype == torch.int32 and len(offsets) == num_local <= MAX_EXPERTS
         assert tokens is None or tokens.dtype == torch.int32
         assert bias is None or (
@@ -420,7 +418,6 @@ class PackedMma:
             x.stride(0) // PART_COLUMNS,
             offsets if tokens is None else tokens,
             w,
-            w.stride(0) // depth,
             offsets,
             num_local,
             num_columns,

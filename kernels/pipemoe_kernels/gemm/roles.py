@@ -122,7 +122,7 @@ def gathering_producer(gated: bool, *, shape: TileShape = ROWS_128):
 
 
 def sorted_producer(*, shape: TileShape = ROWS_128):
-    """x: boxes of rows in sorted order. w: boxes of its rows; out's first column is row `first_w_row`. One thread."""
+    """x: boxes of rows in sorted order. w: boxes of its rows. One thread."""
     stage_bytes, is_pair = shape.stage_bytes, shape.blocks == 2
     tile_bytes, first_half, num_boxes = shape.x_bytes, shape.x_boxes[1], len(shape.x_boxes)
 
@@ -151,7 +151,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
         parity,
         steps,
         x,
-        first_w_row,
+        x_stride,
         tokens,
         w_map,
         expert,
@@ -164,7 +164,6 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
         together,
     ):
         w_map += MAP_BYTES * cuts
-        w_row = UINT32(first_w_row + first_column)
         # The smallest box that holds the tile's rows; none if the other block of the pair has them all.
         num_rows = UINT32(end - row) if row < end else UINT32(0)
         box = UINT32(0)
@@ -192,7 +191,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
                 full = UINT32(barriers + 8 * (step >> together))
                 w_tile = UINT32(ring + (step >> together) * stage_bytes + w_at)
                 ptx.barrier_expect(full, bulk_bytes * count)
-                load_w(w_tile, w_bytes, w_map, full, step, count, w_row, expert)
+                load_w(w_tile, w_bytes, w_map, full, step, count, first_column, expert)
                 step = UINT32(step + count)
             ptx.wait_for_earlier()
         step = UINT32(0)
@@ -203,7 +202,7 @@ def sorted_producer(*, shape: TileShape = ROWS_128):
             if step >= ahead:
                 ptx.barrier_wait(full + EMPTY_AT, parity)
                 ptx.barrier_expect(full, bulk_bytes * count)
-                load_w(UINT32(x_tile + w_at), w_bytes, w_map, full, step, count, w_row, expert)
+                load_w(UINT32(x_tile + w_at), w_bytes, w_map, full, step, count, first_column, expert)
             for i in range(count if num_rows > UINT32(0) else UINT32(0)):
                 ptx.load_box_2d(x_tile + i * x_bytes, x, full, (step + i) * STEP, row)
             stage, parity = next_stage(stage, parity)

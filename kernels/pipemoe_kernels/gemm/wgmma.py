@@ -375,19 +375,17 @@ class PackedDown:
         intermediate: int,
         y: torch.Tensor,
         num_sms: int,
-        first_column: int = 0,
         *,
         may_start_early: bool = True,
     ):
         num_columns, num_local = y.shape[1], len(offsets)
-        assert y.dtype == torch.bfloat16 and y.stride(1) == 1
-        assert y.data_ptr() % 16 == 0 and y.stride(0) % PART_COLUMNS == 0, y.stride()
+        assert y.dtype == torch.bfloat16 and y.is_contiguous() and y.data_ptr() % 16 == 0
         assert num_columns % PART_COLUMNS == 0 and intermediate % PART_COLUMNS == 0, (num_columns, intermediate)
         assert offsets.dtype == torch.int32 and num_local <= MAX_EXPERTS
         self._launch = kernel.kernel.pack(
             device_index,
             a_maps,
-            first_column,
+            0,
             offsets,
             down_maps,
             offsets,
@@ -396,7 +394,7 @@ class PackedDown:
             intermediate,
             offsets,
             y,
-            2 * y.stride(0),
+            2 * num_columns,
             may_start_early=may_start_early,
         )
         self._num_blocks = kernel.num_blocks(num_local, num_columns, num_sms)
@@ -415,13 +413,10 @@ def down_rows(
     intermediate: int,
     y: torch.Tensor,
     num_sms: int,
-    first_column: int = 0,
 ) -> None:
-    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order; or only its columns from `first_column` on.
+    """y[p] = down a[p] for every place p < offsets[-1] of the sorted order.
 
     a_maps: address of the tensor maps of a [pairs, I] with boxes of the kernel's shape.x_boxes; down_maps: of [E_loc,
-    H, I] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; y [pairs, columns], rows strided.
+    H, I] with boxes of the kernel's w_boxes; offsets [E_loc] int32 ends; y [pairs, H].
     """
-    PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms, first_column)(
-        stream.handle, len(y)
-    )
+    PackedDown(stream.device_index, kernel, a_maps, down_maps, offsets, intermediate, y, num_sms)(stream.handle, len(y))
