@@ -151,7 +151,7 @@ class PipemoeServer:
         except ImportError:  # an older tree has it elsewhere
             return None
         runtime = self._model.runtime
-        ttfts = simulate(runtime.plan(Facts(((num_tokens,),) * self._world.size)), runtime.cost).ttft
+        ttfts = simulate(runtime.plans.of_step(Facts(((num_tokens,),) * self._world.size)), runtime.cost).ttft
         return max(ttfts) / 1e6
 
 

@@ -474,8 +474,8 @@ def test_an_error_of_all_ranks_says_so(world, monkeypatch):
 
     def too_costly():
         with monkeypatch.context() as patch:
-            patch.setattr(moe.runtime, "cost", costly)
-            patch.setattr(moe.runtime, "_plans", OrderedDict())
+            patch.setattr(moe.runtime.plans, "cost", costly)
+            patch.setattr(moe.runtime.plans, "_of_steps", OrderedDict())
             moe(*rows)
 
     def issued_otherwise():
@@ -484,7 +484,7 @@ def test_an_error_of_all_ranks_says_so(world, monkeypatch):
                 raise PlanError("planted in the logs")
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipemoe.runtime.runtime.verify", verify)
+            patch.setattr("pipemoe.runtime.step.verify", verify)
             moe(*rows)
 
     endless = [replace(w, first_expert=10**5000) for w in own] if world.rank == 0 else own  # has no words in Python

@@ -189,7 +189,7 @@ def predicted_ms(model: Model, workload: Workload) -> dict[str, float]:
     from pipemoe.plan.schedule import Facts
 
     runtime = model.runtime
-    ttfts = [simulate(runtime.plan(Facts(step_lengths(step))), runtime.cost).ttft for step in workload.steps]
+    ttfts = [simulate(runtime.plans.of_step(Facts(step_lengths(step))), runtime.cost).ttft for step in workload.steps]
     of_steps = [[t / 1e6 for t in ttft if t is not None] for ttft in ttfts]
     return {"predicted_ttft_ms": fmean(map(max, of_steps)), "predicted_median_rank_ms": fmean(map(median, of_steps))}
 

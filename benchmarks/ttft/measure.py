@@ -120,11 +120,11 @@ class Bench:
         """Seconds to plan a step; fills the mode's cache of plans."""
         begin = time.perf_counter()
         for step in self._workload.steps:
-            self._models[mode].runtime.plan(Facts(step_lengths(step)))
+            self._models[mode].runtime.plans.of_step(Facts(step_lengths(step)))
         return (time.perf_counter() - begin) / len(self._workload.steps)
 
     def _plan(self, mode: str, step: int) -> Plan:
-        return self._models[mode].runtime.plan(Facts(step_lengths(self._workload.steps[step])))
+        return self._models[mode].runtime.plans.of_step(Facts(step_lengths(self._workload.steps[step])))
 
     def _run(self, mode: str, step: int, **options):
         self._world.all_gather(b"", "start of a step")

@@ -219,7 +219,7 @@ class RollingSlot:
             self._patience.begin()
         self.counts.rounds += 1
         if runs:
-            plan = self._runtime.plan_round(self.number, tuple(tuple(c.tokens for c in of) for of in admitted))
+            plan = self._runtime.plans.of_round(self.number, tuple(tuple(c.tokens for c in of) for of in admitted))
             # A rank with another plan has another fingerprint in its next offer.
             self._fingerprint = hashlib.blake2b(self._fingerprint + plan.digest, digest_size=16).digest()
             predicted = self._times.of(admitted) * 1e-9

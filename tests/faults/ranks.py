@@ -127,15 +127,16 @@ def main(fault: str, folder: str) -> None:
     elif fault == "plan" and culprit:
         # After the comparison of configurations, so only the digest can tell. By the row: cohorts of few tokens run
         # ahead.
-        runtime.cost = CostModel(attend=AttendCost(row_ps=10**11), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
-        runtime._plans.clear()
+        cost = CostModel(attend=AttendCost(row_ps=10**11), host=HostCost(graph_rows=0), sms=runtime.cost.sms)
+        runtime.plans.cost = cost
+        runtime.plans._of_steps.clear()
     elif fault in ("missing rows", "abort") and culprit:
         runtime.transport.dispatch = in_layer_2(never if fault == "missing rows" else abort)
     elif fault == "other count" and culprit:
-        plan = runtime.plan
-        runtime.plan = lambda facts: plan(Facts(tuple((*of_rank, 1) for of_rank in facts.lengths)))
+        of_step = runtime.plans.of_step
+        runtime.plans.of_step = lambda facts: of_step(Facts(tuple((*of_rank, 1) for of_rank in facts.lengths)))
     elif fault == "planning" and culprit:
-        runtime.plan = broken
+        runtime.plans.of_step = broken
     elif fault == "absent" and culprit:
         signal.pause()
     elif fault == "kill experts" and culprit:
