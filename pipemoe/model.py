@@ -16,6 +16,8 @@ from pipemoe.model_facts.dimensions import dimensions_of_decoder
 from pipemoe.models.rounds import DecoderRounds
 from pipemoe.models.source import ModelSource, Prefilled
 from pipemoe.plan.schedule import Op
+from pipemoe.rolling.offer import MAX_CHUNKS
+from pipemoe.runtime.reserve import reserve_pinned
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
 from pipemoe.runtime.source import SourceTraits
@@ -251,6 +253,9 @@ class Model:
         )
         if self.world.device.type == "cuda":
             self.runtime.in_compute_lanes(partial(self._capture, results_dtype=dtype), "capturing the model")
+            # A slot's round holds pinned memory for its ids, first tokens and logits.
+            logits = MAX_CHUNKS * self.decoder.vocab_size * 4 if keep_logits else 0
+            reserve_pinned(3 * len(rows_of_slots) + 1, logits)
         return found
 
     def _check(self, sequences: Any) -> list[torch.Tensor]:

@@ -79,6 +79,7 @@ def run(world: World, options: argparse.Namespace) -> int:
             loaded,
             policy=policy.name,
             step_tokens=policy.step_tokens,
+            num_slots=options.num_slots,
             max_queue=num_requests,
             delay_seconds=options.delay_ms / 1e3,
         )

@@ -66,18 +66,21 @@ class GraphStore:
             self._keys[most] = StepKeys(self._decoder, most)
         return self._keys[most]
 
-    def keep(self, config: Config, num_tokens: int) -> StepKeys | None:
+    def keep(self, config: Config, num_tokens: int, longest: int) -> StepKeys | None:
         """Room for the keys and values of so many tokens, for steps as well as for rounds; None if keys have no places.
-        Graphs that do not know it are dropped, to be captured again. Waits for the device.
+        longest: of them of one sequence, at most. Graphs that do not know it are dropped, to be captured again. Waits
+        for the device.
         """
         known = self._keys_for(config)
-        if known is None or known.padding_row >= num_tokens:
+        if known is None or (known.padding_row >= num_tokens and known.longest >= longest):
             return known
         torch.cuda.synchronize(self._decoder.device)
         most = config.max_tokens_per_rank
+        # What earlier steps and engines had room for, later ones may have again.
+        num_tokens, longest = max(num_tokens, known.padding_row), max(longest, known.longest)
         del self._keys[most], known
         self._graphs = {key: graphs for key, graphs in self._graphs.items() if key[-1] != most}
-        self._keys[most] = StepKeys(self._decoder, num_tokens)
+        self._keys[most] = StepKeys(self._decoder, num_tokens, longest=longest)
         torch.cuda.synchronize(self._decoder.device)
         return self._keys[most]
 

@@ -164,7 +164,7 @@ class AttendGraphs:
             packing.key_offsets, packing.key_lengths, packing.max_key = (
                 self._key_offsets,
                 self._key_lengths,
-                len(self._keys),
+                self._keys.longest,
             )
 
     def _capture(self, num_rows: int) -> _Bucket:

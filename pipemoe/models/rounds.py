@@ -49,7 +49,7 @@ class DecoderRounds:
         """
         self._decoder, self._graphs, self._config = decoder, graphs, config
         self._results_dtype, self._writes_rows, self._keep_logits = results_dtype, writes_rows, keep_logits
-        self._keys = graphs.keep(config, sum(rows_of_slots))
+        self._keys = graphs.keep(config, sum(rows_of_slots), max(rows_of_slots))
         self._cache = decoder.new_step() if self._keys is None else None
         firsts = [sum(rows_of_slots[:slot]) for slot in range(len(rows_of_slots))]
         self.places = [KeptPlaces(first, rows) for first, rows in zip(firsts, rows_of_slots)]

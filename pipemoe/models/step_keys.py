@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 class StepKeys:
     """Room for `max_tokens` tokens in every decoder layer, and one more row that padding writes to."""
 
-    def __init__(self, decoder: Decoder, max_tokens: int, num_layers: int | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, max_tokens: int, num_layers: int | None = None, longest: int | None = None
+    ) -> None:
         """Allocates on the current stream, zeroed: 2 x (max_tokens + 1) x heads x D values per layer. num_layers: of
-        the first decoder layers; None: of all.
+        the first decoder layers; None: of all. longest: tokens of a sequence at most; None: max_tokens.
         """
         self.padding_row = max_tokens
+        self.longest = max_tokens if longest is None else longest
         sizes = decoder.key_sizes()
         self._rows: list[tuple[torch.Tensor, torch.Tensor]] = [
             tuple(  # type: ignore[misc]  # two, as sizes

@@ -9,7 +9,7 @@ from pipemoe.plan.auto.candidates import Assignment, fixed_assignment
 from pipemoe.plan.auto.choice import auto_assignment
 from pipemoe.plan.clock.layer import cut_waves, layer_costs
 from pipemoe.plan.clock.order import cohort_order, merge_orders, order_keys
-from pipemoe.plan.clock.sms import forced_sms_left, usual_sms_left
+from pipemoe.plan.clock.sms import forced_sms_left, room_for_collectives, usual_sms_left
 from pipemoe.plan.compiled import compiled
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.magnitude import check_magnitude
@@ -26,11 +26,13 @@ def plan(
     assignment: Assignment | None = None,
     *,
     first_slot: int = 0,
+    slots_in_use: int = 0,
 ) -> Plan:
     """Plan one forward pass.
 
     facts: tokens and sequences of every rank. assignment: the microbatches of each cohort, in order of priority; by
-    default what `config.mode` prescribes. first_slot: of the first cohort; the others follow.
+    default what `config.mode` prescribes. first_slot: of the first cohort; the others follow. slots_in_use: by all that
+    runs on the ranks meanwhile, so that kernels leave room for its collectives; 0: there is nothing but this plan.
 
     Raises InputError if a rank brings more than `max_tokens_per_rank` tokens, or the step is too long for the planner's
     arithmetic (see magnitude), ConfigError if the assignment puts a later chunk of a sequence before an earlier one, or
@@ -47,6 +49,8 @@ def plan(
         assignment, sms_left = auto_assignment(facts, shape, config, cost)
     elif assignment is None:
         assignment = fixed_assignment(facts, config)
+    if sms_left is None and slots_in_use > 1:
+        sms_left = room_for_collectives(cost.sms.num_sms, cost.sms.ctas, slots_in_use)
     if not assignment:
         return Plan(facts, shape, config, (), np.empty((0, 4), np.int32), sms_left or 0)
     # The wave split fills waves in this order: a rank's chunks from front to back, short ranks first.

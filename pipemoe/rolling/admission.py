@@ -9,6 +9,8 @@ No clock, no load of other slots, nothing of the rank itself: only offers, setti
   costs a fixed time as long as the work F, then n = sqrt(W F) makes the mean time until its sequences are done the
   lowest: fewer, longer rounds save fixed times, but everybody in a round waits until it ends. All ranks may take what
   is best for the one with the most work, since they work at the same time.
+- But a round is at least a half of what waits. So fixed times are a small share of the whole where much waits, which
+  keeps the throughput; and long prompts, which are last, come after two rounds of what was there, not after many.
 - A short slot takes less while the round of a longer slot is over twice its predicted time, nothing from three times
   on: the streams of short slots go first on a GPU, and would starve the long one. Chunks that waited too long go all
   the same, so a long round that stands still holds up nobody for ever.
@@ -31,6 +33,7 @@ from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, Chunk, Offer
 
 POLICIES = ("rolling", "lockstep", "lockstep_delayed", "lockstep_balanced")
 _LATE, _TOO_LATE = 2000, 3000  # thousandths of its predicted time, for a longer slot's round
+_MOST_ROUNDS = 2  # for what waits now
 _FINE = 1 << 20  # so that a division by rounds waited tells works apart
 
 
@@ -42,6 +45,7 @@ class RollingSettings(NamedTuple):
     "rolling"; or one slot for everything: "lockstep" and "lockstep_balanced", which differ in who is given a request,
     and "lockstep_delayed", where patient ranks wait for those without work. cuts: may a sequence be cut into chunks?
     Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
+    most_slots: that roll; 0: all that there are.
     pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
     """
 
@@ -53,11 +57,12 @@ class RollingSettings(NamedTuple):
     cuts: bool = True
     fixed_rows: int = 0
     pairs_per_row: int = 0
+    most_slots: int = 0
 
     def checked(self) -> RollingSettings:
         """These settings. Raises ConfigError for what cannot work."""
         least = {"max_tokens_per_round": 1, "max_round_rows": 1, "chunk_tokens": 1, "most_rounds_waited": 1}
-        for name, lowest in (least | {"fixed_rows": 0, "pairs_per_row": 0}).items():
+        for name, lowest in (least | {"fixed_rows": 0, "pairs_per_row": 0, "most_slots": 0}).items():
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {lowest}")
@@ -77,7 +82,7 @@ class RollingSettings(NamedTuple):
 
     def num_slots(self, available: int) -> int:
         """Slots that the policy uses, of those that there are."""
-        return available if self.policy == "rolling" else 1
+        return min(available, self.most_slots or available) if self.policy == "rolling" else 1
 
     def cuts_in(self, slot: int, num_slots: int) -> bool:
         """May this slot take sequences in chunks? Short slots take them whole."""
@@ -101,7 +106,9 @@ class RollingSettings(NamedTuple):
 
     def best_work(self, waiting: int) -> int:
         """What a rank's part of a round should be if so much work waits on it, in rows."""
-        return isqrt(waiting * self.fixed_rows) if self.fixed_rows else self.max_round_rows + waiting
+        if not self.fixed_rows:
+            return self.max_round_rows + waiting
+        return max(isqrt(waiting * self.fixed_rows), -(-waiting // _MOST_ROUNDS))
 
     def longest_wait(self, num_ranks: int) -> int:
         """No sequence is offered more often than this in vain: behind it then stand younger ones only."""

@@ -17,10 +17,12 @@ def engine_settings(
     max_tokens_per_rank: int,
     num_ranks: int,
     cuts: bool,
+    num_slots: int | None = None,
     times: RoundTime | None = None,
 ) -> RollingSettings:
-    """The settings of an engine. step_tokens: see pipemoe.Engine. cuts: may sequences be cut into chunks? times: sizes
-    rolling rounds and chunks by the cost model, unless step_tokens is given.
+    """The settings of an engine. step_tokens, num_slots: see pipemoe.Engine. cuts: may sequences be cut into chunks?
+    times: says, by the cost model, how large rolling rounds and chunks are, unless step_tokens is given, and how many
+    slots roll, unless num_slots is given.
 
     Raises ConfigError.
     """
@@ -30,6 +32,8 @@ def engine_settings(
     chunk = max_tokens_per_rank if by_cost else min(_STEP_TOKENS, max_tokens_per_rank)
     if step_tokens is not None:
         chunk = whole_number("step_tokens", step_tokens, 1, ConfigError)
+    if num_slots is not None:
+        whole_number("num_slots", num_slots, 1, ConfigError)
     if chunk > max_tokens_per_rank:
         raise ConfigError(f"step_tokens is {chunk}, more than max_tokens_per_rank={max_tokens_per_rank}")
     of_rank = chunk if cuts else max_tokens_per_rank
@@ -41,4 +45,5 @@ def engine_settings(
         cuts=cuts,
         fixed_rows=by_cost.fixed_rows() if by_cost else 0,
         pairs_per_row=by_cost.pairs_per_row() if by_cost else 0,
+        most_slots=num_slots or (times.useful_slots() if times else 0),
     ).checked()

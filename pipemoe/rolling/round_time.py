@@ -40,9 +40,17 @@ class RoundTime:
         """ns of a round in which one rank has this many tokens of one sequence, which follow `start` others."""
         return self._of_spans([[(start, start + tokens)]])[0]
 
+    def useful_slots(self) -> int:
+        """How many slots' rounds can go on side by side without taking cores from one another, at least 1; 0: any
+        number, since every rank has a device, or its share of one.
+        """
+        return max(1, self._cores // (1000 * self._num_ranks)) if self._cores else 0
+
     def fixed_rows(self) -> int:
         """How many rows on each rank take as long as what a round costs by itself, at least 1."""
         row, fixed = self._line()
+        if self._cores:  # which agree on the next round as well: it cannot hide behind this one
+            fixed += self._rates.start_ns
         return max(1, fixed // row)
 
     def pairs_per_row(self) -> int:

@@ -47,11 +47,13 @@ class Plans:
         self._prove(found)
         return found
 
-    def of_round(self, slot: int, lengths: tuple[tuple[int, ...], ...]) -> Plan:
-        """The plan of a round: one cohort, in this slot. lengths: of every rank's chunks, in tokens."""
+    def of_round(self, slot: int, num_slots: int, lengths: tuple[tuple[int, ...], ...]) -> Plan:
+        """The plan of a round: one cohort, in this slot of `num_slots` that roll. lengths: of every rank's chunks, in
+        tokens.
+        """
         facts = Facts(lengths)
         cohort = [Microbatch(rank, 0, tokens) for rank, tokens in enumerate(facts.tokens) if tokens]
-        found = make_plan(facts, self.shape, self.config, self.cost, [cohort], first_slot=slot)
+        found = make_plan(facts, self.shape, self.config, self.cost, [cohort], first_slot=slot, slots_in_use=num_slots)
         self._prove(found)
         return found
 

@@ -41,13 +41,13 @@ def reserve(device: torch.device, num_bytes: int) -> None:
     del held
 
 
-def reserve_pinned(num_tensors: int) -> None:
-    """Let torch hold `num_tensors` pieces of pinned memory of every size up to 8 MiB."""
+def reserve_pinned(num_tensors: int, num_bytes: int = 0) -> None:
+    """Let torch hold `num_tensors` pieces of pinned memory of every size up to 8 MiB, and up to num_bytes."""
     import torch
 
     held = [
         torch.empty(1 << power, dtype=torch.uint8, device="cpu", pin_memory=True)
-        for power in range(_LARGEST_PINNED + 1)
+        for power in range(max(_LARGEST_PINNED, (num_bytes - 1).bit_length()) + 1)
         for _ in range(num_tensors)
     ]
     del held

@@ -111,7 +111,7 @@ class RollingSlot:
         """fingerprint: 16 bytes of all that must agree. lags: of all slots, see Offer. tell: the peers, to which rounds
         this rank has posted; True: at once.
         """
-        self.number, self._runtime, self._world = number, runtime, runtime.world
+        self.number, self._num_slots, self._runtime, self._world = number, num_slots, runtime, runtime.world
         self.rounds, self.waiting = SlotRounds(), Waiting(number, num_slots, settings)
         self._admission = Admission(number, num_slots, self._world.size, settings)
         self._times = RoundTime(runtime.shape, runtime.cost, self._world.size, runtime.config.moe_max_num_tokens)
@@ -219,7 +219,9 @@ class RollingSlot:
             self._patience.begin()
         self.counts.rounds += 1
         if runs:
-            plan = self._runtime.plans.of_round(self.number, tuple(tuple(c.tokens for c in of) for of in admitted))
+            plan = self._runtime.plans.of_round(
+                self.number, self._num_slots, tuple(tuple(c.tokens for c in of) for of in admitted)
+            )
             # A rank with another plan has another fingerprint in its next offer.
             self._fingerprint = hashlib.blake2b(self._fingerprint + plan.digest, digest_size=16).digest()
             predicted = self._times.of(admitted) * 1e-9

@@ -13,6 +13,8 @@ from pipemoe.runtime.lanes import Lanes, SlotLanes
 # CUDA events made at set-up, per slot: several times what MAX_GROUPS lets a step have under way. Timed ones: a step's
 # starts and ends; what times every operation makes more.
 NUM_EVENTS, NUM_TIMED_EVENTS = 512, 64
+# The clocks of host and device are compared again after so long; until then they part by less than an event is exact.
+_ORIGIN_SECONDS = 0.5
 
 
 class StreamEvent:
@@ -102,10 +104,13 @@ class StreamClock:
         self.timed = False  # time all work, not only work that asks for it
 
     def start(self, timed: bool) -> None:
+        self.timed = timed
+        if self.origin is not None and time.perf_counter() - self.origin[1] < _ORIGIN_SECONDS:
+            return  # other slots' rounds may be under way: wait for the device as seldom as may be
         event = StreamEvent(self.events)
         event.record(self._stream.cuda_stream)
-        self._stream.synchronize()  # the stream is idle between steps
-        self.origin, self.timed = (event, time.perf_counter()), timed
+        self._stream.synchronize()  # nothing else runs in it
+        self.origin = event, time.perf_counter()
 
 
 class StreamLane:

@@ -50,6 +50,7 @@ class Engine:
         when_full: str = "error",
         max_kept_tokens: int | None = None,
         step_tokens: int | None = None,
+        num_slots: int | None = None,
         delay_seconds: float = 0.0,
         keep_logits: bool = False,
     ) -> None:
@@ -61,7 +62,8 @@ class Engine:
         (default: twice max_tokens_per_rank). step_tokens: of one rank in a round, at most; policy "rolling" then also
         takes prompts up to this length for short ones. Default: rolling rounds and chunks are sized by the cost model,
         in lockstep it is 2048, or what max_tokens_per_rank allows. Models that take whole sequences only put up to
-        max_tokens_per_rank in a round. keep_logits: futures get logits too.
+        max_tokens_per_rank in a round. num_slots: of the configuration's slots, how many roll (default: all, but no
+        more than share no cores by the cost model; in lockstep always 1). keep_logits: futures get logits too.
 
         Raises, on every rank, ConfigError for arguments that cannot work, or if memory does not suffice; MismatchError
         if the ranks' arguments differ; InputError while another Engine is open.
@@ -76,8 +78,11 @@ class Engine:
                 max_tokens_per_rank=runtime.config.max_tokens_per_rank,
                 num_ranks=world.size,
                 cuts=model.takes_chunks,
+                num_slots=num_slots,
                 times=RoundTime(runtime.shape, runtime.cost, world.size, runtime.config.moe_max_num_tokens),
             )
+            if settings.most_slots > runtime.config.max_slots and num_slots is not None:
+                raise ConfigError(f"num_slots is {num_slots}; the model's configuration has {runtime.config.max_slots}")
             rows = self._rows_of_slots(settings, max_kept_tokens)
             if when_full not in WHEN_FULL:
                 raise ConfigError(f"when_full is {shown(when_full)}; it must be one of {', '.join(WHEN_FULL)}")
@@ -87,6 +92,7 @@ class Engine:
                 raise ConfigError(f"delay_seconds is {shown(delay_seconds)}; it must be a number of at least 0")
             whole_number("max_queue", max_queue, 1, ConfigError)
             given = {"policy": policy, "step_tokens": settings.chunk_tokens, "max_kept_tokens": rows[-1]}
+            given |= {"num_slots": len(rows)}
             given |= {"delay_seconds": delay_seconds, "keep_logits": keep_logits}
             return settings, rows, {name: str(value) for name, value in given.items()}
 

@@ -1,7 +1,8 @@
 """What a comparison of policies measures, in which order, on whatever plays requests: real ranks, or the simulator.
 
 1. One request at a time, for every policy. A class's limit is five times the unloaded time to first token of the best.
-2. All requests at once: each policy's throughput. Loads are shares of the best lockstep policy's.
+2. All requests of the first seed at once: each policy's throughput. Loads are shares of the best lockstep policy's, in
+   tokens: seeds with longer prompts come at a lower rate.
 3. The same arrivals at each load. The first seed goes through all policies. Of lockstep, those go on to the other seeds
    and to the capacity that lead there in some way (see `leaders`).
 4. Capacity by bisection, over the same rates for all. What is already measured at a rate is not measured again.
@@ -73,8 +74,8 @@ class Campaign:
         say: Callable[[str], None] = lambda text: None,
         keep: Callable[[Sequence[Mapping[str, Any]]], None] = lambda rows: None,
     ) -> None:
-        """requests_of: a seed's requests. say: is told what has been measured. keep: gets all rows now and then, as
-        they grow.
+        """requests_of: a seed's requests. say: is told what has been measured. keep: gets all rows, whenever there is
+        another.
         """
         self._player, self._policies, self._settings, self._say = player, list(policies), settings, say
         self._keep = keep
@@ -84,7 +85,7 @@ class Campaign:
         self.lengths_alone = spread_lengths(every, self.classes, settings.per_class)
         self._known: dict[tuple[Policy, str, int, float], list[Served]] = {}
         self.limits: Limits | None = None
-        self.saturation: dict[Policy, float] = {}  # requests a second
+        self.saturation: dict[Policy, float] = {}  # tokens a second
         self.rows: list[dict[str, Any]] = []
         self.kept: dict[Policy, list[Served]] = {}  # the first seed's at the last load, for timelines
 
@@ -99,7 +100,6 @@ class Campaign:
                 for load in settings.loads:
                     for policy in further:
                         self._at_load(policy, process, seed, load)
-                self._keep(self.rows)
                 if seed == settings.seeds[0]:
                     lead = leaders([row for row in self.rows if row["arrivals"] == process])
                     further = [p for p in self._policies if not p.is_lockstep or p.label in lead]
@@ -135,16 +135,22 @@ class Campaign:
         found: dict[Policy, list[Served]] = {}
         for policy in self._policies:
             found[policy] = self._player.play(policy, arrivals_of("trace", requests, float("inf")))
-            self.saturation[policy] = figures_of(found[policy], self.classes)["requests_per_s"] or 0.0
+            self.saturation[policy] = figures_of(found[policy], self.classes)["tokens_per_s"] or 0.0
+        full_rate = self.full_rate(self._settings.seeds[0])
         for policy, served in found.items():
-            load = self.saturation[policy] / self.full_rate
-            self._add(policy, served, {"what": "saturation", "rate_rps": self.saturation[policy], "load": load})
+            rate = self._rate(self._settings.seeds[0], self.saturation[policy])
+            self._add(policy, served, {"what": "saturation", "rate_rps": rate, "load": rate / full_rate})
 
-    @property
-    def full_rate(self) -> float:
-        """Requests a second of the best lockstep policy at saturation; of the best policy where there is none."""
+    def full_rate(self, seed: int) -> float:
+        """Requests of a seed a second that bring the tokens of the best lockstep policy's saturation; of the best
+        policy's where there is none.
+        """
         of_lockstep = [rate for policy, rate in self.saturation.items() if policy.is_lockstep]
-        return max(of_lockstep or self.saturation.values())
+        return self._rate(seed, max(of_lockstep or self.saturation.values()))
+
+    def _rate(self, seed: int, tokens_per_s: float) -> float:
+        requests = self._requests[seed]
+        return tokens_per_s * len(requests) / sum(r.input_tokens for r in requests)
 
     def _served(
         self, policy: Policy, process: str, seed: int, rate: float, stop_at: Limits | None = None
@@ -156,7 +162,7 @@ class Campaign:
         return self._known[key]
 
     def _at_load(self, policy: Policy, process: str, seed: int, load: float) -> None:
-        rate = load * self.full_rate
+        rate = load * self.full_rate(seed)
         served = self._served(policy, process, seed, rate)
         if seed == self._settings.seeds[0]:
             self.kept[policy] = served
@@ -166,7 +172,7 @@ class Campaign:
     def _capacity(self, policy: Policy, process: str, seed: int) -> None:
         settings, limits = self._settings, self.limits
         assert limits is not None  # _alone came first
-        middle = settings.loads[-1] * self.full_rate
+        middle = settings.loads[-1] * self.full_rate(seed)
         highest = max(settings.highest_load / settings.loads[-1], 1.0)
         rates = rates_around(middle, min(settings.lowest_load / settings.loads[-1], 1.0), highest, settings.rate_step)
         tried: list[list[Any]] = []
@@ -206,6 +212,7 @@ class Campaign:
         shown = ", ".join(f"{name} {self.rows[-1][name]:.1f}" for name in named if self.rows[-1][name] is not None)
         load = "" if about["load"] is None else f" {about['load']:.2f}"
         self._say(f"{policy.label}, {about['what']}{load}: {shown}")
+        self._keep(self.rows)
 
 
 def spread_lengths(requests: Sequence[Request], classes: LengthClasses, per_class: int) -> list[int]:

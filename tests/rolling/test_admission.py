@@ -95,23 +95,27 @@ def test_who_waited_too_long_goes_beside_a_long_round_that_stands_still():
 
 
 def test_a_round_is_as_long_as_is_best_for_the_rank_with_the_most_work():
-    chosen = SETTINGS._replace(fixed_rows=9, max_round_rows=200)
-    assert admitted([whole(n, 10) for n in range(4)], [whole(0, 18)], chosen=chosen) == [
-        [(0, 10)],
-        [(0, 18)],
-    ]
-    many = [whole(n, 10) for n in range(10)]  # a hundred: the best is 30
-    assert [len(of) for of in admitted(many, many[:3], many[:4], chosen=chosen)] == [3, 3, 3]
-    offers = [Offer(tuple(many[:4]), waiting_tokens=60)]
-    assert len(Admission(0, 2, 1, chosen).admit(offers)[0]) == 3
+    chosen = SETTINGS._replace(fixed_rows=36, max_round_rows=200)
+    many = [whole(n, 10) for n in range(10)]  # a hundred: the best is 60
+    assert admitted(many[:4], [whole(0, 37)], chosen=chosen) == [[(n, 10) for n in range(3)], [(0, 37)]]
+    assert [len(of) for of in admitted(many, many[:5], many[:7], chosen=chosen)] == [6, 5, 6]
+    offers = [Offer(tuple(many[:7]), waiting_tokens=30)]
+    assert len(Admission(0, 2, 1, chosen).admit(offers)[0]) == 6
+
+
+@pytest.mark.parametrize("count", [2, 3, 9, 10])
+def test_a_round_is_at_least_a_half_of_what_waits(count):
+    chosen = SETTINGS._replace(fixed_rows=1, max_round_rows=200)
+    waiting = [whole(n, 10) for n in range(count)]
+    assert len(admitted(waiting, [], chosen=chosen)[0]) == count // 2
 
 
 def test_a_sequence_is_cut_only_if_another_one_waits():
     chosen = SETTINGS._replace(fixed_rows=1, pairs_per_row=7)
     assert admitted([whole(0, 50)], [], slot=1, chosen=chosen) == [[(0, 50)], []]
-    for offers in ([Offer((whole(0, 50), whole(1, 50)))], [Offer((whole(0, 50),), waiting_tokens=200)]):
-        (found,) = Admission(1, 2, 1, chosen).admit(offers)
-        assert sum(chunk.tokens for chunk in found) < 50
+    for short, behind in ((whole(1, 9), 0), (whole(1, 9), 40)):
+        (found,) = Admission(1, 2, 1, chosen).admit([Offer((whole(0, 50), short), waiting_tokens=behind)])
+        assert [(chunk.sequence, chunk.tokens) for chunk in found][0] == (1, 9) and 0 < found[-1].tokens < 50
     late = Offer((whole(0, 50),), lags=(0, 0, 60000))
     assert Admission(1, 3, 1, chosen).admit([late]) == ((),)
 

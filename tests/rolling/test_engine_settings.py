@@ -3,7 +3,7 @@
 import pytest
 
 from pipemoe.errors import ConfigError
-from pipemoe.plan.cost.model import CostModel
+from pipemoe.plan.cost.model import CoresCost, CostModel
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.admission import POLICIES
 from pipemoe.rolling.engine_settings import engine_settings
@@ -29,6 +29,18 @@ def test_the_cost_model_sizes_rolling_rounds_unless_a_step_is_given():
         assert engine_settings(policy, tokens, times=times, **OF_FOUR) == engine_settings(policy, tokens, **OF_FOUR)
 
 
+@pytest.mark.parametrize(
+    ("cores", "wanted"), [(0, 3), (1, 1), (2, 1), (7, 1), (8, 2), (12, 3), (64, 3)], ids=lambda n: str(n)
+)
+def test_slots_that_would_share_cores_do_not_roll_unless_asked_for(cores, wanted):
+    times = RoundTime(ModelShape(2048, 768, 128, 8, 48), CostModel(cores=CoresCost(1000 * cores)), 4, 8192)
+    for tokens in (None, 512):
+        assert engine_settings("rolling", tokens, times=times, **OF_FOUR).num_slots(3) == wanted
+        assert engine_settings("rolling", tokens, num_slots=2, times=times, **OF_FOUR).num_slots(3) == 2
+    assert engine_settings("lockstep", None, num_slots=2, times=times, **OF_FOUR).num_slots(3) == 1
+    assert engine_settings("rolling", None, **OF_FOUR).num_slots(3) == 3
+
+
 def test_what_cannot_be_cut_goes_whole():
     assert engine_settings("rolling", 512, **OF_FOUR | {"cuts": False}).max_tokens_per_round == 4096
 
@@ -44,3 +56,9 @@ def test_what_cannot_be_cut_goes_whole():
 def test_bad_arguments(policy, step_tokens, wrong):
     with pytest.raises(ConfigError, match=wrong):
         engine_settings(policy, step_tokens, **OF_FOUR)
+
+
+@pytest.mark.parametrize("num_slots", [0, -1, 1.5, "2", True])
+def test_a_bad_number_of_slots(num_slots):
+    with pytest.raises(ConfigError, match="num_slots"):
+        engine_settings("rolling", None, num_slots=num_slots, **OF_FOUR)

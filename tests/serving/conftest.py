@@ -32,11 +32,14 @@ def model(world, dtype):
 def is_right(world, dtype):
     """is_right(tokens, first): are these the plain model's logits?"""
     reference = reference_model(tiny_config("qwen3_moe", num_layers=4), device=world.device, dtype=dtype, seed=3)
+    # Weights are drawn by the device, but computed with on the host: while rounds are open, nothing else may make CUDA
+    # allocate or wait.
+    reference = reference.float().cpu()
 
     @cache
     def wanted(tokens):
         with torch.no_grad():
-            return reference(torch.tensor([tokens], device=world.device)).logits[0, -1].float().cpu()
+            return reference(torch.tensor([tokens])).logits[0, -1]
 
     def compare(tokens, first) -> bool:
         right = wanted(tuple(tokens))
@@ -54,6 +57,7 @@ def open_engine(model):
 
     def new(**settings):
         usual = {"step_tokens": STEP_TOKENS, "max_kept_tokens": KEPT_TOKENS, "keep_logits": True}
+        usual |= {"num_slots": model.world.num_slots}  # also where they share cores
         return pipemoe.Engine(model, **usual | settings)
 
     return new

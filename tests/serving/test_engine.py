@@ -241,6 +241,8 @@ def test_rounds_make_cuda_allocate_nothing(world, open_engine):
         ({"step_tokens": 1.5}, ConfigError, "step_tokens is 1.5"),
         ({"delay_seconds": -1}, ConfigError, "delay_seconds is -1"),
         ({"keep_logits": 1}, ConfigError, "keep_logits is 1"),
+        ({"num_slots": 0}, ConfigError, "num_slots is 0"),
+        ({"num_slots": 99}, ConfigError, "num_slots is 99"),
         ({"step_tokens": 32}, MismatchError, "step_tokens is 32"),
     ],
 )
