@@ -60,8 +60,9 @@ class Sequences(Protocol):
 class _Round:
     number: int
     plan: Plan
+    admitted: tuple[tuple[Chunk, ...], ...]  # by rank
     chunks: tuple[Chunk, ...]  # this rank's
-    predicted: float  # seconds
+    predicted: float = 0.0  # seconds; 0 until it has begun
     run: Run | None = None
     begun: float = 0.0
     is_near_end: bool = False
@@ -115,6 +116,8 @@ class RollingSlot:
         self.rounds, self.waiting = SlotRounds(), Waiting(number, num_slots, settings)
         self._admission = Admission(number, num_slots, self._world.size, settings)
         self._times = RoundTime(runtime.shape, runtime.cost, self._world.size, runtime.config.moe_max_num_tokens)
+        # Where ranks share cores, an exchange beside a round takes cores from it: nothing can hide there.
+        self._hides_exchanges = not runtime.cost.cores.permille
         self._pace = Pace()
         self._sequences, self._fingerprint, self._lags, self._tell = sequences, fingerprint, lags, tell
         self._patience = _Patience(delay_seconds)
@@ -183,13 +186,20 @@ class RollingSlot:
             return _ASLEEP_SECONDS
         return _EXCHANGE_SECONDS if self._gathering else _RUN_SECONDS if self._queue else _ASLEEP_SECONDS
 
+    @property
+    def is_in_a_round(self) -> bool:
+        """Is a round under way, and too far from its end to post to the next?"""
+        return bool(self._queue) and not self._queue[0].is_near_end
+
     def _may_post(self) -> bool:
+        if self.is_in_a_round:
+            return False
         is_empty = not len(self.waiting)
         has_work = not is_empty and self._refused_at != self._sequences.room(self.number)
         when = self.rounds.when(has_work, self.is_leaving and is_empty)
         if when is not When.AFTER_PAUSE:
             self.pause_until = 0.0
-            return when is When.NOW or (when is When.LATE and self._queue[0].is_near_end)
+            return when in (When.NOW, When.LATE)
         if not self.pause_until:
             usual = self.counts.seconds / max(1, self.counts.rounds_with_work)
             self.pause_until = time.monotonic() + pause_seconds(usual, self._patience.seconds)
@@ -218,19 +228,16 @@ class RollingSlot:
         if settled.chunks:
             self._patience.begin()
         self.counts.rounds += 1
+        self._sequences.admitted(self.number, settled.chunks, settled.ended)
+        self._sequences.withdrawn(self.number, settled.withdrawn)
         if runs:
             plan = self._runtime.plans.of_round(
                 self.number, self._num_slots, tuple(tuple(c.tokens for c in of) for of in admitted)
             )
-            # A rank with another plan has another fingerprint in its next offer.
-            self._fingerprint = hashlib.blake2b(self._fingerprint + plan.digest, digest_size=16).digest()
-            predicted = self._times.of(admitted) * 1e-9
-            self._queue.append(_Round(self.rounds.agreed, plan, settled.chunks, predicted))
+            self._queue.append(_Round(self.rounds.agreed, plan, admitted, settled.chunks))
             self.counts.rounds_with_work += 1
             self.counts.tokens += sum(chunk.tokens for chunk in settled.chunks)
             self.counts.rows += sum(plan.facts.tokens)
-        self._sequences.admitted(self.number, settled.chunks, settled.ended)
-        self._sequences.withdrawn(self.number, settled.withdrawn)
 
     def _run_first(self) -> bool:
         """Go on with the round that runs. True if anything happened."""
@@ -246,7 +253,10 @@ class RollingSlot:
                 on_progress_made=self._world.conductor.count_op,
                 on_done=lambda op: self._note_done(round_, op),
             )
-        if not round_.run.advance():
+        is_over = round_.run.advance()
+        if not round_.predicted:
+            self._note_begun(round_)
+        if not is_over:
             return self._num_moved != before
         self._queue.popleft()
         self.rounds.finish()
@@ -257,14 +267,20 @@ class RollingSlot:
         self._sequences.passed(self.number, round_.chunks, failure)
         return True
 
+    def _note_begun(self, round_: _Round) -> None:
+        """What no operation had to wait for. A rank with another plan has another fingerprint in its next offer."""
+        round_.predicted = self._times.of(round_.admitted) * 1e-9
+        self._fingerprint = hashlib.blake2b(self._fingerprint + round_.plan.digest, digest_size=16).digest()
+
     def _count_move(self, _op: object) -> None:
         self._num_moved += 1
 
     def _note_done(self, round_: _Round, op: Op) -> None:
         self._num_moved += 1
         # The next exchange has the last layer to hide in.
-        last = round_.plan.shape.num_layers - 1
-        round_.is_near_end |= op.kind is OpKind.FINISH or op.layer == last or (op.layer == last - 1 and op.kind > 2)
+        if self._hides_exchanges:
+            last = round_.plan.shape.num_layers - 1
+            round_.is_near_end |= op.kind is OpKind.FINISH or op.layer == last or (op.layer == last - 1 and op.kind > 2)
 
 
 class RollingLoop:
@@ -333,7 +349,8 @@ class RollingLoop:
         self._take_news(self)
         moved = False
         for slot in self.slots:
-            slot.rounds.hear(self._highest_round(slot))
+            if not slot.is_in_a_round:
+                slot.rounds.hear(self._highest_round(slot))
             moved |= slot.advance()
         if moved:
             return 0.0

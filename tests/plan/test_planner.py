@@ -8,7 +8,7 @@ from pipemoe.errors import ConfigError, InputError
 from pipemoe.plan.auto.candidates import fixed_assignment
 from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.config import MODES, UNCAPPED_MODES, PlanConfig
-from pipemoe.plan.cost.model import CostModel
+from pipemoe.plan.cost.model import CostModel, SmsCost
 from pipemoe.plan.cost.tuned import MOST_SMS_LEFT
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch, ModelShape, OpKind
@@ -175,12 +175,12 @@ def test_unknown_names_are_refused():
 def test_one_cohort_leaves_room_for_the_collectives_of_other_slots(tokens):
     """Of a step alone, one wave leaves none: all wait for all."""
     facts = Facts(tuple((count,) if count else () for count in tokens))
-    config, cost = PlanConfig(num_slots=4, moe_max_num_tokens=500), CostModel()
+    config, cost = PlanConfig(num_slots=4, moe_max_num_tokens=500), CostModel(sms=SmsCost(ctas=2))
     cohort = [Microbatch(rank, 0, count) for rank, count in enumerate(tokens) if count]
     one_wave = sum(tokens) <= 500
     made = [plan(facts, SHAPE, config, cost, [cohort], first_slot=1, slots_in_use=n) for n in (0, 1, 2, 4)]
-    rooms = [2 * slots * cost.sms.ctas for slots in (1, 2, 4)]
+    rooms = [min(2 * slots * cost.sms.ctas, cost.sms.num_sms // MOST_SMS_LEFT) for slots in (1, 2, 4)]
     alone = 0 if one_wave else rooms[0]
-    assert [m.sms_left for m in made] == [alone, alone, *(min(r, cost.sms.num_sms // MOST_SMS_LEFT) for r in rooms[1:])]
+    assert [m.sms_left for m in made] == [alone, alone, *rooms[1:]] and len(set(rooms)) == 3
     assert all(m.cohorts[0].slot == 1 for m in made)
     assert {m.sms_left for m in made} <= set(possible_sms_left(config, cost.sms))

@@ -41,13 +41,15 @@ def test_limits_are_five_times_the_best_unloaded_time(campaign):
 
 
 def test_loads_are_shares_of_the_best_lockstep_policys_throughput(campaign):
-    tokens = sum(r.input_tokens for r in requests_of(3))
-    assert campaign.full_rate == pytest.approx(200 / (tokens * 1e-3))
+    """In tokens: a seed with longer prompts comes at a lower rate."""
+    full_rates = {seed: 200 / (sum(r.input_tokens for r in requests_of(seed)) * 1e-3) for seed in (3, 4)}
+    assert full_rates[3] != full_rates[4]
+    assert {seed: campaign.full_rate(seed) for seed in (3, 4)} == pytest.approx(full_rates)
     saturation = {row["label"]: row["load"] for row in campaign.rows if row["what"] == "saturation"}
     assert saturation == pytest.approx({"rolling": 1.25, "lockstep 64": 0.5, "lockstep 128": 1.0})
     for row in campaign.rows:
         if row["what"] == "load":
-            assert row["rate_rps"] == pytest.approx(row["load"] * campaign.full_rate) and row["completed"] == 200
+            assert row["rate_rps"] == pytest.approx(row["load"] * full_rates[row["seed"]]) and row["completed"] == 200
 
 
 def test_every_policy_gets_the_same_arrivals_and_lockstep_that_never_leads_goes_no_further(campaign):
