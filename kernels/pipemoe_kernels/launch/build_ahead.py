@@ -2,7 +2,8 @@
 
 A model needs about ten large kernels, and each takes seconds to compile. All ranks of a host need the same ones. Each
 process builds those that no other is at (cubin_cache.turn) and finds the rest on disk. Where a process has several
-cores, helpers share its work: processes that only compile, and use neither the GPU nor MPI.
+cores, helpers share its work: processes that only compile, and use neither the GPU nor MPI. They end with the process
+that has started them, however it ends: its end closes their input.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -41,10 +44,15 @@ def build_all(kernels: Sequence[Kernel], cc: tuple[int, int]) -> None:
     if len(missing) < 2 or not cubin_cache.keeps():
         return
     helpers = _start_helpers([k.recipe for k in missing if k.recipe], cc, min(_spare_cores(), len(missing) - 1))
-    for kernel in missing:
-        kernel.build_ahead(cc)
-    for helper in helpers:
-        helper.wait()
+    try:
+        for kernel in missing:
+            kernel.build_ahead(cc)
+        for helper in helpers:
+            helper.wait()
+    finally:  # after an error they have not ended
+        for helper in helpers:
+            with suppress(OSError):  # what a helper that is gone has not read
+                helper.stdin.close()
 
 
 def _spare_cores() -> int:
@@ -66,7 +74,7 @@ def _start_helpers(recipes: list[Recipe], cc: tuple[int, int], count: int) -> li
         assert helper.stdin is not None
         try:
             pickle.dump((cc, recipes[first:] + recipes[:first]), helper.stdin)
-            helper.stdin.close()
+            helper.stdin.flush()
         except OSError:  # it has ended: then this process builds everything
             pass
         helpers.append(helper)
@@ -76,11 +84,17 @@ def _start_helpers(recipes: list[Recipe], cc: tuple[int, int], count: int) -> li
 def _help() -> None:
     """What a helper does."""
     cc, recipes = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_input, daemon=True).start()
     for recipe in recipes:
         made = getattr(import_module(recipe.module), recipe.name)(*recipe.arguments, **dict(recipe.options))
         for kernel in kernels_in(made):
             if kernel.key is not None:
                 kernel.build_ahead(cc)
+
+
+def _end_with_input() -> None:
+    os.read(sys.stdin.fileno(), 1)  # nothing more is sent
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Several processes that need the same kernels: each is built once, and helpers build what they are told."""
 
 import importlib.util
+import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +75,38 @@ def test_a_helper_that_cannot_start_changes_nothing(monkeypatch, built):
     assert all(kept(kernels)) and len(built) == len(kernels)
 
 
+@pytest.mark.parametrize("end", ["killed", "error"])
+def test_a_helper_ends_with_the_process_that_started_it(end):
+    """In the middle of its work: here one that never ends."""
+    code = f"""
+import signal
+from pipemoe_kernels.launch import build_ahead
+from pipemoe_kernels.launch.kernel import Recipe
+start = build_ahead._start_helpers
+def started(recipes, cc, count):
+    helpers = start([Recipe("signal", "pause", (), ())], cc, 1)
+    print(helpers[0].pid, flush=True)
+    return helpers
+class Missing:
+    key, recipe = (), None
+    def kept_key(self, cc):
+        return ()
+    def build_ahead(self, cc):
+        signal.pause() if {end!r} == "killed" else 1 / 0
+build_ahead._start_helpers = started
+build_ahead.build_all([Missing(), Missing()], {CC})
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(build_ahead.__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout
+    helper = os.pidfd_open(int(process.stdout.readline()))
+    if end == "killed":
+        process.kill()
+    process.wait(60)
+    assert select.select([helper], [], [], 60)[0], "the helper stays"
+    os.close(helper)
+
+
 def test_nothing_is_built_ahead_where_nothing_is_kept(monkeypatch, built, folder):
     folder.mkdir()
     folder.chmod(0o770)  # others may write to it
@@ -93,7 +127,7 @@ with cubin_cache.turn({key!r}, waits=False) as mine:
     os._exit(1)
 """
     kernels = str(Path(build_ahead.__file__).parents[2])
-    environment = {**__import__("os").environ, "PYTHONPATH": kernels}
+    environment = {**os.environ, "PYTHONPATH": kernels}
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
