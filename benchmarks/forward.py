@@ -1,4 +1,4 @@
-"""Time to the first token of one prompt per rank: pipemoe, an older pipemoe, and vLLM, in one run on one machine.
+"""Time to the first token of a prompt on each rank: pipemoe, an older pipemoe, and vLLM, in one run on one machine.
 
     python benchmarks/forward.py --model qwen3-30b-a3b --before ../older --vllm
 
@@ -6,6 +6,13 @@ Each implementation is a process of its own that stays alive and warm (case_serv
 in the order A B C C B A, several rounds a visit behind some to warm up. All get the same seeded prompts and, as far as
 can be, the same weights, whose router spreads tokens evenly over the experts (or as --router-skew says). Medians over
 all rounds; least and most are kept.
+
+Several ranks are a job of their own for each implementation. On one GPU, two builds side by side:
+
+    python benchmarks/forward.py --before ../older --num-ranks 4 --launcher "launch/one_gpu.sh 4" --layers 32 \\
+        --at-once 2 --moe-max-num-tokens 8192 --rank-tokens 2048,2048,2048,2048 --rank-tokens 4096,16,16,16
+
+A row's time is that of the slowest rank; `median rank` and `rank_ttft_ms` say what the others had.
 
 The boundary is the same: token ids on the host to the first token's id on the host. For pipemoe that is the call of
 `prefill`; for vLLM its engine's time from scheduling to the token, so without its message queues, which
@@ -36,11 +43,12 @@ if not __package__:  # run as a script
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, positive
 from benchmarks.ttft.models import BenchModel
-from benchmarks.ttft.table import aligned
+from benchmarks.ttft.table import aligned, tokens_text
 from benchmarks.visits import PIPEMOE, Forward
 from pipemoe.doctor import installed_gpus
 from pipemoe.errors import InputError, PipemoeError
 from pipemoe.output_path import check_output_file
+from pipemoe.traffic.request_trace import parse_rank_tokens
 
 TOKENS = {"cpu": "1,16,64", "cuda": "1,16,64,512,2048,4096,8192"}
 # field of a row -> heading, and how to write a value that is not null
@@ -48,11 +56,14 @@ COLUMNS: Mapping[str, tuple[str, Callable[[Any], str]]] = {
     "impl": ("implementation", str),
     "tokens": ("tokens", str),
     "ttft_ms": ("TTFT ms", "{:.2f}".format),
+    "median_rank_ttft_ms": ("median rank", "{:.2f}".format),
     "ttft_ms_least": ("least", "{:.2f}".format),
     "ttft_ms_most": ("most", "{:.2f}".format),
     "pipemoe_over_it": ("pipemoe / it", "{:.3f}".format),
+    "median_rank_over_it": ("median ranks", "{:.3f}".format),
     "client_ttft_ms": ("at the client", "{:.2f}".format),
     "predicted_ttft_ms": ("predicted", "{:.2f}".format),
+    "peak_memory_gib": ("GiB", "{:.1f}".format),
     "issue_us_per_layer": ("issue us", "{:.0f}".format),
     "active_experts": ("active experts", "{:.1f}".format),
     "active_experts_expected": ("expected", "{:.1f}".format),
@@ -82,7 +93,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="experts' load as rank ** -S, a Zipf law (default: 0, even)",
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--tokens", help=f"of a rank's prompt, one case each (default: {TOKENS['cuda']} on a GPU)")
+    run.add_argument("--tokens", help=f"of every rank's prompt, one case each (default: {TOKENS['cuda']} on a GPU)")
+    run.add_argument("--rank-tokens", action="append", metavar="T,T,...", help="a case; may be repeated")
+    run.add_argument("--moe-max-num-tokens", type=positive(int), help="pipemoe's (default: all tokens in one wave)")
     run.add_argument(
         "--rounds", type=positive(int), default=5, help="timed, in each of two visits (default %(default)s)"
     )
@@ -97,7 +110,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--start-seconds", type=positive(float), default=420.0, help="an implementation that takes longer is left out"
     )
-    run.add_argument("--in-turn", action="store_true", help="never more than two implementations in memory at once")
+    run.add_argument(
+        "--at-once", type=positive(int), help="implementations in memory (default: as many as fit by their weights)"
+    )
     peers = parser.add_argument_group("beside it")
     peers.add_argument("--before", type=Path, metavar="FOLDER", help="the source tree of an older pipemoe")
     peers.add_argument("--vllm", action="store_true", help="vLLM, left out with a word if it is not installed")
@@ -108,10 +123,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.model = options.model or ("small" if options.device == "cpu" else "qwen3-30b-a3b")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     options.mode = options.mode or ("broadcast" if options.num_ranks == 1 else "auto")
+    tokens = options.tokens or ("" if options.rank_tokens else TOKENS[options.device])
     try:
-        options.tokens = [positive(int)(text) for text in (options.tokens or TOKENS[options.device]).split(",")]
+        counts = [positive(int)(text) for text in tokens.split(",")] if tokens else []
     except ValueError:
         parser.error(f"--tokens {options.tokens}: whole numbers of at least 1 are wanted, as in 1,16,64")
+    options.cases = [[count] * options.num_ranks for count in counts]
+    for text in options.rank_tokens or []:
+        try:
+            case = parse_rank_tokens(text, options.num_ranks)
+        except InputError as error:
+            parser.error(str(error))
+        if not any(case):
+            parser.error(f"--rank-tokens {text}: at least one rank must have tokens")
+        if options.vllm and not all(case):
+            parser.error(f"--rank-tokens {text}: vLLM needs a prompt for every rank")
+        options.cases.append(case)
     if options.before is not None and not (options.before / "pipemoe" / "__init__.py").is_file():
         parser.error(f"--before {options.before}: there is no pipemoe in it")
     return options
@@ -121,11 +148,23 @@ def forward_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Heading and one line of cells per row; columns without any value are left out. `pipemoe / it` compares with
     pipemoe's row of the same phase.
     """
-    ours = {(row["phase"], row["tokens"]): row["ttft_ms"] for row in rows if row["impl"] == PIPEMOE}
+
+    def case_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return row["phase"], row["tokens"], *row.get("rank_tokens", ())
+
+    ours = {case_of(row): row for row in rows if row["impl"] == PIPEMOE}
     filled = []
     for row in rows:
-        beside = None if row["impl"] == PIPEMOE else ours.get((row["phase"], row["tokens"]))
-        filled.append({**row, "pipemoe_over_it": None if beside is None else beside / row["ttft_ms"]})
+        row, beside = dict(row), None if row["impl"] == PIPEMOE else ours.get(case_of(row))
+        if len(set(row.get("rank_tokens", ()))) > 1:
+            row["tokens"] = tokens_text(row["rank_tokens"])
+        if beside is not None:
+            row["pipemoe_over_it"] = beside["ttft_ms"] / row["ttft_ms"]
+        if row["num_ranks"] == 1:
+            row["median_rank_ttft_ms"] = None  # the same
+        elif beside is not None:
+            row["median_rank_over_it"] = beside["median_rank_ttft_ms"] / row["median_rank_ttft_ms"]
+        filled.append(row)
     columns = {name: column for name, column in COLUMNS.items() if any(row.get(name) is not None for row in filled)}
     lines = [[heading for heading, _ in columns.values()]]
     for row in filled:

@@ -2,7 +2,7 @@
 
     python benchmarks/pipemoe_server.py --tree FOLDER --model config.json --max-tokens 8192
 
-With a launcher before it, every rank prefills a prompt of each case's length, and a round's time is the slowest rank's.
+With a launcher before it, every rank prefills a prompt, of as many tokens as the case says for it, or none.
 An older pipemoe, whose random routers send most tokens to a few experts, draws its weights by this checkout's
 random_parameters, so that all implementations route alike.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipemoe import Model, World
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+WATCHDOG_SECONDS = 900.0
 FIGURE_STEPS = 5  # timed steps for the host's time of issuing
 
 
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tree", type=Path, default=CHECKOUT, help="the pipemoe to run (default: this one)")
     parser.add_argument("--model", type=Path, required=True, help="a config.json")
     parser.add_argument("--max-tokens", type=int, required=True, help="of a rank's longest prompt")
+    parser.add_argument("--moe-max-num-tokens", type=int, help="of a wave (default: those of all ranks)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), required=True)
     parser.add_argument("--mode", default="broadcast")
@@ -79,37 +81,45 @@ class PipemoeServer:
     def _do(self, request: dict[str, Any]) -> dict[str, Any]:
         return self._figures(request) if request.get("figures") else self._rounds(request)
 
-    def _ids(self, request: dict[str, Any], number: int) -> Any:
+    def _prompts(self, request: dict[str, Any], number: int) -> list[Any]:
+        """This rank's prompt number `number`, if it has one."""
         import torch
 
-        ids = self._prompt(self._seed, request["tokens"], number, self._world.rank, self._model.decoder.vocab_size)
-        return torch.tensor(ids, device="cpu")
+        rank, vocab_size = self._world.rank, self._model.decoder.vocab_size
+        ids = self._prompt(self._seed, request["rank_tokens"][rank], number, rank, vocab_size)
+        return [torch.tensor(ids, device="cpu")] if ids else []
 
     def _rounds(self, request: dict[str, Any]) -> dict[str, Any]:
         """Times of `rounds` prompts, from number `first` on; before them those numbered below 0, to warm up."""
+        import torch
+
         times, tokens, issue_us = [], [], []
-        first, warm_up = request["first"], request["warm_up"]
+        first, warm_up, on_gpu = request["first"], request["warm_up"], self._world.device.type == "cuda"
         gc.collect()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         for number in [*range(-warm_up, 0), *range(first, first + request["rounds"])]:
-            ids = self._ids(request, number)
+            prompts = self._prompts(request, number)
             time.sleep(request["gap_s"])
             self._world.all_gather(b"", "start of a round")
             issued, begin = self._issued(), time.perf_counter()
-            found = self._model.prefill([ids])
+            found = self._model.prefill(prompts)
             seconds = time.perf_counter() - begin
             self._world.all_gather(b"", "end of a round")  # on every rank
             if number >= 0:
-                times.append(seconds * 1e3)
-                tokens.append(found.first_tokens[0])
+                times.append(seconds * 1e3 if prompts else None)
+                tokens.append(found.first_tokens[0] if prompts else None)
                 if issued is not None:
                     spent, layers = (after - before for after, before in zip(self._issued(), issued))
                     issue_us.append(spent * 1e6 / layers)
-        mine = json.dumps([times, tokens]).encode()
+        peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else None
+        mine = json.dumps([times, tokens, peak_bytes]).encode()
         ranks = [json.loads(payload) for payload in self._world.all_gather(mine, "times of the rounds")]
         return {
-            "ttft_ms": [max(of_ranks) for of_ranks in zip(*(times for times, _ in ranks))],
-            "first_tokens": [list(of_ranks) for of_ranks in zip(*(tokens for _, tokens in ranks))],
+            "rank_ttft_ms": [list(of_ranks) for of_ranks in zip(*(times for times, _, _ in ranks))],
+            "first_tokens": [list(of_ranks) for of_ranks in zip(*(tokens for _, tokens, _ in ranks))],
             "issue_us": issue_us,
+            "peak_bytes": max(peak for _, _, peak in ranks) if on_gpu else None,
         }
 
     def _issued(self) -> tuple[float, int] | None:
@@ -122,14 +132,14 @@ class PipemoeServer:
         """
         from pipemoe.trace import Timeline
 
-        ids = self._ids(request, request["first"])
+        prompts = self._prompts(request, request["first"])
         with self._counted(self._model) as loads:
-            self._model.prefill([ids], timeline=Timeline())  # issued call by call
+            self._model.prefill(prompts, timeline=Timeline())  # issued call by call
             self._world.all_gather(b"", "end of the counted step")  # its last rows have been counted
         issued = []
         for _ in range(FIGURE_STEPS if self._issued() is None else 0):
             timeline = Timeline()
-            self._model.prefill([ids], timeline=timeline)
+            self._model.prefill(prompts, timeline=timeline)
             of_layer: dict[tuple[int, int], float] = {}
             for op, seconds in timeline.issue_seconds:
                 of_layer[op.cohort, op.layer] = of_layer.get((op.cohort, op.layer), 0.0) + seconds
@@ -140,9 +150,9 @@ class PipemoeServer:
             "top_k": shape.top_k,
             "issue_us_per_layer": median(issued) if issued else None,
         }
-        return {**figures, **loads.figures(), "predicted_ttft_ms": self._predicted_ms(request["tokens"])}
+        return {**figures, **loads.figures(), "predicted_ttft_ms": self._predicted_ms(request["rank_tokens"])}
 
-    def _predicted_ms(self, num_tokens: int) -> float | None:
+    def _predicted_ms(self, rank_tokens: list[int]) -> float | None:
         """The simulator's time to the slowest rank's first token, by the costs that the plan was made with."""
         from pipemoe.plan.schedule import Facts
 
@@ -151,8 +161,9 @@ class PipemoeServer:
         except ImportError:  # an older tree has it elsewhere
             return None
         runtime = self._model.runtime
-        ttfts = simulate(runtime.plans.of_step(Facts(((num_tokens,),) * self._world.size)), runtime.cost).ttft
-        return max(ttfts) / 1e6
+        facts = Facts(tuple((n,) if n else () for n in rank_tokens))
+        ttfts = simulate(runtime.plans.of_step(facts), runtime.cost).ttft
+        return max(ttft for ttft in ttfts if ttft is not None) / 1e6
 
 
 def main() -> None:
@@ -172,11 +183,16 @@ def main() -> None:
     raw = json.loads(options.model.read_text())
     config = CONFIG_MAPPING[raw.pop("model_type")].from_dict(raw)
     one_cohort = options.mode in ("padded", "broadcast", "chunked")  # one after another, in one slot
-    with pipemoe.init(options.device, num_slots=1 if one_cohort else None) as world:
+    # The others wait for rank 0's next request while another implementation has its turn.
+    patience = {"watchdog_seconds": WATCHDOG_SECONDS}
+    with pipemoe.init(options.device, num_slots=1 if one_cohort else None, **patience) as world:
         most = options.max_tokens
         named = {name: value for name in ("cost", "attention") if (value := getattr(options, name)) is not None}
         settings = pipemoe.Config(
-            mode=options.mode, max_tokens_per_rank=most, moe_max_num_tokens=most * world.size, **named
+            mode=options.mode,
+            max_tokens_per_rank=most,
+            moe_max_num_tokens=options.moe_max_num_tokens or most * world.size,
+            **named,
         )
         more: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "seed": options.seed}
         if "router_skew" in inspect.signature(pipemoe.load_model).parameters:

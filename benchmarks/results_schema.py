@@ -49,7 +49,7 @@ ROW_FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "model": (str,),
         "layers": (int,),
         "num_ranks": (int,),
-        "tokens": (int,),  # of one prompt on each rank
+        "tokens": (int,),  # of each rank's prompt; where they differ (`rank_tokens`), of the longest
         "ttft_ms": _NUMBER,
         "ttft_ms_least": _NUMBER,
         "ttft_ms_most": _NUMBER,

@@ -17,6 +17,7 @@ from benchmarks.bench_main import Progress
 from benchmarks.case_server import Server, ServerError
 from benchmarks.routing_load import expected_active
 from benchmarks.ttft.models import BenchModel
+from benchmarks.ttft.table import tokens_text
 from pipemoe.doctor import installed_gpus
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -61,20 +62,36 @@ class Clocks:
 class Visited:
     """What one implementation did with one case in one phase."""
 
-    ttft_ms: list[float] = field(default_factory=list)
+    rank_ttft_ms: list[list[float | None]] = field(default_factory=list)  # of each round, by rank
     client_ttft_ms: list[float] = field(default_factory=list)
     issue_us: list[float] = field(default_factory=list)  # per layer, of each round
     first_tokens: list[list[int]] = field(default_factory=list)
     clocks: list[Clocks] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    peak_bytes: int | None = None  # of torch's memory in a step, of the rank with most
 
     def add(self, answer: Mapping[str, Any], clocks: Clocks) -> None:
         """One visit's rounds."""
-        self.ttft_ms += answer["ttft_ms"]
+        self.rank_ttft_ms += answer["rank_ttft_ms"]
         self.client_ttft_ms += answer.get("client_ttft_ms", [])
         self.issue_us += answer.get("issue_us", [])
         self.first_tokens += answer["first_tokens"]
         self.clocks.append(clocks)
+        if answer.get("peak_bytes"):
+            self.peak_bytes = max(self.peak_bytes or 0, answer["peak_bytes"])
+
+    @property
+    def ttft_ms(self) -> list[float]:
+        """Of the slowest rank, of each round."""
+        return [max(ms for ms in of_ranks if ms is not None) for of_ranks in self.rank_ttft_ms]
+
+    def medians(self) -> list[float | None]:
+        """Over the rounds, of each rank; None of a rank without a prompt."""
+        return [None if None in of_rank else median(of_rank) for of_rank in zip(*self.rank_ttft_ms)]
+
+
+def _ms(ms: float | None) -> str:
+    return "-" if ms is None else f"{ms:.2f}"
 
 
 class Forward:
@@ -101,7 +118,7 @@ class Forward:
         options = self._options
         impls = [PIPEMOE] + [BEFORE] * (options.before is not None) + [VLLM] * options.vllm
         self._room = self._room_for()
-        phases = phases_of(impls, min(self._room, 2) if options.in_turn else self._room)
+        phases = phases_of(impls, options.at_once or self._room)
         try:
             for number, phase in enumerate(phases, 1):
                 for impl in [impl for impl in self._servers if impl not in phase]:
@@ -109,8 +126,8 @@ class Forward:
                 wanted = [impl for impl in phase if impl not in self._servers and impl not in self.left_out]
                 self._start([impl for impl in wanted if impl != VLLM])
                 self._start([VLLM] * (VLLM in wanted))  # alone, as it measures the free memory meanwhile
-                for tokens in options.tokens:
-                    self._case(number, [impl for impl in phase if impl in self._servers], tokens)
+                for case in options.cases:
+                    self._case(number, [impl for impl in phase if impl in self._servers], case)
         finally:
             for server in self._servers.values():
                 server.close()
@@ -128,7 +145,7 @@ class Forward:
         dtype = getattr(torch, self._options.dtype)
         prepared = PreparedDecoder(self._config, **place, dtype=dtype, random_weights=True)
         self._weight_bytes, self._gpu_bytes = prepared.num_bytes, gpus[0].memory_mib << 20
-        return self._gpu_bytes // (self._weight_bytes + ROOM)
+        return self._gpu_bytes // ((self._weight_bytes + ROOM) * -(-self._options.num_ranks // len(gpus)))
 
     def _start(self, impls: Sequence[str]) -> None:
         """Start them side by side, and wait until they are ready."""
@@ -158,7 +175,14 @@ class Forward:
         """Words and environment of an implementation's process."""
         options = self._options
         common = [
-            *("--model", str(self._config), "--max-tokens", str(max(options.tokens)), "--seed", str(options.seed)),
+            *(
+                "--model",
+                str(self._config),
+                "--max-tokens",
+                str(max(map(max, options.cases))),
+                "--seed",
+                str(options.seed),
+            ),
             *("--dtype", options.dtype, "--router-skew", str(options.router_skew)),
         ]
         inherited = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
@@ -175,6 +199,8 @@ class Forward:
                 launcher = shlex.split(words)
             script = [*launcher, str(CHECKOUT / "benchmarks" / "pipemoe_server.py"), *common]
             script += ["--tree", str(tree), "--mode", options.mode, "--device", options.device]
+            if options.moe_max_num_tokens:
+                script += ["--moe-max-num-tokens", str(options.moe_max_num_tokens)]
             for name in ("cost", "attention"):  # an older tree knows neither, or not all
                 value = getattr(options, name)
                 script += [f"--{name}", value] * (impl == PIPEMOE and value is not None)
@@ -182,13 +208,13 @@ class Forward:
             inherited = [p for p in inherited if Path(p).resolve() not in (CHECKOUT, CHECKOUT / "kernels")]
         return script, {**os.environ, "PYTHONPATH": os.pathsep.join([*path, *inherited])}
 
-    def _case(self, phase: int, impls: Sequence[str], tokens: int) -> None:
+    def _case(self, phase: int, impls: Sequence[str], case: Sequence[int]) -> None:
         """Visit everybody twice, A B C C B A, then ask for what is measured outside the timing."""
         options, found = self._options, {impl: Visited() for impl in impls}
         for visit, order in enumerate((impls, impls[::-1])):
             for impl in order:
                 request = {
-                    "tokens": tokens,
+                    "rank_tokens": case,
                     "first": visit * options.rounds,
                     "rounds": options.rounds,
                     "warm_up": options.warm_up,
@@ -197,14 +223,15 @@ class Forward:
                 self._ask(found, impl, request)
         for impl in impls:
             if impl != VLLM:
-                self._ask(found, impl, {"tokens": tokens, "first": 0, "figures": True})
+                self._ask(found, impl, {"rank_tokens": case, "first": 0, "figures": True})
         done = [impl for impl in impls if impl in self._servers]
         order = " ".join([*done, *reversed(done)])
         for impl in done:
-            self.rows.append(self._row(impl, tokens, found, phase, order))
+            self.rows.append(self._row(impl, case, found, phase, order))
         self._keep(self.rows)
         self._progress.say(
-            f"{tokens} tokens: " + ", ".join(f"{impl} {median(found[impl].ttft_ms):.2f} ms" for impl in done)
+            f"{tokens_text(case)} tokens: "
+            + ", ".join(f"{impl} {' '.join(map(_ms, found[impl].medians()))} ms" for impl in done)
         )
 
     def _ask(self, found: Mapping[str, Visited], impl: str, request: Mapping[str, Any]) -> None:
@@ -220,7 +247,9 @@ class Forward:
         else:
             found[impl].add(answer, Clocks.now() if self._options.device == "cuda" else Clocks())
 
-    def _row(self, impl: str, tokens: int, found: Mapping[str, Visited], phase: int, order: str) -> dict[str, Any]:
+    def _row(
+        self, impl: str, case: Sequence[int], found: Mapping[str, Visited], phase: int, order: str
+    ) -> dict[str, Any]:
         options, own, hello = self._options, found[impl], self._hello[impl]
         drawn = f"pipemoe's, seed {options.seed}, router skew {options.router_skew:g}"
         weights = hello.get("weights", drawn)
@@ -234,7 +263,7 @@ class Forward:
             same = sum(a == b for a, b in pairs) / len(pairs)
         expected = None
         if figures.get("num_experts"):
-            counts = figures["num_experts"], figures["top_k"], tokens * options.num_ranks
+            counts = figures["num_experts"], figures["top_k"], sum(case)
             expected = expected_active(*counts)
         clocks = {
             name: [value for c in own.clocks if (value := getattr(c, name)) is not None]
@@ -246,12 +275,16 @@ class Forward:
             "layers": self._model.num_layers,
             "dtype": options.dtype,
             "num_ranks": hello["num_ranks"],
-            "tokens": tokens,
+            "tokens": max(case),
+            "rank_tokens": list(case),
             "ttft_ms": median(own.ttft_ms),
             "ttft_ms_least": min(own.ttft_ms),
             "ttft_ms_most": max(own.ttft_ms),
+            "rank_ttft_ms": own.medians(),
+            "median_rank_ttft_ms": median(ms for ms in own.medians() if ms is not None),
             "client_ttft_ms": median(own.client_ttft_ms) if own.client_ttft_ms else None,
             "rounds": len(own.ttft_ms),
+            "peak_memory_gib": None if own.peak_bytes is None else own.peak_bytes / GIB,
             "issue_us_per_layer": median(own.issue_us) if own.issue_us else own.figures.get("issue_us_per_layer"),
             "active_experts": figures.get("active_experts"),
             "active_experts_expected": expected,
@@ -264,6 +297,8 @@ class Forward:
             "phase": phase,
             "order": order,
             "ttfts_ms": own.ttft_ms,
+            "rank_ttfts_ms": own.rank_ttft_ms,
+            "moe_max_num_tokens": options.moe_max_num_tokens,
             **{name: median(values) if values else None for name, values in clocks.items()},
             "sm_clock_mhz_least": min(clocks["sm_clock_mhz"], default=None),
             "mode": hello.get("mode"),

@@ -171,17 +171,17 @@ class VllmServer:
         self._count = 0
 
     async def answer_to(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        found: dict[str, list[Any]] = {"ttft_ms": [], "client_ttft_ms": [], "first_tokens": []}
-        first = request["first"]
+        found: dict[str, list[Any]] = {"rank_ttft_ms": [], "client_ttft_ms": [], "first_tokens": []}
+        first, tokens = request["first"], request["rank_tokens"]
         for number in [*range(-request["warm_up"], 0), *range(first, first + request["rounds"])]:
             ranks = range(self._options.num_ranks)
-            prompts = [prompt(self._options.seed, request["tokens"], number, rank, self._vocab_size) for rank in ranks]
+            prompts = [prompt(self._options.seed, tokens[rank], number, rank, self._vocab_size) for rank in ranks]
             await asyncio.sleep(request["gap_s"])
             jobs = [self._first_token(ids, rank) for rank, ids in enumerate(prompts)]
             of_ranks = await asyncio.wait_for(asyncio.gather(*jobs), ROUND_SECONDS)
             if number >= 0:
-                for name, values in zip(("client_ttft_ms", "ttft_ms"), list(zip(*of_ranks))):
-                    found[name].append(max(values) * 1e3)
+                found["client_ttft_ms"].append(1e3 * max(seconds for seconds, _, _ in of_ranks))
+                found["rank_ttft_ms"].append([1e3 * seconds for _, seconds, _ in of_ranks])
                 found["first_tokens"].append([token for _, _, token in of_ranks])
         return found
 

@@ -115,11 +115,12 @@ trap stop_mps EXIT
 trap stop_command HUP INT TERM
 
 # Its output goes to a file, because a daemon keeps open what it is given.
-env -u LD_PRELOAD nvidia-cuda-mps-control -d >"$mps/start.log" 2>&1 || fail "MPS does not start: $(cat "$mps/start.log")"
+env -u LD_PRELOAD nvidia-cuda-mps-control -d >"$mps/start.log" 2>&1 </dev/null || fail "MPS does not start: $(cat "$mps/start.log")"
 [ -z "$stopped" ] || exit 143
 
-# In the background, because bash runs traps only between foreground commands.
-bash "$launch/mpirun.sh" -n "$num_ranks" "$@" &
+# In the background, because bash runs traps only between foreground commands; such a command loses its input, unless it
+# is given back.
+bash "$launch/mpirun.sh" -n "$num_ranks" "$@" <&0 &
 command_pid=$!
 wait "$command_pid" && status=0 || status=$?
 if [ -n "$stopped" ]; then

@@ -127,7 +127,37 @@ def test_an_implementation_that_cannot_start_is_named(model, tmp_path, capsys):
     assert [row["impl"] for row in results_schema.read_results(tmp_path / "f.json")["rows"]] == ["pipemoe"]
 
 
-@pytest.mark.parametrize("bad", [["--tokens", "1,x"], ["--tokens", "0"], ["--before", "/nowhere"], ["--rounds", "0"]])
+def test_builds_of_several_ranks_have_a_time_for_each(model, tmp_path, capsys):
+    """A rank has no prompt in one case; waves are smaller than a case."""
+    out = tmp_path / "forward.json"
+    asked = ["--model", model, "--device", "cpu", "--num-ranks", "2", "--rounds", "2", "--warm-up", "1"]
+    asked += ["--rank-tokens", "30,2", "--rank-tokens", "0,5", "--tokens", "3", "--moe-max-num-tokens", "16"]
+    status = forward.main([*asked, "--before", str(CHECKOUT), "--json", str(out)])
+    told = capsys.readouterr()
+    assert status == 0, told.err
+    rows = results_schema.read_results(out)["rows"]
+    assert [(row["impl"], row["tokens"]) for row in rows] == [
+        (impl, tokens) for tokens in (3, 30, 5) for impl in ("pipemoe", "pipemoe_before")
+    ]
+    for row in rows:
+        assert row["num_ranks"] == 2 and row["mode"] == "auto" and row["moe_max_num_tokens"] == 16
+        ranks = [rank for rank, tokens in enumerate(row["rank_tokens"]) if tokens]
+        assert [rank for rank, ms in enumerate(row["rank_ttft_ms"]) if ms is not None] == ranks
+        assert row["ttfts_ms"] == [max(ms[rank] for rank in ranks) for ms in row["rank_ttfts_ms"]]
+        assert len(row["ttfts_ms"]) == 4 and row["same_first_tokens"] == (None if row["impl"] == "pipemoe" else 1)
+        assert row["median_rank_ttft_ms"] <= row["ttft_ms_most"]
+    lines = [dict(zip(cells[0], line)) for cells in [forward.forward_cells(rows)] for line in cells[1:]]
+    assert [line["tokens"] for line in lines[::2]] == ["3", "30, 2", "0, 5"]
+    assert lines[0]["median ranks"] == "-" and float(lines[1]["median ranks"]) > 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *(["--tokens", "1,x"], ["--tokens", "0"], ["--before", "/nowhere"], ["--rounds", "0"], ["--at-once", "0"]),
+        *(["--rank-tokens", "1,2"], ["--rank-tokens", "0"], ["--rank-tokens", "0", "--vllm"]),
+    ],
+)
 def test_bad_options_are_named(bad, capsys):
     with pytest.raises(SystemExit) as raised:
         forward.parse(bad)

@@ -30,6 +30,7 @@ fi""",
 [ "$1" != -c ] || { echo "$NCCL 132"; exit; }
 env >"$STATE/environment"
 [ -f "$STATE/mps" ] || exit 99
+[ "$RANK_ACTION" != read ] || read -r RANK_ACTION
 [ "$RANK_ACTION" = wait ] || exit "$RANK_ACTION"
 sleep 60 &
 trap 'kill $!; exit 143' TERM
@@ -44,7 +45,7 @@ exec "$@" """,
 
 @pytest.fixture
 def start(tmp_path):
-    """start(num_ranks, action, nccl=..., **settings) -> the running launcher; `action`: an exit status, or wait."""
+    """start(num_ranks, action, nccl=..., **settings) -> the running launcher; `action`: a status, wait, or read."""
     for name, text in PROGRAMS.items():
         program = tmp_path / name
         program.write_text(f"#!/usr/bin/env bash\n{text}\n")
@@ -70,6 +71,7 @@ def start(tmp_path):
             subprocess.Popen(
                 command,
                 env=environment,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -98,6 +100,13 @@ def seen_environment(folder: Path) -> dict[str, str]:
 def assert_mps_ended(folder: Path) -> None:
     assert not (folder / "mps").exists()
     assert list((folder / "tmp").iterdir()) == []
+
+
+def test_the_ranks_read_the_launchers_input(start, tmp_path):
+    process = start(2, "read")
+    _, errors = process.communicate("7\n", timeout=30)
+    assert process.returncode == 7, errors
+    assert_mps_ended(tmp_path)
 
 
 def test_new_nccl_shares_the_gpu(start, tmp_path):
