@@ -15,8 +15,11 @@ Per row: `ms` from the start of the dispatch to the end of the experts, `reduced
 `resident_ms` for a call with all rows there before, and `bound_ms`, of `ms`: the real tiles of both GEMMs of a call on
 all rows, each started on the first free multiprocessor when its rows are there (first the tiles that could start
 first), and the sums behind. A tile's time there is what makes the same schedule take as long as the resident call, if
-all rows are there. All forms leave the same multiprocessors to collectives, and must give the same bits before anything
-is timed, with rows that are copied to where experts read them when they arrive. While the clock runs the rows lie there
+all rows are there. `gain` is the time of `whole` over this one's, to the end of the experts and to the last reduce;
+`/ bound` is `ms` over `bound_ms`.
+
+All forms leave as many multiprocessors to collectives as plans do. They must give the same bits before anything is
+timed, with rows that are copied to where experts read them when they arrive. While the clock runs the rows lie there
 already: copies would take multiprocessors that a broadcast does not.
 """
 
@@ -35,7 +38,7 @@ if not __package__:  # run as a script
 
 from benchmarks import results_schema
 from benchmarks.bench_main import Progress, RankParser, positive
-from benchmarks.delayed_wave import SMS_FOR_COLLECTIVES, DelayedWave, Form, forms_of
+from benchmarks.delayed_wave import DEVICE, DelayedWave, Form, forms_of
 from benchmarks.kernels.cases import LAYERS, make_weights
 from pipemoe.errors import ConfigError
 
@@ -48,6 +51,7 @@ CASES = (
 )
 COMM = Path(__file__).parent / "results/h100_x2/comm.json"
 _COLUMNS = ("layer", "tokens", "latency", "form", "ms", "spread %", "reduced", "last", "resident", "bound")
+_COLUMNS += ("gain", "reduced", "/ bound")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -114,16 +118,16 @@ def run(options: argparse.Namespace) -> int:
     for name, num_tokens in options.cases:
         if weights_of != name:
             weights = None  # frees the last layer's before the next one's are made
-            weights, weights_of = make_weights(LAYERS[name], torch.device("cuda")), name
+            weights, weights_of = make_weights(LAYERS[name], torch.device(DEVICE)), name
         wave = DelayedWave(LAYERS[name], num_tokens, options.ranks, weights, options.gbps)
         forms = forms_of(num_tokens, wave.own_rows, options.groups, options.passes)
         check_bits(name, wave, forms)
         for latency_us in latencies:
             wave.latency_us = latency_us
             results += measure(name, wave, forms, options)
+        document = results_schema.results_document("arrivals", results)
+        results_schema.write_results(document, options.json)
         progress.say(f"{name}, {num_tokens} tokens")
-    document = results_schema.results_document("arrivals", results)
-    results_schema.write_results(document, options.json)
     results_schema.print_results(document)
     return 0
 
@@ -163,21 +167,26 @@ def measure(name: str, wave: DelayedWave, forms: Sequence[Form], options: argpar
             **{"layer": name, "H": layer.hidden, "I": layer.intermediate, "experts": layer.num_experts},
             **{"local_experts": layer.num_local_experts, "top_k": layer.top_k, "tokens": num_tokens},
             **{"form": form.name, "group_rows": form.groups, "gbps": options.gbps, "latency_us": wave.latency_us},
-            **{"sms_for_collectives": SMS_FOR_COLLECTIVES, "ms": statistics.median(ms), "ms_rounds": ms},
+            **{"sms_for_collectives": wave.sms_left, "ms": statistics.median(ms), "ms_rounds": ms},
             **{"reduced_ms": statistics.median(reduced), "reduced_ms_rounds": reduced},
             **{"last_arrival_ms": statistics.median(last), "resident_ms": resident},
             **{"bound_ms": wave.bound_ms(form, resident)},
         }
         results.append(result)
         spread = 100 * (max(ms) - min(ms)) / result["ms"]
+        whole = results[0]  # the form that waits for all rows
+        result["whole_over_it"] = whole["ms"] / result["ms"]
+        result["whole_over_it_reduced"] = whole["reduced_ms"] / result["reduced_ms"]
+        result["ms_over_bound"] = result["ms"] / result["bound_ms"]
         figures = [f"{result['ms']:.4f}", f"{spread:.0f}"]
         figures += [f"{result[key]:.4f}" for key in ("reduced_ms", "last_arrival_ms", "resident_ms", "bound_ms")]
-        print(_line((name, num_tokens, wave.latency_us, form.name, *figures)))
+        figures += [f"{result[key]:.3f}" for key in ("whole_over_it", "whole_over_it_reduced", "ms_over_bound")]
+        print(_line((name, num_tokens, wave.latency_us, form.name, *figures)), flush=True)
     return results
 
 
 def _line(cells: Sequence[Any]) -> str:
-    widths = (18, 6, 7, 12, 9, 8, 9, 9, 9, 9)
+    widths = (18, 6, 7, 12, 9, 8, 9, 9, 9, 9, 7, 7, 7)
     return " ".join(
         f"{cell:<{w}}" if i in (0, 3) else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
     )

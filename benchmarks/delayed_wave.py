@@ -9,8 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.kernels.cases import Layer, make_rows
+from pipemoe.comm.nccl import default_max_ctas
+from pipemoe.plan.clock.sms import room_for_collectives
 
-SMS_FOR_COLLECTIVES = 16  # two slots of four thread blocks each, for two communicators
+NUM_SLOTS = 2  # whose collectives may run beside the experts
+DEVICE = "cuda"
+FLUSH_VALUES = 64 << 20  # float32 numbers, read before a round: the L2 cache then holds nothing of the last one
 HEAD_START_CYCLES = 6_000_000  # about 3 ms, in which the host enqueues a whole round
 
 
@@ -92,16 +96,20 @@ class DelayedWave:
 
         self.layer, self.gbps = layer, gbps
         self.wire = wire = WireFormat(layer.hidden, layer.top_k, torch.bfloat16)
-        self.source = make_rows(layer, num_tokens, torch.device("cuda"))
+        self.source = make_rows(layer, num_tokens, torch.device(DEVICE))
         self.received = wire.rows(torch.zeros_like(self.source.buffer))
-        settings = {"top_k": layer.top_k, "hidden": layer.hidden, "device": "cuda", "dtype": torch.bfloat16}
+        settings = {"top_k": layer.top_k, "hidden": layer.hidden, "device": DEVICE, "dtype": torch.bfloat16}
         experts = make_experts([weights], implementation="hopper", num_experts=layer.num_experts, **settings)
-        self.experts = experts.with_free_sms(SMS_FOR_COLLECTIVES)
+        self.sms_left = room_for_collectives(
+            experts.num_sms, default_max_ctas(experts.num_sms, NUM_SLOTS, 1), NUM_SLOTS
+        )
+        self.experts = experts.with_free_sms(self.sms_left)
         self.scratch = self.experts.new_scratch(num_tokens)
-        self.out = torch.zeros((num_tokens, layer.hidden), dtype=torch.bfloat16, device="cuda")
-        self.flush = torch.zeros(64 << 20, device="cuda")
-        self.total = torch.zeros((), device="cuda")
-        lanes = stream_lanes(torch.device("cuda"), 1).slots[0]
+        self.experts.warm_up(self.scratch)  # its kernels are built side by side
+        self.out = torch.zeros((num_tokens, layer.hidden), dtype=torch.bfloat16, device=DEVICE)
+        self.flush = torch.zeros(FLUSH_VALUES, device=DEVICE)
+        self.total = torch.zeros((), device=DEVICE)
+        lanes = stream_lanes(torch.device(DEVICE), 1).slots[0]
         self.dispatch, self.combine = lanes.dispatch.stream, lanes.combine.stream
         self.cycles_of_ms = _cycles_of_ms()
         self.own_rows = split(num_tokens, num_ranks)[0]
