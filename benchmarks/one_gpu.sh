@@ -4,7 +4,8 @@
 #   benchmarks/one_gpu.sh [FOLDER]      (default: benchmarks/results/<GPU>_one_gpu)
 #
 #   PIPEMOE_BENCH_PARTS   which of these, in this order (default: all): tune ttft lockstep front memory overlap comm forward
-#                         attention families serve
+#                         attention arrivals families serve; and before, if PIPEMOE_BENCH_BEFORE is set
+#   PIPEMOE_BENCH_BEFORE  the source tree of an older pipemoe, as `git archive` makes it, to compare with
 #   PIPEMOE_BENCH_ROUNDS  timed passes per mode of ttft (default: 9)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -27,7 +28,8 @@ ttft() {
     run benchmarks/ttft --model $model --layers $layers --moe-max-num-tokens 4096 --cost "$results/cost.json" --json "$results/$file" "$@"
 }
 
-for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm forward attention families serve}; do
+parts="tune ttft lockstep front memory overlap comm forward attention arrivals families serve${PIPEMOE_BENCH_BEFORE:+ before}"
+for part in ${PIPEMOE_BENCH_PARTS:-$parts}; do
     case $part in
     tune) run -m pipemoe.cli tune --model $model --layers 16 --max-tokens 8192 --out "$results/cost.json" ;;
     ttft)
@@ -48,6 +50,15 @@ for part in ${PIPEMOE_BENCH_PARTS:-tune ttft lockstep front memory overlap comm 
         ;;
     attention) "$python" benchmarks/attention.py --json "$results/attention.json" || status=1 ;; # one kernel alone
     forward) "$python" benchmarks/forward.py --device cuda --model $model --layers $layers --vllm --json "$results/forward.json" || status=1 ;; # one rank, vLLM if it is there
+    arrivals) "$python" benchmarks/arrivals.py --json "$results/arrivals.json" || status=1 ;;
+    before) # both builds in memory: as many layers as fit twice
+        older=(--before "${PIPEMOE_BENCH_BEFORE:?}" --device cuda --at-once 2)
+        "$python" benchmarks/forward.py "${older[@]}" --model $model --layers $((layers * 2 / 3)) --num-ranks 4 --launcher "launch/one_gpu.sh 4" \
+            --moe-max-num-tokens 8192 --rank-tokens 16,16,16,16 --rank-tokens 4096,16,16,16 --rank-tokens 2048,2048,2048,2048 \
+            --rank-tokens 8192,8192,8192,8192 --json "$results/forward_before.json" || status=1
+        "$python" benchmarks/forward.py "${older[@]}" --model deepseek-v3 --layers 5 --tokens 64,2048,8192 \
+            --json "$results/forward_before_deepseek-v3.json" || status=1
+        ;;
     families)
         # Of which no file states what they are made of; as many layers as fit beside the workspaces of all modes.
         for family in gpt-oss-20b glm-4.5-air qwen3-next-80b-a3b; do

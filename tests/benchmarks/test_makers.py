@@ -26,6 +26,7 @@ def test_every_part_runs_a_benchmark_that_is_there(maker, tmp_path):
         **{name: value for name, value in os.environ.items() if not name.startswith("PIPEMOE_")},
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "PIPEMOE_PYTHON": str(tmp_path / "bin" / "python"),
+        "PIPEMOE_BENCH_BEFORE": str(tmp_path),
     }
     made = subprocess.run(
         ["bash", str(tmp_path / "benchmarks" / maker), *_MAKERS[maker], str(tmp_path / "results")],
@@ -37,6 +38,7 @@ def test_every_part_runs_a_benchmark_that_is_there(maker, tmp_path):
     assert made.returncode == 0, made.stderr
     commands = (tmp_path / "commands").read_text().split()
     assert {"benchmarks/ttft", "benchmarks/comm", "-m"} <= set(commands)
+    assert maker != "one_gpu.sh" or commands.count("benchmarks/forward.py") == 3
     missing = [name for name in set(commands) - {"-m"} if not _runs(_ROOT / name)]
     assert not missing
 
