@@ -12,6 +12,7 @@ def test_kernels_in_the_simulator():
     paths = [str(HERE), str(HERE.parents[1] / "kernels"), str(HERE.parents[1]), *filter(None, sys.path)]
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--durations=12"]
+    command += ["-p", "tests.simulated_threads"]
     command += [
         str(HERE / "simulated_kernels.py"),
         str(HERE / "simulated_experts.py"),

@@ -26,7 +26,8 @@ HERE = Path(__file__).parent
 def test_fused_attention_in_the_simulator():
     paths = [str(HERE.parents[1] / "kernels"), str(HERE.parents[1]), *filter(None, sys.path)]
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "simulated_fused.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.simulated_threads"]
+    command += [str(HERE / "simulated_fused.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
