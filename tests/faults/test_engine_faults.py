@@ -18,10 +18,11 @@ FAULTS = {
         r"no progress for \d+\.\d s in .*of slot \d.*rank 1 says nothing",
     ),
     "raise": (r"PeerLost: rank \d: rank 1 has closed its world \(ValueError: planted\)", "has closed its world"),
+    "plan": (r"FatalError: rank \d: the ranks differ in", r"the ranks differ in .*: rank 0 has"),
     "kill idle": (None, r"lost rank 1 \("),
 }
 _MORE = [("raise", "auto"), ("kill idle", "auto"), ("kill", "mpi"), ("stop", "mpi")]
-JOBS = [("kill", "auto"), ("stop", "auto"), *(pytest.param(*job, marks=pytest.mark.slow) for job in _MORE)]
+JOBS = [("kill", "auto"), ("stop", "auto"), ("plan", "auto"), *(pytest.param(*job, marks=pytest.mark.slow) for job in _MORE)]
 
 
 @pytest.mark.parametrize(("fault", "transport"), JOBS, ids=str)
@@ -33,7 +34,7 @@ def test_every_future_names_the_cause(fault, transport, tmp_path):
     assert not job.left_behind()
     said, (of_future, reason) = job.said(), FAULTS[fault]
     assert any(re.search(reason, line) for line in job.reasons()), said
-    if of_future is not None and (fault.startswith("kill") or fault == "stop"):
+    if of_future is not None and (fault.startswith("kill") or fault in ("stop", "plan")):
         # a launcher may end a survivor before it has said so; not those of "kill", which are out of its reach
         told = [rank for rank in (0, 2) if re.search(f"^future: {of_future}", said[f"rank{rank}"], re.MULTILINE)]
         assert told == [0, 2] if fault == "kill" else told, said

@@ -64,6 +64,7 @@ def test_nothing_grows_and_everything_is_answered(world, open_engine, is_right, 
                 asked.clear()
             if rounds() >= (1 + len(sizes)) * ROUNDS // 10:
                 sizes.append(size_of_process())
+                print(f"rank {world.rank}: {rounds()} rounds, {sizes[-1]}", flush=True)
         assert engine.drain(WAIT)
         found = engine.statistics()
         assert found["answered"] + found["cancelled"] == found["submitted"] == num_asked
