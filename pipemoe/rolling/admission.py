@@ -5,12 +5,10 @@ No clock, no load of other slots, nothing of the rank itself: only offers, setti
 - Chunks go in order: those that waited too long, by age; then by priority; then by work per round waited (policy
   "rolling"), or as they came, what has begun before what is new (lockstep); then as each rank wished, the ranks in
   turn. What does not fit is passed over.
-- Rolling rounds are as long as serves the mean best. If a rank with work W takes n of it in each round, and a round
-  costs a fixed time as long as the work F, then n = sqrt(W F) makes the mean time until its sequences are done the
-  lowest: fewer, longer rounds save fixed times, but everybody in a round waits until it ends. All ranks may take what
-  is best for the one with the most work, since they work at the same time.
-- But a round is at least a half of what waits. So fixed times are a small share of the whole where much waits, which
-  keeps the throughput; and long prompts, which are last, come after two rounds of what was there, not after many.
+- A rolling round takes of each rank a half of what waits on the rank with the most work: long prompts, which go last,
+  come after two rounds of what was there, and where much waits, what rounds cost by themselves is a small share. But it
+  takes at least `_LEAST_ROUND` times as much as a round costs by itself, since smaller ones would mostly be that. All
+  ranks may take as much as the one with the most work, since they work at the same time.
 - A short slot takes less while the round of a longer slot is over twice its predicted time, nothing from three times
   on: the streams of short slots go first on a GPU, and would starve the long one. Chunks that waited too long go all
   the same, so a long round that stands still holds up nobody for ever.
@@ -33,7 +31,7 @@ from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, Chunk, Offer
 
 POLICIES = ("rolling", "lockstep", "lockstep_delayed", "lockstep_balanced")
 _LATE, _TOO_LATE = 2000, 3000  # thousandths of its predicted time, for a longer slot's round
-_MOST_ROUNDS = 2  # for what waits now
+_LEAST_ROUND = 4  # times what a round costs by itself
 _FINE = 1 << 20  # so that a division by rounds waited tells works apart
 
 
@@ -108,7 +106,7 @@ class RollingSettings(NamedTuple):
         """What a rank's part of a round should be if so much work waits on it, in rows."""
         if not self.fixed_rows:
             return self.max_round_rows + waiting
-        return max(isqrt(waiting * self.fixed_rows), -(-waiting // _MOST_ROUNDS))
+        return max(_LEAST_ROUND * self.fixed_rows, -(-waiting // 2))
 
     def longest_wait(self, num_ranks: int) -> int:
         """No sequence is offered more often than this in vain: behind it then stand younger ones only."""
@@ -201,7 +199,7 @@ class Admission:
         most = max(map(waiting, offers))
         # Cutting a lone sequence would delay it, and help nobody.
         is_lone = sum(len(offer.chunks) for offer in offers) == 1 and not any(o.waiting_tokens for o in offers)
-        return (2 * most if is_lone else settings.best_work(most)) * self._share(offers) // 1000
+        return (2 * most if is_lone else min(most, settings.best_work(most))) * self._share(offers) // 1000
 
     def _share(self, offers: Sequence[Offer]) -> int:
         """Thousandths of its usual rows that this slot may take beside longer slots that may be late."""

@@ -22,7 +22,12 @@ FAULTS = {
     "kill idle": (None, r"lost rank 1 \("),
 }
 _MORE = [("raise", "auto"), ("kill idle", "auto"), ("kill", "mpi"), ("stop", "mpi")]
-JOBS = [("kill", "auto"), ("stop", "auto"), ("plan", "auto"), *(pytest.param(*job, marks=pytest.mark.slow) for job in _MORE)]
+JOBS = [
+    ("kill", "auto"),
+    ("stop", "auto"),
+    ("plan", "auto"),
+    *(pytest.param(*job, marks=pytest.mark.slow) for job in _MORE),
+]
 
 
 @pytest.mark.parametrize(("fault", "transport"), JOBS, ids=str)
