@@ -43,7 +43,7 @@ class Config(PlanConfig):
 
     graph_tokens: on a GPU, attention on up to about this many tokens of a cohort is launched as CUDA graphs, which are
     captured when the model is made. The number is rounded up to one of pipemoe.plan.cost.model.GRAPH_ROWS, or down to
-    the largest. 0: no graphs.
+    the largest. Where a rank has no peers, a step of up to 1024 tokens in one cohort is one graph. 0: no graphs.
 
     debug: verify every plan, log every collective, and compare all ranks' logs with the plan after each step.
 

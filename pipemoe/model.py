@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pipemoe.models.attention_choice import AttentionChoice
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.graph_store import GraphStore
+    from pipemoe.models.whole_graphs import WholeGraphs
     from pipemoe.world.world import World
 
 
@@ -114,6 +115,7 @@ class Model:
         self.world, self.config = world, config
         self._plain, self._weights = decoder, weights
         self._attention = attention or AttentionChoice(decoder)
+        self._whole: WholeGraphs | None = None  # of steps on a rank without peers
         self.decoder: Decoder
         self._graphs: GraphStore
 
@@ -132,6 +134,7 @@ class Model:
                 trial=self._trial,
                 kept_bytes=config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
                 prepare=self._capture,
+                prepare_whole=self._capture_whole,
                 graph_rows=self._graphs.most_rows(config),
                 graph_cuts=self._graphs.serves_cuts(config),
             )
@@ -171,6 +174,16 @@ class Model:
     def _capture(self, slot: int, results_dtype: torch.dtype) -> None:
         """Capture the attention of a slot whose lane is the current stream."""
         self._graphs.capture(self.config, slot, results_dtype)
+
+    def _capture_whole(self, slot: int, results_dtype: torch.dtype, experts: Any, scratch: Any) -> None:
+        """Capture all layers of small steps, which take slot 0, whose lane is the current stream."""
+        from pipemoe.models.whole_graphs import WholeGraphs, serves
+
+        keys, decoder = self._graphs.keys(self.config), self.decoder
+        if slot or keys is None or not self._graphs.most_rows(self.config):
+            return
+        if serves(decoder) and experts.wire_dtype == decoder.dtype:
+            self._whole = WholeGraphs(decoder, keys, results_dtype, experts, scratch)
 
     def with_config(self, config: Config) -> Model:
         """A model of the same weights under another configuration, with its own workspace. Every rank calls."""
@@ -215,7 +228,7 @@ class Model:
         graphs = [self._graphs.graphs(self.config, slot, dtype) for slot in range(self.world.num_slots)]
         new_step = partial(self._graphs.new_step, self.config)
         writes_rows = self.decoder.writes_rows and self.runtime.wire.dtype == self.decoder.dtype
-        source = ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits, writes_rows)
+        source = ModelSource(self.decoder, graphs, new_step, tokens, dtype, keep_logits, writes_rows, self._whole)
         step = self.runtime.submit_step(
             [len(t) for t in tokens], source, error=error, only=only, timeline=timeline, on_done=on_done
         )
@@ -242,6 +255,7 @@ class Model:
     def rounds(self, rows_of_slots: Sequence[int], keep_logits: bool) -> DecoderRounds:
         """The decoder in rounds; see there. For set-up: reserves memory, and captures graphs anew if it must."""
         dtype = self.runtime.results_dtype
+        self._whole = None  # it holds keys that may have to move
         found = DecoderRounds(
             self.decoder,
             self._graphs,

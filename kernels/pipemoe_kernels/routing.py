@@ -32,6 +32,7 @@ from pipemoe_kernels.launch.kernel import (
     WORD_POINTER,
     Kernel,
     Stream,
+    is_hopper,
     kernel_factory,
 )
 from pipemoe_kernels.numba_cuda import SIMULATOR, cuda, types
@@ -43,6 +44,11 @@ if SIMULATOR:
 else:
     from pipemoe_kernels.ptx import eights
     from pipemoe_kernels.ptx import warp as warp_operations
+
+if SIMULATOR:
+    from pipemoe_kernels.simulated_warp import launch_dependents, wait_for_earlier
+else:
+    from pipemoe_kernels.ptx.hopper import launch_dependents, wait_for_earlier
 
 sum_over_lanes, from_lane = warp_operations.sum_over_lanes, warp_operations.from_lane
 bits_of, store_word_at = warp_operations.bits_of, eights.store_word_at
@@ -71,9 +77,10 @@ def routing_kernel(
     warps: int = 1 if SIMULATOR else 4,
     max_experts: int = MAX_EXPERTS,
     placed: bool = False,
+    on_hopper: bool = False,
 ) -> Kernel:
     """For up to max_experts experts, a multiple of 32. placed: `ids` is the place of PlacedRows; then ids_stride is
-    the bytes of a row, and weights_stride the weights' place in it.
+    the bytes of a row, and weights_stride the weights' place in it. on_hopper: it starts early, as only Hopper's can.
     """
     element = ELEMENTS[dtype]
     load = element.load
@@ -105,6 +112,9 @@ def routing_kernel(
         weights,
         weights_stride,
     ):
+        if on_hopper:
+            launch_dependents()
+            wait_for_earlier()
         shared = cuda.shared.array(num_words, types.uint32)
         lane = cuda.threadIdx.x % 32
         warp = cuda.threadIdx.x // 32
@@ -170,7 +180,9 @@ def routing_kernel(
             *(WORD_POINTER if placed else INT32_POINTER, INT32, FLOAT32_POINTER, INT32),
         ),
         32 * warps,
-        key=(dtype, scoring, has_bias, warps, max_experts, placed),
+        hopper_only=on_hopper,
+        starts_early=on_hopper,
+        key=(dtype, scoring, has_bias, warps, max_experts, placed, on_hopper),
     )
 
 
@@ -241,7 +253,10 @@ def _launch(stream, logits, bias, top_k, places, scoring, num_groups, top_groups
     if num_tokens == 0:
         return
     kernel = kernel or routing_kernel(
-        logits.dtype, scoring, bias is not None, max_experts=_least_size(num_experts), placed=placed
+        *(logits.dtype, scoring, bias is not None),
+        max_experts=_least_size(num_experts),
+        placed=placed,
+        on_hopper=is_hopper(stream.device_index),
     )
     warps = kernel.threads // 32
     kernel.launch(

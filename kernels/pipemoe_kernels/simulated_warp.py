@@ -39,6 +39,14 @@ def sync_lanes():
     threading.current_thread().syncthreads()
 
 
+def launch_dependents():
+    pass
+
+
+def wait_for_earlier():
+    pass
+
+
 def bits_of(value):
     return np.float32(value).view(np.uint32)
 

@@ -21,13 +21,14 @@ from pipemoe.experts.prepared_call import PackedDown, PackedGateUp, PreparedCall
 from pipemoe.experts.protocol import ExpertsShape
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
+from pipemoe_kernels.gemm import few_experts
 from pipemoe_kernels.gemm import wgmma as grouped_wgmma
 from pipemoe_kernels.gemm.roles import PART_COLUMNS
 from pipemoe_kernels.gemm.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
 from pipemoe_kernels.gemm.wgmma import GroupedKernel, grouped_kernel
 from pipemoe_kernels.index.hopper import MAX_BLOCKS, MAX_EXPERTS, PackedIndex, index_kernels
 from pipemoe_kernels.launch.build_ahead import load_all
-from pipemoe_kernels.launch.kernel import Kernel
+from pipemoe_kernels.launch.kernel import Kernel, Stream
 from pipemoe_kernels.launch.tensor_map import MAP_BYTES, device_maps, tensor_map
 
 if TYPE_CHECKING:
@@ -222,6 +223,18 @@ class HopperExperts(ExpertsShape):
                 scratch.calls.clear()
             scratch.calls[layout] = call
         call(rows, out, num_rows)
+
+    def most_few_rows(self, layer: int) -> int:
+        w = self.weights[layer]
+        plain = w.gated and w.gate_up_bias is None and w.down_bias is None and w.num_local_experts
+        serves = plain and self.implementation == "hopper" and not self.deterministic
+        return few_experts.MOST_ROWS if serves and few_experts.fits(self.hidden, w.intermediate, self.top_k) else 0
+
+    def on_few_rows(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: HopperScratch) -> None:
+        w = self.weights[layer]
+        of_rows = rows.hidden, rows.ids, rows.weights, w.first_expert
+        stream = Stream.current(self.device)
+        few_experts.few_experts(stream, *of_rows, w.gate_up, w.down, scratch.a, out, w.gating)
 
     @torch.no_grad()
     def _prepared_call(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from pipemoe.errors import ConfigError, InputError
 from pipemoe.experts.weights import ExpertWeights
@@ -50,6 +50,12 @@ class Experts(Protocol):
         rows: n <= scratch.max_rows wire rows. out [n, H] with adjacent columns, every row written: float32, bfloat16 or
         float16, or float64 (on the grid of 2^-32) when deterministic. Raises InputError for other shapes or dtypes.
         """
+
+    def most_few_rows(self, layer: int) -> int:
+        """Up to how many rows `on_few_rows` serves a layer; 0: none."""
+
+    def on_few_rows(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Any) -> None:
+        """As a call, by kernels for few rows, whose sums have other bits; only launches."""
 
 
 class ExpertsShape:
@@ -107,6 +113,12 @@ class ExpertsShape:
     def max_pairs(self, max_rows: int) -> int:
         """Most local pairs of `max_rows` rows. A row may name one expert several times, so only K bounds them."""
         return max_rows * self.top_k if self.max_local_experts else 0
+
+    def most_few_rows(self, layer: int) -> int:
+        return 0
+
+    def on_few_rows(self, layer: int, rows: WireRows, out: torch.Tensor, scratch: Any) -> None:
+        raise NotImplementedError
 
     def check_max_rows(self, max_rows: int) -> None:
         if max_rows < 0:

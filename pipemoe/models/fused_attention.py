@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipemoe_kernels.attention.latents import LatentShape
     from pipemoe_kernels.placed_rows import PlacedRows
 
+FEW_ROWS = 16  # for which our own products are the faster ones
+
 Norm = Callable[..., None]  # hidden [T, H], sums [T, H] or None, out [T, H] or None, placed rows or None
 
 
@@ -37,9 +39,29 @@ def fuse(linears: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
     return together("weight"), together("bias") if any(linear.bias is not None for linear in linears) else None
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [T, H], weight [N, H], bias [N] or None -> [T, N]."""
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+def product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """x [T, H], weight [N, H], bias [N] or None -> [T, N] of x's dtype, or without a bias of another `dtype`."""
+    if bias is not None:
+        return torch.addmm(bias, x, weight.t())
+    if takes_few_rows(x, weight):
+        from pipemoe_kernels.gemm.few import few_rows
+        from pipemoe_kernels.launch.kernel import Stream
+
+        out = torch.empty((len(x), len(weight)), dtype=dtype or x.dtype, device=x.device)
+        few_rows(Stream.current(x.device), x, weight, out)
+        return out
+    return torch.mm(x, weight.t()) if dtype in (None, x.dtype) else torch.mm(x, weight.t(), out_dtype=dtype)
+
+
+def takes_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Is there a kernel for so few rows x, which is faster than the library's?"""
+    if len(x) > FEW_ROWS or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return False
+    from pipemoe_kernels.gemm.few import fits
+
+    return fits(x, weight)
 
 
 def norm_of(module: Any) -> Norm:
@@ -211,6 +233,13 @@ def rotary_tables(form: AttentionForm, cos: torch.Tensor, sin: torch.Tensor) -> 
 
 def add_product(hidden: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """hidden [T, H] += heads [T, heads, D] as rows, times weight [H, heads D], + bias [H]."""
-    hidden.addmm_(heads.flatten(1), weight.t())
+    x = heads.flatten(1)
+    if takes_few_rows(x, weight):
+        from pipemoe_kernels.gemm.few import few_rows
+        from pipemoe_kernels.launch.kernel import Stream
+
+        few_rows(Stream.current(x.device), x, weight, hidden, adds=True)
+    else:
+        hidden.addmm_(x, weight.t())
     if bias is not None:
         hidden.add_(bias)

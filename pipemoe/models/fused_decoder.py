@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipemoe.models.decoder import Decoder, MicrobatchState
-from pipemoe.models.fused_attention import attention_of, fuse, lack_of_kernels, norm_of, rotary_tables
+from pipemoe.models.fused_attention import attention_of, fuse, lack_of_kernels, norm_of, product, rotary_tables
 from pipemoe.models.packed_attention import serves
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
@@ -59,6 +59,9 @@ def lack(decoder: Decoder) -> str | None:
     if not serves(device, dtype, form.head_dim):
         return f"heads of {form.head_dim} values do not fit the attention kernel"
     return lack_of_kernels(form)
+
+
+ROPE_BY_LENGTH = ("dynamic", "longrope", "su")
 
 
 class _Mlp:
@@ -129,6 +132,33 @@ class FusedDecoder(Decoder):
             state.packing.key_offsets = state.packing.key_offsets - state.packing.key_range[0]
         return state
 
+    @property
+    def ends_with_experts(self) -> bool:
+        """Is the last decoder layer a MoE layer?"""
+        return not self._runs[-1]
+
+    @property
+    def rotates_by_position(self) -> bool:
+        """Does a token's rotary embedding depend on its position alone, whatever the sequence's length?"""
+        kind = getattr(self._model.rotary_emb, "rope_type", None)
+        return isinstance(kind, str) and kind not in ROPE_BY_LENGTH
+
+    @torch.no_grad()
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids [T] int64 on the device -> [1, T, H]."""
+        hidden = self._model.embed_tokens(token_ids).unsqueeze(0)
+        assert isinstance(hidden, torch.Tensor)
+        return hidden
+
+    @torch.no_grad()
+    def rope_table(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the positions from 0 on, as kernels read them: [num_positions, n] each."""
+        assert self.attention_form is not None
+        positions = torch.arange(num_positions, device=self.device).unsqueeze(0)
+        like = torch.empty(1, dtype=self.dtype, device=self.device)
+        cos, sin = rotary_tables(self.attention_form, *self._model.rotary_emb(like, positions))
+        return cos[0].contiguous(), sin[0].contiguous()
+
     @torch.no_grad()
     def attend(
         self,
@@ -189,9 +219,8 @@ class FusedDecoder(Decoder):
         else:
             x = torch.empty_like(hidden)  # the product must know its address
             layer.norm_out(hidden, None, x, rows)
-        weight = layer.gate.t()
         # Products of 16-bit values are exact in float32, so this is the float32 router up to the order of its sums.
-        logits = torch.mm(x, weight, out_dtype=torch.float32) if self.routing.logits_in_float32 else x @ weight
+        logits = product(x, layer.gate, None, torch.float32 if self.routing.logits_in_float32 else None)
         if isinstance(rows, WireRows):
             route_into(logits, self.routing, layer.gate_bias, rows.ids, rows.weights)
         else:

@@ -57,6 +57,10 @@ class GraphStore:
         if self._keys_for(config) is not None:
             torch.cuda.synchronize(self._decoder.device)  # other streams use it
 
+    def keys(self, config: Config) -> StepKeys | None:
+        """Where steps keep keys and values, if those have places."""
+        return self._keys_for(config)
+
     def _keys_for(self, config: Config) -> StepKeys | None:
         """On the current stream, the first time."""
         if not self.has_places(config):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipemoe.models.source import ModelSource
+from pipemoe.models.source import ModelSource, first_token
 
 if TYPE_CHECKING:
     import torch
@@ -80,4 +80,4 @@ class RoundSource(ModelSource):
         tokens, logits = self._first[0]
         for i, sequence in enumerate(self._ended[0]):
             of: Any = None if logits is None else logits[i].clone()
-            self._on_first(First(sequence, int(tokens[0, i]), bool(tokens[1, i]), of, seconds))
+            self._on_first(First(sequence, *first_token(tokens, i), of, seconds))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
     from pipemoe.models.step_keys import StepOfKeys
+    from pipemoe.models.whole_graphs import WholeGraphs
     from pipemoe.plan.schedule import Plan
     from pipemoe.wire import WireRows
 
@@ -41,19 +44,20 @@ class ModelSource:
         results_dtype: torch.dtype,
         keep_logits: bool,
         writes_rows: bool = False,
+        whole: WholeGraphs | None = None,
     ) -> None:
         """graphs: per slot. new_step: see GraphStore.new_step. writes_rows: the decoder writes rows in wire format, as
-        they travel.
+        they travel. whole: of slot 0.
         """
         self._decoder, self._graphs, self._tokens, self._results_dtype = decoder, graphs, tokens, results_dtype
         self._new_step, self._keep_logits = new_step, keep_logits
         self.has_side_work = decoder.has_shared_experts
-        self.writes_rows = writes_rows
+        self.writes_rows, self._whole = writes_rows, whole
         self._microbatches: dict[int, EagerMicrobatch | GraphedMicrobatch] = {}  # per cohort
         self._rows: dict[int, tuple] = {}
         self._ranges: dict[int, list[tuple[int, int, int]]] = {}  # per cohort: start, stop, row
         self._ended: dict[int, list[int]] = {}  # per cohort: sequences whose last token it holds
-        self._first: dict[int, tuple] = {}  # per cohort: first tokens and whether logits are finite (host), logits
+        self._first: dict[int, tuple] = {}  # per cohort: what `first_token` reads (host), logits
         self._seconds: dict[int, float] = {}
 
     def begin(self, plan: Plan, rank: int) -> None:
@@ -69,6 +73,17 @@ class ModelSource:
 
     def ready(self, cohort: int, layer: int) -> bool:
         return True
+
+    def whole(self, plan: Plan) -> Callable[[], None] | None:
+        """See Source.whole."""
+        graphs = self._whole
+        if graphs is None or plan.cohorts[0].slot or not graphs.serves(self._tokens):
+            return None
+        return partial(self._run_whole, graphs)
+
+    def _run_whole(self, graphs: WholeGraphs) -> None:
+        self._ended[0] = list(range(len(self._tokens)))
+        self._take_logits(0, graphs.run(self._tokens))
 
     def attend(self, cohort: int, layer: int, rows: WireRows | None = None) -> None:
         if layer == 0:
@@ -120,11 +135,14 @@ class ModelSource:
         pass
 
     def finish(self, cohort: int) -> None:
+        self._take_logits(cohort, self._microbatches[cohort].finish())
+
+    def _take_logits(self, cohort: int, logits: torch.Tensor) -> None:
+        """logits: of the sequences that the cohort ends."""
         import torch
 
-        logits = self._microbatches[cohort].finish()
         low, high = torch.aminmax(logits, dim=-1)  # NaN if any logit is
-        first = torch.stack((logits.argmax(-1), (torch.isfinite(low) & torch.isfinite(high)).long()))  # [2, sequences]
+        first = torch.stack([found.double() for found in (logits.argmax(-1), low, high)])  # [3, sequences]
         if first.is_cuda:
             host = torch.empty(first.shape, dtype=first.dtype, device="cpu", pin_memory=True)
             first = host.copy_(first, non_blocking=True)
@@ -144,8 +162,16 @@ class ModelSource:
             if scores is not None and scores.is_cuda:
                 scores.record_stream(torch.cuda.current_stream())  # made on a lane's stream, read on the caller's
             for i, sequence in enumerate(self._ended[cohort]):
-                first[sequence], finite[sequence] = int(tokens[0, i]), bool(tokens[1, i])
+                first[sequence], finite[sequence] = first_token(tokens, i)
                 seconds[sequence] = self._seconds[cohort] - begin
                 logits[sequence] = scores[i] if scores is not None else None
         kept = torch.stack(logits) if self._keep_logits and count else None
         return Prefilled(first, seconds, kept, finite)
+
+
+def first_token(found: torch.Tensor, i: int) -> tuple[int, bool]:
+    """Of sequence i, and whether its logits are finite. found: [3, sequences] float64 on the host: the tokens, and the
+    least and the largest logits.
+    """
+    token, low, high = found[:, i].tolist()
+    return int(token), math.isfinite(low) and math.isfinite(high)

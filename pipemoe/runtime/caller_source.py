@@ -87,6 +87,9 @@ class CallerSource:
         given = self._given(cohort)
         return given.x[start:stop], given.ids[start:stop], given.weights[start:stop]
 
+    def whole(self, plan: Plan) -> None:
+        pass
+
     def graphs(self, cohort: int, rows_of: Sequence[WireRows]) -> None:
         pass
 

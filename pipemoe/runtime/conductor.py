@@ -183,11 +183,18 @@ class Conductor:
         self.ops_done += 1
 
     def wait(
-        self, ready: Callable[[], bool], doing: str, *, seconds: float | None = None, needs_all: bool = False
+        self,
+        ready: Callable[[], bool],
+        doing: str,
+        *,
+        seconds: float | None = None,
+        needs_all: bool = False,
+        rests: bool = True,
     ) -> None:
         """Poll `ready` until it is true, at most `seconds` (watchdog_seconds) without progress.
 
         needs_all: every peer must take part, in a collective of MPI, so one that has closed its world is an error.
+        rests: False where `ready` itself waits, for a bounded time.
         Between polls the thread rests: the longer nothing happened the longer, so that ranks that share a core leave it
         to those that compute, and until `wake`.
         """
@@ -208,7 +215,8 @@ class Conductor:
                 seen, since, pause = self.ops_done, now, _SHORTEST_PAUSE
             elif now - since > limit and now - since > self._peers.patience():
                 raise self._peers.timeout(self.doing, f"no progress for {now - since:.1f} s")
-            self.wake.rest(self.wake.longest_rest or pause)
+            if rests:
+                self.wake.rest(self.wake.longest_rest or pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE_OF_MPI if now - since < often else _LONGEST_PAUSE)
 
     def roll(self, advance: Callable[[], float | None], late: Callable[[], tuple[str, float] | None]) -> None:

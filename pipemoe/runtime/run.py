@@ -75,6 +75,8 @@ class _BufferState:
 class Run:
     """One plan under way on this rank; the conductor calls `advance` until it returns True."""
 
+    spins = False  # does `advance` wait by itself, for a bounded time?
+
     def __init__(
         self,
         plan: Plan,

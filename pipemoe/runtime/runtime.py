@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pipemoe.arguments import look
 from pipemoe.config import Config
@@ -23,6 +23,7 @@ from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.set_up import SetUp
 from pipemoe.runtime.source import Source, SourceTraits
 from pipemoe.runtime.step import Step, StepArguments, step_arguments
+from pipemoe.runtime.whole_run import WholeRun, is_one_piece
 from pipemoe.runtime.workspace import shared_layout
 from pipemoe.trace import Timeline
 from pipemoe.version import __version__
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pipemoe.world.world import World
 
 _WATCH_SECONDS = 0.25  # how often a waiting caller checks the conductor
+AnyRun = TypeVar("AnyRun", bound=Run | WholeRun)
 
 
 class Issued(NamedTuple):
@@ -230,11 +232,15 @@ class Runtime:
         """Count what issuing a step's operations has taken; see Issued."""
         self.issued = self.issued.plus(seconds, num_cohorts * self.shape.num_layers)
 
-    def new_run(self, plan: Plan, source: Source, **options: Any) -> Run:
+    def new_run(self, plan: Plan, source: Source, **options: Any) -> Run | WholeRun:
         """A run of a step's plan: from tapes where that is possible. options: see Run."""
         tapes = self._tapes if self.plays_tapes and source.keeps_tensors else None
         if tapes is None or not plan.cohorts or options["timed"] or options["only"] != Only():
             return self.new_round(plan, source, **options)
+        if is_one_piece(plan) and not plan.sms_left and not self.config.debug:
+            work = source.whole(plan)
+            if work is not None:
+                return self._new_run(partial(WholeRun, work=work), plan, source, **options)
         from pipemoe.runtime.taped_run import TapedRun
 
         return self._new_run(partial(TapedRun, tapes=tapes), plan, source, **options)
@@ -247,7 +253,7 @@ class Runtime:
 
         return self._new_run(SharedRun, plan, source, **options)
 
-    def _new_run(self, run_type: Callable[..., Run], plan: Plan, source: Source, **options: Any) -> Run:
+    def _new_run(self, run_type: Callable[..., AnyRun], plan: Plan, source: Source, **options: Any) -> AnyRun:
         return run_type(
             plan,
             self.world.rank,

@@ -79,6 +79,7 @@ class SetUp:
             )
             if world.device.type == "cuda" and world.size == 1:
                 self._prepare_tapes(lanes)
+                self._prepare_whole(lanes)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -108,6 +109,20 @@ class SetUp:
                     [(lane.compute, partial(tapes.prepare, experts, number, rows, out, slot.scratch))],
                     "writing the experts' tapes",
                 )
+
+    def _prepare_whole(self, lanes: list[SlotLanes]) -> None:
+        """Where nothing lies between attention and experts, let the source have both in one piece."""
+        prepare, experts = self.traits.prepare_whole, self.experts_with_free_sms.get(0)
+        if prepare is None or experts is None or not experts.only_launches:
+            return
+        dtype = self.workspace.results_dtype
+        if dtype != self.combine_dtype:  # sums that are copied
+            return
+        slots = enumerate(zip(self.workspace.slots, lanes))
+        work = [
+            (lane.compute, partial(prepare, number, dtype, experts, slot.scratch)) for number, (slot, lane) in slots
+        ]
+        self._in_lanes(work, "preparing the model's small steps")
 
     def _reserve(self, lanes: list[SlotLanes]) -> None:
         import torch

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +36,9 @@ class SourceTraits:
     kept_bytes: int = 0  # that model code may keep from layer to layer; reserved beside the trial's
     # Runs once in every slot's compute lane after the trial, on a GPU: the slot's number, the results' dtype.
     prepare: Callable[[int, torch.dtype], None] | None = None
+    # Runs once in every slot's compute lane after that, on a rank without peers: as `prepare`, and the experts with the
+    # slot's scratch.
+    prepare_whole: Callable[[int, torch.dtype, Any, Any], None] | None = None
     graph_rows: int = 0  # most tokens whose attention is launched as a graph
     graph_cuts: bool = False  # also where sequences are cut
     # Calls inside a step allocate a layer's results on the caller's stream, the current one; reserved on a GPU.
@@ -59,6 +62,11 @@ class Source(Protocol):
 
         rows: where all of them go, in their order, in wire format; `rows` is not asked for them then. Only if the
         source `writes_rows`, and this rank's part of the cohort is one segment.
+        """
+
+    def whole(self, plan: Plan) -> Callable[[], None] | None:
+        """What enqueues a whole step, in place of everything from `begin` to `finish`, routed experts included. None:
+        it has to be issued operation by operation. Asked on ranks without peers, about plans of one cohort in one wave.
         """
 
     def graphs(self, cohort: int, rows_of: Sequence[WireRows]) -> Sequence[tuple[int, int]] | None:

@@ -27,6 +27,7 @@ from pipemoe.plan.verify import verify
 from pipemoe.runtime.conductor import settle
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.source import Source
+from pipemoe.runtime.whole_run import WholeRun
 from pipemoe.trace import Span, Timeline
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Step:
 
         try:
             conductor.ask_patience(seconds)
-            conductor.wait(ready, f"step {conductor.step}", seconds=seconds)
+            conductor.wait(ready, f"step {conductor.step}", seconds=seconds, rests=not run.spins)
         except FatalError:
             raise
         except PipemoeError as e:  # part of the plan has been issued here: the others wait for the rest
@@ -131,7 +132,7 @@ class Step:
         elif run.failure is not None and run.failure is not told:
             runtime.announce(run.failure)  # a caller's function raised after this rank's part was done
 
-    def _answer(self, run: Run) -> BaseException | None:
+    def _answer(self, run: Run | WholeRun) -> BaseException | None:
         """Resolve the caller's future; returns the step's failure, if any."""
         failure = run.failure
         if failure is None:

@@ -8,6 +8,7 @@ import torch
 from tests.experts.oracle import TOLERANCE, expected, random_rows, random_weights, relative_error
 from tests.experts.test_hopper_experts_gpu import run as run_experts
 from tests.kernels import test_attention_gpu as attention
+from tests.kernels import test_few_gpu as few
 from tests.kernels import test_hopper_kernels_gpu as hopper
 from tests.kernels import test_kernels_gpu as any_gpu
 from tests.kernels import test_routing_gpu as routing
@@ -58,3 +59,8 @@ def test_experts(num_rows):
 @pytest.mark.parametrize("window", [None, 100])
 def test_attention(window):
     attention.Pieces([100, 0, 130, 1], [300, 0, 130, 20], gap=3).check(window)
+
+
+def test_few_rows():
+    few.test_few_rows(9, 48, 768, torch.bfloat16, torch.bfloat16, True)
+    few.test_few_experts(3, 256, 256, 3, 5, 2, torch.float32)

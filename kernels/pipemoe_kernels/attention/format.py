@@ -11,8 +11,10 @@ from pipemoe_kernels.numba_cuda import SIMULATOR
 
 if SIMULATOR:
     from pipemoe_kernels import simulated_eights as eights
+    from pipemoe_kernels.simulated_warp import launch_dependents, wait_for_earlier
 else:
     from pipemoe_kernels.ptx import eights
+    from pipemoe_kernels.ptx.hopper import launch_dependents, wait_for_earlier
 
 WIDTH = 8  # values that move together
 BLOCK = 32 if SIMULATOR else 256  # threads, of which the simulator knows one warp
@@ -32,7 +34,7 @@ FORMATS = {
     torch.float16: Format(eights.eight_of_half, eights.half_of),
 }
 
-__all__ = ["BLOCK", "CAPABILITY", "FORMATS", "WIDTH", "Format", "eights"]
+__all__ = ["BLOCK", "CAPABILITY", "FORMATS", "WIDTH", "Format", "eights", "launch_dependents", "wait_for_earlier"]
 
 
 def check_rows(*rows: torch.Tensor) -> None:

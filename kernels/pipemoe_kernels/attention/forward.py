@@ -101,6 +101,7 @@ def attention_kernel(
                 ptx.barrier_init(barriers + UINT32(K_EMPTY + 8 * i), UINT32(CONSUMER_WARPS))
                 ptx.barrier_init(barriers + UINT32(V_EMPTY + 8 * i), UINT32(CONSUMER_WARPS))
             ptx.barrier_fence()
+        ptx.launch_dependents()
         cuda.syncthreads()
         if warpgroup == UINT32(0):
             keep_registers()

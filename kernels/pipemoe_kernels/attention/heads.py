@@ -25,9 +25,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pipemoe_kernels.attention.format import BLOCK, FORMATS, WIDTH, check_rows, eights
+from pipemoe_kernels.attention.format import (
+    BLOCK,
+    FORMATS,
+    WIDTH,
+    check_rows,
+    eights,
+    launch_dependents,
+    wait_for_earlier,
+)
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, kernel_factory
+from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, is_hopper, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 
 add, multiply, scale = eights.add, eights.multiply, eights.scale
@@ -59,7 +67,8 @@ class HeadForm:
 
 
 @kernel_factory
-def heads_kernel(dtype: torch.dtype, form: HeadForm, threads: int = BLOCK) -> Kernel:
+def heads_kernel(dtype: torch.dtype, form: HeadForm, threads: int = BLOCK, on_hopper: bool = False) -> Kernel:
+    """on_hopper: it starts early, as only Hopper's can."""
     eight_of, vector_of = FORMATS[dtype].eight_of, FORMATS[dtype].vector_of
     lanes, interleaved, has_norm = form.lanes, form.interleaved, form.eps is not None
     head_vectors, rotary_vectors = form.head_dim // WIDTH, form.rotary // WIDTH
@@ -89,6 +98,9 @@ def heads_kernel(dtype: torch.dtype, form: HeadForm, threads: int = BLOCK) -> Ke
         values,
         value_vectors,
     ):
+        if on_hopper:
+            launch_dependents()
+            wait_for_earlier()
         num_heads = num_query + 2 * num_key
         unit = types.int64(cuda.blockIdx.x) * heads_each + cuda.threadIdx.x // lanes
         lane = cuda.threadIdx.x % lanes
@@ -185,7 +197,9 @@ def heads_kernel(dtype: torch.dtype, form: HeadForm, threads: int = BLOCK) -> Ke
             *(WORD_POINTER, WORD_POINTER, INT64_POINTER, WORD_POINTER, INT32, WORD_POINTER, INT32),
         ),
         threads,
-        key=(dtype, form, threads),
+        hopper_only=on_hopper,
+        starts_early=on_hopper,
+        key=(dtype, form, threads, on_hopper),
     )
 
 
@@ -224,7 +238,7 @@ def place_heads(
         assert weight.shape == (form.head_dim,) and weight.dtype == qkv.dtype and weight.is_contiguous()
     if num_tokens == 0:
         return
-    kernel = kernel or heads_kernel(qkv.dtype, form)
+    kernel = kernel or heads_kernel(qkv.dtype, form, on_hopper=is_hopper(stream.device_index))
     query_weight, key_weight = norms or (cos, cos)
     kernel.launch(
         stream,

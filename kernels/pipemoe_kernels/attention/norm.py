@@ -16,9 +16,17 @@ import math
 import numpy as np
 import torch
 
-from pipemoe_kernels.attention.format import BLOCK, FORMATS, WIDTH, check_rows, eights
+from pipemoe_kernels.attention.format import (
+    BLOCK,
+    FORMATS,
+    WIDTH,
+    check_rows,
+    eights,
+    launch_dependents,
+    wait_for_earlier,
+)
 from pipemoe_kernels.element import load_vector, store_vector
-from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, kernel_factory
+from pipemoe_kernels.launch.kernel import INT32, WORD_POINTER, Kernel, Stream, is_hopper, kernel_factory
 from pipemoe_kernels.numba_cuda import cuda, types
 from pipemoe_kernels.placed_rows import PlacedRows
 
@@ -38,9 +46,10 @@ def norm_kernel(
     placed: bool = False,
     copied: bool = True,
     threads: int = 0,
+    on_hopper: bool = False,
 ) -> Kernel:
     """sums_dtype: None without sums. placed, copied: which of the two results there are. threads: a multiple of 32; 0
-    for the usual number.
+    for the usual number. on_hopper: it starts early, as only Hopper's can.
     """
     num_vectors = hidden_size // WIDTH
     threads = threads or min(BLOCK, -(-num_vectors // 32) * 32)
@@ -53,6 +62,9 @@ def norm_kernel(
     num_warps, num_words = threads // 32, 2 * each
 
     def norm_rows(hidden, hidden_vectors, sums, sums_vectors, weight, out, out_vectors, place, row_bytes):
+        if on_hopper:
+            launch_dependents()
+            wait_for_earlier()
         partial = cuda.shared.array(num_warps, types.float32)
         row = types.int64(cuda.blockIdx.x)
         thread = types.int64(cuda.threadIdx.x)
@@ -100,7 +112,9 @@ def norm_kernel(
             *(WORD_POINTER, INT32, WORD_POINTER, INT32),
         ),
         threads,
-        key=(dtype, sums_dtype, hidden_size, eps, placed, copied, threads),
+        hopper_only=on_hopper,
+        starts_early=on_hopper,
+        key=(dtype, sums_dtype, hidden_size, eps, placed, copied, threads, on_hopper),
     )
 
 
@@ -129,7 +143,8 @@ def norm_rows(
     if num_tokens == 0:
         return
     kernel = kernel or norm_kernel(
-        hidden.dtype, None if sums is None else sums.dtype, width, eps, placed is not None, out is not None
+        *(hidden.dtype, None if sums is None else sums.dtype, width, eps, placed is not None, out is not None),
+        on_hopper=is_hopper(stream.device_index),
     )
     kernel.launch(
         stream,

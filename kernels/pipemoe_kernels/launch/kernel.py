@@ -57,6 +57,12 @@ def current_stream(device_index: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device_index)
 
 
+@cache
+def is_hopper(device_index: int) -> bool:
+    """May kernels for this device start early?"""
+    return not SIMULATOR and torch.cuda.get_device_capability(device_index) == (9, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """The call that makes a kernel, such that another process can repeat it."""

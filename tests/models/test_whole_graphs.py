@@ -1,0 +1,80 @@
+"""The numbers that a small step's graph reads, and which steps have a graph."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipemoe.models import whole_graphs
+from pipemoe.models.source import ModelSource
+from pipemoe.models.whole_graphs import MAX_SEQUENCES, ROWS
+
+PADDING_ROW = 77
+
+
+def words_of(num_rows):
+    """As a graph has them after another step."""
+    sizes = {"place": 2, "ids": num_rows, "positions": num_rows, "key_rows": num_rows, "ends": MAX_SEQUENCES}
+    halves = {"offsets": MAX_SEQUENCES + 1, "lengths": MAX_SEQUENCES}
+    words = {name: np.full(size, 99, np.int64) for name, size in sizes.items()}
+    return words | {name: np.full(size, 99, np.int32) for name, size in halves.items()}
+
+
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=MAX_SEQUENCES), padding=st.integers(0, 5))
+def test_the_numbers_of_a_step(lengths, padding):
+    count, words = sum(lengths), words_of(sum(lengths) + padding)
+    tokens = [torch.randint(0, 1000, (n,)) for n in lengths]
+    whole_graphs._fill(words, tokens, 4096, PADDING_ROW)
+    assert words["place"].tolist() == [4096, count]
+    assert words["ids"].tolist() == torch.cat(tokens).tolist() + [0] * padding
+    assert words["positions"].tolist() == [p for n in lengths for p in range(n)] + [0] * padding
+    assert words["key_rows"].tolist() == [*range(count)] + [PADDING_ROW] * padding
+    begins = [sum(lengths[:i]) for i in range(len(lengths))]
+    left = MAX_SEQUENCES - len(lengths)
+    assert words["offsets"].tolist() == begins + [count] * (left + 1)  # pieces without tokens behind the last
+    assert words["lengths"].tolist() == lengths + [0] * left
+    assert words["ends"][: len(lengths)].tolist() == [b + n - 1 for b, n in zip(begins, lengths)]
+
+
+def test_a_graph_that_is_only_uploaded_has_no_rows():
+    words = words_of(4)
+    whole_graphs._fill(words, [torch.zeros(4, dtype=torch.long)], 0, PADDING_ROW)
+    assert words["place"].tolist() == [0, 0]
+
+
+def test_rows_go_up():
+    assert len(set(ROWS)) == len(ROWS) and max(ROWS) == whole_graphs.MOST_ROWS
+
+
+class Graphs:
+    """Serves up to three tokens."""
+
+    def serves(self, tokens):
+        return sum(map(len, tokens)) <= 3
+
+    def run(self, tokens):
+        return torch.tensor([[0.0, 2.0, 1.0], [torch.inf, 0.0, 0.0]])[: len(tokens)]
+
+
+@pytest.mark.parametrize("slot, count, serves", [(0, 3, True), (0, 4, False), (1, 3, False)])
+def test_a_source_offers_them(slot, count, serves):
+    tokens = [torch.zeros(1), torch.zeros(count - 1)]
+    decoder = SimpleNamespace(has_shared_experts=False)
+    source = ModelSource(decoder, [], lambda bounds: None, tokens, torch.float32, keep_logits=True, whole=Graphs())
+    work = source.whole(SimpleNamespace(cohorts=[SimpleNamespace(slot=slot)]))
+    assert (work is not None) == serves
+    if work is not None:
+        work()
+        source.finished(0, 5.0)
+        found = source.prefilled(begin=3.5)
+        assert (found.first_tokens, found.finite, found.ttft_seconds) == ([1, 0], [True, False], [1.5, 1.5])
+        assert found.logits.shape == (2, 3)
+
+
+def test_a_source_without_graphs():
+    decoder = SimpleNamespace(has_shared_experts=False)
+    source = ModelSource(decoder, [], lambda bounds: None, [torch.zeros(1)], torch.float32, keep_logits=False)
+    assert source.whole(SimpleNamespace(cohorts=[SimpleNamespace(slot=0)])) is None
