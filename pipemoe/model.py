@@ -131,6 +131,7 @@ class Model:
             traits = SourceTraits(
                 must_agree={"model": decoder.fingerprint},
                 dimensions=dimensions,
+                measured_cost=self._attention.measured.cost if decoder.cost_is_unknown else None,
                 trial=self._trial,
                 kept_bytes=config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
                 prepare=self._capture,
@@ -158,18 +159,9 @@ class Model:
 
     def _trial(self) -> None:
         """Attend to one sequence of the most tokens that a step may bring, in the first layers."""
-        import torch
+        from pipemoe.models.lone_sequence import attend_alone
 
-        from pipemoe.models.decoder import Piece
-
-        count, decoder = self.config.max_tokens_per_rank, self.decoder
-        state = decoder.start(
-            decoder.lone_step(count), torch.zeros(count, dtype=torch.long, device="cpu"), [Piece(0, 0, count, count)]
-        )
-        y = None
-        for layer in range(min(2, decoder.shape.num_layers)):
-            decoder.attend(state, layer, y)
-            y = torch.zeros((count, decoder.shape.hidden), dtype=torch.float32, device=decoder.device)
+        attend_alone(self.decoder, self.config.max_tokens_per_rank, num_layers=2)
 
     def _capture(self, slot: int, results_dtype: torch.dtype) -> None:
         """Capture the attention of a slot whose lane is the current stream."""

@@ -9,12 +9,15 @@ from pipemoe.errors import ConfigError
 from pipemoe.models.fused_decoder import FusedDecoder, lack
 from pipemoe.models.graph_store import GraphStore
 from pipemoe.models.host_decoder import HostDecoder, lack_on_host
+from pipemoe.models.lone_sequence import attend_alone
+from pipemoe.models.measured_attention import MeasuredAttention
 
 if TYPE_CHECKING:
     from pipemoe.config import Config
     from pipemoe.models.decoder import Decoder
 
 _log = logging.getLogger("pipemoe")
+_MEASURED_LAYERS = 9  # the first is left out; families repeat their kinds of layers after 2, 4 or 8
 
 
 class AttentionChoice:
@@ -27,6 +30,7 @@ class AttentionChoice:
         self._fused: FusedDecoder | HostDecoder | None = None
         self._graphs: dict[bool, GraphStore] = {}  # by whether it is fused
         self._has_said = False
+        self.measured = MeasuredAttention(lambda count: attend_alone(decoder, count, _MEASURED_LAYERS))
 
     def of(self, config: Config, rank: str) -> tuple[Decoder, GraphStore]:
         """What `config.attention` asks for. rank: "rank 0: ", for messages. Raises ConfigError if it cannot be."""

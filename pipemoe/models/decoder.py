@@ -60,6 +60,7 @@ class Decoder:
 
     writes_rows = False  # whether `attend` takes `rows`, see FusedDecoder
     takes_whole_sequences = False
+    cost_is_unknown = True  # of attention, from the dimensions: transformers' modules run
 
     def __init__(
         self,

@@ -95,6 +95,7 @@ class FusedDecoder(Decoder):
     """See the module. `attend` may write its rows where the caller wants them."""
 
     writes_rows = True
+    cost_is_unknown = False
 
     def __init__(self, plain: Decoder) -> None:
         """plain: a decoder for which there is no `lack`. Its modules are shared: what was three matrices becomes parts

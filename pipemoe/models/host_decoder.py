@@ -91,6 +91,8 @@ class _HostState(MicrobatchState):
 class HostDecoder(Decoder):
     """See the module."""
 
+    cost_is_unknown = False
+
     def __init__(self, plain: Decoder) -> None:
         """plain: a decoder for which there is no lack_on_host. Its modules are shared: what was three matrices becomes
         parts of one.

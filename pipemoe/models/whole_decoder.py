@@ -81,6 +81,7 @@ class WholeDecoder:
     can_be_captured = False
     caches_keys = False
     takes_whole_sequences = True
+    cost_is_unknown = True
 
     def __init__(
         self,

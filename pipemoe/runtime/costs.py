@@ -41,8 +41,9 @@ def runtime_cost(
     graph_rows: int = 0,
     graph_cuts: bool = False,
     num_sms: int | None = 0,
-) -> tuple[CostModel, dict[str, Any], PipemoeError | None]:
-    """The cost model, the subject of a file that would hold it, and this rank's own error; every rank calls.
+) -> tuple[CostModel, bool, dict[str, Any], PipemoeError | None]:
+    """The cost model, whether it is from a file, the subject of a file that would hold it, and this rank's own error;
+    every rank calls.
 
     graph_rows: most tokens whose attention is launched as a graph. graph_cuts: also where sequences are cut.
     num_sms: of this rank's experts; None if there are no experts, which is an error later.
@@ -92,7 +93,7 @@ def runtime_cost(
     }
     if config.cost is not None:
         try:
-            return _as_here(cost_of_bytes(file, config.cost, subject), **as_here), subject, None
+            return _as_here(cost_of_bytes(file, config.cost, subject), **as_here), True, subject, None
         except ConfigError as refusal:
             text, aloud = (
                 f"cost file refused, defaults used: {refusal}",
@@ -111,7 +112,7 @@ def runtime_cost(
         ranks_per_device=ranks_per_device,
         row_bytes=wire.row_bytes,
     )
-    return _as_here(cost, **as_here), subject, error
+    return _as_here(cost, **as_here), False, subject, error
 
 
 def _as_here(

@@ -74,7 +74,7 @@ class Runtime:
         self._experts, is_gpu = experts, world.device.type == "cuda"
         _, found = look(world.rank, "looking at the configuration", self._settle, ConfigError)
         world.agree(error or found, {}, "looking at the configuration")  # from here on every rank has what it needs
-        self.cost, self.cost_subject, error = runtime_cost(
+        self.cost, is_tuned, self.cost_subject, error = runtime_cost(
             world,
             traits.dimensions or dimensions_of_shape(shape),
             self.config,
@@ -96,7 +96,6 @@ class Runtime:
         world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         compile_on_hosts(world, shape, self.config, self.cost)
-        self.plans = Plans(shape, self.config, self.cost, self.wire.row_bytes, world.block_room)
         self._shared: SharedWaves | None = None
         if world.shared is not None:
             self._shared = world.new_waves(shared_layout(self.config, self.wire, self.combine_dtype, world.size))
@@ -118,6 +117,9 @@ class Runtime:
         world.agree(error, {}, "setting up the workspace")
         self._workspace = set_up.workspace
         self.experts_with_free_sms, self._tapes = set_up.experts_with_free_sms, set_up.tapes
+        if traits.measured_cost is not None and not is_tuned:  # now that the model's code is warm
+            self.cost = traits.measured_cost(world, self.cost, self.config.max_tokens_per_rank, self._in_first_lane)
+        self.plans = Plans(shape, self.config, self.cost, self.wire.row_bytes, world.block_room)
         self.plays_tapes = self._tapes is not None  # else every operation is issued by Python
         self.issued = Issued()
         self._is_first_step = True  # the caller's code may compile in it, so it may take longer
@@ -202,13 +204,25 @@ class Runtime:
             self.world.conductor.watch()
         return future.result()
 
-    def in_compute_lanes(self, work: Callable[[int], None], doing: str) -> None:
-        """Run set-up work of each slot (its number) in the slot's compute lane, and wait for it."""
+    def _in_first_lane(self, work: Callable[[], None]) -> None:
+        """Run work in the first slot's compute lane, and wait for it."""
+        self.in_compute_lanes(lambda _: work(), "measuring the model", num_slots=1)
+
+    def in_compute_lanes(self, work: Callable[[int], None], doing: str, num_slots: int | None = None) -> None:
+        """Run set-up work of each slot (its number) in the slot's compute lane, and wait for it. num_slots: None: all
+        of the configuration.
+        """
         conductor, lanes = self.world.conductor, self.world.lanes
 
         def task() -> None:
-            events = [lanes.slots[slot].compute.submit(partial(work, slot)) for slot in range(self.config.max_slots)]
-            conductor.wait(lambda: all(event.done() for event in events), doing, seconds=self.world.setup_seconds)
+            slots = range(num_slots or self.config.max_slots)
+            events = [lanes.slots[slot].compute.submit(partial(work, slot)) for slot in slots]
+
+            def done() -> bool:
+                lanes.poll()
+                return all(event.done() for event in events)
+
+            conductor.wait(done, doing, seconds=self.world.setup_seconds)
 
         conductor.call(task)
 

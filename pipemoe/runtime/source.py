@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.plan.cost.dimensions import Dimensions
+    from pipemoe.plan.cost.model import CostModel
     from pipemoe.plan.schedule import Plan
     from pipemoe.runtime.lanes import Event
     from pipemoe.wire import WireRows
+    from pipemoe.world.world import World
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,10 @@ class SourceTraits:
 
     must_agree: Mapping[str, str] = field(default_factory=dict)  # by name, equal on all ranks: MismatchError otherwise
     dimensions: Dimensions | None = None  # of the whole model, for its cost; None: attention as the shape suggests
+    # Measures what attention costs, where the dimensions do not tell. Every rank calls, at set-up, unless a cost file
+    # tells: the costs so far, the most tokens of a step, and what runs work where attention runs. Returns the same on
+    # every rank.
+    measured_cost: Callable[[World, CostModel, int, Callable[[Callable[[], None]], None]], CostModel] | None = None
     # Model code as large as an attend may run. On a GPU it runs once in every lane, whose memory is then reserved.
     trial: Callable[[], None] | None = None
     kept_bytes: int = 0  # that model code may keep from layer to layer; reserved beside the trial's

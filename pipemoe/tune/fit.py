@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations
 
 import numpy as np
 
+from pipemoe.plan.cost.fit import AttendSample, fit_attend, least_squares
 from pipemoe.plan.cost.model import (
-    AttendCost,
     ContentionCost,
     CostModel,
     ExchangeCost,
@@ -29,9 +28,8 @@ Speeds = Mapping[tuple[str, str], tuple[float, float]]  # of pairs of operations
 class Samples:
     """What was measured, all times in ns. host: by the names of HostCost, without the unit."""
 
-    attend: list[tuple[int, int, float]] = field(default_factory=list)  # tokens, pairs of query and key; on one rank
-    # the same while every other rank attends to as much
-    crowded: list[tuple[int, int, float]] = field(default_factory=list)
+    attend: list[AttendSample] = field(default_factory=list)  # on one rank
+    crowded: list[AttendSample] = field(default_factory=list)  # the same while every other rank attends to as much
     experts: list[tuple[int, float]] = field(default_factory=list)  # rows of the wave
     dispatch: list[tuple[int, int, float]] = field(default_factory=list)  # segments, rows that the busiest link carries
     combine: list[tuple[int, int, float]] = field(default_factory=list)
@@ -47,7 +45,8 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
     # Other threads and full queues sometimes hold up a conductor, so the quick samples show what issuing takes.
     host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
-    attend = _fit_attend(samples, start.attend, host_cost.graph_ns if host_cost.graph_rows else host_cost.attend_ns)
+    graph_ns = host_cost.graph_ns if host_cost.graph_rows else 0
+    attend = fit_attend(samples.attend, samples.crowded, start.attend, graph_ns)
     start_ns = start.start_ns
     # A rank that was held up in its other layers looks as if it had begun before the call.
     begun = [(rows, pairs, ns) for rows, pairs, ns in samples.start if ns > 0]
@@ -110,23 +109,6 @@ def fit_sms(start: SmsCost, usual: Speeds, crowded: Speeds, roomy: Speeds) -> Sm
     )
 
 
-def least_squares(features: Sequence[Sequence[float]], values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Coefficients >= 0 of the linear model with the smallest squared relative errors; tries every set of columns."""
-    matrix, wanted = np.asarray(features, float), np.asarray(values, float)
-    if not len(wanted):
-        raise ValueError("nothing was measured")
-    matrix = matrix / wanted[:, None]
-    best, least = np.zeros(matrix.shape[1]), np.inf
-    for count in range(1, matrix.shape[1] + 1):
-        for columns in combinations(range(matrix.shape[1]), count):
-            found = np.linalg.lstsq(matrix[:, columns], np.ones(len(wanted)), rcond=None)[0]
-            error = float(np.sum((matrix[:, columns] @ found - 1) ** 2))
-            if (found >= 0).all() and error < least * (1 - 1e-6):
-                best, least = np.zeros(matrix.shape[1]), error
-                best[list(columns)] = found
-    return best
-
-
 def _of_tape(host: HostCost, taped: Sequence[float]) -> HostCost:
     """Operations that were issued one by one take their shares of what issuing a layer from a tape takes."""
     names = ("graph_ns", "pack_ns", "dispatch_ns", "experts_ns", "combine_ns")
@@ -135,32 +117,6 @@ def _of_tape(host: HostCost, taped: Sequence[float]) -> HostCost:
         return host
     layer_ns = round(float(np.median(taped)))
     return replace(host, **{name: getattr(host, name) * layer_ns // total for name in names})
-
-
-def _fit_attend(samples: Samples, start: AttendCost, host_ns: int) -> AttendCost:
-    fixed, row, pair = least_squares(
-        [(1, rows, pairs) for rows, pairs, _ in samples.attend], [ns for *_, ns in samples.attend]
-    )
-    longer = [
-        ns / (fixed + row * rows + pair * pairs) - 1
-        for rows, pairs, ns in samples.crowded
-        if row * rows + pair * pairs > fixed
-    ]
-    crowd = max(0, round(1e3 * float(np.median(longer)))) if longer else 0
-    # bound by its issuing: what the device alone takes stays unseen
-    if fixed <= 1.2 * host_ns and host_ns > start.fixed_ns:
-        fixed, weights = start.fixed_ns, start.weights_ns
-    else:
-        weights = min(start.weights_ns, round(fixed))
-        fixed = round(fixed) - weights
-    return replace(
-        start,
-        fixed_ns=fixed,
-        weights_ns=weights,
-        row_ps=round(row * 1e3),
-        pair_fs=round(pair * 1e6),
-        crowd_permille=crowd,
-    )
 
 
 def _fit_experts(samples, start: CostModel, shape: ModelShape, num_ranks: int, host: HostCost) -> ExpertsCost:
