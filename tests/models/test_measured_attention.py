@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from pipemoe import Config, load_model
+from pipemoe.models import attention_choice
 from pipemoe.models.lone_sequence import attend_alone
 from pipemoe.models.measured_attention import COUNTS, MeasuredAttention
 from pipemoe.plan.cost.file import write_cost
 from pipemoe.plan.cost.model import AttendCost, CostModel
+from pipemoe.plan.schedule import Facts
 from tests.models.tiny import tiny_config
 from tests.models.tiny_families import tiny_family_config
 
@@ -122,3 +124,22 @@ def test_the_first_layer_is_left_out(world, asked, wanted):
     )
     took, issued = attend_alone(model.decoder, 7, asked)
     assert len(took) == len(issued) == wanted and min(took) > 0
+
+
+def test_plans_are_chosen_by_what_was_measured(world, monkeypatch):
+    if world.size == 1:
+        pytest.skip("needs several ranks")
+    alone = {
+        "quick": lambda *_: ([1000.0], [1000.0]),
+        "slow by pairs": lambda _, count, __: ([1e5 + 1e4 * count**2], [1000.0]),
+    }
+    cohorts = {}
+    for name, timed in alone.items():
+        monkeypatch.setattr(attention_choice, "attend_alone", timed)
+        config = Config(mode="auto", moe_max_num_tokens=64, max_tokens_per_rank=512, num_slots=2)
+        model = load_model(
+            tiny_family_config("gpt_oss"), world, random_weights=True, config=config, dtype=torch.float32
+        )
+        plan = model.runtime.plans.of_step(Facts(((512,), *((4,),) * (world.size - 1))))
+        cohorts[name] = len(plan.cohorts)
+    assert cohorts == {"quick": 1, "slow by pairs": 2}
