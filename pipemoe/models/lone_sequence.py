@@ -22,29 +22,28 @@ def attend_alone(decoder: Decoder, num_tokens: int, num_layers: int) -> tuple[li
     pieces = [Piece(0, 0, num_tokens, num_tokens)]
     ids = torch.zeros(num_tokens, dtype=torch.long, device="cpu")
     state = decoder.start(decoder.lone_step(num_tokens), ids, pieces)
-    sums = torch.zeros((num_tokens, decoder.shape.hidden), dtype=torch.float32, device=decoder.device)
-    marks, issued = [_Mark(decoder.device)], []
+    y, marks = None, []
     for layer in range(min(num_layers, decoder.shape.num_layers)):
-        begin = time.perf_counter_ns()
-        decoder.attend(state, layer, sums if layer else None)
-        issued.append(float(time.perf_counter_ns() - begin))
-        marks.append(_Mark(decoder.device))
-    took = [before.ns_until(after) for before, after in zip(marks, marks[1:])]
-    return took[1:] or took, issued[1:] or issued
+        begin = _Mark(decoder.device)
+        decoder.attend(state, layer, y)
+        marks.append((begin, _Mark(decoder.device)))
+        y = torch.zeros((num_tokens, decoder.shape.hidden), dtype=torch.float32, device=decoder.device)
+    marks = marks[1:] or marks
+    return [begin.ns_until(end) for begin, end in marks], [float(end.ns - begin.ns) for begin, end in marks]
 
 
 class _Mark:
-    """A point in time: of the current stream, or of the host."""
+    """A point in time: `ns` of the host, and of the current stream if there is one."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = None
         if device.type == "cuda":
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record()
-        self._ns = time.perf_counter_ns()
+        self.ns = time.perf_counter_ns()
 
     def ns_until(self, later: _Mark) -> float:
         if self._event is None or later._event is None:
-            return float(later._ns - self._ns)
+            return float(later.ns - self.ns)
         later._event.synchronize()
         return 1e6 * self._event.elapsed_time(later._event)
