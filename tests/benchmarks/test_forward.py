@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,6 +152,22 @@ def test_builds_of_several_ranks_have_a_time_for_each(model, tmp_path, capsys):
     lines = [dict(zip(cells[0], line)) for cells in [forward.forward_cells(rows)] for line in cells[1:]]
     assert [line["tokens"] for line in lines[::2]] == ["3", "30, 2", "0, 5"]
     assert lines[0]["median ranks"] == "-" and float(lines[1]["median ranks"]) > 0
+
+
+def test_servers_end_with_a_benchmark_that_is_terminated(model, tmp_path):
+    """Here one that never gets ready; its input does not end it."""
+    server = f"bash -c 'echo $$ >{tmp_path}/number.part; mv {tmp_path}/number.part {tmp_path}/number; exec sleep 600'"
+    command = [sys.executable, str(CHECKOUT / "benchmarks" / "forward.py"), "--model", model, "--device", "cpu"]
+    command += ["--launcher", server, "--json", str(tmp_path / "f.json")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr and "starting pipemoe" in process.stderr.readline()
+    while not (tmp_path / "number").exists():
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "number").read_text()), 0)
 
 
 @pytest.mark.parametrize(
