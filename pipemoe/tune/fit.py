@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 
 import numpy as np
 
@@ -179,15 +180,16 @@ def calibrate(cost: CostModel, log_error: Callable[[CostModel], float]) -> CostM
     """Adjust the costs to whole steps, which show what single operations do not. log_error: how far off a cost model's
     predictions are. Scales one cost at a time for as long as that helps, from several starts.
     """
-    best, least = cost, log_error(cost)
+    error_of = cache(log_error)  # many scales make the same costs, above all where pairs have not been measured
+    best, least = cost, error_of(cost)
     for start in _STARTS:
         at = dict.fromkeys(_SCALES, 1000) | {"gaps": cost.gap_permille} | start
-        lowest = log_error(_scaled(cost, **at))
+        lowest = error_of(_scaled(cost, **at))
         for _ in range(_PASSES):
             before = lowest
             for name, values in _SCALES.items():
                 for value in values:
-                    error = log_error(_scaled(cost, **{**at, name: value}))
+                    error = error_of(_scaled(cost, **{**at, name: value}))
                     if error < lowest * (1 - _WORTHWHILE):
                         lowest, at[name] = error, value
             if lowest == before:
