@@ -79,11 +79,17 @@ class SharedTransfers:
         return lane.submit(lambda: waves.tell_summed(slot, 0, use), [waves.sent(slot, 0, use)])
 
     def combine(self, slot: int, lane: Lane, results: list[torch.Tensor]) -> Any:
+        from pipemoe.comm.shared.waves import add_in_order
+
         waves = self._combined
         use = waves.use(slot, 0, self._wave)
 
+        own = [s for s in self._wave.segments if s.rank == waves.rank]
+        parts = [[p[s.row : s.row + s.num_rows] for p in waves.sums[slot, 0].values()] for s in own]
+
         def add_up() -> None:
-            waves.add_up(self._wave, waves.sums[slot, 0], results)
+            for of_ranks, result in zip(parts, results, strict=True):
+                add_in_order(of_ranks, result)
             waves.tell_combined(slot, 0, use)
 
         lane.submit(lambda: waves.tell_summed(slot, 0, use), [waves.sums_free(slot, 0, use)])

@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from tests.hosts import pretend_hosts_if_told
+
 # Read when CUDA starts, which looking for a GPU does.
 os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -40,6 +42,7 @@ def world():
     import pipemoe
 
     torch.set_num_threads(1)
+    pretend_hosts_if_told()
     world = pipemoe.init(watchdog_seconds=30, grace_seconds=2)
 
     def say_why() -> None:

@@ -5,11 +5,17 @@ MPI has no bfloat16: dispatch moves bytes, and partial sums are float32 for redu
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from pipemoe.comm.transport import CallLog, Test, WaveSums, gather_transfers, sum_in_rank_order
 from pipemoe.errors import ConfigError
 from pipemoe.plan.schedule import Wave
+
+if TYPE_CHECKING:
+    import torch
+
+    Message = tuple[int, torch.Tensor]  # the other rank, and the rows
 
 
 class Communicators:
@@ -141,6 +147,29 @@ class MpiTransport(CallLog):
 
     def close(self) -> None:
         """Nothing to free: the communicators are kept for the next world."""
+
+
+class HostLinks:
+    """Moves rows and sums between ranks of different hosts, where ranks of one host share memory: a message for each
+    pair of ranks, by the same communicators. Only the conductor calls.
+    """
+
+    def __init__(self, communicators: Communicators, num_slots: int, others: Sequence[int]) -> None:
+        """others: the ranks of other hosts, in order."""
+        from mpi4py import MPI
+
+        self.others, self._pairs, self._test_all = tuple(others), communicators.pairs(num_slots), MPI.Request.Testall
+
+    def move(self, slot: int, kind: str, sends: Sequence[Message], receives: Sequence[Message]) -> Test:
+        """Post messages of a wave. Between two ranks they match in the order in which they are posted.
+
+        kind: "dispatch" or "combine". sends: to whom, and what. receives: from whom, and where it goes to. All tensors
+        are contiguous and stay as they are until the test has returned True.
+        """
+        comm = self._pairs[slot][kind == "combine"]
+        requests = [comm.Irecv(_bytes(rows), source=peer) for peer, rows in receives]
+        requests += [comm.Isend(_bytes(rows), dest=peer) for peer, rows in sends]
+        return lambda: self._test_all(requests)
 
 
 def _bytes(tensor: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from pipemoe.errors import ConfigError, PlanError
 from pipemoe.plan.projection import Issue, match, project
@@ -18,10 +19,12 @@ def verify(
     sum_bytes: int = 4,
     room: Room | None = None,
     issues: list[list[Issue]] | None = None,
+    hosts: Sequence[int] | None = None,
 ) -> None:
     """Prove the properties of DESIGN.md for `plan`; raise PlanError naming the first that does not hold.
 
-    issues: what each rank really issued, from the logs of a debug run; it is compared with what the plan says.
+    issues: what each rank really issued, from the logs of a debug run; it is compared with what the plan says. hosts:
+    the number of every rank's host; None for one host.
     """
     _every_token_once(plan)
     _every_op_once(plan)
@@ -29,7 +32,7 @@ def verify(
     _buffers_have_one_user(plan)
     _workspace_is_bounded(plan)
     _chunks_in_causal_order(plan)
-    prove_reuse(plan)
+    prove_reuse(plan, hosts=hosts)
     _kernels_have_room(plan, room)
     projected = [project(plan, rank, row_bytes, sum_bytes) for rank in range(plan.facts.num_ranks)]
     match(projected)

@@ -103,8 +103,8 @@ class Conductor:
         self._peers.hear_by(channel)
 
     def listen_by(self, wake: Any) -> None:
-        """From now on rest by `wake`, which hears all that this thread may wait for: nothing needs polling any more."""
-        self.wake, self._moves_transfers = wake, False
+        """From now on rest by `wake`, which hears what this thread may wait for, and says whether it must poll."""
+        self.wake = wake
 
     def watch_transport(self, transport: Transport) -> None:
         """Raise what the transport notices by itself, and abort it when this rank fails."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipemoe.comm.shared.bells import LONGEST_SLEEP, Bells, Sleeper
 from pipemoe.comm.shared.flags import FlagEvent
-from pipemoe.runtime.lanes import HostClock, HostEvent, HostMark, SlotLanes
+from pipemoe.runtime.lanes import HostClock, HostEvent, HostMark, PolledLane, SlotLanes
 from pipemoe.torch_state import no_grad_on_this_thread
 
 _Work = tuple[Callable[[], Any], list[Any], HostEvent]
@@ -166,6 +166,20 @@ class HostSlot:
         self._filled.set()
 
 
+class LinkLane(PolledLane):
+    """A queue of MPI operations, beside a slot's queues. The slot's thread may sleep until one of them is complete."""
+
+    def __init__(self, on_done: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_done = on_done
+
+    def poll(self) -> None:
+        before = self.num_left
+        super().poll()
+        if self.num_left < before:
+            self._on_done()
+
+
 class HostLanes:
     """All lanes of a rank. `poll` does the work of a slot that has no thread."""
 
@@ -178,9 +192,9 @@ class HostLanes:
         self.clock = HostClock()
         self._holds_slots = False
 
-    def hold_slots(self, slots: set[int]) -> None:
+    def hold_slots(self, slots: set[int], polls: bool = False) -> None:
         """Runs of these slots may come and go side by side, until `let_go_of_slots`. Only while there is no work."""
-        self.begin(slots)
+        self.begin(slots, polls)
         self._holds_slots = True
 
     def let_go_of_slots(self) -> None:
@@ -189,18 +203,26 @@ class HostLanes:
     def new_mark(self) -> HostMark:
         return HostMark(self.wake.set)
 
-    def begin(self, slots: set[int]) -> None:
-        """A step uses these slots. Of several, each gets a thread."""
+    def begin(self, slots: set[int], polls: bool = False) -> None:
+        """A step uses these slots. Of several, each gets a thread; also a single one if the conductor's thread `polls`
+        what else the step needs.
+        """
         if self._holds_slots:
             return
+        self.wake.polls_in_step = polls
+        has_threads = len(slots) > 1 or polls
         for slot in self._host_slots:
-            slot.serve(is_inline=len(slots) < 2 or slot.number not in slots)
-        self.wake.listens_to(self._host_slots[next(iter(slots))] if len(slots) == 1 else None)
+            slot.serve(is_inline=not has_threads or slot.number not in slots)
+        self.wake.listens_to(None if has_threads or not slots else self._host_slots[next(iter(slots))])
+
+    def ring_waiting(self, but: HostSlot | None = None) -> None:
+        """Wake up the slots whose work waits for something of this rank, as that has come."""
+        for slot in self._host_slots:
+            if slot.waits_here and slot is not but:
+                self._bells.ring_here(slot.number)
 
     def _work_done(self, slot: HostSlot) -> None:
-        for other in self._host_slots:
-            if other.waits_here and other is not slot:
-                self._bells.ring_here(other.number)
+        self.ring_waiting(but=slot)
         if not slot.is_inline and slot.num_left <= _FEW_LEFT:
             self.wake.set()
 
@@ -216,13 +238,40 @@ class HostLanes:
             slot.close()
 
 
+class LinkedLanes:
+    """HostLanes, and for each slot a lane for rows and one for sums that MPI moves. The conductor's thread polls these,
+    so every slot of a step has a thread.
+    """
+
+    def __init__(self, lanes: HostLanes, for_all_rows: bool = False) -> None:
+        """for_all_rows: MPI moves all of them, those of the same host too."""
+        self._lanes, self.slots = lanes, lanes.slots
+        self.links = [(LinkLane(lanes.ring_waiting), LinkLane(lanes.ring_waiting)) for _ in lanes.slots]
+        if for_all_rows:
+            self.slots = [SlotLanes(slot.compute, *links) for slot, links in zip(lanes.slots, self.links)]
+        self.clock, self.new_mark = lanes.clock, lanes.new_mark
+        self.let_go_of_slots = lanes.let_go_of_slots
+
+    def begin(self, slots: set[int]) -> None:
+        self._lanes.begin(slots, polls=True)
+
+    def hold_slots(self, slots: set[int]) -> None:
+        self._lanes.hold_slots(slots, polls=True)
+
+    def poll(self, between_issues: bool = False) -> None:
+        for links in self.links:
+            for link in links:
+                link.poll()
+        self._lanes.poll(between_issues)
+
+
 class Wake:
     """What wakes up the conductor's thread: other threads by `set`, and its peers' news."""
 
-    longest_rest = LONGEST_SLEEP
-
     def __init__(self, bells: Bells) -> None:
         self._bells = bells
+        # Something moves on only when the conductor polls it, as MPI does: in this step, or always.
+        self.polls_in_step = self.polls_always = False
         self._slot: HostSlot | None = None  # that the conductor's thread serves
         self._sleepers: dict[int | None, Sleeper] = {}
         self._sleeper = self._for(None)
@@ -233,6 +282,11 @@ class Wake:
             channels = [self._bells.conductor_channel] + ([] if number is None else [number])
             self._sleepers[number] = self._bells.sleeper(channels)
         return self._sleepers[number]
+
+    @property
+    def longest_rest(self) -> float:
+        """In seconds; 0 if the thread must poll."""
+        return 0.0 if self.polls_in_step or self.polls_always else LONGEST_SLEEP
 
     def listens_to(self, slot: HostSlot | None) -> None:
         """The conductor's thread does the work of this slot."""

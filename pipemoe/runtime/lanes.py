@@ -176,6 +176,11 @@ class PolledLane:
         self._waiting: deque[tuple[Callable[[], Any], Sequence[HostEvent], HostEvent]] = deque()
         self._posted: deque[tuple[Callable[[], bool], HostEvent]] = deque()
 
+    @property
+    def num_left(self) -> int:
+        """Operations that are not complete."""
+        return len(self._waiting) + len(self._posted)
+
     def submit(self, work: Callable[[], Any], waits: Iterable[Any] = (), timed: bool = False) -> HostEvent:
         event = HostEvent()
         self._waiting.append((work, [w for w in waits if w is not None], event))
@@ -233,6 +238,9 @@ class Lanes:
     slots: list[SlotLanes]
     clock: Clock
     new_mark: Callable[[], Mark]  # for work of compute lanes
+
+    def begin(self, slots: set[int]) -> None:
+        """A step uses these slots."""
 
     def hold_slots(self, slots: set[int]) -> None:
         """Runs of these slots may come and go side by side: here they always may."""

@@ -32,6 +32,7 @@ class Plans:
     cost: CostModel
     row_bytes: int  # of a row on the wire
     room: Room | None  # for the thread blocks of collectives, on a GPU
+    hosts: tuple[int, ...]  # the number of every rank's host
     _of_steps: OrderedDict[Facts, Plan] = field(default_factory=OrderedDict)
 
     def of_step(self, facts: Facts) -> Plan:
@@ -59,7 +60,7 @@ class Plans:
 
     def _prove(self, found: Plan) -> None:
         if self.config.debug:
-            verify(found, row_bytes=self.row_bytes, room=self.room)
+            verify(found, row_bytes=self.row_bytes, room=self.room, hosts=self.hosts)
 
 
 def compile_on_hosts(world: World, shape: ModelShape, config: Config, cost: CostModel) -> None:

@@ -182,7 +182,7 @@ class RollingSlot:
         """How long nothing will happen here that does not wake the thread up."""
         if self.pause_until:
             return max(50e-6, self.pause_until - time.monotonic())
-        if self._world.shared is not None:
+        if self._world.shared_by_all and not self._runtime.polls:
             return _ASLEEP_SECONDS
         return _EXCHANGE_SECONDS if self._gathering else _RUN_SECONDS if self._queue else _ASLEEP_SECONDS
 
@@ -300,7 +300,7 @@ class RollingLoop:
         """take_news: called again and again on the conductor's thread; it adds and cancels sequences, and may say that
         this rank leaves. engine: its number, the same on all ranks, and of no earlier engine of this world.
         """
-        self._world, self._take_news, self._engine = runtime.world, take_news, engine
+        self._world, self._lanes, self._take_news, self._engine = runtime.world, runtime.lanes, take_news, engine
         self._abandoned: PipemoeError | None = None
         num_slots = settings.num_slots(runtime.config.max_slots)
         self.slots = [
@@ -320,7 +320,7 @@ class RollingLoop:
         """Tell the peers the rounds to which this rank has posted. at_once: they may be asleep."""
         levels = [self._engine, *(slot.rounds.posted for slot in self.slots)]
         # Peers that share memory have seen it there.
-        self._world.conductor.tell_rounds(levels, at_once and self._world.shared is None)
+        self._world.conductor.tell_rounds(levels, at_once and not self._world.shared_by_all)
 
     def abandon(self, error: PipemoeError) -> None:
         """End at the next look around, whatever the peers do; `run` raises `error`. On any thread."""
@@ -334,7 +334,7 @@ class RollingLoop:
 
     def run(self) -> None:
         """The conductor's task: until all ranks have left."""
-        conductor, lanes = self._world.conductor, self._world.lanes
+        conductor, lanes = self._world.conductor, self._lanes
         lanes.hold_slots({slot.number for slot in self.slots})
         try:
             conductor.now_doing(self)
@@ -356,16 +356,15 @@ class RollingLoop:
             return 0.0
         if all(slot.is_over for slot in self.slots):
             return None
-        if self._world.shared is not None and any(slot.rounds.is_asleep for slot in self.slots):
+        if self._world.shared_by_all and any(slot.rounds.is_asleep for slot in self.slots):
             self._world.lanes.wake.wants(1)  # the first peer that posts
         return min(slot.rest_seconds() for slot in self.slots)
 
     def _highest_round(self, slot: RollingSlot) -> int:
         """To which a peer has posted: the higher of what heartbeats and shared memory say."""
         told = self._world.conductor.highest_round(self._engine, slot.number)
-        if self._world.shared is None:
-            return told
-        return max(told, slot.rounds.posted + self._world.shared.num_ahead(slot.number))
+        everyone = self._world.shared_by_all
+        return max(told, slot.rounds.posted + everyone.num_ahead(slot.number)) if everyone else told
 
     def _late(self) -> tuple[str, float] | None:
         """See Conductor.roll."""

@@ -28,7 +28,7 @@ from pipemoe.runtime.wave_buffers import WaveBuffers
 from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
-    from pipemoe.runtime.host_lanes import HostLanes
+    from pipemoe.runtime.host_lanes import HostLanes, LinkedLanes
     from pipemoe.runtime.workspace import Workspace
 
 LANE_OF = {
@@ -70,6 +70,9 @@ class _BufferState:
     # of shared memory: its use by the last wave (pipemoe.plan.reuse), and this rank's rows of it have been written
     use: Any = None
     written: Event | None = None
+    # of messages to and from ranks of other hosts: the rows have been moved, and the partial sums
+    rows_moved: Event | None = None
+    sums_moved: Event | None = None
 
 
 class Run:
@@ -81,7 +84,7 @@ class Run:
         self,
         plan: Plan,
         rank: int,
-        lanes: Lanes | HostLanes,
+        lanes: Lanes | HostLanes | LinkedLanes,
         transport: Transport,
         workspace: Workspace,
         wire: WireFormat,
@@ -124,6 +127,7 @@ class Run:
         self.num_own = sum(c.has_tokens for c in self._cohorts)
         self._timed = timed
         self._awaited = {other for cohorts in (*plan.causal_predecessors, *plan.pacemakers) for other in cohorts}
+        lanes.begin({cohort.slot for cohort in plan.cohorts})
         lanes.clock.start(timed)
         self.of_caller(lambda: source.begin(plan, rank))
         for state in self._cohorts:

@@ -18,6 +18,7 @@ from pipemoe.plan.clock.sms import possible_sms_left
 from pipemoe.plan.cost.dimensions import dimensions_of_shape
 from pipemoe.plan.schedule import ModelShape, Op, Plan
 from pipemoe.runtime.costs import runtime_cost
+from pipemoe.runtime.last_words import say
 from pipemoe.runtime.plans import Plans, compile_on_hosts
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.set_up import SetUp
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.comm.shared.waves import SharedWaves
+    from pipemoe.world.shared_host import SharedHost
     from pipemoe.world.world import World
 
 _WATCH_SECONDS = 0.25  # how often a waiting caller checks the conductor
@@ -96,10 +98,13 @@ class Runtime:
         world.agree(error or found, facts, "comparing configurations")
         self.fingerprint = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).digest()
         compile_on_hosts(world, shape, self.config, self.cost)
+        self.transport: Any = world.transport
+        self.lanes: Any = world.lanes
+        self.polls = False  # steps go on only while the conductor's thread polls what moves rows
         self._shared: SharedWaves | None = None
+        self._links = world.host_links()
         if world.shared is not None:
-            self._shared = world.new_waves(shared_layout(self.config, self.wire, self.combine_dtype, world.size))
-        self.transport: Any = world.transport if self._shared is None else self._shared
+            self._choose_host_transport(world.shared)
         set_up = SetUp(
             world,
             shape,
@@ -112,6 +117,7 @@ class Runtime:
             sms_left,
             torch.cuda.current_stream(world.device) if traits.hands_out_results and is_gpu else None,
             self._shared,
+            0 if self._links is None else len(self._links.others),
         )
         _, error = world.conductor.call(lambda: look(world.rank, "setting up", set_up.run, ConfigError))
         world.agree(error, {}, "setting up the workspace")
@@ -119,10 +125,27 @@ class Runtime:
         self.experts_with_free_sms, self._tapes = set_up.experts_with_free_sms, set_up.tapes
         if traits.measured_cost is not None and not is_tuned:  # now that the model's code is warm
             self.cost = traits.measured_cost(world, self.cost, self.config.max_tokens_per_rank, self._in_first_lane)
-        self.plans = Plans(shape, self.config, self.cost, self.wire.row_bytes, world.block_room)
+        self.plans = Plans(shape, self.config, self.cost, self.wire.row_bytes, world.block_room, world.hosts)
         self.plays_tapes = self._tapes is not None  # else every operation is issued by Python
         self.issued = Issued()
         self._is_first_step = True  # the caller's code may compile in it, so it may take longer
+
+    def _choose_host_transport(self, host: SharedHost) -> None:
+        """Shared memory, or MPI if some rank cannot have as much of it."""
+        from pipemoe.runtime.host_lanes import LinkedLanes
+
+        try:
+            layout = shared_layout(self.config, self.wire, self.combine_dtype, self.world.size)
+            self.transport = self._shared = self.world.new_waves(layout)
+            if self._links is not None:
+                self.lanes, self.polls = LinkedLanes(host.lanes), True
+        except ConfigError as error:  # the same on all ranks
+            if host.is_wanted:
+                raise
+            self.transport = self.world.mpi_transport()
+            self.lanes, self.polls = LinkedLanes(host.lanes, for_all_rows=True), True
+            if self.world.rank == 0:
+                say(f"pipemoe: no shared memory for this model, so MPI moves its rows: {error}")
 
     def _settle(self) -> None:
         """Settle every value of the configuration, or raise ConfigError."""
@@ -212,7 +235,7 @@ class Runtime:
         """Run set-up work of each slot (its number) in the slot's compute lane, and wait for it. num_slots: None: all
         of the configuration.
         """
-        conductor, lanes = self.world.conductor, self.world.lanes
+        conductor, lanes = self.world.conductor, self.lanes
 
         def task() -> None:
             slots = range(num_slots or self.config.max_slots)
@@ -265,13 +288,13 @@ class Runtime:
             return self._new_run(Run, plan, source, **options)
         from pipemoe.runtime.shared_run import SharedRun
 
-        return self._new_run(SharedRun, plan, source, **options)
+        return self._new_run(partial(SharedRun, links=self._links), plan, source, **options)
 
     def _new_run(self, run_type: Callable[..., AnyRun], plan: Plan, source: Source, **options: Any) -> AnyRun:
         return run_type(
             plan,
             self.world.rank,
-            self.world.lanes,
+            self.lanes,
             self.transport,
             self._workspace,
             self.wire,

@@ -43,6 +43,7 @@ class SetUp:
     sms_left: Sequence[int]  # all numbers of SMs that plans may leave to collectives
     callers_stream: Any  # on which results are handed out, or None
     shared: SharedWaves | None  # where rows and sums lie, if ranks share memory
+    num_others: int  # ranks of other hosts, which do not
 
     # What `run` makes:
     workspace: Workspace = field(init=False)
@@ -60,7 +61,14 @@ class SetUp:
                 num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in self.sms_left
             }
             self.workspace = Workspace(
-                self.config, self.wire, self.combine_dtype, world.size, self.experts, world.device, self.shared
+                self.config,
+                self.wire,
+                self.combine_dtype,
+                world.size,
+                self.experts,
+                world.device,
+                self.shared,
+                self.num_others,
             )
             lanes = world.lanes.slots[: len(self.workspace.slots)]
             if world.device.type == "cuda":

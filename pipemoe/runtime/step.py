@@ -184,6 +184,6 @@ class Step:
             issues = [[Issue(*entry) for entry in json.loads(p)] for p in gathering.payloads]
             try:
                 sum_bytes = runtime.combine_dtype.itemsize
-                verify(plan, row_bytes=runtime.wire.row_bytes, sum_bytes=sum_bytes, issues=issues)
+                verify(plan, row_bytes=runtime.wire.row_bytes, sum_bytes=sum_bytes, issues=issues, hosts=world.hosts)
             except PlanError as error:  # all ranks have the same logs
                 raise shared(error) from None

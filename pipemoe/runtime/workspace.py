@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 class SlotBuffers:
     """One cohort slot's buffers; the lists have one entry per double buffer."""
 
-    # If ranks share memory, rows and partial sums lie in Workspace.shared, and these lists are empty.
+    # If ranks share memory, rows and partial sums lie in Workspace.shared, and here only those of ranks of other hosts.
     receive: list[torch.Tensor]  # [rows, row_bytes] uint8
     partial: list[torch.Tensor]  # [rows, H] combine dtype
-    staging: list[torch.Tensor | None]  # [R - 1, rows, H] combine dtype, for combine="gather"
+    # [peers, own rows, H] combine dtype; peers: all for combine="gather", those of other hosts if ranks share memory
+    staging: list[Any]  # or None
     scratch: Any  # of the experts
 
 
@@ -40,8 +41,9 @@ class Workspace:
         experts: Any,
         device: torch.device,
         shared: SharedWaves | None = None,
+        num_others: int = 0,
     ) -> None:
-        """shared: where rows and sums lie, if ranks share memory."""
+        """shared: where rows and sums lie, if ranks share memory, and num_others ranks of other hosts do not."""
         import torch
 
         self.shared = shared
@@ -60,12 +62,13 @@ class Workspace:
             return torch.empty(shape, dtype=dtype, device=device).zero_()
 
         def slot() -> SlotBuffers:
-            buffers = range(0 if shared else config.num_buffers)
+            buffers = range(0 if shared and not num_others else config.num_buffers)
+            num_staged = num_others if shared else (num_ranks - 1) * gathers
             return SlotBuffers(
                 receive=[filled((rows, wire.row_bytes), torch.uint8) for _ in buffers],
-                partial=[filled((rows, wire.hidden), combine_dtype) for _ in buffers],
+                partial=[filled((rows, wire.hidden), combine_dtype) for _ in (() if shared else buffers)],
                 staging=[
-                    filled((num_ranks - 1, own_rows, wire.hidden), combine_dtype) if gathers else None for _ in buffers
+                    filled((num_staged, own_rows, wire.hidden), combine_dtype) if num_staged else None for _ in buffers
                 ],
                 scratch=experts.new_scratch(rows),
             )

@@ -9,7 +9,7 @@ import socket
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pipemoe.comm.exchange import check_equal, encode_error, raise_first, shared
+from pipemoe.comm.exchange import check_equal, encode_error, raise_first
 from pipemoe.comm.gathering import Gathering, LocalGathering, MpiGathering
 from pipemoe.comm.side_channel import SideChannel
 from pipemoe.comm.transport import LocalTransport, Transport
@@ -17,7 +17,6 @@ from pipemoe.errors import ConfigError, PipemoeError
 from pipemoe.plan.room import Room
 from pipemoe.runtime.conductor import Conductor
 from pipemoe.runtime.lanes import Lanes, host_lanes
-from pipemoe.runtime.last_words import say
 from pipemoe.world.departure import departure
 from pipemoe.world.gpu import lanes_of
 from pipemoe.world.meet import Met
@@ -26,6 +25,7 @@ from pipemoe.world.warm_up import WarmUp
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.comm.mpi import HostLinks
     from pipemoe.world.shared_host import SharedHost
 
 
@@ -68,7 +68,7 @@ class Connection:
         if not self._on_gpu and self._shares_memory():
             return
         self.lanes = self._own_lanes()
-        self.transport = self._nccl_transport() if self._on_gpu else self._mpi_transport()
+        self.transport = self._nccl_transport() if self._on_gpu else self.mpi_transport()
         self._conductor.watch_transport(self.transport)
         self._warm_up()
 
@@ -77,19 +77,29 @@ class Connection:
         if hasattr(self, "lanes"):
             self.lanes.close()
 
+    @property
+    def shared_by_all(self) -> SharedHost | None:
+        """What all ranks share, if they all share memory."""
+        return self.shared if self.shared is not None and self.shared.has_all else None
+
+    @property
+    def hosts(self) -> tuple[int, ...]:
+        """The number of every rank's host."""
+        return self._met.hosts if self._met else (0,)
+
     def start_gathering(self, payload: bytes, doing: str, slot: int | None = None) -> Gathering:
         """See World.start_gathering."""
         if self._met is None:
             return LocalGathering(payload)
-        if self.shared is not None:
-            return self.shared.start_gathering(payload, doing, slot)
+        if self.shared_by_all is not None:
+            return self.shared_by_all.start_gathering(payload, doing, slot)
         known = self._met.communicators
         comm = known.world if slot is None else known.for_rounds(self._num_slots)[slot]
         return MpiGathering(comm, payload, doing)
 
     def prepare_rounds(self) -> None:
         """Let `start_gathering` take a slot. Every rank calls."""
-        if self._met is not None and self.shared is None:
+        if self._met is not None and self.shared_by_all is None:
             self._conductor.note("making MPI communicators", self._setup_seconds)
             self._met.communicators.for_rounds(self._num_slots)
 
@@ -102,10 +112,6 @@ class Connection:
     def raise_on_all(self, error: PipemoeError | None, doing: str) -> None:
         """Raise the first rank's error on all ranks, if there is one. Every rank calls."""
         raise_first(self.exchange(encode_error(error), doing))
-
-    def exchange_texts(self, text: str) -> list[str]:
-        """As `exchange`, for ranks that share memory."""
-        return [p.decode() for p in self.exchange(text.encode(), "sharing memory")]
 
     def _open_side_channel(self) -> None:
         from mpi4py import MPI
@@ -135,40 +141,26 @@ class Connection:
         return host_lanes(self._num_slots, self._conductor.wake.set)
 
     def _shares_memory(self) -> bool:
-        """Let the ranks share memory, if they are all of one host, the system allows it, and the user too."""
-        from pipemoe.comm.shared.memory import refusal
-        from pipemoe.world.shared_host import VARIABLE, SharedHost, wanted_transport
+        from pipemoe.world.shared_host import share_memory
 
         assert self._met is not None
-        error, wanted, refused = None, "", None
-        try:
-            wanted = wanted_transport()
-            refused = None if wanted == "mpi" else refusal()
-        except ConfigError as e:
-            error = e
-        self.raise_on_all(error, "looking at the transport of the host")
-        told = [json.loads(p) for p in self.exchange(json.dumps([wanted, refused]).encode(), "choosing the transport")]
-        check_equal([{VARIABLE: name} for name, _ in told])
-        if wanted == "mpi":
-            return False
-        refused = next((f"rank {rank}: {why}" for rank, (_, why) in enumerate(told) if why), None)
-        if self._met.num_hosts > 1:
-            refused = f"the ranks are on {self._met.num_hosts} hosts"
-        try:
-            if refused:
-                raise ConfigError(refused)
-            self.shared = SharedHost(self._rank, self._size, self._num_slots, self.exchange_texts)
-        except ConfigError as e:  # the same on all ranks
-            if wanted == "shared":
-                raise shared(ConfigError(f"{VARIABLE} is 'shared', but {e}")) from None
-            if self._rank == 0:
-                say(f"pipemoe: no shared memory between the ranks, so MPI moves their rows: {e}")
+        self.shared = share_memory(self._met, self._num_slots, self.exchange)
+        if self.shared is None:
             return False
         self.lanes = self.shared.lanes
         self._conductor.listen_by(self.lanes.wake)
         return True
 
-    def _mpi_transport(self) -> Transport:
+    def host_links(self) -> HostLinks:
+        """To ranks of other hosts, from ranks that share memory with those of their own."""
+        from pipemoe.comm.mpi import HostLinks
+
+        assert self._met is not None
+        others = [rank for rank in range(self._size) if rank not in self._met.ranks_here]
+        return HostLinks(self._met.communicators, self._num_slots, others)
+
+    def mpi_transport(self) -> Transport:
+        """For all rows, or for those of a runtime that finds no shared memory."""
         from pipemoe.comm.mpi import MpiTransport
 
         self._conductor.note("making MPI communicators", self._setup_seconds)

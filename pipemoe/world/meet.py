@@ -26,8 +26,21 @@ class Met:
     communicators: Communicators
     rank: int
     size: int
-    local_rank: int  # among the ranks of its host
-    num_hosts: int
+    hosts: tuple[int, ...]  # of every rank, numbered by their first ranks
+
+    @property
+    def local_rank(self) -> int:
+        """Among the ranks of its host."""
+        return self.ranks_here.index(self.rank)
+
+    @property
+    def num_hosts(self) -> int:
+        return max(self.hosts) + 1
+
+    @property
+    def ranks_here(self) -> list[int]:
+        """The ranks of this rank's host."""
+        return [rank for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]]
 
 
 def meet(launch: Launch, arguments: InitArguments) -> Met | None:
@@ -52,8 +65,9 @@ def meet(launch: Launch, arguments: InitArguments) -> Met | None:
         departure.is_lost(late, arguments.grace_seconds)
         raise
     departure.met(rank, places, arguments.watchdog_seconds)
-    hosts = [host for host, _ in places]
-    return Met(_communicators, rank, size, hosts[:rank].count(hosts[rank]), len(set(hosts)))
+    names = [host for host, _ in places]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return Met(_communicators, rank, size, tuple(numbers[name] for name in names))
 
 
 def _everyones(meeting: Meeting, patience: Patience) -> list[tuple[str, int]]:

@@ -29,7 +29,9 @@ from pipemoe.world.launcher import launched
 from pipemoe.world.meet import Met, meet
 
 if TYPE_CHECKING:
+    from pipemoe.comm.mpi import HostLinks
     from pipemoe.comm.shared.waves import SharedWaves, WaveMemory
+    from pipemoe.comm.transport import Transport
 
 _open_world: World | None = None  # of this process
 _forks_are_watched = False
@@ -151,6 +153,7 @@ class World:
             raise
         self.transport, self.lanes = self._connection.transport, self._connection.lanes
         self.shared = self._connection.shared  # ranks of this host that share memory
+        self.shared_by_all, self.hosts = self._connection.shared_by_all, self._connection.hosts
         self.block_room = self._connection.block_room  # of the collectives on this rank's GPU, if there are any
         atexit.register(self._close)
 
@@ -162,17 +165,25 @@ class World:
             torch.cuda.set_device(self.device)
 
     def new_waves(self, layout: WaveMemory) -> SharedWaves:
-        """Memory for a runtime's waves, shared by all ranks. Every rank calls, with the same sizes, and all raise
-        ConfigError if some rank lacks memory.
+        """Memory for a runtime's waves, shared by the ranks of each host. Every rank calls, with the same sizes, and
+        all raise ConfigError if some rank lacks memory.
         """
-        from pipemoe.comm.shared.memory import shared_by_all
-
-        assert self.shared is not None
-        exchange = self._connection.exchange_texts
-        memories, refused = self.conductor.call(lambda: shared_by_all(layout.num_bytes, exchange))
+        known = self.shared
+        assert known is not None
+        waves, refused = self.conductor.call(lambda: known.new_waves(layout))
         if refused:
             raise shared(ConfigError(f"{refused}; lower moe_max_num_tokens, max_tokens_per_rank or num_slots"))
-        return self.shared.waves(layout, memories)
+        return waves
+
+    def host_links(self) -> HostLinks | None:
+        """To ranks of other hosts, if ranks share memory and there are other hosts. Every rank calls."""
+        if self.shared is None or self.shared_by_all is not None:
+            return None
+        return self.conductor.call(self._connection.host_links)
+
+    def mpi_transport(self) -> Transport:
+        """For a runtime whose rows find no shared memory. Every rank calls."""
+        return self.conductor.call(self._connection.mpi_transport)
 
     @property
     def ctas(self) -> int:

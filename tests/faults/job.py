@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tests.faults.ranks import CULPRIT, WATCHDOG_SECONDS
+from tests.hosts import VARIABLE as HOSTS
 
 ROOT = Path(__file__).parents[2]
 # Ranks start and import for some seconds; what matters is that they end well before this.
@@ -24,11 +25,11 @@ class FaultJob:
     def __init__(
         self, fault: str, num_ranks: int, folder: Path, transport: str = "auto", program: str = "ranks"
     ) -> None:
-        """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it. program: of this folder."""
+        """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it, or the ranks' hosts. program: of this folder."""
         self.folder, self._num_ranks = folder, num_ranks
         self._token = f"fault-{uuid.uuid4().hex}"
         environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
-        environment["PIPEMOE_HOST_TRANSPORT"] = transport
+        environment |= {HOSTS: transport} if transport.isdecimal() else {"PIPEMOE_HOST_TRANSPORT": transport}
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
         )

@@ -18,6 +18,7 @@ import torch
 import pipemoe
 from pipemoe.plan.cost.model import AttendCost, CostModel, HostCost
 from pipemoe.plan.schedule import Facts, OpKind
+from tests.hosts import pretend_hosts_if_told
 from tests.moe_cases import make_layers
 from tests.runtime.hold import Hold
 from tests.runtime.sources import RowsSource, make_runtime
@@ -62,6 +63,7 @@ def main(fault: str, folder: str) -> None:
     if fault.startswith("kill"):
         detach()
     torch.set_num_threads(1)
+    pretend_hosts_if_told()
     world = pipemoe.init(watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1.0)
     log = os.open(f"{folder}/rank{world.rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, sys.stderr.fileno())

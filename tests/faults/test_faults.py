@@ -34,9 +34,10 @@ FAULTS = {
 NUM_RANKS = dict.fromkeys(FAULTS, 2) | {"kill": 3, "kill experts": 4, "kill exchange": 3, "stop": 3}
 
 
-# Of ranks that share memory, and a few of those that MPI connects.
+# Of ranks that share memory, a few of those that MPI connects, and of those on two hosts (see tests.hosts).
 JOBS = [(fault, "auto") for fault in FAULTS if fault not in OF_ROWS]
 JOBS += [(fault, "mpi") for fault in ("stop", "transport", "kill combine", *OF_ROWS)]
+JOBS += [("kill experts", "0011"), ("kill", "010"), ("stop", "001")]
 
 
 @pytest.mark.parametrize(("fault", "transport"), JOBS, ids=str)

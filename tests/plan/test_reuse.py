@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipemoe.errors import PlanError
+from pipemoe.plan import reuse
 from pipemoe.plan.config import MODES, PlanConfig
 from pipemoe.plan.planner import plan
 from pipemoe.plan.reuse import BufferUses, prove_reuse
@@ -21,6 +22,19 @@ COUNTS = st.lists(st.lists(st.integers(1, 60), max_size=2).map(tuple), min_size=
 @given(COUNTS.filter(any), st.sampled_from([mode for mode in MODES if mode != "auto"]), st.sampled_from([16, 24, 64]))
 def test_every_plan_keeps_readers_safe(lengths, mode, most):
     prove_reuse(plan(Facts(lengths), SHAPE, PlanConfig(mode=mode, moe_max_num_tokens=most)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    COUNTS.filter(lambda lengths: any(lengths) and len(lengths) > 1),
+    st.lists(st.integers(0, 2), min_size=5, max_size=5),
+    st.sampled_from([mode for mode in MODES if mode != "auto"]),
+    st.sampled_from([16, 24, 64]),
+)
+def test_every_plan_keeps_readers_safe_on_several_hosts(lengths, hosts, mode, most):
+    prove_reuse(
+        plan(Facts(lengths), SHAPE, PlanConfig(mode=mode, moe_max_num_tokens=most)), hosts=hosts[: len(lengths)]
+    )
 
 
 def test_waves_are_numbered_by_slot_and_know_who_was_there_before():
@@ -89,6 +103,45 @@ def test_a_wait_too_few_or_too_many(sound, uses, text):
     prove_reuse(sound)
     with pytest.raises(PlanError, match=f"buffers are free across ranks: .*({text})"):
         prove_reuse(sound, uses)
+
+
+@pytest.mark.parametrize(
+    ("uses", "text"),
+    [
+        (NoWaitForRows, "write of rows .* may overtake experts|message of rows .* may overtake experts"),
+        (NoWaitForSums, "experts .* may overtake sum"),
+        (WaitsForItself, "waits for ever"),
+    ],
+)
+def test_a_wait_too_few_or_too_many_on_two_hosts(sound, uses, text):
+    prove_reuse(sound, hosts=[0, 1, 1, 0])
+    with pytest.raises(PlanError, match=f"buffers are free across ranks: .*({text})"):
+        prove_reuse(sound, uses, hosts=[0, 1, 1, 0])
+
+
+# What waits, for what of this rank; and what is said without that wait.
+_WAITS_OF_MESSAGES = [
+    (reuse._ROWS_POSTED, reuse.SUMMED, "message of rows .* may overtake experts"),  # what came before has been read
+    (reuse.SUMMED, reuse._SUMS_MOVED, "experts .* may overtake arrival of sums"),  # sums before have been sent
+    (reuse.SUMMED, reuse._ROWS_MOVED, "(message|write) of rows .* may overtake (arrival|experts)"),
+    (reuse._SUMS_POSTED, reuse.SUMMED, "arrival of sums .* may come before experts"),
+    (reuse._ROWS_POSTED, reuse.SENT, "arrival of rows .* may come before write of rows"),
+    (reuse.COMBINED, reuse._SUMS_MOVED, "sum .* may come before arrival of sums"),
+]
+
+
+@pytest.mark.parametrize(("event", "source", "text"), _WAITS_OF_MESSAGES)
+def test_every_wait_for_messages_is_needed(sound, monkeypatch, event, source, text):
+    add = reuse._Proof._add
+
+    def forgetful(self, rank, kind, buffer, number, needs):
+        if kind == event:
+            needs = [need for need in needs if need[:2] != (rank, source)]
+        return add(self, rank, kind, buffer, number, needs)
+
+    monkeypatch.setattr(reuse._Proof, "_add", forgetful)
+    with pytest.raises(PlanError, match=f"buffers are free across ranks: .*({text})"):
+        prove_reuse(sound, hosts=[0, 1, 1, 0])
 
 
 def test_ranks_whose_order_makes_one_wait_for_ever(sound):

@@ -147,7 +147,7 @@ def test_more_rows_live_than_all_buffers_hold(monkeypatch, num_waves):
     A plan that has more uses some buffer twice at once, which is found first: so without that check.
     """
     for check in ("_buffers_have_one_user", "prove_reuse"):
-        monkeypatch.setattr(f"pipemoe.plan.verify.{check}", lambda p: None)
+        monkeypatch.setattr(f"pipemoe.plan.verify.{check}", lambda p, **options: None)
     p = plan(Facts(((20 * (num_waves - 1),), (20,))), SHAPE, PlanConfig(mode="chunked", moe_max_num_tokens=20))
     assert [wave.num_rows for wave in p.cohorts[0].waves] == [20] * num_waves
     verify(p)

@@ -129,6 +129,7 @@ def noted_run(
     ]
     lanes = SimpleNamespace(
         slots=[SlotLanes(*(Lane(name, log, hold) for name in of_slot)) for of_slot in names],
+        begin=lambda slots: None,
         clock=SimpleNamespace(start=lambda timed: None),
         poll=lambda between_issues=False: None,
     )

@@ -5,6 +5,7 @@ far.
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -57,3 +58,23 @@ class FlagEvent:
 
     def end(self) -> float:
         return self._end
+
+
+class JoinedEvent:
+    """Done when flags have come and a lane of this rank has passed an event. For who looks now and then."""
+
+    __slots__ = ("_flags", "_event", "error")
+
+    def __init__(self, flags: FlagEvent, event: Any) -> None:
+        self._flags, self._event = flags, event
+        self.error: BaseException | None = None  # the lane raises its own
+
+    def done(self) -> bool:
+        return self._event.done() and self._flags.done()
+
+    def span(self) -> tuple[float, float]:
+        (begin, end), (other_begin, other_end) = self._flags.span(), self._event.span()
+        return min(begin, other_begin), max(end, other_end)
+
+    def end(self) -> float:
+        return self.span()[1]

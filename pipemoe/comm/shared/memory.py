@@ -78,10 +78,11 @@ class OwnMemory:
         self._file = -1
 
 
-def shared_by_all(num_bytes: int, exchange: Exchange) -> tuple[list[np.ndarray], str | None]:
-    """`num_bytes` of every rank, mapped here, in rank order; or why some rank cannot, the same on all. All ranks call.
+def shared_by_all(num_bytes: int, exchange: Exchange, ranks_here: Sequence[int]) -> tuple[list[np.ndarray], str | None]:
+    """`num_bytes` of each rank of this host, mapped here, in rank order; or why some rank, of whatever host, cannot,
+    the same on all. All ranks call.
 
-    exchange: of short texts between these ranks.
+    exchange: of short texts between all ranks.
     """
     own, error, mapped = None, "", []
     try:
@@ -92,7 +93,7 @@ def shared_by_all(num_bytes: int, exchange: Exchange) -> tuple[list[np.ndarray],
     if not any(ticket.startswith("!") for ticket in tickets):
         assert own is not None
         try:
-            mapped = [own.mapped_from(ticket) for ticket in tickets]
+            mapped = [own.mapped_from(tickets[rank]) for rank in ranks_here]
         except (OSError, ValueError) as e:
             error = f"a peer's memory cannot be mapped: {e}"
         tickets = exchange(f"! {error}" if error else "")

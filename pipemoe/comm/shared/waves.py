@@ -77,25 +77,29 @@ class WaveMemory:
 class SharedWaves(CallLog):
     """The waves of one runtime."""
 
-    def __init__(self, rank: int, layout: WaveMemory, memories: Sequence[np.ndarray], bells: Bells) -> None:
-        """memories: every rank's, in rank order."""
+    def __init__(self, rank: int, size: int, layout: WaveMemory, memories: dict[int, np.ndarray], bells: Bells) -> None:
+        """size: number of ranks, of all hosts. memories: by rank, of the ranks of this host, which ring `bells`."""
         super().__init__()
-        self.rank, self.size = rank, len(memories)
+        self.rank, self.size = rank, size
+        self._places = {here: place for place, here in enumerate(memories)}  # among the ranks of this host
+        self._own = self._places[rank]
         self._bells, self.num_bytes = bells, layout.num_bytes
         _add_rows.compile()  # now, not inside a step
         self._uses = BufferUses(layout.num_slots, layout.num_buffers)
         places = [(slot, buffer) for slot in range(layout.num_slots) for buffer in range(layout.num_buffers)]
         self._flags = {  # addresses [R] of each flag of a buffer
-            (*place, flag): np.array([layout.flag(memory, *place, flag) for memory in memories], np.int64)
+            (*place, flag): np.array([layout.flag(memory, *place, flag) for memory in memories.values()], np.int64)
             for place in places
             for flag in (_SENT, _SUMMED, _COMBINED)
         }
-        self.rows = {place: [layout.rows(memory, *place) for memory in memories] for place in places}
-        self.sums = {place: [layout.sums(memory, *place) for memory in memories] for place in places}
+        # By slot and buffer, and by rank.
+        self.rows = {place: {r: layout.rows(memory, *place) for r, memory in memories.items()} for place in places}
+        self.sums = {place: {r: layout.sums(memory, *place) for r, memory in memories.items()} for place in places}
 
     def use(self, slot: int, buffer: int, wave: Wave) -> Use:
-        """The next wave's use of a buffer. Every rank calls, in the plan's order."""
-        return self._uses.next(slot, buffer, tuple(sorted(wave.ranks())))
+        """The next wave's use of a buffer, by the ranks of this host. Every rank calls, in the plan's order."""
+        owners = sorted(wave.ranks() & self._places.keys())
+        return self._uses.next(slot, buffer, tuple(self._places[rank] for rank in owners))
 
     def check(self) -> None:
         """Nothing here notices a lost peer: the side channel does."""
@@ -107,7 +111,7 @@ class SharedWaves(CallLog):
         return FlagEvent(self._flags[slot, buffer, _SUMMED], use.before, of_reuse=True)
 
     def sent(self, slot: int, buffer: int, use: Use) -> FlagEvent:
-        """All rows of the wave are there."""
+        """All rows of the wave that ranks of this host own are there."""
         return FlagEvent(self._flags[slot, buffer, _SENT][list(use.owners)], use.number)
 
     def sums_free(self, slot: int, buffer: int, use: Use) -> FlagEvent:
@@ -115,34 +119,25 @@ class SharedWaves(CallLog):
         return FlagEvent(self._flags[slot, buffer, _COMBINED][list(use.owners_before)], use.before, of_reuse=True)
 
     def summed(self, slot: int, buffer: int, use: Use) -> FlagEvent:
-        """Every rank's partial sums of the wave are there."""
+        """The partial sums of the wave are there, of every rank of this host."""
         return FlagEvent(self._flags[slot, buffer, _SUMMED], use.number)
 
     # What a rank tells the others.
 
     def tell_sent(self, slot: int, buffer: int, use: Use) -> None:
         """This rank's rows of the wave are there."""
-        words.store(self._flags[slot, buffer, _SENT][self.rank], use.number)
-        self._bells.ring(slot, range(self.size))
+        words.store(self._flags[slot, buffer, _SENT][self._own], use.number)
+        self._bells.ring(slot, range(len(self._places)))
 
     def tell_summed(self, slot: int, buffer: int, use: Use) -> None:
         """This rank's partial sums of the wave are there, and it has read all of the wave's rows."""
-        words.store(self._flags[slot, buffer, _SUMMED][self.rank], use.number)
+        words.store(self._flags[slot, buffer, _SUMMED][self._own], use.number)
         self._bells.ring(slot, use.owners)
 
     def tell_combined(self, slot: int, buffer: int, use: Use) -> None:
         """This rank has added up the sums of its rows."""
-        words.store(self._flags[slot, buffer, _COMBINED][self.rank], use.number)
+        words.store(self._flags[slot, buffer, _COMBINED][self._own], use.number)
         self._bells.ring(slot, ())
-
-    def add_up(self, wave: Wave, partials: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
-        """The ranks' partial sums of this rank's rows, added in rank order.
-
-        partials: of each rank, [n, H]. results: per own segment [its rows, H]; float64 is rounded once.
-        """
-        own = (s for s in wave.segments if s.rank == self.rank)
-        for segment, result in zip(own, results, strict=True):
-            add_in_order([p[segment.row : segment.row + segment.num_rows] for p in partials], result)
 
     # The log: what rows and sums go from rank to rank, as the collectives that it stands for.
 

@@ -72,7 +72,7 @@ def test_a_ticket_for_another_file_is_refused():
 
 def shared(num_ranks, num_bytes=100):
     meeting = Meeting(num_ranks)
-    return on_ranks(num_ranks, lambda rank: shared_by_all(num_bytes, meeting.exchange_of(rank)))
+    return on_ranks(num_ranks, lambda rank: shared_by_all(num_bytes, meeting.exchange_of(rank), range(num_ranks)))
 
 
 def test_all_ranks_map_all():

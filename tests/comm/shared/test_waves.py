@@ -20,7 +20,8 @@ def ranks_of(num_ranks, dtype=torch.float32, rows=80):
     layout = WaveMemory(2, 2, rows, WIDTH, rows, WIDTH, dtype)
     waves, rung = memories(num_ranks, layout.num_bytes), memories(num_ranks, Bells.num_bytes(2))
     addresses = [memory.ctypes.data for memory in rung]
-    made = [SharedWaves(r, layout, waves, Bells(r, addresses, 2, 0.0)) for r in range(num_ranks)]
+    by_rank = dict(enumerate(waves))
+    made = [SharedWaves(r, num_ranks, layout, by_rank, Bells(r, addresses, 2, 0.0)) for r in range(num_ranks)]
     made[0].rung = rung  # kept alive
     return made
 
@@ -49,9 +50,10 @@ def test_a_wave_goes_from_every_owner_to_every_rank_and_back(num_ranks, dtype):
         for rank in ranks:
             assert rank.summed(*place, use).done()
             own = [s for s in wave.segments if s.rank == rank.rank]
-            results = [torch.full((s.num_rows, WIDTH), torch.nan, dtype=torch.float32) for s in own]
-            rank.add_up(wave, rank.sums[place], results)
-            assert all(bool((result == 2**num_ranks - 1).all()) for result in results)
+            for s in own:
+                result = torch.full((s.num_rows, WIDTH), torch.nan, dtype=torch.float32)
+                add_in_order([sums[s.row : s.row + s.num_rows] for sums in rank.sums[place].values()], result)
+                assert bool((result == 2**num_ranks - 1).all())
             if own:
                 rank.tell_combined(*place, use)
 
