@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from pipemoe.arguments import look
-from pipemoe.errors import ModelError
+from pipemoe.errors import ModelError, PipemoeError
 from pipemoe.plan.cost.fit import AttendSample, fit_attend
 from pipemoe.plan.cost.model import AttendCost, CostModel
 
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from pipemoe.world.world import World
 
 _log = logging.getLogger("pipemoe")
-COUNTS = (16, 128, 512, 1024)  # tokens, of one sequence each
+COUNTS = (16, 128, 512, 1024, 2048)  # tokens, of one sequence each
 _REPEATS = 2  # that are timed, after one that is not
-_LONG_NS = 100_000_000  # a run that takes longer is timed once, and is the last
+_LONG_NS = 50_000_000  # longer runs are timed once
+# At least two counts are tried, and no more that would take as long.
+_TOO_LONG_NS = {"cuda": 200_000_000, "cpu": 25_000_000}
 # One sequence of so many tokens through some layers: ns that each layer's attention took, and ns to issue it.
 Run = Callable[[int], tuple[Sequence[float], Sequence[float]]]
 InLane = Callable[[Callable[[], None]], None]
@@ -49,8 +51,9 @@ class MeasuredAttention:
             crowded = self._crowded(world, alone, in_lane) if start.attend.crowd_permille else []
             found = None
             if alone:
-                graph_ns = issued if start.host.graph_rows else 0
-                found = [asdict(fit_attend(alone, crowded, start.attend, graph_ns)), issued]
+                issue_ns = issued if world.device.type == "cuda" else 0  # a host's lane computes what it issues
+                attend = fit_attend(alone, crowded, start.attend, issue_ns, start.host.graph_rows > 0)
+                found = [asdict(attend), issued]
             told = json.loads(world.all_gather(json.dumps(found).encode(), "costs of attention")[0])
             self._found[most_tokens] = (AttendCost(**told[0]), told[1]) if told else None
             _log.info("rank %d: attention measured: %s", world.rank, self._found[most_tokens])
@@ -65,21 +68,20 @@ class MeasuredAttention:
         """On rank 0: what attention took, and ns to issue it."""
         samples: list[AttendSample] = []
         issued: list[float] = []
+        too_long_ns = _TOO_LONG_NS[world.device.type]
 
         def measure() -> None:
+            first = 0.0
             for count in sorted({min(count, most_tokens) for count in COUNTS}):
-                is_long = sum(self._run(count)[0]) > _LONG_NS
-                runs = [self._run(count) for _ in range(1 if is_long else _REPEATS)]
+                if len(samples) > 1 and first * count > too_long_ns * samples[-1][0]:
+                    break
+                first = sum(self._run(count)[0])
+                runs = [self._run(count) for _ in range(1 if first > _LONG_NS else _REPEATS)]
                 samples.append(_sample(count, min(fmean(took) for took, _ in runs)))
                 issued.append(min(fmean(issuing) for _, issuing in runs))
-                if is_long and len(samples) > 1:
-                    break
 
-        if world.rank == 0:
-            _, error = look(world.rank, "timing attention", lambda: in_lane(measure), ModelError)
-            if error is not None:  # the first step will say so
-                _log.info("rank 0: attention could not be timed: %s", error)
-                return [], 0
+        if world.rank == 0 and not _runs(world, measure, in_lane):
+            return [], 0
         return samples, round(min(issued, default=0))
 
     def _crowded(self, world: World, alone: Sequence[AttendSample], in_lane: InLane) -> list[AttendSample]:
@@ -91,9 +93,18 @@ class MeasuredAttention:
             took.append(fmean(self._run(count)[0]))
 
         for doing in ("warming up attention", "timing attention of all ranks") if count else ():
-            look(world.rank, doing, lambda: in_lane(measure), ModelError)
+            _runs(world, measure, in_lane)
             everywhere = [float(p) for p in world.all_gather(str(took[-1]).encode(), doing)]
         return [_sample(count, max(everywhere))] if count and min(everywhere) else []
+
+
+def _runs(world: World, measure: Callable[[], None], in_lane: InLane) -> bool:
+    """Measure in the lane. False if the model's code raises there; the first step will tell the caller."""
+    errors: list[PipemoeError | None] = []
+    in_lane(lambda: errors.append(look(world.rank, "timing attention", measure, ModelError)[1]))
+    if errors[0] is not None:
+        _log.info("%s", errors[0])
+    return errors[0] is None
 
 
 def _sample(count: int, ns: float) -> AttendSample:

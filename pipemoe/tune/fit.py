@@ -46,8 +46,9 @@ def fit_cost(samples: Samples, start: CostModel, shape: ModelShape, num_ranks: i
     # Other threads and full queues sometimes hold up a conductor, so the quick samples show what issuing takes.
     host = {f"{name}_ns": round(float(np.percentile(values, 25))) for name, values in samples.host.items() if values}
     host_cost = replace(start.host, **host)
-    graph_ns = host_cost.graph_ns if host_cost.graph_rows else 0
-    attend = fit_attend(samples.attend, samples.crowded, start.attend, graph_ns)
+    by_graphs = host_cost.graph_rows > 0
+    issue_ns = host_cost.graph_ns if by_graphs else host_cost.attend_ns
+    attend = fit_attend(samples.attend, samples.crowded, start.attend, issue_ns, by_graphs)
     start_ns = start.start_ns
     # A rank that was held up in its other layers looks as if it had begun before the call.
     begun = [(rows, pairs, ns) for rows, pairs, ns in samples.start if ns > 0]

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipemoe.models.measured_attention import COUNTS
 from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.default import default_cost
 from pipemoe.plan.cost.devices import GPUS
@@ -12,8 +13,6 @@ from pipemoe.plan.cost.fit import fit_attend
 from pipemoe.plan.cost.model import AttendCost, CostModel, HostCost, attend_busy, rates_of
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
-
-COUNTS = (16, 128, 512, 1024)
 
 
 def pairs_of(count):
@@ -63,10 +62,11 @@ def test_what_ranks_of_one_gpu_lose_is_found(wanted, crowd_permille):
     st.lists(st.tuples(st.sampled_from((1, 16, 31, 128, 512, 1024)), st.floats(1, 1e12)), min_size=1, max_size=8),
     st.lists(st.floats(1, 1e12), max_size=2),
     st.integers(0, 10_000_000),
+    st.booleans(),
 )
-def test_no_timings_give_a_cost_below_nothing(timings, crowded, graph_ns):
+def test_no_timings_give_a_cost_below_nothing(timings, crowded, issue_ns, by_graphs):
     alone = [(count, pairs_of(count), ns) for count, ns in timings]
-    found = fit_attend(alone, [(1024, pairs_of(1024), ns) for ns in crowded], AttendCost(), graph_ns)
+    found = fit_attend(alone, [(1024, pairs_of(1024), ns) for ns in crowded], AttendCost(), issue_ns, by_graphs)
     # AttendCost itself refuses what is no whole number of at least 0; as long as nothing was timed as longer, ...
     longest = max(ns for _, ns in timings)
     most = max(count for count, _ in timings)
@@ -85,11 +85,25 @@ def test_linear_attention_costs_nothing_by_pairs(row_ps, noise):
 def test_what_issuing_takes_stays_unless_graphs_were_issued():
     """The clock needs the constant of attention that takes as long as its launches: else long prompts are too cheap."""
     wanted = AttendCost(5_000_000, 0, 2_000_000, 0)
-    by_launches = fit_attend(samples_of(wanted), [], AttendCost(fixed_ns=5000, weights_ns=110_000))
+    start = AttendCost(fixed_ns=5000, weights_ns=110_000)
+    by_launches = fit_attend(samples_of(wanted), [], start, 5_000_000)
     assert takes(by_launches, 2048) == pytest.approx(9_096_000, rel=0.02)
-    by_graphs = fit_attend(samples_of(wanted), [], AttendCost(fixed_ns=5000, weights_ns=110_000), graph_ns=5_000_000)
+    by_graphs = fit_attend(samples_of(wanted), [], start, 5_000_000, by_graphs=True)
     assert (by_graphs.fixed_ns, by_graphs.weights_ns) == (5000, 110_000)
     assert by_graphs.row_ps == pytest.approx(2_000_000, rel=0.01)
+
+
+@given(st.integers(1_000_000, 3_000_000), st.integers(100, 400), st.booleans())
+def test_what_issuing_hides_is_told_apart_from_what_grows(issue_ns, hidden_rows, by_pairs):
+    """Times that are issuing's would look like a constant, and with those that are longer like a square."""
+    if by_pairs:
+        wanted = AttendCost(0, 0, 0, issue_ns * 10**6 // pairs_of(hidden_rows))
+    else:
+        wanted = AttendCost(0, 0, issue_ns * 1000 // hidden_rows, 0)
+    alone = [(count, pairs, max(float(issue_ns), ns)) for count, pairs, ns in samples_of(wanted)]
+    found = fit_attend(alone, [], AttendCost(weights_ns=0), issue_ns)
+    for count in (*COUNTS, 4096):
+        assert max(issue_ns, takes(found, count)) == pytest.approx(max(issue_ns, takes(wanted, count)), rel=0.02)
 
 
 def test_auto_sees_that_eager_attention_is_slow():
