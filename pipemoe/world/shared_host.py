@@ -88,7 +88,8 @@ class SharedHost:
         self._memories, refused = self._shared(start_of_bell + Bells.num_bytes(num_slots))
         if refused:
             raise ConfigError(refused)
-        spins = len(os.sched_getaffinity(0)) >= len(self.ranks_here)
+        # Where the conductor's thread polls MPI, it wants a core too.
+        spins = len(os.sched_getaffinity(0)) >= len(self.ranks_here) * (1 if self.has_all else 2)
         bells = [m.ctypes.data + start_of_bell for m in self._memories]
         self.bells = Bells(self._own, bells, num_slots, _SPIN_SECONDS if spins else 0.0)
         self.lanes = HostLanes(num_slots, self.bells)
