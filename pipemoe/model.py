@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from pipemoe.models.rounds import DecoderRounds
 from pipemoe.models.source import ModelSource, Prefilled
 from pipemoe.plan.schedule import Op
 from pipemoe.rolling.offer import MAX_CHUNKS
-from pipemoe.runtime.reserve import reserve_pinned
+from pipemoe.runtime.reserve import is_out_of_memory, reserve_pinned
 from pipemoe.runtime.run import Only
 from pipemoe.runtime.runtime import Runtime
 from pipemoe.runtime.source import SourceTraits
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from pipemoe.models.graph_store import GraphStore
     from pipemoe.models.whole_graphs import WholeGraphs
     from pipemoe.world.world import World
+
+_log = logging.getLogger("pipemoe")
 
 
 def load_model(
@@ -174,8 +177,14 @@ class Model:
         keys, decoder = self._graphs.keys(self.config), self.decoder
         if slot or keys is None or not self._graphs.most_rows(self.config):
             return
-        if serves(decoder) and experts.wire_dtype == decoder.dtype:
+        if not serves(decoder) or experts.wire_dtype != decoder.dtype:
+            return
+        try:
             self._whole = WholeGraphs(decoder, keys, results_dtype, experts, scratch)
+        except (RuntimeError, AssertionError) as error:
+            if is_out_of_memory(error):
+                raise
+            _log.warning("small steps run operation by operation, as they cannot be captured whole: %s", error)
 
     def with_config(self, config: Config) -> Model:
         """A model of the same weights under another configuration, with its own workspace. Every rank calls."""

@@ -227,6 +227,7 @@ class HopperExperts(ExpertsShape):
     def most_few_rows(self, layer: int) -> int:
         w = self.weights[layer]
         plain = w.gated and w.gate_up_bias is None and w.down_bias is None and w.num_local_experts
+        plain = plain and all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (w.gate_up, w.down))
         serves = plain and self.implementation == "hopper" and not self.deterministic
         return few_experts.MOST_ROWS if serves and few_experts.fits(self.hidden, w.intermediate, self.top_k) else 0
 

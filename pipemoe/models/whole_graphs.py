@@ -50,7 +50,7 @@ class _Words:
         halves = {"offsets": MAX_SEQUENCES + 1, "lengths": MAX_SEQUENCES}  # int32, behind the int64 ones
         num_words = sum(sizes.values())
         count = num_words + -(-sum(halves.values()) // 2)
-        self._host = torch.zeros(count, dtype=torch.int64, pin_memory=True)
+        self._host = torch.zeros(count, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._device = torch.zeros(count, dtype=torch.int64, device=device)
 
         def views(words: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -138,6 +138,8 @@ class _WholeGraph:
         packing = Packing(ids, [Piece(0, 0, num_rows, num_rows)], decoder.vocab_size, decoder.device, [0])
         packing.query_offsets = packing.key_offsets = words["offsets"]
         packing.key_lengths = words["lengths"]
+        # A bound. For 1, torch's flash kernel would take each of the pieces to have a token, and some have none.
+        packing.max_query = max(2, num_rows)
         nothing = torch.empty(0, dtype=decoder.dtype, device=decoder.device)
         self.state = MicrobatchState(packing, KeysOfMicrobatch(keys, words["key_rows"]), nothing, ())
 

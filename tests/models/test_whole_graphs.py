@@ -1,5 +1,6 @@
 """The numbers that a small step's graph reads, and which steps have a graph."""
 
+import logging
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipemoe.model import Model
 from pipemoe.models import whole_graphs
 from pipemoe.models.source import ModelSource
 from pipemoe.models.whole_graphs import MAX_SEQUENCES, ROWS
@@ -78,3 +80,83 @@ def test_a_source_without_graphs():
     decoder = SimpleNamespace(has_shared_experts=False)
     source = ModelSource(decoder, [], lambda bounds: None, [torch.zeros(1)], torch.float32, keep_logits=False)
     assert source.whole(SimpleNamespace(cohorts=[SimpleNamespace(slot=0)])) is None
+
+
+class Decoder:
+    """Notes what it is asked for. Keys are of no interest."""
+
+    device, dtype, vocab_size = torch.device("cpu"), torch.float32, 1000
+    shape = SimpleNamespace(num_layers=2, hidden=4)
+
+    def __init__(self):
+        self.log = []
+
+    def embed(self, ids):
+        return ids.unsqueeze(0).float()
+
+    def attend(self, state, layer, sums, placed):
+        assert (state.hidden.shape[1], state.rope[0].shape[:2]) == (len(state.cache.rows), (1, len(state.cache.rows)))
+        self.log.append(("attend", layer, sums is not None))
+
+    def run_shared(self, state):
+        self.log.append("shared")
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    return lambda num_rows: whole_graphs._WholeGraph(Decoder(), None, num_rows)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 16])
+def test_what_attention_is_told(whole, num_rows):
+    """Bounds that hold for all steps; of one query in each piece the flash kernel would make other shapes."""
+    packing = whole(num_rows).state.packing
+    assert packing.max_query >= max(2, num_rows) and packing.max_key >= num_rows and packing.starts_fresh
+    assert (len(packing.query_offsets), len(packing.key_lengths)) == (MAX_SEQUENCES + 1, MAX_SEQUENCES)
+    assert packing.query_offsets.dtype == packing.key_offsets.dtype == packing.key_lengths.dtype == torch.int32
+
+
+def test_layers_in_their_order(whole):
+    pytest.importorskip("numba_cuda")
+    graph = whole(3)
+    whole_graphs._fill(graph.words.of_host, [torch.tensor([5, 6])], 16, PADDING_ROW)
+    graph.words.send()
+    rows, sums = SimpleNamespace(ids=torch.zeros(3, 2, dtype=torch.int32), stride=32), torch.zeros(3, 4)
+    log = graph._decoder.log
+    table = torch.arange(10.0).unsqueeze(1)
+    graph.enqueue((table, table), rows, sums, lambda layer, r, s: log.append(("experts", layer, s is sums)))
+    assert bool((rows.ids == -1).all()) and graph.state.hidden.tolist() == [[5, 6, 0]]
+    assert graph.state.rope[0].flatten().tolist() == [0, 1, 0]
+    assert log == [
+        *(("attend", 0, False), "shared", ("experts", 0, True)),
+        *(("attend", 1, True), "shared", ("experts", 1, True)),
+    ]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape '[16, 2]' is invalid"), AssertionError(), None])
+def test_what_cannot_be_captured_runs_as_ever(monkeypatch, caplog, error):
+    def made(*arguments):
+        if error is not None:
+            raise error
+        return "graphs"
+
+    monkeypatch.setattr(whole_graphs, "serves", lambda decoder: True)
+    monkeypatch.setattr(whole_graphs, "WholeGraphs", made)
+    store = SimpleNamespace(keys=lambda config: "keys", most_rows=lambda config: 64)
+    model = SimpleNamespace(_graphs=store, config=None, decoder=SimpleNamespace(dtype=torch.bfloat16), _whole=None)
+    with caplog.at_level(logging.WARNING, "pipemoe"):
+        Model._capture_whole(model, 0, torch.bfloat16, SimpleNamespace(wire_dtype=torch.bfloat16), None)
+    assert model._whole == (None if error else "graphs") and len(caplog.records) == (error is not None)
+
+
+def test_a_lack_of_memory_is_an_error(monkeypatch):
+    def made(*arguments):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(whole_graphs, "serves", lambda decoder: True)
+    monkeypatch.setattr(whole_graphs, "WholeGraphs", made)
+    store = SimpleNamespace(keys=lambda config: "keys", most_rows=lambda config: 64)
+    model = SimpleNamespace(_graphs=store, config=None, decoder=SimpleNamespace(dtype=torch.bfloat16), _whole=None)
+    with pytest.raises(torch.OutOfMemoryError):
+        Model._capture_whole(model, 0, torch.bfloat16, SimpleNamespace(wire_dtype=torch.bfloat16), None)
