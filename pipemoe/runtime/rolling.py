@@ -361,10 +361,11 @@ class RollingLoop:
         return min(slot.rest_seconds() for slot in self.slots)
 
     def _highest_round(self, slot: RollingSlot) -> int:
-        """To which a peer has posted: the higher of what heartbeats and shared memory say."""
-        told = self._world.conductor.highest_round(self._engine, slot.number)
+        """To which a peer has posted, as memory that all share says, or heartbeats."""
         everyone = self._world.shared_by_all
-        return max(told, slot.rounds.posted + everyone.num_ahead(slot.number)) if everyone else told
+        if everyone is None:
+            return self._world.conductor.highest_round(self._engine, slot.number)
+        return slot.rounds.posted + everyone.num_ahead(slot.number)
 
     def _late(self) -> tuple[str, float] | None:
         """See Conductor.roll."""
