@@ -199,7 +199,8 @@ class Admission:
         most = max(map(waiting, offers))
         # Cutting a lone sequence would delay it, and help nobody.
         is_lone = sum(len(offer.chunks) for offer in offers) == 1 and not any(o.waiting_tokens for o in offers)
-        return (2 * most if is_lone else min(most, settings.best_work(most))) * self._share(offers) // 1000
+        usual = 2 * most if is_lone else min(most, settings.best_work(most))
+        return -(-usual * self._share(offers) // 1000)
 
     def _share(self, offers: Sequence[Offer]) -> int:
         """Thousandths of its usual rows that this slot may take beside longer slots that may be late."""

@@ -57,7 +57,10 @@ def test_nothing_grows_and_everything_is_answered(world, open_engine, is_right, 
                 for tokens, future in asked:
                     if future.cancelled():
                         continue
-                    first = future.result(WAIT)
+                    try:
+                        first = future.result(WAIT)
+                    except TimeoutError:
+                        raise AssertionError(f"no answer; {engine._loop}; {engine.statistics()}") from None
                     if draw.random() < 0.05:
                         num_checked += 1
                         assert is_right(tokens, first)
