@@ -41,7 +41,7 @@ class PlanConfig:
     pipelined_ratio: int = 4
     whole_sequences: bool = False
     objective: str = "mean"
-    makespan_budget: float = 0.10
+    makespan_budget: float = 0.25
     num_sms: int | None = None
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ def enumerate_cases() -> Iterator[tuple[str, Plan, CostModel]]:
                 device, dimensions, len(lengths), value_bytes=2, sum_bytes=2, ctas=8 if device.num_sms else 0
             )
             for mode in MODES:
-                config = PlanConfig(mode=mode, moe_max_num_tokens=4096, max_tokens_per_rank=16384)
+                config = PlanConfig(mode=mode, moe_max_num_tokens=4096, max_tokens_per_rank=16384, makespan_budget=0.1)
                 yield f"{name} {model} {number} {mode}", plan(Facts(lengths), shape, config, cost), cost
 
 

@@ -121,7 +121,7 @@ def test_auto_sees_that_eager_attention_is_slow():
         }
     )
     facts = Facts(((2048,), (16,), (16,), (16,)))
-    config = PlanConfig(mode="auto", moe_max_num_tokens=4096, num_slots=2, whole_sequences=True)
+    config = PlanConfig(mode="auto", moe_max_num_tokens=4096, num_slots=2, whole_sequences=True, makespan_budget=0.1)
     cohorts = [
         [sorted({part.rank for part in cohort.microbatches}) for cohort in plan(facts, shape, config, cost).cohorts]
         for cost in (derived, measured)
