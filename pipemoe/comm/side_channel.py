@@ -183,9 +183,7 @@ class SideChannel:
         return f"its process ended, connection closed; last heard {time.monotonic() - peer.heard:.1f} s ago"
 
     def silent(self) -> tuple[int, float] | None:
-        """The rank that was silent for longest, and its seconds of silence, if they are so many that it must have
-        stopped.
-        """
+        """The rank that has been silent for longest, and for how many seconds. None unless it must have stopped."""
         heard, rank = min(
             ((peer.heard, rank) for rank, peer in self.peers.items() if not peer.left), default=(math.inf, -1)
         )
@@ -193,7 +191,7 @@ class SideChannel:
         return (rank, seconds) if seconds > SILENT_SECONDS else None
 
     def patience(self) -> float:
-        """The most seconds for which a live peer asks the others to wait."""
+        """The longest time, in seconds, that a live peer asks the others to wait for it."""
         now = time.monotonic()
         asked = [p.progress.get("patience", 0.0) for p in self.peers.values() if now - p.heard < SILENT_SECONDS]
         return max((seconds for seconds in asked if math.isfinite(seconds)), default=0.0)

@@ -175,7 +175,7 @@ class Conductor:
         self.step += 1
 
     def ask_patience(self, seconds: float) -> None:
-        """Ask peers that wait for this rank's step to wait so long without progress; 0: there is no step any more."""
+        """Ask peers that wait for this rank to wait for so long without progress. 0: there is no step any more."""
         self.step_seconds = seconds
 
     def count_op(self) -> None:

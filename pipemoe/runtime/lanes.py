@@ -54,11 +54,11 @@ class Clock(Protocol):
         """A step begins, and no lane has work. timed: time all of the step's work, not only what asks for it."""
 
 
-_waiting = threading.Lock()  # for who makes an event's flag
+_waiting = threading.Lock()  # held to make an event's flag
 
 
 class HostEvent:
-    """An event of the host lanes. Most are only polled, so the flag to wait by is made for who waits."""
+    """An event of the host lanes. Most are only polled, so a flag to wait on is made by whoever waits first."""
 
     __slots__ = ("_begin", "_end", "_flag", "_is_set", "error")
 

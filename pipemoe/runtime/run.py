@@ -42,7 +42,7 @@ LANE_OF = {
 
 @dataclass(frozen=True, slots=True)
 class Only:
-    """The sides of a run that do their work; operations of the other side are empty. For measuring one side alone."""
+    """Which side of a run does its work, to measure it alone. The other side's operations are empty."""
 
     computation: bool = True
     communication: bool = True
@@ -175,7 +175,7 @@ class Run:
         return not any(self._under_way.values()) and not any(c.positions for c in self._cohorts)
 
     def oldest(self) -> Op | None:
-        """The first operation in the plan's order that has been issued and is not complete."""
+        """The first operation in the plan's order that is under way: issued, and not complete."""
         heads = [queue[0][0] for queue in self._under_way.values() if queue]
         return min(heads, key=self._position.__getitem__, default=None)
 

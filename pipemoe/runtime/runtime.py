@@ -42,8 +42,9 @@ AnyRun = TypeVar("AnyRun", bound=Run | WholeRun)
 
 
 class Issued(NamedTuple):
-    """What issuing the layers' operations has cost so far: sums over steps of `seconds` of the conductor's thread, and
-    of `layers`, counted once for each cohort.
+    """What issuing operations has cost so far, summed over all steps.
+
+    seconds: of the conductor's thread. layers: each counts once for every cohort.
     """
 
     seconds: float = 0.0

@@ -31,7 +31,7 @@ class StreamEvent:
         begin: StreamEvent | None = None,
         origin: tuple[StreamEvent, float] | None = None,
     ) -> None:
-        """lane: in which it is recorded; work of the same lane comes after it anyway."""
+        """lane: where it is recorded. Later work of that lane need not wait for it."""
         self._pool, self.lane, self._begin, self._origin, self._passed = pool, lane, begin, origin, False
         self.handle = pool.take()
 
@@ -96,7 +96,7 @@ class StreamMark(StreamEvent):
 
 
 class StreamClock:
-    """The last point at which host time and device time were compared, for all streams of a device."""
+    """Turns device time into host time: remembers when the two were last compared, for all streams of a device."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self.events = stream, EventPool(NUM_TIMED_EVENTS, timed=True)

@@ -159,7 +159,7 @@ class Departure:
             )
 
     def _is_busy(self, place: tuple[str, int]) -> bool:
-        """Does a silent rank run all the same? A long call may keep its other threads from speaking. Only processes of
+        """Is a silent rank still running? A long call may keep its other threads from speaking. Only processes of
         this host can be looked at.
         """
         if place[0] != self._places[self._rank][0]:

@@ -67,7 +67,7 @@ class Patience:
 
 
 def wait_for(done: Callable[[], str], patience: Patience) -> None:
-    """Poll `done` until it returns an empty text; until then it returns what it waits for."""
+    """Poll `done` until it returns an empty text. Any other text says what is still missing."""
     while waits_for := done():
         patience.look(waits_for)
         time.sleep(_PAUSE)

@@ -38,7 +38,7 @@ _reason = ""
 
 
 def install() -> None:
-    """Print uncaught errors so from now on. The earlier hook prints errors that are not shared."""
+    """From now on, print uncaught errors this way. Errors that are not shared go to the hook that was there before."""
     global _previous, _reason
     _reason = ""
     if sys.excepthook is not _hook:

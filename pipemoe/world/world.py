@@ -38,10 +38,10 @@ _forks_are_watched = False
 
 
 class Rolling(Protocol):
-    """What has the conductor for as long as it is open."""
+    """Whatever keeps the conductor busy for as long as it is open, as an engine does."""
 
     def leave(self, because: str) -> None:
-        """The world is to be closed. because: what went wrong, in which case this must not wait for the others."""
+        """The world is to be closed. because: what went wrong, if anything; then this must not wait for the others."""
 
 
 def init(

@@ -1,4 +1,7 @@
-"""The forward benchmark end to end on a tiny model: this pipemoe beside itself, and vLLM left out where it is not."""
+"""The forward benchmark end to end on a tiny model: this pipemoe beside itself and beside a stand-in for vLLM.
+
+A server of pipemoe takes many seconds to start. Where a test is about another one, a stand-in takes its place.
+"""
 
 from __future__ import annotations
 
@@ -35,35 +38,6 @@ def model(tmp_path):
     return str(tmp_path / "tiny.json")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM would start")
-def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys):
-    out = tmp_path / "out" / "forward.json"
-    asked = ["--model", model, "--device", "cpu", "--tokens", "1,40", "--rounds", "2", "--warm-up", "1"]
-    status = forward.main([*asked, "--before", str(CHECKOUT), "--vllm", "--json", str(out)])
-    told = capsys.readouterr()
-    assert status == 0, told.err
-    assert "vllm: vLLM is not installed" in told.err
-    document = results_schema.read_results(out)
-    assert document == json.loads(told.out.splitlines()[-1])
-    rows = document["rows"]
-    assert [(row["impl"], row["tokens"]) for row in rows] == [
-        (impl, tokens) for tokens in (1, 40) for impl in ("pipemoe", "pipemoe_before")
-    ]
-    for row in rows:
-        assert row["num_ranks"] == 1 and row["layers"] == 2 and row["rounds"] == len(row["ttfts_ms"]) == 4
-        assert 0 < row["ttft_ms_least"] <= row["ttft_ms"] <= row["ttft_ms_most"]
-        assert row["order"] == "pipemoe pipemoe_before pipemoe_before pipemoe"
-        assert row["issue_us_per_layer"] > 0 and row["predicted_ttft_ms"] > 0 and row["sm_clock_mhz"] is None
-        assert row["active_experts"] == pytest.approx(row["active_experts_expected"], rel=0.15)
-        assert row["expert_load_max_over_mean"] >= 1
-        assert row["same_first_tokens"] == (None if row["impl"] == "pipemoe" else 1)
-    table = readme_table.markdown_table(document)
-    assert "| pipemoe_before | 40 |" in table and "order pipemoe pipemoe_before pipemoe_before pipemoe" in table
-    heading, line = table.splitlines()[0], table.splitlines()[3]
-    ratio = dict(zip(heading.split(" | "), line.split(" | ")))["pipemoe / it"]
-    assert float(ratio) == pytest.approx(rows[0]["ttft_ms"] / rows[1]["ttft_ms"], abs=1e-3)
-
-
 # vLLM's names as far as vllm_peer.py uses them; its worker takes the weights if `may_copy`.
 STAND_IN = """
 import asyncio, time
@@ -96,8 +70,7 @@ class AsyncLLM:
 """
 
 
-@pytest.mark.parametrize("may_copy", [True, False])
-def test_vllms_rows_say_whose_weights_and_whose_routing(model, tmp_path, capsys, may_copy):
+def vllm_site(tmp_path, *, may_copy):
     site = tmp_path / "site"
     for folder in ("vllm", "vllm/engine", "vllm/v1", "vllm/v1/engine"):
         (site / folder).mkdir(parents=True)
@@ -105,29 +78,102 @@ def test_vllms_rows_say_whose_weights_and_whose_routing(model, tmp_path, capsys,
     (site / "vllm/__init__.py").write_text(STAND_IN.format(may_copy=may_copy))
     (site / "vllm/engine/arg_utils.py").write_text("from vllm import AsyncEngineArgs\n")
     (site / "vllm/v1/engine/async_llm.py").write_text("from vllm import AsyncLLM\n")
-    asked = ["--model", model, "--device", "cpu", "--tokens", "1,40", "--rounds", "1", "--warm-up", "1"]
+    return site
+
+
+def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys):
+    out = tmp_path / "out" / "forward.json"
+    asked = ["--model", model, "--device", "cpu", "--tokens", "1,40", "--rounds", "2", "--warm-up", "1"]
+    asked += ["--before", str(CHECKOUT), "--vllm", "--vllm-path", str(vllm_site(tmp_path, may_copy=True))]
+    status = forward.main([*asked, "--json", str(out)])
+    told = capsys.readouterr()
+    assert status == 0, told.err
+    document = results_schema.read_results(out)
+    assert document == json.loads(told.out.splitlines()[-1])
+    order = "pipemoe pipemoe_before vllm vllm pipemoe_before pipemoe"
+    rows = document["rows"]
+    assert [(row["impl"], row["tokens"]) for row in rows] == [
+        (impl, tokens) for tokens in (1, 40) for impl in ("pipemoe", "pipemoe_before", "vllm")
+    ]
+    assert all(row["order"] == order and row["rounds"] == len(row["ttfts_ms"]) == 4 for row in rows)
+    for ours, theirs in zip(rows[::3], rows[2::3]):
+        assert theirs["ttft_ms"] == 500 and theirs["client_ttft_ms"] > 0 and theirs["issue_us_per_layer"] is None
+        assert theirs["weights"] == ours["weights"] and theirs["routing_of"] == "pipemoe"
+        assert theirs["active_experts"] == ours["active_experts"] and theirs["same_first_tokens"] == 0
+    assert rows[0]["active_experts"] == 2
+    rows = [row for row in rows if row["impl"] != "vllm"]
+    for row in rows:
+        assert row["num_ranks"] == 1 and row["layers"] == 2
+        assert 0 < row["ttft_ms_least"] <= row["ttft_ms"] <= row["ttft_ms_most"]
+        assert row["issue_us_per_layer"] > 0 and row["predicted_ttft_ms"] > 0 and row["sm_clock_mhz"] is None
+        assert row["active_experts"] == pytest.approx(row["active_experts_expected"], rel=0.15)
+        assert row["expert_load_max_over_mean"] >= 1
+        assert row["same_first_tokens"] == (None if row["impl"] == "pipemoe" else 1)
+    table = readme_table.markdown_table(document)
+    assert "| pipemoe_before | 40 |" in table and f"order {order}" in table
+    heading, line = table.splitlines()[0], table.splitlines()[3]
+    ratio = dict(zip(heading.split(" | "), line.split(" | ")))["pipemoe / it"]
+    assert float(ratio) == pytest.approx(rows[0]["ttft_ms"] / rows[1]["ttft_ms"], abs=1e-3)
+
+
+# In place of the launcher of benchmarks/pipemoe_server.py: its words are this script's arguments. It imports the
+# pipemoe that it is told to serve, and answers as a server would.
+QUICK_SERVER = """
+import sys
+sys.path.append({checkout!r})
+from benchmarks.case_server import Answers, serve
+answers = Answers()
+import pipemoe
+figures = dict(num_experts=32, top_k=2, active_experts=2.0, expert_load_max_over_mean=1.0, issue_us_per_layer=3.0)
+figures["predicted_ttft_ms"] = 1.0
+def answer_to(request):
+    if request.get("figures"):
+        return figures
+    rounds = request["rounds"]
+    tokens, times = [[7]] * rounds, [[2.5]] * rounds
+    return dict(ttft_ms=[2.5] * rounds, rank_ttft_ms=times, first_tokens=tokens, issue_us=[3.0] * rounds)
+answers.send(dict(num_ranks=1, device="cpu", mode="broadcast"))
+serve(answers, answer_to)
+"""
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """Options under which pipemoe's servers are quick."""
+    script = tmp_path / "quick_server.py"
+    script.write_text(QUICK_SERVER.format(checkout=str(CHECKOUT)))
+    options = ["--device", "cpu", "--tokens", "1,40", "--rounds", "1", "--warm-up", "1"]
+    return [*options, "--launcher", f"{sys.executable} {script}"]
+
+
+def test_vllm_with_weights_of_its_own_routes_in_its_own_way(model, tmp_path, quick, capsys):
     out = tmp_path / "forward.json"
-    assert forward.main([*asked, "--vllm", "--vllm-path", str(site), "--json", str(out)]) == 0, capsys.readouterr().err
+    site = vllm_site(tmp_path, may_copy=False)
+    asked = ["--model", model, *quick, "--vllm", "--vllm-path", str(site), "--json", str(out)]
+    assert forward.main(asked) == 0, capsys.readouterr().err
     ours, theirs, *more = results_schema.read_results(out)["rows"]
     assert [row["impl"] for row in more] == ["pipemoe", "vllm"] and theirs["order"] == "pipemoe vllm vllm pipemoe"
-    assert theirs["ttft_ms"] == 500 and theirs["client_ttft_ms"] > 0 and theirs["rounds"] == 2
-    assert theirs["issue_us_per_layer"] is None and ours["active_experts"] == 2
-    if may_copy:
-        assert theirs["weights"] == ours["weights"] and theirs["routing_of"] == "pipemoe"
-        assert theirs["active_experts"] == 2 and theirs["same_first_tokens"] == 0
-    else:
-        assert "other names" in theirs["weights"] and theirs["routing_of"] == "vllm"
-        assert theirs["active_experts"] is None and theirs["same_first_tokens"] is None
+    assert ours["ttft_ms"] == 2.5 and ours["active_experts"] == 2 and theirs["rounds"] == 2
+    assert "other names" in theirs["weights"] and theirs["routing_of"] == "vllm"
+    assert theirs["active_experts"] is None and theirs["same_first_tokens"] is None
 
 
-def test_an_implementation_that_cannot_start_is_named(model, tmp_path, capsys):
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM would start")
+def test_a_vllm_that_is_not_installed_is_left_out(model, tmp_path, quick, capsys):
+    out = tmp_path / "forward.json"
+    assert forward.main(["--model", model, *quick, "--vllm", "--json", str(out)]) == 0
+    assert "vllm: vLLM is not installed" in capsys.readouterr().err
+    assert [row["impl"] for row in results_schema.read_results(out)["rows"]] == ["pipemoe"] * 2
+
+
+def test_an_implementation_that_cannot_start_is_named(model, tmp_path, quick, capsys):
     """Here: a tree of pipemoe that raises when it is imported."""
     (tmp_path / "broken" / "pipemoe").mkdir(parents=True)
     (tmp_path / "broken" / "pipemoe" / "__init__.py").write_text("raise SystemExit(9)\n")
-    asked = ["--model", model, "--device", "cpu", "--tokens", "1", "--rounds", "1", "--json", str(tmp_path / "f.json")]
+    asked = ["--model", model, *quick, "--json", str(tmp_path / "f.json")]
     assert forward.main([*asked, "--before", str(tmp_path / "broken")]) == 1
     assert "pipemoe_before: pipemoe_before: ended with status 9" in capsys.readouterr().err
-    assert [row["impl"] for row in results_schema.read_results(tmp_path / "f.json")["rows"]] == ["pipemoe"]
+    assert [row["impl"] for row in results_schema.read_results(tmp_path / "f.json")["rows"]] == ["pipemoe"] * 2
 
 
 def test_builds_of_several_ranks_have_a_time_for_each(model, tmp_path, capsys):
