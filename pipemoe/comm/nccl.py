@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -191,34 +190,16 @@ class NcclTransport(CallLog):
                     raise _failed(error, f"the communicators of rank {self.rank}") from None
 
     def abort(self) -> None:
-        """End the kernels of all communicators; may block, and must come before the communicators are dropped.
-
-        All at once: to give back one's memory, CUDA waits for the kernels of the others too.
-        """
-        errors: list[Exception] = []
-
-        def abort(comm: Any) -> None:
-            try:
+        """End the kernels of all communicators; may block, and must come before the communicators are dropped."""
+        with _named(f"aborting communicators of rank {self.rank}"):
+            for comm in self._comms:
                 comm.abort()
-            except Exception as error:  # noqa: BLE001  (raised below, when all have been told)
-                errors.append(error)
-
-        threads = [threading.Thread(target=abort, args=(comm,), daemon=True) for comm in self._comms]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            with _named(f"aborting communicators of rank {self.rank}"):
-                raise errors[0]
 
     def close(self) -> None:
         """Give the communicators back, by NCCL's abort. Its destroy is a collective call, and would wait for ranks that
         still work.
         """
-        with _named(f"closing communicators of rank {self.rank}"):
-            for comm in self._comms:
-                comm.abort()
+        self.abort()
 
 
 def _current_stream() -> int:
