@@ -139,7 +139,7 @@ def test_draws_and_budgets(world, arguments, capsys):
     rows = last_line(capsys)["rows"]
     names = ["broadcast", "auto", "auto 0 %", "auto 20 %", "broadcast max_tokens_per_rank=40,num_slots=1"]
     assert [row["mode"] for row in rows] == names * 3
-    assert [row["makespan_budget"] for row in rows[:4]] == [0.1, 0.1, 0.0, 0.2]
+    assert [row["makespan_budget"] for row in rows[:4]] == [0.25, 0.25, 0.0, 0.2]
     # more tokens may come to an uncapped wave, so its buffers are larger
     assert rows[4]["peak_workspace_bytes"] > rows[0]["peak_workspace_bytes"]
     assert [row["trace"] for row in rows] == [None] * 5 + ["azure2023_conv"] * 10
