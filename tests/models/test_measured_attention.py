@@ -136,7 +136,7 @@ def test_plans_are_chosen_by_what_was_measured(world, monkeypatch):
     cohorts = {}
     for name, timed in alone.items():
         monkeypatch.setattr(attention_choice, "attend_alone", timed)
-        config = Config(mode="auto", moe_max_num_tokens=64, max_tokens_per_rank=512, num_slots=2)
+        config = Config(mode="auto", moe_max_num_tokens=64, max_tokens_per_rank=512, num_slots=2, makespan_budget=0.1)
         model = load_model(
             tiny_family_config("gpt_oss"), world, random_weights=True, config=config, dtype=torch.float32
         )
