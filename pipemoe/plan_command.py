@@ -86,7 +86,10 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     parser.add_argument("--mode", choices=MODES, default="auto", help="default %(default)s")
     parser.add_argument("--objective", choices=OBJECTIVES, default="mean", help="default %(default)s")
     parser.add_argument(
-        "--makespan-budget", type=float, default=0.25, help="how much later the slowest may be (default %(default)s)"
+        "--makespan-budget",
+        type=float,
+        default=PlanConfig().makespan_budget,
+        help="how much later the slowest may be (default %(default)s)",
     )
     parser.add_argument("--moe-max-num-tokens", type=positive, default=8192, help="default %(default)s")
     parser.add_argument("--max-tokens-per-rank", type=positive, help="default: 16384, or what --rank-tokens needs")
