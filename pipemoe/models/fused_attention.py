@@ -57,11 +57,12 @@ def product(
 
 def takes_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Is there a kernel for so few rows x, which is faster than the library's?"""
-    if len(x) > FEW_ROWS or torch.cuda.get_device_capability(x.device) != (9, 0):
+    if len(x) > FEW_ROWS:
         return False
     from pipemoe_kernels.gemm.few import fits
+    from pipemoe_kernels.launch.kernel import is_hopper
 
-    return fits(x, weight)
+    return is_hopper(x.device.index) and fits(x, weight)
 
 
 def norm_of(module: Any) -> Norm:

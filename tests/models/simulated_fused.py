@@ -6,7 +6,7 @@ test_fused.py runs this file in a process of its own.
 import pytest
 import torch
 
-from pipemoe.models import fused_attention, fused_decoder
+from pipemoe.models import fused_decoder
 from pipemoe.models.fused_decoder import FusedDecoder
 from pipemoe.models.loading import load_decoder
 from pipemoe.models.step_keys import StepKeys
@@ -63,7 +63,6 @@ def on_the_host(monkeypatch):
 
     monkeypatch.setattr(fused_decoder, "route_into", route_apart)
     monkeypatch.setattr(fused_decoder, "lack", lambda decoder: None)
-    monkeypatch.setattr(fused_attention, "takes_few_rows", lambda x, weight: False)  # that one is for tensor cores
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
     monkeypatch.setattr(
         torch,
