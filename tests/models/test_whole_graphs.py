@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pipemoe.model import Model
 from pipemoe.models import whole_graphs
 from pipemoe.models.source import ModelSource
-from pipemoe.models.whole_graphs import MAX_SEQUENCES, ROWS
+from pipemoe.models.whole_graphs import MAX_SEQUENCES, ROWS, WholeGraphs
 
 PADDING_ROW = 77
 
@@ -59,6 +59,16 @@ class Graphs:
 
     def run(self, tokens):
         return torch.tensor([[0.0, 2.0, 1.0], [torch.inf, 0.0, 0.0]])[: len(tokens)]
+
+
+@pytest.mark.parametrize(
+    "lengths, serves",
+    [([], False), ([20], True), ([21], False), ([1] * MAX_SEQUENCES, True), ([1] * (MAX_SEQUENCES + 1), False)],
+)
+def test_as_many_rows_and_sequences_as_numbers_have_room_for(lengths, serves):
+    graphs = WholeGraphs.__new__(WholeGraphs)  # without a GPU none is made
+    graphs.most_rows = 20
+    assert graphs.serves([torch.zeros(length) for length in lengths]) == serves
 
 
 @pytest.mark.parametrize("slot, count, serves", [(0, 3, True), (0, 4, False), (1, 3, False)])
