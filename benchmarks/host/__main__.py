@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from pipemoe.plan.config import MODES
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 _TRACE = _CHECKOUT / "benchmarks" / "traces" / "azure2023_conv.csv"
+_LOOK_SECONDS = 0.2  # how often a wait for ranks looks whether they are there
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,21 +75,28 @@ def workloads_of(options: argparse.Namespace) -> list[Workload]:
 class Build:
     """The ranks of one build, waiting for their turn."""
 
-    def __init__(self, name: str, commands: list[Any], results: list[Any]) -> None:
-        self.name, self._commands, self._results = name, commands, results
+    def __init__(self, name: str, job: subprocess.Popen, commands: list[Any], results: list[Any]) -> None:
+        self.name, self._job, self._commands, self._results = name, job, commands, results
         self.facts = self._read()
 
     def _read(self) -> list[Any]:
         """A line of every rank."""
-        lines = [result.readline() for result in self._results]
-        if not all(lines):
-            raise SystemExit(f"host: a rank of build {self.name!r} has ended")
-        return [json.loads(line) for line in lines]
+        return [json.loads(self._line(result)) for result in self._results]
+
+    def _line(self, result: Any) -> bytes:
+        """The pipe does not tell when its rank ends, as it may not have begun to write. The job tells."""
+        line = b""
+        while not line.endswith(b"\n"):
+            if select.select([result], [], [], _LOOK_SECONDS)[0]:
+                line += os.read(result.fileno(), 1 << 16)
+            elif self._job.poll() is not None:
+                raise SystemExit(f"host: the ranks of build {self.name!r} have ended, with status {self._job.poll()}")
+        return line
 
     def run(self, mode: str, steps: list[list[list[int]]]) -> list[list[list[float]]]:
         """[step][rank]: times to first token in seconds."""
         for command in self._commands:
-            print(json.dumps({"mode": mode, "steps": steps}), file=command, flush=True)
+            command.write(json.dumps({"mode": mode, "steps": steps}).encode() + b"\n")
         of_ranks = self._read()
         return [[of_rank[step] for of_rank in of_ranks] for step in range(len(steps))]
 
@@ -112,11 +121,14 @@ def started(name: str, root: Path, options: argparse.Namespace, max_tokens: int)
             stdout=sys.stderr,
         )
         try:
+            # Both are opened to read and to write: opening one end alone would wait for the rank to open the other, for
+            # ever if it ends before.
             pipes: dict[str, list[Any]] = {"commands": [], "results": []}
-            for rank in range(options.ranks):  # as a rank opens them
-                for kind, how in (("commands", "w"), ("results", "r")):
-                    pipes[kind].append(files.enter_context(open(Path(folder, f"{kind}.{rank}"), how)))
-            yield Build(name, pipes["commands"], pipes["results"])
+            for rank in range(options.ranks):
+                for kind, how in (("commands", "wb"), ("results", "rb")):
+                    descriptor = os.open(Path(folder, f"{kind}.{rank}"), os.O_RDWR)
+                    pipes[kind].append(files.enter_context(open(descriptor, how, buffering=0)))
+            yield Build(name, job, pipes["commands"], pipes["results"])
             for pipe in pipes["commands"]:
                 pipe.close()
             job.wait(60)
