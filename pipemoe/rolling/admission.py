@@ -31,7 +31,8 @@ from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, Chunk, Offer
 
 POLICIES = ("rolling", "lockstep", "lockstep_delayed", "lockstep_balanced")
 _LATE, _TOO_LATE = 2000, 3000  # thousandths of its predicted time, for a longer slot's round
-_LEAST_ROUND = 4  # times what a round costs by itself
+# times what a round costs by itself; beside other slots' rounds, which compute meanwhile, most of that costs nothing
+_LEAST_ROUND, _LEAST_BESIDE_OTHERS = 4, 1
 _FINE = 1 << 20  # so that a division by rounds waited tells works apart
 
 
@@ -102,11 +103,30 @@ class RollingSettings(NamedTuple):
         of_first = 2 * (self.pairs_per_row + start) + 1
         return (isqrt(of_first**2 + 8 * self.pairs_per_row * work) - of_first) // 2
 
-    def best_work(self, waiting: int) -> int:
-        """What a rank's part of a round should be if so much work waits on it, in rows."""
+    def best_work(self, waiting: int, num_slots: int) -> int:
+        """What a rank's part of a round should be if so much work waits on it, in rows. num_slots: that roll."""
         if not self.fixed_rows:
             return self.max_round_rows + waiting
-        return max(_LEAST_ROUND * self.fixed_rows, -(-waiting // 2))
+        least = _LEAST_ROUND if num_slots == 1 else _LEAST_BESIDE_OTHERS
+        return max(least * self.fixed_rows, -(-waiting // 2))
+
+    def most_on_offer(self, waiting: int, num_slots: int) -> int:
+        """How many tokens a slot has on offer at most, to which the last sequence may come. waiting: on the rank.
+
+        Beside other slots it is a round's: what else waits is theirs. Else it is more, to choose from.
+        """
+        if num_slots == 1:
+            return 2 * self.max_tokens_per_round
+        return min(self.max_tokens_per_round, self.best_work(waiting, num_slots))
+
+    def longest_short(self, waiting: int) -> int:
+        """Tokens of a sequence, at most, that may go through a short slot. waiting: tokens in the rank's queue.
+
+        It costs no more than a round by itself; or half of what waits, so that under load all slots serve all.
+        """
+        if not self.fixed_rows:
+            return self.chunk_tokens
+        return min(self.max_tokens_per_round, self.most_tokens(0, max(self.fixed_rows, waiting // 2)))
 
     def longest_wait(self, num_ranks: int) -> int:
         """No sequence is offered more often than this in vain: behind it then stand younger ones only."""
@@ -190,7 +210,7 @@ class Admission:
         """
         settings = self._settings
         if settings.policy != "rolling":
-            return settings.best_work(0)
+            return settings.best_work(0, self._num_slots)
 
         def waiting(offer: Offer) -> int:
             behind = offer.waiting_tokens - sum(chunk.length - chunk.stop for chunk in offer.chunks)
@@ -199,7 +219,7 @@ class Admission:
         most = max(map(waiting, offers))
         # Cutting a lone sequence would delay it, and help nobody.
         is_lone = sum(len(offer.chunks) for offer in offers) == 1 and not any(o.waiting_tokens for o in offers)
-        usual = 2 * most if is_lone else min(most, settings.best_work(most))
+        usual = 2 * most if is_lone else min(most, settings.best_work(most, self._num_slots))
         return -(-usual * self._share(offers) // 1000)
 
     def _share(self, offers: Sequence[Offer]) -> int:

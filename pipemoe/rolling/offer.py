@@ -15,6 +15,7 @@ from pipemoe.errors import MismatchError, PipemoeError
 
 MAX_CHUNKS = 20  # of one offer, so that it fits gathering.BLOCK beside the words that a gathering carries
 MOST_ROUNDS = 2**16 - 1  # that an age can count
+MOST_TOKENS = 2**32 - 1  # of a sequence
 LOWEST_PRIORITY, HIGHEST_PRIORITY = -128, 127
 _MOST_LAG = 2**16 - 1
 

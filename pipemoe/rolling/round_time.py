@@ -1,4 +1,4 @@
-"""How long a round takes, by the cost model: for lags, the choice of slots and chunks, and simulation.
+"""How long a round takes, by the cost model: for lags, sizes of rounds, how many slots roll, and simulation.
 
 A round is one cohort, so a formula does: layer by layer, the longest attention, then waves whose dispatches, experts
 and combines overlap. The clock (plan.clock) is exact, but knows no chunks with earlier keys, and takes longer.
@@ -14,6 +14,10 @@ from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.offer import Chunk
 
 _MANY, _SHORT = 8192, 128  # tokens of a rank in a long round, and of a sequence without much attention
+_TYPICAL = 1024  # tokens of a rank in the round of a service
+# How much longer computations take in rounds side by side, of all that exchange meanwhile: 1.2 to 1.45 by the clock,
+# with the costs of quarters of an H200.
+CROWDING = 1.35
 _PACE_ROUNDS = 8  # that a slot's pace is a mean of, recent ones more than others
 
 
@@ -32,8 +36,8 @@ class RoundTime:
         """
         return self._of_spans(_spans(admitted))[0]
 
-    def busy(self, admitted: Sequence[Sequence[Chunk]]) -> int:
-        """ns of those in which the round computes: on the rank with the most attention, or on the cores of all."""
+    def busy(self, admitted: Sequence[Sequence[Chunk]]) -> list[int]:
+        """ns of those in which the round computes, on each rank; where ranks share cores, on the cores of all."""
         return self._of_spans(_spans(admitted))[1]
 
     def of_tokens(self, tokens: int, start: int = 0) -> int:
@@ -41,10 +45,13 @@ class RoundTime:
         return self._of_spans([[(start, start + tokens)]])[0]
 
     def useful_slots(self) -> int:
-        """How many slots' rounds can go on side by side without taking cores from one another, at least 1; 0: any
-        number, since every rank has a device, or its share of one.
+        """How many slots' rounds gain by going on side by side: as many as share no cores; on devices, as many as it
+        takes for them to compute all the time, but 2 at least, so that short ones pass long ones.
         """
-        return max(1, self._cores // (1000 * self._num_ranks)) if self._cores else 0
+        if self._cores:
+            return max(1, self._cores // (1000 * self._num_ranks))
+        whole, busy = self._of_spans([[(0, _TYPICAL)]] * self._num_ranks)
+        return max(2, round(whole / (CROWDING * max(busy))))
 
     def fixed_rows(self) -> int:
         """How many rows on each rank take as long as what a round costs by itself, at least 1."""
@@ -69,13 +76,13 @@ class RoundTime:
         """ns of a round in which every rank has sequences of these lengths."""
         return self._of_spans([[(0, length) for length in lengths]] * self._num_ranks)[0]
 
-    def _of_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, int]:
-        """Whole and busy."""
+    def _of_spans(self, spans: Sequence[Sequence[tuple[int, int]]]) -> tuple[int, list[int]]:
+        """Whole, and busy on each rank."""
         rates, num_layers = self._rates, self._shape.num_layers
         rows = [sum(stop - start for start, stop in of_rank) for of_rank in spans]
         total, owners = sum(rows), sum(n > 0 for n in rows)
         if total == 0:
-            return 0, 0
+            return 0, [0] * len(spans)
         pairs = [sum(stop * (stop + 1) - start * (start + 1) for start, stop in of_rank) // 2 for of_rank in spans]
         padded = [max(n, graph_rows(rates, n)) for n in rows]
         attends = [attend_busy(rates, n, p) if n else 0 for n, p in zip(padded, pairs)]
@@ -95,9 +102,10 @@ class RoundTime:
             rates.host_dispatch_ns + rates.host_experts_ns + rates.host_combine_ns
         )
         whole = num_layers * max(layer, issue) + self._shared(firsts) + rates.finish_ns
-        attending = sum(attends) * 1000 // self._cores if self._cores else max(attends)
-        computing = experts - rates.experts_fixed_ns
-        return whole, min(whole, num_layers * (attending + num_waves * computing) + self._shared(firsts))
+        if self._cores:
+            attends, firsts = ([sum(of) * 1000 // self._cores] * len(spans) for of in (attends, firsts))
+        computing = num_layers * num_waves * (experts - rates.experts_fixed_ns)
+        return whole, [min(whole, num_layers * a + computing + first) for a, first in zip(attends, firsts)]
 
     def _shared(self, works: Sequence[int]) -> int:
         """ns until all of these are done, each by its own rank."""

@@ -1,26 +1,27 @@
-"""A rank's sequences that wait in one slot: what it offers, and what becomes of that. Pure: no clock, no threads.
+"""A rank's sequences that wait: in a queue that all its slots share, and then on offer in one slot. Pure: no clock, no
+threads.
 
-A sequence is queued, then on offer until its last token is admitted. Once on offer it stays so, unless it is cancelled:
-so its age counts, and what has begun always goes on.
+A sequence is queued until a slot that has room for it makes its next offer, then on offer there until its last token is
+admitted. Once on offer it stays so, unless it is cancelled: so its age counts, and what has begun always goes on.
 """
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipemoe.errors import PlanError
 from pipemoe.rolling.admission import RollingSettings
-from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, Chunk
+from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, MOST_TOKENS, Chunk
 
 
 @dataclass(slots=True)
 class _Sequence:
     length: int
     priority: int
-    round: int  # of this slot, before which it came
+    round: int  # of any slot, before which it came
     at: int = 0  # tokens admitted
     age: int = 0  # rounds in which it was offered in vain, since its last chunk
     is_cancelled: bool = False
@@ -34,88 +35,151 @@ class Settled(NamedTuple):
     withdrawn: tuple[int, ...]  # cancelled while they were on offer, and not admitted: no round has them any more
 
 
-class Waiting:
-    """One rank's queue of one slot."""
+class Queue:
+    """One rank's sequences that no slot has on offer yet. Which slot takes one is decided when a slot can: nobody waits
+    in front of a busy slot while another is free.
+    """
 
-    def __init__(self, slot: int, num_slots: int, settings: RollingSettings) -> None:
-        self._longest = settings.longest_chunk(slot, num_slots)
-        self._enough = 2 * settings.max_tokens_per_round  # tokens on offer: a round's, and some to choose from
-        self._most = settings.most_rounds_waited
-        self._round = 0
-        self._queued: dict[int, _Sequence] = {}  # in the order in which they came
+    def __init__(self, settings: RollingSettings) -> None:
+        self._settings = settings
         self._shortest_first = settings.policy == "rolling"
-        # heap of (-priority, tokens if they count, sequence), some no longer queued
-        self._by_priority: list[tuple[int, int, int]] = []
-        self._offered: dict[int, _Sequence] = {}
-        self._under_way = False  # has a round been offered to, and not settled?
-        self.waiting_tokens = 0  # all that is not admitted yet
+        self._sequences: dict[int, _Sequence] = {}  # in the order in which they came
+        self._order: list[tuple[int, int, int]] = []  # -priority, tokens if they count, sequence
+        self._shortest: int | None = None  # its tokens; None: look again
+        self._round = 0
+        self.tokens = 0
 
     def __len__(self) -> int:
-        """Sequences with tokens that are not admitted yet."""
-        return len(self._queued) + len(self._offered)
+        return len(self._sequences)
 
     def add(self, sequence: int, length: int, priority: int = 0) -> None:
-        """Queue a sequence; numbers grow. Its length has been checked: at least 1, and no longer than a chunk where
+        """Queue a sequence; numbers grow. Its length has been checked: at least 1, and no longer than a round where
         sequences go whole.
         """
-        self._queued[sequence] = _Sequence(length, priority, self._round)
-        heapq.heappush(self._by_priority, (-priority, length if self._shortest_first else 0, sequence))
-        self.waiting_tokens += length
+        self._sequences[sequence] = _Sequence(length, priority, self._round)
+        insort(self._order, self._key(sequence))
+        self.tokens += length
+        self._shortest = None
 
     def cancel(self, sequence: int) -> bool:
-        """Offer nothing more of a sequence. True: it is gone at once. False: it is on offer, and the next `settle` says
-        what became of it; or this queue does not have it (any more).
+        """False: it is on offer, or nowhere (any more)."""
+        return sequence in self._sequences and self._remove(sequence) is not None
+
+    def has_any(self, most: int) -> bool:
+        """Is there a sequence of at most so many tokens?"""
+        if self._shortest is None:
+            self._shortest = min((s.length for s in self._sequences.values()), default=MOST_TOKENS + 1)
+        return self._shortest <= most
+
+    def next_of(self, most: int) -> int | None:
+        """Of those of at most so many tokens, the one that has waited for too many rounds; else the first of the
+        highest priority, or its shortest. None: there is none.
         """
-        found = self._queued.pop(sequence, None)
-        if found is None and sequence in self._offered:
-            if self._under_way:
-                self._offered[sequence].is_cancelled = True
-                return False
-            found = self._offered.pop(sequence)
-        if found is not None:
-            self.waiting_tokens -= found.length - found.at
-        return found is not None
+        for sequence, found in self._sequences.items():
+            if self._round - found.round < self._settings.most_rounds_waited:
+                break
+            if found.length <= most:
+                return sequence
+        fitting = (key[-1] for key in self._order if self._sequences[key[-1]].length <= most)
+        return next(fitting, None)
+
+    def take(self, sequence: int) -> _Sequence:
+        """It goes on offer."""
+        return self._remove(sequence)
+
+    def count_round(self) -> None:
+        """A slot's round has been agreed on."""
+        self._round += 1
+
+    def _key(self, sequence: int) -> tuple[int, int, int]:
+        found = self._sequences[sequence]
+        return -found.priority, found.length if self._shortest_first else 0, sequence
+
+    def _remove(self, sequence: int) -> _Sequence:
+        self._order.remove(self._key(sequence))
+        found = self._sequences.pop(sequence)
+        self.tokens -= found.length
+        self._shortest = None
+        return found
+
+
+class Waiting:
+    """What one slot has on offer, and may have: of one rank."""
+
+    def __init__(self, slot: int, num_slots: int, settings: RollingSettings, queue: Queue) -> None:
+        """queue: of the rank's slots."""
+        self._settings, self._num_slots, self._queue = settings, num_slots, queue
+        self._takes_all = slot == num_slots - 1
+        self._longest = settings.longest_chunk(slot, num_slots)
+        self._offered: dict[int, _Sequence] = {}
+        self._under_way = False  # has a round been offered to, and not settled?
+        self._tokens = 0  # of what is on offer, not admitted yet
+
+    @property
+    def has_work(self) -> bool:
+        """Is there anything to offer?"""
+        return bool(self._offered) or self._queue.has_any(self._most_tokens())
+
+    @property
+    def num_offered(self) -> int:
+        """Sequences that are on offer here."""
+        return len(self._offered)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Not admitted yet: on offer here, and in the queue, even if another slot will take them."""
+        return self._tokens + self._queue.tokens
+
+    def cancel(self, sequence: int) -> bool:
+        """Offer nothing more of a sequence. True: it is gone at once. False: a round is under way to which it is
+        offered, and the next `settle` says what became of it; or this slot does not have it (any more).
+        """
+        found = self._offered.get(sequence)
+        if found is None:
+            return False
+        if self._under_way:
+            found.is_cancelled = True
+            return False
+        self._forget(sequence)
+        return True
 
     def offer(self, reserve: Callable[[int], bool] = lambda sequence: True) -> tuple[Chunk, ...]:
         """The chunks to offer to the next round; then `settle` must be called before the next `offer`.
 
-        reserve(sequence): called once before a sequence is first offered, in the order in which they go. False: there
-        is no memory yet, and nothing behind it is offered either.
+        reserve(sequence): called before a sequence is first offered, in the order in which they go. False: there is no
+        memory yet, and nothing behind it is offered either.
         """
         if self._under_way:
             raise PlanError("a round is offered to while the one before is not settled")
         self._under_way = True
+        enough, most = self._settings.most_on_offer(self.waiting_tokens, self._num_slots), self._most_tokens()
         tokens = sum(min(self._longest, s.length - s.at) for s in self._offered.values())
-        while self._queued and len(self._offered) < MAX_CHUNKS and tokens < self._enough:
-            sequence = self._next_queued()
-            if not reserve(sequence):
+        while len(self._offered) < MAX_CHUNKS and tokens < enough:
+            sequence = self._queue.next_of(most)
+            if sequence is None or not reserve(sequence):
                 break
-            self._offered[sequence] = found = self._queued.pop(sequence)
+            self._offered[sequence] = found = self._queue.take(sequence)
+            self._tokens += found.length
             tokens += min(self._longest, found.length)
         return tuple(
             Chunk(sequence, s.at, min(s.length, s.at + self._longest), s.length, min(s.age, MOST_ROUNDS), s.priority)
             for sequence, s in self._offered.items()
         )
 
-    def _next_queued(self) -> int:
-        """The sequence that has waited for too many rounds; else the first of the highest priority, or its shortest."""
-        oldest = next(iter(self._queued))
-        if self._round - self._queued[oldest].round >= self._most:
-            return oldest
-        while self._by_priority[0][-1] not in self._queued:
-            heapq.heappop(self._by_priority)
-        return self._by_priority[0][-1]
+    def _most_tokens(self) -> int:
+        """Of a sequence that this slot may take from the queue."""
+        return MOST_TOKENS if self._takes_all else self._settings.longest_short(self._queue.tokens)
 
     def settle(self, admitted: tuple[Chunk, ...]) -> Settled:
         """A round has been agreed on; `admitted` are its chunks of this rank."""
         self._under_way = False
-        self._round += 1
+        self._queue.count_round()
         ended = []
         for s in self._offered.values():
             s.age += 1
         for chunk in admitted:
             found = self._offered[chunk.sequence]
-            self.waiting_tokens -= chunk.tokens
+            self._tokens -= chunk.tokens
             found.at, found.age = chunk.stop, 0
             if chunk.is_last or found.is_cancelled:
                 ended.append(chunk.sequence)
@@ -127,4 +191,4 @@ class Waiting:
 
     def _forget(self, sequence: int) -> None:
         found = self._offered.pop(sequence)
-        self.waiting_tokens -= found.length - found.at
+        self._tokens -= found.length - found.at

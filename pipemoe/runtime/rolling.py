@@ -22,7 +22,7 @@ from pipemoe.rolling.admission import Admission, RollingSettings
 from pipemoe.rolling.offer import Chunk, Offer, decode_offers, encode_offer
 from pipemoe.rolling.round_time import Pace, RoundTime
 from pipemoe.rolling.rounds import SlotRounds, When, pause_seconds
-from pipemoe.rolling.waiting import Waiting
+from pipemoe.rolling.waiting import Queue, Waiting
 
 if TYPE_CHECKING:
     from pipemoe.comm.gathering import Gathering
@@ -104,16 +104,17 @@ class RollingSlot:
         runtime: Runtime,
         settings: RollingSettings,
         sequences: Sequences,
+        queue: Queue,
         fingerprint: bytes,
         delay_seconds: float,
         lags: Callable[[], tuple[int, ...]],
         tell: Callable[[bool], None],
     ) -> None:
-        """fingerprint: 16 bytes of all that must agree. lags: of all slots, see Offer. tell: the peers, to which rounds
-        this rank has posted; True: at once.
+        """queue: of this rank's slots. fingerprint: 16 bytes of all that must agree. lags: of all slots, see Offer.
+        tell: the peers, to which rounds this rank has posted; True: at once.
         """
         self.number, self._num_slots, self._runtime, self._world = number, num_slots, runtime, runtime.world
-        self.rounds, self.waiting = SlotRounds(), Waiting(number, num_slots, settings)
+        self.rounds, self.waiting = SlotRounds(), Waiting(number, num_slots, settings, queue)
         self._admission = Admission(number, num_slots, self._world.size, settings)
         self._times = RoundTime(runtime.shape, runtime.cost, self._world.size, runtime.config.moe_max_num_tokens)
         # Where ranks share cores, an exchange beside a round takes cores from it: nothing can hide there.
@@ -153,11 +154,10 @@ class RollingSlot:
             return 0
         return self._pace.lag(time.perf_counter() - self._queue[0].begun, self._queue[0].predicted)
 
-    def add(self, sequence: int, length: int, priority: int) -> None:
-        """See Waiting.add."""
-        if not len(self.waiting):
+    def expect_work(self) -> None:
+        """A sequence comes that this slot may take."""
+        if not self.waiting.has_work:
             self._patience.begin()
-        self.waiting.add(sequence, length, priority)
 
     def advance(self) -> bool:
         """Do what can be done now. True if that was anything."""
@@ -194,7 +194,7 @@ class RollingSlot:
     def _may_post(self) -> bool:
         if self.is_in_a_round:
             return False
-        is_empty = not len(self.waiting)
+        is_empty = not self.waiting.has_work
         has_work = not is_empty and self._refused_at != self._sequences.room(self.number)
         when = self.rounds.when(has_work, self.is_leaving and is_empty)
         if when is not When.AFTER_PAUSE:
@@ -208,9 +208,9 @@ class RollingSlot:
     def _post(self) -> None:
         self.pause_until = 0.0
         chunks = self.waiting.offer(lambda sequence: self._sequences.reserve(self.number, sequence))
-        self._refused_at = -1 if chunks or not len(self.waiting) else self._sequences.room(self.number)
+        self._refused_at = -1 if chunks or not self.waiting.has_work else self._sequences.room(self.number)
         behind = self.waiting.waiting_tokens - sum(chunk.tokens for chunk in chunks)
-        is_leaving = self.is_leaving and not len(self.waiting)
+        is_leaving = self.is_leaving and not self.waiting.has_work
         offer = Offer(chunks, self._lags(), behind, is_leaving, self._patience.lasts)
         doing = f"round {self.rounds.post(offer)} of slot {self.number}"
         self._gathering = self._world.start_gathering(encode_offer(self._fingerprint, offer), doing, self.number)
@@ -303,10 +303,10 @@ class RollingLoop:
         self._world, self._lanes, self._take_news, self._engine = runtime.world, runtime.lanes, take_news, engine
         self._abandoned: PipemoeError | None = None
         num_slots = settings.num_slots(runtime.config.max_slots)
+        self.queue = Queue(settings)
+        more = fingerprint, delay_seconds, self._lags, self._tell
         self.slots = [
-            RollingSlot(
-                number, num_slots, runtime, settings, sequences, fingerprint, delay_seconds, self._lags, self._tell
-            )
+            RollingSlot(number, num_slots, runtime, settings, sequences, self.queue, *more)
             for number in range(num_slots)
         ]
 
@@ -326,6 +326,12 @@ class RollingLoop:
         """End at the next look around, whatever the peers do; `run` raises `error`. On any thread."""
         self._abandoned = error
         self._world.conductor.wake.set()
+
+    def add(self, sequence: int, length: int, priority: int) -> None:
+        """See Queue.add."""
+        for slot in self.slots:
+            slot.expect_work()
+        self.queue.add(sequence, length, priority)
 
     def leave(self) -> None:
         """This rank will add no more sequences."""

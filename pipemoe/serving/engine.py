@@ -33,8 +33,8 @@ class Engine:
     """Serves a model's prefill on all ranks of its world. Every rank opens one, with the same arguments.
 
     Each slot of the world goes from round to round by itself: a long prompt goes chunk by chunk through the last slot
-    while short ones pass through the others. Ranks without requests take part by themselves, since their experts are
-    needed. While an Engine is open the world does nothing else.
+    while short ones pass through whichever is free. Ranks without requests take part by themselves, since their experts
+    are needed. While an Engine is open the world does nothing else.
 
         with pipemoe.Engine(model) as engine:
             first = engine.submit([1, 2, 3]).result()
@@ -63,7 +63,7 @@ class Engine:
         takes prompts up to this length for short ones. Default: rolling rounds and chunks are sized by the cost model,
         in lockstep it is 2048, or what max_tokens_per_rank allows. Models that take whole sequences only put up to
         max_tokens_per_rank in a round. num_slots: of the configuration's slots, how many roll (default: all, but no
-        more than share no cores by the cost model; in lockstep always 1). keep_logits: futures get logits too.
+        more than gain by the cost model, 2 on GPUs; in lockstep always 1). keep_logits: futures get logits too.
 
         Raises, on every rank, ConfigError for arguments that cannot work, or if memory does not suffice; MismatchError
         if the ranks' arguments differ; InputError while another Engine is open.

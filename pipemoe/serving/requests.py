@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.errors import InputError, ModelError, QueueFull, describe
 from pipemoe.models.rounds import DecoderRounds, Part
 from pipemoe.rolling.offer import Chunk
-from pipemoe.rolling.slot_choice import choose_slot
 from pipemoe.runtime.conductor import settle
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class _Request:
     priority: int
     future: Future
     queued: float
-    slot: int = -1  # until the conductor has chosen one
+    slot: int = -1  # until one has it on offer
     admitted: float = 0.0
     is_queued: bool = True  # counts as one that waits
     num_rounds: int = 0  # agreed on and not over, that have chunks of it
@@ -203,21 +202,22 @@ class Requests:
             kind, request = self._news.popleft()
             if kind == "new" and not request.future.cancelled():
                 self._known[request.number] = request
-                waiting = [slot.waiting.waiting_tokens for slot in loop.slots]
-                request.slot = choose_slot(len(request.tokens), waiting, self._settings)
-                loop.slots[request.slot].add(request.number, len(request.tokens), request.priority)
-            elif kind == "cancel" and request.slot >= 0 and not request.is_ended:
+                loop.add(request.number, len(request.tokens), request.priority)
+            elif kind == "cancel" and request.number in self._known and not request.is_ended:
                 self._cancel(loop, request)
         if self._is_closed and not self._news:
             loop.leave()
 
     def _cancel(self, loop: RollingLoop, request: _Request) -> None:
-        if loop.slots[request.slot].waiting.cancel(request.number):
+        queue = loop.queue if request.slot < 0 else loop.slots[request.slot].waiting
+        if queue.cancel(request.number):
             self._end(request)
 
     def reserve(self, slot: int, sequence: int) -> bool:
         request = self._known[sequence]
         request.is_held = self._rounds.reserve(slot, sequence, len(request.tokens))
+        if request.is_held:
+            request.slot = slot
         return request.is_held
 
     def room(self, slot: int) -> int:

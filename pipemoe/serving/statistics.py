@@ -19,7 +19,7 @@ def statistics(loop: RollingLoop, requests: Requests, rounds: DecoderRounds) -> 
     slots = [
         {
             **asdict(slot.counts),
-            "waiting": len(slot.waiting),
+            "waiting": slot.waiting.num_offered + len(loop.queue),
             "waiting_tokens": slot.waiting.waiting_tokens,
             "waiting_tokens_by_rank": list(slot.waiting_by_rank),
             "lag": slot.lag / 1000,

@@ -1,9 +1,9 @@
-"""Plays requests on a simulated engine: the real admission and choice of slots, with the cost model's times for rounds.
+"""Plays requests on a simulated engine: the real queues and admission, with the cost model's times for rounds.
 
 Time passes from event to event: a request arrives, a round ends, a pause is over. Rounds of several slots share what
-computes, so together they cannot keep it busier than all the time. On a GPU the shorter slots come first (their streams
-have priority); cores are shared evenly, and each round slows the others (CoresCost). Memory for keys and values
-is taken to suffice.
+computes, evenly, so together they cannot keep any rank busier than all the time; and they slow one another (CROWDING,
+CoresCost). On a GPU the streams of shorter slots go first, but by the clock that gains them little. Memory for keys
+and values is taken to suffice.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from pipemoe.plan.cost.model import CostModel
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.admission import Admission, RollingSettings
 from pipemoe.rolling.offer import Chunk, Offer
-from pipemoe.rolling.round_time import RoundTime
+from pipemoe.rolling.round_time import CROWDING, Pace, RoundTime
 from pipemoe.rolling.rounds import pause_seconds
-from pipemoe.rolling.slot_choice import choose_slot
-from pipemoe.rolling.waiting import Waiting
+from pipemoe.rolling.waiting import Queue, Waiting
 from pipemoe.traffic.arrival_times import Arrival
 from pipemoe.traffic.campaign import Limits
 from pipemoe.traffic.policy import Policy, rank_for
 from pipemoe.traffic.served import Served
-
-_LEAST_SPEED = 0.05  # of a long round beside short ones that compute all the time
 
 
 class Machine(NamedTuple):
@@ -63,7 +60,7 @@ class SimulatedPlayer:
 class _Round:
     chunks: tuple[tuple[Chunk, ...], ...]  # per rank
     seconds: float  # that it takes alone
-    busy: float  # the share of those in which it computes
+    busy: list[float]  # the share of those in which it computes, by rank
     begun: float
     left: float  # of `seconds`
 
@@ -77,6 +74,7 @@ class _Slot:
     retry_at: float = math.inf  # when what was not taken is offered again
     is_asleep: bool = field(default=True)
     usual: float = 0.0  # seconds that the last round took alone
+    pace: Pace = field(default_factory=Pace)
 
 
 class _Play:
@@ -88,10 +86,11 @@ class _Play:
         self._admitted: dict[int, float] = {}
         self._first_token: dict[int, float] = {}
         count, num_ranks = settings.num_slots(machine.num_slots), machine.num_ranks
+        self._queues = [Queue(settings) for _ in range(num_ranks)]
         self._slots = [
             _Slot(
                 Admission(number, count, num_ranks, settings),
-                [Waiting(number, count, settings) for _ in range(num_ranks)],
+                [Waiting(number, count, settings, queue) for queue in self._queues],
                 [0.0] * num_ranks,
             )
             for number in range(count)
@@ -135,35 +134,33 @@ class _Play:
 
     def _speeds(self) -> list[float]:
         """Of the slots' rounds, as shares of their speed alone."""
-        busy = [slot.round.busy if slot.round else 0.0 for slot in self._slots]
-        cores, total = self._machine.cost.cores, sum(busy)
-        if cores.permille:
-            share = min(1.0, 1 / total) if total else 1.0
-            return [share / (1 + cores.slowdown_permille / 1000 * (total - own)) for own in busy]
-        speeds, left = [], 1.0
-        for share in busy:
-            speeds.append(min(1.0, max(left / share, _LEAST_SPEED)) if share else 1.0)
-            left = max(0.0, left - share * speeds[-1])
-        return speeds
+        rounds, cores = [slot.round for slot in self._slots], self._machine.cost.cores
+        busy = [round_.busy for round_ in rounds if round_]
+        if len(busy) < 2:
+            return [1.0] * len(rounds)
+        total = max(map(sum, zip(*busy)))
+        if not cores.permille:
+            return [min(1.0, 1 / (CROWDING * total))] * len(rounds)
+        share, slowdown = min(1.0, 1 / total), cores.slowdown_permille / 1000
+        return [share / (1 + slowdown * (total - round_.busy[0])) if round_ else 1.0 for round_ in rounds]
 
     def _arrive(self, arrival: Arrival) -> int:
         """Returns the rank that gets it."""
         rank, tokens = rank_for(self._routing, arrival.number, self._tokens), arrival.num_tokens
         self._tokens[rank] += tokens
-        waiting = [slot.waiting[rank].waiting_tokens for slot in self._slots]
-        slot = self._slots[choose_slot(tokens, waiting, self._settings)]
-        if not len(slot.waiting[rank]):
-            slot.patient_until[rank] = self._now + self._machine.delay_seconds
-        slot.waiting[rank].add(arrival.number, tokens)
-        slot.retry_at = math.inf  # it is looked at now
+        for slot in self._slots:
+            if not slot.waiting[rank].has_work:
+                slot.patient_until[rank] = self._now + self._machine.delay_seconds
+            slot.retry_at = math.inf  # it is looked at now
+        self._queues[rank].add(arrival.number, tokens)
         return rank
 
     def _begin(self, slot: _Slot) -> None:
         """The next round, if anybody has anything to offer."""
-        if not any(map(len, slot.waiting)):
+        if not any(waiting.has_work for waiting in slot.waiting):
             slot.is_asleep = True
             return
-        lags = tuple(int(1000 * (self._now - s.round.begun) / s.round.seconds) if s.round else 0 for s in self._slots)
+        lags = tuple(s.pace.lag(self._now - s.round.begun, s.round.seconds) if s.round else 0 for s in self._slots)
         offers = []
         for waiting, until in zip(slot.waiting, slot.patient_until):
             chunks = waiting.offer()
@@ -184,12 +181,13 @@ class _Play:
             self._start(slot, admitted, self._machine.cost.start_ns if was_asleep else 0)
 
     def _start(self, slot: _Slot, admitted: tuple[tuple[Chunk, ...], ...], start_ns: int) -> None:
-        alone_ns, busy_ns = self._times.of(admitted), self._times.busy(admitted)
-        slot.usual = seconds = (alone_ns + start_ns) * 1e-9
-        slot.round = _Round(admitted, seconds, busy_ns * 1e-9 / seconds, self._now, seconds)
+        slot.usual = seconds = (self._times.of(admitted) + start_ns) * 1e-9
+        busy = [ns * 1e-9 / seconds for ns in self._times.busy(admitted)]
+        slot.round = _Round(admitted, seconds, busy, self._now, seconds)
 
     def _end(self, slot: _Slot) -> None:
         assert slot.round is not None
+        slot.pace.note(self._now - slot.round.begun, slot.round.seconds)
         for rank, chunks in enumerate(slot.round.chunks):
             for chunk in chunks:
                 if chunk.is_last:

@@ -16,7 +16,7 @@ from pipemoe.rolling.admission import Admission, RollingSettings
 from pipemoe.rolling.offer import Offer, decode_offers, encode_offer
 from pipemoe.rolling.rounds import SlotRounds, When
 from pipemoe.rolling.verify import Round
-from pipemoe.rolling.waiting import Waiting
+from pipemoe.rolling.waiting import Queue, Waiting
 
 HEARTBEAT = 40  # ticks
 MOST_LOST = 3  # wake-ups in a row, from one rank to another
@@ -26,7 +26,6 @@ FINGERPRINT = b"f" * 16
 class Request(NamedTuple):
     at: int  # the tick at which it is submitted
     rank: int
-    slot: int
     length: int
     priority: int = 0
     cancelled_after: int | None = None  # ticks
@@ -66,12 +65,13 @@ class SimulatedWorld:
         self.now = 0
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._count = 0
+        self.queues = [Queue(settings) for _ in range(num_ranks)]
         self.ranks = [
             [
-                Slot(Admission(slot, num_slots, num_ranks, settings), Waiting(slot, num_slots, settings))
+                Slot(Admission(slot, num_slots, num_ranks, settings), Waiting(slot, num_slots, settings, queue))
                 for slot in range(num_slots)
             ]
-            for _ in range(num_ranks)
+            for queue in self.queues
         ]
         self.is_closing = [False] * num_ranks
         self.history: list[Round] = []
@@ -119,21 +119,22 @@ class SimulatedWorld:
         self._at(self.now + ticks, event)
 
     def _submit(self, request: Request) -> None:
-        rank, slot = request.rank, self.ranks[request.rank][request.slot]
+        rank = request.rank
         if self.is_closing[rank]:
             return
         sequence = self._next_sequence[rank]
         self._next_sequence[rank] += 1
         self._since[rank, sequence] = self.now
-        slot.waiting.add(sequence, request.length, request.priority)
+        self.queues[rank].add(sequence, request.length, request.priority)
         if request.cancelled_after is not None:
-            self._after(request.cancelled_after, lambda: self._cancel(rank, request.slot, sequence))
+            self._after(request.cancelled_after, lambda: self._cancel(rank, sequence))
         self._look(rank)
 
-    def _cancel(self, rank: int, slot: int, sequence: int) -> None:
+    def _cancel(self, rank: int, sequence: int) -> None:
         if (rank, sequence) not in self.given_back:
             self.cancelled.add((rank, sequence))
-            if self.ranks[rank][slot].waiting.cancel(sequence):
+            places = self.queues[rank], *(slot.waiting for slot in self.ranks[rank])
+            if any(place.cancel(sequence) for place in places):
                 self.given_back.append((rank, sequence))
             self._look(rank)
 
@@ -166,7 +167,7 @@ class SimulatedWorld:
                 self._after(ticks, lambda index=index: self._post(rank, index))
 
     def _when(self, rank: int, slot: Slot) -> When:
-        has_work = len(slot.waiting) > 0
+        has_work = slot.waiting.has_work
         return slot.rounds.when(has_work, self.is_closing[rank] and not has_work)
 
     def _post(self, rank: int, index: int) -> None:
@@ -181,7 +182,7 @@ class SimulatedWorld:
             chunks,
             tuple((self.now - s.began) * 1000 // self._predicted if s.to_run else 0 for s in self.ranks[rank]),
             slot.waiting.waiting_tokens - tokens,
-            self.is_closing[rank] and not chunks,
+            self.is_closing[rank] and not slot.waiting.has_work,
             waited < self._patience,
         )
         number = slot.rounds.post(offer)

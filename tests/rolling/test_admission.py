@@ -105,8 +105,13 @@ def test_a_round_is_a_half_of_what_waits_on_the_rank_with_the_most_work():
 
 @pytest.mark.parametrize(("count", "goes"), [(1, 1), (2, 2), (3, 2), (5, 2), (6, 3), (10, 5)])
 def test_a_round_is_at_least_four_times_what_it_costs_by_itself(count, goes):
-    chosen = SETTINGS._replace(fixed_rows=7, max_round_rows=200)
-    assert len(admitted([whole(n, 10) for n in range(count)], [], chosen=chosen)[0]) == goes
+    chosen = SETTINGS._replace(fixed_rows=7, max_round_rows=200, cuts=False)
+    assert len(admitted([whole(n, 10) for n in range(count)], [], num_slots=1, chosen=chosen)[0]) == goes
+
+
+def test_beside_other_slots_a_round_is_at_least_what_it_costs_by_itself():
+    chosen = SETTINGS._replace(fixed_rows=28, max_round_rows=200)
+    assert len(admitted([whole(n, 10) for n in range(5)], [], chosen=chosen)[0]) == 2
 
 
 def test_a_sequence_is_cut_only_if_another_one_waits():
@@ -128,7 +133,7 @@ def test_a_chunk_is_cut_to_the_best_round():
     chosen = SETTINGS._replace(fixed_rows=1, pairs_per_row=10)
     waiting = chosen.work(20, 60)
     ((_, tokens), *_), _ = admitted([Chunk(0, 20, 60, 60)], [whole(0, 1)], slot=1, chosen=chosen)
-    best = chosen.best_work(waiting)
+    best = chosen.best_work(waiting, 2)
     assert chosen.work(20, 20 + tokens) <= best + 1 and chosen.work(20, 21 + tokens) >= best
 
 

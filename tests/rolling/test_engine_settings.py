@@ -26,11 +26,12 @@ def test_the_cost_model_sizes_rolling_rounds_unless_a_step_is_given():
     assert (found.max_tokens_per_round, found.chunk_tokens) == (4096, 4096)
     assert (found.fixed_rows, found.pairs_per_row) == (times.fixed_rows(), times.pairs_per_row())
     for policy, tokens in (("rolling", 512), ("lockstep", None), ("lockstep", 512)):
-        assert engine_settings(policy, tokens, times=times, **OF_FOUR) == engine_settings(policy, tokens, **OF_FOUR)
+        found = engine_settings(policy, tokens, times=times, **OF_FOUR)
+        assert found._replace(most_slots=0) == engine_settings(policy, tokens, **OF_FOUR)
 
 
 @pytest.mark.parametrize(
-    ("cores", "wanted"), [(0, 3), (1, 1), (2, 1), (7, 1), (8, 2), (12, 3), (64, 3)], ids=lambda n: str(n)
+    ("cores", "wanted"), [(0, 2), (1, 1), (2, 1), (7, 1), (8, 2), (12, 3), (64, 3)], ids=lambda n: str(n)
 )
 def test_slots_that_would_share_cores_do_not_roll_unless_asked_for(cores, wanted):
     times = RoundTime(ModelShape(2048, 768, 128, 8, 48), CostModel(cores=CoresCost(1000 * cores)), 4, 8192)

@@ -45,13 +45,11 @@ def worlds(draw) -> SimulatedWorld:
         draw(st.integers(0, 50)),
     )
     for _ in range(draw(st.integers(0, 30))):
-        slot = draw(st.integers(0, num_slots - 1))
-        most = min(100, 10 * chosen.chunk_tokens) if chosen.cuts_in(slot, num_slots) else chosen.max_tokens_per_round
+        most = min(100, 10 * chosen.chunk_tokens) if chosen.cuts else chosen.max_tokens_per_round
         world.submit(
             Request(
                 draw(st.integers(0, 300)),
                 draw(st.integers(0, num_ranks - 1)),
-                slot,
                 draw(st.integers(1, most)),
                 draw(st.sampled_from((0, 0, 0, -1, 5))),
                 draw(st.one_of(st.none(), st.integers(0, 60))),

@@ -1,31 +1,39 @@
-"""A rank's queue of one slot."""
+"""A rank's queue, and what its slots have on offer."""
 
 import pytest
 
 from pipemoe.errors import PlanError
 from pipemoe.rolling.admission import RollingSettings
 from pipemoe.rolling.offer import MAX_CHUNKS, Chunk
-from pipemoe.rolling.waiting import Waiting
+from pipemoe.rolling.waiting import Queue, Waiting
 
 SETTINGS = RollingSettings(max_tokens_per_round=100, max_round_rows=150, chunk_tokens=50, most_rounds_waited=3)
 
 
-def waiting(slot: int = 1, **lengths: int) -> Waiting:
-    queue = Waiting(slot, 2, SETTINGS)
+class Slot(Waiting):
+    """One with a queue of its own."""
+
+    def __init__(self, slot: int = 1, num_slots: int = 2, settings: RollingSettings = SETTINGS) -> None:
+        self.queue = Queue(settings)
+        super().__init__(slot, num_slots, settings, self.queue)
+
+
+def waiting(slot: int = 1, **lengths: int) -> Slot:
+    found = Slot(slot)
     for sequence, length in lengths.items():
-        queue.add(int(sequence[1:]), length)
-    return queue
+        found.queue.add(int(sequence[1:]), length)
+    return found
 
 
 def test_a_long_sequence_goes_chunk_by_chunk():
     queue = waiting(s0=120)
     for start, stop in ((0, 50), (50, 100), (100, 120)):
-        assert (len(queue), queue.waiting_tokens) == (1, 120 - start)
+        assert (queue.has_work, queue.waiting_tokens) == (True, 120 - start)
         (chunk,) = queue.offer()
         assert chunk == Chunk(0, start, stop, 120)
         settled = queue.settle((chunk,))
         assert settled == ((chunk,), (0,) if stop == 120 else (), ())
-    assert (len(queue), queue.waiting_tokens, queue.offer()) == (0, 0, ())
+    assert (queue.has_work, queue.waiting_tokens, queue.offer()) == (False, 0, ())
 
 
 def test_a_chunk_may_be_admitted_in_part():
@@ -37,42 +45,108 @@ def test_a_chunk_may_be_admitted_in_part():
 
 
 def test_what_is_not_admitted_grows_older():
-    queue = waiting(slot=0, s0=60, s1=70)
+    queue = waiting(s0=50, s1=50)
     _, second = queue.offer()
     queue.settle((second,))
-    queue.add(2, 10)
-    assert queue.offer() == (Chunk(0, 0, 60, 60, 1), Chunk(2, 0, 10, 10, 0))
+    queue.queue.add(2, 10)
+    assert queue.offer() == (Chunk(0, 0, 50, 50, 1), Chunk(2, 0, 10, 10, 0))
 
 
-def test_at_most_two_rounds_of_tokens_are_on_offer():
-    assert len(waiting(slot=0, **{f"s{n}": 50 for n in range(9)}).offer()) == 4
-    assert len(waiting(slot=0, **{f"s{n}": 1 for n in range(99)}).offer()) == MAX_CHUNKS
+def test_a_lone_slot_offers_two_rounds_of_tokens_and_one_beside_others_a_round():
+    for num_slots, count in ((1, 4), (2, 2)):
+        slot = Slot(num_slots - 1, num_slots)
+        for sequence in range(9):
+            slot.queue.add(sequence, 50)
+        assert len(slot.offer()) == count
+    slot = Slot(0, 1)
+    for sequence in range(99):
+        slot.queue.add(sequence, 1)
+    assert len(slot.offer()) == MAX_CHUNKS
+
+
+def test_beside_other_slots_a_half_of_what_waits_is_on_offer():
+    """With a cost model; the other half is for the next slot that can take it."""
+    settings = SETTINGS._replace(fixed_rows=10)
+    queue = Queue(settings)
+    slots = [Waiting(slot, 2, settings, queue) for slot in range(2)]
+    for sequence in range(8):
+        queue.add(sequence, 10)
+    assert [len(slot.offer()) for slot in slots] == [4, 2]
+    assert [slot.waiting_tokens for slot in slots] == [60, 40] and len(queue) == 2
+    assert [slot.num_offered for slot in slots] == [4, 2]
+
+
+def test_a_slot_takes_from_the_queue_what_no_other_has():
+    queue = Queue(SETTINGS)
+    short, long = (Waiting(slot, 2, SETTINGS, queue) for slot in range(2))
+    queue.add(0, 40)
+    assert short.has_work and long.has_work
+    assert [c.sequence for c in short.offer()] == [0] and not long.has_work and long.offer() == ()
+    queue.add(1, 40)  # while a round of the first slot is under way
+    long.settle(())
+    assert [c.sequence for c in long.offer()] == [1]
+
+
+def short(length: int, *more: int, **changed) -> bool:
+    """May a short slot take this, if more waits?"""
+    slot = Slot(0, 2, SETTINGS._replace(max_tokens_per_round=4096, **changed))
+    for sequence, tokens in enumerate((length, *more)):
+        slot.queue.add(sequence, tokens)
+    return 0 in [c.sequence for c in slot.offer()]
+
+
+def test_without_a_cost_model_a_chunk_is_short():
+    assert [short(length) for length in (1, 50, 51)] == [True, True, False]
+
+
+def test_what_costs_no_more_than_a_round_by_itself_is_short():
+    assert [short(length, fixed_rows=2000) for length in (1, 2000, 2001)] == [True, True, False]
+    assert [short(length, fixed_rows=2000, pairs_per_row=1000) for length in (1200, 1300)] == [True, False]
+
+
+def test_the_more_waits_the_more_is_short():
+    assert [short(3000, waiting, fixed_rows=2000) for waiting in (2999, 3000)] == [False, True]
+    assert not short(4097, *[10**6] * 3, fixed_rows=2000)  # no round holds it
+
+
+def test_the_last_slot_takes_everything():
+    assert waiting(1, s0=1).has_work and waiting(1, s0=10**6).has_work
+    assert Slot(0, 1).has_work is False
 
 
 def test_higher_priorities_are_offered_first_but_nobody_is_passed_over_for_ever():
-    queue = Waiting(0, 2, SETTINGS)
-    queue.add(0, 100, priority=-1)
+    slot = Slot(0, 1)
+    slot.queue.add(0, 50, priority=-1)
     for sequence in range(1, 9):
-        queue.add(sequence, 100, priority=5)
+        slot.queue.add(sequence, 50, priority=5)
     offered = []
     for _ in range(4):
-        chunks = queue.offer()
+        chunks = slot.offer()
         offered.append([c.sequence for c in chunks])
-        queue.settle(chunks[:1])
-    assert offered == [[1, 2], [2, 3], [3, 4], [4, 0]]
+        slot.settle(chunks[:1])
+    assert offered == [[1, 2, 3, 4], [2, 3, 4, 5], [3, 4, 5, 6], [4, 5, 6, 0]]
+
+
+def test_a_short_slot_passes_over_what_is_long_even_if_it_is_old():
+    slot = waiting(0, s0=60, s1=40)
+    for _ in range(4):
+        slot.offer()
+        slot.settle(())
+    slot.queue.add(2, 45)
+    assert [c.sequence for c in slot.offer()] == [1, 2] and len(slot.queue) == 1
 
 
 def test_rolling_offers_the_shortest_first_and_lockstep_what_came_first():
     for policy, first in (("rolling", [1, 2]), ("lockstep", [0, 1])):
-        queue = Waiting(0, 2, SETTINGS._replace(policy=policy))
-        for sequence, length in enumerate((100, 98, 99)):
-            queue.add(sequence, length)
-        queue.add(3, 100)
-        assert [c.sequence for c in queue.offer()][:2] == first
+        slot = Slot(0, 1, SETTINGS._replace(policy=policy))
+        for sequence, length in enumerate((50, 48, 49)):
+            slot.queue.add(sequence, length)
+        slot.queue.add(3, 50)
+        assert [c.sequence for c in slot.offer()][:2] == first
 
 
 def test_memory_is_reserved_once_in_order_and_who_gets_none_holds_up_those_behind():
-    queue, asked = waiting(slot=0, s0=10, s1=10, s2=10), []
+    queue, asked = waiting(s0=10, s1=10, s2=10), []
 
     def reserve(sequence: int) -> bool:
         asked.append(sequence)
@@ -86,8 +160,8 @@ def test_memory_is_reserved_once_in_order_and_who_gets_none_holds_up_those_behin
 
 def test_what_is_queued_is_cancelled_at_once():
     queue = waiting(s0=30, s1=20)
-    assert queue.cancel(0) and not queue.cancel(0) and not queue.cancel(9)
-    assert queue.waiting_tokens == 20
+    assert queue.queue.cancel(0) and not queue.queue.cancel(0) and not queue.queue.cancel(9)
+    assert queue.waiting_tokens == 20 and not queue.cancel(1)
     assert [c.sequence for c in queue.offer()] == [1]
 
 
@@ -96,7 +170,7 @@ def test_what_is_on_offer_travels_if_it_is_admitted():
     (chunk,) = queue.offer()
     assert not queue.cancel(0)
     assert queue.settle((chunk,)) == ((chunk,), (0,), ())
-    assert (len(queue), queue.waiting_tokens, queue.offer()) == (0, 0, ())
+    assert (queue.has_work, queue.waiting_tokens, queue.offer()) == (False, 0, ())
 
 
 def test_what_is_on_offer_is_withdrawn_if_it_is_not_admitted():
@@ -104,14 +178,14 @@ def test_what_is_on_offer_is_withdrawn_if_it_is_not_admitted():
     queue.offer()
     assert not queue.cancel(0) and not queue.cancel(0)
     assert queue.settle(()) == ((), (), (0,))
-    assert (len(queue), queue.waiting_tokens) == (0, 0)
+    assert (queue.has_work, queue.waiting_tokens) == (False, 0)
 
 
 def test_what_has_begun_is_cancelled_between_rounds():
     queue = waiting(s0=120)
     queue.settle(queue.offer())
     assert queue.cancel(0)
-    assert (len(queue), queue.waiting_tokens) == (0, 0)
+    assert (queue.has_work, queue.waiting_tokens) == (False, 0)
 
 
 def test_a_round_is_settled_before_the_next_offer():

@@ -6,11 +6,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipemoe.model_facts.dimensions import dimensions_of
+from pipemoe.model_facts.known_models import model_config
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.cost.default import default_cost
+from pipemoe.plan.cost.devices import GPUS
 from pipemoe.plan.cost.model import CoresCost, CostModel
-from pipemoe.plan.schedule import ModelShape
+from pipemoe.plan.planner import plan
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
 from pipemoe.rolling.engine_settings import engine_settings
 from pipemoe.rolling.offer import Chunk
-from pipemoe.rolling.round_time import RoundTime
+from pipemoe.rolling.round_time import CROWDING, RoundTime
 from pipemoe.traffic.arrival_times import Arrival
 from pipemoe.traffic.campaign import Campaign, Settings
 from pipemoe.traffic.policy import POLICIES, Policy
@@ -73,7 +80,10 @@ def test_alone_a_request_takes_its_rounds_and_the_start():
 @given(tokens=st.lists(st.integers(0, 5000), min_size=4, max_size=4), cost=st.sampled_from([CostModel(), ON_CORES]))
 def test_a_round_computes_for_a_part_of_its_time(tokens, cost):
     times, admitted = RoundTime(SHAPE, cost, 4, 4096), [[Chunk(0, 0, n, n)] if n else [] for n in tokens]
-    assert (0 < times.busy(admitted) <= times.of(admitted)) if any(tokens) else times.busy(admitted) == 0
+    busy = times.busy(admitted)
+    assert all(0 < of_rank <= times.of(admitted) for of_rank in busy) if any(tokens) else not any(busy)
+    if not cost.cores.permille:
+        assert sorted(range(4), key=tokens.__getitem__)[-1] in [rank for rank in range(4) if busy[rank] == max(busy)]
 
 
 @pytest.mark.parametrize("cost", [CostModel(), ON_CORES])
@@ -106,6 +116,22 @@ def test_rounds_beside_one_another_share_the_cores_and_slow_one_another(slowdown
     in_turn = only.first_token + shorts
     assert only.first_token < both[0] and max(both) > max(only.first_token, shorts)
     assert (max(both) <= in_turn) if slowdown == 0 else (max(both) <= in_turn * (1 + slowdown / 1000))
+
+
+@pytest.mark.parametrize("lengths", [(1024,) * 4, (2048,) * 4, (4096,) * 4, (1024, 0, 0, 0), (64, 0, 0, 0)])
+@pytest.mark.parametrize("cap", [4096, 8192])
+def test_two_rounds_side_by_side_take_about_what_the_clock_says(lengths, cap):
+    """On quarters of an H200, whose computations and exchanges take about as long."""
+    dimensions = dimensions_of(model_config("qwen3-30b-a3b"))
+    cost = default_cost(GPUS["h200"], dimensions, 4, value_bytes=2, sum_bytes=2, ranks_per_device=4, ctas=1)
+    config = PlanConfig(moe_max_num_tokens=cap, num_slots=2)
+    cohorts = [[Microbatch(rank, k * n, (k + 1) * n) for rank, n in enumerate(lengths) if n] for k in range(2)]
+    made = plan(Facts(tuple((n, n) if n else () for n in lengths)), SHAPE, config, cost, cohorts, slots_in_use=2)
+    clock = (simulate(made, cost).makespan - cost.start_ns) * 1e-9
+    times = RoundTime(SHAPE, cost, 4, cap)
+    admitted = [[Chunk(0, 0, n, n)] if n else [] for n in lengths]
+    both = max(times.of(admitted), 2 * CROWDING * max(times.busy(admitted))) * 1e-9
+    assert both == pytest.approx(clock, rel=0.25)
 
 
 def test_a_campaign_runs_on_it():

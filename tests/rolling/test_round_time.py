@@ -1,4 +1,4 @@
-"""Predicted rounds, beside the clock; and which slot a sequence goes through."""
+"""Predicted rounds, beside the clock."""
 
 import pytest
 
@@ -7,13 +7,10 @@ from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.model import CoresCost, CostModel
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
-from pipemoe.rolling.admission import RollingSettings
 from pipemoe.rolling.offer import Chunk
 from pipemoe.rolling.round_time import Pace, RoundTime
-from pipemoe.rolling.slot_choice import choose_slot
 
 SHAPE = ModelShape(hidden=2048, intermediate=768, num_experts=128, top_k=8, num_layers=48)
-SETTINGS = RollingSettings(max_tokens_per_round=8192, max_round_rows=32768, chunk_tokens=4096)
 
 
 @pytest.mark.parametrize("cost", [CostModel(), CostModel(cores=CoresCost(permille=2000))])
@@ -58,33 +55,3 @@ def test_a_round_is_late_beside_the_rounds_before_it():
     assert pace.lag(6.0, 1.0) == pytest.approx(2000, abs=2)
     pace.note(5.0, 0.0)
     assert pace.lag(5.0, 0.0) == 0
-
-
-def choose(length: int, *waiting: int, **changed) -> int:
-    return choose_slot(length, waiting, SETTINGS._replace(**changed))
-
-
-def test_what_costs_no_more_than_a_round_by_itself_is_short():
-    assert [choose(length, 0, 0, fixed_rows=2000) for length in (1, 2000, 2001, 20000)] == [0, 0, 1, 1]
-    assert [choose(length, 0, 0) for length in (1, 4096, 4097)] == [0, 0, 1]  # without a cost model: a chunk
-
-
-def test_attention_makes_a_sequence_longer():
-    assert [choose(length, 0, 0, fixed_rows=2000, pairs_per_row=1000) for length in (1200, 1300)] == [0, 1]
-
-
-def test_the_longer_the_queue_of_long_sequences_the_more_is_short():
-    assert [choose(4000, 0, waiting, fixed_rows=2000) for waiting in (0, 3999, 4000)] == [1, 1, 0]
-    assert choose(8193, 0, 10**6, fixed_rows=2000) == 1  # no round holds it
-
-
-def test_of_several_short_slots_the_emptiest():
-    assert choose(20, 50, 40, 40, 0) == 1
-
-
-def test_a_short_sequence_never_waits_for_a_long_round():
-    assert choose(20, 50_000, 0) == 0
-
-
-def test_one_slot_takes_everything():
-    assert choose(20, 0) == choose(20_000, 7) == 0
