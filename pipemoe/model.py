@@ -137,7 +137,7 @@ class Model:
                 measured_cost=self._attention.measured.cost if decoder.cost_is_unknown else None,
                 trial=self._trial,
                 kept_bytes=config.max_tokens_per_rank * decoder.kept_bytes_per_token() if kept else 0,
-                prepare=self._capture,
+                prepare=self._prepare,
                 prepare_whole=self._capture_whole,
                 graph_rows=self._graphs.most_rows(config),
                 graph_cuts=self._graphs.serves_cuts(config),
@@ -165,6 +165,17 @@ class Model:
         from pipemoe.models.lone_sequence import attend_alone
 
         attend_alone(self.decoder, self.config.max_tokens_per_rank, num_layers=2)
+
+    def _prepare(self, slot: int, results_dtype: torch.dtype) -> None:
+        """Make attention ready in a slot whose lane is the current stream: what a step runs, it must not be the first
+        to run.
+        """
+        from pipemoe.models.fused_decoder import FusedDecoder
+
+        self._capture(slot, results_dtype)
+        if isinstance(self.decoder, FusedDecoder):
+            new_step = partial(self._graphs.new_step, self.config)
+            self.decoder.warm_up(new_step, self.config.max_tokens_per_rank, results_dtype)
 
     def _capture(self, slot: int, results_dtype: torch.dtype) -> None:
         """Capture the attention of a slot whose lane is the current stream."""

@@ -59,7 +59,7 @@ def test_other_ranks_experts_are_freed(world):
 
 
 def test_bfloat16(world):
-    """As near to float32 as transformers' own bfloat16; both flip near-ties of the routers."""
+    """As near to float32 as transformers' own bfloat16. Either may choose other experts for a token near a tie."""
     tokens, logits = prompts(world), []
     for dtype in (torch.float32, torch.bfloat16):
         with torch.inference_mode():
@@ -68,7 +68,9 @@ def test_bfloat16(world):
     with pipemoe.from_transformers(model, world, config()), torch.inference_mode():
         found = model(tokens).logits
     assert found.dtype == torch.bfloat16
-    assert (found.float() - logits[0]).norm() < 1.5 * (logits[1] - logits[0]).norm() < 0.2 * logits[0].norm()
+    ours, theirs = ((other - logits[0]).norm(dim=-1).flatten() for other in (found.float(), logits[1]))
+    assert ours.median() < 1.5 * theirs.median() < 0.05 * logits[0].norm(dim=-1).mean()
+    assert (ours > 4 * theirs.median()).sum() <= 2
 
 
 def test_ranks_without_prompts_and_several_rounds(world):

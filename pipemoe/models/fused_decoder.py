@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipemoe.models.decoder import Decoder, MicrobatchState
+from pipemoe.models.first_tokens import first_tokens
 from pipemoe.models.fused_attention import attention_of, fuse, lack_of_kernels, norm_of, product, rotary_tables
 from pipemoe.models.packed_attention import serves
+from pipemoe.models.packing import Piece
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from pipemoe.models.cache import StepCache
-    from pipemoe.models.packing import Piece
     from pipemoe_kernels.placed_rows import PlacedRows
 
 
@@ -62,6 +63,7 @@ def lack(decoder: Decoder) -> str | None:
 
 
 ROPE_BY_LENGTH = ("dynamic", "longrope", "su")
+_MOST_SEQUENCES = 64  # of a warm-up; more in one microbatch are rare
 
 
 class _Mlp:
@@ -132,6 +134,29 @@ class FusedDecoder(Decoder):
             # Keys are made of the latents in this range alone.
             state.packing.key_offsets = state.packing.key_offsets - state.packing.key_range[0]
         return state
+
+    @torch.no_grad()
+    def warm_up(
+        self, new_step: Callable[[Sequence[int]], StepCache | StepOfKeys], most_tokens: int, sums_dtype: torch.dtype
+    ) -> None:
+        """Run on the current stream, for every class of row counts, what steps run beside the experts.
+
+        The driver loads a kernel when it is first launched, and may wait for all that the GPU runs until it does: a
+        step would wait for the other slot's. A library takes other kernels for other numbers of rows. new_step: see
+        GraphStore.new_step. most_tokens: of a step. sums_dtype: of what comes back from the experts.
+        """
+        num_layers = self.shape.num_layers
+        for count in row_counts(most_tokens):
+            alone = [Piece(i, 0, 1, 1) for i in range(count)] if count <= _MOST_SEQUENCES else []
+            for pieces in filter(None, (alone, [Piece(0, 0, count, count)])):
+                ids = torch.zeros(count, dtype=torch.long, device="cpu")
+                state, sums = self.start(new_step(range(len(pieces))), ids, pieces), None
+                for layer in range(min(2, num_layers)):  # the others run the same kernels
+                    self.attend(state, layer, sums)
+                    sums = torch.zeros((count, self.shape.hidden), dtype=sums_dtype, device=self.device)
+                state.layer = num_layers - 1
+                assert sums is not None
+                first_tokens(self.finish(state, sums))
 
     @property
     def ends_with_experts(self) -> bool:
@@ -252,3 +277,12 @@ class FusedDecoder(Decoder):
         normed = torch.empty_like(ends)
         self._last_norm(ends, of_ends, normed)
         return self._lm_head(normed).float()
+
+
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows up to `most`: each up to 16, every eighth up to 64, then four per doubling."""
+    counts, step = [*range(1, 17), *range(24, 65, 8)], 16
+    while counts[-1] < most:
+        counts += [counts[-1] + step * i for i in range(1, 5)]
+        step *= 2
+    return [*(count for count in counts if count < most), most]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipemoe.models.source import ModelSource, first_token
+from pipemoe.models.source import ModelSource
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +77,8 @@ class RoundSource(ModelSource):
             self._first[0] = first, host.copy_(logits, non_blocking=True)
 
     def finished(self, cohort: int, seconds: float) -> None:
+        from pipemoe.models.first_tokens import first_token
+
         tokens, logits = self._first[0]
         for i, sequence in enumerate(self._ended[0]):
             of: Any = None if logits is None else logits[i].clone()

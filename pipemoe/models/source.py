@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -139,14 +138,9 @@ class ModelSource:
 
     def _take_logits(self, cohort: int, logits: torch.Tensor) -> None:
         """logits: of the sequences that the cohort ends."""
-        import torch
+        from pipemoe.models.first_tokens import first_tokens
 
-        low, high = torch.aminmax(logits, dim=-1)  # NaN if any logit is
-        first = torch.stack([found.double() for found in (logits.argmax(-1), low, high)])  # [3, sequences]
-        if first.is_cuda:
-            host = torch.empty(first.shape, dtype=first.dtype, device="cpu", pin_memory=True)
-            first = host.copy_(first, non_blocking=True)
-        self._first[cohort] = (first, logits if self._keep_logits else None)
+        self._first[cohort] = (first_tokens(logits), logits if self._keep_logits else None)
 
     def finished(self, cohort: int, seconds: float) -> None:
         self._seconds[cohort] = seconds
@@ -154,6 +148,8 @@ class ModelSource:
     def prefilled(self, begin: float) -> Prefilled:
         """The step's results, once it is over. begin: when it was called, in seconds of time.perf_counter."""
         import torch
+
+        from pipemoe.models.first_tokens import first_token
 
         count = len(self._tokens)
         first, finite, seconds = [0] * count, [True] * count, [0.0] * count
@@ -167,11 +163,3 @@ class ModelSource:
                 logits[sequence] = scores[i] if scores is not None else None
         kept = torch.stack(logits) if self._keep_logits and count else None
         return Prefilled(first, seconds, kept, finite)
-
-
-def first_token(found: torch.Tensor, i: int) -> tuple[int, bool]:
-    """Of sequence i, and whether its logits are finite. found: [3, sequences] float64 on the host: the tokens, and the
-    least and the largest logits.
-    """
-    token, low, high = found[:, i].tolist()
-    return int(token), math.isfinite(low) and math.isfinite(high)

@@ -116,3 +116,20 @@ def test_against_transformers_modules(family, dtype, changes):
     again, same = prefill(fused, experts, keys.step(begins_of(LENGTHS)), placed)
     assert all(torch.equal(a, b) for x, y in zip(seen, same) for a, b in zip(x, y))
     assert all(torch.equal(of_step[s], again[s]) for s in of_step)
+
+
+def test_warming_up_runs_each_count_whole_and_as_sequences_of_one_token(monkeypatch):
+    """Also where dense layers stand behind the last MoE layer."""
+    config = tiny_config("qwen3_moe", num_layers=3, mlp_only_layers=[0, 2])
+    decoder = FusedDecoder(load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0])
+    keys, seen = StepKeys(decoder, 3), []
+    finish = FusedDecoder.finish
+
+    def watched(decoder, state, sums):
+        logits = finish(decoder, state, sums)
+        seen.append((len(sums), len(logits), sums.dtype))
+        return logits
+
+    monkeypatch.setattr(FusedDecoder, "finish", watched)
+    decoder.warm_up(keys.step, 3, torch.float32)
+    assert seen == [(n, sequences, torch.float32) for n in (1, 2, 3) for sequences in (n, 1)]

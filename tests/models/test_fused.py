@@ -15,7 +15,7 @@ from pipemoe.errors import ConfigError
 from pipemoe.models import attention_choice, fused_decoder
 from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
-from pipemoe.models.fused_decoder import FusedDecoder, lack
+from pipemoe.models.fused_decoder import FusedDecoder, lack, row_counts
 from pipemoe.models.host_decoder import HostDecoder
 from pipemoe.models.loading import load_decoder
 from tests.models.tiny import FAMILIES, tiny_config
@@ -147,3 +147,11 @@ def test_families_state_what_their_configs_say():
     assert form("deepseek_v3").interleaved and not form("deepseek_v3", rope_interleave=False).interleaved
     assert form("deepseek_v3", q_lora_rank=None).latent.query_rank is None
     assert (form("qwen3_moe").num_query, form("qwen3_moe").num_key, form("qwen3_moe").head_dim) == (4, 2, 16)
+
+
+@pytest.mark.parametrize("most", [1, 2, 16, 17, 40, 64, 65, 80, 8192, 10_001])
+def test_row_counts_to_warm_up_for(most):
+    counts = row_counts(most)
+    assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] == most
+    assert counts[:16] == list(range(1, 17))[:most]
+    assert all(b - a <= max(8, a / 4) for a, b in zip(counts, counts[1:]))

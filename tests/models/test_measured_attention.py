@@ -33,7 +33,7 @@ class Stub:
             raise ValueError("bad model code")
         crowd = self.later * (1 + self.rank) if len(self.counts) > 3 * len(COUNTS) or self.rank else 1
         layer = crowd * (10_000 + 300 * count + count * count)
-        return [layer * 0.5, layer * 1.5], [70_000.0 + self.rank] * 2
+        return [layer * 0.5, layer * 1.5], [5_000.0 + self.rank] * 2  # issued sooner than the device is done
 
 
 def costs_of_all(world, stub, start, most=10_000):
@@ -49,7 +49,7 @@ def test_all_ranks_plan_by_rank_0s_figures(world):
     assert found.attend.row_ps == pytest.approx(299_000, rel=0.01)
     assert found.attend.pair_fs == pytest.approx(2_000_000, rel=0.01)
     assert replace(found, attend=ALONE.attend, host=ALONE.host) == ALONE
-    assert found.host.attend_ns == (70_000 if world.device.type == "cuda" else ALONE.host.attend_ns)
+    assert found.host.attend_ns == (5_000 if world.device.type == "cuda" else ALONE.host.attend_ns)
     assert stub.counts == ([count for count in COUNTS for _ in range(3)] if world.rank == 0 else [])
 
 
@@ -111,6 +111,8 @@ def test_a_family_by_modules_plans_by_what_was_measured(world, family, tmp_path)
 
 def test_attention_of_known_cost_is_not_measured(world):
     model = load_model(tiny_config("qwen3_moe"), world, dtype=torch.float32, config=Config(**SMALL))
+    if model.decoder.cost_is_unknown:
+        pytest.skip("on a GPU attention in float32 is transformers'")
     by_modules = model.with_config(Config(attention="transformers", **SMALL))
     assert by_modules.runtime.cost.attend != model.runtime.cost.attend
     again = load_model(tiny_config("qwen3_moe"), world, dtype=torch.float32, config=Config(**SMALL))
@@ -127,8 +129,8 @@ def test_the_first_layer_is_left_out(world, asked, wanted):
 
 
 def test_plans_are_chosen_by_what_was_measured(world, monkeypatch):
-    if world.size == 1:
-        pytest.skip("needs several ranks")
+    if world.size == 1 or world.device.type != "cpu":
+        pytest.skip("needs several ranks, and a host's costs")
     alone = {
         "quick": lambda *_: ([1000.0], [1000.0]),
         "slow by pairs": lambda _, count, __: ([1e5 + 1e4 * count**2], [1000.0]),

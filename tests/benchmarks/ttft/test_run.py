@@ -165,7 +165,8 @@ def test_requests_by_the_traces_clock(world, arguments, capsys):
 
 @pytest.mark.mpi
 def test_by_default_one_long_prompt_and_a_trace_by_its_clock(world, arguments, monkeypatch, capsys):
-    monkeypatch.setitem(DEFAULTS, "cpu", replace(DEFAULTS["cpu"], long_prompt=40, time_scale=200.0))
+    device = world.device.type
+    monkeypatch.setitem(DEFAULTS, device, replace(DEFAULTS[device], long_prompt=40, time_scale=200.0))
     assert ttft.run(world, arguments("--modes", "broadcast,auto", "--rounds", "1")) == 0
     if world.rank == 0:
         out = capsys.readouterr().out
