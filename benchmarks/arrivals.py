@@ -29,7 +29,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +173,29 @@ def measure(name: str, wave: DelayedWave, forms: Sequence[Form], options: argpar
             **{"bound_ms": wave.bound_ms(form, resident)},
         }
         results.append(result)
-        spread = 100 * (max(ms) - min(ms)) / result["ms"]
         whole = results[0]  # the form that waits for all rows
         result["whole_over_it"] = whole["ms"] / result["ms"]
         result["whole_over_it_reduced"] = whole["reduced_ms"] / result["reduced_ms"]
         result["ms_over_bound"] = result["ms"] / result["bound_ms"]
-        figures = [f"{result['ms']:.4f}", f"{spread:.0f}"]
-        figures += [f"{result[key]:.4f}" for key in ("reduced_ms", "last_arrival_ms", "resident_ms", "bound_ms")]
-        figures += [f"{result[key]:.3f}" for key in ("whole_over_it", "whole_over_it_reduced", "ms_over_bound")]
-        print(_line((name, num_tokens, wave.latency_us, form.name, *figures)), flush=True)
+        print(_line(_cells(result)), flush=True)
     return results
+
+
+def arrivals_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Heading and one line of cells per row."""
+    return [list(_COLUMNS), *map(_cells, rows)]
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    spread = 100 * (max(row["ms_rounds"]) - min(row["ms_rounds"])) / row["ms"]
+    times = ("reduced_ms", "last_arrival_ms", "resident_ms", "bound_ms")
+    ratios = ("whole_over_it", "whole_over_it_reduced", "ms_over_bound")
+    return [
+        *(str(row[name]) for name in ("layer", "tokens", "latency_us", "form")),
+        *(f"{row['ms']:.4f}", f"{spread:.0f}"),
+        *(f"{row[name]:.4f}" for name in times),
+        *(f"{row[name]:.3f}" for name in ratios),
+    ]
 
 
 def _line(cells: Sequence[Any]) -> str:

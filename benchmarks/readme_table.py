@@ -24,6 +24,7 @@ from typing import Any
 if not __package__:  # run as a script
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.arrivals import arrivals_cells
 from benchmarks.forward import forward_cells, forward_context
 from benchmarks.front_table import front_cells
 from benchmarks.kernels.table import kernels_cells, kernels_context
@@ -78,6 +79,7 @@ _CELLS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] =
     "overlap": overlap_cells,
     "kernels": kernels_cells,
     "serve": serve_cells,
+    "arrivals": arrivals_cells,
 }
 _VERDICTS: Mapping[str, Callable[[Sequence[Mapping[str, Any]]], list[list[str]]]] = {
     "ttft": ttft_judge.verdict_cells,

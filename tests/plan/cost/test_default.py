@@ -15,7 +15,7 @@ from pipemoe.plan.cost.devices import GPUS
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "h200" / "forward_whole_step.json"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results" / "h200" / "forward.json"
 ROWS = [row for row in json.loads(RESULTS.read_text())["rows"] if row["impl"] == "pipemoe"]
 
 
