@@ -20,9 +20,10 @@ fi
 
 # Side by side, where pytest-xdist is installed: most of their time goes to compiling, to the oracles, and to starting.
 cores=$(nproc)
-many=()
+many=() threads=$cores
 if "$python" -c "import xdist" 2>/dev/null; then
     many=(-n "$((cores < 16 ? (cores + 1) / 2 : 12))")
+    threads=1 # of each: more than there are cores only hold one another up
 fi
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
@@ -39,7 +40,7 @@ trap 'exit 143' HUP TERM
 failed=()
 
 echo "== one process"
-"$python" -m pytest -q -m "gpu and not mpi" "${many[@]}" || failed+=("one process")
+OMP_NUM_THREADS=$threads "$python" -m pytest -q -m "gpu and not mpi" "${many[@]}" || failed+=("one process")
 
 # One job of faults at a time: on one GPU the hardware queues are enough for two jobs of four ranks (see one_gpu.sh), and
 # a third one's ranks fail in their first CUDA call, with "out of memory".
