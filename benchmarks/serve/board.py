@@ -22,7 +22,7 @@ from pipemoe.traffic.served import Served
 if TYPE_CHECKING:
     from pipemoe import World
 
-_POLL_S = 1e-3
+_POLL_S = 5e-3  # others may still be served on the same cores
 _NOBODY = -1
 _UNKNOWN = np.nan  # of times
 

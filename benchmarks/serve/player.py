@@ -23,6 +23,7 @@ from pipemoe.traffic.served import WITHIN_LIMIT, Served
 
 _LEAD_S = 0.02  # from when all ranks are ready to the first request
 _POLL_S = 2e-4  # how often a rank looks whether a request is its own
+_REST_S = 5e-3  # the same while a request is served: ranks that share cores would take them from it
 _LOOK_S = 0.05  # and whether a hopeless play may end
 IDLE_S = 0.05  # of silence before a request that comes alone
 _WARM_UP = 2  # requests per rank, the first time that a policy is opened
@@ -58,7 +59,7 @@ class RankPlayer:
             board.clear(self._clock())
             for arrival in arrivals:
                 while board.done.sum() < arrival.number:
-                    self._sleep(_POLL_S)
+                    self._sleep(_REST_S)
                 if arrival.number % board.num_ranks == board.rank:
                     self._sleep(IDLE_S)
                     future = self._submit(engine, arrival, self._clock())

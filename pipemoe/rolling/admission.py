@@ -162,9 +162,10 @@ class Admission:
             if chunk.age < settings.most_rounds_waited:
                 if budgets[rank] <= 0:
                     continue
-                if self._cuts:
+                is_over = settings.work(chunk.start, chunk.stop) > budgets[rank]
+                if is_over and self._cuts:
                     room = min(room, max(1, settings.most_tokens(chunk.start, budgets[rank])))
-                elif taken[rank] and settings.work(chunk.start, chunk.stop) > budgets[rank]:
+                elif is_over and taken[rank]:
                     continue
             if chunk.tokens > room:
                 if room == 0 or not self._cuts:

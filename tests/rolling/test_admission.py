@@ -124,6 +124,19 @@ def test_a_sequence_is_cut_only_if_another_one_waits():
     assert Admission(1, 3, 1, chosen).admit([late]) == ((),)
 
 
+@given(
+    st.lists(st.lists(st.integers(1, 60), max_size=4), min_size=1, max_size=3).filter(any),
+    st.integers(1, 60),
+    st.sampled_from([1, 7, 1000]),
+)
+def test_what_a_round_has_work_for_is_not_cut(ranks, start, pairs_per_row):
+    """Not even by the one token that a row's fraction is worth."""
+    chosen = RollingSettings(1000, 4000, 1000, fixed_rows=10**6, pairs_per_row=pairs_per_row)
+    offered = [tuple(Chunk(n, start, start + t, start + t) for n, t in enumerate(of)) for of in ranks]
+    found = Admission(0, 1, len(ranks), chosen).admit([Offer(chunks) for chunks in offered])
+    assert [sorted(of) for of in found] == [sorted(of) for of in offered]
+
+
 def test_what_goes_whole_goes_first_of_its_rank_even_if_it_is_longer_than_a_best_round():
     chosen = SETTINGS._replace(fixed_rows=1)
     assert admitted([whole(0, 90), whole(1, 90)], [whole(0, 10)], chosen=chosen) == [[(0, 90)], [(0, 10)]]
