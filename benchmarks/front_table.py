@@ -38,8 +38,12 @@ class _Alone(NamedTuple):
 
 
 _TWO = "[two H100s](docs/results.md#qwen3-30b-a3b)"
+_FOUR = "[four ranks on one H200](docs/results.md#four-ranks-on-one-h200)"
 _ONE = "[one H200](docs/results.md#one-h200-one-rank-beside-vllm)"
 _ROWS: tuple[_Step | _Alone, ...] = (
+    _Step("h200_one_gpu/ttft.json", (4096, 16, 16, 16), 16, "16 tokens on three ranks, beside 4096", _FOUR),
+    _Step("h200_one_gpu/ttft.json", (4096, 16, 16, 16), 4096, "those 4096 tokens", _FOUR),
+    _Step("h200_one_gpu/ttft.json", (2048,) * 4, 2048, "2048 tokens on each of four ranks", _FOUR),
     _Step("h100_x2/ttft_qwen3-30b-a3b.json", (4096, 16), 16, "16 tokens, beside 4096 on the other GPU", _TWO),
     _Step("h100_x2/ttft_qwen3-30b-a3b.json", (4096, 16), 4096, "those 4096 tokens", _TWO),
     _Step("h100_x2/ttft_qwen3-30b-a3b.json", (2048, 2048), 2048, "2048 tokens on each GPU", _TWO),

@@ -12,7 +12,7 @@ from pipemoe.errors import ConfigError
 from pipemoe.experts.host import HostExperts
 from pipemoe.plan.clock.sms import possible_sms_left, room_for_collectives
 from pipemoe.plan.config import MODES
-from pipemoe.runtime import runtime as runtime_module
+from pipemoe.runtime import plans
 from tests.moe_cases import make_layers, norm_ratio
 from tests.runtime.sources import RowsSource, make_runtime
 
@@ -83,7 +83,7 @@ def test_more_multiprocessors_than_there_are_is_an_error_on_all_ranks(world):
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mode, deterministic):
     """On GPUs: none, room, twice as much, and nearly all, with the same cohorts."""
-    layers, make_plan, found = make_layers(2, world.device, torch.bfloat16), runtime_module.make_plan, []
+    layers, make_plan, found = make_layers(2, world.device, torch.bfloat16), plans.make_plan, []
     for chosen in ("none", "room", "twice", "nearly all"):
         runtime = make_runtime(world, layers, mode=mode, deterministic=deterministic, moe_max_num_tokens=64)
         total = runtime.cost.sms.num_sms
@@ -93,7 +93,7 @@ def test_the_same_bits_whatever_multiprocessors_are_left(world, monkeypatch, mod
         left = {"none": 0, "room": room, "twice": 2 * room, "nearly all": total - 1}[chosen]
         runtime.experts_with_free_sms[left] = runtime.experts_with_free_sms[0].with_free_sms(left)
         monkeypatch.setattr(
-            runtime_module, "make_plan", lambda *arguments, left=left: replace(make_plan(*arguments), sms_left=left)
+            plans, "make_plan", lambda *arguments, left=left: replace(make_plan(*arguments), sms_left=left)
         )
         source = step(world, runtime)
         monkeypatch.undo()
