@@ -107,7 +107,7 @@ class Campaign:
                 for seed in settings.seeds:
                     for policy in further:
                         self._capacity(policy, process, seed)
-                    self._keep(self.rows)
+                        self._keep(self.rows)
         return self.rows
 
     def _alone(self) -> None:

@@ -110,3 +110,18 @@ def test_leaders_are_best_in_something():
     rows = [row("rolling", 1, 1, 1), row("lockstep 1", 5, 9, None), row("lockstep 2", 6, 8, 7)]
     rows += [row("lockstep 3", 9, 9, 9), row("lockstep 3", 1, 1, 1, load=0.3)]
     assert leaders(rows) == {"lockstep 1", "lockstep 2"} and leaders([]) == set()
+
+
+def test_what_is_found_is_kept_at_once():
+    """A campaign may be ended by a time limit: each row, and each policy's capacity, is there before the next play."""
+    kept = []
+
+    def keep(rows):
+        kept.append((len(rows), sum(row["capacity_rps"] is not None for row in rows)))
+
+    settings = Settings(processes=("poisson",), loads=(0.5,), seeds=(3,), rate_step=1.1)
+    found = Campaign(SingleServer(1e-3, slowness), [ROLLING, LARGE], requests_of, settings, keep=keep)
+    rows = found.run()
+    num_rows = [n for n, _ in kept]
+    assert num_rows[: len(rows)] == list(range(1, len(rows) + 1)) and set(num_rows[len(rows) :]) == {len(rows)}
+    assert [n for _, n in kept[len(rows) - 1 :]] == [0, 1, 2]
