@@ -7,7 +7,7 @@ admitted. Once on offer it stays so, unless it is cancelled: so its age counts, 
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,7 +45,7 @@ class Queue:
         self._shortest_first = settings.policy == "rolling"
         self._sequences: dict[int, _Sequence] = {}  # in the order in which they came
         self._order: list[tuple[int, int, int]] = []  # -priority, tokens if they count, sequence
-        self._shortest: int | None = None  # its tokens; None: look again
+        self._lengths: list[int] = []  # sorted
         self._round = 0
         self.tokens = 0
 
@@ -58,8 +58,8 @@ class Queue:
         """
         self._sequences[sequence] = _Sequence(length, priority, self._round)
         insort(self._order, self._key(sequence))
+        insort(self._lengths, length)
         self.tokens += length
-        self._shortest = None
 
     def cancel(self, sequence: int) -> bool:
         """False: it is on offer, or nowhere (any more)."""
@@ -67,14 +67,14 @@ class Queue:
 
     def has_any(self, most: int) -> bool:
         """Is there a sequence of at most so many tokens?"""
-        if self._shortest is None:
-            self._shortest = min((s.length for s in self._sequences.values()), default=MOST_TOKENS + 1)
-        return self._shortest <= most
+        return bool(self._lengths) and self._lengths[0] <= most
 
     def next_of(self, most: int) -> int | None:
         """Of those of at most so many tokens, the one that has waited for too many rounds; else the first of the
         highest priority, or its shortest. None: there is none.
         """
+        if not self.has_any(most):
+            return None
         for sequence, found in self._sequences.items():
             if self._round - found.round < self._settings.most_rounds_waited:
                 break
@@ -96,10 +96,10 @@ class Queue:
         return -found.priority, found.length if self._shortest_first else 0, sequence
 
     def _remove(self, sequence: int) -> _Sequence:
-        self._order.remove(self._key(sequence))
+        del self._order[bisect_left(self._order, self._key(sequence))]
         found = self._sequences.pop(sequence)
+        del self._lengths[bisect_left(self._lengths, found.length)]
         self.tokens -= found.length
-        self._shortest = None
         return found
 
 

@@ -1,6 +1,8 @@
 """A rank's queue, and what its slots have on offer."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipemoe.errors import PlanError
 from pipemoe.rolling.admission import RollingSettings
@@ -66,9 +68,9 @@ def test_a_lone_slot_offers_two_rounds_of_tokens_and_one_beside_others_a_round()
 
 def test_beside_other_slots_a_half_of_what_waits_is_on_offer():
     """With a cost model; the other half is for the next slot that can take it."""
-    settings = SETTINGS._replace(fixed_rows=10)
-    queue = Queue(settings)
-    slots = [Waiting(slot, 2, settings, queue) for slot in range(2)]
+    chosen = SETTINGS._replace(fixed_rows=10)
+    queue = Queue(chosen)
+    slots = [Waiting(slot, 2, chosen, queue) for slot in range(2)]
     for sequence in range(8):
         queue.add(sequence, 10)
     assert [len(slot.offer()) for slot in slots] == [4, 2]
@@ -143,6 +145,49 @@ def test_rolling_offers_the_shortest_first_and_lockstep_what_came_first():
             slot.queue.add(sequence, length)
         slot.queue.add(3, 50)
         assert [c.sequence for c in slot.offer()][:2] == first
+
+
+def naive_next(model: dict, round_: int, most: int, policy: str) -> int | None:
+    """model: of each sequence the length, priority and round before which it came."""
+    fitting = {s: found for s, found in model.items() if found[0] <= most}
+    old = [s for s, (_, _, came) in fitting.items() if round_ - came >= SETTINGS.most_rounds_waited]
+    if old:
+        return min(old)
+    by_length = policy == "rolling"
+    return min(fitting, key=lambda s: (-fitting[s][1], fitting[s][0] if by_length else 0, s), default=None)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    policy=st.sampled_from(["rolling", "lockstep"]),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("add"), st.integers(1, 5), st.integers(-1, 1)),
+            st.tuples(st.sampled_from(["take", "cancel", "has_any"]), st.integers(0, 6), st.none()),
+            st.tuples(st.just("round"), st.none(), st.none()),
+        ),
+        max_size=40,
+    ),
+)
+def test_a_queue_is_what_a_plain_search_finds(policy, steps):
+    queue, model, round_ = Queue(SETTINGS._replace(policy=policy)), {}, 0
+    for number, (what, size, priority) in enumerate(steps):
+        if what == "add":
+            queue.add(number, size, priority)
+            model[number] = size, priority, round_
+        elif what == "take":
+            found = queue.next_of(size)
+            assert found == naive_next(model, round_, size, policy)
+            if found is not None:
+                assert queue.take(found).length == model.pop(found)[0]
+        elif what == "cancel":
+            chosen = sorted(model)[size] if size < len(model) else -1
+            assert queue.cancel(chosen) == (model.pop(chosen, None) is not None)
+        elif what == "round":
+            queue.count_round()
+            round_ += 1
+        assert queue.has_any(size or 3) == any(length <= (size or 3) for length, _, _ in model.values())
+        assert (len(queue), queue.tokens) == (len(model), sum(length for length, _, _ in model.values()))
 
 
 def test_memory_is_reserved_once_in_order_and_who_gets_none_holds_up_those_behind():
