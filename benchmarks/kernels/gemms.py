@@ -72,7 +72,8 @@ def gemms(
     """Number of local pairs, and "gate_up" and "down" by each size's rows. All have run once, with the same bits."""
     import torch
 
-    from pipemoe_kernels.gemm.wgmma import down_rows, gate_up_rows, grouped_kernel
+    from pipemoe_kernels.gemm.packed_wgmma import down_rows, gate_up_rows
+    from pipemoe_kernels.gemm.wgmma import grouped_kernel
     from pipemoe_kernels.index.hopper import MAX_BLOCKS, index_local_pairs
     from pipemoe_kernels.launch.kernel import Stream
     from pipemoe_kernels.launch.tensor_map import device_maps, tensor_map

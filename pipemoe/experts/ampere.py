@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pipemoe.experts.hopper import HopperExperts
-from pipemoe_kernels.gemm.mma import PackedMma, grouped_mma_kernel
+from pipemoe_kernels.gemm.mma import grouped_mma_kernel
+from pipemoe_kernels.gemm.packed_mma import PackedMma
 
 if TYPE_CHECKING:
     import torch

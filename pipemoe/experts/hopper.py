@@ -21,8 +21,7 @@ from pipemoe.experts.prepared_call import PackedDown, PackedGateUp, PreparedCall
 from pipemoe.experts.protocol import ExpertsShape
 from pipemoe.experts.weights import ExpertWeights
 from pipemoe.wire import WireFormat
-from pipemoe_kernels.gemm import few_experts
-from pipemoe_kernels.gemm import wgmma as grouped_wgmma
+from pipemoe_kernels.gemm import few_experts, packed_wgmma
 from pipemoe_kernels.gemm.roles import PART_COLUMNS
 from pipemoe_kernels.gemm.tile_shape import ROWS_128, SHAPES, TileShape, shape_for
 from pipemoe_kernels.gemm.wgmma import GroupedKernel, grouped_kernel
@@ -276,7 +275,7 @@ class HopperExperts(ExpertsShape):
             self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][0],
         )
         bias = self.weights[layer].gate_up_bias
-        return grouped_wgmma.PackedGateUp(
+        return packed_wgmma.PackedGateUp(
             a.get_device(), kernel, hidden, scratch.tokens, maps, offsets, bias, a, self.num_sms
         )
 
@@ -291,7 +290,7 @@ class HopperExperts(ExpertsShape):
         """a times down: scratch.y [pairs, H]."""
         kernel, maps = self._down_kernel(shape), self._maps.data_ptr() + MAP_BYTES * self._first_maps[layer][1]
         a_maps, intermediate = scratch.a_maps[a.shape[1], shape], a.shape[1]
-        return grouped_wgmma.PackedDown(
+        return packed_wgmma.PackedDown(
             a.get_device(),
             kernel,
             a_maps,

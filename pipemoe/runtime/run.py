@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.comm.transport import Test, Transport, WaveSums
 from pipemoe.plan.schedule import MAX_GROUPS, Op, OpKind, Plan, Segment
 from pipemoe.runtime.lanes import Event, Lanes, SlotLanes
+from pipemoe.runtime.run_state import BufferState, CohortState
 from pipemoe.runtime.source import Source
 from pipemoe.runtime.wave_buffers import WaveBuffers
 from pipemoe.wire import WireFormat, WireRows
@@ -46,33 +47,6 @@ class Only:
 
     computation: bool = True
     communication: bool = True
-
-
-class _CohortState:
-    """How far one cohort is on this rank."""
-
-    def __init__(self, has_tokens: bool) -> None:
-        self.positions: deque[int] = deque()  # of its operations in the plan's order, not yet issued
-        self.has_tokens = has_tokens
-        self.groups = 0  # of dispatches, under way
-        self.results: list[Event] = []  # combines of this rank's rows in the layer
-        self.attended: Event | None = None  # the last attend
-        self.in_place: bool | None = None  # see Run._writes_in_place
-        self.failure: BaseException | None = None
-
-
-class _BufferState:
-    """The last users of one double buffer of a slot."""
-
-    dispatched: Event | None = None  # the receive buffer holds a wave
-    read: Event | None = None  # experts have read the receive buffer and written the partial sums
-    sent: Event | None = None  # the combine is done with the partial sums
-    # of shared memory: its use by the last wave (pipemoe.plan.reuse), and this rank's rows of it have been written
-    use: Any = None
-    written: Event | None = None
-    # of messages to and from ranks of other hosts: the rows have been moved, and the partial sums
-    rows_moved: Event | None = None
-    sums_moved: Event | None = None
 
 
 class Run:
@@ -110,8 +84,8 @@ class Run:
         )
         self._failure: BaseException | None = None  # of the caller's functions
         self._ops = plan.ops
-        self._cohorts = [_CohortState(bool(c.tokens_of(rank))) for c in plan.cohorts]
-        self._buffer_states = [[_BufferState() for _ in range(plan.config.num_buffers)] for _ in workspace.slots]
+        self._cohorts = [CohortState(bool(c.tokens_of(rank))) for c in plan.cohorts]
+        self._buffer_states = [[BufferState() for _ in range(plan.config.num_buffers)] for _ in workspace.slots]
         self._position = {op: position for position, op in enumerate(self._ops)}
         for op, position in self._position.items():
             self._cohorts[op.cohort].positions.append(position)
@@ -258,7 +232,7 @@ class Run:
         before = [(e, op.layer) for e in self._plan.causal_predecessors[op.cohort]]
         return before + [(e, op.layer - 1) for e in self._plan.pacemakers[op.cohort] if op.layer]
 
-    def _attend(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _attend(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         waits: list[Event | None] = [*state.results, *(self._attended[a] for a in self._attends_before(op))]
         state.results = []
         rows: tuple[WireRows, ...] = ()
@@ -272,7 +246,7 @@ class Run:
             self._attended[op.cohort, op.layer] = event
         return event
 
-    def _writes_in_place(self, cohort: int, state: _CohortState) -> bool:
+    def _writes_in_place(self, cohort: int, state: CohortState) -> bool:
         """Does the source write its rows of the cohort where the broadcast sends them from?"""
         if state.in_place is None:
             waves = self._plan.cohorts[cohort].waves
@@ -284,7 +258,7 @@ class Run:
             )
         return state.in_place
 
-    def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _dispatch(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
         free: list[Event | None] = [used.read]
         if self._only.computation and views.is_sent_from_here:
@@ -301,7 +275,7 @@ class Run:
             return self._transport.dispatch(views.slot, views.buffer, views.wave, views.exchange, views.received)
         return None
 
-    def _pack(self, op: Op, state: _CohortState, views: WaveBuffers) -> None:
+    def _pack(self, op: Op, state: CohortState, views: WaveBuffers) -> None:
         """Write this rank's rows of a wave in wire format into the buffer that the broadcast sends from."""
         if views.has_padding:
             views.own_block_ids.fill_(-1)
@@ -313,7 +287,7 @@ class Run:
     def _write(self, cohort: int, segment: Segment, part: WireRows) -> None:
         part.write(*self._source.rows(cohort, segment.start, segment.stop))
 
-    def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _compute(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
 
         def work() -> None:
@@ -323,7 +297,7 @@ class Run:
         used.read = lanes.compute.submit(work, [used.dispatched, used.sent])
         return used.read
 
-    def _combine(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _combine(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
 
         def work() -> Any:
@@ -339,19 +313,19 @@ class Run:
             self._of_source(state, lambda: self._source.combined(op.cohort, op.layer, sent), always=True)
         return sent
 
-    def _results(self, cohort: int, state: _CohortState, segment: Segment) -> Any:
+    def _results(self, cohort: int, state: CohortState, segment: Segment) -> Any:
         """The tensor for a segment's sums. If this rank's model code failed, one that nobody reads."""
         results = self._of_source(state, lambda: self._source.results(cohort, segment.start, segment.stop))
         return self._workspace.new_results(segment.num_rows) if results is None else results
 
-    def _finish(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _finish(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         # Dense layers after the last MoE layer attend too: they read the keys and values of earlier chunks.
         waits = state.results + [self._finished[e] for e in self._plan.causal_predecessors[op.cohort]]
         event = lanes.compute.submit(self._model_work(state, lambda: self._source.finish(op.cohort)), waits, timed=True)
         self._finished[op.cohort] = event
         return event
 
-    def _place(self, op: Op) -> tuple[Any, _BufferState]:
+    def _place(self, op: Op) -> tuple[Any, BufferState]:
         """The workspace's views for a wave's operation, and the buffer's last users."""
         buffer = self._plan.buffer(*op[1:])
         place = op.cohort, op.wave, buffer
@@ -363,7 +337,7 @@ class Run:
     def _new_views(self, cohort: int, wave: int, buffer: int) -> Any:
         return WaveBuffers(self._plan, self._rank, cohort, wave, buffer, self._workspace, self._wire)
 
-    def _model_work(self, state: _CohortState, work: Callable[[], None]) -> Callable[[], None]:
+    def _model_work(self, state: CohortState, work: Callable[[], None]) -> Callable[[], None]:
         """Model code as work of a lane."""
 
         def guarded() -> None:
@@ -373,7 +347,7 @@ class Run:
         return guarded
 
     def _of_source(
-        self, state: _CohortState, ask: Callable[[], Any], otherwise: Any = None, *, always: bool = False
+        self, state: CohortState, ask: Callable[[], Any], otherwise: Any = None, *, always: bool = False
     ) -> Any:
         """The source's answer, or `otherwise`.
 

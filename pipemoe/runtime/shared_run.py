@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pipemoe.comm.shared.flags import FlagEvent, JoinedEvent
 from pipemoe.comm.shared.waves import add_in_order
 from pipemoe.runtime.lanes import Event, SlotLanes
-from pipemoe.runtime.run import Run, _CohortState
+from pipemoe.runtime.run import Run
+from pipemoe.runtime.run_state import CohortState
 from pipemoe.wire import ScatteredRows, WireFormat
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class SharedRun(Run):
     def _new_views(self, cohort: int, wave: int, buffer: int) -> Any:
         return SharedWaveBuffers(self._plan, self._rank, cohort, wave, buffer, self._workspace, self._wire)
 
-    def _writes_in_place(self, cohort: int, state: _CohortState) -> bool:
+    def _writes_in_place(self, cohort: int, state: CohortState) -> bool:
         """Never: attention would have to wait for the readers of the rows before."""
         return False
 
@@ -101,7 +102,7 @@ class SharedRun(Run):
             return None
         return self._lanes.links[slot][kind == "combine"].submit(lambda: links.move(slot, kind, sends, receives), waits)
 
-    def _dispatch(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _dispatch(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
         waves, only = self._transport, self._only
         place = views.slot, views.buffer
@@ -132,7 +133,7 @@ class SharedRun(Run):
             lanes.compute.submit(self._model_work(state, lambda: self._source.side_work(op.cohort)))
         return event if used.rows_moved is None else JoinedEvent(event, used.rows_moved)
 
-    def _compute(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _compute(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
         waves, only, use = self._transport, self._only, used.use
 
@@ -149,7 +150,7 @@ class SharedRun(Run):
         used.read = lanes.compute.submit(work, waits)
         return used.read
 
-    def _combine(self, op: Op, state: _CohortState, lanes: SlotLanes) -> Event:
+    def _combine(self, op: Op, state: CohortState, lanes: SlotLanes) -> Event:
         views, used = self._place(op)
         waves, use = self._transport, used.use
         event: Any = FlagEvent.passed()

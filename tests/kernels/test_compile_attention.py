@@ -15,11 +15,12 @@ from pipemoe_kernels.attention.packed import HEAD_SIZES
 from pipemoe_kernels.ptx.attention import KEYS
 from tests.kernels.assembler import MAX_SHARED_BYTES, NUM_REGISTERS, build, compiled, disassemble
 
+# Compiling one takes over ten seconds. Of keys of 192 the quick test is that of the linked kernel.
 FORMS = [
     (128, 128, 8, False, False),
     (128, 128, 1, True, True),
-    (192, 128, 1, False, False),
-    (64, 64, 8, False, True),
+    pytest.param(192, 128, 1, False, False, marks=pytest.mark.slow),
+    pytest.param(64, 64, 8, False, True, marks=pytest.mark.slow),
 ]
 
 

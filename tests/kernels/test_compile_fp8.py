@@ -28,7 +28,7 @@ def test_grouped_gemm(gated, tmp_path):
         assert "STG.E.128" in code
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_grouped_gemm_as_it_is_linked(gated, tmp_path):
     """By the linker that launches use: it must keep what the assembler alone would give."""
     entry, cubin = linked(grouped_fp8_kernel(gated=gated))

@@ -15,8 +15,9 @@ if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
 from pipemoe_kernels.combine_lanes import combine_lanes
+from pipemoe_kernels.gemm.packed_wgmma import down_rows, gate_up_rows
 from pipemoe_kernels.gemm.tile_shape import SHAPES
-from pipemoe_kernels.gemm.wgmma import down_rows, gate_up_rows, grouped_kernel
+from pipemoe_kernels.gemm.wgmma import grouped_kernel
 from pipemoe_kernels.index.hopper import MAX_BLOCKS, index_local_pairs
 from pipemoe_kernels.launch.kernel import Stream
 from pipemoe_kernels.launch.tensor_map import device_maps, tensor_map

@@ -19,6 +19,7 @@ from pipemoe_kernels.gemm.wgmma import grouped_kernel
 from pipemoe_kernels.index.hopper import index_kernels
 from pipemoe_kernels.launch import build_ahead, cubin_cache
 from pipemoe_kernels.launch.kernel import Kernel, kernels_in
+from pipemoe_kernels.pack import pack_kernel
 
 CC = (8, 0)
 
@@ -31,7 +32,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def small_kernels() -> list[Kernel]:
-    return [*kernels_in(index_kernels(2, False)), norm_kernel(torch.bfloat16, None, 64, 1e-6, False, True)]
+    """Two that take a moment to compile; what makes them makes one each."""
+    return [norm_kernel(torch.bfloat16, None, 64, 1e-6, False, True), pack_kernel()]
 
 
 @pytest.fixture
@@ -62,7 +64,7 @@ def test_helpers_build_what_their_recipes_say(monkeypatch, built):
     """Here this process builds nothing itself."""
     monkeypatch.setattr(build_ahead, "_spare_cores", lambda: 1)
     monkeypatch.setattr(Kernel, "build_ahead", lambda self, cc: None)
-    kernels = small_kernels()
+    kernels = [*small_kernels(), *kernels_in(index_kernels(2, False))]  # the latter are made together
     build_ahead.build_all(kernels, CC)
     assert all(kept(kernels)) and not built
 
