@@ -18,6 +18,7 @@ from typing import Any
 from pipemoe.comm.shared.bells import LONGEST_SLEEP, Bells, Sleeper
 from pipemoe.comm.shared.flags import FlagEvent
 from pipemoe.runtime.lanes import HostClock, HostEvent, HostMark, PolledLane, SlotLanes
+from pipemoe.runtime.thread_class import SHORTEST_SLICE_NS, ask_for_slice, nicer_by
 from pipemoe.torch_state import no_grad_on_this_thread
 
 _Work = tuple[Callable[[], Any], list[Any], HostEvent]
@@ -140,9 +141,10 @@ class HostSlot:
             time.sleep(_WAY_SECONDS)
 
     def _run(self) -> None:
-        # For good: an unprivileged thread cannot come back. So each slot has a thread of its own.
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + _niceness(self.number))
+        # A thread keeps its class for life, so each slot has a thread of its own.
+        nicer_by(_niceness(self.number))
+        if self.number == 0:  # the shortest cohort wakes up often, for a short while
+            ask_for_slice(SHORTEST_SLICE_NS)
         no_grad_on_this_thread()
         sleeper = self._bells.sleeper([self.number])
         while not self._closed:

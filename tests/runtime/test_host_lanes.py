@@ -1,6 +1,9 @@
 """The lanes of ranks that share memory: one thread for all of a slot's work, the conductor's own or the slot's."""
 
+import ctypes
 import os
+import platform
+import struct
 import threading
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 from pipemoe.comm.shared import words
 from pipemoe.comm.shared.bells import Bells
 from pipemoe.comm.shared.flags import FlagEvent
+from pipemoe.runtime import thread_class
 from pipemoe.runtime.host_lanes import HostLanes, _niceness
 from pipemoe.runtime.lanes import HostEvent
 
@@ -123,6 +127,35 @@ def test_longer_cohorts_have_nicer_threads(lanes):
     here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
     assert [found[slot] for slot in range(3)] == [min(19, here + _niceness(slot)) for slot in range(3)]
     assert _niceness(0) == 0 < _niceness(1) < _niceness(2) <= 15 == _niceness(30)
+
+
+def _slice_of_this_thread():
+    """In ns, as sched_getattr says; 0 if it does not."""
+    number = {"x86_64": 315, "aarch64": 275}.get(platform.machine(), -1)
+    found = ctypes.create_string_buffer(48)
+    if ctypes.CDLL(None).syscall(number, threading.get_native_id(), found, len(found), 0):
+        return 0
+    return struct.unpack("IIQiIQQQ", found.raw)[5]
+
+
+def test_the_shortest_cohorts_thread_asks_for_a_core_soonest(lanes):
+    usual, found = _slice_of_this_thread(), {}
+    if not usual:
+        pytest.skip("this kernel has no slices of threads")
+    lanes.begin({0, 1})
+    events = [
+        lanes.slots[slot].compute.submit(lambda slot=slot: found.update({slot: _slice_of_this_thread()}))
+        for slot in range(2)
+    ]
+    assert all(event.wait(PATIENCE) for event in events)
+    assert found[0] == thread_class.SHORTEST_SLICE_NS < usual == found[1]
+
+
+def test_a_slice_that_is_refused_is_the_usual_one(monkeypatch):
+    monkeypatch.setattr(thread_class, "_SET_ATTRIBUTES", 1 << 20)  # no such call
+    assert not thread_class.ask_for_slice(thread_class.SHORTEST_SLICE_NS)
+    monkeypatch.setattr(thread_class, "_SET_ATTRIBUTES", -1)
+    assert not thread_class.ask_for_slice(thread_class.SHORTEST_SLICE_NS)
 
 
 def test_a_mark_wakes_the_conductor(lanes):
