@@ -9,6 +9,7 @@ import json
 import os
 import socket
 from dataclasses import replace
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look
@@ -20,6 +21,7 @@ from pipemoe.plan.cost.devices import cpu, gpu_named
 from pipemoe.plan.cost.dimensions import Dimensions
 from pipemoe.plan.cost.file import cost_of_bytes, read_cost_bytes
 from pipemoe.plan.cost.model import CostModel
+from pipemoe.runtime.core_speed import slowness
 from pipemoe.version import __version__
 from pipemoe.warn_once import warn_once
 
@@ -48,6 +50,8 @@ def runtime_cost(
     graph_rows: most tokens whose attention is launched as a graph. graph_cuts: also where sequences are cut.
     num_sms: of this rank's experts; None if there are no experts, which is an error later.
 
+    Costs derived for a CPU follow the speed of its cores, as all ranks measure it, once in a process.
+
     If some rank cannot read its file, all raise ConfigError. A file of another subject or version is refused with a
     warning, by rank 0 and by every rank whose file differs from rank 0's. Costs are compared like everything else that
     plans depend on, so it is an error on all ranks if one rank has another file.
@@ -63,16 +67,16 @@ def runtime_cost(
     file = found or b""
     if error is not None and not str(error).startswith("rank "):
         error = ConfigError(f"rank {world.rank}: cost file {error}")
-    own = [name, cores, place, num_sms, hashlib.sha256(file).hexdigest(), encode_error(error).decode()]
+    slow = slowness() if world.device.type == "cpu" else 1000
+    own = [name, cores, place, num_sms, slow, hashlib.sha256(file).hexdigest(), encode_error(error).decode()]
     everywhere = [json.loads(p) for p in world.all_gather(json.dumps(own).encode(), "exchange of device names")]
     raise_first([text.encode() for *_, text in everywhere])
-    gathered, files = [row[:4] for row in everywhere], [row[4] for row in everywhere]
-    name, cores, *_ = gathered[0]  # rank 0 speaks for all: ranks must plan alike
-    places = [where for _, _, where, _ in gathered]
+    name, cores, *_ = everywhere[0]  # rank 0 speaks for all: ranks must plan alike
+    places, files = [row[2] for row in everywhere], [row[5] for row in everywhere]
     as_here: dict[str, Any] = {
         "graph_rows": graph_rows,
         "graph_cuts": graph_cuts,
-        "num_sms": min((count for *_, count in gathered if count is not None), default=0),
+        "num_sms": min((row[3] for row in everywhere if row[3] is not None), default=0),
         "ctas": world.ctas,
     }
     sharing = max(places.count(where) for where in places)
@@ -111,6 +115,7 @@ def runtime_cost(
         sum_bytes=sum_dtype.itemsize,
         ranks_per_device=ranks_per_device,
         row_bytes=wire.row_bytes,
+        slowness=median_low(row[4] for row in everywhere),
     )
     return _as_here(cost, **as_here), False, subject, error
 

@@ -22,6 +22,7 @@ from pipemoe.plan.clock.rules import (
     TRANSFER,
     Clock,
     begin_computation,
+    core_shares,
     demand_of,
     is_ready,
     issue_next,
@@ -51,6 +52,7 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
     next_end, exposed_since = np.full(num_ranks, NEVER, np.int64), np.full(num_ranks, NEVER, np.int64)
     finish, exposed = np.full((num_cohorts, num_ranks), NEVER, np.int64), np.zeros(num_ranks, np.int64)
     beside = np.full((2, num_ranks), 1000, np.int64)
+    shares = np.empty(slots.max() + 1 if num_cohorts else 0, np.int64)
     link_changed, now, events = False, 0, 0
     while True:
         events += 1
@@ -76,15 +78,12 @@ def run_clock(costs, keys, slots, weight, num_layers, num_buffers, rates, speeds
             link_changed = True
         # How fast everything runs.
         if any_shared:
-            total = 0
             if rates.cores_permille:
-                for r in range(num_ranks):
-                    shared[r] = True
-                    for c in range(num_cohorts):
-                        total += weight[r] * state[r, c].demand if state[r, c].active else 0
+                shared[:] = True
+                core_shares(state, cohorts, weight, rates, shares)
             for r in range(num_ranks):
                 if shared[r] and rates.cores_permille:
-                    share_cores(state, rates, total, r, now)
+                    share_cores(state, cohorts, rates, shares, r, now)
                 elif shared[r]:
                     share_device(state, cohorts, speeds, r, now)
                 if shared[r]:

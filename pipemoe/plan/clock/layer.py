@@ -114,19 +114,22 @@ def layer_costs(
                     ends[c, r] += 1
     for c in range(num_cohorts):
         for w in range(num_waves[c]):
-            busy = experts_busy(rates, wave_rows[c, w], num_experts, top_k, num_ranks, sms_left)
+            # Ranks that share cores and memory leave padding where it is, and know no collectives.
+            on_cores = rates.cores_permille > 0
+            num_rows = owned[c, w].sum() if on_cores else wave_rows[c, w]
+            busy = experts_busy(rates, num_rows, num_experts, top_k, num_ranks, sms_left)
             for r in range(num_ranks):
                 compute[c, r, 1 + w, ALONE], compute[c, r, 1 + w, BUSY] = rates.experts_fixed_ns + busy, busy
             of_wave = segments[begin[c, w] : begin[c, w] + calls[c, w]]
-            one_call = gathered == 1 or (
-                gathered == 2 and is_even(of_wave[:, 2], of_wave[:, 4] - of_wave[:, 3], num_ranks)
+            one_call = not on_cores and (
+                gathered == 1 or (gathered == 2 and is_even(of_wave[:, 2], of_wave[:, 4] - of_wave[:, 3], num_ranks))
             )
-            least = wave_rows[c, w] // num_ranks if one_call else owned[c, w].min()
+            least = num_rows // num_ranks if one_call else owned[c, w].min()
             num_calls = 1 if one_call else calls[c, w]
-            busy = scaled(wave_rows[c, w] - least, rates.dispatch_row_ps, 1000)
+            busy = scaled(num_rows - least, rates.dispatch_row_ps, 1000)
             exchange[c, DISPATCH, w, ALONE] = rates.dispatch_fixed_ns + num_calls * rates.dispatch_segment_ns + busy
             exchange[c, DISPATCH, w, BUSY] = busy
-            moved = wave_rows[c, w] - (least if one_call else 0)
+            moved = num_rows - (least if one_call else 0)
             if gather:
                 moved, num_calls = (num_ranks - 1) * owned[c, w].max(), calls[c, w]
             busy = scaled(moved, rates.combine_row_ps, 1000)

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipemoe.plan.clock.layer import ALONE, BUSY, COMBINE, DISPATCH, FINISH, FIRST_ATTEND
 from pipemoe.plan.compiled import compiled_part, compiled_rule
+from pipemoe.plan.cost.tuned import LEAST_SHARE
 from pipemoe.plan.schedule import MAX_GROUPS
 from pipemoe.plan.waits import LAYER_OF
 
@@ -208,16 +209,33 @@ def begin_computation(clock, costs, rates, c, r, now):
 
 
 @compiled_rule
-def share_cores(state, rates, total, r, now):
-    """Set the speeds of rank r's computations anew, if all ranks compute on the same cores. total: all their demand."""
+def core_shares(state, cohorts, weight, rates, shares):
+    """Set shares [S]: how fast each slot's computations run, in thousandths, if all ranks compute on the same cores.
+    Earlier slots go first; what they leave, and LEAST_SHARE at least, is for the later ones.
+    """
+    shares[:] = 0  # at first, their demand
+    for r in range(state.shape[0]):
+        for c in range(state.shape[1]):
+            if state[r, c].active:
+                shares[cohorts[c].slot] += weight[r] * state[r, c].demand
+    left = rates.cores_permille
+    for slot in range(len(shares)):
+        demand = shares[slot]
+        allowed = max(left, rates.cores_permille * LEAST_SHARE // 1000)
+        shares[slot] = max(1, 1000 * allowed // demand) if demand > allowed else 1000
+        left -= min(left, demand)
+
+
+@compiled_rule
+def share_cores(state, cohorts, rates, shares, r, now):
+    """Set the speeds of rank r's computations anew, by the shares of core_shares."""
     beside = 0
     for c in range(state.shape[1]):
         beside += state[r, c].active
     slowed = 1000 + rates.cores_slowdown_permille * (beside - 1)
-    share = max(1, 1000 * rates.cores_permille // total) if total > rates.cores_permille else 1000
     for c in range(state.shape[1]):
         if state[r, c].active:
-            _go_on_at(state[r, c], max(1, share * 1000 // slowed), now)
+            _go_on_at(state[r, c], max(1, shares[cohorts[c].slot] * 1000 // slowed), now)
 
 
 @compiled_rule

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 from pipemoe.plan.cost import tuned
 from pipemoe.plan.cost.devices import Device
@@ -19,6 +21,8 @@ from pipemoe.plan.cost.model import (
     SmsCost,
 )
 from pipemoe.plan.row import row_bytes as row_bytes_of
+
+_MOST_SLOWNESS = 100_000  # products of the planner still fit int64
 
 
 def _contention(beside: Sequence[Sequence[int]], under: Sequence[Sequence[int]]) -> ContentionCost:
@@ -40,9 +44,11 @@ def default_cost(
     ranks_per_device: int = 1,
     row_bytes: int | None = None,
     ctas: int = 0,
+    slowness: int = 1000,
 ) -> CostModel:
     """value_bytes: of weights and dispatched values. sum_bytes: of combined values. ranks_per_device: how many ranks
     share a GPU's rates. row_bytes: of a token in a dispatch; None: of one in the model's dtype. ctas: see SmsCost.
+    slowness: how much longer everything takes, in thousandths.
 
     Good enough to tell plans apart; `pipemoe tune` measures better costs.
     """
@@ -75,7 +81,7 @@ def default_cost(
     glue_ps = (4 * shape.hidden + 3 * shape.intermediate) * value_bytes * 10**15 // (bandwidth * reached["memory"])
     passes_ps = read_ns(1000 * reached["passes"] * shape.hidden)
     pair_fs = compute_ps(1000 * dimensions.pair_flops, reached["attention"])
-    return CostModel(
+    cost = CostModel(
         attend=AttendCost(
             fixed_ns=fixed["attend_ns"] * waiting,
             weights_ns=max(read_ns(dimensions.dense_weights), fixed["attend_least_ns"]),
@@ -110,3 +116,15 @@ def default_cost(
         start_ns=fixed["start_ns"] * waiting,
         finish_ns=fixed["finish_ns"],
     )
+    return _slower(cost, min(max(slowness, 1), _MOST_SLOWNESS))
+
+
+def _slower(cost: CostModel, permille: int) -> CostModel:
+    """All times of the cost model, times so many thousandths."""
+
+    def slower(part: Any) -> Any:
+        times = [f.name for f in fields(part) if f.name.endswith(("_ns", "_ps", "_fs"))]
+        return replace(part, **{name: getattr(part, name) * permille // 1000 for name in times})
+
+    parts = {name: slower(getattr(cost, name)) for name in ("attend", "experts", "dispatch", "combine", "host")}
+    return slower(replace(cost, **parts))

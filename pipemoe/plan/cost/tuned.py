@@ -8,12 +8,12 @@ from __future__ import annotations
 # --- What whole steps reach of the peak rates (cost/default.py) ---
 # GPUs: fitted on 2026-12-01 to benchmarks/results/h200/forward.json, Qwen3-30B-A3B on one H200, 1 to 8192 tokens.
 # Predictions are 6 % off at most, of these steps.
-# CPUs: fitted on 2026-12-01 to 77 steps (11 sets of prompts in 7 modes) of the small model on 4 ranks that share two
-# cores and memory; 9 % off, one cohort 3 %, two chunks of all ranks 17 %.
+# CPUs: fitted on 2026-12-02 to 50 steps (10 sets of prompts in 5 modes) of the small model on 4 ranks that share two
+# cores and memory; 9 % off, one cohort 7 %, two chunks of all ranks 13 %.
 # dense, grouped GEMMs, attention and memory in permille of the peak; passes: how often a model's own modules pass over
 # each row in elementwise kernels.
 REACHED_ON_GPU = {"dense": 750, "grouped": 900, "attention": 690, "memory": 940, "passes": 10}
-REACHED_ON_CPU = {"dense": 265, "grouped": 440, "attention": 250, "memory": 500, "passes": 8}
+REACHED_ON_CPU = {"dense": 120, "grouped": 230, "attention": 440, "memory": 375, "passes": 8}
 
 # ns of the conductor's thread for each operation, see HostCost. Of several ranks, fitted on 2026-11-26 to steps on two
 # H100s and on quarters of one; but attention without graphs, of which a sixth of the launches is left.
@@ -75,18 +75,20 @@ FIXED_ON_LONE_GPU = FIXED_ON_GPU | {
     "finish_ns": 300_000,
 }
 FIXED_ON_CPU = {
-    "attend_ns": 100_000,
+    "attend_ns": 140_000,
     "attend_least_ns": 0,
-    "experts_ns": 60_000,
-    "group_ns": 16_000,
-    "segment_ns": 13_000,
-    "start_ns": 940_000,
-    "finish_ns": 770_000,
+    "experts_ns": 63_000,
+    "group_ns": 900,
+    "segment_ns": 700,
+    "start_ns": 400_000,
+    "finish_ns": 2_250_000,
     "tile_rows": 6,
     "gap_permille": 1000,
 }
 # See CoresCost. Several cohorts of a rank are threads that take turns. The fit of CPUs.
-CORES_SLOWDOWN_PERMILLE = 400
+CORES_SLOWDOWN_PERMILLE = 1140
+# What later slots have of the cores at least, in permille.
+LEAST_SHARE = 300
 
 # NCCL's rings between GPUs: about 330 of 450 GB/s, as published for H200s. 2026-11-23.
 LINK_PERMILLE = 700
@@ -129,3 +131,7 @@ CANDIDATE_LAYERS = 16  # that are simulated at most, and half of them
 # Ranks whose attention differs by less than one part in ALIKE_PARTS are simulated as one. If more than MOST_RANKS
 # remain, the difference no longer counts. 2026-11-23, to make planning faster; no run is recorded.
 ALIKE_PARTS, MOST_RANKS = 16, 3
+
+# What core_speed's rounds took while the steps of the fit of CPUs ran: a product of 64 x 128 and 128 x 256, and 4000
+# turns of a loop in Python.
+REFERENCE_PRODUCT_NS, REFERENCE_LOOP_NS = 70_000, 205_000
