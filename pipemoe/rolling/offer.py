@@ -48,8 +48,9 @@ class Offer(NamedTuple):
 
     chunks: in the order in which the rank would have them, at most MAX_CHUNKS, each of another sequence. lags: per
     slot, how long the round under way has taken, in thousandths of its predicted time; 0 if none is under way.
-    waiting_tokens: on this rank, in this slot, behind these chunks. leaving: the rank has nothing more for this slot
-    and never will have. patient: its chunks may wait for other ranks to have some too (policy lockstep_delayed).
+    waiting_tokens: on this rank, behind these chunks: on offer in this slot, and in the queue of all slots. leaving:
+    the rank has nothing more for this slot and never will have. patient: its chunks may wait for other ranks to have
+    some too (policy lockstep_delayed).
     """
 
     chunks: tuple[Chunk, ...] = ()

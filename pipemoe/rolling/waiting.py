@@ -83,6 +83,16 @@ class Queue:
         fitting = (key[-1] for key in self._order if self._sequences[key[-1]].length <= most)
         return next(fitting, None)
 
+    def first_beyond(self, tokens: int) -> int | None:
+        """Of those of more than so many tokens, the first of the highest priority, or its shortest."""
+        if not self._lengths or self._lengths[-1] <= tokens:
+            return None
+        return next(key[-1] for key in self._order if self._sequences[key[-1]].length > tokens)
+
+    def look(self, sequence: int) -> _Sequence:
+        """It stays here."""
+        return self._sequences[sequence]
+
     def take(self, sequence: int) -> _Sequence:
         """It goes on offer."""
         return self._remove(sequence)
@@ -154,8 +164,8 @@ class Waiting:
         self._under_way = True
         enough, most = self._settings.most_on_offer(self.waiting_tokens, self._num_slots), self._most_tokens()
         tokens = sum(min(self._longest, s.length - s.at) for s in self._offered.values())
-        while len(self._offered) < MAX_CHUNKS and tokens < enough:
-            sequence = self._queue.next_of(most)
+        while len(self._offered) < MAX_CHUNKS:
+            sequence = self._queue.next_of(most) if tokens < enough else self._next_before_all()
             if sequence is None or not reserve(sequence):
                 break
             self._offered[sequence] = found = self._queue.take(sequence)
@@ -165,6 +175,24 @@ class Waiting:
             Chunk(sequence, s.at, min(s.length, s.at + self._longest), s.length, min(s.age, MOST_ROUNDS), s.priority)
             for sequence, s in self._offered.items()
         )
+
+    def _next_before_all(self) -> int | None:
+        """Of what no other slot may take, the first, if it goes before all that is on offer here: it need not wait for
+        longer sequences, or such of lower priority, to pass chunk by chunk.
+        """
+        settings = self._settings
+        if not self._takes_all or settings.policy != "rolling":
+            return None
+        of_others = settings.longest_short(self._queue.tokens) if self._num_slots > 1 else 0
+        sequence = self._queue.first_beyond(of_others)
+        if sequence is None:
+            return None
+        first = min(map(self._place, self._offered.values()))
+        return sequence if self._place(self._queue.look(sequence)) < first else None
+
+    def _place(self, found: _Sequence) -> tuple[int, int]:
+        """What is less goes first. Ages aside, as admission has it."""
+        return -found.priority, self._settings.work(found.at, found.length)
 
     def _most_tokens(self) -> int:
         """Of a sequence that this slot may take from the queue."""

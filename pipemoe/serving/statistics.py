@@ -48,8 +48,8 @@ _OF_SLOT = {
     "tokens": (True, "Tokens of this rank in rounds"),
     "rows": (True, "Tokens of all ranks in rounds"),
     "seconds": (True, "Seconds that rounds took"),
-    "waiting": (False, "Sequences with tokens that are not admitted"),
-    "waiting_tokens": (False, "Tokens that are not admitted"),
+    "waiting": (False, "Sequences with tokens that are not admitted, those in the queue of all slots in each"),
+    "waiting_tokens": (False, "Tokens that are not admitted, those in the queue of all slots in each"),
     "lag": (False, "Time of the round under way, as a multiple of what is expected"),
     "kept_tokens": (False, "Tokens that have memory for keys and values"),
 }

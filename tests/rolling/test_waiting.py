@@ -89,6 +89,31 @@ def test_a_slot_takes_from_the_queue_what_no_other_has():
     assert [c.sequence for c in long.offer()] == [1]
 
 
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_what_has_begun_holds_up_nothing_that_goes_first_and_that_no_other_slot_takes(num_slots):
+    slot = Slot(num_slots - 1, num_slots)
+    for sequence in range(4):
+        slot.queue.add(sequence, 1000)
+    begun = slot.offer()
+    slot.settle(begun[:1])  # 950 tokens are left of it
+    cases = [(949, 0, True), (950, 0, False), (10**6, 1, True), (949, -1, False), (50, 2, num_slots == 1)]
+    for sequence, (length, priority, goes) in enumerate(cases, 4):
+        slot.queue.add(sequence, length, priority)
+        assert [c.sequence for c in slot.offer()[len(begun) :]] == [sequence] * goes
+        slot.settle(())
+        assert (slot if goes else slot.queue).cancel(sequence)
+
+
+def test_in_lockstep_what_is_shorter_does_not_go_first():
+    slot = Slot(0, 1, SETTINGS._replace(policy="lockstep"))
+    for sequence in range(4):
+        slot.queue.add(sequence, 1000)
+    count = len(slot.offer())
+    slot.settle(())
+    slot.queue.add(4, 10)
+    assert len(slot.offer()) == count
+
+
 def short(length: int, *more: int, **changed) -> bool:
     """May a short slot take this, if more waits?"""
     slot = Slot(0, 2, SETTINGS._replace(max_tokens_per_round=4096, **changed))
