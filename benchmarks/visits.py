@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.bench_main import Progress
 from benchmarks.case_server import Server, ServerError
-from benchmarks.routing_load import expected_active
 from benchmarks.ttft.models import BenchModel
 from benchmarks.ttft.table import tokens_text
 from pipemoe.doctor import installed_gpus
@@ -264,6 +263,8 @@ class Forward:
         expected = None
         if figures.get("num_experts"):
             counts = figures["num_experts"], figures["top_k"], sum(case)
+            from benchmarks.routing_load import expected_active  # with torch, whose import takes seconds
+
             expected = expected_active(*counts)
         clocks = {
             name: [value for c in own.clocks if (value := getattr(c, name)) is not None]

@@ -47,27 +47,31 @@ one_process() {
     "$python" -m pytest -q -m "not mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "$@"
 }
 
-# All ranks must draw the same random cases, and must not share a cache folder.
+# All ranks must draw the same random cases, and must not share a cache folder. Files without tests of ranks are not even
+# imported: on every rank, that takes as long as all else.
 on_ranks() {
-    local num_ranks=$1 rank_logs=$logs/ranks$1
+    local num_ranks=$1 rank_logs=$logs/ranks$1 files
     shift
     mkdir -p "$rank_logs"
+    mapfile -t files < <(grep -rlE 'mark\.mpi\b' --include='test_*.py' "$@")
     PIPEMOE_RANK_LOGS=$rank_logs timeout --foreground --kill-after=20 600 launch/mpirun.sh -n "$num_ranks" \
-        -m pytest -q -m "mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "$@" && return
+        -m pytest -q -m "mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "${files[@]}" && return
     tail -n 60 "$rank_logs"/rank*.log 2>/dev/null
     return 1
 }
 
-# What depends on how many ranks there are. Models and callers run on 1 and 3 ranks, benchmarks on 1 and 2.
+# What depends on how many ranks there are. Models and callers run on 1 and 3 ranks, benchmarks on 2; of them, the one
+# with all modes on 1 as well.
 by_ranks=(tests/comm tests/runtime tests/world tests/test_layer.py tests/test_layer_fp8.py)
+mapfile -t without_benchmarks < <(find tests -mindepth 1 -maxdepth 1 ! -name benchmarks ! -name '__*' | sort)
 
 echo "== running; the first part is done in a minute or two"
 {
     part "format and types" format_and_types
     part "kernels" one_process tests/kernels
     part "4 ranks" on_ranks 4 "${by_ranks[@]}"
-    part "1 rank" on_ranks 1 tests
-    part "3 ranks" on_ranks 3 --ignore=tests/benchmarks tests
+    part "1 rank" on_ranks 1 "${without_benchmarks[@]}" tests/benchmarks/ttft
+    part "3 ranks" on_ranks 3 "${without_benchmarks[@]}"
     # over MPI; the others share memory
     PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 "${by_ranks[@]}" tests/benchmarks
 } </dev/null &

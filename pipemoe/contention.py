@@ -19,7 +19,6 @@ import numpy as np
 
 from pipemoe.comm.transport import WaveSums
 from pipemoe.models.graph_capture import collection_held
-from pipemoe.models.packing import Piece
 from pipemoe.plan.schedule import Segment, Wave
 from pipemoe.wire import WireFormat
 
@@ -154,6 +153,8 @@ class Operations:
         """Attention of the first MoE layer and all before it, repeated on the same tokens; from a graph where steps
         use one."""
         import torch
+
+        from pipemoe.models.packing import Piece
 
         pieces = [Piece(0, 0, self._num_tokens, self._num_tokens)]
         state = self._decoder.start(
