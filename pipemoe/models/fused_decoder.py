@@ -280,8 +280,10 @@ class FusedDecoder(Decoder):
 
 
 def row_counts(most: int) -> list[int]:
-    """Numbers of rows up to `most`: each up to 16, every eighth up to 64, then four per doubling."""
-    counts, step = [*range(1, 17), *range(24, 65, 8)], 16
+    """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, then four per
+    doubling.
+    """
+    counts, step = [*range(1, 21), *range(24, 65, 8)], 16
     while counts[-1] < most:
         counts += [counts[-1] + step * i for i in range(1, 5)]
         step *= 2

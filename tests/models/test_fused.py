@@ -153,5 +153,5 @@ def test_families_state_what_their_configs_say():
 def test_row_counts_to_warm_up_for(most):
     counts = row_counts(most)
     assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] == most
-    assert counts[:16] == list(range(1, 17))[:most]
+    assert counts[:20] == list(range(1, 21))[:most]
     assert all(b - a <= max(8, a / 4) for a, b in zip(counts, counts[1:]))
