@@ -56,7 +56,7 @@ class Settings(NamedTuple):
     loads: tuple[float, ...] = (0.7,)  # of the best lockstep policy's throughput
     seeds: tuple[int, ...] = (0, 1, 2)
     rate_step: float = 1.1  # between the rates of the bisection
-    lowest_load: float = 0.2  # and their range
+    lowest_load: float = 0.05  # and their range
     highest_load: float = 1.4
     per_class: int = 4  # requests of each class that are served one at a time
     find_capacity: bool = True
