@@ -14,10 +14,6 @@ from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.offer import Chunk
 
 _MANY, _SHORT = 8192, 128  # tokens of a rank in a long round, and of a sequence without much attention
-_TYPICAL = 1024  # tokens of a rank in the round of a service
-# How much longer computations take in rounds side by side, of all that exchange meanwhile: 1.2 to 1.45 by the clock,
-# with the costs of quarters of an H200.
-CROWDING = 1.35
 _PACE_ROUNDS = 8  # that a slot's pace is a mean of, recent ones more than others
 
 
@@ -37,7 +33,7 @@ class RoundTime:
         return self._of_spans(_spans(admitted))[0]
 
     def busy(self, admitted: Sequence[Sequence[Chunk]]) -> list[int]:
-        """ns of those in which the round computes, on each rank; where ranks share cores, on the cores of all."""
+        """ns of those in which each rank computes, or issues; where ranks share cores, on the cores of all."""
         return self._of_spans(_spans(admitted))[1]
 
     def of_tokens(self, tokens: int, start: int = 0) -> int:
@@ -45,13 +41,10 @@ class RoundTime:
         return self._of_spans([[(start, start + tokens)]])[0]
 
     def useful_slots(self) -> int:
-        """How many slots' rounds gain by going on side by side: as many as share no cores; on devices, as many as it
-        takes for them to compute all the time, but 2 at least, so that short ones pass long ones.
+        """How many slots' rounds gain by going on side by side: as many as share no cores. On devices 2: by the clock,
+        a third one brings 4 % at most, and slows the others.
         """
-        if self._cores:
-            return max(1, self._cores // (1000 * self._num_ranks))
-        whole, busy = self._of_spans([[(0, _TYPICAL)]] * self._num_ranks)
-        return max(2, round(whole / (CROWDING * max(busy))))
+        return max(1, self._cores // (1000 * self._num_ranks)) if self._cores else 2
 
     def fixed_rows(self) -> int:
         """How many rows on each rank take as long as what a round costs by itself, at least 1."""
@@ -105,7 +98,8 @@ class RoundTime:
         if self._cores:
             attends, firsts = ([sum(of) * 1000 // self._cores] * len(spans) for of in (attends, firsts))
         computing = num_layers * num_waves * (experts - rates.experts_fixed_ns)
-        return whole, [min(whole, num_layers * a + computing + first) for a, first in zip(attends, firsts)]
+        issuing = 0 if self._cores else num_layers * issue
+        return whole, [min(whole, max(issuing, num_layers * a + computing + f)) for a, f in zip(attends, firsts)]
 
     def _shared(self, works: Sequence[int]) -> int:
         """ns until all of these are done, each by its own rank."""

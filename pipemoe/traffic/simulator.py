@@ -1,7 +1,7 @@
 """Plays requests on a simulated engine: the real queues and admission, with the cost model's times for rounds.
 
 Time passes from event to event: a request arrives, a round ends, a pause is over. Rounds of several slots share what
-computes, evenly, so together they cannot keep any rank busier than all the time; and they slow one another (CROWDING,
+computes, evenly, so together they cannot keep any rank busier than all the time; and they slow one another (crowding,
 CoresCost). On a GPU the streams of shorter slots go first, but by the clock that gains them little. Memory for keys
 and values is taken to suffice.
 """
@@ -11,19 +11,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
+from pipemoe.plan.clock.prediction import simulate
+from pipemoe.plan.config import PlanConfig
 from pipemoe.plan.cost.model import CostModel
-from pipemoe.plan.schedule import ModelShape
+from pipemoe.plan.planner import plan
+from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
 from pipemoe.rolling.admission import Admission, RollingSettings
 from pipemoe.rolling.offer import Chunk, Offer
-from pipemoe.rolling.round_time import CROWDING, Pace, RoundTime
+from pipemoe.rolling.round_time import Pace, RoundTime
 from pipemoe.rolling.rounds import pause_seconds
 from pipemoe.rolling.waiting import Queue, Waiting
 from pipemoe.traffic.arrival_times import Arrival
 from pipemoe.traffic.campaign import Limits
 from pipemoe.traffic.policy import Policy, rank_for
 from pipemoe.traffic.served import Served
+
+_TYPICAL, _MANY = 1024, 3  # tokens of a rank in a typical round; rounds that compute all the time
 
 
 class Machine(NamedTuple):
@@ -35,6 +41,21 @@ class Machine(NamedTuple):
     num_slots: int
     moe_max_num_tokens: int
     delay_seconds: float = 0.0  # see pipemoe.Engine
+
+
+@lru_cache
+def crowding(machine: Machine) -> float:
+    """How much longer computations take on GPUs in rounds side by side, of all that exchange meanwhile: by the clock,
+    which runs several typical rounds at once. At least 1.
+    """
+    ends = [n * _TYPICAL for n in range(_MANY + 1)]
+    cohorts = [[Microbatch(rank, *of) for rank in range(machine.num_ranks)] for of in zip(ends, ends[1:])]
+    facts = Facts(((_TYPICAL,) * _MANY,) * machine.num_ranks)
+    config = PlanConfig(moe_max_num_tokens=machine.moe_max_num_tokens, max_tokens_per_rank=ends[-1], num_slots=_MANY)
+    rounds = plan(facts, machine.shape, config, machine.cost, cohorts, slots_in_use=_MANY)
+    times = RoundTime(machine.shape, machine.cost, machine.num_ranks, machine.moe_max_num_tokens)
+    busy = max(times.busy([[Chunk(0, 0, _TYPICAL, _TYPICAL)]] * machine.num_ranks))
+    return max(1.0, (simulate(rounds, machine.cost).makespan - machine.cost.start_ns) / (_MANY * busy))
 
 
 class SimulatedPlayer:
@@ -140,7 +161,7 @@ class _Play:
             return [1.0] * len(rounds)
         total = max(map(sum, zip(*busy)))
         if not cores.permille:
-            return [min(1.0, 1 / (CROWDING * total))] * len(rounds)
+            return [min(1.0, 1 / (crowding(self._machine) * total))] * len(rounds)
         share, slowdown = min(1.0, 1 / total), cores.slowdown_permille / 1000
         return [share / (1 + slowdown * (total - round_.busy[0])) if round_ else 1.0 for round_ in rounds]
 

@@ -17,12 +17,12 @@ from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, Microbatch, ModelShape
 from pipemoe.rolling.engine_settings import engine_settings
 from pipemoe.rolling.offer import Chunk
-from pipemoe.rolling.round_time import CROWDING, RoundTime
+from pipemoe.rolling.round_time import RoundTime
 from pipemoe.traffic.arrival_times import Arrival
 from pipemoe.traffic.campaign import Campaign, Settings
 from pipemoe.traffic.policy import POLICIES, Policy
 from pipemoe.traffic.request_trace import Request
-from pipemoe.traffic.simulator import Machine, SimulatedPlayer
+from pipemoe.traffic.simulator import Machine, SimulatedPlayer, crowding
 
 SHAPE = ModelShape(2048, 768, 128, 8, 48)
 ON_CORES = CostModel(cores=CoresCost(permille=2000))
@@ -77,6 +77,7 @@ def test_alone_a_request_takes_its_rounds_and_the_start():
         assert served.rank == served.number
 
 
+@settings(deadline=None)
 @given(tokens=st.lists(st.integers(0, 5000), min_size=4, max_size=4), cost=st.sampled_from([CostModel(), ON_CORES]))
 def test_a_round_computes_for_a_part_of_its_time(tokens, cost):
     times, admitted = RoundTime(SHAPE, cost, 4, 4096), [[Chunk(0, 0, n, n)] if n else [] for n in tokens]
@@ -119,18 +120,19 @@ def test_rounds_beside_one_another_share_the_cores_and_slow_one_another(slowdown
 
 
 @pytest.mark.parametrize("lengths", [(1024,) * 4, (2048,) * 4, (4096,) * 4, (1024, 0, 0, 0), (64, 0, 0, 0)])
-@pytest.mark.parametrize("cap", [4096, 8192])
-def test_two_rounds_side_by_side_take_about_what_the_clock_says(lengths, cap):
-    """On quarters of an H200, whose computations and exchanges take about as long."""
+@pytest.mark.parametrize(("sharing", "cap"), [(4, 4096), (4, 8192), (1, 8192)])
+def test_two_rounds_side_by_side_take_about_what_the_clock_says(lengths, sharing, cap):
+    """On quarters of an H200, where exchanges take longer than computations, and on H200s, where they are quick."""
     dimensions = dimensions_of(model_config("qwen3-30b-a3b"))
-    cost = default_cost(GPUS["h200"], dimensions, 4, value_bytes=2, sum_bytes=2, ranks_per_device=4, ctas=1)
+    cost = default_cost(GPUS["h200"], dimensions, 4, value_bytes=2, sum_bytes=2, ranks_per_device=sharing, ctas=1)
     config = PlanConfig(moe_max_num_tokens=cap, num_slots=2)
     cohorts = [[Microbatch(rank, k * n, (k + 1) * n) for rank, n in enumerate(lengths) if n] for k in range(2)]
     made = plan(Facts(tuple((n, n) if n else () for n in lengths)), SHAPE, config, cost, cohorts, slots_in_use=2)
     clock = (simulate(made, cost).makespan - cost.start_ns) * 1e-9
     times = RoundTime(SHAPE, cost, 4, cap)
     admitted = [[Chunk(0, 0, n, n)] if n else [] for n in lengths]
-    both = max(times.of(admitted), 2 * CROWDING * max(times.busy(admitted))) * 1e-9
+    slower = crowding(Machine(SHAPE, cost, 4, 2, cap))
+    both = max(times.of(admitted), 2 * slower * max(times.busy(admitted))) * 1e-9
     assert both == pytest.approx(clock, rel=0.25)
 
 
