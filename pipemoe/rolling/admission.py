@@ -32,7 +32,7 @@ from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, Chunk, Offer
 POLICIES = ("rolling", "lockstep", "lockstep_delayed", "lockstep_balanced")
 _LATE, _TOO_LATE = 2000, 3000  # thousandths of its predicted time, for a longer slot's round
 # times what a round costs by itself; beside other slots' rounds, which compute meanwhile, most of that costs nothing
-_LEAST_ROUND, _LEAST_BESIDE_OTHERS = 4, 1
+_LEAST_ROUND, _LEAST_BESIDE_OTHERS = 8, 1
 _FINE = 1 << 20  # so that a division by rounds waited tells works apart
 
 

@@ -104,8 +104,8 @@ def test_a_round_is_a_half_of_what_waits_on_the_rank_with_the_most_work():
 
 
 @pytest.mark.parametrize(("count", "goes"), [(1, 1), (2, 2), (3, 2), (5, 2), (6, 3), (10, 5)])
-def test_a_round_is_at_least_four_times_what_it_costs_by_itself(count, goes):
-    chosen = SETTINGS._replace(fixed_rows=7, max_round_rows=200, cuts=False)
+def test_a_round_is_at_least_eight_times_what_it_costs_by_itself(count, goes):
+    chosen = SETTINGS._replace(fixed_rows=3, max_round_rows=200, cuts=False)
     assert len(admitted([whole(n, 10) for n in range(count)], [], num_slots=1, chosen=chosen)[0]) == goes
 
 
