@@ -54,11 +54,12 @@ class FaultJob:
     def left_behind(self) -> list[str]:
         """Processes of the job that there still are after some grace: number and command."""
         deadline = time.monotonic() + 5 * WATCHDOG_SECONDS
-        while (left := self._processes()) and time.monotonic() < deadline:
+        while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(5 * POLL_SECONDS)
         return left
 
-    def _processes(self) -> list[str]:
+    def processes(self) -> list[str]:
+        """Those of the job that there are now."""
         found = []
         for entry in Path("/proc").iterdir():
             try:

@@ -32,6 +32,7 @@ def test_memory_is_freed_and_nothing_was_in_dev_shm(tmp_path):
         assert job.process.poll() is None and time.monotonic() < deadline, job.said()
         time.sleep(POLL_SECONDS)
     processes = [int(path.read_text()) for path in found]
+    assert {*processes} <= {int(text.split()[0]) for text in job.processes()}  # or none would ever be left behind
     shared = [shared_by(process) for process in processes]
     assert all(shared[0] == of_rank for of_rank in shared) and len(shared[0]) == 2 * NUM_RANKS  # bells and waves
     new = set(os.listdir("/dev/shm")) - listed

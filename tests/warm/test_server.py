@@ -55,3 +55,17 @@ def test_a_signal_ends_both_processes(number):
     assert select.select([ends], [], [], 60)[0]
     os.close(ends)
     process.stdout.close()
+
+
+def test_files_keep_their_numbers_while_others_run():
+    """The server has files of its own for each process; none is closed under a number that was asked for."""
+    code = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+    others = [subprocess.Popen([python(), "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert all(other.stdout is not None and other.stdout.readline() for other in others)
+    open_all = 'for n in $(seq 4 40); do eval "exec $n>&1"; done; exec "$0" "$@"'
+    code = "import os; [os.fstat(number) for number in range(4, 41)]"
+    done = subprocess.run(["bash", "-c", open_all, python(), "-c", code], capture_output=True, text=True, timeout=120)
+    for other in others:
+        other.kill()
+        other.communicate()
+    assert done.returncode == 0, done.stderr
