@@ -53,7 +53,7 @@ on_ranks() {
     local num_ranks=$1 rank_logs=$logs/ranks$1 files
     shift
     mkdir -p "$rank_logs"
-    mapfile -t files < <(grep -rlE 'mark\.mpi\b' --include='test_*.py' "$@")
+    mapfile -t files < <(grep -rlE 'mark\.mpi\b' --include='test_*.py' "$@" | sort)
     PIPEMOE_RANK_LOGS=$rank_logs timeout --foreground --kill-after=20 600 launch/mpirun.sh -n "$num_ranks" \
         -m pytest -q -m "mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "${files[@]}" && return
     tail -n 60 "$rank_logs"/rank*.log 2>/dev/null
