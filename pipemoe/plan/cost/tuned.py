@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 # --- What whole steps reach of the peak rates (cost/default.py) ---
-# GPUs: fitted on 2026-12-01 to benchmarks/results/h200/forward.json, Qwen3-30B-A3B on one H200, 1 to 8192 tokens.
-# Predictions are 6 % off at most, of these steps.
+# GPUs: fitted on 2026-12-01 to steps of Qwen3-30B-A3B on one H200, 1 to 8192 tokens. Of those of
+# benchmarks/results/h200/forward.json predictions are 10 % off at most.
 # CPUs: fitted on 2026-12-02 to 50 steps (10 sets of prompts in 5 modes) of the small model on 4 ranks that share two
-# cores and memory; 9 % off, one cohort 7 %, two chunks of all ranks 13 %.
+# cores and memory: 9 % off in the mean. Of a second run, not fitted, they were 6 to 16 % off by mode.
 # dense, grouped GEMMs, attention and memory in permille of the peak; passes: how often a model's own modules pass over
 # each row in elementwise kernels.
 REACHED_ON_GPU = {"dense": 750, "grouped": 900, "attention": 690, "memory": 940, "passes": 10}
