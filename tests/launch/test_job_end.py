@@ -5,7 +5,6 @@ machine.
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipemoe.world import shared_memory
-from tests.launch.test_mpirun import MPIRUN, clean_environment
+from tests.launch.test_mpirun import MPIRUN, SIGNALS, clean_environment, heed_signals
 
 # A stand-in for mpirun: no ranks, but the notes that they leave.
 STAND_IN = """#!/usr/bin/env bash
@@ -32,11 +31,9 @@ def start(tmp_path):
         mpirun.chmod(0o755)
         (tmp_path / "tmp").mkdir(exist_ok=True)
         environment = clean_environment(PIPEMOE_MPIRUN=str(mpirun), TMPDIR=str(tmp_path / "tmp"), STATE=str(tmp_path))
-        running.append(
-            subprocess.Popen(
-                [MPIRUN, "-n", "2", "x.py"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            )
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        command = [MPIRUN, "-n", "2", "x.py"]
+        running.append(subprocess.Popen(command, env=environment, preexec_fn=heed_signals, **pipes))
         return running[-1]
 
     yield start
@@ -65,7 +62,7 @@ def test_standard_input_reaches_the_ranks(start):
     assert start("cat").communicate("a line", timeout=30)[0] == "a line"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_mpirun_and_leaves_nothing(start, tmp_path, number):
     process = start('trap \'touch "$STATE/ended"; exit 143\' TERM; touch "$STATE/started"; sleep 60 & wait')
     while not (tmp_path / "started").exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MPIRUN = CHECKOUT / "launch" / "mpirun.sh"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 RANK_SCRIPT = """
 import json, os, sys, time
@@ -31,6 +33,12 @@ if "fail" in sys.argv and world.rank == 1:
 if "fail" in sys.argv:
     time.sleep(60)
 """
+
+
+def heed_signals() -> None:
+    """A shell cannot trap what it was started to ignore, as under nohup or in the background."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def clean_environment(**settings: str) -> dict[str, str]:

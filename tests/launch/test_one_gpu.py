@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.launch.test_mpirun import SIGNALS, heed_signals
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 ONE_GPU = CHECKOUT / "launch" / "one_gpu.sh"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # Each stand-in is a program of that name on PATH; MPS's keeps a file while it "runs".
 PROGRAMS = {
@@ -84,12 +84,6 @@ def start(tmp_path):
     for process in running:
         process.kill()
         process.communicate()
-
-
-def heed_signals() -> None:
-    """A shell cannot trap what it was started to ignore, as under nohup or in the background."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def seen_environment(folder: Path) -> dict[str, str]:
