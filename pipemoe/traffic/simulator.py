@@ -55,7 +55,7 @@ def crowding(machine: Machine) -> float:
     rounds = plan(facts, machine.shape, config, machine.cost, cohorts, slots_in_use=_MANY)
     times = RoundTime(machine.shape, machine.cost, machine.num_ranks, machine.moe_max_num_tokens)
     busy = max(times.busy([[Chunk(0, 0, _TYPICAL, _TYPICAL)]] * machine.num_ranks))
-    return max(1.0, (simulate(rounds, machine.cost).makespan - machine.cost.start_ns) / (_MANY * busy))
+    return max(1.0, (simulate(rounds, machine.cost).makespan - machine.cost.start_ns) / max(1, _MANY * busy))
 
 
 class SimulatedPlayer:
@@ -161,8 +161,8 @@ class _Play:
             return [1.0] * len(rounds)
         total = max(map(sum, zip(*busy)))
         if not cores.permille:
-            return [min(1.0, 1 / (crowding(self._machine) * total))] * len(rounds)
-        share, slowdown = min(1.0, 1 / total), cores.slowdown_permille / 1000
+            return [1 / max(1.0, crowding(self._machine) * total)] * len(rounds)
+        share, slowdown = 1 / max(1.0, total), cores.slowdown_permille / 1000
         return [share / (1 + slowdown * (total - round_.busy[0])) if round_ else 1.0 for round_ in rounds]
 
     def _arrive(self, arrival: Arrival) -> int:
