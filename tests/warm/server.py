@@ -1,6 +1,8 @@
 """Python processes that need not import: a server that has imported torch, transformers and pipemoe forks them.
 
-`python()` gives the path of a program that takes the place of sys.executable. It hands its arguments, environment,
+Only with PIPEMOE_TEST_FORK=1: one of some hundred jobs stood still, which has not been explained.
+
+`stand_in()` gives the path of a program that takes the place of sys.executable. It hands its arguments, environment,
 folder and files to the server, whose child becomes the process that was meant. The program stays, hands signals on, and
 ends as that process does; if it is killed, so is the process. A process differs from one that was really started in
 this: it is a child of the server, /proc shows the server's environment, and its hashes have the server's seed.
@@ -29,6 +31,7 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+FORKS = os.environ.get("PIPEMOE_TEST_FORK") == "1"
 NAME = "PIPEMOE_TEST_NAME"  # what the process is called in /proc, at most 15 characters
 PRELOADED = ("torch", "numba", "pipemoe.model", "pipemoe.layer", "pipemoe.serving.engine", "pipemoe.models.loading")
 PRELOADED += ("pipemoe.models.random_weights", "transformers.models.qwen3_moe.modeling_qwen3_moe", "mpi4py.run")
@@ -66,8 +69,13 @@ os._exit(status)
 """
 
 
-@cache
 def python() -> str:
+    """The path of the Python to start processes with."""
+    return stand_in() if FORKS else sys.executable
+
+
+@cache
+def stand_in() -> str:
     """The path of the program; starts the server, which ends with this process."""
     folder = Path(tempfile.mkdtemp(prefix="pipemoe_warm."))
     atexit.register(shutil.rmtree, folder, True)
@@ -96,8 +104,10 @@ def python() -> str:
 
 def launched() -> dict[str, str]:
     """What launch/mpirun.sh wants in its environment, so that ranks are forked."""
+    if not FORKS:
+        return {}
     beside = Path(sys.executable).parent / "mpiexec"
-    return {"PIPEMOE_PYTHON": python()} | ({"PIPEMOE_MPIRUN": str(beside)} if beside.exists() else {})
+    return {"PIPEMOE_PYTHON": stand_in()} | ({"PIPEMOE_MPIRUN": str(beside)} if beside.exists() else {})
 
 
 def _serve(listener: socket.socket) -> list[str]:

@@ -7,11 +7,11 @@ import subprocess
 
 import pytest
 
-from tests.warm.server import NAME, python
+from tests.warm.server import NAME, stand_in
 
 
 def run(*arguments: str, **settings) -> subprocess.CompletedProcess:
-    return subprocess.run([python(), *arguments], capture_output=True, text=True, timeout=120, **settings)
+    return subprocess.run([stand_in(), *arguments], capture_output=True, text=True, timeout=120, **settings)
 
 
 def test_arguments_environment_folder_and_files(tmp_path):
@@ -44,7 +44,9 @@ def test_status(code, status):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_both_processes(number):
     code = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
-    process = subprocess.Popen([python(), "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, NAME: "x"})
+    process = subprocess.Popen(
+        [stand_in(), "-c", code], stdout=subprocess.PIPE, text=True, env={**os.environ, NAME: "x"}
+    )
     assert process.stdout is not None
     forked = int(process.stdout.readline())
     with open(f"/proc/{forked}/comm") as name:
@@ -60,11 +62,11 @@ def test_a_signal_ends_both_processes(number):
 def test_files_keep_their_numbers_while_others_run():
     """The server has files of its own for each process; none is closed under a number that was asked for."""
     code = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
-    others = [subprocess.Popen([python(), "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    others = [subprocess.Popen([stand_in(), "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert all(other.stdout is not None and other.stdout.readline() for other in others)
     open_all = 'for n in $(seq 4 40); do eval "exec $n>&1"; done; exec "$0" "$@"'
     code = "import os; [os.fstat(number) for number in range(4, 41)]"
-    done = subprocess.run(["bash", "-c", open_all, python(), "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", open_all, stand_in(), "-c", code], capture_output=True, text=True, timeout=120)
     for other in others:
         other.kill()
         other.communicate()
