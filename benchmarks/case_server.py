@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 
@@ -52,6 +52,19 @@ class Answers:
 
 class ServerError(Exception):
     """A server said that it cannot go on, went away, or took too long."""
+
+
+@contextmanager
+def start_undisturbed() -> Iterator[None]:
+    """SIGTERM waits until the server that is started meanwhile is noted, by who would end it. For the main thread."""
+    handler, came = signal.getsignal(signal.SIGTERM), []
+    signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if came:
+        signal.raise_signal(signal.SIGTERM)
 
 
 class Server:

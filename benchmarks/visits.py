@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.bench_main import Progress
-from benchmarks.case_server import Server, ServerError
+from benchmarks.case_server import Server, ServerError, start_undisturbed
 from benchmarks.ttft.models import BenchModel
 from benchmarks.ttft.table import tokens_text
 from pipemoe.doctor import installed_gpus
@@ -150,7 +150,9 @@ class Forward:
         """Start them side by side, and wait until they are ready."""
         for impl in impls:
             self._progress.say(f"starting {impl}")
-            self._servers[impl] = Server(impl, *self._command(impl))
+            command = self._command(impl)
+            with start_undisturbed():
+                self._servers[impl] = Server(impl, *command)
         for impl in impls:
             try:
                 hello = self._servers[impl].read(self._options.start_seconds)

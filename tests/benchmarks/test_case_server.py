@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks.case_server import Server, ServerError, prompt
+from benchmarks.case_server import Server, ServerError, prompt, start_undisturbed
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 BEGIN = """
@@ -69,3 +70,17 @@ def test_prompts_depend_on_everything_that_names_them():
     assert first == prompt(0, 5, 0, 0, 100) and len(first) == 5 and all(0 <= token < 100 for token in first)
     others = [prompt(1, 5, 0, 0, 100), prompt(0, 5, 1, 0, 100), prompt(0, 5, -1, 0, 100), prompt(0, 5, 0, 1, 100)]
     assert all(first != other for other in others)
+
+
+def test_a_signal_waits_until_a_server_is_noted():
+    seen, before = [], signal.signal(signal.SIGTERM, lambda *_: seen.append("told"))
+    try:
+        with start_undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+            seen.append("noted")
+        assert seen == ["noted", "told"]
+        with start_undisturbed():
+            pass
+        assert seen == ["noted", "told"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
