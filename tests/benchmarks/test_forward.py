@@ -20,7 +20,6 @@ from benchmarks.visits import phases_of
 from benchmarks.vllm_peer import RandomTensors
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.models.random_weights import reference_model
-from tests.warm import server as warm
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TINY = {
@@ -82,8 +81,7 @@ def vllm_site(tmp_path, *, may_copy):
     return site
 
 
-def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "executable", warm.python())
+def test_rows_of_every_implementation_that_is_there(model, tmp_path, capsys):
     out = tmp_path / "out" / "forward.json"
     asked = ["--model", model, "--device", "cpu", "--tokens", "1,40", "--rounds", "2", "--warm-up", "1"]
     asked += ["--before", str(CHECKOUT), "--vllm", "--vllm-path", str(vllm_site(tmp_path, may_copy=True))]
@@ -178,10 +176,8 @@ def test_an_implementation_that_cannot_start_is_named(model, tmp_path, quick, ca
     assert [row["impl"] for row in results_schema.read_results(tmp_path / "f.json")["rows"]] == ["pipemoe"] * 2
 
 
-def test_builds_of_several_ranks_have_a_time_for_each(model, tmp_path, capsys, monkeypatch):
+def test_builds_of_several_ranks_have_a_time_for_each(model, tmp_path, capsys):
     """A rank has no prompt in one case; waves are smaller than a case."""
-    for name, value in warm.launched().items():
-        monkeypatch.setenv(name, value)
     out = tmp_path / "forward.json"
     asked = ["--model", model, "--device", "cpu", "--num-ranks", "2", "--rounds", "2", "--warm-up", "1"]
     asked += ["--rank-tokens", "30,2", "--rank-tokens", "0,5", "--tokens", "3", "--moe-max-num-tokens", "16"]

@@ -12,7 +12,6 @@ import torch
 
 from tests.faults.ranks import CULPRIT, WATCHDOG_SECONDS
 from tests.hosts import VARIABLE as HOSTS
-from tests.warm import server as warm
 
 ROOT = Path(__file__).parents[2]
 # Ranks start and import for some seconds; what matters is that they end well before this.
@@ -28,17 +27,13 @@ class FaultJob:
     ) -> None:
         """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it, or the ranks' hosts. program: of this folder."""
         self.folder, self._num_ranks = folder, num_ranks
-        self._token = f"f-{uuid.uuid4().hex[:12]}"
-        environment = {**os.environ, warm.NAME: self._token, "OMP_NUM_THREADS": "1"}
+        self._token = f"fault-{uuid.uuid4().hex}"
+        environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
         environment |= {HOSTS: transport} if transport.isdecimal() else {"PIPEMOE_HOST_TRANSPORT": transport}
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
         )
-        if torch.cuda.is_available():
-            launcher = ["launch/gpu_ranks.sh"]
-        else:
-            launcher = ["launch/mpirun.sh", "-n"]
-            environment |= warm.launched()
+        launcher = ["launch/gpu_ranks.sh"] if torch.cuda.is_available() else ["launch/mpirun.sh", "-n"]
         command = [*launcher, str(num_ranks), "-m", f"tests.faults.{program}", fault, str(folder)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
@@ -63,13 +58,7 @@ class FaultJob:
         found = []
         for entry in Path("/proc").iterdir():
             try:
-                if not entry.name.isdigit():
-                    continue
-                names = (
-                    (entry / "environ").read_bytes(),
-                    (entry / "comm").read_bytes(),
-                )  # ranks that are forked have one
-                if any(self._token.encode() in name for name in names):
+                if entry.name.isdigit() and self._token.encode() in (entry / "environ").read_bytes():
                     command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                     found.append(f"{entry.name} {command}")
             except OSError:

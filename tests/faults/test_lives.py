@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from pipemoe.runtime.last_words import EXIT_CODE
-from tests.warm import server as warm
 
 pytest.importorskip("mpi4py")
 
@@ -20,13 +19,10 @@ LIMIT_SECONDS = 150  # ranks start and import for some seconds; a hang is what t
 
 
 def run_job(
-    case: str, num_ranks: int, folder: Path, *, forked: bool = False, **settings: str
+    case: str, num_ranks: int, folder: Path, **settings: str
 ) -> tuple[subprocess.CompletedProcess, dict[str, str]]:
-    """The job once it has ended, and what each rank wrote on standard error, by name ("rank0").
-
-    forked: of ranks that need not import (see tests.warm.server), where it does not matter what a traceback shows.
-    """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings, **(warm.launched() if forked else {})}
+    """The job once it has ended, and what each rank wrote on standard error, by name ("rank0")."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
     command = ["launch/mpirun.sh", "-n", str(num_ranks), "-m", "tests.faults.lives", case, str(folder)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS)
@@ -51,7 +47,7 @@ LOST = {
 
 @pytest.mark.parametrize("case", LOST)
 def test_a_rank_that_is_missing_is_named_and_ends_the_wait(case, tmp_path):
-    result, said = run_job(case, 2, tmp_path, forked=True)
+    result, said = run_job(case, 2, tmp_path)
     assert re.search(LOST[case], said["rank0"]), said
     assert result.returncode == EXIT_CODE, result.stdout + result.stderr
 
@@ -59,7 +55,7 @@ def test_a_rank_that_is_missing_is_named_and_ends_the_wait(case, tmp_path):
 def test_what_is_no_fault_of_the_job_ends_none(tmp_path):
     """Three cases in one job, one world after another."""
     cases = ["bad_arguments", "forks", "busy_after_close"]
-    result, said = run_job(",".join(cases), 2, tmp_path, forked=True)
+    result, said = run_job(",".join(cases), 2, tmp_path)
     assert result.returncode == 0, said
     assert [result.stdout.count(f"survived {case}") for case in cases] == [2, 2, 2], result.stdout
     assert not any(said.values()), said

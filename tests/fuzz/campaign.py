@@ -16,8 +16,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.warm import server as warm
-
 ROOT = Path(__file__).resolve().parents[2]
 _START_SECONDS = 300  # ranks start, import, and on a new machine compile
 _LAST_LINES = 12
@@ -77,9 +75,9 @@ def _one_job(tally: Tally, num_ranks: int, first: int, num_cases: int, seed: int
         folder,
     ]
     launcher = [sys.executable] if num_ranks == 1 else ["launch/mpirun.sh", "-n", num_ranks]
-    environment = {**os.environ, **warm.launched(), "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    environment = {**os.environ, "PIPEMOE_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        list(map(str, [*([warm.python()] if num_ranks == 1 else launcher), *arguments])),
+        list(map(str, [*launcher, *arguments])),
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

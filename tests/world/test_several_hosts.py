@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import server as warm
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 def test_sums_are_those_of_one_host(hosts):
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PIPEMOE_HOST_TRANSPORT": "auto"}
-    environment |= warm.launched()
     command = ["launch/mpirun.sh", "-n", str(len(hosts[0])), "-m", "tests.world.several_hosts", *hosts]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
