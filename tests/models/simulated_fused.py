@@ -119,17 +119,23 @@ def test_against_transformers_modules(family, dtype, changes):
 
 
 def test_warming_up_runs_each_count_whole_and_as_sequences_of_one_token(monkeypatch):
-    """Also where dense layers stand behind the last MoE layer."""
-    config = tiny_config("qwen3_moe", num_layers=3, mlp_only_layers=[0, 2])
+    """In two MoE layers, and the dense ones that stand behind the last."""
+    config = tiny_config("qwen3_moe", num_layers=4, mlp_only_layers=[0, 3])
     decoder = FusedDecoder(load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0])
-    keys, seen = StepKeys(decoder, 3), []
-    finish = FusedDecoder.finish
+    keys, seen, layers = StepKeys(decoder, 3), [], []
+    finish, attend = FusedDecoder.finish, FusedDecoder.attend
 
     def watched(decoder, state, sums):
         logits = finish(decoder, state, sums)
         seen.append((len(sums), len(logits), sums.dtype))
         return logits
 
+    def watched_attend(decoder, state, layer, sums):
+        layers.append((layer, len(state.hidden[0])))
+        return attend(decoder, state, layer, sums)
+
     monkeypatch.setattr(FusedDecoder, "finish", watched)
+    monkeypatch.setattr(FusedDecoder, "attend", watched_attend)
     decoder.warm_up(keys.step, 3, torch.float32)
+    assert layers == [(layer, n) for n in (1, 1, 2, 2, 3, 3) for layer in (0, 1)]
     assert seen == [(n, sequences, torch.float32) for n in (1, 2, 3) for sequences in (n, 1)]
