@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All tests that need no GPU, those of one process and those of an MPI job on 1 to 4 ranks, and a check of format and
-# types: parts in two rows, a core each.
+# types: parts in three rows on two cores, as those that kill and stop ranks mostly wait.
 # Makes and fills .venv first where that is not done. Says which part failed, and exits nonzero then.
 #
 #   launch/test.sh
@@ -10,6 +10,8 @@ launch/install.sh
 # shellcheck source=launch/environment.sh
 . launch/environment.sh
 export OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
+# In each process, pytest would look through all installed packages for plugins, for as long as torch takes to import.
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=_hypothesis_pytestplugin
 
 logs=$(mktemp -d "${TMPDIR:-/tmp}/pipemoe_test.XXXXXX")
 rows=()
@@ -67,19 +69,23 @@ mapfile -t without_benchmarks < <(find tests -mindepth 1 -maxdepth 1 ! -name ben
 
 echo "== running; the first part is done in a minute or two"
 {
-    part "format and types" format_and_types
-    part "kernels" one_process tests/kernels
+    part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
+    part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
     part "4 ranks" on_ranks 4 "${by_ranks[@]}"
-    part "1 rank" on_ranks 1 "${without_benchmarks[@]}" tests/benchmarks/ttft
+} </dev/null &
+rows+=($!)
+{
+    part "kernels" one_process tests/kernels
     part "3 ranks" on_ranks 3 "${without_benchmarks[@]}"
     # over MPI; the others share memory
     PIPEMOE_HOST_TRANSPORT=mpi part "2 ranks" on_ranks 2 "${by_ranks[@]}" tests/benchmarks
 } </dev/null &
 rows+=($!)
 {
-    part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
-    part "faults" one_process tests/faults
-    part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
+    part "format and types" format_and_types
+    # first those that plan nothing: the planner is being compiled
+    part "faults" one_process tests/faults/test_l*.py tests/faults/test_[!l]*.py
+    part "1 rank" on_ranks 1 "${without_benchmarks[@]}" tests/benchmarks/ttft
     PIPEMOE_HOST_TRANSPORT=mpi part "4 ranks over MPI" on_ranks 4 tests/comm/test_transport.py tests/runtime/test_no_barrier.py
 } </dev/null &
 rows+=($!)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -26,6 +27,8 @@ def pytest_collection_modifyitems(items):
     """Tests marked `gpu` are skipped where there is none."""
     import torch
 
+    gc.collect()  # what has been imported stays; from now on it is not gone through for garbage
+    gc.freeze()
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -18,7 +18,8 @@ import pipemoe
 from pipemoe.errors import PipemoeError
 from pipemoe.models.round_source import RoundSource
 from pipemoe.plan.schedule import Plan
-from tests.faults.ranks import CULPRIT, detach
+from tests.faults.detach import detach
+from tests.faults.ranks import CULPRIT
 from tests.models.tiny import tiny_config
 
 WATCHDOG_SECONDS = 3.0

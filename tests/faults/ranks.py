@@ -18,6 +18,7 @@ import torch
 import pipemoe
 from pipemoe.plan.cost.model import AttendCost, CostModel, HostCost
 from pipemoe.plan.schedule import Facts, OpKind
+from tests.faults.detach import detach
 from tests.hosts import pretend_hosts_if_told
 from tests.moe_cases import make_layers
 from tests.runtime.hold import Hold
@@ -47,16 +48,6 @@ class DyingExperts:
         if layer == self._layer:
             self._die()
         self._inner(layer, *arguments)
-
-
-def detach() -> None:
-    """Go on in a process and session of its own, of which the launcher knows only the parent: when a rank dies,
-    launchers end the others, also those told not to (MPICH 5.0's `-disable-auto-cleanup` does so now and then)."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        os._exit(1 if status else 0)
-    os.setsid()
 
 
 def main(fault: str, folder: str) -> None:

@@ -1,9 +1,12 @@
 """How fast cores are: what the clock's figures become."""
 
 import pytest
+import torch
 
-from pipemoe.plan.cost.tuned import REFERENCE_LOOP_NS, REFERENCE_PRODUCT_NS
+from pipemoe.plan.cost.tuned import FIXED_ON_CPU, REFERENCE_LOOP_NS, REFERENCE_PRODUCT_NS
 from pipemoe.runtime import core_speed
+from tests.moe_cases import make_layers
+from tests.runtime.sources import RowsSource, make_runtime
 
 
 @pytest.mark.parametrize(("product", "loop", "wanted"), [(1, 1, 1000), (2, 2, 2000), (3, 1, 2200), (1, 3, 1800)])
@@ -37,3 +40,12 @@ def test_one_slow_round_does_not_count(monkeypatch):
 
 def test_it_is_measured_once():
     assert core_speed.slowness() == core_speed.slowness() > 0
+
+
+@pytest.mark.mpi
+def test_all_ranks_plan_by_one_speed_of_cores(world, monkeypatch):
+    """That of the median rank; if they are two, the faster."""
+    monkeypatch.setattr("pipemoe.runtime.costs.slowness", lambda: 1000 * (1 + world.rank))
+    runtime = make_runtime(world, make_layers(1, world.device, torch.float32), mode="broadcast")
+    assert runtime.cost.finish_ns == FIXED_ON_CPU["finish_ns"] * (1 + (world.size - 1) // 2)
+    runtime.submit_step([3], RowsSource(3, runtime)).result()  # ranks whose costs differ would not get so far

@@ -8,6 +8,7 @@ tensors.
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import re
 import warnings
@@ -148,7 +149,13 @@ class Kernel:
         if self.hopper_only:
             cc, bounds = (9, 0, "a"), (self.threads, self.blocks_per_sm)
         settings = {"device": False, "abi": "numba", "cc": cc, "launch_bounds": bounds, "output": output}
-        return cuda.compile(self.function, self.parameters, **settings)[0]
+        collects = gc.isenabled()
+        gc.disable()  # a compiler makes millions of objects; the garbage collector would take an eighth of its time
+        try:
+            return cuda.compile(self.function, self.parameters, **settings)[0]
+        finally:
+            if collects:
+                gc.enable()
 
     def load(self, device_index: int) -> None:
         """Compile and load for a device unless that is done; takes seconds the first time."""

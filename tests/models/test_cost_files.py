@@ -11,7 +11,6 @@ import torch
 from pipemoe import Config, load_model
 from pipemoe.errors import ConfigError, MismatchError
 from pipemoe.plan.cost.file import write_cost
-from pipemoe.plan.cost.tuned import FIXED_ON_CPU
 from tests.models.tiny import tiny_config
 
 pytestmark = pytest.mark.mpi
@@ -88,11 +87,3 @@ def test_a_rank_alone_with_another_file_is_caught(world, model, tmp_path):
     write_cost(tmp_path / "cost.json", model.runtime.cost_subject, cost)
     with pytest.raises(MismatchError, match="cost of finish_ns"):
         model.with_config(Config(cost=str(tmp_path / "cost.json"), **SMALL))
-
-
-def test_all_ranks_plan_by_one_speed_of_cores(world, model, monkeypatch):
-    """That of the median rank; if they are two, the faster."""
-    monkeypatch.setattr("pipemoe.runtime.costs.slowness", lambda: 1000 * (1 + world.rank))
-    other = model.with_config(Config(mode="broadcast", **SMALL))
-    assert other.runtime.cost.finish_ns == FIXED_ON_CPU["finish_ns"] * (1 + (world.size - 1) // 2)
-    assert len(other.prefill([[1, 2, 3]]).first_tokens) == 1  # ranks whose costs differ would not get so far
