@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import time
 import uuid
@@ -23,12 +25,21 @@ class FaultJob:
     """`num_ranks` ranks of which rank CULPRIT meets `fault`, in a folder that takes what each rank says."""
 
     def __init__(
-        self, fault: str, num_ranks: int, folder: Path, transport: str = "auto", program: str = "ranks"
+        self,
+        fault: str,
+        num_ranks: int,
+        folder: Path,
+        transport: str = "auto",
+        program: str = "ranks",
+        **settings: str,
     ) -> None:
-        """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it, or the ranks' hosts. program: of this folder."""
+        """transport: of the host, as PIPEMOE_HOST_TRANSPORT names it, or the ranks' hosts. program: of this folder.
+        settings: more variables of the job's environment.
+        """
         self.folder, self._num_ranks = folder, num_ranks
         self._token = f"fault-{uuid.uuid4().hex}"
-        environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PIPEMOE_FAULT_TOKEN": self._token, "OMP_NUM_THREADS": "1", **settings}
+        environment["PYTHONFAULTHANDLER"] = "1"  # for `_stacks`
         environment |= {HOSTS: transport} if transport.isdecimal() else {"PIPEMOE_HOST_TRANSPORT": transport}
         environment["PYTHONPATH"] = os.pathsep.join(
             [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
@@ -39,12 +50,37 @@ class FaultJob:
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     def wait(self) -> tuple[str, str]:
-        """The launcher's output, once it has ended; subprocess.TimeoutExpired if it does not in time."""
+        """The launcher's output, once it has ended. Raises AssertionError, with all that is known of the job, if it
+        does not in time.
+        """
         try:
             return self.process.communicate(timeout=START_SECONDS + 5 * WATCHDOG_SECONDS)
         except subprocess.TimeoutExpired:
+            report = "\n".join(["the job does not end; its processes:", *self._states(), *self._stacks()])
             self.process.kill()
-            raise
+            raise AssertionError(report) from None
+
+    def _states(self) -> list[str]:
+        """Each process with its state, and where in the kernel it waits."""
+        found = []
+        for line in self.processes():
+            with contextlib.suppress(OSError):
+                folder = Path("/proc", line.split()[0])
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                found.append(f"{state} {(folder / 'wchan').read_text()} {line}")
+        return found
+
+    def _stacks(self) -> list[str]:
+        """What the ranks have said, and where each thread of theirs is; it ends them."""
+        for line in self.processes():
+            if line.split()[2:4] == ["-m", "mpi4py"]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(line.split()[0]), signal.SIGABRT)
+                    os.kill(int(line.split()[0]), signal.SIGCONT)
+        said: dict[str, str] = {}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said["the launcher"] = "".join(self.process.communicate(timeout=WATCHDOG_SECONDS))
+        return [f"{name}:\n{text}" for name, text in sorted((said | self.said()).items())]
 
     def left_behind(self) -> list[str]:
         """Processes of the job that there still are after some grace: number and command."""
