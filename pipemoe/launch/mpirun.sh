@@ -7,6 +7,7 @@
 #   PIPEMOE_PYTHON        the Python to run (else the checkout's .venv, else python3)
 #   PIPEMOE_MPIRUN        the mpirun to use (else the one beside that Python, else the one on PATH)
 #   PIPEMOE_MPIRUN_FLAGS  more flags for mpirun, split at blanks
+#   PIPEMOE_END_SECONDS   how long mpirun may take to end once a rank has ended with status 70 (default 60)
 #
 # Ends with status 70 if any rank did (the ranks could no longer work together), else with mpirun's own status. That says
 # no more than "not 0": MPICH's and Intel's is the bitwise OR of the ranks' (3 and 5 give 7), and a rank may be ended for
@@ -129,6 +130,25 @@ case $version in
 esac
 read -ra more_flags <<<"${PIPEMOE_MPIRUN_FLAGS:-}"
 
+# Ends mpirun and the ranks of this host, stopped ones too, if mpirun does not end in time after a rank has given up.
+# Without `sleep`: a process of its own would outlive this one and hold its output open.
+end_late() {
+    local never left=$end_seconds rank
+    exec {never}<> <(:)
+    while kill -0 $$ 2>/dev/null && [ "$left" -gt 0 ]; do
+        read -rt 1 -u "$never" || true
+        ! compgen -G "$PIPEMOE_JOB_NOTES/exit70.*" >/dev/null || left=$((left - 1))
+    done
+    [ "$left" = 0 ] || return 0
+    echo "mpirun.sh: a rank ended with status 70 $end_seconds s ago, but $mpirun still runs: killing it and all ranks" >&2
+    for rank in "$PIPEMOE_JOB_NOTES"/segments.*; do
+        rank=${rank##*.}
+        ! grep -qsF "$PIPEMOE_JOB_NOTES" "/proc/$rank/environ" || kill -KILL "$rank" 2>/dev/null || true
+    done
+    kill -KILL "$mpirun_pid" 2>/dev/null || true
+}
+end_seconds=${PIPEMOE_END_SECONDS:-60}
+
 mpirun_pid=
 stopped=
 # shellcheck disable=SC2317 # called by a trap
@@ -149,6 +169,8 @@ command=("$mpirun" "${flags[@]}" ${more_flags[@]+"${more_flags[@]}"} bash "$laun
 ${as_if_in_front[@]+"${as_if_in_front[@]}"} "${command[@]}" <&0 &
 mpirun_pid=$!
 [ -z "$stopped" ] || kill -TERM "$mpirun_pid" 2>/dev/null || true
+end_late <&- &
+late=$!
 wait "$mpirun_pid" && status=0 || status=$?
 if [ -n "$stopped" ]; then
     for ((tenths = 0; tenths < 100; tenths++)); do
@@ -158,6 +180,7 @@ if [ -n "$stopped" ]; then
     kill -KILL "$mpirun_pid" 2>/dev/null || true
     wait "$mpirun_pid" 2>/dev/null && status=0 || status=$?
 fi
+{ kill "$late" && wait "$late"; } 2>/dev/null || true
 if compgen -G "$PIPEMOE_JOB_NOTES/exit70.*" >/dev/null; then
     status=70
 fi

@@ -25,13 +25,14 @@ def start(tmp_path):
     """start(what the stand-in does) -> the running launcher."""
     running = []
 
-    def start(text: str) -> subprocess.Popen:
+    def start(text: str, **settings: str) -> subprocess.Popen:
         mpirun = tmp_path / "mpirun"
         mpirun.write_text(STAND_IN + text)
         mpirun.chmod(0o755)
         (tmp_path / "tmp").mkdir(exist_ok=True)
         environment = clean_environment(PIPEMOE_MPIRUN=str(mpirun), TMPDIR=str(tmp_path / "tmp"), STATE=str(tmp_path))
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        environment |= settings
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True}
         command = [MPIRUN, "-n", "2", "x.py"]
         running.append(subprocess.Popen(command, env=environment, preexec_fn=heed_signals, **pipes))
         return running[-1]
@@ -56,6 +57,38 @@ def test_status_is_70_when_any_rank_says_so(start, tmp_path, text, status):
     process.communicate(timeout=30)
     assert process.returncode == status
     assert not list((tmp_path / "tmp").iterdir())
+
+
+# A rank that has stopped, as those do that nobody but SIGKILL ends, and one that gives up.
+STOPPED = """
+python3 -c 'import os, pathlib, signal
+notes = pathlib.Path(os.environ["PIPEMOE_JOB_NOTES"])
+(notes / f"segments.{os.getpid()}").write_text("")
+(notes.parent / "rank").write_text(str(os.getpid()))
+os.kill(os.getpid(), signal.SIGSTOP)' &
+until [ -e "$PIPEMOE_JOB_NOTES/../rank" ]; do sleep 0.05; done
+echo >"$PIPEMOE_JOB_NOTES/segments.1" # a number that has become another's
+touch "$PIPEMOE_JOB_NOTES/exit70.2"
+wait
+"""
+
+
+def test_an_mpirun_that_does_not_end_is_ended_with_its_ranks(start, tmp_path):
+    process = start(STOPPED, PIPEMOE_END_SECONDS="1")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 70
+    assert "a rank ended with status 70 1 s ago" in said
+    rank = tmp_path / "tmp" / "rank"
+    state = Path(f"/proc/{rank.read_text()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] not in ("Z", "X"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_job_whose_ranks_have_not_given_up_may_take_its_time(start):
+    out, said = start("sleep 2.5; echo ended", PIPEMOE_END_SECONDS="1").communicate(timeout=60)
+    assert out == "ended\n" and not said
 
 
 def test_standard_input_reaches_the_ranks(start):
