@@ -148,6 +148,10 @@ end_late() {
     kill -KILL "$mpirun_pid" 2>/dev/null || true
 }
 end_seconds=${PIPEMOE_END_SECONDS:-60}
+[[ $end_seconds =~ ^[1-9][0-9]*$ ]] || {
+    echo "mpirun.sh: PIPEMOE_END_SECONDS is '$end_seconds'; it must be a number of seconds, 1 or more" >&2
+    exit 2
+}
 
 mpirun_pid=
 stopped=

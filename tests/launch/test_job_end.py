@@ -91,6 +91,14 @@ def test_a_job_whose_ranks_have_not_given_up_may_take_its_time(start):
     assert out == "ended\n" and not said
 
 
+@pytest.mark.parametrize("seconds", ["0", "-1", "1.5", "a minute"])
+def test_seconds_that_are_none_are_refused(start, tmp_path, seconds):
+    process = start("exit 0", PIPEMOE_END_SECONDS=seconds)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and f"PIPEMOE_END_SECONDS is '{seconds}'" in said
+    assert not list((tmp_path / "tmp").iterdir())
+
+
 def test_standard_input_reaches_the_ranks(start):
     assert start("cat").communicate("a line", timeout=30)[0] == "a line"
 
