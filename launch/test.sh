@@ -71,7 +71,6 @@ echo "== running; the first part is done in a minute or two"
 {
     part "plan" one_process tests/plan # first: what it compiles, half a minute, the others find in the cache
     part "one process" one_process --ignore=tests/kernels --ignore=tests/plan --ignore=tests/faults tests
-    part "4 ranks" on_ranks 4 "${by_ranks[@]}"
 } </dev/null &
 rows+=($!)
 {
@@ -85,6 +84,7 @@ rows+=($!)
     part "format and types" format_and_types
     # first those that plan nothing: the planner is being compiled
     part "faults" one_process tests/faults/test_l*.py tests/faults/test_[!l]*.py
+    part "4 ranks" on_ranks 4 "${by_ranks[@]}"
     part "1 rank" on_ranks 1 "${without_benchmarks[@]}" tests/benchmarks/ttft
     PIPEMOE_HOST_TRANSPORT=mpi part "4 ranks over MPI" on_ranks 4 tests/comm/test_transport.py tests/runtime/test_no_barrier.py
 } </dev/null &
