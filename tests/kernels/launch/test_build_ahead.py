@@ -1,5 +1,6 @@
 """Several processes that need the same kernels: each is built once, and helpers build what they are told."""
 
+import gc
 import importlib.util
 import os
 import select
@@ -18,6 +19,7 @@ from pipemoe_kernels.attention.norm import norm_kernel
 from pipemoe_kernels.gemm.wgmma import grouped_kernel
 from pipemoe_kernels.index.hopper import index_kernels
 from pipemoe_kernels.launch import build_ahead, cubin_cache
+from pipemoe_kernels.launch import kernel as kernel_module
 from pipemoe_kernels.launch.kernel import Kernel, kernels_in
 from pipemoe_kernels.pack import pack_kernel
 
@@ -58,6 +60,25 @@ def test_all_are_on_disk_afterwards_and_none_is_built_again(monkeypatch, built):
     assert all(kept(kernels)) and len(built) == len(kernels)
     build_ahead.build_all(kernels, CC)
     assert len(built) == len(kernels)
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_collected_as_before_when_compiling_is_over(monkeypatch, collects):
+    """Also where it fails; meanwhile nothing is collected."""
+    before, seen = gc.isenabled(), []
+
+    def compile_nothing(*arguments, **settings):
+        seen.append(gc.isenabled())
+        raise ValueError("planted")
+
+    monkeypatch.setattr(kernel_module.cuda, "compile", compile_nothing)
+    (gc.enable if collects else gc.disable)()
+    try:
+        with pytest.raises(ValueError, match="planted"):
+            pack_kernel().compile_ptx(CC)
+        assert (seen, gc.isenabled()) == ([False], collects)
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_helpers_build_what_their_recipes_say(monkeypatch, built):
