@@ -72,6 +72,13 @@ class Compiled:
         """Will other processes on this machine find this process's machine code on disk?"""
         return getattr(self.dispatcher._cache, "is_kept", False)
 
+    @functools.cached_property
+    def address(self) -> int:
+        """Of the machine code as C calls it, for the one signature that there is. Compiles it, unless this is done."""
+        self.compile()
+        (found,) = self.dispatcher.overloads.values()
+        return found.library.get_pointer_to_function(found.fndesc.llvm_cfunc_wrapper_name)
+
     def compile(self) -> None:
         """Compile for all `signatures` now, unless this is done."""
         if self._make_signatures is None or self._call != self._first_call:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pipemoe.addresses import Arguments, Call
 from pipemoe.errors import ConfigError
 from pipemoe.experts import pairs
 from pipemoe.experts.protocol import ExpertsShape
@@ -79,6 +80,12 @@ class HostScratch:
         arrays = [value for value in vars(self).values() if isinstance(value, np.ndarray | torch.Tensor)]
         self.num_bytes = sum(array.nbytes for array in arrays)
         self.transient_bytes = 0
+        self.arguments = Arguments(
+            [
+                *(self.offsets, self.sources, self.positions, self.rows, self.x_tile, self.h_tile, self.a_tile),
+                *(self.y_tile, self.y),
+            ]
+        )
 
 
 class HostExperts(ExpertsShape):
@@ -113,6 +120,7 @@ class HostExperts(ExpertsShape):
             for w in self.weights
         ]
         self._addresses, self._biases = self._of_compiled()
+        self._of_layers: list[Arguments] | None = None  # made when they are first asked for
         is_large = self.max_intermediate * hidden >= LARGE_WEIGHTS
         self._narrow_products = dtype == torch.bfloat16 and is_large and not deterministic and multiplies_bfloat16()
         self.tile_rows = TILE_ROWS
@@ -139,6 +147,35 @@ class HostExperts(ExpertsShape):
             [(addresses(w.gate_up), addresses(w.down)) for w in self.weights],
             [(bias(w.gate_up_bias, len(w.gate_up)), bias(w.down_bias, len(w.down))) for w in self.weights],
         )
+
+    def _arguments_of_layer(self, layer: int) -> Arguments:
+        weights, (activation, *floats) = self.weights[layer], self._forms[layer]
+        return Arguments(
+            [
+                *self._addresses[layer],
+                *self._biases[layer],
+                *(sgemm_address(), weights.first_expert, self.tile_rows, self.deterministic),
+                *(weights.gate_up.shape[1], weights.intermediate, activation, *map(float, floats)),
+            ]
+        )
+
+    def prepared(self, rows: ScatteredRows, out: torch.Tensor, scratch: HostScratch) -> list[Call] | None:
+        """Calls of compiled code that do what a call with these arguments does, of each layer; None if there are none
+        for them. Arguments: see __call__. They are looked at now, and written to by each call.
+        """
+        is_plain = out.dtype == scratch.out_tile.dtype and out.is_contiguous()
+        if not self._addresses or not is_plain or not all(w.num_local_experts for w in self.weights):
+            return None
+        if self._of_layers is None:
+            self._of_layers = [self._arguments_of_layer(layer) for layer in range(len(self.weights))]
+        self.check_call(0, rows, out, scratch.max_rows)
+        of_wave = Arguments([rows.places, rows.stride, rows.ranges, out])
+        calls = []
+        for of_layer in self._of_layers:
+            words = Arguments([of_layer.address, of_wave.address, scratch.arguments.address])
+            call = words.of(pairs.call_experts)
+            calls.append(call._replace(kept=(words, of_wave, scratch, self)))
+        return calls
 
     def new_scratch(self, max_rows: int) -> HostScratch:
         self.check_max_rows(max_rows)

@@ -23,7 +23,19 @@ from typing import Any
 
 import numpy as np
 
-from pipemoe.addresses import floats_at, ints_at, shorts_at
+from pipemoe.addresses import (
+    double_matrix,
+    floats_at,
+    int_matrix,
+    ints_at,
+    long_matrix,
+    long_vector,
+    longs_at,
+    matrix,
+    real,
+    shorts_at,
+    vector,
+)
 from pipemoe.compiled import Compiled
 from pipemoe.experts.exponential import exp
 from pipemoe.experts.sgemm import multiply_by_weights, new_call
@@ -272,8 +284,42 @@ def combine_rows_on_grid(y, positions, rows, ranges, first, out):
                         to[h] += (contribution + GRID_ROUNDING) - GRID_ROUNDING
 
 
+@compiled(lambda t: [t.void(t.int64)])
+def call_experts(at):
+    """A whole call of the experts, of the words of the layer, the wave and the scratch: see HostExperts.prepared."""
+    of_layer, of_wave, of_scratch = longs_at(at)[0], longs_at(at)[1], longs_at(at)[2]
+    layer, stride = longs_at(of_layer), longs_at(of_wave)[3]
+    sgemm, first_expert, tile_rows, whole_tiles = layer[10], layer[11], layer[12], layer[13] != 0
+    width, intermediate, activation = layer[14], layer[15], layer[16]
+    gate_up, down = long_vector(of_layer, 0), long_vector(of_layer, 2)
+    gate_up_bias, down_bias = matrix(of_layer, 4), matrix(of_layer, 7)
+    pieces, ranges = long_matrix(of_wave, 0), long_matrix(of_wave, 4)
+    offsets, sources = long_vector(of_scratch, 0)[: len(gate_up) + 1], long_vector(of_scratch, 2)
+    positions, rows = int_matrix(of_scratch, 4), long_matrix(of_scratch, 7)
+    x_tile, y_tile, y = matrix(of_scratch, 10), matrix(of_scratch, 17), matrix(of_scratch, 20)
+    h_tile = vector(of_scratch, 13)[: len(x_tile) * width]
+    a_tile = vector(of_scratch, 15)[: len(x_tile) * intermediate]
+    index_pairs(pieces, stride, first_expert, offsets, positions, sources, rows)
+    compute_experts(
+        sgemm, gate_up, down, gate_up_bias, down_bias, offsets, sources, tile_rows, whole_tiles, activation,
+        real(of_layer, 17), real(of_layer, 18), real(of_layer, 19), x_tile, h_tile, a_tile, y_tile, y,
+    )  # fmt: skip
+    if whole_tiles:
+        combine_rows_on_grid(y, positions, rows, ranges, 0, double_matrix(of_wave, 7))
+    else:
+        combine_rows(y, positions, rows, ranges, 0, matrix(of_wave, 7))
+
+
 def compile_all(deterministic: bool) -> None:
     """Compile all functions that the experts call."""
     combine = combine_rows_on_grid if deterministic else combine_rows
-    for function in (index_pairs, gather_rows, gather_narrow_rows, activate_rows, compute_experts, combine):
+    for function in (
+        index_pairs,
+        gather_rows,
+        gather_narrow_rows,
+        activate_rows,
+        compute_experts,
+        combine,
+        call_experts,
+    ):
         function.compile()

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from pipemoe.addresses import Arguments, Call
 from pipemoe.experts.sgemm import sgemm_address
+from pipemoe.models import host_attention
 from pipemoe.models.cache import StepCache
 from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.fused_attention import eps_of, fuse
+from pipemoe.models.host_routing import compile_route, prepared_route
 from pipemoe.models.packing import Piece
 from pipemoe.models.routing import route
 
@@ -59,6 +62,16 @@ class _Layer:
         self.head_norms = [_array(norm.weight) for norm in norms] or [_array(None)] * 2
         self.head_eps = np.float32(eps_of(norms[0]) if norms else 0)
 
+    def arguments(self, form: AttentionForm, gate: np.ndarray) -> Arguments:
+        """As host_attention.attend_layer reads them."""
+        return Arguments(
+            [
+                *(form.num_query, form.num_key, form.rotary, form.window or _ALL_TOKENS, sgemm_address()),
+                *map(float, (self.eps_in, self.head_eps, self.scaling, self.eps_out)),
+                *(self.norm_in, self.weight, self.bias, *self.head_norms, self.out, self.out_bias, self.norm_out, gate),
+            ]
+        )
+
 
 def _array(tensor: torch.Tensor | None) -> np.ndarray:
     """[0] for None. Shares memory."""
@@ -71,14 +84,12 @@ class _HostState(MicrobatchState):
     __slots__ = ("arrays", "cos", "cut", "heads", "pieces", "room", "sin", "step", "x")
 
     def __init__(self, state: MicrobatchState, step: StepCache, form: AttentionForm) -> None:
-        from pipemoe.models.host_attention import QUERY_ROWS
-
         super().__init__(state.packing, state.cache, state.hidden, state.rope)
         packing, width = state.packing, (form.num_query + 2 * form.num_key) * form.head_dim
         self.step, num_tokens = step, packing.num_tokens
         self.heads, self.x = np.empty((num_tokens, width), np.float32), np.empty_like(state.hidden[0].numpy())
         self.cos, self.sin = (t[0].contiguous().numpy() for t in state.rope)
-        self.room = np.empty(min(QUERY_ROWS, packing.max_query) * packing.max_key, np.float32)
+        self.room = np.empty(min(host_attention.QUERY_ROWS, packing.max_query) * packing.max_key, np.float32)
         self.cut = [p.start > 0 or p.stop < p.length for p in packing.pieces]
         keys = self.heads.ctypes.data + 4 * form.num_query * form.head_dim
         values, rows = keys + 4 * form.num_key * form.head_dim, []
@@ -97,8 +108,6 @@ class HostDecoder(Decoder):
         """plain: a decoder for which there is no lack_on_host. Its modules are shared: what was three matrices becomes
         parts of one.
         """
-        from pipemoe.models import host_attention
-
         vars(self).update(vars(plain))
         lack = lack_on_host(plain)
         assert lack is None and self.attention_form is not None, lack
@@ -109,6 +118,11 @@ class HostDecoder(Decoder):
         self._no_gate = np.empty((0, self.shape.hidden), np.float32)
         host_attention.project_rows.compile()
         host_attention.attend_rows.compile()
+        host_attention.attend_layer.compile()
+        compile_route(self.routing)
+        self._arguments = [
+            self._layers[id(block)].arguments(self._form, gate) for block, gate in zip(self._blocks, self._gates)
+        ]
 
     def key_sizes(self) -> list[tuple[int, int]]:
         return [(self._form.num_key, self._form.head_dim)] * 2
@@ -134,6 +148,29 @@ class HostDecoder(Decoder):
         state.moe_input = rows.unsqueeze(0) if self._shared_experts[layer] is not None else None
         return rows, *route(torch.from_numpy(logits), self.routing, self._gate_biases[layer])
 
+    def prepared(self, state: MicrobatchState, routed: Sequence[torch.Tensor], y: torch.Tensor) -> list[list[Call]]:
+        """Calls of compiled code that do what `attend` does in each layer but the first; empty if there are none. Layer
+        0 has been attended, and has given `routed`, which they write. y: see `attend`.
+        """
+        assert isinstance(state, _HostState)
+        is_plain = not any(state.cut) and not self.has_shared_experts and not any(self._dense[1:-1])
+        if not is_plain or y.dtype not in (torch.float32, torch.float64):
+            return []
+        x, ids, weights = routed
+        logits = np.empty((len(ids), self.shape.num_experts), np.float32)
+        of_state = Arguments(
+            [state.hidden[0], x, state.heads, state.cos, state.sin, state.pieces, state.room, y, logits]
+        )
+        calls: list[list[Call]] = [[]]
+        for layer in range(1, len(self._blocks)):
+            words = Arguments([self._arguments[layer].address, of_state.address, y.dtype == torch.float64])
+            attend = words.of(host_attention.attend_layer)._replace(kept=(words, of_state, self))
+            bias = self._gate_biases[layer]
+            if bias is not None or layer == 1:
+                choose = prepared_route(logits, self.routing, bias, ids.numpy(), weights.numpy())
+            calls.append([attend, choose])
+        return calls
+
     def _run_dense(self, state: MicrobatchState, block: Any) -> None:
         assert isinstance(state, _HostState)
         self._attend(state, block, self._no_gate, np.empty((0, 0), np.float32))
@@ -141,19 +178,17 @@ class HostDecoder(Decoder):
 
     def _attend(self, state: _HostState, block: Any, gate: np.ndarray, logits: np.ndarray) -> None:
         """A layer's attention, and the norm behind it: state.x; with a gate, the router's logits of that."""
-        from pipemoe.models.host_attention import attend_rows, project_rows
-
         if not state.packing.num_tokens:
             return
         form, of, hidden = self._form, self._layers[id(block)], state.hidden[0].numpy()
-        project_rows(
+        host_attention.project_rows(
             hidden, of.norm_in, of.eps_in, state.x, sgemm_address(), of.weight, of.bias,
             form.num_query, form.num_key, form.rotary, *of.head_norms, of.head_eps, state.cos, state.sin, state.heads,
         )  # fmt: skip
         pieces = state.pieces
         if any(state.cut):
             pieces, kept = self._with_earlier(state, self._indices[id(block)])
-        attend_rows(
+        host_attention.attend_rows(
             hidden, state.heads, pieces, form.num_query, form.num_key, of.scaling, form.window or _ALL_TOKENS,
             state.room, sgemm_address(), of.out, of.out_bias, of.norm_out, of.eps_out, state.x, gate, logits,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,6 +27,9 @@ from pipemoe.models.packing import Packing, Piece
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.plan.cost.model import GRAPH_ROWS
 from pipemoe.wire import WireRows
+
+if TYPE_CHECKING:
+    from pipemoe.addresses import Call
 
 MAX_PIECES = 16  # sequences in one graph
 NUM_PLACES = 2  # of rows; layers take turns, as their receive buffers do
@@ -69,6 +73,15 @@ class EagerMicrobatch:
 
     def graphs(self, rows_of: Sequence[WireRows]) -> None:
         """See Source.graphs: there are none."""
+
+    def prepared(self, routed: Routed) -> list[list[Call]]:
+        """See HostDecoder.prepared; nothing for other decoders."""
+        prepare = getattr(self._decoder, "prepared", None)
+        return [] if prepare is None else prepare(self._state, routed, self.sums)
+
+    def is_at(self, layer: int) -> None:
+        """Prepared calls have attended this layer last."""
+        self._state.layer = layer
 
     def run_shared(self) -> None:
         """The shared experts of the layer attended last, if it has any; see Decoder.run_shared."""
@@ -266,6 +279,13 @@ class GraphedMicrobatch:
             assert self._own_rows is not None
             place.point_to(rows_of[layer % len(rows_of)] if rows_of else self._own_rows)
         return self._bucket.handles
+
+    def prepared(self, routed: Routed) -> list[list[Call]]:
+        """See EagerMicrobatch: there are none."""
+        return []
+
+    def is_at(self, layer: int) -> None:
+        pass
 
     def attend(self, layer: int, rows: WireRows | None = None) -> Routed:
         if self._own_rows is not None:

@@ -168,12 +168,10 @@ def _route_host(
     ids = np.empty((len(values), spec.top_k), np.int32)
     weights = np.empty((len(values), spec.top_k), np.float32)
     if spec.scoring == SOFTMAX:
-        _softmax_top_k(values, spec.renormalise, spec.scale, ids, weights)
+        softmax_top_k(values, spec.renormalise, spec.scale, ids, weights)
     else:
         bias_values = np.zeros(spec.num_experts, np.float32) if bias is None else bias.numpy()
-        _sigmoid_top_k(
-            values, bias_values, spec.num_groups, spec.top_groups, spec.renormalise, spec.scale, ids, weights
-        )
+        sigmoid_top_k(values, bias_values, spec.num_groups, spec.top_groups, spec.renormalise, spec.scale, ids, weights)
     return torch.from_numpy(ids), torch.from_numpy(weights)
 
 
@@ -195,7 +193,7 @@ def _take_largest(scores, taken, chosen):  # pragma: no cover (compiled)
 
 
 @functools.partial(Compiled, what="the router of the host", nogil=True)
-def _softmax_top_k(logits, renormalise, scale, ids, weights):  # pragma: no cover (compiled)
+def softmax_top_k(logits, renormalise, scale, ids, weights):  # pragma: no cover (compiled)
     num_tokens, num_experts = logits.shape
     top_k = ids.shape[1]
     taken = np.empty(num_experts, np.bool_)
@@ -218,7 +216,7 @@ def _softmax_top_k(logits, renormalise, scale, ids, weights):  # pragma: no cove
 
 
 @functools.partial(Compiled, what="the router of the host", nogil=True)
-def _sigmoid_top_k(
+def sigmoid_top_k(
     logits, bias, num_groups, top_groups, renormalise, scale, ids, weights
 ):  # pragma: no cover (compiled)
     num_tokens, num_experts = logits.shape

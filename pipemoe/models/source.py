@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.addresses import Call
     from pipemoe.models.cache import StepCache
     from pipemoe.models.decoder import Decoder
     from pipemoe.models.microbatch import AttendGraphs, EagerMicrobatch, GraphedMicrobatch
@@ -114,6 +115,14 @@ class ModelSource:
     def graphs(self, cohort: int, rows_of: Sequence[WireRows]) -> tuple[tuple[int, int], ...] | None:
         """See Source.graphs."""
         return self._microbatches[cohort].graphs(rows_of)
+
+    def prepared(self, cohort: int) -> list[list[Call]]:
+        """See Source.prepared."""
+        return self._microbatches[cohort].prepared(self._rows[cohort])
+
+    def is_at(self, cohort: int, layer: int) -> None:
+        """See Source.is_at."""
+        self._microbatches[cohort].is_at(layer)
 
     def _row(self, cohort: int, token: int) -> int:
         return next(row + token - start for start, stop, row in self._ranges[cohort] if start <= token < stop)

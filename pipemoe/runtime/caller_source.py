@@ -93,6 +93,12 @@ class CallerSource:
     def graphs(self, cohort: int, rows_of: Sequence[WireRows]) -> None:
         pass
 
+    def prepared(self, cohort: int) -> tuple[()]:
+        return ()
+
+    def is_at(self, cohort: int, layer: int) -> None:
+        pass
+
     def side_work(self, cohort: int) -> None:
         pass
 

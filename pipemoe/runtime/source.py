@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
+    from pipemoe.addresses import Call
     from pipemoe.plan.cost.dimensions import Dimensions
     from pipemoe.plan.cost.model import CostModel
     from pipemoe.plan.schedule import Plan
@@ -82,6 +83,15 @@ class Source(Protocol):
 
         rows_of: what `attend` would be given as `rows`, of layers that take turns; empty: nothing.
         """
+
+    def prepared(self, cohort: int) -> Sequence[Sequence[Call]]:
+        """Of a cohort whose layer 0 has been attended: for each layer calls of compiled code that do what `attend`
+        does, none for layer 0; empty if it has to be called. `rows` are then the same tensors in every layer, which the
+        calls write. Asked on the host, in the compute lane, and only if the source `keeps_tensors`.
+        """
+
+    def is_at(self, cohort: int, layer: int) -> None:
+        """Calls of `prepared` have attended all layers up to this one."""
 
     def rows(self, cohort: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """hidden [n, H], ids [n, K] int32, weights [n, K] float32 of this rank's tokens [start, stop)."""
