@@ -63,6 +63,7 @@ class HostSlot:
         self._queues = self.combine.work, self.compute.work  # a sum completes a layer, so sums go first
         self.is_inline = True  # no thread of its own serves it
         self.waits_here = False  # for an event of another slot of this rank
+        self._played: deque[Callable[[], bool]] = deque()  # see play
         self._filled = threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
@@ -77,6 +78,11 @@ class HostSlot:
         if not is_inline and self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"pipemoe slot {self.number}", daemon=True)
             self._thread.start()
+
+    def play(self, for_a_while: Callable[[], bool]) -> None:
+        """Let the thread call this again and again, until it is True."""
+        self._played.append(for_a_while)
+        self.has_work()
 
     def has_work(self) -> None:
         if not self.is_inline:
@@ -149,11 +155,15 @@ class HostSlot:
         sleeper = self._bells.sleeper([self.number])
         while not self._closed:
             self._filled.wait()
+            if self._played:
+                if self._played[0]():
+                    self._played.popleft()  # the conductor may have appended the next step's
+                continue
             sleeper.look()
             if self.is_inline or not self.num_left:
                 self._bells.say_at_work(self.number, False)
                 self._filled.clear()
-                if (self.num_left and not self.is_inline) or self._closed:
+                if (self.num_left and not self.is_inline) or self._played or self._closed:
                     self._filled.set()
                 continue
             self._give_way()
@@ -193,6 +203,14 @@ class HostLanes:
         self.slots = [SlotLanes(slot.compute, slot.compute, slot.combine) for slot in self._host_slots]
         self.clock = HostClock()
         self._holds_slots = False
+
+    @property
+    def num_cores(self) -> int:
+        return _NUM_CORES
+
+    def play(self, slot: int, for_a_while: Callable[[], bool]) -> None:
+        """Let a slot's thread call this again and again, until it is True."""
+        self._host_slots[slot].play(for_a_while)
 
     def hold_slots(self, slots: set[int], polls: bool = False) -> None:
         """Runs of these slots may come and go side by side, until `let_go_of_slots`. Only while there is no work."""

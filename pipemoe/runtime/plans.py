@@ -20,7 +20,7 @@ from pipemoe.plan.verify import verify
 if TYPE_CHECKING:
     from pipemoe.world.world import World
 
-_CACHED_PLANS = 64
+CACHED_PLANS = 64
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Plans:
         if found is None:
             found = make_plan(facts, self.shape, self.config, self.cost)
             self._of_steps[facts] = found
-            if len(self._of_steps) > _CACHED_PLANS:
+            if len(self._of_steps) > CACHED_PLANS:
                 self._of_steps.popitem(last=False)
         else:
             self._of_steps.move_to_end(facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
@@ -19,7 +20,7 @@ from pipemoe.plan.cost.dimensions import dimensions_of_shape
 from pipemoe.plan.schedule import ModelShape, Op, Plan
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.last_words import say
-from pipemoe.runtime.plans import Plans, compile_on_hosts
+from pipemoe.runtime.plans import CACHED_PLANS, Plans, compile_on_hosts
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.set_up import SetUp
 from pipemoe.runtime.source import Source, SourceTraits
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipemoe.comm.shared.waves import SharedWaves
+    from pipemoe.runtime.played_plan import PlayedPlan
     from pipemoe.world.shared_host import SharedHost
     from pipemoe.world.world import World
 
@@ -128,11 +130,14 @@ class Runtime:
             self.cost = traits.measured_cost(world, self.cost, self.config.max_tokens_per_rank, self._in_first_lane)
         self.plans = Plans(shape, self.config, self.cost, self.wire.row_bytes, world.block_room, world.hosts)
         self.plays_tapes = self._tapes is not None  # else every operation is issued by Python
+        self.plays_records = True  # on a host whose ranks share memory
+        self._played: OrderedDict[int, PlayedPlan] = OrderedDict()
         self.issued = Issued()
         self._is_first_step = True  # the caller's code may compile in it, so it may take longer
 
     def _choose_host_transport(self, host: SharedHost) -> None:
         """Shared memory, or MPI if some rank cannot have as much of it."""
+        from pipemoe.comm.shared.prepared import compile_for_records
         from pipemoe.runtime.host_lanes import LinkedLanes
 
         try:
@@ -140,6 +145,8 @@ class Runtime:
             self.transport = self._shared = self.world.new_waves(layout)
             if self._links is not None:
                 self.lanes, self.polls = LinkedLanes(host.lanes), True
+            else:
+                compile_for_records()  # now, not inside a step
         except ConfigError as error:  # the same on all ranks
             if host.is_wanted:
                 raise
@@ -271,7 +278,12 @@ class Runtime:
         self.issued = self.issued.plus(seconds, num_cohorts * self.shape.num_layers)
 
     def new_run(self, plan: Plan, source: Source, **options: Any) -> Run | WholeRun:
-        """A run of a step's plan: from tapes where that is possible. options: see Run."""
+        """A run of a step's plan: by compiled code where that is possible. options: see Run."""
+        played = self._played_plan(plan, source, options["only"])
+        if played is not None:
+            from pipemoe.runtime.played_run import PlayedRun
+
+            return self._new_run(partial(PlayedRun, played=played), plan, source, **options)
         tapes = self._tapes if self.plays_tapes and source.keeps_tensors else None
         if tapes is None or not plan.cohorts or options["timed"] or options["only"] != Only():
             return self.new_round(plan, source, **options)
@@ -282,6 +294,24 @@ class Runtime:
         from pipemoe.runtime.taped_run import TapedRun
 
         return self._new_run(partial(TapedRun, tapes=tapes), plan, source, **options)
+
+    def _played_plan(self, plan: Plan, source: Source, only: Only) -> PlayedPlan | None:
+        """The plan's records for compiled code of the host, if there are any; the latest are remembered."""
+        is_plain = source.keeps_tensors and not source.has_side_work and only == Only()
+        if self._shared is None or self._links is not None or not self.plays_records or not is_plain:
+            return None
+        from pipemoe.runtime.played_plan import PlayedPlan
+
+        found = self._played.get(id(plan))
+        if found is None:
+            experts = self.experts_with_free_sms[plan.sms_left]
+            found = PlayedPlan(plan, self.world.rank, self._shared, self._workspace, self.wire, experts)
+            self._played[id(plan)] = found  # which keeps the plan, and so its id
+            if len(self._played) > CACHED_PLANS:
+                self._played.popitem(last=False)
+        else:
+            self._played.move_to_end(id(plan))
+        return found if found.is_whole else None
 
     def new_round(self, plan: Plan, source: Source, **options: Any) -> Run:
         """A run of a round's plan. Runs of several slots may be under way at once, one in each."""

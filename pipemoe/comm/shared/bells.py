@@ -102,11 +102,10 @@ class Bells:
 
     def __init__(self, rank: int, bells: Sequence[int], num_slots: int, spin_seconds: float) -> None:
         """bells: their addresses. spin_seconds: how long a thread looks before it sleeps."""
-        self.conductor_channel, self._own, self._rank = num_slots, bells[rank], rank
-        self._bells = np.array(bells, np.int64)
+        self.conductor_channel, self.own, self._rank = num_slots, bells[rank], rank
+        self.all, self.spin_ns = np.array(bells, np.int64), int(spin_seconds * 1e9)
         self._others = np.array([other for other in range(len(bells)) if other != rank], np.int64)
-        self._spin_ns = int(spin_seconds * 1e9)
-        self._groups: dict[object, tuple[np.ndarray, np.ndarray]] = {}
+        self._groups: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     @staticmethod
     def num_bytes(num_slots: int) -> int:
@@ -115,30 +114,33 @@ class Bells:
 
     def ring(self, channel: int, ranks: Iterable[int]) -> None:
         """Ring this channel of `ranks`, which expect it, and of others that want every ring."""
-        key = tuple(ranks)
-        if key not in self._groups:
-            is_expecting = np.isin(self._others, key)
-            self._groups[key] = self._bells[self._others[is_expecting]], self._bells[self._others[~is_expecting]]
-        expecting, not_expecting = self._groups[key]
+        expecting, not_expecting = self.groups(tuple(ranks))
         if len(expecting):
             _ring(expecting, channel, 1)
         if len(not_expecting):
             _ring(not_expecting, channel, 0)
 
+    def groups(self, ranks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Addresses of the bells of these ranks, this one left out, and of all other ranks."""
+        if ranks not in self._groups:
+            is_expecting = np.isin(self._others, ranks)
+            self._groups[ranks] = self.all[self._others[is_expecting]], self.all[self._others[~is_expecting]]
+        return self._groups[ranks]
+
     def say_at_work(self, channel: int, works: bool) -> None:
         """Tell all ranks whether this rank's thread of the channel is at work, or waits."""
-        words.store(self._own + _LINE * (1 + channel) + _WORKS, int(works))
+        words.store(self.own + _LINE * (1 + channel) + _WORKS, int(works))
 
     def num_at_work_before(self, channel: int) -> int:
         """How many threads of lower channels are at work, on all ranks."""
-        return _num_at_work(self._bells, channel)
+        return _num_at_work(self.all, channel)
 
     def ring_here(self, channel: int) -> None:
         """Wake up this rank's thread of the channel."""
-        _ring_at_once(self._own, channel)
+        _ring_at_once(self.own, channel)
 
     def sleeper(self, channels: Sequence[int]) -> Sleeper:
-        return Sleeper(self._own, channels, self._spin_ns)
+        return Sleeper(self.own, channels, self.spin_ns)
 
 
 class Sleeper:

@@ -12,7 +12,7 @@ When a buffer may be used again, and why that is safe, says pipemoe.plan.reuse.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 _FLAG = 64  # bytes: a line for each, as different threads of a peer wait for them
-_SENT, _SUMMED, _COMBINED = range(3)
+SENT, SUMMED, COMBINED = range(3)
 
 
 class WaveMemory:
@@ -84,13 +84,13 @@ class SharedWaves(CallLog):
         self._places = {here: place for place, here in enumerate(memories)}  # among the ranks of this host
         self._own = self._places[rank]
         self._bells, self.num_bytes = bells, layout.num_bytes
-        _add_rows.compile()  # now, not inside a step
+        add_rows.compile()  # now, not inside a step
         self._uses = BufferUses(layout.num_slots, layout.num_buffers)
         places = [(slot, buffer) for slot in range(layout.num_slots) for buffer in range(layout.num_buffers)]
         self._flags = {  # addresses [R] of each flag of a buffer
             (*place, flag): np.array([layout.flag(memory, *place, flag) for memory in memories.values()], np.int64)
             for place in places
-            for flag in (_SENT, _SUMMED, _COMBINED)
+            for flag in (SENT, SUMMED, COMBINED)
         }
         # By slot and buffer, and by rank.
         self.rows = {place: {r: layout.rows(memory, *place) for r, memory in memories.items()} for place in places}
@@ -98,8 +98,7 @@ class SharedWaves(CallLog):
 
     def use(self, slot: int, buffer: int, wave: Wave) -> Use:
         """The next wave's use of a buffer, by the ranks of this host. Every rank calls, in the plan's order."""
-        owners = sorted(wave.ranks() & self._places.keys())
-        return self._uses.next(slot, buffer, tuple(self._places[rank] for rank in owners))
+        return self._uses.next(slot, buffer, self.places(wave))
 
     def check(self) -> None:
         """Nothing here notices a lost peer: the side channel does."""
@@ -108,36 +107,59 @@ class SharedWaves(CallLog):
 
     def rows_free(self, slot: int, buffer: int, use: Use) -> FlagEvent:
         """No rank reads this rank's rows of the buffer's last wave any more."""
-        return FlagEvent(self._flags[slot, buffer, _SUMMED], use.before, of_reuse=True)
+        return FlagEvent(self._flags[slot, buffer, SUMMED], use.before, of_reuse=True)
 
     def sent(self, slot: int, buffer: int, use: Use) -> FlagEvent:
         """All rows of the wave that ranks of this host own are there."""
-        return FlagEvent(self._flags[slot, buffer, _SENT][list(use.owners)], use.number)
+        return FlagEvent(self._flags[slot, buffer, SENT][list(use.owners)], use.number)
 
     def sums_free(self, slot: int, buffer: int, use: Use) -> FlagEvent:
         """No rank reads this rank's partial sums of the buffer's last wave any more."""
-        return FlagEvent(self._flags[slot, buffer, _COMBINED][list(use.owners_before)], use.before, of_reuse=True)
+        return FlagEvent(self._flags[slot, buffer, COMBINED][list(use.owners_before)], use.before, of_reuse=True)
 
     def summed(self, slot: int, buffer: int, use: Use) -> FlagEvent:
         """The partial sums of the wave are there, of every rank of this host."""
-        return FlagEvent(self._flags[slot, buffer, _SUMMED], use.number)
+        return FlagEvent(self._flags[slot, buffer, SUMMED], use.number)
 
     # What a rank tells the others.
 
     def tell_sent(self, slot: int, buffer: int, use: Use) -> None:
         """This rank's rows of the wave are there."""
-        words.store(self._flags[slot, buffer, _SENT][self._own], use.number)
+        words.store(self._flags[slot, buffer, SENT][self._own], use.number)
         self._bells.ring(slot, range(len(self._places)))
 
     def tell_summed(self, slot: int, buffer: int, use: Use) -> None:
         """This rank's partial sums of the wave are there, and it has read all of the wave's rows."""
-        words.store(self._flags[slot, buffer, _SUMMED][self._own], use.number)
+        words.store(self._flags[slot, buffer, SUMMED][self._own], use.number)
         self._bells.ring(slot, use.owners)
 
     def tell_combined(self, slot: int, buffer: int, use: Use) -> None:
         """This rank has added up the sums of its rows."""
-        words.store(self._flags[slot, buffer, _COMBINED][self._own], use.number)
+        words.store(self._flags[slot, buffer, COMBINED][self._own], use.number)
         self._bells.ring(slot, ())
+
+    # The same for records (pipemoe.comm.shared.player).
+
+    def flags(self, slot: int, buffer: int, flag: int, ranks: Iterable[int] | None = None) -> list[int]:
+        """Addresses of a flag: SENT, SUMMED or COMBINED. ranks: places among the ranks of this host; None: all."""
+        found = self._flags[slot, buffer, flag]
+        return found.tolist() if ranks is None else found[list(ranks)].tolist()
+
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """The places of all ranks of this host."""
+        return tuple(range(len(self._places)))
+
+    def own_flag(self, slot: int, buffer: int, flag: int) -> int:
+        return int(self._flags[slot, buffer, flag][self._own])
+
+    def places(self, wave: Wave) -> tuple[int, ...]:
+        """Of the ranks of this host that have rows in the wave."""
+        return tuple(self._places[rank] for rank in sorted(wave.ranks() & self._places.keys()))
+
+    @property
+    def bells(self) -> Bells:
+        return self._bells
 
     # The log: what rows and sums go from rank to rank, as the collectives that it stands for.
 
@@ -169,7 +191,7 @@ class SharedWaves(CallLog):
 
 
 @compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64))
-def _add_rows(addresses, strides, num_rows, width):
+def add_rows(addresses, strides, num_rows, width):
     """The matrix at addresses[0] is the sum of the others, in their order; float32, strides in values."""
     for row in range(num_rows):
         out = floats_at(addresses[0] + 4 * row * strides[0])
@@ -190,7 +212,7 @@ def add_in_order(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
     if result.dtype == parts[0].dtype == torch.float32 and all(t.stride(1) == 1 for t in (result, *parts)):
         addresses = np.array([part.data_ptr() for part in (result, *parts)], np.int64)
         strides = np.array([part.stride(0) for part in (result, *parts)], np.int64)
-        _add_rows(addresses, strides, *result.shape)
+        add_rows(addresses, strides, *result.shape)
         return
     total = parts[0].to(wide, copy=True)
     for part in parts[1:]:

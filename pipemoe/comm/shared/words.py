@@ -22,6 +22,7 @@ _FUTEX_CALL = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), -1)  # Linu
 _WAIT, _WAKE, _MONOTONIC, _ALL = 9, 10, 1, 0x7FFFFFFF
 _NANOSECONDS = 1_000_000_000
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
+_pause = types.ExternalFunction("usleep", types.int32(types.uint32))
 _clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 
 
@@ -102,6 +103,12 @@ def now_ns():
     time = np.empty(2, np.int64)
     _clock(np.int32(_MONOTONIC), time.ctypes.data)
     return time[0] * _NANOSECONDS + time[1]
+
+
+@compiled_part
+def pause(us):
+    """Sleep for so many microseconds, under a second."""
+    _pause(np.uint32(us))
 
 
 @compiled(lambda: types.void(types.int64, types.int64, types.int64, types.int64))

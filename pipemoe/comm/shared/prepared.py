@@ -1,0 +1,106 @@
+"""What a rank does with its rows of a wave, as calls of compiled code that are prepared once and made in each layer:
+writing the rows, and adding up their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numba import types
+
+from pipemoe.addresses import Arguments, doubles_at, floats_at, ints_at, long_matrix, long_vector, longs_at
+from pipemoe.comm.shared.player import play, tell_done
+from pipemoe.comm.shared.waves import add_rows
+from pipemoe.comm.shared.words import compiled
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipemoe.wire import WireRows
+
+
+@compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64))
+def _add_wide_rows(addresses, strides, num_rows, width):
+    """add_rows in float64."""
+    for row in range(num_rows):
+        out = doubles_at(addresses[0] + 8 * row * strides[0])
+        for p in range(1, len(addresses)):
+            part = doubles_at(addresses[p] + 8 * row * strides[p])
+            for h in range(width):
+                out[h] = part[h] if p == 1 else out[h] + part[h]
+
+
+@compiled(lambda: types.void(types.int64))
+def _add_segments(at):
+    addresses, strides, num_rows, width = long_matrix(at, 0), long_matrix(at, 3), long_vector(at, 6), longs_at(at)[8]
+    for segment in range(len(num_rows)):
+        if longs_at(at)[9]:
+            _add_wide_rows(addresses[segment], strides[segment], num_rows[segment], width)
+        else:
+            add_rows(addresses[segment], strides[segment], num_rows[segment], width)
+
+
+class PreparedSums:
+    """add_in_order of all of a wave's segments of this rank, as a call of compiled code."""
+
+    def __init__(self, parts: Sequence[Sequence[torch.Tensor]], width: int) -> None:
+        """parts: of each segment, in float32 or float64, with adjacent columns."""
+        dtype = parts[0][0].dtype
+        self._addresses = np.array([[0, *(p.data_ptr() for p in of_segment)] for of_segment in parts], np.int64)
+        self._strides = np.array([[width, *(p.stride(0) for p in of_segment)] for of_segment in parts], np.int64)
+        num_rows = np.array([len(of_segment[0]) for of_segment in parts], np.int64)
+        words = [self._addresses, self._strides, num_rows, width, dtype.itemsize == 8]
+        self.dtype, self._arguments = dtype, Arguments(words)
+        self.call = self._arguments.of(_add_segments)
+
+    def go_to(self, results: Sequence[torch.Tensor]) -> bool:
+        """Let the sums go to these, one for each segment. False if they cannot."""
+        if any(r.dtype != self.dtype or r.stride() != (self._strides[0, 0], 1) for r in results):
+            return False
+        self._addresses[:, 0] = [r.data_ptr() for r in results]
+        return True
+
+
+@compiled(lambda: types.void(types.int64))
+def _pack_segments(at):
+    segments, hidden, top_k, stride = long_matrix(at, 0), longs_at(at)[3], longs_at(at)[4], longs_at(at)[5]
+    for s in range(len(segments)):
+        for row in range(segments[s, 6]):
+            x, to = floats_at(segments[s, 0] + 4 * hidden * row), floats_at(segments[s, 3] + stride * row)
+            for h in range(hidden):
+                to[h] = x[h]
+            ids, ids_to = ints_at(segments[s, 1] + 4 * top_k * row), ints_at(segments[s, 4] + stride * row)
+            weights, weights_to = floats_at(segments[s, 2] + 4 * top_k * row), floats_at(segments[s, 5] + stride * row)
+            for k in range(top_k):
+                ids_to[k] = ids[k]
+                weights_to[k] = weights[k]
+
+
+class PreparedRows:
+    """WireRows.write of all of a wave's segments of this rank, as a call of compiled code."""
+
+    def __init__(self, parts: Sequence[WireRows]) -> None:
+        self._parts = parts
+        to = [(p.hidden.data_ptr(), p.ids.data_ptr(), p.weights.data_ptr(), len(p)) for p in parts]
+        self._segments = np.array([(0, 0, 0, *of_part) for of_part in to], np.int64)
+        first = parts[0]
+        words = [self._segments, first.hidden.shape[1], first.ids.shape[1], first.stride]
+        self._arguments = Arguments(words)
+        self.call = self._arguments.of(_pack_segments)
+
+    def come_from(self, rows: Sequence[Sequence[torch.Tensor]]) -> bool:
+        """Let them be copies of these: of each segment hidden, ids and weights. False if they cannot."""
+        for part, of_segment in zip(self._parts, rows, strict=True):
+            like = part.hidden, part.ids, part.weights
+            if any(a.dtype != b.dtype or not a.is_contiguous() for a, b in zip(of_segment, like, strict=True)):
+                return False
+        self._segments[:, :3] = [[tensor.data_ptr() for tensor in of_segment] for of_segment in rows]
+        return True
+
+
+def compile_for_records() -> None:
+    """All that records call of this part, and what plays them."""
+    for function in (play, tell_done, _add_segments, _pack_segments):
+        function.compile()
