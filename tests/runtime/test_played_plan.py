@@ -23,7 +23,8 @@ from tests.comm.shared.shared_ranks import memories
 from tests.moe_cases import HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, make_layers
 
 LAYERS = 3
-STEPS = (((10,), (20,), (5,)), ((), (20,), (40,)), ((10,), (20,), (5,)), ((1,), (), ()))
+# Also a rank with rows in three waves of a layer, which have two buffers.
+STEPS = (((10,), (20,), (5,)), ((), (20,), (40,)), ((10,), (20,), (5,)), ((70,), (), (3,)), ((1,), (), ()))
 
 
 def word(address):
@@ -35,7 +36,7 @@ class Ranks:
 
     def __init__(self, **options):
         num_ranks, device = len(STEPS[0]), torch.device("cpu")
-        self.config = Config(moe_max_num_tokens=20, max_tokens_per_rank=40, **options).in_world(3)
+        self.config = Config(moe_max_num_tokens=20, max_tokens_per_rank=80, **options).in_world(3)
         self.shape = ModelShape(HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K, LAYERS)
         self.wire = WireFormat(HIDDEN, TOP_K, torch.float32)
         layout = shared_layout(self.config, self.wire, torch.float32, num_ranks)
