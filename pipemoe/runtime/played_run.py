@@ -114,11 +114,12 @@ class PlayedRun(Run):
                     heads.append(self._of_head(ops[at], player.records[queue][at], player.waits))
         return min(heads, key=self._position.__getitem__, default=None)
 
-    def _of_head(self, op: Op, record: np.ndarray, waits: np.ndarray) -> Op:
+    @staticmethod
+    def _of_head(op: Op, record: np.ndarray, waits: np.ndarray) -> Op:
         """What a queue's first record waits for: experts may wait for other ranks' rows."""
-        if op.kind is OpKind.EXPERTS and record[of.WAIT] < record[of.LAST_WAIT]:
-            if waits[record[of.WAIT], of.KIND] == of.A_FLAG:
-                return op._replace(kind=OpKind.DISPATCH)
+        wait = record[of.WAIT]  # read once: a slot's thread may count it up meanwhile
+        if op.kind is OpKind.EXPERTS and wait < record[of.LAST_WAIT] and waits[wait, of.KIND] == of.A_FLAG:
+            return op._replace(kind=OpKind.DISPATCH)
         return op
 
     def not_begun(self) -> str | None:

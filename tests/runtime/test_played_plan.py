@@ -15,8 +15,9 @@ from pipemoe.comm.shared.bells import Bells
 from pipemoe.comm.shared.waves import SharedWaves
 from pipemoe.experts import make_experts
 from pipemoe.plan.planner import plan
-from pipemoe.plan.schedule import Facts, ModelShape, OpKind
+from pipemoe.plan.schedule import Facts, ModelShape, Op, OpKind
 from pipemoe.runtime.played_plan import PlayedPlan, queue_of
+from pipemoe.runtime.played_run import PlayedRun
 from pipemoe.runtime.workspace import Workspace, shared_layout
 from pipemoe.wire import WireFormat
 from tests.comm.shared.shared_ranks import memories
@@ -109,3 +110,22 @@ class Ranks:
 @pytest.mark.parametrize("seed", range(5))
 def test_everybody_reads_what_it_should(mode, seed):
     Ranks(mode=mode).run(random.Random(seed))
+
+
+class Moving(np.ndarray):
+    """A record whose wait comes between two looks at it."""
+
+    def __getitem__(self, column):
+        value = int(super().__getitem__(column))
+        if column == of.WAIT:
+            self[of.WAIT] = value + 1
+        return value
+
+
+@pytest.mark.parametrize("kind", [of.A_FLAG, of.OF_REUSE])
+def test_an_operation_is_named_while_its_last_wait_comes(kind):
+    record = np.zeros(of.OP + 1, np.int64)
+    record[of.LAST_WAIT] = 1
+    op, waits = Op(OpKind.EXPERTS, 0, 0, 0), np.array([[0, 1, kind]])
+    expected = op._replace(kind=OpKind.DISPATCH) if kind == of.A_FLAG else op
+    assert PlayedRun._of_head(op, record.view(Moving), waits) == expected
