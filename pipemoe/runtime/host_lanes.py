@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,7 +25,6 @@ _Work = tuple[Callable[[], Any], list[Any], HostEvent]
 _FEW_LEFT = 6
 _NICENESS, _MOST_NICE = 5, 15  # of each slot more than of the one before; of the last at most
 _NUM_CORES = len(os.sched_getaffinity(0))
-_WAY_SECONDS, _LONGEST_WAY = 300e-6, 0.01
 
 
 def _niceness(slot: int) -> int:
@@ -134,18 +132,6 @@ class HostSlot:
                         sleeper.stay_awake()
         sleeper.want_every(self.number, every)
 
-    def _give_way(self) -> None:
-        """Before a piece of work, wait for a while if shorter cohorts keep all cores busy, on whatever ranks.
-
-        Niceness alone does not do that: Linux shares cores among sessions first (autogroup), and a launcher may start
-        each rank in a session of its own.
-        """
-        if not self.number:
-            return
-        end = time.monotonic() + _LONGEST_WAY
-        while self._bells.num_at_work_before(self.number) >= _NUM_CORES and time.monotonic() < end:
-            time.sleep(_WAY_SECONDS)
-
     def _run(self) -> None:
         # A thread keeps its class for life, so each slot has a thread of its own.
         nicer_by(_niceness(self.number))
@@ -166,7 +152,7 @@ class HostSlot:
                 if (self.num_left and not self.is_inline) or self._played or self._closed:
                     self._filled.set()
                 continue
-            self._give_way()
+            self._bells.give_way(self.number, _NUM_CORES)
             self._bells.say_at_work(self.number, True)
             if not self.run_one():
                 self._bells.say_at_work(self.number, False)

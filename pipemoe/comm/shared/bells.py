@@ -23,6 +23,7 @@ from pipemoe.comm.shared.words import _add, _load, _store, compiled, compiled_pa
 LONGEST_SLEEP = 0.05  # seconds
 _LINE = 64  # bytes; each channel has one, as threads write it
 _RINGS, _TARGET, _SLEEPS, _EVERY, _WORKS = 0, 4, 8, 12, 16  # bytes
+_WAY_US, _LONGEST_WAY_NS = 300, 10_000_000
 _MASKS = 31  # bits that tell channels apart; more channels share them, and wake up for one another
 
 
@@ -78,7 +79,7 @@ def _rest(bell, channels, seen, wanted, spin_ns, rest_ns):
         _store(bell + _LINE * (1 + channels[i]) + _SLEEPS, np.int32(0))
 
 
-@compiled(lambda: types.int64(types.int64[::1], types.int64))
+@compiled_part
 def _num_at_work(bells, channel):
     """Threads of lower channels that are at work, on all ranks."""
     found = 0
@@ -86,6 +87,14 @@ def _num_at_work(bells, channel):
         for other in range(channel):
             found += _load(bell + _LINE * (1 + other) + _WORKS)
     return found
+
+
+@compiled(lambda: types.void(types.int64[::1], types.int64, types.int64))
+def _give_way(bells, channel, num_cores):
+    """Wait for a while if threads of lower channels keep all cores busy, on whatever ranks."""
+    end = words.now_ns() + _LONGEST_WAY_NS
+    while _num_at_work(bells, channel) >= num_cores and words.now_ns() < end:
+        words.pause(_WAY_US)
 
 
 @compiled_part
@@ -131,9 +140,13 @@ class Bells:
         """Tell all ranks whether this rank's thread of the channel is at work, or waits."""
         words.store(self.own + _LINE * (1 + channel) + _WORKS, int(works))
 
-    def num_at_work_before(self, channel: int) -> int:
-        """How many threads of lower channels are at work, on all ranks."""
-        return _num_at_work(self.all, channel)
+    def give_way(self, channel: int, num_cores: int) -> None:
+        """Before a piece of work, wait for a while if threads of lower channels keep all cores busy, on whatever ranks.
+
+        Niceness alone does not do that: Linux shares cores among sessions first (autogroup), and a launcher may start
+        each rank in a session of its own.
+        """
+        _give_way(self.all, channel, num_cores)
 
     def ring_here(self, channel: int) -> None:
         """Wake up this rank's thread of the channel."""

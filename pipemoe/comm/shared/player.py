@@ -44,7 +44,6 @@ BELL, CHANNEL, WORDS, SPIN_NS, NUM_CORES, IS_THREAD, IS_TIMED = range(7)
 WAITS_HERE = 8  # bytes behind WORDS, after a word for each queue: how many of its records are done
 # Why the loop has stopped.
 STOPPED, IS_OVER, BREATH = range(3)
-_WAY_US, _LONGEST_WAY_NS = 300, 10_000_000
 
 _RECORDS, _NUMBERS = types.int64[:, ::1], types.int64[::1]
 
@@ -111,16 +110,6 @@ def _lacks(records, at, waits, setting, channels_wanted):
 
 
 @compiled_part
-def _let_others_pass(all_bells, channel, num_cores):
-    """Wait for a while if shorter cohorts keep all cores busy, on whatever ranks. Niceness alone does not do that:
-    Linux shares cores among sessions first (autogroup), and a launcher may start each rank in a session of its own.
-    """
-    end = words.now_ns() + _LONGEST_WAY_NS
-    while of_bells._num_at_work(all_bells, channel) >= num_cores and words.now_ns() < end:
-        words.pause(_WAY_US)
-
-
-@compiled_part
 def _do(records, at, setting, spans):
     op = records[at, OP]
     if setting[IS_TIMED]:
@@ -151,8 +140,7 @@ def play(sums, computations, waits, setting, bells, others, all_bells, spans, ou
     while True:
         of_bells._look(bell, channels, seen)
         if is_thread:
-            if channel:
-                _let_others_pass(all_bells, channel, setting[NUM_CORES])
+            of_bells._give_way(all_bells, channel, setting[NUM_CORES])
             _store(works_at, np.int32(1))
         num_left, did = 0, False
         for queue in range(2):

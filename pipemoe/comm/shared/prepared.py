@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import types
 
-from pipemoe.addresses import Arguments, doubles_at, floats_at, ints_at, long_matrix, long_vector, longs_at
+from pipemoe.addresses import Arguments, floats_at, ints_at, long_matrix, long_vector, longs_at
 from pipemoe.comm.shared.player import play, tell_done
 from pipemoe.comm.shared.waves import add_rows
 from pipemoe.comm.shared.words import compiled
@@ -21,25 +21,11 @@ if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
 
-@compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64))
-def _add_wide_rows(addresses, strides, num_rows, width):
-    """add_rows in float64."""
-    for row in range(num_rows):
-        out = doubles_at(addresses[0] + 8 * row * strides[0])
-        for p in range(1, len(addresses)):
-            part = doubles_at(addresses[p] + 8 * row * strides[p])
-            for h in range(width):
-                out[h] = part[h] if p == 1 else out[h] + part[h]
-
-
 @compiled(lambda: types.void(types.int64))
 def _add_segments(at):
     addresses, strides, num_rows, width = long_matrix(at, 0), long_matrix(at, 3), long_vector(at, 6), longs_at(at)[8]
     for segment in range(len(num_rows)):
-        if longs_at(at)[9]:
-            _add_wide_rows(addresses[segment], strides[segment], num_rows[segment], width)
-        else:
-            add_rows(addresses[segment], strides[segment], num_rows[segment], width)
+        add_rows(addresses[segment], strides[segment], num_rows[segment], width, longs_at(at)[9] != 0)
 
 
 class PreparedSums:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import types
 
-from pipemoe.addresses import floats_at
+from pipemoe.addresses import doubles_at, floats_at
 from pipemoe.comm.shared import words
 from pipemoe.comm.shared.bells import Bells
 from pipemoe.comm.shared.flags import FlagEvent
 from pipemoe.comm.shared.memory import offsets
-from pipemoe.comm.shared.words import compiled
+from pipemoe.comm.shared.words import compiled, compiled_part
 from pipemoe.comm.transport import CallLog, gather_calls
 from pipemoe.plan.reuse import BufferUses, Use
 from pipemoe.plan.schedule import Wave
@@ -83,7 +83,7 @@ class SharedWaves(CallLog):
         self.rank, self.size = rank, size
         self._places = {here: place for place, here in enumerate(memories)}  # among the ranks of this host
         self._own = self._places[rank]
-        self._bells, self.num_bytes = bells, layout.num_bytes
+        self.bells, self.num_bytes = bells, layout.num_bytes
         add_rows.compile()  # now, not inside a step
         self._uses = BufferUses(layout.num_slots, layout.num_buffers)
         places = [(slot, buffer) for slot in range(layout.num_slots) for buffer in range(layout.num_buffers)]
@@ -126,17 +126,17 @@ class SharedWaves(CallLog):
     def tell_sent(self, slot: int, buffer: int, use: Use) -> None:
         """This rank's rows of the wave are there."""
         words.store(self._flags[slot, buffer, SENT][self._own], use.number)
-        self._bells.ring(slot, range(len(self._places)))
+        self.bells.ring(slot, range(len(self._places)))
 
     def tell_summed(self, slot: int, buffer: int, use: Use) -> None:
         """This rank's partial sums of the wave are there, and it has read all of the wave's rows."""
         words.store(self._flags[slot, buffer, SUMMED][self._own], use.number)
-        self._bells.ring(slot, use.owners)
+        self.bells.ring(slot, use.owners)
 
     def tell_combined(self, slot: int, buffer: int, use: Use) -> None:
         """This rank has added up the sums of its rows."""
         words.store(self._flags[slot, buffer, COMBINED][self._own], use.number)
-        self._bells.ring(slot, ())
+        self.bells.ring(slot, ())
 
     # The same for records (pipemoe.comm.shared.player).
 
@@ -156,10 +156,6 @@ class SharedWaves(CallLog):
     def places(self, wave: Wave) -> tuple[int, ...]:
         """Of the ranks of this host that have rows in the wave."""
         return tuple(self._places[rank] for rank in sorted(wave.ranks() & self._places.keys()))
-
-    @property
-    def bells(self) -> Bells:
-        return self._bells
 
     # The log: what rows and sums go from rank to rank, as the collectives that it stands for.
 
@@ -190,15 +186,24 @@ class SharedWaves(CallLog):
                 self._note("combine", slot, buffer, "reduce", s.rank, s.num_rows * row_bytes)
 
 
-@compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64))
-def add_rows(addresses, strides, num_rows, width):
-    """The matrix at addresses[0] is the sum of the others, in their order; float32, strides in values."""
+@compiled_part
+def _add_part(out, part, width, is_first):
+    for h in range(width):
+        out[h] = part[h] if is_first else out[h] + part[h]
+
+
+@compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64, types.boolean))
+def add_rows(addresses, strides, num_rows, width, is_wide):
+    """The matrix at addresses[0] is the sum of the others, in their order; float32, or float64 if is_wide; strides in
+    values.
+    """
     for row in range(num_rows):
-        out = floats_at(addresses[0] + 4 * row * strides[0])
         for p in range(1, len(addresses)):
-            part = floats_at(addresses[p] + 4 * row * strides[p])
-            for h in range(width):
-                out[h] = part[h] if p == 1 else out[h] + part[h]
+            out, part = row * strides[0], row * strides[p]
+            if is_wide:
+                _add_part(doubles_at(addresses[0] + 8 * out), doubles_at(addresses[p] + 8 * part), width, p == 1)
+            else:
+                _add_part(floats_at(addresses[0] + 4 * out), floats_at(addresses[p] + 4 * part), width, p == 1)
 
 
 def add_in_order(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
@@ -212,7 +217,7 @@ def add_in_order(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
     if result.dtype == parts[0].dtype == torch.float32 and all(t.stride(1) == 1 for t in (result, *parts)):
         addresses = np.array([part.data_ptr() for part in (result, *parts)], np.int64)
         strides = np.array([part.stride(0) for part in (result, *parts)], np.int64)
-        add_rows(addresses, strides, *result.shape)
+        add_rows(addresses, strides, *result.shape, False)
         return
     total = parts[0].to(wide, copy=True)
     for part in parts[1:]:
