@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from pipemoe.addresses import double_matrix, long_matrix, longs_at, matrix, real, vector
+from pipemoe.addresses import long_matrix, longs_at, matrix, real, vector
 from pipemoe.compiled import Compiled
 from pipemoe.experts.exponential import exp
 from pipemoe.experts.sgemm import multiply, multiply_by_weights, new_call
@@ -197,21 +197,15 @@ def attend_rows(
 @_compiled(_WHOLE)
 def attend_layer(at):
     """Both, behind the sum with the experts' results of the layer before: of the words of the layer and of the
-    microbatch, and how wide the results are. See HostDecoder.prepared.
+    microbatch. See HostDecoder.prepared.
     """
-    of_layer, of_state, is_wide = longs_at(at)[0], longs_at(at)[1], longs_at(at)[2]
+    of_layer, of_state = longs_at(at)[0], longs_at(at)[1]
     layer, hidden, x, heads = longs_at(of_layer), matrix(of_state, 0), matrix(of_state, 3), matrix(of_state, 6)
     num_query, num_key, rotary, window, sgemm = layer[0], layer[1], layer[2], layer[3], layer[4]
-    if is_wide:
-        wide = double_matrix(of_state, 20)
-        for t in range(len(hidden)):
-            for h in range(hidden.shape[1]):
-                hidden[t, h] = np.float32(np.float64(hidden[t, h]) + wide[t, h])
-    else:
-        sums = matrix(of_state, 20)
-        for t in range(len(hidden)):
-            for h in range(hidden.shape[1]):
-                hidden[t, h] += sums[t, h]
+    sums = matrix(of_state, 20)
+    for t in range(len(hidden)):
+        for h in range(hidden.shape[1]):
+            hidden[t, h] += sums[t, h]
     project_rows(
         hidden, vector(of_layer, 9), np.float32(real(of_layer, 5)), x, sgemm, matrix(of_layer, 11),
         vector(of_layer, 14), num_query, num_key, rotary, vector(of_layer, 16), vector(of_layer, 18),

@@ -154,7 +154,7 @@ class HostDecoder(Decoder):
         """
         assert isinstance(state, _HostState)
         is_plain = not any(state.cut) and not self.has_shared_experts and not any(self._dense[1:-1])
-        if not is_plain or y.dtype not in (torch.float32, torch.float64):
+        if not is_plain or y.dtype != torch.float32:
             return []
         x, ids, weights = routed
         logits = np.empty((len(ids), self.shape.num_experts), np.float32)
@@ -163,7 +163,7 @@ class HostDecoder(Decoder):
         )
         calls: list[list[Call]] = [[]]
         for layer in range(1, len(self._blocks)):
-            words = Arguments([self._arguments[layer].address, of_state.address, y.dtype == torch.float64])
+            words = Arguments([self._arguments[layer].address, of_state.address])
             attend = words.of(host_attention.attend_layer)._replace(kept=(words, of_state, self))
             bias = self._gate_biases[layer]
             if bias is not None or layer == 1:

@@ -82,6 +82,17 @@ def test_as_operation_by_operation(world, model, monkeypatch, noted, mode, deter
                 assert torch.allclose(found.logits, wanted.logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sums_that_travel_in_fewer_bits_are_left_to_python(world, model, monkeypatch, noted, dtype):
+    model = model.with_config(Config(mode="per_rank", combine="gather", combine_dtype=dtype, **SMALL))
+    prompts = prompts_of([9, 3], world.rank)
+    wanted = by_python(model, prompts, monkeypatch).logits
+    noted.clear()
+    assert torch.allclose(model.prefill(prompts, keep_logits=True).logits, wanted, atol=1e-4)
+    if noted:
+        assert OpKind.COMBINE in {op.kind for op in noted}
+
+
 def test_only_the_first_attention_and_the_end_are_left_to_python(world, model, noted):
     model = model.with_config(Config(mode="broadcast", **SMALL))
     model.prefill(prompts_of([9, 3]))

@@ -25,25 +25,28 @@ if TYPE_CHECKING:
 def _add_segments(at):
     addresses, strides, num_rows, width = long_matrix(at, 0), long_matrix(at, 3), long_vector(at, 6), longs_at(at)[8]
     for segment in range(len(num_rows)):
-        add_rows(addresses[segment], strides[segment], num_rows[segment], width, longs_at(at)[9] != 0)
+        add_rows(addresses[segment], strides[segment], num_rows[segment], width)
 
 
 class PreparedSums:
     """add_in_order of all of a wave's segments of this rank, as a call of compiled code."""
 
     def __init__(self, parts: Sequence[Sequence[torch.Tensor]], width: int) -> None:
-        """parts: of each segment, in float32 or float64, with adjacent columns."""
-        dtype = parts[0][0].dtype
+        """parts: of each segment, with adjacent columns."""
         self._addresses = np.array([[0, *(p.data_ptr() for p in of_segment)] for of_segment in parts], np.int64)
         self._strides = np.array([[width, *(p.stride(0) for p in of_segment)] for of_segment in parts], np.int64)
         num_rows = np.array([len(of_segment[0]) for of_segment in parts], np.int64)
-        words = [self._addresses, self._strides, num_rows, width, dtype.itemsize == 8]
-        self.dtype, self._arguments = dtype, Arguments(words)
+        self._dtype, self._arguments = parts[0][0].dtype, Arguments([self._addresses, self._strides, num_rows, width])
         self.call = self._arguments.of(_add_segments)
 
     def go_to(self, results: Sequence[torch.Tensor]) -> bool:
-        """Let the sums go to these, one for each segment. False if they cannot."""
-        if any(r.dtype != self.dtype or r.stride() != (self._strides[0, 0], 1) for r in results):
+        """Let the sums go to these, one for each segment. False if they cannot: if something is not float32, or has
+        gaps.
+        """
+        import torch
+
+        wanted = torch.float32, (self._strides[0, 0], 1)
+        if self._dtype != torch.float32 or any((r.dtype, r.stride()) != wanted for r in results):
             return False
         self._addresses[:, 0] = [r.data_ptr() for r in results]
         return True

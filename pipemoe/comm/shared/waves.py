@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import types
 
-from pipemoe.addresses import doubles_at, floats_at
+from pipemoe.addresses import floats_at
 from pipemoe.comm.shared import words
 from pipemoe.comm.shared.bells import Bells
 from pipemoe.comm.shared.flags import FlagEvent
 from pipemoe.comm.shared.memory import offsets
-from pipemoe.comm.shared.words import compiled, compiled_part
+from pipemoe.comm.shared.words import compiled
 from pipemoe.comm.transport import CallLog, gather_calls
 from pipemoe.plan.reuse import BufferUses, Use
 from pipemoe.plan.schedule import Wave
@@ -186,24 +186,15 @@ class SharedWaves(CallLog):
                 self._note("combine", slot, buffer, "reduce", s.rank, s.num_rows * row_bytes)
 
 
-@compiled_part
-def _add_part(out, part, width, is_first):
-    for h in range(width):
-        out[h] = part[h] if is_first else out[h] + part[h]
-
-
-@compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64, types.boolean))
-def add_rows(addresses, strides, num_rows, width, is_wide):
-    """The matrix at addresses[0] is the sum of the others, in their order; float32, or float64 if is_wide; strides in
-    values.
-    """
+@compiled(lambda: types.void(types.int64[::1], types.int64[::1], types.int64, types.int64))
+def add_rows(addresses, strides, num_rows, width):
+    """The matrix at addresses[0] is the sum of the others, in their order; float32, strides in values."""
     for row in range(num_rows):
+        out = floats_at(addresses[0] + 4 * row * strides[0])
         for p in range(1, len(addresses)):
-            out, part = row * strides[0], row * strides[p]
-            if is_wide:
-                _add_part(doubles_at(addresses[0] + 8 * out), doubles_at(addresses[p] + 8 * part), width, p == 1)
-            else:
-                _add_part(floats_at(addresses[0] + 4 * out), floats_at(addresses[p] + 4 * part), width, p == 1)
+            part = floats_at(addresses[p] + 4 * row * strides[p])
+            for h in range(width):
+                out[h] = part[h] if p == 1 else out[h] + part[h]
 
 
 def add_in_order(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
@@ -217,7 +208,7 @@ def add_in_order(parts: Sequence[torch.Tensor], result: torch.Tensor) -> None:
     if result.dtype == parts[0].dtype == torch.float32 and all(t.stride(1) == 1 for t in (result, *parts)):
         addresses = np.array([part.data_ptr() for part in (result, *parts)], np.int64)
         strides = np.array([part.stride(0) for part in (result, *parts)], np.int64)
-        add_rows(addresses, strides, *result.shape, False)
+        add_rows(addresses, strides, *result.shape)
         return
     total = parts[0].to(wide, copy=True)
     for part in parts[1:]:

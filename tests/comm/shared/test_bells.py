@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipemoe.comm.shared import words
-from pipemoe.comm.shared.bells import Bells
+from pipemoe.comm.shared.bells import _LONGEST_WAY_NS, Bells
 from tests.comm.shared.shared_ranks import PATIENCE, memories, on_ranks
 
 NUM_SLOTS = 2
@@ -127,3 +127,23 @@ def test_ranks_that_take_turns_never_miss_one(spin_seconds):
 
     on_ranks(num_ranks, run)
     assert (flags[:, 0] == rounds).all()
+
+
+def gives_way(bell, channel, num_cores) -> bool:
+    """For as long as it does at most, each time."""
+    took = []
+    for _ in range(5):
+        begin = time.monotonic_ns()
+        bell.give_way(channel, num_cores)
+        took.append(time.monotonic_ns() - begin)
+    return min(took) >= _LONGEST_WAY_NS
+
+
+def test_a_thread_gives_way_while_those_of_lower_channels_keep_all_cores_busy(bells):
+    bells[1].say_at_work(0, True)
+    assert not gives_way(bells[0], 1, 2)
+    bells[2].say_at_work(0, True)
+    assert gives_way(bells[0], 1, 2) and not gives_way(bells[0], 1, 3)
+    assert not gives_way(bells[0], 0, 2)  # nobody is before the first
+    bells[1].say_at_work(0, False)
+    assert not gives_way(bells[0], 1, 2)
