@@ -199,6 +199,14 @@ def activate_rows(h, bias, activation, limit, alpha, up_offset, out):
             out[i, j] = value
 
 
+@part
+def _copy_rows(rows, to):
+    """to = the first of rows. As an assignment to a slice, numba would compile an error message for three seconds."""
+    for i in range(to.shape[0]):
+        for h in range(to.shape[1]):
+            to[i, h] = rows[i, h]
+
+
 @compiled(
     lambda t: [
         t.void(
@@ -237,7 +245,7 @@ def compute_experts(
             x, to = (a.ctypes.data, intermediate), (out.ctypes.data, hidden)
             multiply_by_weights(sgemm, call, x, num_rows, intermediate, down[expert], hidden, to, False)
             if whole_tiles:
-                y[start : start + num_pairs] = y_tile[:num_pairs]
+                _copy_rows(y_tile, y[start : start + num_pairs])
             for i in range(start, start + num_pairs):
                 for h_at in range(down_bias.shape[1]):
                     y[i, h_at] += down_bias[expert, h_at]

@@ -20,9 +20,10 @@ from pipemoe.models.round_source import RoundSource
 from pipemoe.plan.schedule import Plan
 from tests.faults.detach import detach
 from tests.faults.ranks import CULPRIT
+from tests.faults.stacks import tell_stacks_of_timeouts
 from tests.models.tiny import tiny_config
 
-WATCHDOG_SECONDS = 3.0
+WATCHDOG_SECONDS = 8.0  # a busy machine may hold a rank up for some seconds
 LONG, SHORT = [5] * 120, [7] * 9
 
 
@@ -31,6 +32,7 @@ def main(fault: str, folder: str) -> None:
         detach()
     torch.set_num_threads(1)
     world = pipemoe.init(watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1.0, num_slots=2)
+    tell_stacks_of_timeouts(world)
     log = os.open(f"{folder}/rank{world.rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, sys.stderr.fileno())
     (Path(folder) / f"pid{world.rank}").write_text(str(os.getpid()))
@@ -53,7 +55,7 @@ def main(fault: str, folder: str) -> None:
         attend(source, cohort, layer, rows)
 
     if fault == "none":
-        threading.Event().wait(2.5 * WATCHDOG_SECONDS)
+        threading.Event().wait(1.2 * WATCHDOG_SECONDS)
         assert engine.submit(SHORT).result(60).finite
         if is_culprit:
             return  # without closing: its end waits for the others

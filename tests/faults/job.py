@@ -80,7 +80,7 @@ class FaultJob:
         said: dict[str, str] = {}
         with contextlib.suppress(subprocess.TimeoutExpired):
             said["the launcher"] = "".join(self.process.communicate(timeout=WATCHDOG_SECONDS))
-        return [f"{name}:\n{text}" for name, text in sorted((said | self.said()).items())]
+        return [together(said | self.said())]
 
     def left_behind(self) -> list[str]:
         """Processes of the job that there still are after some grace: number and command."""
@@ -105,6 +105,10 @@ class FaultJob:
         """Each rank's errors, by name ("rank0")."""
         return {path.name: path.read_text() for path in self.folder.glob("rank*")}
 
+    def told(self) -> str:
+        """All that the ranks have said, for a test that fails."""
+        return together(self.said())
+
     def reasons(self) -> list[str]:
         """The lines in which ranks say why they end, survivors first: a stopped rank speaks too if its launcher wakes
         it.
@@ -127,6 +131,11 @@ class FaultJob:
                 if rank not in ended and not _is_alive(int((self.folder / f"pid{rank}").read_text())):
                     ended[rank] = time.time() - float(fault.read_text())
         return [ended[rank] for rank in survivors]
+
+
+def together(said: dict[str, str]) -> str:
+    """As one text: of a dict, pytest shows only the beginning and the end."""
+    return "\n".join(f"{name}:\n{text}" for name, text in sorted(said.items()))
 
 
 def _is_alive(pid: int) -> bool:

@@ -19,12 +19,13 @@ import pipemoe
 from pipemoe.plan.cost.model import AttendCost, CostModel, HostCost
 from pipemoe.plan.schedule import Facts, OpKind
 from tests.faults.detach import detach
+from tests.faults.stacks import tell_stacks_of_timeouts
 from tests.hosts import pretend_hosts_if_told
 from tests.moe_cases import make_layers
 from tests.runtime.hold import Hold
 from tests.runtime.sources import RowsSource, make_runtime
 
-WATCHDOG_SECONDS = 4.0
+WATCHDOG_SECONDS = 8.0  # a busy machine may hold a rank up for some seconds
 NUM_LAYERS = 6
 CULPRIT = 1
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -56,6 +57,7 @@ def main(fault: str, folder: str) -> None:
     torch.set_num_threads(1)
     pretend_hosts_if_told()
     world = pipemoe.init(watchdog_seconds=WATCHDOG_SECONDS, grace_seconds=1.0)
+    tell_stacks_of_timeouts(world)
     log = os.open(f"{folder}/rank{world.rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(log, sys.stderr.fileno())
     (Path(folder) / f"pid{world.rank}").write_text(str(os.getpid()))

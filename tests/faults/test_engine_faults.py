@@ -38,16 +38,16 @@ def test_every_future_names_the_cause(fault, transport, tmp_path):
     assert job.process.returncode != 0, out + err
     assert not job.left_behind()
     said, (of_future, reason) = job.said(), FAULTS[fault]
-    assert any(re.search(reason, line) for line in job.reasons()), said or out + err
+    assert any(re.search(reason, line) for line in job.reasons()), job.told() or out + err
     if of_future is not None and (fault.startswith("kill") or fault in ("stop", "plan")):
         # a launcher may end a survivor before it has said so; not those of "kill", which are out of its reach
         told = [rank for rank in (0, 2) if re.search(f"^future: {of_future}", said[f"rank{rank}"], re.MULTILINE)]
-        assert told == [0, 2] if fault == "kill" else told, said
+        assert told == [0, 2] if fault == "kill" else told, job.told()
 
 
 def test_what_is_no_fault(tmp_path):
     """All ranks are idle for longer than the watchdog waits; then one leaves without closing, and serves the others."""
     job = FaultJob("none", 2, tmp_path, program="engine_ranks")
     out, err = job.wait()
-    assert job.process.returncode == 0, out + err + str(job.said())
+    assert job.process.returncode == 0, out + err + job.told()
     assert "rank 0 is done" in out

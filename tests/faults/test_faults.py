@@ -51,7 +51,7 @@ def test_survivors_end_with_the_reason(fault, transport, tmp_path):
     left = job.left_behind()
     assert not left, f"processes left behind: {left}"
     said = job.said()
-    assert any(re.search(FAULTS[fault], line) for line in job.reasons()), said or out + err
+    assert any(re.search(FAULTS[fault], line) for line in job.reasons()), job.told() or out + err
     # out of the launcher's reach: the survivors ended by themselves, and each named the one that was killed
     if fault.startswith("kill"):
         for rank in range(NUM_RANKS[fault]):
@@ -60,5 +60,5 @@ def test_survivors_end_with_the_reason(fault, transport, tmp_path):
                 said[f"rank{rank}"],
                 re.M,
             )
-            assert [name for name, _ in named] == ([] if rank == 1 else ["1"]), said
+            assert [name for name, _ in named] == ([] if rank == 1 else ["1"]), job.told()
             assert not named or "idle" not in named[0][1]

@@ -29,7 +29,7 @@ def test_memory_is_freed_and_nothing_was_in_dev_shm(tmp_path):
     job = FaultJob("wait", NUM_RANKS, tmp_path, program="waiting_ranks")
     found, deadline = [tmp_path / f"pid{rank}" for rank in range(NUM_RANKS)], time.monotonic() + START_SECONDS
     while not all(path.exists() for path in found):
-        assert job.process.poll() is None and time.monotonic() < deadline, job.said()
+        assert job.process.poll() is None and time.monotonic() < deadline, job.told()
         time.sleep(POLL_SECONDS)
     processes = [int(path.read_text()) for path in found]
     assert {*processes} <= {int(text.split()[0]) for text in job.processes()}  # or none would ever be left behind

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipemoe.runtime.last_words import EXIT_CODE
-from tests.faults.job import FaultJob
+from tests.faults.job import FaultJob, together
+from tests.faults.lives import WATCHDOG_SECONDS
 
 pytest.importorskip("mpi4py")
 
@@ -32,7 +33,7 @@ LOST = {
     "stopped_after_close": r"rank 0: at the end of the process: rank 1, which MPI's finalisation needs, "
     r"was not heard for \d+\.\d s",
     "stopped_in_finalisation": r"rank 0: at the end of the process: MPI's finalisation, "
-    r"which waits for rank 1, takes more than 2.0 s",
+    rf"which waits for rank 1, takes more than {WATCHDOG_SECONDS} s",
     "killed_after_close": r"rank 0: at the end of the process: rank 1 has ended without MPI's finalisation",
 }
 
@@ -40,7 +41,7 @@ LOST = {
 @pytest.mark.parametrize("case", LOST)
 def test_a_rank_that_is_missing_is_named_and_ends_the_wait(case, tmp_path):
     status, output, said = run_job(case, 2, tmp_path)
-    assert re.search(LOST[case], said["rank0"]), said
+    assert re.search(LOST[case], said["rank0"]), together(said)
     assert status == EXIT_CODE, output
 
 
@@ -48,9 +49,9 @@ def test_what_is_no_fault_of_the_job_ends_none(tmp_path):
     """Three cases in one job, one world after another."""
     cases = ["bad_arguments", "forks", "busy_after_close"]
     status, output, said = run_job(",".join(cases), 2, tmp_path)
-    assert status == 0, said
+    assert status == 0, together(said)
     assert [output.count(f"survived {case}") for case in cases] == [2, 2, 2], output
-    assert not any(said.values()), said
+    assert not any(said.values()), together(said)
 
 
 @pytest.mark.parametrize("case", ["own_error_inside", "own_error_at_the_top", "own_error_in_finally"])
@@ -60,10 +61,10 @@ def test_the_cause_is_written_before_the_good_bye_and_travels_with_it(case, tmp_
     planted = r"ValueError: planted \w+"
     assert re.search(
         rf"lost|rank 1 has closed its world \({planted}.*\), but something needs every rank", said["rank0"]
-    ), said
-    assert re.search(planted, said["rank1"]), said
+    ), together(said)
+    assert re.search(planted, said["rank1"]), together(said)
     if case != "own_error_in_finally":  # there the rank goes on for too long, before Python may print it
-        assert "Traceback" in said["rank1"] and "/tests/faults/lives.py" in said["rank1"], said
+        assert "Traceback" in said["rank1"] and "/tests/faults/lives.py" in said["rank1"], together(said)
 
 
 @pytest.mark.parametrize("case", ["shared_error", "shared_error_of_init"])
@@ -71,7 +72,7 @@ def test_an_error_of_all_ranks_is_printed_once_and_without_internal_frames(case,
     status, output, said = run_job(case, 3 if case == "shared_error" else 2, tmp_path)
     assert status == 1, output
     text = said.pop("rank0")
-    assert not any(said.values()), said
+    assert not any(said.values()), together(said)
     assert re.search(r"(InputError: rank 1: planted for all|ConfigError: rank 1: num_slots is 'many'; .*)\n$", text), (
         text
     )
@@ -82,8 +83,10 @@ def test_an_error_of_all_ranks_is_printed_once_and_without_internal_frames(case,
 
 def test_the_first_rank_that_does_not_catch_it_prints_it_and_debug_shows_all(tmp_path):
     _, _, said = run_job("shared_error_caught_by_the_first", 3, tmp_path)
-    assert not said["rank0"] and not said["rank2"] and "planted for all" in said["rank1"], said
+    assert not said["rank0"] and not said["rank2"] and "planted for all" in said["rank1"], together(said)
     for path in tmp_path.glob("rank*"):
         path.unlink()
     _, _, said = run_job("shared_error", 2, tmp_path, PIPEMOE_DEBUG="1")
-    assert all("/pipemoe/world/world.py" in text and "planted for all" in text for text in said.values()), said
+    assert all("/pipemoe/world/world.py" in text and "planted for all" in text for text in said.values()), together(
+        said
+    )
