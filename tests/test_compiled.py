@@ -2,6 +2,7 @@
 of.
 """
 
+import ast
 import logging
 import os
 import shutil
@@ -158,3 +159,24 @@ def test_only_the_given_signatures_are_compiled_from_many_threads(told):
     assert len(function.dispatcher.signatures) == 1
     with pytest.raises(TypeError):
         function("no number")
+
+
+def test_no_compiled_function_assigns_an_array_to_a_slice():
+    """Each such line takes three seconds to compile (findings/numba_slice_assignment.sh)."""
+    found, num_compiled = [], 0
+    for file in sorted(PACKAGE.rglob("*.py")):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            decorators = {n.id for d in function.decorator_list for n in ast.walk(d) if isinstance(n, ast.Name)}
+            if not decorators & {"compiled", "compiled_part", "compiled_look", "compiled_rule", "part"}:
+                continue
+            num_compiled += 1
+            for line in ast.walk(function):
+                if isinstance(line, ast.Assign) and _has_slice(line.targets) and _has_slice([line.value]):
+                    found.append(f"{file}:{line.lineno}")
+    assert not found and num_compiled > 50
+
+
+def _has_slice(expressions) -> bool:
+    return any(isinstance(node, ast.Slice) for e in expressions for node in ast.walk(e))
