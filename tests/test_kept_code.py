@@ -2,10 +2,12 @@
 like.
 """
 
+import fcntl
 import hashlib
 import importlib.util
 import os
 import resource
+import types
 
 import pytest
 from numba.core import config, event
@@ -78,10 +80,11 @@ def test_a_change_in_another_file_compiles_again(change, cache, tmp_path, monkey
     """Also one that leaves the file as long and as old as it was; and what was kept of the old sources goes."""
     write(tmp_path / "code")
     run(tmp_path / "code", monkeypatch)
+    only_file(cache).with_suffix(".lock").touch()  # of a process that was killed
     write(tmp_path / "code", **change)
     result, compiled = run(tmp_path / "code", monkeypatch)
     assert result == (10 + change.get("more", 3)) * change.get("factor", 2) and compiled
-    only_file(cache)
+    assert [file.suffix for file in cache.rglob("*") if file.is_file()] == [".nbc"]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,41 @@ def test_a_full_disk_is_told_once_and_nothing_is_left_on_it(cache, tmp_path, mon
     assert not [file for file in cache.rglob("*") if file.is_file()]
     (message,) = [record.getMessage() for record in caplog.records]
     assert "NUMBA_CACHE_DIR" in message and "File too large" in message
+
+
+def test_who_finds_another_process_compiling_waits_and_compiles_nothing(cache, tmp_path, monkeypatch):
+    write(tmp_path / "code")
+    run(tmp_path / "code", monkeypatch)
+    file, kept = only_file(cache), only_file(cache).read_bytes()
+    file.unlink()
+    holder = os.open(file.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+
+    def compiled_meanwhile(seconds):
+        file.write_bytes(kept)
+        os.close(holder)
+
+    monkeypatch.setattr(kept_code, "time", types.SimpleNamespace(monotonic=lambda: 0.0, sleep=compiled_meanwhile))
+    assert run(tmp_path / "code", monkeypatch) == (26, 0)
+    assert [f.suffix for f in cache.rglob("*") if f.is_file()] == [".nbc"]
+
+
+def test_nobody_waits_for_ever_for_another_process(cache, tmp_path, monkeypatch):
+    write(tmp_path / "code")
+    run(tmp_path / "code", monkeypatch)
+    file = only_file(cache)
+    file.unlink()
+    holder = os.open(file.with_suffix(".lock"), os.O_CREAT | os.O_RDWR)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(
+        kept_code, "time", types.SimpleNamespace(monotonic=lambda: next(clock), sleep=lambda seconds: None)
+    )
+    result, compiled = run(tmp_path / "code", monkeypatch)
+    assert result == 26 and compiled
+    assert next(clock) > kept_code._MOST_WAIT
+    os.close(holder)
+    only_file(cache)
 
 
 def test_code_in_a_sub_folder_sees_the_whole_part_of_the_package(tmp_path):
