@@ -44,9 +44,10 @@ format_and_types() {
     "$python" -m ruff format --check . && "$python" -m ruff check . && "$python" -m mypy pipemoe
 }
 
-# The same random cases in every run: what fails here fails again.
+# The same random cases in every run: what fails here fails again. A test that hangs says where, and ends its part.
 one_process() {
-    "$python" -m pytest -q -m "not mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 "$@"
+    "$python" -m pytest -q -m "not mpi and not gpu and not slow" -p no:cacheprovider --hypothesis-seed=0 \
+        -o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true "$@"
 }
 
 # All ranks must draw the same random cases, and must not share a cache folder. Files without tests of ranks are not even

@@ -5,7 +5,7 @@ arguments of calls that are prepared once and made often.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,14 +54,30 @@ class Call(NamedTuple):
     kept: Any
 
 
+def places(**dimensions: int) -> Any:
+    """A named tuple of where each argument of a call begins, as a number of its int64 word: for Arguments, and for
+    compiled code that reads them. dimensions: of each; 0 for a number.
+    """
+    words: list[int] = []
+    last = 0
+    for number in dimensions.values():
+        words.append(last)
+        last += 1 + number
+    return namedtuple("Places", dimensions)(*words)  # type: ignore[arg-type]
+
+
 class Arguments:
     """Values one behind the other in int64 words, as compiled code reads them by the functions below: an array as its
     address and its shape, a number as itself, a float as the bits of a float64.
     """
 
-    def __init__(self, values: Sequence[Any]) -> None:
-        self.kept, words = values, []
-        for value in values:
+    def __init__(self, at: Any, **values: Any) -> None:
+        """at: their `places`, in the order of the values."""
+        self.kept = values
+        words: list[int] = []
+        assert tuple(values) == at._fields
+        for begin, value in zip(at, values.values()):
+            assert len(words) == begin, "an argument has other dimensions than its place"
             if isinstance(value, float):
                 words.append(struct.unpack("<q", struct.pack("<d", value))[0])
             elif isinstance(value, int):

@@ -81,10 +81,16 @@ class HostScratch:
         self.num_bytes = sum(array.nbytes for array in arrays)
         self.transient_bytes = 0
         self.arguments = Arguments(
-            [
-                *(self.offsets, self.sources, self.positions, self.rows, self.x_tile, self.h_tile, self.a_tile),
-                *(self.y_tile, self.y),
-            ]
+            pairs.SCRATCH,
+            offsets=self.offsets,
+            sources=self.sources,
+            positions=self.positions,
+            rows=self.rows,
+            x_tile=self.x_tile,
+            h_tile=self.h_tile,
+            a_tile=self.a_tile,
+            y_tile=self.y_tile,
+            y=self.y,
         )
 
 
@@ -149,14 +155,23 @@ class HostExperts(ExpertsShape):
         )
 
     def _arguments_of_layer(self, layer: int) -> Arguments:
-        weights, (activation, *floats) = self.weights[layer], self._forms[layer]
+        weights, (activation, limit, alpha, up_offset) = self.weights[layer], self._forms[layer]
         return Arguments(
-            [
-                *self._addresses[layer],
-                *self._biases[layer],
-                *(sgemm_address(), weights.first_expert, self.tile_rows, self.deterministic),
-                *(weights.gate_up.shape[1], weights.intermediate, activation, *map(float, floats)),
-            ]
+            pairs.LAYER,
+            gate_up=self._addresses[layer][0],
+            down=self._addresses[layer][1],
+            gate_up_bias=self._biases[layer][0],
+            down_bias=self._biases[layer][1],
+            sgemm=sgemm_address(),
+            first_expert=weights.first_expert,
+            tile_rows=self.tile_rows,
+            whole_tiles=self.deterministic,
+            width=weights.gate_up.shape[1],
+            intermediate=weights.intermediate,
+            activation=activation,
+            limit=float(limit),
+            alpha=float(alpha),
+            up_offset=float(up_offset),
         )
 
     def prepared(self, rows: ScatteredRows, out: torch.Tensor, scratch: HostScratch) -> list[Call] | None:
@@ -169,10 +184,11 @@ class HostExperts(ExpertsShape):
         if self._of_layers is None:
             self._of_layers = [self._arguments_of_layer(layer) for layer in range(len(self.weights))]
         self.check_call(0, rows, out, scratch.max_rows)
-        of_wave = Arguments([rows.places, rows.stride, rows.ranges, out])
+        of_wave = Arguments(pairs.WAVE, pieces=rows.places, stride=rows.stride, ranges=rows.ranges, out=out)
         calls = []
         for of_layer in self._of_layers:
-            words = Arguments([of_layer.address, of_wave.address, scratch.arguments.address])
+            scratch_at = scratch.arguments.address
+            words = Arguments(pairs.CALL, layer=of_layer.address, wave=of_wave.address, scratch=scratch_at)
             call = words.of(pairs.call_experts)
             calls.append(call._replace(kept=(words, of_wave, scratch, self)))
         return calls

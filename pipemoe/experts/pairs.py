@@ -32,6 +32,7 @@ from pipemoe.addresses import (
     long_vector,
     longs_at,
     matrix,
+    places,
     real,
     shorts_at,
     vector,
@@ -43,6 +44,27 @@ from pipemoe.experts.sgemm import multiply_by_weights, new_call
 # Adding and subtracting 1.5 * 2^52 * 2^-32 rounds a float64 of magnitude under 2^19 to the nearest multiple of 2^-32.
 # Larger values are rounded to coarser multiples, which lie on the same grid.
 GRID_ROUNDING = 1.5 * 2.0**20
+
+# The arguments of call_experts: addresses of those of the layer, of the wave and of the scratch.
+CALL = places(layer=0, wave=0, scratch=0)
+LAYER = places(
+    gate_up=1,
+    down=1,
+    gate_up_bias=2,
+    down_bias=2,
+    sgemm=0,
+    first_expert=0,
+    tile_rows=0,
+    whole_tiles=0,
+    width=0,  # of gate_up's products
+    intermediate=0,
+    activation=0,
+    limit=0,
+    alpha=0,
+    up_offset=0,
+)
+WAVE = places(pieces=2, stride=0, ranges=2, out=2)
+SCRATCH = places(offsets=1, sources=1, positions=2, rows=2, x_tile=2, h_tile=1, a_tile=1, y_tile=2, y=2)
 
 
 def compiled(signatures: Callable[[Any], list]) -> Callable[[Callable], Compiled]:
@@ -294,28 +316,30 @@ def combine_rows_on_grid(y, positions, rows, ranges, first, out):
 
 @compiled(lambda t: [t.void(t.int64)])
 def call_experts(at):
-    """A whole call of the experts, of the words of the layer, the wave and the scratch: see HostExperts.prepared."""
-    of_layer, of_wave, of_scratch = longs_at(at)[0], longs_at(at)[1], longs_at(at)[2]
-    layer, stride = longs_at(of_layer), longs_at(of_wave)[3]
-    sgemm, first_expert, tile_rows, whole_tiles = layer[10], layer[11], layer[12], layer[13] != 0
-    width, intermediate, activation = layer[14], layer[15], layer[16]
-    gate_up, down = long_vector(of_layer, 0), long_vector(of_layer, 2)
-    gate_up_bias, down_bias = matrix(of_layer, 4), matrix(of_layer, 7)
-    pieces, ranges = long_matrix(of_wave, 0), long_matrix(of_wave, 4)
-    offsets, sources = long_vector(of_scratch, 0)[: len(gate_up) + 1], long_vector(of_scratch, 2)
-    positions, rows = int_matrix(of_scratch, 4), long_matrix(of_scratch, 7)
-    x_tile, y_tile, y = matrix(of_scratch, 10), matrix(of_scratch, 17), matrix(of_scratch, 20)
-    h_tile = vector(of_scratch, 13)[: len(x_tile) * width]
-    a_tile = vector(of_scratch, 15)[: len(x_tile) * intermediate]
-    index_pairs(pieces, stride, first_expert, offsets, positions, sources, rows)
+    """A whole call of the experts. at: of its arguments, CALL; see HostExperts.prepared."""
+    of_layer, of_wave, of_scratch = longs_at(at)[CALL.layer], longs_at(at)[CALL.wave], longs_at(at)[CALL.scratch]
+    layer, whole_tiles = longs_at(of_layer), longs_at(of_layer)[LAYER.whole_tiles] != 0
+    gate_up, down = long_vector(of_layer, LAYER.gate_up), long_vector(of_layer, LAYER.down)
+    offsets = long_vector(of_scratch, SCRATCH.offsets)[: len(gate_up) + 1]
+    sources, positions = long_vector(of_scratch, SCRATCH.sources), int_matrix(of_scratch, SCRATCH.positions)
+    rows, ranges = long_matrix(of_scratch, SCRATCH.rows), long_matrix(of_wave, WAVE.ranges)
+    x_tile, y_tile = matrix(of_scratch, SCRATCH.x_tile), matrix(of_scratch, SCRATCH.y_tile)
+    h_tile = vector(of_scratch, SCRATCH.h_tile)[: len(x_tile) * layer[LAYER.width]]
+    a_tile = vector(of_scratch, SCRATCH.a_tile)[: len(x_tile) * layer[LAYER.intermediate]]
+    y = matrix(of_scratch, SCRATCH.y)
+    index_pairs(
+        long_matrix(of_wave, WAVE.pieces), longs_at(of_wave)[WAVE.stride], layer[LAYER.first_expert], offsets,
+        positions, sources, rows,
+    )  # fmt: skip
     compute_experts(
-        sgemm, gate_up, down, gate_up_bias, down_bias, offsets, sources, tile_rows, whole_tiles, activation,
-        real(of_layer, 17), real(of_layer, 18), real(of_layer, 19), x_tile, h_tile, a_tile, y_tile, y,
+        layer[LAYER.sgemm], gate_up, down, matrix(of_layer, LAYER.gate_up_bias), matrix(of_layer, LAYER.down_bias),
+        offsets, sources, layer[LAYER.tile_rows], whole_tiles, layer[LAYER.activation], real(of_layer, LAYER.limit),
+        real(of_layer, LAYER.alpha), real(of_layer, LAYER.up_offset), x_tile, h_tile, a_tile, y_tile, y,
     )  # fmt: skip
     if whole_tiles:
-        combine_rows_on_grid(y, positions, rows, ranges, 0, double_matrix(of_wave, 7))
+        combine_rows_on_grid(y, positions, rows, ranges, 0, double_matrix(of_wave, WAVE.out))
     else:
-        combine_rows(y, positions, rows, ranges, 0, matrix(of_wave, 7))
+        combine_rows(y, positions, rows, ranges, 0, matrix(of_wave, WAVE.out))
 
 
 def compile_all(deterministic: bool) -> None:

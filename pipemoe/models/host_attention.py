@@ -15,12 +15,35 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from pipemoe.addresses import long_matrix, longs_at, matrix, real, vector
+from pipemoe.addresses import long_matrix, longs_at, matrix, places, real, vector
 from pipemoe.compiled import Compiled
 from pipemoe.experts.exponential import exp
 from pipemoe.experts.sgemm import multiply, multiply_by_weights, new_call
 
 QUERY_ROWS = 64  # whose scores are computed at once: enough for the library's full rate
+# The arguments of attend_layer: addresses of those of the layer and of the microbatch.
+CALL = places(layer=0, state=0)
+LAYER = places(
+    num_query=0,
+    num_key=0,
+    rotary=0,
+    window=0,
+    sgemm=0,
+    eps_in=0,
+    head_eps=0,
+    scaling=0,
+    eps_out=0,
+    norm_in=1,
+    weight=2,
+    bias=1,
+    q_norm=1,
+    k_norm=1,
+    out=2,
+    out_bias=1,
+    norm_out=1,
+    gate=2,
+)
+STATE = places(hidden=2, x=2, heads=2, cos=2, sin=2, pieces=2, room=1, sums=2, logits=2)
 _MATRIX, _VECTOR, _WHOLE = types.float32[:, ::1], types.float32[::1], types.int64
 
 
@@ -196,23 +219,25 @@ def attend_rows(
 
 @_compiled(_WHOLE)
 def attend_layer(at):
-    """Both, behind the sum with the experts' results of the layer before: of the words of the layer and of the
-    microbatch. See HostDecoder.prepared.
+    """Both, behind the sum with the experts' results of the layer before. at: of its arguments, CALL; see
+    HostDecoder.prepared.
     """
-    of_layer, of_state = longs_at(at)[0], longs_at(at)[1]
-    layer, hidden, x, heads = longs_at(of_layer), matrix(of_state, 0), matrix(of_state, 3), matrix(of_state, 6)
-    num_query, num_key, rotary, window, sgemm = layer[0], layer[1], layer[2], layer[3], layer[4]
-    sums = matrix(of_state, 20)
+    of_layer, of_state = longs_at(at)[CALL.layer], longs_at(at)[CALL.state]
+    layer, hidden, x = longs_at(of_layer), matrix(of_state, STATE.hidden), matrix(of_state, STATE.x)
+    num_query, num_key, rotary = layer[LAYER.num_query], layer[LAYER.num_key], layer[LAYER.rotary]
+    sgemm, heads, sums = layer[LAYER.sgemm], matrix(of_state, STATE.heads), matrix(of_state, STATE.sums)
     for t in range(len(hidden)):
         for h in range(hidden.shape[1]):
             hidden[t, h] += sums[t, h]
     project_rows(
-        hidden, vector(of_layer, 9), np.float32(real(of_layer, 5)), x, sgemm, matrix(of_layer, 11),
-        vector(of_layer, 14), num_query, num_key, rotary, vector(of_layer, 16), vector(of_layer, 18),
-        np.float32(real(of_layer, 6)), matrix(of_state, 9), matrix(of_state, 12), heads,
+        hidden, vector(of_layer, LAYER.norm_in), np.float32(real(of_layer, LAYER.eps_in)), x, sgemm,
+        matrix(of_layer, LAYER.weight), vector(of_layer, LAYER.bias), num_query, num_key, rotary,
+        vector(of_layer, LAYER.q_norm), vector(of_layer, LAYER.k_norm), np.float32(real(of_layer, LAYER.head_eps)),
+        matrix(of_state, STATE.cos), matrix(of_state, STATE.sin), heads,
     )  # fmt: skip
     attend_rows(
-        hidden, heads, long_matrix(of_state, 15), num_query, num_key, np.float32(real(of_layer, 7)), window,
-        vector(of_state, 18), sgemm, matrix(of_layer, 20), vector(of_layer, 23), vector(of_layer, 25),
-        np.float32(real(of_layer, 8)), x, matrix(of_layer, 27), matrix(of_state, 23),
+        hidden, heads, long_matrix(of_state, STATE.pieces), num_query, num_key,
+        np.float32(real(of_layer, LAYER.scaling)), layer[LAYER.window], vector(of_state, STATE.room), sgemm,
+        matrix(of_layer, LAYER.out), vector(of_layer, LAYER.out_bias), vector(of_layer, LAYER.norm_out),
+        np.float32(real(of_layer, LAYER.eps_out)), x, matrix(of_layer, LAYER.gate), matrix(of_state, STATE.logits),
     )  # fmt: skip

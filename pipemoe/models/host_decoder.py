@@ -65,11 +65,25 @@ class _Layer:
     def arguments(self, form: AttentionForm, gate: np.ndarray) -> Arguments:
         """As host_attention.attend_layer reads them."""
         return Arguments(
-            [
-                *(form.num_query, form.num_key, form.rotary, form.window or _ALL_TOKENS, sgemm_address()),
-                *map(float, (self.eps_in, self.head_eps, self.scaling, self.eps_out)),
-                *(self.norm_in, self.weight, self.bias, *self.head_norms, self.out, self.out_bias, self.norm_out, gate),
-            ]
+            host_attention.LAYER,
+            num_query=form.num_query,
+            num_key=form.num_key,
+            rotary=form.rotary,
+            window=form.window or _ALL_TOKENS,
+            sgemm=sgemm_address(),
+            eps_in=float(self.eps_in),
+            head_eps=float(self.head_eps),
+            scaling=float(self.scaling),
+            eps_out=float(self.eps_out),
+            norm_in=self.norm_in,
+            weight=self.weight,
+            bias=self.bias,
+            q_norm=self.head_norms[0],
+            k_norm=self.head_norms[1],
+            out=self.out,
+            out_bias=self.out_bias,
+            norm_out=self.norm_out,
+            gate=gate,
         )
 
 
@@ -159,11 +173,20 @@ class HostDecoder(Decoder):
         x, ids, weights = routed
         logits = np.empty((len(ids), self.shape.num_experts), np.float32)
         of_state = Arguments(
-            [state.hidden[0], x, state.heads, state.cos, state.sin, state.pieces, state.room, y, logits]
+            host_attention.STATE,
+            hidden=state.hidden[0],
+            x=x,
+            heads=state.heads,
+            cos=state.cos,
+            sin=state.sin,
+            pieces=state.pieces,
+            room=state.room,
+            sums=y,
+            logits=logits,
         )
         calls: list[list[Call]] = [[]]
         for layer in range(1, len(self._blocks)):
-            words = Arguments([self._arguments[layer].address, of_state.address])
+            words = Arguments(host_attention.CALL, layer=self._arguments[layer].address, state=of_state.address)
             attend = words.of(host_attention.attend_layer)._replace(kept=(words, of_state, self))
             bias = self._gate_biases[layer]
             if bias is not None or layer == 1:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import types
 
-from pipemoe.addresses import Arguments, Call, int_matrix, longs_at, matrix, real, vector
+from pipemoe.addresses import Arguments, Call, int_matrix, longs_at, matrix, places, real, vector
 from pipemoe.compiled import Compiled
 from pipemoe.models.routing import SOFTMAX, RoutingSpec, sigmoid_top_k, softmax_top_k
 
 if TYPE_CHECKING:
     import torch
+
+
+_AT = places(logits=2, bias=1, ids=2, weights=2, renormalises=0, scale=0, num_groups=0, top_groups=0)
 
 
 def prepared_route(
@@ -24,7 +27,15 @@ def prepared_route(
     """
     of_bias = np.zeros(spec.num_experts, np.float32) if bias is None else bias.numpy()
     words = Arguments(
-        [logits, of_bias, ids, weights, spec.renormalise, float(spec.scale), spec.num_groups, spec.top_groups]
+        _AT,
+        logits=logits,
+        bias=of_bias,
+        ids=ids,
+        weights=weights,
+        renormalises=spec.renormalise,
+        scale=float(spec.scale),
+        num_groups=spec.num_groups,
+        top_groups=spec.top_groups,
     )
     return words.of(softmax_call if spec.scoring == SOFTMAX else sigmoid_call)
 
@@ -40,12 +51,14 @@ def _prepared(function: Callable) -> Compiled:
 
 @_prepared
 def softmax_call(at):  # pragma: no cover (compiled)
-    words = longs_at(at)
-    softmax_top_k(matrix(at, 0), words[11] != 0, real(at, 12), int_matrix(at, 5), matrix(at, 8))
+    renormalises, scale = longs_at(at)[_AT.renormalises] != 0, real(at, _AT.scale)
+    softmax_top_k(matrix(at, _AT.logits), renormalises, scale, int_matrix(at, _AT.ids), matrix(at, _AT.weights))
 
 
 @_prepared
 def sigmoid_call(at):  # pragma: no cover (compiled)
-    words = longs_at(at)
-    renormalises, ids, weights = words[11] != 0, int_matrix(at, 5), matrix(at, 8)
-    sigmoid_top_k(matrix(at, 0), vector(at, 3), words[13], words[14], renormalises, real(at, 12), ids, weights)
+    renormalises, scale = longs_at(at)[_AT.renormalises] != 0, real(at, _AT.scale)
+    num_groups, top_groups = longs_at(at)[_AT.num_groups], longs_at(at)[_AT.top_groups]
+    ids, weights = int_matrix(at, _AT.ids), matrix(at, _AT.weights)
+    logits, bias = matrix(at, _AT.logits), vector(at, _AT.bias)
+    sigmoid_top_k(logits, bias, num_groups, top_groups, renormalises, scale, ids, weights)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import types
 
-from pipemoe.addresses import Arguments, floats_at, ints_at, long_matrix, long_vector, longs_at
+from pipemoe.addresses import Arguments, floats_at, ints_at, long_matrix, long_vector, longs_at, places
 from pipemoe.comm.shared.player import play, tell_done
 from pipemoe.comm.shared.waves import add_rows
 from pipemoe.comm.shared.words import compiled
@@ -21,9 +21,14 @@ if TYPE_CHECKING:
     from pipemoe.wire import WireRows
 
 
+_SUMS = places(addresses=2, strides=2, num_rows=1, width=0)
+_ROWS = places(segments=2, hidden=0, top_k=0, stride=0)
+
+
 @compiled(lambda: types.void(types.int64))
 def _add_segments(at):
-    addresses, strides, num_rows, width = long_matrix(at, 0), long_matrix(at, 3), long_vector(at, 6), longs_at(at)[8]
+    addresses, strides = long_matrix(at, _SUMS.addresses), long_matrix(at, _SUMS.strides)
+    num_rows, width = long_vector(at, _SUMS.num_rows), longs_at(at)[_SUMS.width]
     for segment in range(len(num_rows)):
         add_rows(addresses[segment], strides[segment], num_rows[segment], width)
 
@@ -36,7 +41,10 @@ class PreparedSums:
         self._addresses = np.array([[0, *(p.data_ptr() for p in of_segment)] for of_segment in parts], np.int64)
         self._strides = np.array([[width, *(p.stride(0) for p in of_segment)] for of_segment in parts], np.int64)
         num_rows = np.array([len(of_segment[0]) for of_segment in parts], np.int64)
-        self._dtype, self._arguments = parts[0][0].dtype, Arguments([self._addresses, self._strides, num_rows, width])
+        self._dtype = parts[0][0].dtype
+        self._arguments = Arguments(
+            _SUMS, addresses=self._addresses, strides=self._strides, num_rows=num_rows, width=width
+        )
         self.call = self._arguments.of(_add_segments)
 
     def go_to(self, results: Sequence[torch.Tensor]) -> bool:
@@ -54,7 +62,8 @@ class PreparedSums:
 
 @compiled(lambda: types.void(types.int64))
 def _pack_segments(at):
-    segments, hidden, top_k, stride = long_matrix(at, 0), longs_at(at)[3], longs_at(at)[4], longs_at(at)[5]
+    segments, hidden = long_matrix(at, _ROWS.segments), longs_at(at)[_ROWS.hidden]
+    top_k, stride = longs_at(at)[_ROWS.top_k], longs_at(at)[_ROWS.stride]
     for s in range(len(segments)):
         for row in range(segments[s, 6]):
             x, to = floats_at(segments[s, 0] + 4 * hidden * row), floats_at(segments[s, 3] + stride * row)
@@ -75,8 +84,8 @@ class PreparedRows:
         to = [(p.hidden.data_ptr(), p.ids.data_ptr(), p.weights.data_ptr(), len(p)) for p in parts]
         self._segments = np.array([(0, 0, 0, *of_part) for of_part in to], np.int64)
         first = parts[0]
-        words = [self._segments, first.hidden.shape[1], first.ids.shape[1], first.stride]
-        self._arguments = Arguments(words)
+        hidden, top_k = first.hidden.shape[1], first.ids.shape[1]
+        self._arguments = Arguments(_ROWS, segments=self._segments, hidden=hidden, top_k=top_k, stride=first.stride)
         self.call = self._arguments.of(_pack_segments)
 
     def come_from(self, rows: Sequence[Sequence[torch.Tensor]]) -> bool:

@@ -1,7 +1,6 @@
 """Memory of ranks that are processes: mapped by all, named by nobody, gone with the last of them."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,15 +24,21 @@ signal.pause()
 """
 
 
-def mapping_processes() -> set[int]:
-    found = set()
+def processes_that_map(ticket: str) -> set[int]:
+    """Of the whole machine, where other jobs may come and go."""
+    inode, found = ticket.split()[3], set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
-            if "memfd:pipemoe" in maps.read_text():
-                found.add(int(maps.parent.name))
+            lines = [line.split() for line in maps.read_text().splitlines() if "memfd:pipemoe" in line]
         except OSError:
             continue
+        if any(fields[4] == inode for fields in lines):
+            found.add(int(maps.parent.name))
     return found
+
+
+def ours_in_dev_shm() -> list[str]:
+    return [name for name in os.listdir("/dev/shm") if "pipemoe" in name]
 
 
 def test_this_system_shares_memory():
@@ -41,21 +46,25 @@ def test_this_system_shares_memory():
 
 
 def test_another_process_sees_it_and_it_is_gone_after_a_kill():
-    before, listed = mapping_processes(), os.listdir("/dev/shm")
     own = OwnMemory(3 * PAGE - 1)
-    mapped = own.mapped_from(own.ticket)
+    own_ticket = own.ticket
+    mapped = own.mapped_from(own_ticket)
     assert len(mapped) == 3 * PAGE and not mapped.any()
     mapped[:] = 41
-    with subprocess.Popen([sys.executable, "-c", PEER, own.ticket], stdout=subprocess.PIPE, text=True) as peer:
-        ticket = peer.stdout.readline()
-        assert (mapped[:8] == 42).all() and (mapped[8:] == 41).all()
-        theirs = own.mapped_from(ticket)
-        assert peer.pid in mapping_processes() and os.listdir("/dev/shm") == listed
-        peer.send_signal(signal.SIGKILL)
+    with subprocess.Popen([sys.executable, "-c", PEER, own_ticket], stdout=subprocess.PIPE, text=True) as peer:
+        try:
+            ticket = peer.stdout.readline()
+            assert (mapped[:8] == 42).all() and (mapped[8:] == 41).all()
+            theirs = own.mapped_from(ticket)
+            assert processes_that_map(own_ticket) == {os.getpid(), peer.pid} and processes_that_map(ticket)
+            assert not ours_in_dev_shm()
+        finally:
+            peer.kill()
     theirs[:] = 1  # its memory stays as long as somebody has it
+    assert processes_that_map(own_ticket) == processes_that_map(ticket) == {os.getpid()}
     own.close()
     del mapped, theirs
-    assert mapping_processes() - before == set()
+    assert not processes_that_map(own_ticket) | processes_that_map(ticket)
     with pytest.raises(OSError):
         OwnMemory(1).mapped_from(ticket)
 
