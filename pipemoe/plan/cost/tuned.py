@@ -8,12 +8,13 @@ from __future__ import annotations
 # --- What whole steps reach of the peak rates (cost/default.py) ---
 # GPUs: fitted on 2026-12-01 to steps of Qwen3-30B-A3B on one H200, 1 to 8192 tokens. Of those of
 # benchmarks/results/h200/forward.json predictions are 10 % off at most.
-# CPUs: fitted on 2026-12-02 to 50 steps (10 sets of prompts in 5 modes) of the small model on 4 ranks that share two
-# cores and memory: 9 % off in the mean. Of a second run, not fitted, they were 6 to 16 % off by mode.
+# CPUs: fitted on 2026-12-02 to two runs of 16 sets of prompts in 6 modes, the small model on 4 ranks that share two
+# cores and memory: 6 to 17 % off by mode. In a later run of 21 sets, not fitted, steps took 17 % longer than predicted
+# in the mean, give or take 14 to 22 % by mode. The machine's speed alone varied by 20 % between those runs.
 # dense, grouped GEMMs, attention and memory in permille of the peak; passes: how often a model's own modules pass over
 # each row in elementwise kernels.
 REACHED_ON_GPU = {"dense": 750, "grouped": 900, "attention": 690, "memory": 940, "passes": 10}
-REACHED_ON_CPU = {"dense": 120, "grouped": 230, "attention": 440, "memory": 375, "passes": 8}
+REACHED_ON_CPU = {"dense": 417, "grouped": 256, "attention": 271, "memory": 914, "passes": 8}
 
 # ns of the conductor's thread for each operation, see HostCost. Of several ranks, fitted on 2026-11-26 to steps on two
 # H100s and on quarters of one; but attention without graphs, of which a sixth of the launches is left.
@@ -40,14 +41,14 @@ HOST_ON_LONE_GPU = {
 }
 # CPUs: the fit above.
 HOST_ON_CPU = {
-    "attend_ns": 54_000,
+    "attend_ns": 20_000,
     "graph_rows": 0,
-    "pack_ns": 15_000,
-    "dispatch_ns": 40_000,
-    "experts_ns": 20_000,
-    "combine_ns": 20_000,
+    "pack_ns": 6_000,
+    "dispatch_ns": 12_000,
+    "experts_ns": 10_000,
+    "combine_ns": 10_000,
     "finish_ns": 20_000,
-    "idle_ns": 10_000,
+    "idle_ns": 4_000,
 }
 # Latencies in ns (attention, experts, a group of collectives and each of its segments, before and after a step), the
 # least that a layer's attention is busy, as its kernels take no less for few rows, rows that a tile of the experts'
@@ -75,18 +76,18 @@ FIXED_ON_LONE_GPU = FIXED_ON_GPU | {
     "finish_ns": 300_000,
 }
 FIXED_ON_CPU = {
-    "attend_ns": 140_000,
+    "attend_ns": 100_000,
     "attend_least_ns": 0,
-    "experts_ns": 63_000,
-    "group_ns": 900,
-    "segment_ns": 700,
-    "start_ns": 400_000,
-    "finish_ns": 2_250_000,
-    "tile_rows": 6,
+    "experts_ns": 8_700,
+    "group_ns": 850,
+    "segment_ns": 480,
+    "start_ns": 86_000,
+    "finish_ns": 1_040_000,
+    "tile_rows": 2,
     "gap_permille": 1000,
 }
 # See CoresCost. Several cohorts of a rank are threads that take turns. The fit of CPUs.
-CORES_SLOWDOWN_PERMILLE = 1140
+CORES_SLOWDOWN_PERMILLE = 1284
 # What later slots have of the cores at least, in permille.
 LEAST_SHARE = 300
 
