@@ -99,10 +99,10 @@ def page(tmp_path, monkeypatch):
 
 def test_page_gets_the_table_once_and_for_all(page):
     assert readme_table.main(["--check", str(page)]) == 1
-    assert "old" in page.read_text()
+    assert "\nold\n" in page.read_text()
     assert readme_table.main([str(page)]) == 0
     text = page.read_text()
-    assert "old" not in text and text.startswith("before\n") and text.endswith("<!-- end of results -->\nafter\n")
+    assert "\nold\n" not in text and text.startswith("before\n") and text.endswith("<!-- end of results -->\nafter\n")
     assert "| per_rank | 5.5 |" in text
     assert "| --- | ---: |" in text
     assert readme_table.main(["--check", str(page)]) == 0
