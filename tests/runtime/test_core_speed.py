@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from pipemoe.plan.cost.tuned import FIXED_ON_CPU, REFERENCE_LOOP_NS, REFERENCE_PRODUCT_NS
+from pipemoe.plan.cost.tuned import (
+    FIXED_ON_CPU,
+    FIXED_ON_GPU,
+    FIXED_ON_LONE_GPU,
+    REFERENCE_LOOP_NS,
+    REFERENCE_PRODUCT_NS,
+)
 from pipemoe.runtime import core_speed
 from tests.moe_cases import make_layers
 from tests.runtime.sources import RowsSource, make_runtime
@@ -45,9 +51,10 @@ def test_it_is_measured_once():
 @pytest.mark.mpi
 def test_all_ranks_plan_by_one_speed_of_cores(world, monkeypatch):
     """That of the median rank; if they are two, the faster."""
-    if world.device.type == "cuda":
-        pytest.skip("costs of GPUs do not depend on the cores")
     monkeypatch.setattr("pipemoe.runtime.costs.slowness", lambda: 1000 * (1 + world.rank))
     runtime = make_runtime(world, make_layers(1, world.device, torch.float32), mode="broadcast")
+    if world.device.type == "cuda":  # costs of GPUs do not depend on the cores
+        assert runtime.cost.finish_ns == (FIXED_ON_GPU if world.size > 1 else FIXED_ON_LONE_GPU)["finish_ns"]
+        return
     assert runtime.cost.finish_ns == FIXED_ON_CPU["finish_ns"] * (1 + (world.size - 1) // 2)
     runtime.submit_step([3], RowsSource(3, runtime)).result()  # ranks whose costs differ would not get so far

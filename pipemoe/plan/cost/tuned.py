@@ -9,8 +9,8 @@ from __future__ import annotations
 # GPUs: fitted on 2026-12-01 to steps of Qwen3-30B-A3B on one H200, 1 to 8192 tokens. Of those of
 # benchmarks/results/h200/forward.json predictions are 10 % off at most.
 # CPUs: fitted on 2026-12-02 to two runs of 16 sets of prompts in 6 modes, the small model on 4 ranks that share two
-# cores and memory: 6 to 17 % off by mode. In a later run of 21 sets, not fitted, steps took 17 % longer than predicted
-# in the mean, give or take 14 to 22 % by mode. The machine's speed alone varied by 20 % between those runs.
+# cores and memory: 5 to 17 % off by mode. In a later run of 21 sets, not fitted, steps took 17 % longer than predicted
+# in the mean, give or take 14 to 22 % by mode. Between the two fitted runs the machine's speed alone differed by 20 %.
 # dense, grouped GEMMs, attention and memory in permille of the peak; passes: how often a model's own modules pass over
 # each row in elementwise kernels.
 REACHED_ON_GPU = {"dense": 750, "grouped": 900, "attention": 690, "memory": 940, "passes": 10}
@@ -133,6 +133,6 @@ CANDIDATE_LAYERS = 16  # that are simulated at most, and half of them
 # remain, the difference no longer counts. 2026-11-23, to make planning faster; no run is recorded.
 ALIKE_PARTS, MOST_RANKS = 16, 3
 
-# What core_speed's rounds took while the steps of the fit of CPUs ran: a product of 64 x 128 and 128 x 256, and 4000
-# turns of a loop in Python.
+# What core_speed's rounds take on cores of the speed that the costs of CPUs are for: a product of 64 x 128 and
+# 128 x 256, and 4000 turns of a loop in Python. The cores of the fitted runs took .82 and .69 of these.
 REFERENCE_PRODUCT_NS, REFERENCE_LOOP_NS = 70_000, 205_000
