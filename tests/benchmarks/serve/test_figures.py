@@ -31,18 +31,31 @@ ROWS = [
 
 
 def test_rolling_is_judged_against_the_best_lockstep_in_each_figure():
-    found = {v.about: v for v in judge(ROWS)}
-    assert found["trace: capacity"].ratio == pytest.approx(1.5)
-    p50, short = found["trace, load 0.7: half of all first tokens"], found["trace, load 0.7: 95 % of the short half's"]
+    found = {(v.about, v.seed): v for v in judge(ROWS)}
+    assert found["trace: capacity", 2].ratio == pytest.approx(1.5)
+    p50 = found["trace, load 0.7: half of all first tokens", 1]
+    short = found["trace, load 0.7: 95 % of the short half's", 1]
     assert (p50.rolling, p50.other, p50.best) == (11, 23, "lockstep 64") and p50.ratio == pytest.approx(23 / 11)
     assert (short.best, short.ratio) == ("lockstep 128", pytest.approx(3))
-    assert found["all at once: throughput"].ratio == pytest.approx(1.25)
-    assert found["one at a time"].best == "closed_step" and found["one at a time"].ratio == pytest.approx(0.8)
-    assert verdicts(ROWS)[0] == "azure, trace: capacity: rolling 9 requests/s, lockstep 64 6 requests/s: 1.50 x"
+    assert found["all at once: throughput", 0].ratio == pytest.approx(1.25)
+    alone = found["one at a time", 0]
+    assert alone.best == "closed_step" and alone.ratio == pytest.approx(0.8)
+    assert verdicts(ROWS)[0] == "azure, trace: capacity, seed 0: rolling 9 requests/s, lockstep 64 6 requests/s: 1.50 x"
     assert verdict_cells(ROWS)[1] == [
-        *("azure", "trace: capacity", "9 requests/s", "6 requests/s"),
+        *("azure", "trace: capacity", "0", "9 requests/s", "6 requests/s"),
         *("lockstep 64", "1.50 x"),
     ]
+
+
+def test_a_policy_is_compared_only_where_its_requests_are_rollings_too():
+    """A policy that was left out after the first seed says nothing of the second one's requests."""
+    rows = [
+        *(row("rolling", seed=s, p50=p50) for s, p50 in ((0, 10.0), (1, 40.0))),
+        *(row("lockstep 64", seed=s, p50=p50) for s, p50 in ((0, 30.0), (1, 50.0), (2, 5.0))),
+        row("lockstep 128", seed=0, p50=20.0),
+    ]
+    found = [(v.seed, v.best, v.ratio) for v in judge(rows) if v.about.endswith("half of all first tokens")]
+    assert found == [(0, "lockstep 128", pytest.approx(2)), (1, "lockstep 64", pytest.approx(1.25))]
 
 
 def test_without_one_side_there_is_no_verdict():
