@@ -63,6 +63,9 @@ needed="$num_ranks ranks x 2 x $PIPEMOE_NUM_SLOTS slots"
 max_ctas=${NCCL_MAX_CTAS:-$((fits < 4 ? fits : 4))}
 [ "$max_ctas" -le "$fits" ] || fail "$needed x NCCL_MAX_CTAS=$max_ctas exceeds half of a rank's $share SMs: at most $fits"
 export NCCL_MAX_CTAS=$max_ctas
+queues=$((num_ranks * CUDA_DEVICE_MAX_CONNECTIONS))
+[ "$queues" -lt 128 ] || fail "$num_ranks ranks x CUDA_DEVICE_MAX_CONNECTIONS=$CUDA_DEVICE_MAX_CONNECTIONS are" \
+    "$queues hardware queues, but all ranks together may have 96: fewer ranks, or unset it"
 
 if [ "$nccl_version" -ge 23003 ]; then
     # NCCL 2.30.3 and newer let ranks share a GPU: copies stay on it, as fast as NVLink between GPUs.

@@ -119,6 +119,16 @@ def test_new_nccl_shares_the_gpu(start, tmp_path):
     assert_mps_ended(tmp_path)
 
 
+def test_more_hardware_queues_than_mps_has_are_refused(start, tmp_path):
+    """Else every rank's first CUDA call would say that memory is out."""
+    process = start(4, "0", CUDA_DEVICE_MAX_CONNECTIONS="32")
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "4 ranks x CUDA_DEVICE_MAX_CONNECTIONS=32 are 128 hardware queues" in errors and "unset it" in errors
+    assert not (tmp_path / "environment").exists()
+    assert start(3, "0", CUDA_DEVICE_MAX_CONNECTIONS="32").wait(30) == 0
+
+
 def test_no_server_of_mps_is_left(start, tmp_path):
     """The stand-in's server is told nothing, like one whose client hangs; a job beside this one keeps its own."""
     (tmp_path / "nvidia-cuda-mps-server").symlink_to(shutil.which("sleep"))
