@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pipemoe_kernels.placed_rows import PlacedRows
 
 FEW_ROWS = 16  # for which our own products are the faster ones
+FINE_ROWS = 1024  # up to here a warm-up has nearly every number of rows
+MOST_ROWS = 8 * FINE_ROWS  # of one call of the library
 
 Norm = Callable[..., None]  # hidden [T, H], sums [T, H] or None, out [T, H] or None, placed rows or None
 
@@ -43,16 +45,54 @@ def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, H], weight [N, H], bias [N] or None -> [T, N] of x's dtype, or without a bias of another `dtype`."""
-    if bias is not None:
-        return torch.addmm(bias, x, weight.t())
-    if takes_few_rows(x, weight):
+    if bias is None and takes_few_rows(x, weight):
         from pipemoe_kernels.gemm.few import few_rows
         from pipemoe_kernels.launch.kernel import Stream
 
         out = torch.empty((len(x), len(weight)), dtype=dtype or x.dtype, device=x.device)
         few_rows(Stream.current(x.device), x, weight, out)
         return out
-    return torch.mm(x, weight.t()) if dtype in (None, x.dtype) else torch.mm(x, weight.t(), out_dtype=dtype)
+    return library_product(x, weight, bias, dtype)
+
+
+def library_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """As `product`, by the library alone, for numbers of rows that a warm-up has run."""
+    wide = weight.t()
+    parts = row_parts(len(x))
+    if dtype not in (None, x.dtype):
+        products = [torch.mm(x[part], wide, out_dtype=dtype) for part in parts]
+        return products[0] if len(parts) == 1 else torch.cat(products)
+    if len(parts) == 1:
+        return torch.mm(x, wide) if bias is None else torch.addmm(bias, x, wide)
+    out = x.new_empty((len(x), len(weight)))
+    for part in parts:
+        if bias is None:
+            torch.mm(x[part], wide, out=out[part])
+        else:
+            torch.addmm(bias, x[part], wide, out=out[part])
+    return out
+
+
+def add_library_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """hidden [T, H] += x [T, N] times weight [H, N], by the library alone; see library_product."""
+    for part in row_parts(len(x)):
+        hidden[part].addmm_(x[part], weight.t())
+
+
+def row_parts(num_rows: int) -> list[slice]:
+    """Rows for each call of the library: at most FINE_ROWS, or a multiple of it up to MOST_ROWS.
+
+    For other numbers of rows the library takes other kernels. The driver loads a kernel when it is first launched, and
+    waits until the GPU runs nothing else. A collective of the other slot may run that long: it waits for a peer, which
+    may wait for this very launch. Then all stand still. With parts of few sizes, a warm-up can run them all.
+    """
+    whole = num_rows // FINE_ROWS * FINE_ROWS
+    bounds = [*range(0, whole, MOST_ROWS), whole]
+    if whole != num_rows or not whole:
+        bounds.append(num_rows)
+    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
 def takes_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -241,6 +281,6 @@ def add_product(hidden: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor,
 
         few_rows(Stream.current(x.device), x, weight, hidden, adds=True)
     else:
-        hidden.addmm_(x, weight.t())
+        add_library_product(hidden, x, weight)
     if bias is not None:
         hidden.add_(bias)

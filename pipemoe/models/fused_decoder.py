@@ -21,7 +21,18 @@ import torch
 
 from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.first_tokens import first_tokens
-from pipemoe.models.fused_attention import attention_of, fuse, lack_of_kernels, norm_of, product, rotary_tables
+from pipemoe.models.fused_attention import (
+    FINE_ROWS,
+    MOST_ROWS,
+    add_library_product,
+    attention_of,
+    fuse,
+    lack_of_kernels,
+    library_product,
+    norm_of,
+    product,
+    rotary_tables,
+)
 from pipemoe.models.packed_attention import serves
 from pipemoe.models.packing import Piece
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
@@ -75,8 +86,8 @@ class _Mlp:
         self.down, self._activation = mlp.down_proj.weight, mlp.act_fn
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
-        gate, up = torch.mm(x, self.gate_up.t()).split(self.width, dim=1)
-        hidden.addmm_(self._activation(gate).mul_(up), self.down.t())
+        gate, up = library_product(x, self.gate_up).split(self.width, dim=1)
+        add_library_product(hidden, self._activation(gate).mul_(up), self.down)
 
 
 class _Layer:
@@ -280,11 +291,9 @@ class FusedDecoder(Decoder):
 
 
 def row_counts(most: int) -> list[int]:
-    """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, then four per
-    doubling.
+    """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, every
+    sixteenth up to FINE_ROWS, and all sizes of larger parts (see row_parts).
     """
-    counts, step = [*range(1, 21), *range(24, 65, 8)], 16
-    while counts[-1] < most:
-        counts += [counts[-1] + step * i for i in range(1, 5)]
-        step *= 2
+    counts = [*range(1, 21), *range(24, 65, 8), *range(80, FINE_ROWS + 1, 16)]
+    counts += range(2 * FINE_ROWS, MOST_ROWS + 1, FINE_ROWS)
     return [*(count for count in counts if count < most), most]

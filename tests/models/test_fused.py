@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipemoe import Config
 from pipemoe.errors import ConfigError
 from pipemoe.models import attention_choice, fused_decoder
 from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
+from pipemoe.models.fused_attention import FINE_ROWS, MOST_ROWS, add_library_product, library_product, row_parts
 from pipemoe.models.fused_decoder import FusedDecoder, lack, row_counts
 from pipemoe.models.host_decoder import HostDecoder
 from pipemoe.models.loading import load_decoder
@@ -154,4 +157,28 @@ def test_row_counts_to_warm_up_for(most):
     counts = row_counts(most)
     assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] == most
     assert counts[:20] == list(range(1, 21))[:most]
-    assert all(b - a <= max(8, a / 4) for a, b in zip(counts, counts[1:]))
+    assert all(b - a <= max(8, a / 4) for a, b in zip(counts, counts[1:]) if b <= FINE_ROWS)
+
+
+@given(num_rows=st.integers(0, 40_000), more=st.integers(0, 10_000))
+def test_large_products_are_made_in_parts_that_a_warm_up_has_run(num_rows, more):
+    parts = row_parts(num_rows)
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(num_rows))
+    sizes = [part.stop - part.start for part in parts]
+    assert {size for size in sizes if size > FINE_ROWS} <= set(row_counts(num_rows + more))
+    assert len(parts) <= num_rows // MOST_ROWS + 2 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 17, 1023, 1024, 1025, 2048, 9000, 17_000])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_products_in_parts(num_rows, has_bias):
+    draw = torch.Generator().manual_seed(num_rows)
+    x = torch.randint(-3, 4, (num_rows, 5), generator=draw).float()
+    weight = torch.randint(-3, 4, (4, 5), generator=draw).float()
+    bias = torch.arange(4.0) if has_bias else None
+    wanted = torch.tensor([[sum(a * b for a, b in zip(row, w)) for w in weight.tolist()] for row in x.tolist()])
+    wanted = wanted.reshape(num_rows, 4)
+    assert torch.equal(library_product(x, weight, bias), wanted + torch.arange(4.0) if has_bias else wanted)
+    hidden = torch.ones(num_rows, 4)
+    add_library_product(hidden, x, weight)
+    assert torch.equal(hidden, 1 + wanted)
