@@ -8,6 +8,7 @@
 #   PIPEMOE_NUM_SLOTS                    cohort slots (default 2; with more than 8 ranks 1)
 #   NCCL_MAX_CTAS                        thread blocks of a collective (default: what fits, at most 4)
 #   CUDA_MPS_ACTIVE_THREAD_PERCENTAGE    share of the GPU of each rank (default 100 / N; with more than 4 ranks 100)
+#   CUDA_DEVICE_MAX_CONNECTIONS          hardware queues of each rank (default: 5 for each slot, and 2)
 #   CUDA_VISIBLE_DEVICES                 which GPU (default: the first)
 #   LD_PRELOAD                           another libnccl.so.2
 set -euo pipefail

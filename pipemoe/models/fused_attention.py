@@ -45,44 +45,41 @@ def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """x [T, H], weight [N, H], bias [N] or None -> [T, N] of x's dtype, or without a bias of another `dtype`."""
-    if bias is None and takes_few_rows(x, weight):
-        from pipemoe_kernels.gemm.few import few_rows
-        from pipemoe_kernels.launch.kernel import Stream
-
-        out = torch.empty((len(x), len(weight)), dtype=dtype or x.dtype, device=x.device)
-        few_rows(Stream.current(x.device), x, weight, out)
-        return out
-    return library_product(x, weight, bias, dtype)
-
-
-def library_product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """As `product`, by the library alone, for numbers of rows that a warm-up has run."""
-    wide = weight.t()
     parts = row_parts(len(x))
-    if dtype not in (None, x.dtype):
-        products = [torch.mm(x[part], wide, out_dtype=dtype) for part in parts]
-        return products[0] if len(parts) == 1 else torch.cat(products)
     if len(parts) == 1:
-        return torch.mm(x, wide) if bias is None else torch.addmm(bias, x, wide)
-    out = x.new_empty((len(x), len(weight)))
+        return _product(x, weight, bias, dtype)
+    out = x.new_empty((len(x), len(weight)), dtype=dtype or x.dtype)
     for part in parts:
-        if bias is None:
-            torch.mm(x[part], wide, out=out[part])
-        else:
-            torch.addmm(bias, x[part], wide, out=out[part])
+        _product(x[part], weight, bias, dtype, out[part])
     return out
 
 
-def add_library_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """hidden [T, H] += x [T, N] times weight [H, N], by the library alone; see library_product."""
-    for part in row_parts(len(x)):
-        hidden[part].addmm_(x[part], weight.t())
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype | None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """In one call; into `out` if there is one."""
+    if bias is not None:
+        return torch.addmm(bias, x, weight.t(), out=out)
+    if takes_few_rows(x, weight):
+        from pipemoe_kernels.gemm.few import few_rows
+        from pipemoe_kernels.launch.kernel import Stream
+
+        if out is None:
+            out = torch.empty((len(x), len(weight)), dtype=dtype or x.dtype, device=x.device)
+        few_rows(Stream.current(x.device), x, weight, out)
+        return out
+    if dtype in (None, x.dtype):
+        return torch.mm(x, weight.t(), out=out)
+    found = torch.mm(x, weight.t(), out_dtype=dtype)
+    return found if out is None else out.copy_(found)
 
 
 def row_parts(num_rows: int) -> list[slice]:
-    """Rows for each call of the library: at most FINE_ROWS, or a multiple of it up to MOST_ROWS.
+    """Rows for each call of the library: at most FINE_ROWS, or a multiple of it up to MOST_ROWS. At least one part.
 
     For other numbers of rows the library takes other kernels. The driver loads a kernel when it is first launched, and
     waits until the GPU runs nothing else. A collective of the other slot may run that long: it waits for a peer, which
@@ -275,12 +272,22 @@ def rotary_tables(form: AttentionForm, cos: torch.Tensor, sin: torch.Tensor) -> 
 def add_product(hidden: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """hidden [T, H] += heads [T, heads, D] as rows, times weight [H, heads D], + bias [H]."""
     x = heads.flatten(1)
+    parts = row_parts(len(x))
+    if len(parts) == 1:  # views cost the host time
+        _add_product(hidden, x, weight)
+    else:
+        for part in parts:
+            _add_product(hidden[part], x[part], weight)
+    if bias is not None:
+        hidden.add_(bias)
+
+
+def _add_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """In one call."""
     if takes_few_rows(x, weight):
         from pipemoe_kernels.gemm.few import few_rows
         from pipemoe_kernels.launch.kernel import Stream
 
         few_rows(Stream.current(x.device), x, weight, hidden, adds=True)
     else:
-        add_library_product(hidden, x, weight)
-    if bias is not None:
-        hidden.add_(bias)
+        hidden.addmm_(x, weight.t())

@@ -24,14 +24,13 @@ from pipemoe.models.first_tokens import first_tokens
 from pipemoe.models.fused_attention import (
     FINE_ROWS,
     MOST_ROWS,
-    add_library_product,
     attention_of,
     fuse,
     lack_of_kernels,
-    library_product,
     norm_of,
     product,
     rotary_tables,
+    row_parts,
 )
 from pipemoe.models.packed_attention import serves
 from pipemoe.models.packing import Piece
@@ -86,8 +85,9 @@ class _Mlp:
         self.down, self._activation = mlp.down_proj.weight, mlp.act_fn
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
-        gate, up = library_product(x, self.gate_up).split(self.width, dim=1)
-        add_library_product(hidden, self._activation(gate).mul_(up), self.down)
+        for part in row_parts(len(x)):
+            gate, up = torch.mm(x[part], self.gate_up.t()).split(self.width, dim=1)
+            hidden[part].addmm_(self._activation(gate).mul_(up), self.down.t())
 
 
 class _Layer:

@@ -6,7 +6,7 @@ test_fused.py runs this file in a process of its own.
 import pytest
 import torch
 
-from pipemoe.models import fused_decoder
+from pipemoe.models import fused_attention, fused_decoder
 from pipemoe.models.fused_decoder import FusedDecoder
 from pipemoe.models.loading import load_decoder
 from pipemoe.models.step_keys import StepKeys
@@ -64,11 +64,11 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(fused_decoder, "route_into", route_apart)
     monkeypatch.setattr(fused_decoder, "lack", lambda decoder: None)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash)
-    monkeypatch.setattr(
-        torch,
-        "mm",
-        lambda a, b, out_dtype=None: multiply(a, b) if out_dtype is None else multiply(a.float(), b.float()),
-    )
+
+    def multiply_in(a, b, out_dtype=None, out=None):
+        return multiply(a, b, out=out) if out_dtype is None else multiply(a.float(), b.float())
+
+    monkeypatch.setattr(torch, "mm", multiply_in)
 
 
 def prefill(decoder, experts, step, rows_of):
@@ -116,6 +116,15 @@ def test_against_transformers_modules(family, dtype, changes):
     again, same = prefill(fused, experts, keys.step(begins_of(LENGTHS)), placed)
     assert all(torch.equal(a, b) for x, y in zip(seen, same) for a, b in zip(x, y))
     assert all(torch.equal(of_step[s], again[s]) for s in of_step)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_products_in_parts_against_transformers_modules(monkeypatch, family):
+    """Of two rows and of one."""
+    monkeypatch.setattr(fused_attention, "FINE_ROWS", 1)
+    monkeypatch.setattr(fused_attention, "MOST_ROWS", 2)
+    assert fused_attention.row_parts(3) == [slice(0, 2), slice(2, 3)]
+    test_against_transformers_modules(family, torch.bfloat16, {})
 
 
 def test_warming_up_runs_each_count_whole_and_as_sequences_of_one_token(monkeypatch):

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from pipemoe import Config
 from pipemoe.errors import ConfigError
-from pipemoe.models import attention_choice, fused_decoder
+from pipemoe.models import attention_choice, fused_attention, fused_decoder
 from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
-from pipemoe.models.fused_attention import FINE_ROWS, MOST_ROWS, add_library_product, library_product, row_parts
+from pipemoe.models.fused_attention import FINE_ROWS, MOST_ROWS, add_product, product, row_parts
 from pipemoe.models.fused_decoder import FusedDecoder, lack, row_counts
 from pipemoe.models.host_decoder import HostDecoder
 from pipemoe.models.loading import load_decoder
@@ -171,14 +171,17 @@ def test_large_products_are_made_in_parts_that_a_warm_up_has_run(num_rows, more)
 
 @pytest.mark.parametrize("num_rows", [0, 1, 17, 1023, 1024, 1025, 2048, 9000, 17_000])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_products_in_parts(num_rows, has_bias):
+def test_products_in_parts(monkeypatch, num_rows, has_bias):
+    monkeypatch.setattr(fused_attention, "takes_few_rows", lambda x, weight: False)  # there is no GPU
     draw = torch.Generator().manual_seed(num_rows)
-    x = torch.randint(-3, 4, (num_rows, 5), generator=draw).float()
-    weight = torch.randint(-3, 4, (4, 5), generator=draw).float()
+    x = torch.randint(-3, 4, (num_rows, 2, 3), generator=draw).float()
+    weight = torch.randint(-3, 4, (4, 6), generator=draw).float()
+    rows = [[sum(a * b for a, b in zip(row, w)) for w in weight.tolist()] for row in x.flatten(1).tolist()]
+    wanted = torch.tensor(rows).reshape(num_rows, 4)
     bias = torch.arange(4.0) if has_bias else None
-    wanted = torch.tensor([[sum(a * b for a, b in zip(row, w)) for w in weight.tolist()] for row in x.tolist()])
-    wanted = wanted.reshape(num_rows, 4)
-    assert torch.equal(library_product(x, weight, bias), wanted + torch.arange(4.0) if has_bias else wanted)
+    if bias is not None:
+        wanted += bias
+    assert torch.equal(product(x.flatten(1), weight, bias), wanted)
     hidden = torch.ones(num_rows, 4)
-    add_library_product(hidden, x, weight)
+    add_product(hidden, x, weight, bias)
     assert torch.equal(hidden, 1 + wanted)
