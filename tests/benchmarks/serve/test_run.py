@@ -91,7 +91,7 @@ def test_all_policies_are_measured_and_reported(world, arguments, tmp_path, caps
     assert {r["label"] for r in loads if r["seed"] == 0} >= {"rolling", "lockstep 16", "lockstep_balanced 64"}
     assert all(r["completed"] == 12 and r["num_ranks"] == world.size and r["trace"] == "azure2023_conv" for r in loads)
     assert all(r["capacity_tried"][0][0] == r["rate_rps"] for r in loads if r["label"] == "rolling")
-    assert "half of all first tokens: rolling" in text
+    assert "half of all first tokens, seed 0: rolling" in text
     for name in ("serve_azure2023_conv_rates.png", "serve_azure2023_conv_ttft.png"):
         assert (options.out / name).read_bytes().startswith(b"\x89PNG")
     spans = json.loads((options.out / "timeline_azure2023_conv_rolling.json").read_text())["traceEvents"]
