@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipemoe.models.packed_attention import attend_pieces
+from pipemoe.models.products import add_product, fuse, product
 
 if TYPE_CHECKING:
     from pipemoe.models.attention_form import AttentionForm
@@ -17,89 +18,7 @@ if TYPE_CHECKING:
     from pipemoe_kernels.attention.latents import LatentShape
     from pipemoe_kernels.placed_rows import PlacedRows
 
-FEW_ROWS = 16  # for which our own products are the faster ones
-FINE_ROWS = 1024  # up to here a warm-up has nearly every number of rows
-MOST_ROWS = 8 * FINE_ROWS  # of one call of the library
-
 Norm = Callable[..., None]  # hidden [T, H], sums [T, H] or None, out [T, H] or None, placed rows or None
-
-
-def fuse(linears: list[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights [sum of outputs, H] and biases of several nn.Linear of the same input, one behind another. The modules'
-    own become views of them.
-    """
-
-    def together(name: str) -> torch.Tensor:
-        found = [getattr(linear, name) for linear in linears]
-        parts = [linear.weight.new_zeros(len(linear.weight)) if p is None else p for linear, p in zip(linears, found)]
-        whole = torch.cat([part.detach() for part in parts])
-        for linear, old, view in zip(linears, found, whole.split([len(part) for part in parts])):
-            if old is not None:
-                setattr(linear, name, torch.nn.Parameter(view, requires_grad=False))
-        return whole
-
-    return together("weight"), together("bias") if any(linear.bias is not None for linear in linears) else None
-
-
-def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """x [T, H], weight [N, H], bias [N] or None -> [T, N] of x's dtype, or without a bias of another `dtype`."""
-    parts = row_parts(len(x))
-    if len(parts) == 1:
-        return _product(x, weight, bias, dtype)
-    out = x.new_empty((len(x), len(weight)), dtype=dtype or x.dtype)
-    for part in parts:
-        _product(x[part], weight, bias, dtype, out[part])
-    return out
-
-
-def _product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype | None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """In one call; into `out` if there is one."""
-    if bias is not None:
-        return torch.addmm(bias, x, weight.t(), out=out)
-    if takes_few_rows(x, weight):
-        from pipemoe_kernels.gemm.few import few_rows
-        from pipemoe_kernels.launch.kernel import Stream
-
-        if out is None:
-            out = torch.empty((len(x), len(weight)), dtype=dtype or x.dtype, device=x.device)
-        few_rows(Stream.current(x.device), x, weight, out)
-        return out
-    if dtype in (None, x.dtype):
-        return torch.mm(x, weight.t(), out=out)
-    found = torch.mm(x, weight.t(), out_dtype=dtype)
-    return found if out is None else out.copy_(found)
-
-
-def row_parts(num_rows: int) -> list[slice]:
-    """Rows for each call of the library: at most FINE_ROWS, or a multiple of it up to MOST_ROWS. At least one part.
-
-    For other numbers of rows the library takes other kernels. The driver loads a kernel when it is first launched, and
-    waits until the GPU runs nothing else. A collective of the other slot may run that long: it waits for a peer, which
-    may wait for this very launch. Then all stand still. With parts of few sizes, a warm-up can run them all.
-    """
-    whole = num_rows // FINE_ROWS * FINE_ROWS
-    bounds = [*range(0, whole, MOST_ROWS), whole]
-    if whole != num_rows or not whole:
-        bounds.append(num_rows)
-    return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
-
-
-def takes_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Is there a kernel for so few rows x, which is faster than the library's?"""
-    if len(x) > FEW_ROWS:
-        return False
-    from pipemoe_kernels.gemm.few import fits
-    from pipemoe_kernels.launch.kernel import is_hopper
-
-    return is_hopper(x.device.index) and fits(x, weight)
 
 
 def norm_of(module: Any) -> Norm:
@@ -267,27 +186,3 @@ def rotary_tables(form: AttentionForm, cos: torch.Tensor, sin: torch.Tensor) -> 
     if form.interleaved:
         cos, sin = interleaved_tables(cos, sin)
     return cos.unsqueeze(0), sin.unsqueeze(0)
-
-
-def add_product(hidden: torch.Tensor, heads: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """hidden [T, H] += heads [T, heads, D] as rows, times weight [H, heads D], + bias [H]."""
-    x = heads.flatten(1)
-    parts = row_parts(len(x))
-    if len(parts) == 1:  # views cost the host time
-        _add_product(hidden, x, weight)
-    else:
-        for part in parts:
-            _add_product(hidden[part], x[part], weight)
-    if bias is not None:
-        hidden.add_(bias)
-
-
-def _add_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """In one call."""
-    if takes_few_rows(x, weight):
-        from pipemoe_kernels.gemm.few import few_rows
-        from pipemoe_kernels.launch.kernel import Stream
-
-        few_rows(Stream.current(x.device), x, weight, hidden, adds=True)
-    else:
-        hidden.addmm_(x, weight.t())

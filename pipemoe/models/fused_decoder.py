@@ -21,19 +21,10 @@ import torch
 
 from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.first_tokens import first_tokens
-from pipemoe.models.fused_attention import (
-    FINE_ROWS,
-    MOST_ROWS,
-    attention_of,
-    fuse,
-    lack_of_kernels,
-    norm_of,
-    product,
-    rotary_tables,
-    row_parts,
-)
+from pipemoe.models.fused_attention import attention_of, lack_of_kernels, norm_of, rotary_tables
 from pipemoe.models.packed_attention import serves
 from pipemoe.models.packing import Piece
+from pipemoe.models.products import FINE_ROWS, fuse, product, row_parts
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.wire import WireFormat, WireRows
@@ -292,8 +283,11 @@ class FusedDecoder(Decoder):
 
 def row_counts(most: int) -> list[int]:
     """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, every
-    sixteenth up to FINE_ROWS, and all sizes of larger parts (see row_parts).
+    sixteenth up to FINE_ROWS, then four per doubling; these have all sizes of larger parts (see row_parts).
     """
     counts = [*range(1, 21), *range(24, 65, 8), *range(80, FINE_ROWS + 1, 16)]
-    counts += range(2 * FINE_ROWS, MOST_ROWS + 1, FINE_ROWS)
+    step = FINE_ROWS // 4
+    while counts[-1] < most:
+        counts += [counts[-1] + step * i for i in range(1, 5)]
+        step *= 2
     return [*(count for count in counts if count < most), most]

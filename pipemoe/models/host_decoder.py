@@ -18,9 +18,10 @@ from pipemoe.experts.sgemm import sgemm_address
 from pipemoe.models import host_attention
 from pipemoe.models.cache import StepCache
 from pipemoe.models.decoder import Decoder, MicrobatchState
-from pipemoe.models.fused_attention import eps_of, fuse
+from pipemoe.models.fused_attention import eps_of
 from pipemoe.models.host_routing import compile_route, prepared_route
 from pipemoe.models.packing import Piece
+from pipemoe.models.products import fuse
 from pipemoe.models.routing import route
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ test_fused.py runs this file in a process of its own.
 import pytest
 import torch
 
-from pipemoe.models import fused_attention, fused_decoder
+from pipemoe.models import fused_decoder, products
 from pipemoe.models.fused_decoder import FusedDecoder
 from pipemoe.models.loading import load_decoder
 from pipemoe.models.step_keys import StepKeys
@@ -121,9 +121,9 @@ def test_against_transformers_modules(family, dtype, changes):
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_products_in_parts_against_transformers_modules(monkeypatch, family):
     """Of two rows and of one."""
-    monkeypatch.setattr(fused_attention, "FINE_ROWS", 1)
-    monkeypatch.setattr(fused_attention, "MOST_ROWS", 2)
-    assert fused_attention.row_parts(3) == [slice(0, 2), slice(2, 3)]
+    monkeypatch.setattr(products, "FINE_ROWS", 1)
+    monkeypatch.setattr(products, "MOST_ROWS", 2)
+    assert products.row_parts(3) == [slice(0, 2), slice(2, 3)]
     test_against_transformers_modules(family, torch.bfloat16, {})
 
 

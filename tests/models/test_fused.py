@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from pipemoe import Config
 from pipemoe.errors import ConfigError
-from pipemoe.models import attention_choice, fused_attention, fused_decoder
+from pipemoe.models import attention_choice, fused_decoder, products
 from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
-from pipemoe.models.fused_attention import FINE_ROWS, MOST_ROWS, add_product, product, row_parts
 from pipemoe.models.fused_decoder import FusedDecoder, lack, row_counts
 from pipemoe.models.host_decoder import HostDecoder
 from pipemoe.models.loading import load_decoder
+from pipemoe.models.products import FINE_ROWS, MOST_ROWS, add_product, product, row_parts
 from tests.models.tiny import FAMILIES, tiny_config
 
 HERE = Path(__file__).parent
@@ -157,7 +157,7 @@ def test_row_counts_to_warm_up_for(most):
     counts = row_counts(most)
     assert counts == sorted(set(counts)) and counts[0] == 1 and counts[-1] == most
     assert counts[:20] == list(range(1, 21))[:most]
-    assert all(b - a <= max(8, a / 4) for a, b in zip(counts, counts[1:]) if b <= FINE_ROWS)
+    assert all(b - a <= max(8, a / 4) for a, b in zip(counts, counts[1:]))
 
 
 @given(num_rows=st.integers(0, 40_000), more=st.integers(0, 10_000))
@@ -172,7 +172,7 @@ def test_large_products_are_made_in_parts_that_a_warm_up_has_run(num_rows, more)
 @pytest.mark.parametrize("num_rows", [0, 1, 17, 1023, 1024, 1025, 2048, 9000, 17_000])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_products_in_parts(monkeypatch, num_rows, has_bias):
-    monkeypatch.setattr(fused_attention, "takes_few_rows", lambda x, weight: False)  # there is no GPU
+    monkeypatch.setattr(products, "takes_few_rows", lambda x, weight: False)  # there is no GPU
     draw = torch.Generator().manual_seed(num_rows)
     x = torch.randint(-3, 4, (num_rows, 2, 3), generator=draw).float()
     weight = torch.randint(-3, 4, (4, 6), generator=draw).float()
