@@ -177,6 +177,14 @@ class Model:
             new_step = partial(self._graphs.new_step, self.config)
             self.decoder.warm_up(new_step, self.config.max_tokens_per_rank, results_dtype)
 
+    def _prepare_rounds(self, slot: int, results_dtype: torch.dtype, rows_of_slots: Sequence[int]) -> None:
+        """As _prepare, which has been called, for rounds: they may have more keys than a step has."""
+        from pipemoe.models.fused_decoder import FusedDecoder
+
+        self._capture(slot, results_dtype)
+        if isinstance(self.decoder, FusedDecoder) and slot < len(rows_of_slots):
+            self.decoder.warm_up_keys(rows_of_slots[slot])
+
     def _capture(self, slot: int, results_dtype: torch.dtype) -> None:
         """Capture the attention of a slot whose lane is the current stream."""
         self._graphs.capture(self.config, slot, results_dtype)
@@ -278,7 +286,8 @@ class Model:
             keep_logits=keep_logits,
         )
         if self.world.device.type == "cuda":
-            self.runtime.in_compute_lanes(partial(self._capture, results_dtype=dtype), "capturing the model")
+            prepare = partial(self._prepare_rounds, results_dtype=dtype, rows_of_slots=rows_of_slots)
+            self.runtime.in_compute_lanes(prepare, "making the model ready for rounds")
             # A slot's round holds pinned memory for its ids, first tokens and logits.
             logits = MAX_CHUNKS * self.decoder.vocab_size * 4 if keep_logits else 0
             reserve_pinned(3 * len(rows_of_slots) + 1, logits)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipemoe.models.packed_attention import attend_pieces
-from pipemoe.models.products import add_product, fuse, product
+from pipemoe.models.products import MOST_ROWS, add_product, fuse, product, row_counts
 
 if TYPE_CHECKING:
     from pipemoe.models.attention_form import AttentionForm
@@ -135,8 +135,7 @@ class LatentAttention:
             first, last = packing.key_range
             latents, positions = latents[first:last], positions[first:last]
             key_offsets, key_lengths, max_key = packing.key_offsets, packing.key_lengths, packing.max_key
-        expanded = product(latents, self._of_latent, None)
-        key = expanded.new_empty((len(expanded), num_heads, head_dim))
+        expanded, key = self._expanded(latents)
         join_keys(stream, expanded, positions, key, shape)
         out = attend_pieces(
             query.unflatten(1, (num_heads, head_dim)),
@@ -151,6 +150,20 @@ class LatentAttention:
             window=self._form.window,
         )
         add_product(hidden, out, self._out, self._out_bias)
+
+    def _expanded(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of latents [K, rank]: values behind the keys' first parts [K, Hq (nope + value)], and room for whole keys."""
+        expanded = product(latents, self._of_latent, None)
+        return expanded, expanded.new_empty((len(expanded), self._form.num_query, self._form.head_dim))
+
+    def warm_up_keys(self, most: int) -> None:
+        """Expand up to `most` latents, in every class of row counts: with earlier chunks there are more than a step has
+        tokens. Their memory is then there, too.
+        """
+        latents = self._of_latent.new_zeros((most, self._shape.rank))
+        for count in row_counts(min(most, MOST_ROWS)):
+            self._expanded(latents[:count])
+        self._expanded(latents)
 
 
 def latent_shape(form: AttentionForm) -> LatentShape:

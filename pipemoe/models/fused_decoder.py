@@ -21,10 +21,10 @@ import torch
 
 from pipemoe.models.decoder import Decoder, MicrobatchState
 from pipemoe.models.first_tokens import first_tokens
-from pipemoe.models.fused_attention import attention_of, lack_of_kernels, norm_of, rotary_tables
+from pipemoe.models.fused_attention import LatentAttention, attention_of, lack_of_kernels, norm_of, rotary_tables
 from pipemoe.models.packed_attention import serves
 from pipemoe.models.packing import Piece
-from pipemoe.models.products import FINE_ROWS, fuse, product, row_parts
+from pipemoe.models.products import fuse, product, row_counts, row_parts
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.wire import WireFormat, WireRows
@@ -160,6 +160,13 @@ class FusedDecoder(Decoder):
                 assert sums is not None
                 first_tokens(self.finish(state, sums))
 
+    @torch.no_grad()
+    def warm_up_keys(self, most: int) -> None:
+        """Run on the current stream what depends on how many keys there are. most: of a round, with earlier chunks'."""
+        attention = self._layers[0].attention
+        if isinstance(attention, LatentAttention):
+            attention.warm_up_keys(most)
+
     @property
     def ends_with_experts(self) -> bool:
         """Is the last decoder layer a MoE layer?"""
@@ -279,15 +286,3 @@ class FusedDecoder(Decoder):
         normed = torch.empty_like(ends)
         self._last_norm(ends, of_ends, normed)
         return self._lm_head(normed).float()
-
-
-def row_counts(most: int) -> list[int]:
-    """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, every
-    sixteenth up to FINE_ROWS, then four per doubling; these have all sizes of larger parts (see row_parts).
-    """
-    counts = [*range(1, 21), *range(24, 65, 8), *range(80, FINE_ROWS + 1, 16)]
-    step = FINE_ROWS // 4
-    while counts[-1] < most:
-        counts += [counts[-1] + step * i for i in range(1, 5)]
-        step *= 2
-    return [*(count for count in counts if count < most), most]

@@ -103,6 +103,18 @@ def row_parts(num_rows: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, every
+    sixteenth up to FINE_ROWS, then four per doubling; these have all sizes of larger parts (see row_parts).
+    """
+    counts = [*range(1, 21), *range(24, 65, 8), *range(80, FINE_ROWS + 1, 16)]
+    step = FINE_ROWS // 4
+    while counts[-1] < most:
+        counts += [counts[-1] + step * i for i in range(1, 5)]
+        step *= 2
+    return [*(count for count in counts if count < most), most]
+
+
 def takes_few_rows(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Is there a kernel for so few rows x, which is faster than the library's?"""
     if len(x) > FEW_ROWS:

@@ -148,3 +148,23 @@ def test_warming_up_runs_each_count_whole_and_as_sequences_of_one_token(monkeypa
     decoder.warm_up(keys.step, 3, torch.float32)
     assert layers == [(layer, n) for n in (1, 1, 2, 2, 3, 3) for layer in (0, 1)]
     assert seen == [(n, sequences, torch.float32) for n in (1, 2, 3) for sequences in (n, 1)]
+
+
+@pytest.mark.parametrize("most", [3, 2 * products.MOST_ROWS + 5])
+def test_warming_up_expands_latents_in_all_numbers_of_rows_that_earlier_chunks_may_have(monkeypatch, most):
+    config = tiny_config("deepseek_v3", num_layers=1, first_k_dense_replace=0)
+    decoder = FusedDecoder(load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0])
+    seen, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda x, *given, **more: seen.append(len(x)) or mm(x, *given, **more))
+    decoder.warm_up_keys(most)
+    sizes = {part.stop - part.start for rows in range(1, most + 1) for part in products.row_parts(rows)}
+    assert {size for size in sizes if size > products.FINE_ROWS} <= set(seen) and max(seen) <= max(sizes)
+    assert set(products.row_counts(min(most, products.FINE_ROWS))) <= set(seen)
+    assert sum(seen[-len(products.row_parts(most)) :]) == most  # at last all, for the memory
+
+
+def test_warming_up_keys_runs_nothing_where_keys_are_kept_as_they_are(monkeypatch):
+    config = tiny_config("qwen3_moe", num_layers=1)
+    decoder = FusedDecoder(load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0])
+    monkeypatch.setattr(torch, "mm", None)
+    decoder.warm_up_keys(100)

@@ -17,10 +17,10 @@ from pipemoe.errors import ConfigError
 from pipemoe.models import attention_choice, fused_decoder, products
 from pipemoe.models.attention_choice import AttentionChoice
 from pipemoe.models.families import find_family
-from pipemoe.models.fused_decoder import FusedDecoder, lack, row_counts
+from pipemoe.models.fused_decoder import FusedDecoder, lack
 from pipemoe.models.host_decoder import HostDecoder
 from pipemoe.models.loading import load_decoder
-from pipemoe.models.products import FINE_ROWS, MOST_ROWS, add_product, product, row_parts
+from pipemoe.models.products import FINE_ROWS, MOST_ROWS, add_product, product, row_counts, row_parts
 from tests.models.tiny import FAMILIES, tiny_config
 
 HERE = Path(__file__).parent
