@@ -266,11 +266,7 @@ class Model:
     def takes_chunks(self) -> bool:
         """Can rounds take a sequence chunk by chunk?"""
         in_places = self._graphs.has_places(self.config)
-        return (
-            not self.config.whole_sequences
-            and (self.decoder.caches_keys or not self.decoder.keys_in_places)
-            and (in_places or self.world.device.type == "cpu")
-        )
+        return not self.config.whole_sequences and (in_places or self.world.device.type == "cpu")
 
     def rounds(self, rows_of_slots: Sequence[int], keep_logits: bool) -> DecoderRounds:
         """The decoder in rounds; see there. For set-up: reserves memory, and captures graphs anew if it must."""

@@ -160,8 +160,12 @@ class Decoder:
         """
         packing = Packing(token_ids, pieces, self.vocab_size, self.device, step.begins)
         hidden = self._model.embed_tokens(packing.token_ids).unsqueeze(0)
-        rope = self._model.rotary_emb(hidden, packing.positions.unsqueeze(0))
-        return MicrobatchState(packing, step.of(packing), hidden, rope)
+        return MicrobatchState(packing, step.of(packing), hidden, self._rope(hidden, packing))
+
+    def _rope(self, hidden: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the tokens' rotary embedding: [1, T_mb, D] each. hidden: for its dtype."""
+        cos, sin = self._model.rotary_emb(hidden, packing.positions.unsqueeze(0))
+        return cos, sin
 
     @torch.no_grad()
     def attend(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipemoe.models.packed_attention import attend_pieces
-from pipemoe.models.products import MOST_ROWS, add_product, fuse, product, row_counts
+from pipemoe.models.products import FINE_ROWS, MOST_ROWS, add_product, fuse, product
 
 if TYPE_CHECKING:
     from pipemoe.models.attention_form import AttentionForm
@@ -157,13 +157,12 @@ class LatentAttention:
         return expanded, expanded.new_empty((len(expanded), self._form.num_query, self._form.head_dim))
 
     def warm_up_keys(self, most: int) -> None:
-        """Expand up to `most` latents, in every class of row counts: with earlier chunks there are more than a step has
-        tokens. Their memory is then there, too.
+        """Expand up to `most` latents, in every number of rows that a part of them may have (see row_parts): with
+        earlier chunks there are more than a step has tokens. Their memory is then there, too.
         """
         latents = self._of_latent.new_zeros((most, self._shape.rank))
-        for count in row_counts(min(most, MOST_ROWS)):
+        for count in [*range(FINE_ROWS, min(most, MOST_ROWS) + 1, FINE_ROWS), min(most, FINE_ROWS), most]:
             self._expanded(latents[:count])
-        self._expanded(latents)
 
 
 def latent_shape(form: AttentionForm) -> LatentShape:

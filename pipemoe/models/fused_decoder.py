@@ -24,15 +24,25 @@ from pipemoe.models.first_tokens import first_tokens
 from pipemoe.models.fused_attention import LatentAttention, attention_of, lack_of_kernels, norm_of, rotary_tables
 from pipemoe.models.packed_attention import serves
 from pipemoe.models.packing import Piece
-from pipemoe.models.products import fuse, product, row_counts, row_parts
+from pipemoe.models.products import (
+    add_library_product,
+    counts_filled,
+    fuse,
+    library_product,
+    missing_counts,
+    product,
+    row_counts,
+    row_parts,
+)
 from pipemoe.models.routing import kernel_takes, route_into, route_into_placed
 from pipemoe.models.step_keys import KeysOfMicrobatch, StepKeys, StepOfKeys
 from pipemoe.wire import WireFormat, WireRows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from pipemoe.models.cache import StepCache
+    from pipemoe.models.packing import Packing
     from pipemoe_kernels.placed_rows import PlacedRows
 
 
@@ -77,8 +87,8 @@ class _Mlp:
 
     def add_to(self, hidden: torch.Tensor, x: torch.Tensor) -> None:
         for part in row_parts(len(x)):
-            gate, up = torch.mm(x[part], self.gate_up.t()).split(self.width, dim=1)
-            hidden[part].addmm_(self._activation(gate).mul_(up), self.down.t())
+            gate, up = library_product(x[part], self.gate_up).split(self.width, dim=1)
+            add_library_product(hidden[part], self._activation(gate).mul_(up), self.down)
 
 
 class _Layer:
@@ -114,6 +124,8 @@ class FusedDecoder(Decoder):
         self._runs = [self._layers[a + 1 : b + 1] for a, b in zip(edges, edges[1:])]
         self._last_norm = norm_of(self._model.norm)
         self.wire = WireFormat(self.shape.hidden, self.shape.top_k, self.dtype)
+        self._rope_of_positions: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._counts_run: dict[Hashable, int] = {}  # see counts_filled
 
     @property
     def keys_in_places(self) -> bool:
@@ -131,7 +143,6 @@ class FusedDecoder(Decoder):
         """As Decoder.start; step: of StepKeys."""
         state = super().start(step, token_ids, pieces)
         assert self.attention_form is not None
-        state.rope = rotary_tables(self.attention_form, *state.rope)
         if self.attention_form.latent is not None and not state.packing.starts_fresh:
             # Keys are made of the latents in this range alone.
             state.packing.key_offsets = state.packing.key_offsets - state.packing.key_range[0]
@@ -148,24 +159,27 @@ class FusedDecoder(Decoder):
         GraphStore.new_step. most_tokens: of a step. sums_dtype: of what comes back from the experts.
         """
         num_layers = self.shape.num_layers
-        for count in row_counts(most_tokens):
-            alone = [Piece(i, 0, 1, 1) for i in range(count)] if count <= _MOST_SEQUENCES else []
-            for pieces in filter(None, (alone, [Piece(0, 0, count, count)])):
-                ids = torch.zeros(count, dtype=torch.long, device="cpu")
-                state, sums = self.start(new_step(range(len(pieces))), ids, pieces), None
-                for layer in range(min(2, num_layers)):  # the others run the same kernels
-                    self.attend(state, layer, sums)
-                    sums = torch.zeros((count, self.shape.hidden), dtype=sums_dtype, device=self.device)
-                state.layer = num_layers - 1
-                assert sums is not None
-                first_tokens(self.finish(state, sums))
+        with counts_filled(self._counts_run):
+            for count in row_counts(most_tokens):
+                alone = [Piece(i, 0, 1, 1) for i in range(count)] if count <= _MOST_SEQUENCES else []
+                for pieces in filter(None, (alone, [Piece(0, 0, count, count)])):
+                    ids = torch.zeros(count, dtype=torch.long, device="cpu")
+                    state, sums = self.start(new_step(range(len(pieces))), ids, pieces), None
+                    for layer in range(min(2, num_layers)):  # the others run the same kernels
+                        self.attend(state, layer, sums)
+                        sums = torch.zeros((count, self.shape.hidden), dtype=sums_dtype, device=self.device)
+                    state.layer = num_layers - 1
+                    assert sums is not None
+                    first_tokens(self.finish(state, sums))
 
     @torch.no_grad()
     def warm_up_keys(self, most: int) -> None:
         """Run on the current stream what depends on how many keys there are. most: of a round, with earlier chunks'."""
+        self._positions(most)
         attention = self._layers[0].attention
         if isinstance(attention, LatentAttention):
-            attention.warm_up_keys(most)
+            with counts_filled(self._counts_run):
+                attention.warm_up_keys(most)
 
     @property
     def ends_with_experts(self) -> bool:
@@ -184,6 +198,27 @@ class FusedDecoder(Decoder):
         hidden = self._model.embed_tokens(token_ids).unsqueeze(0)
         assert isinstance(hidden, torch.Tensor)
         return hidden
+
+    def _rope(self, hidden: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+        """As kernels read them: [1, T, n]. Looked up, as the module's product takes a kernel by the number of
+        tokens.
+        """
+        assert self.attention_form is not None
+        if not self.rotates_by_position:
+            return rotary_tables(self.attention_form, *super()._rope(hidden, packing))
+        cos, sin = self._positions(packing.max_key)
+        return cos.index_select(0, packing.positions)[None], sin.index_select(0, packing.positions)[None]
+
+    def _positions(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rope_table` of at least so many positions. Waits for the device if it has to grow: a warm-up sees to it that
+        no step makes it.
+        """
+        found = self._rope_of_positions
+        if found is None or len(found[0]) < count:
+            found = self._rope_of_positions = self.rope_table(1 << max(count - 1, 0).bit_length())
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # other streams read it, and may still read the smaller one
+        return found
 
     @torch.no_grad()
     def rope_table(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,4 +320,8 @@ class FusedDecoder(Decoder):
         of_ends = None if sums is None else sums.index_select(0, state.packing.end_rows)
         normed = torch.empty_like(ends)
         self._last_norm(ends, of_ends, normed)
-        return self._lm_head(normed).float()
+        for count in missing_counts(normed, self._lm_head.weight):
+            self._lm_head(normed[:count])
+        parts = row_parts(len(normed), fine=_MOST_SEQUENCES, most=_MOST_SEQUENCES)
+        logits = [self._lm_head(normed[part]) for part in parts]
+        return (logits[0] if len(logits) == 1 else torch.cat(logits)).float()

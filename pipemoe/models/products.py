@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 FEW_ROWS = 16  # for which our own products are the faster ones
-FINE_ROWS = 1024  # up to here a warm-up has nearly every number of rows
+FINE_ROWS = 1024  # up to here a warm-up runs every number of rows
 MOST_ROWS = 8 * FINE_ROWS  # of one call of the library
 
 
@@ -49,16 +51,29 @@ def _product(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """In one call; into `out` if there is one."""
+    if bias is not None or not takes_few_rows(x, weight):
+        return library_product(x, weight, bias, dtype, out)
+    from pipemoe_kernels.gemm.few import few_rows
+    from pipemoe_kernels.launch.kernel import Stream
+
+    if out is None:
+        out = torch.empty((len(x), len(weight)), dtype=dtype or x.dtype, device=x.device)
+    few_rows(Stream.current(x.device), x, weight, out)
+    return out
+
+
+def library_product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `product`, in one call of the library; into `out` if there is one. At most MOST_ROWS rows (see row_parts)."""
+    for num_rows in missing_counts(x, weight, dtype, bias is None):
+        library_product(x[:num_rows], weight, bias, dtype)
     if bias is not None:
         return torch.addmm(bias, x, weight.t(), out=out)
-    if takes_few_rows(x, weight):
-        from pipemoe_kernels.gemm.few import few_rows
-        from pipemoe_kernels.launch.kernel import Stream
-
-        if out is None:
-            out = torch.empty((len(x), len(weight)), dtype=dtype or x.dtype, device=x.device)
-        few_rows(Stream.current(x.device), x, weight, out)
-        return out
     if dtype in (None, x.dtype):
         return torch.mm(x, weight.t(), out=out)
     found = torch.mm(x, weight.t(), out_dtype=dtype)
@@ -86,29 +101,64 @@ def _add_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) ->
 
         few_rows(Stream.current(x.device), x, weight, hidden, adds=True)
     else:
-        hidden.addmm_(x, weight.t())
+        add_library_product(hidden, x, weight)
 
 
-def row_parts(num_rows: int) -> list[slice]:
-    """Rows for each call of the library: at most FINE_ROWS, or a multiple of it up to MOST_ROWS. At least one part.
+def add_library_product(hidden: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """hidden [T, H] += x [T, N] times weight [H, N], in one call of the library. At most MOST_ROWS rows."""
+    for num_rows in missing_counts(x, weight, "added"):
+        hidden[:num_rows].clone().addmm_(x[:num_rows], weight.t())
+    hidden.addmm_(x, weight.t())
+
+
+def row_parts(num_rows: int, fine: int | None = None, most: int | None = None) -> list[slice]:
+    """Rows for each call of the library: at most `fine` (None: FINE_ROWS), or a multiple of it up to `most` (None:
+    MOST_ROWS). At least one part.
 
     For other numbers of rows the library takes other kernels. The driver loads a kernel when it is first launched, and
-    may wait until the GPU runs nothing else. A collective of the other slot may run that long: it waits for a peer,
-    which may wait for this very launch. Then all stand still. With parts of few sizes, a warm-up can run them all.
+    waits until the GPU runs nothing else (findings/cublas_first_use_waits.sh). A collective of the other slot may run
+    that long: it waits for a peer, which may wait for this very launch. Then all stand still. So a warm-up runs all
+    numbers of rows that parts have: those up to FINE_ROWS by `counts_filled`.
     """
-    whole = num_rows // FINE_ROWS * FINE_ROWS
-    bounds = [*range(0, whole, MOST_ROWS), whole]
+    fine, most = fine or FINE_ROWS, most or MOST_ROWS
+    whole = num_rows // fine * fine
+    bounds = [*range(0, whole, most), whole]
     if whole != num_rows or not whole:
         bounds.append(num_rows)
     return [slice(start, stop) for start, stop in zip(bounds, bounds[1:])]
 
 
-def row_counts(most: int) -> list[int]:
-    """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, every
-    sixteenth up to FINE_ROWS, then four per doubling; these have all sizes of larger parts (see row_parts).
+_filling: dict[Hashable, int] | None = None  # see counts_filled
+
+
+@contextmanager
+def counts_filled(run: dict[Hashable, int]) -> Iterator[None]:
+    """Meanwhile a product of up to FINE_ROWS rows runs for all smaller numbers of rows as well, from the largest for
+    which its kind has run. run: that number, by kind of product; empty at first. On one thread at a time.
     """
-    counts = [*range(1, 21), *range(24, 65, 8), *range(80, FINE_ROWS + 1, 16)]
-    step = FINE_ROWS // 4
+    global _filling
+    _filling = run
+    try:
+        yield
+    finally:
+        _filling = None
+
+
+def missing_counts(x: torch.Tensor, weight: torch.Tensor, *kind: Hashable) -> range:
+    """Numbers of rows, fewer than x has, for which the caller shall run a product of this kind first; mostly none."""
+    if _filling is None or len(x) > FINE_ROWS:
+        return range(0)
+    key = weight.shape, weight.dtype, x.stride(0), *kind
+    run = _filling.get(key, 0)
+    _filling[key] = max(run, len(x))
+    return range(run + 1, len(x))
+
+
+def row_counts(most: int) -> list[int]:
+    """Numbers of rows up to `most`: each up to 20 (a round has no more sequences), every eighth up to 64, then four per
+    doubling. Among these are all sizes of parts of over FINE_ROWS (see row_parts).
+    """
+    counts, step = [*range(1, 21), *range(24, 65, 8)], 16
     while counts[-1] < most:
         counts += [counts[-1] + step * i for i in range(1, 5)]
         step *= 2

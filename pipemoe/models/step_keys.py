@@ -6,7 +6,7 @@
 A microbatch writes its rows and reads those of its sequences so far. Microbatches of a sequence may run on different
 streams; the caller orders them by events, layer by layer, and runs one step after the other. This serves attention for
 which FlashAttention finds pieces by offsets in device memory (see attention.py), and whose cache holds the keys
-themselves (not multi-head latent attention).
+themselves; and the fused path, which keeps the latents of multi-head latent attention here.
 """
 
 from __future__ import annotations

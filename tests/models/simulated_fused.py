@@ -3,12 +3,18 @@
 test_fused.py runs this file in a process of its own.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from pipemoe import Config
 from pipemoe.models import fused_decoder, products
 from pipemoe.models.fused_decoder import FusedDecoder
+from pipemoe.models.graph_store import GraphStore
 from pipemoe.models.loading import load_decoder
+from pipemoe.models.packing import Piece
+from pipemoe.models.rounds import DecoderRounds, Part
 from pipemoe.models.step_keys import StepKeys
 from pipemoe_kernels.placed_rows import PlacedRows
 from tests.models.test_decoder import packed, sequences_of
@@ -19,6 +25,7 @@ CASES = [
     ("qwen3_moe", torch.float16, {}),
     ("qwen3_moe", torch.bfloat16, dict(attention_bias=True, num_layers=3, mlp_only_layers=[0, 2])),
     ("mixtral", torch.bfloat16, dict(sliding_window=2)),
+    ("qwen3_moe", torch.bfloat16, dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
     ("deepseek_v3", torch.bfloat16, {}),
     (
         "deepseek_v3",
@@ -150,21 +157,79 @@ def test_warming_up_runs_each_count_whole_and_as_sequences_of_one_token(monkeypa
     assert seen == [(n, sequences, torch.float32) for n in (1, 2, 3) for sequences in (n, 1)]
 
 
-@pytest.mark.parametrize("most", [3, 2 * products.MOST_ROWS + 5])
-def test_warming_up_expands_latents_in_all_numbers_of_rows_that_earlier_chunks_may_have(monkeypatch, most):
-    config = tiny_config("deepseek_v3", num_layers=1, first_k_dense_replace=0)
-    decoder = FusedDecoder(load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0])
-    seen, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda x, *given, **more: seen.append(len(x)) or mm(x, *given, **more))
-    decoder.warm_up_keys(most)
-    sizes = {part.stop - part.start for rows in range(1, most + 1) for part in products.row_parts(rows)}
-    assert {size for size in sizes if size > products.FINE_ROWS} <= set(seen) and max(seen) <= max(sizes)
-    assert set(products.row_counts(min(most, products.FINE_ROWS))) <= set(seen)
-    assert sum(seen[-len(products.row_parts(most)) :]) == most  # at last all, for the memory
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_rounds_take_a_sequence_chunk_by_chunk(family):
+    plain, experts = load_decoder(
+        tiny_config(family, num_layers=2), rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16
+    )
+    wanted, _ = prefill(plain, experts, plain.new_step(), lambda d, *given: d.attend(*given))
+    decoder, tokens, found = FusedDecoder(plain), sequences_of(LENGTHS), {}
+    config = Config(max_tokens_per_rank=2 * sum(LENGTHS))
+    more = dict(writes_rows=False, keep_logits=True)
+    rounds = DecoderRounds(decoder, GraphStore(decoder), config, torch.float32, [1 + sum(LENGTHS)], **more)
+    for sequence, length in enumerate(LENGTHS):
+        assert rounds.reserve(0, sequence, length)
+    for pieces in CUTS:
+        parts = [Part(*piece, tokens[piece[0]]) for piece in pieces]
+        source = rounds.source(0, parts, lambda first: found.update({first.sequence: first.logits}))
+        count = sum(stop - start for _, start, stop in pieces)
+        source.begin(SimpleNamespace(cohorts=[SimpleNamespace(tokens_of=lambda rank, count=count: count)]), 0)
+        for layer in range(decoder.shape.num_layers):
+            source.attend(0, layer)
+            rows = source.rows(0, 0, count)
+            source.side_work(0)
+            source.results(0, 0, count).copy_(naive_experts(*rows, [experts[layer]]))
+        source.finish(0)
+        source.finished(0, 0.0)
+    for sequence in range(len(LENGTHS)):
+        assert (found[sequence] - wanted[sequence]).norm() <= 2e-2 * wanted[sequence].norm()
 
 
-def test_warming_up_keys_runs_nothing_where_keys_are_kept_as_they_are(monkeypatch):
-    config = tiny_config("qwen3_moe", num_layers=1)
+def rows_multiplied(monkeypatch):
+    """A list that gets the number of rows of every product of the library: with which weight, and of how many rows."""
+    seen, mm, addmm, linear = [], torch.mm, torch.Tensor.addmm_, torch.nn.Linear.forward
+
+    def watched(a, b, **more):
+        seen.append((b.data_ptr(), len(a)))
+        return mm(a, b, **more)
+
+    def watched_addmm(into, a, b):
+        seen.append((b.data_ptr(), len(a)))
+        return addmm(into, a, b)
+
+    def watched_linear(module, a):
+        seen.append((module.weight.data_ptr(), len(a)))
+        return linear(module, a)
+
+    monkeypatch.setattr(torch, "mm", watched)
+    monkeypatch.setattr(torch.Tensor, "addmm_", watched_addmm)
+    monkeypatch.setattr(torch.nn.Linear, "forward", watched_linear)
+    return seen
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_warming_up_runs_every_product_that_a_step_may_need(monkeypatch, family):
+    """Parts are of up to 2 rows here, or of 4, and there are at most two sequences in a call."""
+    monkeypatch.setattr(products, "FINE_ROWS", 2)
+    monkeypatch.setattr(products, "MOST_ROWS", 4)
+    monkeypatch.setattr(fused_decoder, "_MOST_SEQUENCES", 2)
+    monkeypatch.setattr(fused_decoder, "row_counts", lambda most: [2, 4, most])  # 1 is a gap
+    config = tiny_config(family, num_layers=2)
     decoder = FusedDecoder(load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0])
-    monkeypatch.setattr(torch, "mm", None)
-    decoder.warm_up_keys(100)
+    seen = rows_multiplied(monkeypatch)
+    decoder.warm_up(StepKeys(decoder, 5).step, 5, torch.float32)
+    decoder.warm_up_keys(12)
+    warm = set(seen)
+    del seen[:]
+    monkeypatch.setattr(FusedDecoder, "rope_table", None)  # a step that makes it longer would wait for the device
+    steps = [[Piece(0, 0, n, n)] for n in (1, 2, 3, 5)] + [[Piece(i, 0, 1, 1) for i in range(n)] for n in (3, 5)]
+    steps += [[Piece(0, earlier, earlier + 3, earlier + 3)] for earlier in (1, 2, 6, 9)]
+    for pieces in steps:
+        count = sum(piece.stop - piece.start for piece in pieces)
+        keys = StepKeys(decoder, 12).step(list(range(len(pieces))))
+        state = decoder.start(keys, torch.zeros(count, dtype=torch.long), pieces)
+        decoder.attend(state, 0, None)
+        state.layer = decoder.shape.num_layers - 1
+        decoder.finish(state, torch.zeros(count, decoder.shape.hidden))
+    needed = set(seen)
+    assert needed <= warm and {rows for _, rows in needed} == {1, 2, 4}

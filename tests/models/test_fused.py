@@ -165,7 +165,7 @@ def test_large_products_are_made_in_parts_that_a_warm_up_has_run(num_rows, more)
     parts = row_parts(num_rows)
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(num_rows))
     sizes = [part.stop - part.start for part in parts]
-    assert {size for size in sizes if size > FINE_ROWS} <= set(row_counts(num_rows + more))
+    assert {size for size in sizes if size > FINE_ROWS} <= set(row_counts(num_rows + more))  # the others: counts_filled
     assert len(parts) <= num_rows // MOST_ROWS + 2 and sizes == sorted(sizes, reverse=True)
 
 
