@@ -25,7 +25,6 @@ CASES = [
     ("qwen3_moe", torch.float16, {}),
     ("qwen3_moe", torch.bfloat16, dict(attention_bias=True, num_layers=3, mlp_only_layers=[0, 2])),
     ("mixtral", torch.bfloat16, dict(sliding_window=2)),
-    ("qwen3_moe", torch.bfloat16, dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})),
     ("deepseek_v3", torch.bfloat16, {}),
     (
         "deepseek_v3",
@@ -131,6 +130,13 @@ def test_products_in_parts_against_transformers_modules(monkeypatch, family):
     monkeypatch.setattr(products, "FINE_ROWS", 1)
     monkeypatch.setattr(products, "MOST_ROWS", 2)
     assert products.row_parts(3) == [slice(0, 2), slice(2, 3)]
+    test_against_transformers_modules(family, torch.bfloat16, {})
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_rotary_embeddings_that_depend_on_lengths_are_the_modules(monkeypatch, family):
+    monkeypatch.setattr(fused_decoder, "ROPE_BY_LENGTH", ("default",))
+    monkeypatch.setattr(FusedDecoder, "rope_table", None)
     test_against_transformers_modules(family, torch.bfloat16, {})
 
 
