@@ -215,20 +215,20 @@ def rows_multiplied(monkeypatch):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_warming_up_runs_every_product_that_a_step_may_need(monkeypatch, family):
-    """Parts are of up to 2 rows here, or of 4, and there are at most two sequences in a call."""
-    monkeypatch.setattr(products, "FINE_ROWS", 2)
-    monkeypatch.setattr(products, "MOST_ROWS", 4)
-    monkeypatch.setattr(fused_decoder, "_MOST_SEQUENCES", 2)
-    monkeypatch.setattr(fused_decoder, "row_counts", lambda most: [2, 4, most])  # 1 is a gap
+    """Parts are of up to 4 rows here, or of 8, and there are at most four sequences in a call."""
+    monkeypatch.setattr(products, "FINE_ROWS", 4)
+    monkeypatch.setattr(products, "MOST_ROWS", 8)
+    monkeypatch.setattr(fused_decoder, "_MOST_SEQUENCES", 4)
+    monkeypatch.setattr(fused_decoder, "row_counts", lambda most: [2, 4, most])  # 1 and 3 are gaps
     config = tiny_config(family, num_layers=2)
     decoder = FusedDecoder(load_decoder(config, rank=0, num_ranks=1, device="cpu", dtype=torch.bfloat16)[0])
     seen = rows_multiplied(monkeypatch)
-    decoder.warm_up(StepKeys(decoder, 5).step, 5, torch.float32)
+    decoder.warm_up(StepKeys(decoder, 8).step, 8, torch.float32)
     decoder.warm_up_keys(12)
     warm = set(seen)
     del seen[:]
     monkeypatch.setattr(FusedDecoder, "rope_table", None)  # a step that makes it longer would wait for the device
-    steps = [[Piece(0, 0, n, n)] for n in (1, 2, 3, 5)] + [[Piece(i, 0, 1, 1) for i in range(n)] for n in (3, 5)]
+    steps = [[Piece(0, 0, n, n)] for n in (1, 3, 5, 8)] + [[Piece(i, 0, 1, 1) for i in range(n)] for n in (3, 7)]
     steps += [[Piece(0, earlier, earlier + 3, earlier + 3)] for earlier in (1, 2, 6, 9)]
     for pieces in steps:
         count = sum(piece.stop - piece.start for piece in pieces)
@@ -238,4 +238,4 @@ def test_warming_up_runs_every_product_that_a_step_may_need(monkeypatch, family)
         state.layer = decoder.shape.num_layers - 1
         decoder.finish(state, torch.zeros(count, decoder.shape.hidden))
     needed = set(seen)
-    assert needed <= warm and {rows for _, rows in needed} == {1, 2, 4}
+    assert needed <= warm and {rows for _, rows in needed} == {1, 3, 4, 8}
