@@ -171,6 +171,7 @@ class FusedDecoder(Decoder):
                     state.layer = num_layers - 1
                     assert sums is not None
                     first_tokens(self.finish(state, sums))
+        self.warm_up_keys(most_tokens)
 
     @torch.no_grad()
     def warm_up_keys(self, most: int) -> None:
@@ -213,12 +214,15 @@ class FusedDecoder(Decoder):
         """`rope_table` of at least so many positions. Waits for the device if it has to grow: a warm-up sees to it that
         no step makes it.
         """
-        found = self._rope_of_positions
-        if found is None or len(found[0]) < count:
-            found = self._rope_of_positions = self.rope_table(1 << max(count - 1, 0).bit_length())
+        if self._rope_of_positions is None or len(self._rope_of_positions[0]) < count:
+            cos, sin = self.rope_table(1 << max(count - 1, 0).bit_length())
             if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # other streams read it, and may still read the smaller one
-        return found
+                with torch.cuda.stream(torch.cuda.Stream()):  # whose memory is not what is reserved for a lane
+                    kept = torch.empty_like(cos), torch.empty_like(sin)
+                cos, sin = kept[0].copy_(cos), kept[1].copy_(sin)
+                torch.cuda.synchronize(self.device)  # other streams read them, and may still read the smaller ones
+            self._rope_of_positions = cos, sin
+        return self._rope_of_positions
 
     @torch.no_grad()
     def rope_table(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
