@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipemoe import Config
-from pipemoe.models import fused_decoder, products
+from pipemoe.models import fused_attention, fused_decoder, products
 from pipemoe.models.fused_decoder import FusedDecoder
 from pipemoe.models.graph_store import GraphStore
 from pipemoe.models.loading import load_decoder
@@ -216,8 +216,9 @@ def rows_multiplied(monkeypatch):
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_warming_up_runs_every_product_that_a_step_may_need(monkeypatch, family):
     """Parts are of up to 4 rows here, or of 8, and there are at most four sequences in a call."""
-    monkeypatch.setattr(products, "FINE_ROWS", 4)
-    monkeypatch.setattr(products, "MOST_ROWS", 8)
+    for module in (products, fused_attention):
+        monkeypatch.setattr(module, "FINE_ROWS", 4)
+        monkeypatch.setattr(module, "MOST_ROWS", 8)
     monkeypatch.setattr(fused_decoder, "_MOST_SEQUENCES", 4)
     monkeypatch.setattr(fused_decoder, "row_counts", lambda most: [2, 4, most])  # 1 and 3 are gaps
     config = tiny_config(family, num_layers=2)
@@ -229,16 +230,14 @@ def test_warming_up_runs_every_product_that_a_step_may_need(monkeypatch, family)
     warm = set(seen)
     del seen[:]
     monkeypatch.setattr(FusedDecoder, "rope_table", None)  # a step that makes it longer would wait for the device
-    steps = [[Piece(0, 0, n, n)] for n in (1, 3, 5, 8)] + [[Piece(i, 0, 1, 1) for i in range(n)] for n in (3, 7)]
-    steps += [[Piece(0, earlier, earlier + 3, earlier + 3)] for earlier in (1, 2, 6, 9)]
-    for pieces in steps:
-        if pieces[-1].stop > 8:  # of a round, which may have more keys than a step
-            assert set(seen) <= of_steps
+    of_a_step = [Piece(0, 0, 3, 3)], [Piece(i, 0, 1, 1) for i in range(7)], [Piece(0, 2, 5, 5)]
+    of_a_round = [Piece(0, 9, 12, 12)]
+    for pieces in (*of_a_step, of_a_round):
         count = sum(piece.stop - piece.start for piece in pieces)
         keys = StepKeys(decoder, 12).step(list(range(len(pieces))))
         state = decoder.start(keys, torch.zeros(count, dtype=torch.long), pieces)
         decoder.attend(state, 0, None)
         state.layer = decoder.shape.num_layers - 1
         decoder.finish(state, torch.zeros(count, decoder.shape.hidden))
-    needed = set(seen)
-    assert needed <= warm and {of[-1] for of in needed} == {1, 3, 4, 8}
+        assert set(seen) <= (warm if pieces == of_a_round else of_steps)
+    assert {rows for *_, rows in seen} == {1, 3, 4} | ({8} if family == "deepseek_v3" else set())
