@@ -161,7 +161,7 @@ class LatentAttention:
         earlier chunks there are more than a step has tokens. Their memory is then there, too.
         """
         latents = self._of_latent.new_zeros((most, self._shape.rank))
-        for count in [*range(FINE_ROWS, min(most, MOST_ROWS) + 1, FINE_ROWS), min(most, FINE_ROWS), most]:
+        for count in [*range(FINE_ROWS, min(most, MOST_ROWS) + 1, FINE_ROWS), most]:
             self._expanded(latents[:count])
 
 
