@@ -67,6 +67,12 @@ def add_traffic_options(parser: argparse.ArgumentParser, positive: Callable[[str
     traffic.add_argument(
         "--rate-step", type=float, default=1.05, help="between the rates tried for the capacity (default %(default)s)"
     )
+    traffic.add_argument(
+        "--limits-ms",
+        metavar="S,M,L",
+        help="time to first token that 95 %% of short, medium and long prompts shall have at capacity (default: five "
+        "times that of the best policy for one prompt at a time)",
+    )
 
 
 def run_traffic(
@@ -89,7 +95,14 @@ def run_traffic(
 
     machine = Machine(shape, cost, options.ranks, options.slots, options.moe_max_num_tokens, options.delay_ms / 1e3)
     policies = policies_of(options.policies.split(","), step_tokens, options.routing)
-    settings = Settings((options.request_times,), _numbers("--loads", options.loads, float), seeds, options.rate_step)
+    limits = None if options.limits_ms is None else _numbers("--limits-ms", options.limits_ms, float)
+    settings = Settings(
+        (options.request_times,),
+        _numbers("--loads", options.loads, float),
+        seeds,
+        options.rate_step,
+        limits_ms=limits,
+    )
     campaign = Campaign(SimulatedPlayer(machine, settings_of), policies, requests.__getitem__, settings)
     rows = campaign.run()
     assert campaign.limits is not None  # it has run

@@ -34,6 +34,13 @@ def test_report(trace, capsys):
     assert "capacity: requests a second of which 95 % have a first token within" in lines[-1]
 
 
+def test_capacity_within_given_limits(trace, capsys):
+    more = "--policies", "rolling", "--limits-ms", "50,60.5,70"
+    assert main(words(trace, *more)) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "within 50 ms for up to " in last and ", 60 ms for up to " in last and ", 70 ms for more" in last
+
+
 def test_json(trace, capsys):
     assert main(words(trace, "--json", "--seeds", "0,1", "--request-times", "on_off", "--slots", "2")) == 0
     found = json.loads(capsys.readouterr().out)
@@ -56,6 +63,8 @@ def test_json(trace, capsys):
         (["--too-long", "error", "--most-tokens", "200"], "more than 200 input tokens"),
         (["--max-tokens-per-rank", "512"], "step_tokens is 1024, more than max_tokens_per_rank=512"),
         (["--loads", "0"], "a rate of 0"),
+        (["--limits-ms", "100,200"], "limits of 100.0, 200.0 ms: one over 0 is wanted"),
+        (["--limits-ms", "100,200,long"], "--limits-ms '100,200,long'"),
     ],
 )
 def test_bad_options(trace, capsys, more, wrong):

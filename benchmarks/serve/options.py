@@ -11,7 +11,7 @@ from benchmarks.bench_main import RankParser, positive
 from pipemoe.errors import InputError
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.traffic.arrival_times import PROCESSES
-from pipemoe.traffic.campaign import Settings
+from pipemoe.traffic.campaign import Settings, check_limits
 from pipemoe.traffic.policy import POLICIES, ROUTINGS
 from pipemoe.traffic.request_trace import TOO_LONG, UNITS, Request, cut, fit_lengths, read_trace, scale_lengths
 
@@ -117,6 +117,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--rate-step", type=float, default=1.1, help="between the rates that it tries (default: %(default)s)"
     )
     policy.add_argument(
+        "--limits-ms",
+        metavar="S,M,L",
+        help="time to first token that 95 %% of short, medium and long prompts shall have at capacity (default: five "
+        "times that of the best policy for one prompt at a time)",
+    )
+    policy.add_argument(
         "--lowest-load", type=positive(float), default=0.2, help="of those rates (default: %(default)s)"
     )
     policy.add_argument(
@@ -138,6 +144,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.loads = numbers(options.loads, float)
         options.seeds = numbers(options.seeds, int)
         options.step_tokens = options.step_tokens and numbers(options.step_tokens, int)
+        options.limits_ms = options.limits_ms and numbers(options.limits_ms, float)
+        check_limits(options.limits_ms)
         options.arrivals = tuple(options.arrivals.split(","))
         unknown = [name for name in options.arrivals if name not in PROCESSES]
         if unknown:
@@ -185,6 +193,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
         highest_load=options.highest_load,
         per_class=options.alone,
         find_capacity=not options.no_capacity,
+        limits_ms=options.limits_ms,
     )
 
 

@@ -1,6 +1,7 @@
 """What a comparison of policies measures, in which order, on whatever plays requests: real ranks, or the simulator.
 
-1. One request at a time, for every policy. A class's limit is five times the unloaded time to first token of the best.
+1. One request at a time, for every policy. A class's limit, unless it is given, is five times the unloaded time to
+   first token of the best.
 2. All requests of the first seed at once: each policy's throughput. Loads are shares of the best lockstep policy's, in
    tokens: seeds with longer prompts come at a lower rate.
 3. The same arrivals at each load. The first seed goes through all policies. Of lockstep, those go on to the other seeds
@@ -60,6 +61,7 @@ class Settings(NamedTuple):
     highest_load: float = 1.4
     per_class: int = 4  # requests of each class that are served one at a time
     find_capacity: bool = True
+    limits_ms: tuple[float, ...] | None = None  # of short, medium and long prompts; None: see the module
 
 
 class Campaign:
@@ -79,6 +81,7 @@ class Campaign:
         """
         self._player, self._policies, self._settings, self._say = player, list(policies), settings, say
         self._keep = keep
+        check_limits(settings.limits_ms)
         self._requests = {seed: list(requests_of(seed)) for seed in settings.seeds}
         every = [r for requests in self._requests.values() for r in requests]
         self.classes = length_classes([r.input_tokens for r in every])
@@ -127,7 +130,10 @@ class Campaign:
         missing = {self.classes.of(tokens) for tokens in self.lengths_alone} - set(best)
         if missing:
             raise InputError(f"no request of length class {', '.join(sorted(missing))} was served")
-        self.limits = Limits(self.classes, {name: LIMIT_FACTOR * seconds for name, seconds in best.items()})
+        found = {name: LIMIT_FACTOR * seconds for name, seconds in best.items()}
+        if self._settings.limits_ms is not None:
+            found = {name: ms * 1e-3 for name, ms in zip(CLASS_SHARES, self._settings.limits_ms) if name in best}
+        self.limits = Limits(self.classes, found)
         self._say("limits " + ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.limits.seconds.items()))
 
     def _saturate(self) -> None:
@@ -213,6 +219,14 @@ class Campaign:
         load = "" if about["load"] is None else f" {about['load']:.2f}"
         self._say(f"{policy.label}, {about['what']}{load}: {shown}")
         self._keep(self.rows)
+
+
+def check_limits(limits_ms: tuple[float, ...] | None) -> None:
+    """Raises InputError for what no Settings can have."""
+    if limits_ms is not None and (len(limits_ms) != len(CLASS_SHARES) or not all(limit > 0 for limit in limits_ms)):
+        raise InputError(
+            f"limits of {', '.join(map(str, limits_ms))} ms: one over 0 is wanted for {', '.join(CLASS_SHARES)} each"
+        )
 
 
 def spread_lengths(requests: Sequence[Request], classes: LengthClasses, per_class: int) -> list[int]:

@@ -40,6 +40,26 @@ def test_limits_are_five_times_the_best_unloaded_time(campaign):
     assert [row["label"] for row in alone] == ["rolling", "lockstep 64"]
 
 
+def test_limits_may_be_given():
+    """Capacity is then the largest rate within these, whatever the unloaded times are."""
+    settings = Settings(processes=("poisson",), loads=(0.5,), seeds=(3,), limits_ms=(20.0, 30.0, 40.0))
+    found = Campaign(SingleServer(1e-3, slowness), [ROLLING, LARGE], requests_of, settings)
+    rows = found.run()
+    assert dict(found.limits.seconds) == pytest.approx({"short": 0.02, "medium": 0.03, "long": 0.04})
+    assert all(row["limits_ms"] == pytest.approx({"short": 20, "medium": 30, "long": 40}) for row in rows[2:])
+    usual = Campaign(SingleServer(1e-3, slowness), [ROLLING, LARGE], requests_of, settings._replace(limits_ms=None))
+    capacity, longer = (
+        {row["label"]: row["capacity_rps"] for row in of if row["what"] == "load"} for of in (rows, usual.run())
+    )
+    assert all(capacity[label] < longer[label] for label in longer)  # five times these would be 44, 54 and 62 ms
+
+
+@pytest.mark.parametrize("limits", [(20.0, 30.0), (20.0, 30.0, 0.0), (20.0, float("nan"), 30.0)])
+def test_limits_that_are_none(limits):
+    with pytest.raises(InputError, match="one over 0 is wanted for short, medium, long each"):
+        Campaign(SingleServer(1e-3, slowness), [ROLLING], requests_of, Settings(limits_ms=limits))
+
+
 def test_loads_are_shares_of_the_best_lockstep_policys_throughput(campaign):
     """In tokens: a seed with longer prompts comes at a lower rate."""
     full_rates = {seed: 200 / (sum(r.input_tokens for r in requests_of(seed)) * 1e-3) for seed in (3, 4)}

@@ -128,6 +128,8 @@ def test_a_step_too_small_for_the_longest_request_is_refused_on_all_ranks(world,
         (["--seeds", "one"], "numbers are wanted"),
         (["--rate-step", "1"], "must be over 1"),
         (["--step-tokens", "16;64"], "numbers are wanted"),
+        (["--limits-ms", "1,2,soon"], "numbers are wanted"),
+        (["--limits-ms", "1,2"], "one over 0 is wanted"),
     ],
 )
 def test_bad_options(arguments, capsys, wrong, message):
