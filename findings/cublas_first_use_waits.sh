@@ -24,7 +24,7 @@ python=${PIPEMOE_TORCH_PYTHON:-}
 if [ -z "$python" ]; then
     python3 -m venv "$work/venv"
     python=$work/venv/bin/python
-    "$python" -m pip --disable-pip-version-check install -qq torch==2.11.0 numpy
+    "$python" -m pip --disable-pip-version-check install -qq torch==2.11.0
 fi
 
 for loading in EAGER LAZY; do
@@ -64,7 +64,7 @@ sizes = [63, 128, 200, 256, 300, 400, 500, 700, 1024, 1100, 1500]
 found = [[rows for rows in sizes if waits(rows)] for _ in range(2)]
 first, second = (" ".join(map(str, waited)) or "none" for waited in found)
 print(f"first products of 63 to 1500 rows that wait: {first}; of the second ones: {second}")
-if found[1] or not set(found[0]) > {128, 1500}:
+if found[1] or 63 in found[0] or not set(found[0]) > {128, 1500}:
     raise SystemExit("products wait at other times now: this finding is out of date")
 PYTHON
 done

@@ -152,11 +152,11 @@ class FusedDecoder(Decoder):
     def warm_up(
         self, new_step: Callable[[Sequence[int]], StepCache | StepOfKeys], most_tokens: int, sums_dtype: torch.dtype
     ) -> None:
-        """Run on the current stream, for every class of row counts, what steps run beside the experts.
+        """Run on the current stream, for every number of rows that a call may have, what steps run beside the experts.
 
-        The driver loads a kernel when it is first launched, and may wait for all that the GPU runs until it does: a
-        step would wait for the other slot's. A library takes other kernels for other numbers of rows. new_step: see
-        GraphStore.new_step. most_tokens: of a step. sums_dtype: of what comes back from the experts.
+        The driver loads a kernel when it is first launched, and waits for all that the GPU runs until it does: a step
+        would wait for the other slot's. A library takes other kernels for other numbers of rows (see row_parts).
+        new_step: see GraphStore.new_step. most_tokens: of a step. sums_dtype: of what comes back from the experts.
         """
         num_layers = self.shape.num_layers
         with counts_filled(self._counts_run):
@@ -201,8 +201,8 @@ class FusedDecoder(Decoder):
         return hidden
 
     def _rope(self, hidden: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
-        """As kernels read them: [1, T, n]. Looked up, as the module's product takes a kernel by the number of
-        tokens.
+        """As kernels read them: [1, T, n]. Looked up, since the module's own product takes another kernel for another
+        number of tokens.
         """
         assert self.attention_form is not None
         if not self.rotates_by_position:

@@ -130,10 +130,9 @@ class Campaign:
         missing = {self.classes.of(tokens) for tokens in self.lengths_alone} - set(best)
         if missing:
             raise InputError(f"no request of length class {', '.join(sorted(missing))} was served")
-        found = {name: LIMIT_FACTOR * seconds for name, seconds in best.items()}
-        if self._settings.limits_ms is not None:
-            found = {name: ms * 1e-3 for name, ms in zip(CLASS_SHARES, self._settings.limits_ms) if name in best}
-        self.limits = Limits(self.classes, found)
+        given = dict(zip(CLASS_SHARES, self._settings.limits_ms or ()))
+        limits = {name: given[name] * 1e-3 if given else LIMIT_FACTOR * seconds for name, seconds in best.items()}
+        self.limits = Limits(self.classes, limits)
         self._say("limits " + ", ".join(f"{name} {s * 1e3:.0f} ms" for name, s in self.limits.seconds.items()))
 
     def _saturate(self) -> None:
@@ -222,7 +221,7 @@ class Campaign:
 
 
 def check_limits(limits_ms: tuple[float, ...] | None) -> None:
-    """Raises InputError for what no Settings can have."""
+    """Raises InputError if limits are given, but not one over 0 for each length class."""
     if limits_ms is not None and (len(limits_ms) != len(CLASS_SHARES) or not all(limit > 0 for limit in limits_ms)):
         raise InputError(
             f"limits of {', '.join(map(str, limits_ms))} ms: one over 0 is wanted for {', '.join(CLASS_SHARES)} each"

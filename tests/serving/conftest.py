@@ -23,6 +23,7 @@ def model(world, dtype):
 
 @pytest.fixture(scope="package")
 def is_right(world, dtype):
+    """is_right(tokens, first): are these the plain model's logits?"""
     return comparison(world, dtype, "qwen3_moe")
 
 

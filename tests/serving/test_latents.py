@@ -1,4 +1,7 @@
-"""An engine on a model with multi-head latent attention: rounds keep its latents, as they keep keys and values."""
+"""An engine on a model with multi-head latent attention: rounds keep its latents, as they keep keys and values.
+
+Two fixtures stand in here for the package's of the same names, and so for the model that `open_engine` takes.
+"""
 
 import random
 
