@@ -96,8 +96,7 @@ def test_exception_on_one_rank_ends_all(tmp_path):
 
 
 def test_other_ranks_write_to_their_logs(tmp_path):
-    logs = tmp_path / "logs"
-    logs.mkdir()
+    logs = tmp_path / "logs"  # the launcher makes it
     result, _ = run_ranks(tmp_path, "fail", PIPEMOE_RANK_LOGS=str(logs))
     assert result.returncode != 0
     assert "rank 1 fails" in (logs / "rank1.log").read_text()
