@@ -289,6 +289,12 @@ class Model:
             reserve_pinned(3 * len(rows_of_slots) + 1, logits)
         return found
 
+    def no_rounds(self) -> None:
+        """Give back what `rounds` has reserved, since it has failed on some rank. Graphs are captured again for an
+        engine that opens; until then steps launch kernel by kernel.
+        """
+        self._graphs.forget(self.config)
+
     def _check(self, sequences: Any) -> list[torch.Tensor]:
         """Each sequence's ids: [T] int64 on the host. Raises InputError for what is no list of token ids."""
         rank, most_tokens = f"rank {self.world.rank}: ", self.config.max_tokens_per_rank

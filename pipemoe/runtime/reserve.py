@@ -8,7 +8,11 @@ memory that it holds for a stream without asking CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from pipemoe.errors import ConfigError, PipemoeError
 
 if TYPE_CHECKING:
     import torch
@@ -60,3 +64,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_WORDS)
+
+
+@contextmanager
+def lack_of_memory_told(rank: int) -> Iterator[None]:
+    """Set-up. If memory runs out meanwhile, raises ConfigError, which names the rank and what may be lowered."""
+    try:
+        yield
+    except PipemoeError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"rank {rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, max_tokens_per_rank, num_slots "
+            "or an engine's max_kept_tokens"
+        ) from error

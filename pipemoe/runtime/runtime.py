@@ -21,6 +21,7 @@ from pipemoe.plan.schedule import ModelShape, Op, Plan
 from pipemoe.runtime.costs import runtime_cost
 from pipemoe.runtime.last_words import say
 from pipemoe.runtime.plans import CACHED_PLANS, Plans, compile_on_hosts
+from pipemoe.runtime.reserve import lack_of_memory_told
 from pipemoe.runtime.run import Only, Run
 from pipemoe.runtime.set_up import SetUp
 from pipemoe.runtime.source import Source, SourceTraits
@@ -241,19 +242,20 @@ class Runtime:
 
     def in_compute_lanes(self, work: Callable[[int], None], doing: str, num_slots: int | None = None) -> None:
         """Run set-up work of each slot (its number) in the slot's compute lane, and wait for it. num_slots: None: all
-        of the configuration.
+        of the configuration. Raises ConfigError if memory does not suffice.
         """
         conductor, lanes = self.world.conductor, self.lanes
 
         def task() -> None:
             slots = range(num_slots or self.config.max_slots)
-            events = [lanes.slots[slot].compute.submit(partial(work, slot)) for slot in slots]
+            with lack_of_memory_told(self.world.rank):
+                events = [lanes.slots[slot].compute.submit(partial(work, slot)) for slot in slots]
 
-            def done() -> bool:
-                lanes.poll()
-                return all(event.done() for event in events)
+                def done() -> bool:
+                    lanes.poll()
+                    return all(event.done() for event in events)
 
-            conductor.wait(done, doing, seconds=self.world.setup_seconds)
+                conductor.wait(done, doing, seconds=self.world.setup_seconds)
 
         conductor.call(task)
 

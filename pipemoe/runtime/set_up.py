@@ -9,10 +9,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.config import Config
-from pipemoe.errors import ConfigError
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.runtime.lanes import Lane, SlotLanes
-from pipemoe.runtime.reserve import is_out_of_memory, reserve, reserve_pinned
+from pipemoe.runtime.reserve import lack_of_memory_told, reserve, reserve_pinned
 from pipemoe.runtime.source import SourceTraits
 from pipemoe.runtime.workspace import SlotBuffers, Workspace
 from pipemoe.wire import WireFormat
@@ -52,49 +51,43 @@ class SetUp:
 
     def run(self) -> None:
         """Runs on the conductor's thread. Raises ConfigError if memory does not suffice."""
+        with lack_of_memory_told(self.world.rank):
+            self._run()
+
+    def _run(self) -> None:
         import torch
 
         world, experts = self.world, self.experts
-        try:
-            # for every plan
-            self.experts_with_free_sms = {
-                num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in self.sms_left
-            }
-            self.workspace = Workspace(
-                self.config,
-                self.wire,
-                self.combine_dtype,
-                world.size,
-                self.experts,
-                world.device,
-                self.shared,
-                self.num_others,
-            )
-            lanes = world.lanes.slots[: len(self.workspace.slots)]
-            if world.device.type == "cuda":
-                torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
-                self._reserve(lanes)
-                prepare = self.traits.prepare
-                if prepare is not None:
-                    preparing = [
-                        (lane.compute, partial(prepare, slot, self.workspace.results_dtype))
-                        for slot, lane in enumerate(lanes)
-                    ]
-                    self._in_lanes(preparing, "preparing the model")
-            warm_ups = [partial(self._warm_up, slot) for slot in self.workspace.slots]
-            self._in_lanes(
-                [(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts"
-            )
-            if world.device.type == "cuda" and world.size == 1:
-                self._prepare_tapes(lanes)
-                self._prepare_whole(lanes)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ConfigError(
-                f"rank {world.rank}: out of memory at set-up ({error}); lower moe_max_num_tokens, "
-                "max_tokens_per_rank or num_slots"
-            ) from error
+        # for every plan
+        self.experts_with_free_sms = {
+            num_sms: experts.with_free_sms(num_sms) if num_sms else experts for num_sms in self.sms_left
+        }
+        self.workspace = Workspace(
+            self.config,
+            self.wire,
+            self.combine_dtype,
+            world.size,
+            self.experts,
+            world.device,
+            self.shared,
+            self.num_others,
+        )
+        lanes = world.lanes.slots[: len(self.workspace.slots)]
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)  # the buffers were filled on another stream than the lanes'
+            self._reserve(lanes)
+            prepare = self.traits.prepare
+            if prepare is not None:
+                preparing = [
+                    (lane.compute, partial(prepare, slot, self.workspace.results_dtype))
+                    for slot, lane in enumerate(lanes)
+                ]
+                self._in_lanes(preparing, "preparing the model")
+        warm_ups = [partial(self._warm_up, slot) for slot in self.workspace.slots]
+        self._in_lanes([(lane.compute, warm_up) for lane, warm_up in zip(lanes, warm_ups)], "warming up the experts")
+        if world.device.type == "cuda" and world.size == 1:
+            self._prepare_tapes(lanes)
+            self._prepare_whole(lanes)
 
     def _warm_up(self, slot: SlotBuffers) -> None:
         self.wire.warm_up(self.world.device, self.dtype)

@@ -103,7 +103,11 @@ class Engine:
         rounds, error = look(
             world.rank, "memory for an engine", lambda: model.rounds(rows, bool(keep_logits)), ConfigError
         )
-        world.agree(error, {}, "memory for an engine")
+        try:
+            world.agree(error, {}, "memory for an engine")
+        except ConfigError:
+            model.no_rounds()
+            raise
         assert rounds is not None
         self._rounds = rounds
         model.prefill([[0]])  # what is compiled or loaded at first use is so before the first round

@@ -255,6 +255,27 @@ def test_wrong_arguments_on_one_rank_are_an_error_on_all(world, open_engine, set
         assert engine.submit([1]).result(WAIT)
 
 
+def refuse(*args, **kwargs):
+    raise torch.OutOfMemoryError("planted")
+
+
+def refuse_in_a_lane(model, *args):
+    model.runtime.in_compute_lanes(refuse, "planting a fault")
+
+
+@pytest.mark.parametrize(
+    ("name", "planted"), [("pipemoe.model.DecoderRounds", refuse), ("pipemoe.model.Model.rounds", refuse_in_a_lane)]
+)
+def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_right, monkeypatch, name, planted):
+    with monkeypatch.context() as patch:
+        if world.rank == world.size - 1:
+            patch.setattr(name, planted)
+        with pytest.raises(ConfigError, match=f"rank {world.size - 1}: .*memory.*planted"):
+            open_engine()
+    with open_engine() as engine:
+        assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))
+
+
 def test_metrics(world, open_engine):
     prometheus = pytest.importorskip("prometheus_client")
     with open_engine() as engine:
