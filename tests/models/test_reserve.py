@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from pipemoe import Config, PipelinedMoE, load_model
+from pipemoe.errors import ConfigError, FatalError
 from pipemoe.plan.config import MODES
-from pipemoe.runtime.reserve import Reserved, is_out_of_memory
+from pipemoe.runtime.reserve import Reserved, is_out_of_memory, lack_of_memory_told
 from pipemoe.runtime.set_up import results_bytes
 from tests.models.tiny import FAMILIES, VOCAB, tiny_config
 from tests.moe_cases import HIDDEN, NUM_EXPERTS, TOP_K, make_layers, make_rows
@@ -46,6 +47,17 @@ def test_the_hosts_way_to_say_that_memory_does_not_suffice():
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) and not is_out_of_memory(
         ValueError("memory")
     )
+
+
+def test_only_a_lack_of_memory_is_told_as_one():
+    words = "DefaultCPUAllocator: can't allocate memory"
+    for error in (MemoryError("x"), torch.OutOfMemoryError("x"), RuntimeError(words)):
+        with pytest.raises(ConfigError, match="rank 3: out of memory at set-up"), lack_of_memory_told(3):
+            raise error
+    for error in (FatalError(f"rank 1: {words}"), RuntimeError("x"), ValueError("memory")):
+        with pytest.raises(type(error)) as caught, lack_of_memory_told(3):
+            raise error
+        assert caught.value is error
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ import torch
 import pipemoe
 from pipemoe import load_model
 from pipemoe.errors import ConfigError, InputError, MismatchError, ModelError, QueueFull
+from pipemoe.model import Model
 from pipemoe.models.round_source import RoundSource
 from tests.models.tiny import VOCAB, tiny_config
 from tests.serving.prompts import KEPT_TOKENS, STEP_TOKENS, WAIT, prompt
@@ -267,11 +268,19 @@ def refuse_in_a_lane(model, *args):
     ("name", "planted"), [("pipemoe.model.DecoderRounds", refuse), ("pipemoe.model.Model.rounds", refuse_in_a_lane)]
 )
 def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_right, monkeypatch, name, planted):
+    given_back, no_rounds = [], Model.no_rounds
+
+    def noted(model):
+        given_back.append(model)
+        no_rounds(model)
+
     with monkeypatch.context() as patch:
+        patch.setattr(Model, "no_rounds", noted)
         if world.rank == world.size - 1:
             patch.setattr(name, planted)
         with pytest.raises(ConfigError, match=f"rank {world.size - 1}: .*memory.*planted"):
             open_engine()
+    assert len(given_back) == 1
     with open_engine() as engine:
         assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))
 
