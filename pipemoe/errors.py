@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class PipemoeError(RuntimeError):
     """Base of every error that pipemoe raises on purpose. `is_shared`: every rank raises it, with the same words."""
@@ -72,3 +74,16 @@ def describe(error: BaseException) -> str:
     """An exception's type and words."""
     name, text = type(error).__name__, words(error)
     return f"{name}: {text}" if text else name
+
+
+def forget_locals(error: BaseException) -> None:
+    """Let go of what an error's frames hold, and those of its causes: memory, perhaps, whose lack it tells."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        found = waiting.pop()
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        waiting += [found.__cause__, found.__context__]

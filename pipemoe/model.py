@@ -290,8 +290,8 @@ class Model:
         return found
 
     def no_rounds(self) -> None:
-        """Give back what `rounds` has reserved, since it has failed on some rank. Graphs are captured again for an
-        engine that opens; until then steps launch kernel by kernel.
+        """Give back what `rounds` has reserved, since it has failed on some rank; nobody may hold what it returned.
+        Graphs are captured again for an engine that opens; until then steps launch kernel by kernel.
         """
         self._graphs.forget(self.config)
 

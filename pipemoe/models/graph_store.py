@@ -81,24 +81,25 @@ class GraphStore:
         # What earlier steps and engines had room for, later ones may have again.
         num_tokens, longest = max(num_tokens, known.padding_row), max(longest, known.longest)
         del known  # its memory is to be there again
-        return self._renew(config, num_tokens, longest)
+        self._drop(config)
+        found = self._keys[config.max_tokens_per_rank] = StepKeys(self._decoder, num_tokens, longest=longest)
+        torch.cuda.synchronize(self._decoder.device)
+        return found
 
     def forget(self, config: Config) -> None:
         """Keep room for a step again, and no graphs: for when `keep`, or a capture after it, has failed. Waits for the
         device.
         """
-        if self._keys_for(config) is not None:
-            self._renew(config, config.max_tokens_per_rank, config.max_tokens_per_rank)
+        if self.has_places(config):
+            self._drop(config)
+            self.prepare(config)
 
-    def _renew(self, config: Config, num_tokens: int, longest: int) -> StepKeys:
-        """Other room for keys and values. Graphs hold its address, so they go."""
+    def _drop(self, config: Config) -> None:
+        """Graphs hold the address of keys and values, so they go, too."""
         torch.cuda.synchronize(self._decoder.device)
         most = config.max_tokens_per_rank
-        del self._keys[most]
+        self._keys.pop(most, None)
         self._graphs = {key: graphs for key, graphs in self._graphs.items() if key[-1] != most}
-        found = self._keys[most] = StepKeys(self._decoder, num_tokens, longest=longest)
-        torch.cuda.synchronize(self._decoder.device)
-        return found
 
     def graphs(self, config: Config, slot: int, results_dtype: torch.dtype) -> AttendGraphs | None:
         """What was captured for a slot, if anything."""

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     import torch
 
 _SMALL_TENSORS, _SMALL_BYTES = 64, 512 << 10  # torch keeps allocations up to 1 MiB apart from larger ones
-_HOST_WORDS = ("DefaultCPUAllocator", "can't allocate memory", "Storage size calculation overflowed")
+# Of errors that are plain RuntimeErrors: torch's for the host's memory, CUDA's where torch did not allocate.
+_WORDS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "Storage size calculation overflowed",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+)
 _LARGEST_PINNED = 23  # 8 MiB, as a power of two: torch keeps pinned memory by powers of two
 
 
@@ -58,12 +66,12 @@ def reserve_pinned(num_tensors: int, num_bytes: int = 0) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Does an error mean that memory ran out? For the host's memory, torch raises a plain RuntimeError."""
+    """Does an error mean that memory ran out, the host's or a GPU's?"""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _HOST_WORDS)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _WORDS)
 
 
 @contextmanager

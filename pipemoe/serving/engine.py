@@ -13,7 +13,7 @@ from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING, Any
 
 from pipemoe.arguments import look, shown, whole_number
-from pipemoe.errors import ConfigError, FatalError, InputError, PipemoeError
+from pipemoe.errors import ConfigError, FatalError, InputError, PipemoeError, forget_locals
 from pipemoe.rolling.admission import RollingSettings
 from pipemoe.rolling.engine_settings import engine_settings
 from pipemoe.rolling.offer import HIGHEST_PRIORITY, LOWEST_PRIORITY
@@ -105,7 +105,10 @@ class Engine:
         )
         try:
             world.agree(error, {}, "memory for an engine")
-        except ConfigError:
+        except PipemoeError:
+            rounds = None
+            if error is not None:
+                forget_locals(error)
             model.no_rounds()
             raise
         assert rounds is not None

@@ -51,7 +51,8 @@ def test_the_hosts_way_to_say_that_memory_does_not_suffice():
 
 def test_only_a_lack_of_memory_is_told_as_one():
     words = "DefaultCPUAllocator: can't allocate memory"
-    for error in (MemoryError("x"), torch.OutOfMemoryError("x"), RuntimeError(words)):
+    of_cuda = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling")
+    for error in (MemoryError("x"), torch.OutOfMemoryError("x"), RuntimeError(words), of_cuda):
         with pytest.raises(ConfigError, match="rank 3: out of memory at set-up"), lack_of_memory_told(3):
             raise error
     for error in (FatalError(f"rank 1: {words}"), RuntimeError("x"), ValueError("memory")):

@@ -4,6 +4,7 @@ come, and what goes wrong with one request is nothing to the others.
 
 import random
 import threading
+import weakref
 from concurrent.futures import CancelledError, wait
 
 import pytest
@@ -256,31 +257,38 @@ def test_wrong_arguments_on_one_rank_are_an_error_on_all(world, open_engine, set
         assert engine.submit([1]).result(WAIT)
 
 
+class Reserved:
+    """Stands for memory."""
+
+
 def refuse(*args, **kwargs):
     raise torch.OutOfMemoryError("planted")
 
 
-def refuse_in_a_lane(model, *args):
-    model.runtime.in_compute_lanes(refuse, "planting a fault")
+@pytest.mark.parametrize("in_a_lane", [False, True])
+def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_right, monkeypatch, in_a_lane):
+    """And nothing holds what has been reserved in vain when it is given back."""
+    held, given_back, rounds, no_rounds = [], [], Model.rounds, Model.no_rounds
 
-
-@pytest.mark.parametrize(
-    ("name", "planted"), [("pipemoe.model.DecoderRounds", refuse), ("pipemoe.model.Model.rounds", refuse_in_a_lane)]
-)
-def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_right, monkeypatch, name, planted):
-    given_back, no_rounds = [], Model.no_rounds
+    def planted(model, *args):
+        if world.rank < world.size - 1:
+            found = rounds(model, *args)
+            held.append(weakref.ref(found))
+            return found
+        room = Reserved()
+        held.append(weakref.ref(room))
+        return model.runtime.in_compute_lanes(refuse, "planting a fault") if in_a_lane else refuse()
 
     def noted(model):
-        given_back.append(model)
+        given_back.append([ref() for ref in held])
         no_rounds(model)
 
     with monkeypatch.context() as patch:
+        patch.setattr(Model, "rounds", planted)
         patch.setattr(Model, "no_rounds", noted)
-        if world.rank == world.size - 1:
-            patch.setattr(name, planted)
         with pytest.raises(ConfigError, match=f"rank {world.size - 1}: .*memory.*planted"):
             open_engine()
-    assert len(given_back) == 1
+    assert given_back == [[None]]
     with open_engine() as engine:
         assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))
 
