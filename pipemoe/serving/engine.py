@@ -65,8 +65,8 @@ class Engine:
         max_tokens_per_rank in a round. num_slots: of the configuration's slots, how many roll (default: all, but no
         more than gain by the cost model, 2 on GPUs; in lockstep always 1). keep_logits: futures get logits too.
 
-        Raises, on every rank, ConfigError for arguments that cannot work, or if memory does not suffice; MismatchError
-        if the ranks' arguments differ; InputError while another Engine is open.
+        Raises, on every rank, ConfigError for arguments that cannot work, or if memory for keys, values and graphs does
+        not suffice; MismatchError if the ranks' arguments differ; InputError while another Engine is open.
         """
         self.model, self._world = model, model.world
         world, runtime = model.world, model.runtime
@@ -106,7 +106,7 @@ class Engine:
         try:
             world.agree(error, {}, "memory for an engine")
         except PipemoeError:
-            rounds = None
+            rounds = None  # nothing may hold what is given back
             if error is not None:
                 forget_locals(error)
             model.no_rounds()
