@@ -5,10 +5,10 @@ No clock, no load of other slots, nothing of the rank itself: only offers, setti
 - Chunks go in order: those that waited too long, by age; then by priority; then by work per round waited (policy
   "rolling"), or as they came, what has begun before what is new (lockstep); then as each rank wished, the ranks in
   turn. What does not fit is passed over.
-- A rolling round takes of each rank a half of what waits on the rank with the most work: long prompts, which go last,
-  come after two rounds of what was there, and where much waits, what rounds cost by themselves is a small share. But it
-  takes at least `_LEAST_ROUND` times as much as a round costs by itself, since smaller ones would mostly be that. All
-  ranks may take as much as the one with the most work, since they work at the same time.
+- A rolling round takes of each rank a share (`_Size`) of what waits on the rank with the most work: long prompts, which
+  go last, come after two or three rounds of what was there, and where much waits, what rounds cost by themselves is a
+  small share. But it takes at least some part, or a multiple, of what a round costs by itself, since smaller ones would
+  mostly be that. All ranks may take as much as the one with the most work, since they work at the same time.
 - A short slot takes less while the round of a longer slot is over twice its predicted time, nothing from three times
   on: the streams of short slots go first on a GPU, and would starve the long one. Chunks that waited too long go all
   the same, so a long round that stands still holds up nobody for ever.
@@ -31,9 +31,20 @@ from pipemoe.rolling.offer import MAX_CHUNKS, MOST_ROUNDS, Chunk, Offer
 
 POLICIES = ("rolling", "lockstep", "lockstep_delayed", "lockstep_balanced")
 _LATE, _TOO_LATE = 2000, 3000  # thousandths of its predicted time, for a longer slot's round
-# times what a round costs by itself; beside other slots' rounds, which compute meanwhile, most of that costs nothing
-_LEAST_ROUND, _LEAST_BESIDE_OTHERS = 8, 1
 _FINE = 1 << 20  # so that a division by rounds waited tells works apart
+
+
+class _Size(NamedTuple):
+    """How much a rolling round takes of a rank, in thousandths: at least of what a round costs by itself, and of what
+    waits.
+    """
+
+    least: int
+    of_waiting: int
+
+
+# Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing.
+_ALONE, _BESIDE_OTHERS = _Size(8000, 500), _Size(667, 400)
 
 
 class RollingSettings(NamedTuple):
@@ -107,8 +118,8 @@ class RollingSettings(NamedTuple):
         """What a rank's part of a round should be if so much work waits on it, in rows. num_slots: that roll."""
         if not self.fixed_rows:
             return self.max_round_rows + waiting
-        least = _LEAST_ROUND if num_slots == 1 else _LEAST_BESIDE_OTHERS
-        return max(least * self.fixed_rows, -(-waiting // 2))
+        size = _ALONE if num_slots == 1 else _BESIDE_OTHERS
+        return max(1, -(-size.least * self.fixed_rows // 1000), -(-size.of_waiting * waiting // 1000))
 
     def most_on_offer(self, waiting: int, num_slots: int) -> int:
         """How many tokens a slot has on offer at most, to which the last sequence may come. waiting: on the rank.
