@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -120,9 +120,7 @@ class AttendGraphs:
 
         For set-up: allocates, and takes about 5 ms per layer and bucket.
         """
-        self._decoder, self._keys = decoder, keys
-        memory = torch.cuda.MemPool()
-        self._pool: Any = memory.id
+        self._decoder, self._keys, self._pool = decoder, keys, torch.cuda.graph_pool_handle()
         state = self._padding(num_rows)
         self._hidden, self._rope = state.hidden.clone(), tuple(r.clone() for r in state.rope)
 
@@ -154,11 +152,10 @@ class AttendGraphs:
         adds_shared = decoder.has_shared_experts and not decoder.writes_rows
         self._shared = zeros(1, num_rows, shape.hidden) if adds_shared else None
         with collection_held():
-            # The largest first: the others find memory there.
+            # The largest first: the others find memory for theirs.
             all_rows = [rows for rows in GRAPH_ROWS if rows <= num_rows]
             self._buckets = [self._capture(rows) for rows in reversed(all_rows)][::-1]
         torch.cuda.current_stream().synchronize()
-        self._memory = memory  # goes after the graphs: without it torch would keep what they had
 
     def _padding(self, num_rows: int) -> MicrobatchState:
         tokens = torch.zeros(num_rows, dtype=torch.long, device="cpu")

@@ -76,9 +76,7 @@ class WholeGraphs:
         enqueue kernels; scratch: theirs, which bounds the rows. For set-up: allocates, and takes about a millisecond
         per layer and number of rows.
         """
-        self.keys, self._decoder = keys, decoder
-        memory = torch.cuda.MemPool()
-        self._pool: Any = memory.id
+        self.keys, self._decoder, self._pool = keys, decoder, torch.cuda.graph_pool_handle()
         most = min(MOST_ROWS, scratch.max_rows, keys.padding_row)
         all_rows = sorted({min(rows, most) for rows in ROWS})
         self.most_rows = all_rows[-1]
@@ -89,10 +87,9 @@ class WholeGraphs:
         self._sums = torch.zeros((self.most_rows, decoder.shape.hidden), dtype=results_dtype, device=decoder.device)
         self._graphs: list[_WholeGraph] = []
         with collection_held():
-            for num_rows in reversed(all_rows):  # the largest first: the others find memory there
+            for num_rows in reversed(all_rows):  # the largest first: the others find memory for theirs
                 self._graphs.insert(0, self._capture(num_rows, partial(_compute, experts, scratch)))
         torch.cuda.current_stream().synchronize()
-        self._memory = memory  # goes after the graphs: without it torch would keep what they had
 
     def serves(self, tokens: Sequence[torch.Tensor]) -> bool:
         """Can a step of these sequences' ids be run?"""

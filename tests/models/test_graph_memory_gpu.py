@@ -8,7 +8,7 @@ import torch
 if importlib.util.find_spec("numba_cuda") is None:
     pytest.skip("numba-cuda is not installed", allow_module_level=True)
 
-from pipemoe import Config, Engine, load_model
+from pipemoe import Config, load_model
 from pipemoe.model_facts.facts import cut_config
 from pipemoe.model_facts.known_models import MODEL_CONFIGS
 from pipemoe.models import microbatch
@@ -49,14 +49,3 @@ def test_small_graphs_take_no_memory_beside_the_largest(world, monkeypatch):
     assert len(of_all) == len(of_largest) > 0
     assert max(of_all.values()) <= 1.2 * max(of_largest.values()), (of_all, of_largest)
     del all_sizes, largest
-
-
-def test_graphs_that_an_engine_replaces_leave_no_memory_behind(world):
-    before = pools()
-    model = load(world)
-    of_steps = new_pools(before)
-    with Engine(model) as engine:
-        assert engine.submit([1, 2, 3]).result(60).finite
-        of_rounds = new_pools(before)
-    assert not of_rounds.keys() & of_steps.keys()
-    assert 0 < len(of_rounds) <= world.num_slots
