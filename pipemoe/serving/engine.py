@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from typing import TYPE_CHECKING, Any
@@ -66,7 +66,8 @@ class Engine:
         more than gain by the cost model, 2 on GPUs; in lockstep always 1). keep_logits: futures get logits too.
 
         Raises, on every rank, ConfigError for arguments that cannot work, or if memory for keys, values and graphs does
-        not suffice; MismatchError if the ranks' arguments differ; InputError while another Engine is open.
+        not suffice; MismatchError if the ranks' arguments differ; ModelError if a first step of one token fails on some
+        rank; InputError while another Engine is open.
         """
         self.model, self._world = model, model.world
         world, runtime = model.world, model.runtime
@@ -100,24 +101,17 @@ class Engine:
         settings, rows, facts = found or (RollingSettings(1, 1, 1), [], {})
         world.agree(error, facts, "opening an engine")
         self.settings, self._longest = settings, rows[-1] if settings.cuts else settings.max_tokens_per_round
-        rounds, error = look(
-            world.rank, "memory for an engine", lambda: model.rounds(rows, bool(keep_logits)), ConfigError
-        )
-        try:
-            world.agree(error, {}, "memory for an engine")
-        except PipemoeError:
-            rounds = None  # nothing may hold what is given back
-            if error is not None:
-                forget_locals(error)
-            model.no_rounds()
-            raise
-        assert rounds is not None
-        self._rounds = rounds
-        model.prefill([[0]])  # what is compiled or loaded at first use is so before the first round
+
+        def reserve() -> None:
+            self._rounds = model.rounds(rows, bool(keep_logits))
+
+        self._on_all_ranks("memory for an engine", reserve)
+        # What is compiled or loaded at first use is so before the first round.
+        self._on_all_ranks("an engine's first step", lambda: model.prefill([[0]]))
         self.requests = Requests(
             world.rank,
             world.conductor,
-            rounds,
+            self._rounds,
             settings,
             max_queue=max_queue,
             waits_when_full=when_full == "wait",
@@ -136,6 +130,19 @@ class Engine:
         )
         world.begin_rolling(self)
         self._task = world.conductor.submit(self._roll)
+
+    def _on_all_ranks(self, doing: str, work: Callable[[], object]) -> None:
+        """If it fails on one rank, all give back what rounds have reserved, and raise its error."""
+        _, error = look(self._world.rank, doing, work, ConfigError)
+        try:
+            self._world.agree(error, {}, doing)
+        except PipemoeError:
+            self._world.take_announced()  # a failed step is told here, not in the next one
+            vars(self).pop("_rounds", None)  # nothing may hold what is given back
+            if error is not None:
+                forget_locals(error)
+            self.model.no_rounds()
+            raise
 
     def _rows_of_slots(self, settings: RollingSettings, max_kept_tokens: int | None) -> list[int]:
         """Tokens whose keys and values each slot may hold."""

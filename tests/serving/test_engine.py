@@ -293,6 +293,26 @@ def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_
         assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))
 
 
+def test_a_first_step_that_fails_on_one_rank_is_an_error_on_all(world, model, open_engine, is_right, monkeypatch):
+    """And is told once: the next step works."""
+    given_back, no_rounds = [], Model.no_rounds
+
+    def noted(model):
+        given_back.append(True)
+        no_rounds(model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "no_rounds", noted)
+        if world.rank == world.size - 1:
+            patch.setattr(type(model.decoder), "finish", refuse)
+        with pytest.raises(ModelError, match=f"rank {world.size - 1}: .*planted"):
+            open_engine()
+    assert given_back == [True]
+    model.prefill([[1, 2]])
+    with open_engine() as engine:
+        assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))
+
+
 def test_metrics(world, open_engine):
     prometheus = pytest.importorskip("prometheus_client")
     with open_engine() as engine:
