@@ -40,11 +40,13 @@ from pipemoe.plan_report import (
     timeline_ranks,
     timeline_text,
 )
-from pipemoe.plan_traffic import add_traffic_options, run_traffic
+from pipemoe.plan_traffic import OF_TRAFFIC, add_traffic_options, run_traffic
 from pipemoe.runtime.costs import model_key
 
 _DEFAULT_MODEL = "deepseek-v3"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_OF_ONE_STEP = ("mode", "objective", "makespan_budget", "combine", "num_sms", "pareto", "trace", "width")  # options
+_OF_GPUS = ("gpu", "ranks_per_gpu")
 _MOST_TOKENS = 10_000_000  # of a rank: planning more would take minutes, or for ever
 
 
@@ -114,6 +116,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--width", type=positive, default=100, help="columns of the timeline (default %(default)s)")
     add_traffic_options(parser, positive)
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in (*_OF_ONE_STEP, *_OF_GPUS, *OF_TRAFFIC)})
 
 
 def run(options: argparse.Namespace) -> int:
@@ -124,6 +127,14 @@ def run(options: argparse.Namespace) -> int:
         raise InputError(f"--cost {options.cost} is of one model: say which with --model")
     if options.cost and options.cores:
         raise InputError(f"--cost {options.cost} says what was measured, --cores {options.cores} is another machine")
+    if options.cores:
+        _check_unused(options, _OF_GPUS, f"with --cores {options.cores}")
+    if options.cost:
+        _check_unused(options, _OF_GPUS, f"with --cost {options.cost}, which says what was measured")
+    if options.trace_arrivals:
+        _check_unused(options, _OF_ONE_STEP, "with --trace-arrivals")
+    else:
+        _check_unused(options, OF_TRAFFIC, "without --trace-arrivals")
     model = options.model or _DEFAULT_MODEL
     model_facts = supported_facts(model_config(model))
     dimensions = dimensions_of_facts(model_facts)
@@ -186,6 +197,13 @@ def run(options: argparse.Namespace) -> int:
         if not options.json:
             print(f"timeline: {options.trace}")
     return 0
+
+
+def _check_unused(options: argparse.Namespace, names: Sequence[str], where: str) -> None:
+    """Raises InputError if one of these was given, since nothing would read it."""
+    for name in names:
+        if getattr(options, name) != options.defaults[name]:
+            raise InputError(f"--{name.replace('_', '-')} means nothing {where}")
 
 
 def parse_facts(text: str, num_ranks: int | None = None) -> Facts:

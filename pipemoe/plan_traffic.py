@@ -24,9 +24,28 @@ from pipemoe.traffic.policy import POLICIES, ROUTINGS, Policy, policies_of
 from pipemoe.traffic.request_trace import TOO_LONG, UNITS, Request, cut, fit_lengths, read_trace, scale_lengths
 from pipemoe.traffic.simulator import Machine, SimulatedPlayer
 
+# Options that say which requests come, and how they are served.
+OF_TRAFFIC = (
+    "trace_unit",
+    "too_long",
+    "most_tokens",
+    "scale",
+    "num_requests",
+    "request_times",
+    "seeds",
+    "policies",
+    "step_tokens",
+    "routing",
+    "delay_ms",
+    "loads",
+    "rate_step",
+    "limits_ms",
+)
+_HIGHEST_LOAD = 10  # more is a slip: percent, perhaps
+
 
 def add_traffic_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """What says which requests come, and how they are served."""
+    """OF_TRAFFIC."""
     traffic = parser.add_argument_group("requests over time (--trace-arrivals)")
     traffic.add_argument(
         "--trace-unit", choices=tuple(UNITS), help="of the trace's times (default: as its format says)"
@@ -96,9 +115,14 @@ def run_traffic(
     machine = Machine(shape, cost, options.ranks, options.slots, options.moe_max_num_tokens, options.delay_ms / 1e3)
     policies = policies_of(options.policies.split(","), step_tokens, options.routing)
     limits = None if options.limits_ms is None else _numbers("--limits-ms", options.limits_ms, float)
+    loads = _numbers("--loads", options.loads, float)
+    if max(loads) > _HIGHEST_LOAD:
+        raise InputError(
+            f"--loads {options.loads!r}: shares of the throughput are wanted, as in 0.7, up to {_HIGHEST_LOAD}"
+        )
     settings = Settings(
         (options.request_times,),
-        _numbers("--loads", options.loads, float),
+        loads,
         seeds,
         options.rate_step,
         limits_ms=limits,

@@ -219,6 +219,18 @@ def test_version(capsys):
         (["--rank-tokens", "1", "--model", "missing.json"], "missing.json"),
         (["--rank-tokens", "1", "--model", "small", "--cost", "missing.json"], "missing.json"),
         (["--rank-tokens", "1", "--makespan-budget", "-1"], "makespan_budget"),
+        (["--rank-tokens", "1,1", "--cores", "2", "--gpu", "h100"], "--gpu means nothing with --cores 2"),
+        (
+            ["--rank-tokens", "1,1", "--cores", "2", "--ranks-per-gpu", "2"],
+            "--ranks-per-gpu means nothing with --cores 2",
+        ),
+        (["--rank-tokens", "1", "--loads", "0.5"], "--loads means nothing without --trace-arrivals"),
+        (["--rank-tokens", "1", "--limits-ms", "1,2,3"], "--limits-ms means nothing without --trace-arrivals"),
+        (["--trace-arrivals", "t.csv", "--ranks", "2", "--pareto"], "--pareto means nothing with --trace-arrivals"),
+        (
+            ["--trace-arrivals", "t.csv", "--ranks", "2", "--mode", "padded"],
+            "--mode means nothing with --trace-arrivals",
+        ),
     ],
 )
 def test_bad_input_is_one_line(capsys, arguments, message):

@@ -63,6 +63,7 @@ def test_json(trace, capsys):
         (["--too-long", "error", "--most-tokens", "200"], "more than 200 input tokens"),
         (["--max-tokens-per-rank", "512"], "step_tokens is 1024, more than max_tokens_per_rank=512"),
         (["--loads", "0"], "a rate of 0"),
+        (["--loads", "0.5,70"], "--loads '0.5,70': shares of the throughput"),
         (["--limits-ms", "100,200"], "limits of 100.0, 200.0 ms: one over 0 is wanted"),
         (["--limits-ms", "100,200,long"], "--limits-ms '100,200,long'"),
     ],
