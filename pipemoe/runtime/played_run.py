@@ -224,7 +224,7 @@ class PlayedRun(Run):
         if self._transport.log is not None:
             self._write_log(op)
         if op.kind is OpKind.FINISH and state.has_tokens:
-            end = self._spans[self._position[op], 1] * 1e-9
+            end = float(self._spans[self._position[op], 1]) * 1e-9
             self._of_source(state, partial(self._tell_finished, op.cohort, Spanned(end, end)))  # type: ignore[arg-type]
             self.own_finished += 1
         self._on_progress_made()
