@@ -40,7 +40,7 @@ from pipemoe.plan_report import (
     timeline_ranks,
     timeline_text,
 )
-from pipemoe.plan_traffic import OF_TRAFFIC, add_traffic_options, run_traffic
+from pipemoe.plan_traffic import add_traffic_options, run_traffic
 from pipemoe.runtime.costs import model_key
 
 _DEFAULT_MODEL = "deepseek-v3"
@@ -115,8 +115,9 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
     parser.add_argument("--width", type=positive, default=100, help="columns of the timeline (default %(default)s)")
-    add_traffic_options(parser, positive)
-    parser.set_defaults(defaults={name: parser.get_default(name) for name in (*_OF_ONE_STEP, *_OF_GPUS, *OF_TRAFFIC)})
+    of_traffic = add_traffic_options(parser, positive)
+    defaults = {name: parser.get_default(name) for name in (*_OF_ONE_STEP, *_OF_GPUS, *of_traffic)}
+    parser.set_defaults(of_traffic=of_traffic, defaults=defaults)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -134,7 +135,7 @@ def run(options: argparse.Namespace) -> int:
     if options.trace_arrivals:
         _check_unused(options, _OF_ONE_STEP, "with --trace-arrivals")
     else:
-        _check_unused(options, OF_TRAFFIC, "without --trace-arrivals")
+        _check_unused(options, options.of_traffic, "without --trace-arrivals")
     model = options.model or _DEFAULT_MODEL
     model_facts = supported_facts(model_config(model))
     dimensions = dimensions_of_facts(model_facts)

@@ -24,74 +24,56 @@ from pipemoe.traffic.policy import POLICIES, ROUTINGS, Policy, policies_of
 from pipemoe.traffic.request_trace import TOO_LONG, UNITS, Request, cut, fit_lengths, read_trace, scale_lengths
 from pipemoe.traffic.simulator import Machine, SimulatedPlayer
 
-# Options that say which requests come, and how they are served.
-OF_TRAFFIC = (
-    "trace_unit",
-    "too_long",
-    "most_tokens",
-    "scale",
-    "num_requests",
-    "request_times",
-    "seeds",
-    "policies",
-    "step_tokens",
-    "routing",
-    "delay_ms",
-    "loads",
-    "rate_step",
-    "limits_ms",
-)
 _HIGHEST_LOAD = 10  # more is a slip: percent, perhaps
 
 
-def add_traffic_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
-    """OF_TRAFFIC."""
-    traffic = parser.add_argument_group("requests over time (--trace-arrivals)")
-    traffic.add_argument(
-        "--trace-unit", choices=tuple(UNITS), help="of the trace's times (default: as its format says)"
-    )
-    traffic.add_argument(
+def add_traffic_options(parser: argparse.ArgumentParser, positive: Callable[[str], int]) -> tuple[str, ...]:
+    """What says which requests come, and how they are served. Returns the options' names, as a namespace has them."""
+    traffic, names = parser.add_argument_group("requests over time (--trace-arrivals)"), []
+
+    def option(*words: str, **more: Any) -> None:
+        names.append(traffic.add_argument(*words, **more).dest)
+
+    option("--trace-unit", choices=tuple(UNITS), help="of the trace's times (default: as its format says)")
+    option(
         "--too-long",
         choices=TOO_LONG,
         default="clip",
         help="what becomes of requests that the model, or --most-tokens, does not take (default %(default)s)",
     )
-    traffic.add_argument("--most-tokens", type=positive, help="of a request (default: what the model takes)")
-    traffic.add_argument("--scale", type=float, default=1.0, help="factor on the trace's lengths (default %(default)s)")
-    traffic.add_argument("--num-requests", type=positive, default=500, help="of each seed (default %(default)s)")
-    traffic.add_argument(
-        "--request-times", choices=tuple(PROCESSES), default="trace", help="when they come (default %(default)s)"
-    )
-    traffic.add_argument(
-        "--seeds", default="0", help="seed s takes the trace's requests from number s * N on (default %(default)s)"
-    )
-    traffic.add_argument("--policies", default=",".join(POLICIES), help="default %(default)s")
-    traffic.add_argument(
+    option("--most-tokens", type=positive, help="of a request (default: what the model takes)")
+    option("--scale", type=float, default=1.0, help="factor on the trace's lengths (default %(default)s)")
+    option("--num-requests", type=positive, default=500, help="of each seed (default %(default)s)")
+    option("--request-times", choices=tuple(PROCESSES), default="trace", help="when they come (default %(default)s)")
+    option("--seeds", default="0", help="seed s takes the trace's requests from number s * N on (default %(default)s)")
+    option("--policies", default=",".join(POLICIES), help="default %(default)s")
+    option(
         "--step-tokens",
         default="2048,4096,8192,16384",
         help="most tokens of a rank in a lockstep step (default %(default)s)",
     )
-    traffic.add_argument("--routing", choices=ROUTINGS, default=ROUTINGS[0], help="to ranks (default %(default)s)")
-    traffic.add_argument(
+    option("--routing", choices=ROUTINGS, default=ROUTINGS[0], help="to ranks (default %(default)s)")
+    option(
         "--delay-ms",
         type=float,
         default=20.0,
         help="that ranks wait for others in lockstep_delayed (default %(default)s)",
     )
-    traffic.add_argument(
+    option(
         "--loads",
         default="0.5,0.7,0.9",
         help="rates, as shares of the best lockstep policy's throughput (default %(default)s)",
     )
-    traffic.add_argument(
+    option(
         "--rate-step", type=float, default=1.05, help="between the rates tried for the capacity (default %(default)s)"
     )
-    traffic.add_argument(
+    option(
         "--limits-ms",
         metavar="S,M,L",
         help="time to first token that 95 %% of short, medium and long prompts shall have at capacity (default: five "
         "times that of the best policy for one prompt at a time)",
     )
+    return tuple(names)
 
 
 def run_traffic(

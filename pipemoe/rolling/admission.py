@@ -119,7 +119,7 @@ class RollingSettings(NamedTuple):
         if not self.fixed_rows:
             return self.max_round_rows + waiting
         size = _ALONE if num_slots == 1 else _BESIDE_OTHERS
-        return max(1, -(-size.least * self.fixed_rows // 1000), -(-size.of_waiting * waiting // 1000))
+        return max(-(-size.least * self.fixed_rows // 1000), -(-size.of_waiting * waiting // 1000))
 
     def most_on_offer(self, waiting: int, num_slots: int) -> int:
         """How many tokens a slot has on offer at most, to which the last sequence may come. waiting: on the rank.
