@@ -290,7 +290,7 @@ class Model:
         return found
 
     def no_rounds(self) -> None:
-        """Give back what `rounds` has reserved, since it has failed on some rank; nobody may hold what it returned.
+        """Give back what `rounds` has reserved, since an engine does not open; nobody may hold what it returned.
         Graphs are captured again for an engine that opens; until then steps launch kernel by kernel.
         """
         self._graphs.forget(self.config)

@@ -120,7 +120,7 @@ class AttendGraphs:
 
         For set-up: allocates, and takes about 5 ms per layer and bucket.
         """
-        # No MemPool: as garbage, collected in the middle of steps, it frees memory, and CUDA waits for all streams.
+        # No MemPool: garbage that is collected in the middle of rounds would free its memory (docs/limits.md).
         self._decoder, self._keys, self._pool = decoder, keys, torch.cuda.graph_pool_handle()
         state = self._padding(num_rows)
         self._hidden, self._rope = state.hidden.clone(), tuple(r.clone() for r in state.rope)
