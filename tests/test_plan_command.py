@@ -135,6 +135,7 @@ def test_measured_costs_are_used(capsys, small_cost):
     [
         (SKEWED, "say which with --model"),
         (["--model", "mixtral-8x7b", *SKEWED], "measured with model small, "),
+        (["--model", "small", "--gpu", "h100", *SKEWED], "--gpu means nothing with --cost"),
         (
             ["--model", "small", "--rank-tokens", "5,3"],
             "measured with num_ranks 8, but --ranks and --rank-tokens say 2",

@@ -43,8 +43,8 @@ class _Size(NamedTuple):
     of_waiting: int
 
 
-# Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing. Measured where
-# ranks share a GPU; with a GPU for each they lose capacity, by simulation (docs/limits.md).
+# Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing. Measured
+# where ranks share a GPU; with a GPU for each they lose capacity, by simulation (docs/limits.md).
 _ALONE, _BESIDE_OTHERS = _Size(8000, 500), _Size(667, 400)
 
 

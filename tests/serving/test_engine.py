@@ -294,20 +294,26 @@ def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_
 
 
 def test_a_first_step_that_fails_on_one_rank_is_an_error_on_all(world, model, open_engine, is_right, monkeypatch):
-    """And is told once: the next step works."""
-    given_back, no_rounds = [], Model.no_rounds
+    """And is told once: the next step works. What was reserved is let go before it is given back."""
+    held, given_back, rounds, no_rounds = [], [], Model.rounds, Model.no_rounds
+
+    def watched(model, *args):
+        found = rounds(model, *args)
+        held.append(weakref.ref(found))
+        return found
 
     def noted(model):
-        given_back.append(True)
+        given_back.append([ref() for ref in held])
         no_rounds(model)
 
     with monkeypatch.context() as patch:
+        patch.setattr(Model, "rounds", watched)
         patch.setattr(Model, "no_rounds", noted)
         if world.rank == world.size - 1:
             patch.setattr(type(model.decoder), "finish", refuse)
         with pytest.raises(ModelError, match=f"rank {world.size - 1}: .*planted"):
             open_engine()
-    assert given_back == [True]
+    assert given_back == [[None]]
     model.prefill([[1, 2]])
     with open_engine() as engine:
         assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))
