@@ -7,8 +7,9 @@ No clock, no load of other slots, nothing of the rank itself: only offers, setti
   turn. What does not fit is passed over.
 - A rolling round takes of each rank a share (`_Size`) of what waits on the rank with the most work: long prompts, which
   go last, come after two or three rounds of what was there, and where much waits, what rounds cost by themselves is a
-  small share. But it takes at least some part, or a multiple, of what a round costs by itself, since smaller ones would
-  mostly be that. All ranks may take as much as the one with the most work, since they work at the same time.
+  small share. But it takes at least some part, or a multiple, of what a round costs by itself, and of what part of that
+  keeps the rank busy, since smaller ones would mostly be that. All ranks may take as much as the one with the most
+  work, since they work at the same time.
 - A short slot takes less while the round of a longer slot is over twice its predicted time, nothing from three times
   on: the streams of short slots go first on a GPU, and would starve the long one. Chunks that waited too long go all
   the same, so a long round that stands still holds up nobody for ever.
@@ -35,17 +36,18 @@ _FINE = 1 << 20  # so that a division by rounds waited tells works apart
 
 
 class _Size(NamedTuple):
-    """How much a rolling round takes of a rank, in thousandths: at least of what a round costs by itself, and of what
-    waits.
+    """How much a rolling round takes of a rank, at the least, in thousandths: of what a round costs by itself; of what
+    of that keeps the rank busy; of what waits.
     """
 
-    least: int
+    of_fixed: int
+    of_busy: int
     of_waiting: int
 
 
-# Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing. Measured
-# where ranks share a GPU; with a GPU for each they lose capacity, by simulation (docs/limits.md).
-_ALONE, _BESIDE_OTHERS = _Size(8000, 500), _Size(667, 400)
+# Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing, but for what
+# keeps the rank busy. Measured where ranks share a GPU; of_busy, which decides where each has its own, by simulation.
+_ALONE, _BESIDE_OTHERS = _Size(8000, 0, 500), _Size(667, 2000, 400)
 
 
 class RollingSettings(NamedTuple):
@@ -56,7 +58,7 @@ class RollingSettings(NamedTuple):
     "rolling"; or one slot for everything: "lockstep" and "lockstep_balanced", which differ in who is given a request,
     and "lockstep_delayed", where patient ranks wait for those without work. cuts: may a sequence be cut into chunks?
     Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
-    most_slots: that roll; 0: all that there are.
+    busy_rows: what of that keeps the rank itself busy. most_slots: that roll; 0: all that there are.
     pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
     """
 
@@ -67,13 +69,15 @@ class RollingSettings(NamedTuple):
     policy: str = "rolling"
     cuts: bool = True
     fixed_rows: int = 0
+    busy_rows: int = 0
     pairs_per_row: int = 0
     most_slots: int = 0
 
     def checked(self) -> RollingSettings:
         """These settings. Raises ConfigError for what cannot work."""
         least = {"max_tokens_per_round": 1, "max_round_rows": 1, "chunk_tokens": 1, "most_rounds_waited": 1}
-        for name, lowest in (least | {"fixed_rows": 0, "pairs_per_row": 0, "most_slots": 0}).items():
+        least |= dict.fromkeys(("fixed_rows", "busy_rows", "pairs_per_row", "most_slots"), 0)
+        for name, lowest in least.items():
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
                 raise ConfigError(f"{name} is {shown(value)}; it must be a whole number of at least {lowest}")
@@ -120,7 +124,8 @@ class RollingSettings(NamedTuple):
         if not self.fixed_rows:
             return self.max_round_rows + waiting
         size = _ALONE if num_slots == 1 else _BESIDE_OTHERS
-        return max(-(-size.least * self.fixed_rows // 1000), -(-size.of_waiting * waiting // 1000))
+        parts = size.of_fixed * self.fixed_rows, size.of_busy * self.busy_rows, size.of_waiting * waiting
+        return -(-max(parts) // 1000)
 
     def most_on_offer(self, waiting: int, num_slots: int) -> int:
         """How many tokens a slot has on offer at most, to which the last sequence may come. waiting: on the rank.

@@ -24,7 +24,8 @@ def test_the_cost_model_sizes_rolling_rounds_unless_a_step_is_given():
     times = RoundTime(ModelShape(2048, 768, 128, 8, 48), CostModel(), 4, 8192)
     found = engine_settings("rolling", None, times=times, **OF_FOUR)
     assert (found.max_tokens_per_round, found.chunk_tokens) == (4096, 4096)
-    assert (found.fixed_rows, found.pairs_per_row) == (times.fixed_rows(), times.pairs_per_row())
+    wanted = (times.fixed_rows(), times.busy_rows(), times.pairs_per_row())
+    assert (found.fixed_rows, found.busy_rows, found.pairs_per_row) == wanted
     for policy, tokens in (("rolling", 512), ("lockstep", None), ("lockstep", 512)):
         found = engine_settings(policy, tokens, times=times, **OF_FOUR)
         assert found._replace(most_slots=0) == engine_settings(policy, tokens, **OF_FOUR)
