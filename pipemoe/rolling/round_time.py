@@ -13,7 +13,8 @@ from pipemoe.plan.cost.model import CostModel, attend_busy, experts_busy, first_
 from pipemoe.plan.schedule import ModelShape
 from pipemoe.rolling.offer import Chunk
 
-_MANY, _SHORT = 8192, 128  # tokens of a rank in a long round, and of a sequence without much attention
+# Tokens of a rank in a long and a usual round, and of a sequence without much attention.
+_MANY, _USUAL, _SHORT = 8192, 2048, 128
 _PACE_ROUNDS = 8  # that a slot's pace is a mean of, recent ones more than others
 
 
@@ -41,10 +42,14 @@ class RoundTime:
         return self._of_spans([[(start, start + tokens)]])[0]
 
     def useful_slots(self) -> int:
-        """How many slots' rounds gain by going on side by side: as many as share no cores. On devices 2: by the clock,
-        a third one brings 4 % at most, and slows the others.
+        """How many slots' rounds gain by going on side by side: as many as share no cores. On devices 2, if a usual
+        round leaves the ranks idle for a sixth of its time or more, else 1: what each takes, the other lacks. By the
+        clock, a third one brings 4 % at most, and slows the others.
         """
-        return max(1, self._cores // (1000 * self._num_ranks)) if self._cores else 2
+        if self._cores:
+            return max(1, self._cores // (1000 * self._num_ranks))
+        whole, busy = self._of_spans([[(0, _SHORT)] * (_USUAL // _SHORT)] * self._num_ranks)
+        return 2 if 5 * whole >= 6 * max(busy) else 1
 
     def fixed_rows(self) -> int:
         """How many rows on each rank take as long as what a round costs by itself, at least 1."""

@@ -63,7 +63,7 @@ class Engine:
         takes prompts up to this length for short ones. Default: rolling rounds and chunks are sized by the cost model,
         in lockstep it is 2048, or what max_tokens_per_rank allows. Models that take whole sequences only put up to
         max_tokens_per_rank in a round. num_slots: of the configuration's slots, how many roll (default: all, but no
-        more than gain by the cost model, 2 on GPUs; in lockstep always 1). keep_logits: futures get logits too.
+        more than gain by the cost model, 1 or 2 on GPUs; in lockstep always 1). keep_logits: futures get logits too.
 
         Raises, on every rank, ConfigError for arguments that cannot work, or if memory for keys, values and graphs does
         not suffice; MismatchError if the ranks' arguments differ; ModelError if a first step of one token fails on some

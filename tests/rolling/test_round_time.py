@@ -1,16 +1,19 @@
 """Predicted rounds, beside the clock."""
 
+from dataclasses import replace
+
 import pytest
 
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import PlanConfig
-from pipemoe.plan.cost.model import CoresCost, CostModel
+from pipemoe.plan.cost.model import CoresCost, CostModel, ExchangeCost, HostCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
 from pipemoe.rolling.offer import Chunk
 from pipemoe.rolling.round_time import Pace, RoundTime
 
 SHAPE = ModelShape(hidden=2048, intermediate=768, num_experts=128, top_k=8, num_layers=48)
+HOST, SLOW = HostCost(), ExchangeCost(row_ps=100_000)
 
 
 @pytest.mark.parametrize("cost", [CostModel(), CostModel(cores=CoresCost(permille=2000))])
@@ -54,6 +57,22 @@ def test_what_the_smallest_round_keeps_a_rank_busy_with_in_rows(cost):
         - times.of([[Chunk(n, 0, 128, 128) for n in range(64)]] * 4)
     ) / 8192
     assert times.busy_rows() == pytest.approx(busy / row, abs=1.01)
+
+
+@pytest.mark.parametrize(
+    ("cost", "num_ranks", "slots"),
+    [
+        (CostModel(), 4, 2),
+        (CostModel(), 16, 1),  # experts take nearly all the time
+        (CostModel(host=replace(HOST, graph_ns=20 * HOST.graph_ns)), 4, 1),  # whatever it does, it issues meanwhile
+        (CostModel(dispatch=SLOW, combine=SLOW), 16, 2),
+    ],
+)
+def test_two_slots_roll_where_a_usual_round_leaves_ranks_idle_for_a_sixth_of_its_time(cost, num_ranks, slots):
+    times = RoundTime(SHAPE, cost, num_ranks, 8192)
+    usual = [[Chunk(n, 0, 128, 128) for n in range(16)]] * num_ranks
+    assert times.useful_slots() == slots
+    assert (max(times.busy(usual)) <= times.of(usual) * 5 / 6) == (slots == 2)
 
 
 def test_a_round_is_late_beside_the_rounds_before_it():
