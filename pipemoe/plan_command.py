@@ -95,7 +95,11 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
     )
     parser.add_argument("--moe-max-num-tokens", type=positive, default=8192, help="default %(default)s")
     parser.add_argument("--max-tokens-per-rank", type=positive, help="default: 16384, or what --rank-tokens needs")
-    parser.add_argument("--slots", type=positive, default=4, help="cohorts under way at once (default %(default)s)")
+    parser.add_argument(
+        "--slots",
+        type=positive,
+        help="cohorts under way at once (default 4); with --trace-arrivals also how many roll (default: by costs)",
+    )
     parser.add_argument("--combine", choices=COMBINES, default="reduce", help="default %(default)s")
     parser.add_argument(
         "--num-sms", type=positive, metavar="N", help="that the experts' kernels fill in every plan (default: chosen)"
@@ -122,6 +126,7 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
 
 def run(options: argparse.Namespace) -> int:
     """Print the report. Raises InputError and ConfigError for what cannot be."""
+    options.rolling_slots, options.slots = options.slots, options.slots or PlanConfig().num_slots
     if options.trace:
         check_output_file("--trace", options.trace)
     if options.cost and not options.model:

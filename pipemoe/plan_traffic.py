@@ -89,13 +89,19 @@ def run_traffic(
 
     def settings_of(policy: Policy) -> RollingSettings:
         return engine_settings(
-            policy.name, policy.step_tokens, max_tokens_per_rank=most, num_ranks=options.ranks, cuts=True, times=times
+            policy.name,
+            policy.step_tokens,
+            max_tokens_per_rank=most,
+            num_ranks=options.ranks,
+            cuts=True,
+            num_slots=options.rolling_slots,
+            times=times,
         )
 
     times = RoundTime(shape, cost, options.ranks, options.moe_max_num_tokens)
-
     machine = Machine(shape, cost, options.ranks, options.slots, options.moe_max_num_tokens, options.delay_ms / 1e3)
     policies = policies_of(options.policies.split(","), step_tokens, options.routing)
+    rolling = [settings_of(policy).num_slots(machine.num_slots) for policy in policies if not policy.is_lockstep]
     limits = None if options.limits_ms is None else _numbers("--limits-ms", options.limits_ms, float)
     loads = _numbers("--loads", options.loads, float)
     if max(loads) > _HIGHEST_LOAD:
@@ -115,10 +121,13 @@ def run_traffic(
     limits_ms = {name: seconds * 1e3 for name, seconds in campaign.limits.seconds.items()}
     if options.json:
         about = {"model": model, "device": device, "trace": path.stem, "num_ranks": options.ranks}
+        about |= {"rolling_slots": rolling[0] if rolling else None}
         print(json.dumps({**about, "limits_ms": limits_ms, "most_tokens": campaign.classes._asdict(), "rows": rows}))
         return 0
     print(f"{model} on {options.ranks} ranks of {device}, {shape.num_layers} MoE layers, {path.stem}\n")
-    print(traffic_table(rows))
+    print(traffic_table(rows) + "\n")
+    if rolling:
+        print(f"rolling: in {rolling[0]} {'slot' if rolling == [1] else 'slots'}")
     classes = campaign.classes
     bounds = (f"up to {classes.most_short}", f"up to {classes.most_medium}", "more")
     of_class = [
@@ -126,7 +135,7 @@ def run_traffic(
         for name, bound in zip(("short", "medium", "long"), bounds)
         if name in limits_ms
     ]
-    print(f"\ncapacity: requests a second of which 95 % have a first token within {', '.join(of_class)} tokens")
+    print(f"capacity: requests a second of which 95 % have a first token within {', '.join(of_class)} tokens")
     return 0
 
 

@@ -27,11 +27,25 @@ def test_report(trace, capsys):
     assert text.startswith("qwen3-30b-a3b on 4 ranks of h200, 6 MoE layers, some\n")
     lines = text.splitlines()
     assert (
-        sum(line.startswith("rolling") for line in lines)
+        sum(line.startswith("rolling ") for line in lines)
         == 4
         == sum(line.startswith("lockstep 1024") for line in lines)
     )
     assert "capacity: requests a second of which 95 % have a first token within" in lines[-1]
+    assert lines[-2] == "rolling: in 2 slots"
+
+
+@pytest.mark.parametrize(("ranks", "more", "slots"), [(1, [], 1), (4, [], 2), (1, ["--slots", "2"], 2)])
+def test_how_many_slots_roll(trace, capsys, ranks, more, slots):
+    assert main(words(trace, "--json", "--ranks", str(ranks), "--policies", "rolling", *more)) == 0
+    assert json.loads(capsys.readouterr().out)["rolling_slots"] == slots
+
+
+def test_no_slot_rolls_in_lockstep(trace, capsys):
+    assert main(words(trace, "--policies", "lockstep")) == 0
+    assert "rolling" not in capsys.readouterr().out
+    assert main(words(trace, "--json", "--policies", "lockstep")) == 0
+    assert json.loads(capsys.readouterr().out)["rolling_slots"] is None
 
 
 def test_capacity_within_given_limits(trace, capsys):
