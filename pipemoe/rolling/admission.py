@@ -47,7 +47,9 @@ class _Size(NamedTuple):
 
 # Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing, but for what
 # keeps the rank busy. Measured where ranks share a GPU; of_busy, which decides where each has its own, by simulation.
-_ALONE, _BESIDE_OTHERS = _Size(8000, 0, 500), _Size(667, 2000, 400)
+_BESIDE_OTHERS = _Size(667, 2000, 400)
+# In the only slot: measured on shared cores, by simulation on GPUs.
+_ALONE_ON_CORES, _ALONE = _Size(8000, 0, 500), _Size(2000, 0, 400)
 
 
 class RollingSettings(NamedTuple):
@@ -58,7 +60,8 @@ class RollingSettings(NamedTuple):
     "rolling"; or one slot for everything: "lockstep" and "lockstep_balanced", which differ in who is given a request,
     and "lockstep_delayed", where patient ranks wait for those without work. cuts: may a sequence be cut into chunks?
     Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
-    busy_rows: what of that keeps the rank itself busy. most_slots: that roll; 0: all that there are.
+    busy_rows: what of that keeps the rank itself busy. shares_cores: do ranks compute on cores that they share?
+    most_slots: that roll; 0: all that there are.
     pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
     """
 
@@ -70,6 +73,7 @@ class RollingSettings(NamedTuple):
     cuts: bool = True
     fixed_rows: int = 0
     busy_rows: int = 0
+    shares_cores: bool = False
     pairs_per_row: int = 0
     most_slots: int = 0
 
@@ -123,7 +127,8 @@ class RollingSettings(NamedTuple):
         """What a rank's part of a round should be if so much work waits on it, in rows. num_slots: that roll."""
         if not self.fixed_rows:
             return self.max_round_rows + waiting
-        size = _ALONE if num_slots == 1 else _BESIDE_OTHERS
+        alone = _ALONE_ON_CORES if self.shares_cores else _ALONE
+        size = alone if num_slots == 1 else _BESIDE_OTHERS
         parts = size.of_fixed * self.fixed_rows, size.of_busy * self.busy_rows, size.of_waiting * waiting
         return -(-max(parts) // 1000)
 

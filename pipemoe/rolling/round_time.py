@@ -27,6 +27,11 @@ class RoundTime:
         self._wave_rows = moe_max_num_tokens
         self._cores = cost.cores.permille
 
+    @property
+    def shares_cores(self) -> bool:
+        """Do ranks compute on cores that they share?"""
+        return bool(self._cores)
+
     def of(self, admitted: Sequence[Sequence[Chunk]]) -> int:
         """ns that a round takes, alone, from its first operation to its end. admitted: the chunks of each rank; 0 if
         there are none.

@@ -103,9 +103,13 @@ def test_a_round_is_a_share_of_what_waits_on_the_rank_with_the_most_work():
     assert len(Admission(0, 2, 1, chosen).admit(offers)[0]) == 4
 
 
-@pytest.mark.parametrize(("count", "goes"), [(1, 1), (2, 2), (3, 2), (5, 2), (6, 3), (10, 5)])
-def test_a_round_is_at_least_eight_times_what_it_costs_by_itself(count, goes):
-    chosen = SETTINGS._replace(fixed_rows=3, max_round_rows=200, cuts=False)
+@pytest.mark.parametrize(
+    ("shares_cores", "count", "goes"),
+    [(True, 1, 1), (True, 2, 2), (True, 3, 2), (True, 5, 2), (True, 6, 3), (True, 10, 5)]
+    + [(False, 2, 1), (False, 3, 1), (False, 5, 2), (False, 10, 4)],
+)
+def test_in_one_slot_a_round_is_at_least_some_times_what_it_costs_by_itself(shares_cores, count, goes):
+    chosen = SETTINGS._replace(fixed_rows=3, max_round_rows=200, cuts=False, shares_cores=shares_cores)
     assert len(admitted([whole(n, 10) for n in range(count)], [], num_slots=1, chosen=chosen)[0]) == goes
 
 
@@ -159,10 +163,12 @@ def test_a_chunk_is_cut_to_the_best_round():
 def test_a_best_round_is_a_share_of_what_waits_and_no_small_part_of_its_own_cost():
     chosen = RollingSettings(1000, 4000, 1000, fixed_rows=300)
     assert [chosen.best_work(waiting, 2) for waiting in (0, 500, 1000, 1001)] == [201, 201, 400, 401]
-    assert [chosen.best_work(waiting, 1) for waiting in (0, 4800, 10000, 10001)] == [2400, 2400, 5000, 5001]
+    assert [chosen.best_work(waiting, 1) for waiting in (0, 1500, 10000, 10001)] == [600, 600, 4000, 4001]
+    on_cores = chosen._replace(shares_cores=True)
+    assert [on_cores.best_work(waiting, 1) for waiting in (0, 4800, 10000, 10001)] == [2400, 2400, 5000, 5001]
     busy = chosen._replace(busy_rows=250)
     assert [busy.best_work(waiting, 2) for waiting in (0, 1250, 1251)] == [500, 500, 501]
-    assert busy.best_work(0, 1) == 2400
+    assert busy.best_work(0, 1) == 600
     assert chosen._replace(fixed_rows=1).best_work(0, 2) == 1
 
 
