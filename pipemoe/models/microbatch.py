@@ -120,7 +120,7 @@ class AttendGraphs:
 
         For set-up: allocates, and takes about 5 ms per layer and bucket.
         """
-        # No MemPool: garbage that is collected in the middle of rounds would free its memory (docs/limits.md).
+        # No MemPool: one that ends, perhaps as garbage, waits for all streams and holds the GIL (docs/limits.md).
         self._decoder, self._keys, self._pool = decoder, keys, torch.cuda.graph_pool_handle()
         state = self._padding(num_rows)
         self._hidden, self._rope = state.hidden.clone(), tuple(r.clone() for r in state.rope)

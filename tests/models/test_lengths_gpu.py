@@ -89,7 +89,7 @@ def test_no_length_waits_for_other_streams(world, hold, name, most, share_long, 
 def test_no_chunk_waits_for_other_streams(world, hold, name):
     """Of prompts that are many times as long as a round."""
     model, draw = load(name, world, 512), random.Random(name)
-    with Engine(model, max_kept_tokens=6000, num_slots=2) as engine:
+    with Engine(model, max_kept_tokens=6000) as engine:
         engine.submit([1, 2, 3]).result(WATCH)  # what any first round makes
         begin(hold)
         for _ in range(20):
