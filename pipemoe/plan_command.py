@@ -42,6 +42,7 @@ from pipemoe.plan_report import (
 )
 from pipemoe.plan_traffic import add_traffic_options, run_traffic
 from pipemoe.runtime.costs import model_key
+from pipemoe.world.arguments import MOST_SLOTS
 
 _DEFAULT_MODEL = "deepseek-v3"
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -127,8 +128,11 @@ def add_plan_parser(subcommands: argparse._SubParsersAction, positive: Callable[
 def run(options: argparse.Namespace) -> int:
     """Print the report. Raises InputError and ConfigError for what cannot be."""
     options.rolling_slots, options.slots = options.slots, options.slots or PlanConfig().num_slots
+    if options.slots > MOST_SLOTS:
+        raise InputError(f"--slots {options.slots}: a world has at most {MOST_SLOTS}")
     if options.trace:
         check_output_file("--trace", options.trace)
+        _check_replaces_no_requests(options.trace)
     if options.cost and not options.model:
         raise InputError(f"--cost {options.cost} is of one model: say which with --model")
     if options.cost and options.cores:
@@ -203,6 +207,12 @@ def run(options: argparse.Namespace) -> int:
         if not options.json:
             print(f"timeline: {options.trace}")
     return 0
+
+
+def _check_replaces_no_requests(path: Path) -> None:
+    """Elsewhere --trace names requests to read. Raises InputError if this could be such a file."""
+    if path.exists() and path.read_bytes()[:1] not in (b"", b"{"):
+        raise InputError(f"--trace {path} is to be written, and holds no timeline now; --trace-arrivals reads requests")
 
 
 def _check_unused(options: argparse.Namespace, names: Sequence[str], where: str) -> None:

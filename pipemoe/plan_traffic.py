@@ -101,7 +101,8 @@ def run_traffic(
     times = RoundTime(shape, cost, options.ranks, options.moe_max_num_tokens)
     machine = Machine(shape, cost, options.ranks, options.slots, options.moe_max_num_tokens, options.delay_ms / 1e3)
     policies = policies_of(options.policies.split(","), step_tokens, options.routing)
-    rolling = [settings_of(policy).num_slots(machine.num_slots) for policy in policies if not policy.is_lockstep]
+    rolling = [settings_of(policy) for policy in policies if not policy.is_lockstep]
+    rolling_slots = rolling[0].num_slots(machine.num_slots) if rolling else None
     limits = None if options.limits_ms is None else _numbers("--limits-ms", options.limits_ms, float)
     loads = _numbers("--loads", options.loads, float)
     if max(loads) > _HIGHEST_LOAD:
@@ -121,13 +122,14 @@ def run_traffic(
     limits_ms = {name: seconds * 1e3 for name, seconds in campaign.limits.seconds.items()}
     if options.json:
         about = {"model": model, "device": device, "trace": path.stem, "num_ranks": options.ranks}
-        about |= {"rolling_slots": rolling[0] if rolling else None}
+        about |= {"rolling_slots": rolling_slots}
         print(json.dumps({**about, "limits_ms": limits_ms, "most_tokens": campaign.classes._asdict(), "rows": rows}))
         return 0
     print(f"{model} on {options.ranks} ranks of {device}, {shape.num_layers} MoE layers, {path.stem}\n")
     print(traffic_table(rows) + "\n")
     if rolling:
-        print(f"rolling: in {rolling[0]} {'slot' if rolling == [1] else 'slots'}")
+        beside = ", the short ones beside long rounds only" if rolling[0].beside_rows else ""
+        print("rolling: in 1 slot" if rolling_slots == 1 else f"rolling: in {rolling_slots} slots{beside}")
     classes = campaign.classes
     bounds = (f"up to {classes.most_short}", f"up to {classes.most_medium}", "more")
     of_class = [

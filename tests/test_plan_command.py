@@ -209,6 +209,7 @@ def test_version(capsys):
         (["--rank-tokens", "100000000000,20"], "at most 10000000"),
         (["--rank-tokens", "5", "--trace", "/missing/trace.json"], "/missing does not exist"),
         (["--rank-tokens", "5", "--trace", "."], "is a directory"),
+        (["--rank-tokens", "5", "--trace", __file__], "holds no timeline now; --trace-arrivals reads requests"),
         (["--rank-tokens", "5", "--model", "."], "config.json: No such file"),
         (["--rank-tokens", "9", "--max-tokens-per-rank", "8"], "max_tokens_per_rank=8"),
         (

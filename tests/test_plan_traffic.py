@@ -32,13 +32,20 @@ def test_report(trace, capsys):
         == sum(line.startswith("lockstep 1024") for line in lines)
     )
     assert "capacity: requests a second of which 95 % have a first token within" in lines[-1]
-    assert lines[-2] == "rolling: in 2 slots"
+    assert lines[-2] == "rolling: in 2 slots, the short ones beside long rounds only"
 
 
 @pytest.mark.parametrize(("ranks", "more", "slots"), [(1, [], 1), (4, [], 2), (1, ["--slots", "2"], 2)])
 def test_how_many_slots_roll(trace, capsys, ranks, more, slots):
     assert main(words(trace, "--json", "--ranks", str(ranks), "--policies", "rolling", *more)) == 0
     assert json.loads(capsys.readouterr().out)["rolling_slots"] == slots
+
+
+def test_slots_that_serve_at_all_times(trace, capsys):
+    assert main(words(trace, "--policies", "rolling", "--ranks-per-gpu", "4")) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "rolling: in 2 slots"
+    assert main(words(trace, "--policies", "rolling", "--ranks-per-gpu", "4", "--slots", "1")) == 0
+    assert capsys.readouterr().out.splitlines()[-2] == "rolling: in 1 slot"
 
 
 def test_no_slot_rolls_in_lockstep(trace, capsys):
@@ -71,6 +78,7 @@ def test_json(trace, capsys):
     ("more", "wrong"),
     [
         (["--policies", "eager"], "policy 'eager'"),
+        (["--slots", "65"], "--slots 65: a world has at most 64"),
         (["--step-tokens", "many"], "--step-tokens 'many'"),
         (["--seeds", "-1"], "--seeds '-1'"),
         (["--seeds", "9"], "cannot take 30 requests from number 270"),

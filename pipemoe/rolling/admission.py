@@ -48,8 +48,8 @@ class _Size(NamedTuple):
 # Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing, but for what
 # keeps the rank busy. Measured where ranks share a GPU; of_busy, which decides where each has its own, by simulation.
 _BESIDE_OTHERS = _Size(667, 2000, 400)
-# In the only slot: measured on shared cores, by simulation on GPUs.
-_ALONE_ON_CORES, _ALONE = _Size(8000, 0, 500), _Size(2000, 0, 400)
+# In the only slot, and in all that serve beside long rounds only: measured on shared cores, by simulation on GPUs.
+_ALONE_ON_CORES, _ALONE, _BESIDE_LONG = _Size(8000, 0, 500), _Size(2000, 0, 400), _Size(2000, 0, 300)
 
 
 class RollingSettings(NamedTuple):
@@ -61,7 +61,8 @@ class RollingSettings(NamedTuple):
     and "lockstep_delayed", where patient ranks wait for those without work. cuts: may a sequence be cut into chunks?
     Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
     busy_rows: what of that keeps the rank itself busy. shares_cores: do ranks compute on cores that they share?
-    most_slots: that roll; 0: all that there are.
+    most_slots: that roll; 0: all that there are. beside_rows: short slots take new sequences only while a longer slot's
+    round is at least so much work for some rank, in rows; 0: always.
     pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
     """
 
@@ -76,11 +77,12 @@ class RollingSettings(NamedTuple):
     shares_cores: bool = False
     pairs_per_row: int = 0
     most_slots: int = 0
+    beside_rows: int = 0
 
     def checked(self) -> RollingSettings:
         """These settings. Raises ConfigError for what cannot work."""
         least = {"max_tokens_per_round": 1, "max_round_rows": 1, "chunk_tokens": 1, "most_rounds_waited": 1}
-        least |= dict.fromkeys(("fixed_rows", "busy_rows", "pairs_per_row", "most_slots"), 0)
+        least |= dict.fromkeys(("fixed_rows", "busy_rows", "pairs_per_row", "most_slots", "beside_rows"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
@@ -127,8 +129,10 @@ class RollingSettings(NamedTuple):
         """What a rank's part of a round should be if so much work waits on it, in rows. num_slots: that roll."""
         if not self.fixed_rows:
             return self.max_round_rows + waiting
-        alone = _ALONE_ON_CORES if self.shares_cores else _ALONE
-        size = alone if num_slots == 1 else _BESIDE_OTHERS
+        if num_slots == 1:
+            size = _ALONE_ON_CORES if self.shares_cores else _ALONE
+        else:
+            size = _BESIDE_LONG if self.beside_rows else _BESIDE_OTHERS
         parts = size.of_fixed * self.fixed_rows, size.of_busy * self.busy_rows, size.of_waiting * waiting
         return -(-max(parts) // 1000)
 
@@ -137,7 +141,7 @@ class RollingSettings(NamedTuple):
 
         Beside other slots it is a round's: what else waits is theirs. Else it is more, to choose from.
         """
-        if num_slots == 1:
+        if num_slots == 1 or self.beside_rows:
             return 2 * self.max_tokens_per_round
         return min(self.max_tokens_per_round, self.best_work(waiting, num_slots))
 

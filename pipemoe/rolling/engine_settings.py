@@ -47,5 +47,6 @@ def engine_settings(
         busy_rows=by_cost.busy_rows() if by_cost else 0,
         shares_cores=by_cost.shares_cores if by_cost else False,
         pairs_per_row=by_cost.pairs_per_row() if by_cost else 0,
+        beside_rows=by_cost.beside_rows() if by_cost else 0,
         most_slots=num_slots or (times.useful_slots() if times else 0),
     ).checked()

@@ -15,6 +15,7 @@ from pipemoe.rolling.offer import Chunk
 
 # Tokens of a rank in a long and a usual round, and of a sequence without much attention.
 _MANY, _USUAL, _SHORT = 8192, 2048, 128
+_TIMES_FIXED = 8  # what a round costs by itself: a long round
 _PACE_ROUNDS = 8  # that a slot's pace is a mean of, recent ones more than others
 
 
@@ -53,8 +54,21 @@ class RoundTime:
         """
         if self._cores:
             return max(1, self._cores // (1000 * self._num_ranks))
+        whole, busy = self._usual()
+        return 2 if 5 * whole >= 6 * busy else 1
+
+    def beside_rows(self) -> int:
+        """How much work a round is, in rows of one rank, beside which others should go on although they slow it down; 0
+        if any round's: where a usual round leaves the ranks idle for half of its time or more, rounds side by side gain
+        more than they lose. By simulation.
+        """
+        whole, busy = self._usual()
+        return 0 if self._cores or whole >= 2 * busy else _TIMES_FIXED * self.fixed_rows()
+
+    def _usual(self) -> tuple[int, int]:
+        """ns of a usual round, and those in which the ranks compute or issue."""
         whole, busy = self._of_spans([[(0, _SHORT)] * (_USUAL // _SHORT)] * self._num_ranks)
-        return 2 if 5 * whole >= 6 * max(busy) else 1
+        return whole, max(busy)
 
     def fixed_rows(self) -> int:
         """How many rows on each rank take as long as what a round costs by itself, at least 1."""

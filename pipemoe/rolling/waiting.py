@@ -8,7 +8,7 @@ admitted. Once on offer it stays so, unless it is cancelled: so its age counts, 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +48,7 @@ class Queue:
         self._lengths: list[int] = []  # sorted
         self._round = 0
         self.tokens = 0
+        self.under_way: dict[int, int] = {}  # by slot, how much work its round is for the rank that has most, in rows
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -118,7 +119,7 @@ class Waiting:
 
     def __init__(self, slot: int, num_slots: int, settings: RollingSettings, queue: Queue) -> None:
         """queue: of the rank's slots."""
-        self._settings, self._num_slots, self._queue = settings, num_slots, queue
+        self._settings, self._slot, self._num_slots, self._queue = settings, slot, num_slots, queue
         self._takes_all = slot == num_slots - 1
         self._longest = settings.longest_chunk(slot, num_slots)
         self._offered: dict[int, _Sequence] = {}
@@ -129,6 +130,13 @@ class Waiting:
     def has_work(self) -> bool:
         """Is there anything to offer?"""
         return bool(self._offered) or self._queue.has_any(self._most_tokens())
+
+    @property
+    def may_have_work(self) -> bool:
+        """Is there anything to offer, or could there be beside a longer round? Once a rank adds nothing more, False is
+        for good.
+        """
+        return bool(self._offered) or self._queue.has_any(self._longest_ever())
 
     @property
     def num_offered(self) -> int:
@@ -183,7 +191,9 @@ class Waiting:
         settings = self._settings
         if not self._takes_all or settings.policy != "rolling":
             return None
-        of_others = settings.longest_short(self._queue.tokens) if self._num_slots > 1 else 0
+        of_others = (
+            settings.longest_short(self._queue.tokens) if self._num_slots > 1 and not settings.beside_rows else 0
+        )
         sequence = self._queue.first_beyond(of_others)
         if sequence is None:
             return None
@@ -195,8 +205,26 @@ class Waiting:
         return -found.priority, self._settings.work(found.at, found.length)
 
     def _most_tokens(self) -> int:
-        """Of a sequence that this slot may take from the queue."""
+        """Of a sequence that this slot may take from the queue now; 0: it takes none."""
+        return self._longest_ever() if self._takes_all or self._is_open() else 0
+
+    def _longest_ever(self) -> int:
+        """Of a sequence that this slot may take from the queue, whatever longer slots do."""
         return MOST_TOKENS if self._takes_all else self._settings.longest_short(self._queue.tokens)
+
+    def _is_open(self) -> bool:
+        """Is a longer slot's round so long that short sequences should pass beside it?"""
+        longer = (work for slot, work in self._queue.under_way.items() if slot > self._slot)
+        return max(longer, default=0) >= self._settings.beside_rows
+
+    def begin(self, admitted: Sequence[Sequence[Chunk]]) -> None:
+        """A round of this slot begins. admitted: the chunks of each rank."""
+        work = self._settings.work
+        self._queue.under_way[self._slot] = max(sum(work(c.start, c.stop) for c in of) for of in admitted)
+
+    def end(self) -> None:
+        """The round that has begun is over."""
+        self._queue.under_way.pop(self._slot, None)
 
     def settle(self, admitted: tuple[Chunk, ...]) -> Settled:
         """A round has been agreed on; `admitted` are its chunks of this rank."""

@@ -191,12 +191,16 @@ class RollingSlot:
         """Is a round under way, and too far from its end to post to the next?"""
         return bool(self._queue) and not self._queue[0].is_near_end
 
+    @property
+    def _leaves(self) -> bool:
+        """Has this rank nothing more for this slot, for good?"""
+        return self.is_leaving and not self.waiting.may_have_work
+
     def _may_post(self) -> bool:
         if self.is_in_a_round:
             return False
-        is_empty = not self.waiting.has_work
-        has_work = not is_empty and self._refused_at != self._sequences.room(self.number)
-        when = self.rounds.when(has_work, self.is_leaving and is_empty)
+        has_work = self.waiting.has_work and self._refused_at != self._sequences.room(self.number)
+        when = self.rounds.when(has_work, self._leaves)
         if when is not When.AFTER_PAUSE:
             self.pause_until = 0.0
             return when in (When.NOW, When.LATE)
@@ -210,8 +214,7 @@ class RollingSlot:
         chunks = self.waiting.offer(lambda sequence: self._sequences.reserve(self.number, sequence))
         self._refused_at = -1 if chunks or not self.waiting.has_work else self._sequences.room(self.number)
         behind = self.waiting.waiting_tokens - sum(chunk.tokens for chunk in chunks)
-        is_leaving = self.is_leaving and not self.waiting.has_work
-        offer = Offer(chunks, self._lags(), behind, is_leaving, self._patience.lasts)
+        offer = Offer(chunks, self._lags(), behind, self._leaves, self._patience.lasts)
         doing = f"round {self.rounds.post(offer)} of slot {self.number}"
         self._gathering = self._world.start_gathering(encode_offer(self._fingerprint, offer), doing, self.number)
         self._tell(self._all_slept)
@@ -244,6 +247,7 @@ class RollingSlot:
         round_, before = self._queue[0], self._num_moved
         if round_.run is None:
             round_.begun = time.perf_counter()
+            self.waiting.begin(round_.admitted)
             source = self._sequences.source(self.number, round_.chunks)
             self._world.conductor.begin_step()
             round_.run = self._runtime.new_round(
@@ -259,6 +263,7 @@ class RollingSlot:
         if not is_over:
             return self._num_moved != before
         self._queue.popleft()
+        self.waiting.end()
         self.rounds.finish()
         seconds = time.perf_counter() - round_.begun
         self._pace.note(seconds, round_.predicted)

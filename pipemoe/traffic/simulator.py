@@ -205,10 +205,14 @@ class _Play:
         slot.usual = seconds = (self._times.of(admitted) + start_ns) * 1e-9
         busy = [ns * 1e-9 / seconds for ns in self._times.busy(admitted)]
         slot.round = _Round(admitted, seconds, busy, self._now, seconds)
+        for waiting in slot.waiting:
+            waiting.begin(admitted)
 
     def _end(self, slot: _Slot) -> None:
         assert slot.round is not None
         slot.pace.note(self._now - slot.round.begun, slot.round.seconds)
+        for waiting in slot.waiting:
+            waiting.end()
         for rank, chunks in enumerate(slot.round.chunks):
             for chunk in chunks:
                 if chunk.is_last:

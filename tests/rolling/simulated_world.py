@@ -167,8 +167,7 @@ class SimulatedWorld:
                 self._after(ticks, lambda index=index: self._post(rank, index))
 
     def _when(self, rank: int, slot: Slot) -> When:
-        has_work = slot.waiting.has_work
-        return slot.rounds.when(has_work, self.is_closing[rank] and not has_work)
+        return slot.rounds.when(slot.waiting.has_work, self.is_closing[rank] and not slot.waiting.may_have_work)
 
     def _post(self, rank: int, index: int) -> None:
         slot = self.ranks[rank][index]
@@ -182,7 +181,7 @@ class SimulatedWorld:
             chunks,
             tuple((self.now - s.began) * 1000 // self._predicted if s.to_run else 0 for s in self.ranks[rank]),
             slot.waiting.waiting_tokens - tokens,
-            self.is_closing[rank] and not slot.waiting.has_work,
+            self.is_closing[rank] and not slot.waiting.may_have_work,
             waited < self._patience,
         )
         number = slot.rounds.post(offer)
@@ -214,6 +213,7 @@ class SimulatedWorld:
         """A round ends on a rank some time after it has begun on all."""
         slot = self.ranks[rank][index]
         number, slot.began = slot.to_run[0], self.now
+        slot.waiting.begin(self._admitted[index, number])
         ready = self._ready.setdefault((index, number), set())
         ready.add(rank)
         if len(ready) == self.num_ranks:
@@ -225,6 +225,7 @@ class SimulatedWorld:
         slot = self.ranks[rank][index]
         assert slot.to_run.pop(0) == number
         slot.rounds.finish()
+        slot.waiting.end()
         for chunk in self._admitted[index, number][rank]:
             if chunk.is_last:
                 self.done[rank, chunk.sequence] = self.now

@@ -169,6 +169,9 @@ def test_a_best_round_is_a_share_of_what_waits_and_no_small_part_of_its_own_cost
     busy = chosen._replace(busy_rows=250)
     assert [busy.best_work(waiting, 2) for waiting in (0, 1250, 1251)] == [500, 500, 501]
     assert busy.best_work(0, 1) == 600
+    assert on_cores._replace(busy_rows=10**6).best_work(0, 1) == 2400
+    beside_long = busy._replace(beside_rows=1)
+    assert [beside_long.best_work(waiting, 2) for waiting in (0, 2000, 10000, 10001)] == [600, 600, 3000, 3001]
     assert chosen._replace(fixed_rows=1).best_work(0, 2) == 1
 
 
@@ -223,6 +226,7 @@ def test_offers_of_all_ranks_are_needed():
         ({"policy": "eager"}, "policy is 'eager'"),
         ({"fixed_rows": -1}, "fixed_rows is -1"),
         ({"busy_rows": -1}, "busy_rows is -1"),
+        ({"beside_rows": -1}, "beside_rows is -1"),
         ({"pairs_per_row": 0.5}, "pairs_per_row is 0.5"),
         ({"most_rounds_waited": 40000}, "at most 32767"),
         ({"most_rounds_waited": 1.5}, "whole number"),

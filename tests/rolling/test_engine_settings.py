@@ -26,7 +26,7 @@ def test_the_cost_model_sizes_rolling_rounds_unless_a_step_is_given():
     assert (found.max_tokens_per_round, found.chunk_tokens) == (4096, 4096)
     wanted = (times.fixed_rows(), times.busy_rows(), times.pairs_per_row())
     assert (found.fixed_rows, found.busy_rows, found.pairs_per_row) == wanted
-    assert not found.shares_cores
+    assert not found.shares_cores and found.beside_rows == times.beside_rows() > 0
     on_cores = RoundTime(ModelShape(2048, 768, 128, 8, 48), CostModel(cores=CoresCost(2000)), 4, 8192)
     assert engine_settings("rolling", None, times=on_cores, **OF_FOUR).shares_cores
     for policy, tokens in (("rolling", 512), ("lockstep", None), ("lockstep", 512)):

@@ -4,8 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from pipemoe.model_facts.dimensions import dimensions_of_facts
+from pipemoe.model_facts.known_models import model_config
+from pipemoe.model_facts.limits import supported_facts
 from pipemoe.plan.clock.prediction import simulate
 from pipemoe.plan.config import PlanConfig
+from pipemoe.plan.cost.default import default_cost
+from pipemoe.plan.cost.devices import GPUS
 from pipemoe.plan.cost.model import CoresCost, CostModel, ExchangeCost, HostCost
 from pipemoe.plan.planner import plan
 from pipemoe.plan.schedule import Facts, ModelShape
@@ -73,6 +78,28 @@ def test_two_slots_roll_where_a_usual_round_leaves_ranks_idle_for_a_sixth_of_its
     usual = [[Chunk(n, 0, 128, 128) for n in range(16)]] * num_ranks
     assert times.useful_slots() == slots
     assert (max(times.busy(usual)) <= times.of(usual) * 5 / 6) == (slots == 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "num_ranks", "sharing", "slots", "beside"),
+    [
+        ("qwen3-30b-a3b", "h200", 1, 1, 1, True),
+        ("mixtral-8x7b", "h100", 2, 1, 1, True),  # idle for .111 of the time
+        ("mixtral-8x7b", "h200", 4, 1, 2, True),  # .193
+        ("qwen3-30b-a3b", "h200", 4, 1, 2, True),
+        ("qwen3-30b-a3b", "h200", 4, 4, 2, False),
+    ],
+)
+def test_slots_by_derived_costs(model, gpu, num_ranks, sharing, slots, beside):
+    dimensions = dimensions_of_facts(supported_facts(model_config(model)))
+    cost = default_cost(GPUS[gpu], dimensions, num_ranks, value_bytes=2, sum_bytes=2, ranks_per_device=sharing, ctas=0)
+    times = RoundTime(dimensions.shape, cost, num_ranks, 8192)
+    assert times.useful_slots() == slots
+    assert times.beside_rows() == (8 * times.fixed_rows() if beside else 0)
+
+
+def test_ranks_on_cores_never_close_a_slot():
+    assert RoundTime(SHAPE, CostModel(cores=CoresCost(permille=64000)), 4, 8192).beside_rows() == 0
 
 
 def test_a_round_is_late_beside_the_rounds_before_it():

@@ -89,6 +89,34 @@ def test_a_slot_takes_from_the_queue_what_no_other_has():
     assert [c.sequence for c in long.offer()] == [1]
 
 
+def test_a_short_slot_takes_nothing_new_but_beside_a_long_round():
+    chosen = SETTINGS._replace(fixed_rows=10, beside_rows=40)
+    queue = Queue(chosen)
+    short, long = (Waiting(slot, 2, chosen, queue) for slot in range(2))
+    queue.add(0, 10)
+    for tokens, is_open in ((39, False), (40, True)):
+        long.begin([(), (Chunk(7, 0, 20, 50), Chunk(8, 0, tokens - 20, 50)), (Chunk(9, 0, 30, 50),)])
+        assert (short.has_work, short.may_have_work) == (is_open, True)
+    assert [chunk.sequence for chunk in short.offer()] == [0]
+    queue.add(1, 10)
+    long.end()
+    short.settle(())
+    short.begin([(Chunk(5, 0, 90, 90),)])  # its own round opens nothing
+    assert [chunk.sequence for chunk in short.offer()] == [0]  # what it has on offer stays there
+    assert [chunk.sequence for chunk in long.offer()] == [1]
+
+
+def test_a_short_slot_leaves_only_when_nothing_is_left_for_it():
+    chosen = SETTINGS._replace(fixed_rows=10, beside_rows=40)
+    queue = Queue(chosen)
+    short, long = (Waiting(slot, 2, chosen, queue) for slot in range(2))
+    queue.add(0, 10)
+    queue.add(1, 1000)
+    assert not short.has_work and short.may_have_work
+    assert {chunk.sequence for chunk in long.offer()} == {0, 1}
+    assert not short.may_have_work
+
+
 @pytest.mark.parametrize("num_slots", [1, 2])
 def test_what_has_begun_holds_up_nothing_that_goes_first_and_that_no_other_slot_takes(num_slots):
     slot = Slot(num_slots - 1, num_slots)

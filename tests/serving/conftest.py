@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import pipemoe
+from pipemoe.rolling.engine_settings import engine_settings
+from pipemoe.serving import engine
 from tests.serving.models import comparison, small_model
 from tests.serving.prompts import KEPT_TOKENS, STEP_TOKENS
 
@@ -29,11 +31,18 @@ def is_right(world, dtype):
 
 @pytest.fixture
 def open_engine(model):
-    """open_engine(...): an engine with these settings. Every rank calls."""
+    """open_engine(...): an engine with these settings. Every rank calls. beside_rows: see RollingSettings; the cost
+    model has its say on GPUs only.
+    """
 
-    def new(**settings):
+    def new(beside_rows=0, **settings):
+        def settings_of(*arguments, **more):
+            return engine_settings(*arguments, **more)._replace(beside_rows=beside_rows)
+
         usual = {"step_tokens": STEP_TOKENS, "max_kept_tokens": KEPT_TOKENS, "keep_logits": True}
         usual |= {"num_slots": model.world.num_slots}  # also where they share cores
-        return pipemoe.Engine(model, **usual | settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "engine_settings", settings_of)
+            return pipemoe.Engine(model, **usual | settings)
 
     return new

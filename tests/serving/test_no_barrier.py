@@ -31,9 +31,9 @@ def tell(world, news):
         world.conductor.side_channel.tell(**{news: True})
 
 
-@pytest.mark.parametrize("held_chunk", [0, 2])
+@pytest.mark.parametrize(("held_chunk", "beside_rows"), [(0, 0), (2, 0), (0, STEP_TOKENS), (2, STEP_TOKENS)])
 def test_short_prompts_are_answered_while_a_long_one_is_held(
-    world, model, open_engine, is_right, monkeypatch, held_chunk
+    world, model, open_engine, is_right, monkeypatch, held_chunk, beside_rows
 ):
     if world.num_slots < 2:
         pytest.skip("needs two slots")
@@ -51,8 +51,8 @@ def test_short_prompts_are_answered_while_a_long_one_is_held(
 
     plain = source_type.attend
     monkeypatch.setattr(source_type, "attend", attend)
-    case = f"chunk {held_chunk}"
-    with open_engine() as engine:
+    case = f"chunk {held_chunk}, {beside_rows}"
+    with open_engine(beside_rows=beside_rows) as engine:
         if world.rank == 0:
             held = engine.submit(long)
             assert reached.wait(WAIT)

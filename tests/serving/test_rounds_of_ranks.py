@@ -39,6 +39,7 @@ def check_rounds(world, engine, history, cancelled=()):
     num_slots = len(engine._loop.slots)
     world.agree(None, by_slot(history, num_slots), "comparison of rounds")
     verify_rolling(history, engine.settings, num_slots, is_complete=True, cancelled=cancelled)
+    assert not engine._loop.queue.under_way
 
 
 def all_cancelled(history):
@@ -91,12 +92,26 @@ def test_rounds_at_overload_are_sound_and_the_same_on_all_ranks(
     assert max(waits) <= engine.settings.longest_wait(world.size)
 
 
-def test_without_cancellations_every_request_is_admitted_to_its_end(world, open_engine, is_right, history):
-    with open_engine(max_queue=6, when_full="wait") as engine:
+@pytest.mark.parametrize("beside_rows", [0, STEP_TOKENS, 10**6])
+def test_without_cancellations_every_request_is_admitted_to_its_end(world, open_engine, is_right, history, beside_rows):
+    with open_engine(beside_rows=beside_rows, max_queue=6, when_full="wait") as engine:
         overload(world, engine, is_right, 8, cancels=0.0)
     check_rounds(world, engine, history)
+    *short, last = engine.statistics()["slots"]
     admitted = sum(c.tokens for record in history for chunks in record.admitted for c in chunks)
-    assert admitted == sum(slot["rows"] for slot in engine.statistics()["slots"])
+    assert admitted == sum(slot["rows"] for slot in (*short, last))
+    if beside_rows == 10**6:  # no round is so long
+        assert last["rows"] == admitted
+
+
+def test_who_closes_serves_what_waits_beside_long_rounds_that_come_later(world, open_engine, is_right, history):
+    """A short slot that is closed, while its rank is leaving, has not left."""
+    draw = random.Random(world.rank)
+    lengths = [draw.choice((1, 3, STEP_TOKENS, KEPT_TOKENS)) for _ in range(60)]
+    with open_engine(beside_rows=STEP_TOKENS, max_queue=60) as engine:
+        asked = [(tokens, engine.submit(tokens)) for tokens in (prompt(n, i) for i, n in enumerate(lengths))]
+    assert all(is_right(tokens, future.result(WAIT)) for tokens, future in asked)
+    check_rounds(world, engine, history)
 
 
 @pytest.mark.parametrize("fate", ["lost", "late", "doubled"])
