@@ -7,9 +7,8 @@ No clock, no load of other slots, nothing of the rank itself: only offers, setti
   turn. What does not fit is passed over.
 - A rolling round takes of each rank a share (`_Size`) of what waits on the rank with the most work: long prompts, which
   go last, come after two or three rounds of what was there, and where much waits, what rounds cost by themselves is a
-  small share. But it takes at least some part, or a multiple, of what a round costs by itself, and of what part of that
-  keeps the rank busy, since smaller ones would mostly be that. All ranks may take as much as the one with the most
-  work, since they work at the same time.
+  small share. But it takes at least some part, or a multiple, of what a round costs by itself, since smaller ones would
+  mostly be that. All ranks may take as much as the one with the most work, since they work at the same time.
 - A short slot takes less while the round of a longer slot is over twice its predicted time, nothing from three times
   on: the streams of short slots go first on a GPU, and would starve the long one. Chunks that waited too long go all
   the same, so a long round that stands still holds up nobody for ever.
@@ -36,20 +35,18 @@ _FINE = 1 << 20  # so that a division by rounds waited tells works apart
 
 
 class _Size(NamedTuple):
-    """How much a rolling round takes of a rank, at the least, in thousandths: of what a round costs by itself; of what
-    of that keeps the rank busy; of what waits.
+    """How much a rolling round takes of a rank, at the least, in thousandths: of what a round costs by itself, and of
+    what waits.
     """
 
     of_fixed: int
-    of_busy: int
     of_waiting: int
 
 
-# Beside other slots' rounds, which compute meanwhile, most of what a round costs by itself costs nothing, but for what
-# keeps the rank busy. Measured where ranks share a GPU; of_busy, which decides where each has its own, by simulation.
-_BESIDE_OTHERS = _Size(667, 2000, 400)
-# In the only slot, and in all that serve beside long rounds only: measured on shared cores, by simulation on GPUs.
-_ALONE_ON_CORES, _ALONE, _BESIDE_LONG = _Size(8000, 0, 500), _Size(2000, 0, 400), _Size(2000, 0, 300)
+# Where rounds side by side gain, most of what one costs by itself costs nothing. Measured where ranks share a GPU.
+_BESIDE_OTHERS = _Size(667, 400)
+# In the only slot, and where short slots serve beside long rounds only: measured on shared cores, else by simulation.
+_ALONE_ON_CORES, _ALONE, _BESIDE_LONG = _Size(8000, 500), _Size(2000, 400), _Size(2000, 300)
 
 
 class RollingSettings(NamedTuple):
@@ -60,7 +57,7 @@ class RollingSettings(NamedTuple):
     "rolling"; or one slot for everything: "lockstep" and "lockstep_balanced", which differ in who is given a request,
     and "lockstep_delayed", where patient ranks wait for those without work. cuts: may a sequence be cut into chunks?
     Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
-    busy_rows: what of that keeps the rank itself busy. shares_cores: do ranks compute on cores that they share?
+    shares_cores: do ranks compute on cores that they share?
     most_slots: that roll; 0: all that there are. beside_rows: short slots take new sequences only while a longer slot's
     round is at least so much work for some rank, in rows; 0: always.
     pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
@@ -73,7 +70,6 @@ class RollingSettings(NamedTuple):
     policy: str = "rolling"
     cuts: bool = True
     fixed_rows: int = 0
-    busy_rows: int = 0
     shares_cores: bool = False
     pairs_per_row: int = 0
     most_slots: int = 0
@@ -82,7 +78,7 @@ class RollingSettings(NamedTuple):
     def checked(self) -> RollingSettings:
         """These settings. Raises ConfigError for what cannot work."""
         least = {"max_tokens_per_round": 1, "max_round_rows": 1, "chunk_tokens": 1, "most_rounds_waited": 1}
-        least |= dict.fromkeys(("fixed_rows", "busy_rows", "pairs_per_row", "most_slots", "beside_rows"), 0)
+        least |= dict.fromkeys(("fixed_rows", "pairs_per_row", "most_slots", "beside_rows"), 0)
         for name, lowest in least.items():
             value = getattr(self, name)
             if type(value) is not int or value < lowest:
@@ -133,8 +129,7 @@ class RollingSettings(NamedTuple):
             size = _ALONE_ON_CORES if self.shares_cores else _ALONE
         else:
             size = _BESIDE_LONG if self.beside_rows else _BESIDE_OTHERS
-        parts = size.of_fixed * self.fixed_rows, size.of_busy * self.busy_rows, size.of_waiting * waiting
-        return -(-max(parts) // 1000)
+        return -(-max(size.of_fixed * self.fixed_rows, size.of_waiting * waiting) // 1000)
 
     def most_on_offer(self, waiting: int, num_slots: int) -> int:
         """How many tokens a slot has on offer at most, to which the last sequence may come. waiting: on the rank.

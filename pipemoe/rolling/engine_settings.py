@@ -44,7 +44,6 @@ def engine_settings(
         policy=policy,
         cuts=cuts,
         fixed_rows=by_cost.fixed_rows() if by_cost else 0,
-        busy_rows=by_cost.busy_rows() if by_cost else 0,
         shares_cores=by_cost.shares_cores if by_cost else False,
         pairs_per_row=by_cost.pairs_per_row() if by_cost else 0,
         beside_rows=by_cost.beside_rows() if by_cost else 0,

@@ -77,10 +77,6 @@ class RoundTime:
             fixed += self._rates.start_ns
         return max(1, fixed // row)
 
-    def busy_rows(self) -> int:
-        """How many rows on each rank take as long as the smallest round keeps a rank busy, whatever it holds."""
-        return max(self._of_spans([[(0, 1)]] * self._num_ranks)[1]) // self._line()[0]
-
     def pairs_per_row(self) -> int:
         """How many pairs of a query and a key it may see take as long as one row on each rank, at least 1."""
         pairs = 2 * _MANY * (_MANY + 1) // 2 - 4 * (_MANY // 2) * (_MANY // 2 + 1) // 2

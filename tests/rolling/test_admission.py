@@ -118,12 +118,6 @@ def test_beside_other_slots_a_round_is_at_least_two_thirds_of_what_it_costs_by_i
     assert [len(of) for of in admitted([whole(n, 9) for n in range(5)], [], chosen=chosen)] == [3, 0]
 
 
-@pytest.mark.parametrize(("busy_rows", "goes"), [(0, 2), (14, 3)])
-def test_beside_other_slots_a_round_is_at_least_twice_what_it_keeps_a_rank_busy_with(busy_rows, goes):
-    chosen = SETTINGS._replace(fixed_rows=1, busy_rows=busy_rows, max_round_rows=200)
-    assert [len(of) for of in admitted([whole(n, 9) for n in range(5)], [], chosen=chosen)] == [goes, 0]
-
-
 def test_a_sequence_is_cut_only_if_another_one_waits():
     chosen = SETTINGS._replace(fixed_rows=1, pairs_per_row=7)
     assert admitted([whole(0, 50)], [], slot=1, chosen=chosen) == [[(0, 50)], []]
@@ -166,11 +160,7 @@ def test_a_best_round_is_a_share_of_what_waits_and_no_small_part_of_its_own_cost
     assert [chosen.best_work(waiting, 1) for waiting in (0, 1500, 10000, 10001)] == [600, 600, 4000, 4001]
     on_cores = chosen._replace(shares_cores=True)
     assert [on_cores.best_work(waiting, 1) for waiting in (0, 4800, 10000, 10001)] == [2400, 2400, 5000, 5001]
-    busy = chosen._replace(busy_rows=250)
-    assert [busy.best_work(waiting, 2) for waiting in (0, 1250, 1251)] == [500, 500, 501]
-    assert busy.best_work(0, 1) == 600
-    assert on_cores._replace(busy_rows=10**6).best_work(0, 1) == 2400
-    beside_long = busy._replace(beside_rows=1)
+    beside_long = chosen._replace(beside_rows=1)
     assert [beside_long.best_work(waiting, 2) for waiting in (0, 2000, 10000, 10001)] == [600, 600, 3000, 3001]
     assert chosen._replace(fixed_rows=1).best_work(0, 2) == 1
 
@@ -225,7 +215,6 @@ def test_offers_of_all_ranks_are_needed():
         ({"max_round_rows": 99}, "max_tokens_per_round is 100, more than max_round_rows=99"),
         ({"policy": "eager"}, "policy is 'eager'"),
         ({"fixed_rows": -1}, "fixed_rows is -1"),
-        ({"busy_rows": -1}, "busy_rows is -1"),
         ({"beside_rows": -1}, "beside_rows is -1"),
         ({"pairs_per_row": 0.5}, "pairs_per_row is 0.5"),
         ({"most_rounds_waited": 40000}, "at most 32767"),

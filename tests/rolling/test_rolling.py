@@ -25,7 +25,6 @@ def rolling_settings(draw) -> RollingSettings:
         draw(st.sampled_from(POLICIES)),
         draw(st.booleans()),
         fixed_rows=draw(st.sampled_from((0, 3, 50))),
-        busy_rows=draw(st.sampled_from((0, 0, 5))),
         shares_cores=draw(st.booleans()),
         pairs_per_row=draw(st.sampled_from((0, 1, 50))),
         beside_rows=draw(st.sampled_from((0, 1, 9, 10**9))),

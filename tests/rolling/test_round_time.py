@@ -53,17 +53,6 @@ def test_what_a_round_costs_by_itself_and_what_attention_costs_in_rows():
     assert more == pytest.approx(8192 * 8192 / pairs * (line(16384) - line(8192)) / 8192, rel=0.05)
 
 
-@pytest.mark.parametrize("cost", [CostModel(), CostModel(cores=CoresCost(permille=64000))])
-def test_what_the_smallest_round_keeps_a_rank_busy_with_in_rows(cost):
-    times = RoundTime(SHAPE, cost, 4, 8192)
-    busy = max(times.busy([[Chunk(0, 0, 1, 1)]] * 4))
-    row = (
-        times.of([[Chunk(n, 0, 128, 128) for n in range(128)]] * 4)
-        - times.of([[Chunk(n, 0, 128, 128) for n in range(64)]] * 4)
-    ) / 8192
-    assert times.busy_rows() == pytest.approx(busy / row, abs=1.01)
-
-
 @pytest.mark.parametrize(
     ("cost", "num_ranks", "slots"),
     [
