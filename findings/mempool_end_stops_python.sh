@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A torch.cuda.MemPool that ends waits for the kernels of all streams, and lets no other Python thread run meanwhile.
 #
-#   findings/mempool_end_stops_python.sh      (needs Python, pip and an NVIDIA GPU; some minutes, all of pip)
+#   findings/mempool_end_stops_python.sh      (needs Python, pip and an NVIDIA GPU; pip takes some minutes)
 #
 #   PIPEMOE_TORCH_PYTHON  a Python that has torch 2.11.0 for CUDA, instead of one that is installed for this
 #

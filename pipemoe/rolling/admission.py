@@ -59,7 +59,7 @@ class RollingSettings(NamedTuple):
     Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
     shares_cores: do ranks compute on cores that they share?
     most_slots: that roll; 0: all that there are. beside_rows: short slots take new sequences only while a longer slot's
-    round is at least so much work for some rank, in rows; 0: always.
+    round is at least so much work for some rank, in rows, or while a longer slot has no memory for more; 0: always.
     pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
     """
 

@@ -49,6 +49,7 @@ class Queue:
         self._round = 0
         self.tokens = 0
         self.under_way: dict[int, int] = {}  # by slot, how much work its round is for the rank that has most, in rows
+        self.full: set[int] = set()  # slots that had no memory for a sequence when they made their last offer
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -170,11 +171,15 @@ class Waiting:
         if self._under_way:
             raise PlanError("a round is offered to while the one before is not settled")
         self._under_way = True
+        self._queue.full.discard(self._slot)
         enough, most = self._settings.most_on_offer(self.waiting_tokens, self._num_slots), self._most_tokens()
         tokens = sum(min(self._longest, s.length - s.at) for s in self._offered.values())
         while len(self._offered) < MAX_CHUNKS:
             sequence = self._queue.next_of(most) if tokens < enough else self._next_before_all()
-            if sequence is None or not reserve(sequence):
+            if sequence is None:
+                break
+            if not reserve(sequence):
+                self._queue.full.add(self._slot)
                 break
             self._offered[sequence] = found = self._queue.take(sequence)
             self._tokens += found.length
@@ -213,9 +218,10 @@ class Waiting:
         return MOST_TOKENS if self._takes_all else self._settings.longest_short(self._queue.tokens)
 
     def _is_open(self) -> bool:
-        """Is a longer slot's round so long that short sequences should pass beside it?"""
+        """Is a longer slot's round so long that short sequences should pass beside it, or its memory full?"""
         longer = (work for slot, work in self._queue.under_way.items() if slot > self._slot)
-        return max(longer, default=0) >= self._settings.beside_rows
+        is_full = any(slot > self._slot for slot in self._queue.full)
+        return is_full or max(longer, default=0) >= self._settings.beside_rows
 
     def begin(self, admitted: Sequence[Sequence[Chunk]]) -> None:
         """A round of this slot begins. admitted: the chunks of each rank."""

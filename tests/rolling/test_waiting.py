@@ -106,6 +106,19 @@ def test_a_short_slot_takes_nothing_new_but_beside_a_long_round():
     assert [chunk.sequence for chunk in long.offer()] == [1]
 
 
+def test_a_short_slot_serves_while_a_longer_one_has_no_memory():
+    chosen = SETTINGS._replace(fixed_rows=10, beside_rows=40)
+    queue = Queue(chosen)
+    short, long = (Waiting(slot, 2, chosen, queue) for slot in range(2))
+    queue.add(0, 10)
+    assert not short.has_work and long.offer(lambda sequence: False) == () and short.has_work
+    long.settle(())
+    queue.add(1, 1000)
+    assert len(long.offer()) == 2 and not queue.full
+    queue.add(2, 10)
+    assert not short.has_work
+
+
 def test_a_short_slot_leaves_only_when_nothing_is_left_for_it():
     chosen = SETTINGS._replace(fixed_rows=10, beside_rows=40)
     queue = Queue(chosen)
