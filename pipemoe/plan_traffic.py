@@ -19,7 +19,7 @@ from pipemoe.rolling.admission import RollingSettings
 from pipemoe.rolling.engine_settings import engine_settings
 from pipemoe.rolling.round_time import RoundTime
 from pipemoe.traffic.arrival_times import PROCESSES
-from pipemoe.traffic.campaign import Campaign, Settings
+from pipemoe.traffic.campaign import Campaign, Settings, check_limits
 from pipemoe.traffic.policy import POLICIES, ROUTINGS, Policy, policies_of
 from pipemoe.traffic.request_trace import TOO_LONG, UNITS, Request, cut, fit_lengths, read_trace, scale_lengths
 from pipemoe.traffic.simulator import Machine, SimulatedPlayer
@@ -105,10 +105,16 @@ def run_traffic(
     rolling_slots = rolling[0].num_slots(machine.num_slots) if rolling else None
     limits = None if options.limits_ms is None else _numbers("--limits-ms", options.limits_ms, float)
     loads = _numbers("--loads", options.loads, float)
-    if max(loads) > _HIGHEST_LOAD:
+    if not 0 < min(loads) <= max(loads) <= _HIGHEST_LOAD:
         raise InputError(
-            f"--loads {options.loads!r}: shares of the throughput are wanted, as in 0.7, up to {_HIGHEST_LOAD}"
+            f"--loads {options.loads!r}: shares of the throughput are wanted, as in 0.7, over 0, up to {_HIGHEST_LOAD}"
         )
+    if not options.rate_step > 1:
+        raise InputError(f"--rate-step {options.rate_step}: must be over 1, since each rate is so many times the last")
+    try:
+        check_limits(limits)
+    except InputError as error:
+        raise InputError(f"--limits-ms {options.limits_ms!r}: {error}") from error
     settings = Settings(
         (options.request_times,),
         loads,

@@ -84,9 +84,11 @@ def test_json(trace, capsys):
         (["--seeds", "9"], "cannot take 30 requests from number 270"),
         (["--too-long", "error", "--most-tokens", "200"], "more than 200 input tokens"),
         (["--max-tokens-per-rank", "512"], "step_tokens is 1024, more than max_tokens_per_rank=512"),
-        (["--loads", "0"], "a rate of 0"),
+        (["--loads", "0"], "--loads '0': shares of the throughput are wanted"),
+        (["--rate-step", "1"], "--rate-step 1.0: must be over 1"),
+        (["--rate-step", "nan"], "--rate-step nan: must be over 1"),
         (["--loads", "0.5,70"], "--loads '0.5,70': shares of the throughput"),
-        (["--limits-ms", "100,200"], "limits of 100.0, 200.0 ms: one over 0 is wanted"),
+        (["--limits-ms", "100,200"], "--limits-ms '100,200': limits of 100.0, 200.0 ms: one over 0 is wanted"),
         (["--limits-ms", "100,200,long"], "--limits-ms '100,200,long'"),
     ],
 )
