@@ -101,8 +101,8 @@ def run_traffic(
     times = RoundTime(shape, cost, options.ranks, options.moe_max_num_tokens)
     machine = Machine(shape, cost, options.ranks, options.slots, options.moe_max_num_tokens, options.delay_ms / 1e3)
     policies = policies_of(options.policies.split(","), step_tokens, options.routing)
-    rolling = [settings_of(policy) for policy in policies if not policy.is_lockstep]
-    rolling_slots = rolling[0].num_slots(machine.num_slots) if rolling else None
+    rolling = next((settings_of(policy) for policy in policies if not policy.is_lockstep), None)
+    rolling_slots = rolling.num_slots(machine.num_slots) if rolling else None
     limits = None if options.limits_ms is None else _numbers("--limits-ms", options.limits_ms, float)
     loads = _numbers("--loads", options.loads, float)
     if not 0 < min(loads) <= max(loads) <= _HIGHEST_LOAD:
@@ -134,7 +134,7 @@ def run_traffic(
     print(f"{model} on {options.ranks} ranks of {device}, {shape.num_layers} MoE layers, {path.stem}\n")
     print(traffic_table(rows) + "\n")
     if rolling:
-        beside = ", the short ones beside long rounds only" if rolling[0].beside_rows else ""
+        beside = ", the short ones beside long rounds only" if rolling.beside_rows else ""
         print("rolling: in 1 slot" if rolling_slots == 1 else f"rolling: in {rolling_slots} slots{beside}")
     classes = campaign.classes
     bounds = (f"up to {classes.most_short}", f"up to {classes.most_medium}", "more")

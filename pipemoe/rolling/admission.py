@@ -57,10 +57,10 @@ class RollingSettings(NamedTuple):
     "rolling"; or one slot for everything: "lockstep" and "lockstep_balanced", which differ in who is given a request,
     and "lockstep_delayed", where patient ranks wait for those without work. cuts: may a sequence be cut into chunks?
     Else it goes whole. fixed_rows: a round's fixed cost, in rows of one rank; 0: rounds and chunks take all they may.
-    shares_cores: do ranks compute on cores that they share?
-    most_slots: that roll; 0: all that there are. beside_rows: short slots take new sequences only while a longer slot's
-    round is at least so much work for some rank, in rows, or while a longer slot has no memory for more; 0: always.
-    pairs_per_row: pairs of a query and a key it may see that are as much work as one row; 0: none is.
+    shares_cores: do ranks compute on cores that they share? pairs_per_row: pairs of a query and a key it may see that
+    are as much work as one row; 0: none is. most_slots: that roll; 0: all that there are. beside_rows: short slots take
+    new sequences only while a longer slot's round is at least so much work for some rank, in rows, or while a longer
+    slot has no memory for more; 0: always.
     """
 
     max_tokens_per_round: int
@@ -125,16 +125,16 @@ class RollingSettings(NamedTuple):
         """What a rank's part of a round should be if so much work waits on it, in rows. num_slots: that roll."""
         if not self.fixed_rows:
             return self.max_round_rows + waiting
-        if num_slots == 1:
-            size = _ALONE_ON_CORES if self.shares_cores else _ALONE
-        else:
+        if num_slots > 1:
             size = _BESIDE_LONG if self.beside_rows else _BESIDE_OTHERS
+        else:
+            size = _ALONE_ON_CORES if self.shares_cores else _ALONE
         return -(-max(size.of_fixed * self.fixed_rows, size.of_waiting * waiting) // 1000)
 
     def most_on_offer(self, waiting: int, num_slots: int) -> int:
         """How many tokens a slot has on offer at most, to which the last sequence may come. waiting: on the rank.
 
-        Beside other slots it is a round's: what else waits is theirs. Else it is more, to choose from.
+        Beside slots that are always open it is a round's: what else waits is theirs. Else it is more, to choose from.
         """
         if num_slots == 1 or self.beside_rows:
             return 2 * self.max_tokens_per_round

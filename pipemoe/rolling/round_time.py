@@ -15,7 +15,7 @@ from pipemoe.rolling.offer import Chunk
 
 # Tokens of a rank in a long and a usual round, and of a sequence without much attention.
 _MANY, _USUAL, _SHORT = 8192, 2048, 128
-_TIMES_FIXED = 8  # what a round costs by itself: a long round
+_LONG_ROUND = 8  # times what a round costs by itself
 _PACE_ROUNDS = 8  # that a slot's pace is a mean of, recent ones more than others
 
 
@@ -48,9 +48,9 @@ class RoundTime:
         return self._of_spans([[(start, start + tokens)]])[0]
 
     def useful_slots(self) -> int:
-        """How many slots' rounds gain by going on side by side: as many as share no cores. On devices 2, if a usual
-        round leaves the ranks idle for a sixth of its time or more, else 1: what each takes, the other lacks. By the
-        clock, a third one brings 4 % at most, and slows the others.
+        """How many slots' rounds gain by going on side by side. On cores as many as share none. On devices two, where a
+        usual round leaves the ranks idle for a sixth of its time or more; else one, since two would only slow each
+        other. By the clock, a third one brings 4 % at most, and slows the others.
         """
         if self._cores:
             return max(1, self._cores // (1000 * self._num_ranks))
@@ -58,12 +58,12 @@ class RoundTime:
         return 2 if 5 * whole >= 6 * busy else 1
 
     def beside_rows(self) -> int:
-        """How much work a round is, in rows of one rank, beside which others should go on although they slow it down; 0
-        if any round's: where a usual round leaves the ranks idle for half of its time or more, rounds side by side gain
-        more than they lose. By simulation.
+        """From how much work on, in rows of one rank, a round is so long that others should go on beside it, although
+        they slow each other down. 0: beside any; where a usual round leaves the ranks idle for half of its time or
+        more, rounds side by side gain more than they lose. By simulation.
         """
         whole, busy = self._usual()
-        return 0 if self._cores or whole >= 2 * busy else _TIMES_FIXED * self.fixed_rows()
+        return 0 if self._cores or whole >= 2 * busy else _LONG_ROUND * self.fixed_rows()
 
     def _usual(self) -> tuple[int, int]:
         """ns of a usual round, and those in which the ranks compute or issue."""

@@ -37,7 +37,8 @@ class Settled(NamedTuple):
 
 class Queue:
     """One rank's sequences that no slot has on offer yet. Which slot takes one is decided when a slot can: nobody waits
-    in front of a busy slot while another is free.
+    in front of a busy slot while another is free, and open to it. Here a rank's slots also see of one another what
+    opens the shorter ones.
     """
 
     def __init__(self, settings: RollingSettings) -> None:
@@ -48,7 +49,7 @@ class Queue:
         self._lengths: list[int] = []  # sorted
         self._round = 0
         self.tokens = 0
-        self.under_way: dict[int, int] = {}  # by slot, how much work its round is for the rank that has most, in rows
+        self.round_work: dict[int, int] = {}  # by slot, of the round under way, for the rank that has most, in rows
         self.full: set[int] = set()  # slots that had no memory for a sequence when they made their last offer
 
     def __len__(self) -> int:
@@ -196,10 +197,9 @@ class Waiting:
         settings = self._settings
         if not self._takes_all or settings.policy != "rolling":
             return None
-        of_others = (
-            settings.longest_short(self._queue.tokens) if self._num_slots > 1 and not settings.beside_rows else 0
-        )
-        sequence = self._queue.first_beyond(of_others)
+        # Others that are closed now and then cannot be relied on.
+        takes_alone = self._num_slots == 1 or settings.beside_rows
+        sequence = self._queue.first_beyond(0 if takes_alone else settings.longest_short(self._queue.tokens))
         if sequence is None:
             return None
         first = min(map(self._place, self._offered.values()))
@@ -219,18 +219,18 @@ class Waiting:
 
     def _is_open(self) -> bool:
         """Is a longer slot's round so long that short sequences should pass beside it, or its memory full?"""
-        longer = (work for slot, work in self._queue.under_way.items() if slot > self._slot)
+        longer = (work for slot, work in self._queue.round_work.items() if slot > self._slot)
         is_full = any(slot > self._slot for slot in self._queue.full)
         return is_full or max(longer, default=0) >= self._settings.beside_rows
 
     def begin(self, admitted: Sequence[Sequence[Chunk]]) -> None:
         """A round of this slot begins. admitted: the chunks of each rank."""
         work = self._settings.work
-        self._queue.under_way[self._slot] = max(sum(work(c.start, c.stop) for c in of) for of in admitted)
+        self._queue.round_work[self._slot] = max(sum(work(c.start, c.stop) for c in of) for of in admitted)
 
     def end(self) -> None:
         """The round that has begun is over."""
-        self._queue.under_way.pop(self._slot, None)
+        self._queue.round_work.pop(self._slot, None)
 
     def settle(self, admitted: tuple[Chunk, ...]) -> Settled:
         """A round has been agreed on; `admitted` are its chunks of this rank."""

@@ -10,6 +10,7 @@ from pipemoe.rolling.offer import MAX_CHUNKS, Chunk
 from pipemoe.rolling.waiting import Queue, Waiting
 
 SETTINGS = RollingSettings(max_tokens_per_round=100, max_round_rows=150, chunk_tokens=50, most_rounds_waited=3)
+BESIDE_LONG = SETTINGS._replace(fixed_rows=10, beside_rows=40)
 
 
 class Slot(Waiting):
@@ -18,6 +19,12 @@ class Slot(Waiting):
     def __init__(self, slot: int = 1, num_slots: int = 2, settings: RollingSettings = SETTINGS) -> None:
         self.queue = Queue(settings)
         super().__init__(slot, num_slots, settings, self.queue)
+
+
+def two_slots(settings: RollingSettings = SETTINGS) -> tuple[Queue, Waiting, Waiting]:
+    """The queue of a short and a long slot, and these."""
+    queue = Queue(settings)
+    return queue, *(Waiting(slot, 2, settings, queue) for slot in range(2))
 
 
 def waiting(slot: int = 1, **lengths: int) -> Slot:
@@ -68,9 +75,7 @@ def test_a_lone_slot_offers_two_rounds_of_tokens_and_one_beside_others_a_round()
 
 def test_beside_other_slots_a_half_of_what_waits_is_on_offer():
     """With a cost model; the other half is for the next slot that can take it."""
-    chosen = SETTINGS._replace(fixed_rows=10)
-    queue = Queue(chosen)
-    slots = [Waiting(slot, 2, chosen, queue) for slot in range(2)]
+    queue, *slots = two_slots(SETTINGS._replace(fixed_rows=10))
     for sequence in range(8):
         queue.add(sequence, 10)
     assert [len(slot.offer()) for slot in slots] == [4, 2]
@@ -79,8 +84,7 @@ def test_beside_other_slots_a_half_of_what_waits_is_on_offer():
 
 
 def test_a_slot_takes_from_the_queue_what_no_other_has():
-    queue = Queue(SETTINGS)
-    short, long = (Waiting(slot, 2, SETTINGS, queue) for slot in range(2))
+    queue, short, long = two_slots()
     queue.add(0, 40)
     assert short.has_work and long.has_work
     assert [c.sequence for c in short.offer()] == [0] and not long.has_work and long.offer() == ()
@@ -90,9 +94,7 @@ def test_a_slot_takes_from_the_queue_what_no_other_has():
 
 
 def test_a_short_slot_takes_nothing_new_but_beside_a_long_round():
-    chosen = SETTINGS._replace(fixed_rows=10, beside_rows=40)
-    queue = Queue(chosen)
-    short, long = (Waiting(slot, 2, chosen, queue) for slot in range(2))
+    queue, short, long = two_slots(BESIDE_LONG)
     queue.add(0, 10)
     for tokens, is_open in ((39, False), (40, True)):
         long.begin([(), (Chunk(7, 0, 20, 50), Chunk(8, 0, tokens - 20, 50)), (Chunk(9, 0, 30, 50),)])
@@ -107,9 +109,7 @@ def test_a_short_slot_takes_nothing_new_but_beside_a_long_round():
 
 
 def test_a_short_slot_serves_while_a_longer_one_has_no_memory():
-    chosen = SETTINGS._replace(fixed_rows=10, beside_rows=40)
-    queue = Queue(chosen)
-    short, long = (Waiting(slot, 2, chosen, queue) for slot in range(2))
+    queue, short, long = two_slots(BESIDE_LONG)
     queue.add(0, 10)
     assert not short.has_work and long.offer(lambda sequence: False) == () and short.has_work
     long.settle(())
@@ -120,9 +120,7 @@ def test_a_short_slot_serves_while_a_longer_one_has_no_memory():
 
 
 def test_a_short_slot_leaves_only_when_nothing_is_left_for_it():
-    chosen = SETTINGS._replace(fixed_rows=10, beside_rows=40)
-    queue = Queue(chosen)
-    short, long = (Waiting(slot, 2, chosen, queue) for slot in range(2))
+    queue, short, long = two_slots(BESIDE_LONG)
     queue.add(0, 10)
     queue.add(1, 1000)
     assert not short.has_work and short.may_have_work

@@ -4,8 +4,10 @@ come, and what goes wrong with one request is nothing to the others.
 
 import random
 import threading
+import time
 import weakref
 from concurrent.futures import CancelledError, wait
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -218,6 +220,29 @@ def test_higher_priority_goes_first(world, model, open_engine, monkeypatch):
             assert low.result().admitted >= max(f.result().admitted for f in later)
 
 
+def test_a_short_slot_that_is_closed_does_not_leave_while_anything_is_left_for_it(
+    world, model, open_engine, monkeypatch
+):
+    """A long round may open it again."""
+    if world.device.type == "cuda":
+        pytest.skip("attention of the host can be held up in its thread")
+    if world.num_slots < 2:
+        pytest.skip("needs two slots")
+    with open_engine(beside_rows=10**6) as engine:
+        if world.rank == 0:
+            held = Held(model, monkeypatch)
+            asked = [engine.submit([1] * STEP_TOKENS)]
+            assert held.reached.wait(WAIT)
+            asked.append(engine.submit([2]))
+            engine.requests.close()
+            short, pause, until = engine._loop.slots[0], threading.Event(), time.monotonic() + WAIT
+            while not short.is_leaving and time.monotonic() < until:
+                pause.wait(0.002)
+            assert short.is_leaving and len(engine._loop.queue) == 1 and not short._leaves
+            held.release()
+            assert all(future.result(WAIT) for future in asked)
+
+
 @pytest.mark.gpu
 def test_rounds_make_cuda_allocate_nothing(world, open_engine):
     """An allocation waits for what runs in other slots."""
@@ -265,10 +290,24 @@ def refuse(*args, **kwargs):
     raise torch.OutOfMemoryError("planted")
 
 
+@contextmanager
+def reserved_in_vain(patch, held):
+    """What `held` refers to at the end must be gone when it is given back, which happens once."""
+    given_back, no_rounds = [], Model.no_rounds
+
+    def noted(model):
+        given_back.append([ref() for ref in held])
+        no_rounds(model)
+
+    patch.setattr(Model, "no_rounds", noted)
+    yield
+    assert given_back == [[None]]
+
+
 @pytest.mark.parametrize("in_a_lane", [False, True])
 def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_right, monkeypatch, in_a_lane):
     """And nothing holds what has been reserved in vain when it is given back."""
-    held, given_back, rounds, no_rounds = [], [], Model.rounds, Model.no_rounds
+    held, rounds = [], Model.rounds
 
     def planted(model, *args):
         if world.rank < world.size - 1:
@@ -279,41 +318,29 @@ def test_a_lack_of_memory_on_one_rank_is_an_error_on_all(world, open_engine, is_
         held.append(weakref.ref(room))
         return model.runtime.in_compute_lanes(refuse, "planting a fault") if in_a_lane else refuse()
 
-    def noted(model):
-        given_back.append([ref() for ref in held])
-        no_rounds(model)
-
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, reserved_in_vain(patch, held):
         patch.setattr(Model, "rounds", planted)
-        patch.setattr(Model, "no_rounds", noted)
         with pytest.raises(ConfigError, match=f"rank {world.size - 1}: .*memory.*planted"):
             open_engine()
-    assert given_back == [[None]]
     with open_engine() as engine:
         assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))
 
 
 def test_a_first_step_that_fails_on_one_rank_is_an_error_on_all(world, model, open_engine, is_right, monkeypatch):
     """And is told once: the next step works. What was reserved is let go before it is given back."""
-    held, given_back, rounds, no_rounds = [], [], Model.rounds, Model.no_rounds
+    held, rounds = [], Model.rounds
 
     def watched(model, *args):
         found = rounds(model, *args)
         held.append(weakref.ref(found))
         return found
 
-    def noted(model):
-        given_back.append([ref() for ref in held])
-        no_rounds(model)
-
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, reserved_in_vain(patch, held):
         patch.setattr(Model, "rounds", watched)
-        patch.setattr(Model, "no_rounds", noted)
         if world.rank == world.size - 1:
             patch.setattr(type(model.decoder), "finish", refuse)
         with pytest.raises(ModelError, match=f"rank {world.size - 1}: .*planted"):
             open_engine()
-    assert given_back == [[None]]
     model.prefill([[1, 2]])
     with open_engine() as engine:
         assert is_right(prompt(5, 0), engine.submit(prompt(5, 0)).result(WAIT))

@@ -40,7 +40,7 @@ def check_rounds(world, engine, history, cancelled=()):
     num_slots = len(engine._loop.slots)
     world.agree(None, by_slot(history, num_slots), "comparison of rounds")
     verify_rolling(history, engine.settings, num_slots, is_complete=True, cancelled=cancelled)
-    assert not engine._loop.queue.under_way
+    assert not engine._loop.queue.round_work
 
 
 def all_cancelled(history):
